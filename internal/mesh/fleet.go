@@ -1,0 +1,71 @@
+package mesh
+
+import (
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// An Agent is a node identity that the issuer has attested.
+type Agent struct {
+	ID spiffeid.ID `json:"id"`
+	// AttestationType is the node attestor, such as "join_token".
+	AttestationType string     `json:"attestation_type"`
+	Selectors       []Selector `json:"selectors,omitempty"`
+	// Serial is the serial number of the current agent SVID, decimal.
+	Serial    string    `json:"serial"`
+	ExpiresAt time.Time `json:"expires_at"`
+	Banned    bool      `json:"banned,omitempty"`
+}
+
+// A ProxyState says whether a proxy acts on the newest policy.
+type ProxyState string
+
+// Synced has acknowledged the newest policy revision, Stale has not yet,
+// Rejected has refused it and keeps its last good one.
+const (
+	Synced   ProxyState = "SYNCED"
+	Stale    ProxyState = "STALE"
+	Rejected ProxyState = "REJECTED"
+)
+
+// A Proxy is what the issuer knows of one sidecar or gateway.
+type Proxy struct {
+	Agent    spiffeid.ID `json:"agent"`
+	Workload spiffeid.ID `json:"workload"`
+	// Kind is "sidecar" or "gateway".
+	Kind        string    `json:"kind"`
+	SVIDExpires time.Time `json:"svid_expires"`
+	// PolicyRevision is the newest that the proxy has acknowledged.
+	PolicyRevision uint64     `json:"policy_revision"`
+	State          ProxyState `json:"state"`
+	// Reason says why a revision was rejected.
+	Reason    string    `json:"reason,omitempty"`
+	Connected bool      `json:"connected"`
+	LastSeen  time.Time `json:"last_seen"`
+}
+
+// An Edge counts the calls from one identity to another since the last report.
+type Edge struct {
+	Src     string    `json:"src"`
+	Dst     string    `json:"dst"`
+	Proto   string    `json:"proto"`
+	Allowed uint64    `json:"allowed"`
+	Denied  uint64    `json:"denied"`
+	Errors  uint64    `json:"errors"`
+	MTLS    bool      `json:"mtls"`
+	First   time.Time `json:"first"`
+	Last    time.Time `json:"last"`
+}
+
+// IssuerStatus is what an issuer says of itself.
+type IssuerStatus struct {
+	TrustDomain    spiffeid.TrustDomain `json:"trust_domain"`
+	Revision       uint64               `json:"revision"`
+	PolicyRevision uint64               `json:"policy_revision"`
+	PolicyHash     string               `json:"policy_hash"`
+	// LastRefusal is why the newest edit of the policy files was refused;
+	// empty when the newest edit is in force.
+	LastRefusal string    `json:"last_refusal,omitempty"`
+	Started     time.Time `json:"started"`
+}

@@ -1,0 +1,188 @@
+package mesh
+
+import (
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// A ServiceName is the short name of a service, a single DNS label.
+// Inside the mesh it is reached as "<name>.mesh.internal".
+type ServiceName string
+
+// Domain is the DNS suffix of every service name inside the mesh.
+const Domain = "mesh.internal"
+
+// A Direction says which side of the mesh a rule speaks of.
+type Direction string
+
+// The two directions: a call between workloads, and a call out of the mesh.
+const (
+	In  Direction = "in"
+	Out Direction = "out"
+)
+
+// An Effect is what a rule does to the calls it matches. Deny overrides.
+type Effect string
+
+// The two effects.
+const (
+	Allow Effect = "allow"
+	Deny  Effect = "deny"
+)
+
+// An Origin is where in the reviewed files a noun was written.
+type Origin struct {
+	File string `json:"file,omitempty"`
+	Line int    `json:"line,omitempty"`
+}
+
+func (o Origin) String() string { return fmt.Sprintf("%s:%d", o.File, o.Line) }
+
+// A Service is a workload identity that others may call by name.
+type Service struct {
+	Name ServiceName `json:"name"`
+	// ID is the SPIFFE ID that every endpoint of the service must prove.
+	ID spiffeid.ID `json:"identity"`
+	// Port is the port that rules name, not the port an endpoint listens on.
+	Port uint16 `json:"port"`
+	// Protocol is "http". Other protocols are refused.
+	Protocol string `json:"protocol"`
+	Origin   Origin `json:"origin"`
+}
+
+// An Endpoint is one place where a service is reached: the inbound mTLS
+// listener of the sidecar beside it.
+type Endpoint struct {
+	Service ServiceName    `json:"service"`
+	Address netip.AddrPort `json:"address"`
+	// Agent is the node identity of the sidecar that announced the endpoint.
+	Agent spiffeid.ID `json:"agent"`
+}
+
+// A Rule is one row of access.csv or guardrails.csv. The patterns are text as
+// written, already checked; internal/authz gives them meaning.
+type Rule struct {
+	ID     string    `json:"id"`
+	Dir    Direction `json:"dir"`
+	Src    string    `json:"src"`
+	Dst    string    `json:"dst"`
+	Port   string    `json:"port"`
+	Verb   string    `json:"verb"`
+	Path   string    `json:"path"`
+	Cond   string    `json:"cond"`
+	Effect Effect    `json:"effect"`
+	Origin Origin    `json:"origin"`
+}
+
+// A GroupKind says what the members of a group are.
+type GroupKind string
+
+// Callers come from rows "g", destinations from rows "g2".
+const (
+	CallerGroup      GroupKind = "g"
+	DestinationGroup GroupKind = "g2"
+)
+
+// A Membership is one row "g" or "g2": Member belongs to Group. Members may be
+// groups themselves, to a depth of eight and without cycles.
+type Membership struct {
+	Kind   GroupKind `json:"kind"`
+	Member string    `json:"member"`
+	Group  string    `json:"group"`
+	Origin Origin    `json:"origin"`
+}
+
+// A Destination says how an external host is reached. Who may reach it is
+// said by rules with direction Out.
+type Destination struct {
+	// Host is a lower-case DNS name, or "*." and a name.
+	Host string `json:"host"`
+	// Proto is what the tunnel must carry: "tls" (default) or "tcp".
+	Proto string `json:"proto"`
+	// SNI is "strict" (default: present and equal to the authority) or
+	// "optional" (may be absent; if present, equal).
+	SNI string `json:"sni"`
+	// Private lists address ranges that this host may resolve to although they
+	// are private. A local or metadata address needs its own /32 or /128.
+	Private []netip.Prefix `json:"private,omitempty"`
+	// Endpoints, when set, are dialled instead of what DNS says. They are
+	// screened all the same.
+	Endpoints []netip.AddrPort `json:"endpoints,omitempty"`
+	// ConnectTimeout bounds one dial. Default 5 s.
+	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
+	Origin         Origin        `json:"origin"`
+}
+
+// A Selector is one fact that attestation must establish, such as
+// {"unix", "uid:1000"}.
+type Selector struct {
+	Type  string `json:"type"`
+	Value string `json:"value"`
+}
+
+func (s Selector) String() string { return s.Type + ":" + s.Value }
+
+// An Entry says which SPIFFE ID a workload gets when it has all selectors and
+// is attested by the agent ParentID.
+type Entry struct {
+	// ID is stable: the hash of parent, identity and selectors, unless written.
+	ID        string      `json:"id"`
+	SPIFFEID  spiffeid.ID `json:"spiffe_id"`
+	ParentID  spiffeid.ID `json:"parent_id"`
+	Selectors []Selector  `json:"selectors"`
+	// X509TTL and JWTTTL are lifetimes; zero means the issuer's default.
+	X509TTL  time.Duration `json:"x509_ttl,omitempty"`
+	JWTTTL   time.Duration `json:"jwt_ttl,omitempty"`
+	DNSNames []string      `json:"dns_names,omitempty"`
+	Hint     string        `json:"hint,omitempty"`
+	// WeakSelectors accepts path or sha256 selectors that stand alone.
+	WeakSelectors bool   `json:"weak_selectors,omitempty"`
+	Origin        Origin `json:"origin"`
+}
+
+// A Case is one expectation of policies/tests: a call and its decision.
+type Case struct {
+	Name string      `json:"name"`
+	From spiffeid.ID `json:"from"`
+	// To is a service name, a SPIFFE ID, or "host:" and a host name.
+	To   string    `json:"to"`
+	Port uint16    `json:"port"`
+	Verb string    `json:"verb"`
+	Path string    `json:"path"`
+	SNI  string    `json:"sni,omitempty"`
+	Now  time.Time `json:"now,omitzero"`
+	Want Effect    `json:"want"`
+	// Rule, when set, is the ID of the row that must decide.
+	Rule   string `json:"rule,omitempty"`
+	Origin Origin `json:"origin"`
+}
+
+// Policies is everything that people review: the parsed folder policies/.
+type Policies struct {
+	TrustDomain  spiffeid.TrustDomain `json:"trust_domain"`
+	Services     []Service            `json:"services"`
+	Rules        []Rule               `json:"rules"`
+	Memberships  []Membership         `json:"memberships"`
+	Destinations []Destination        `json:"destinations"`
+	Entries      []Entry              `json:"entries"`
+	Cases        []Case               `json:"cases"`
+}
+
+// A Snapshot is what one proxy acts on: immutable once made, swapped whole.
+type Snapshot struct {
+	// Revision counts every change the issuer distributes: policy or endpoints.
+	Revision uint64 `json:"revision"`
+	// PolicyRevision counts accepted changes of the reviewed files, and
+	// PolicyHash is the SHA-256 of the whole reviewed set, in hex.
+	PolicyRevision uint64               `json:"policy_revision"`
+	PolicyHash     string               `json:"policy_hash"`
+	TrustDomain    spiffeid.TrustDomain `json:"trust_domain"`
+	Services       []Service            `json:"services"`
+	Endpoints      []Endpoint           `json:"endpoints"`
+	Rules          []Rule               `json:"rules"`
+	Memberships    []Membership         `json:"memberships"`
+	Destinations   []Destination        `json:"destinations"`
+}
