@@ -1,0 +1,63 @@
+# One target a task. "make help" lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := bin
+PROGRAMS := issuer sidecar gateway sallyport
+LDFLAGS := -s -w
+TOOL := go tool -modfile=tools/go.mod
+# The race detector needs a C compiler; without one the tests run all the same.
+RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
+ARGS ?=
+FUZZTIME ?= 60s
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.PHONY: build
+build: ## the four programs, in bin/
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
+
+.PHONY: demo
+demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for 20s --json")
+	@echo "compiling the four programs: about a minute the first time" >&2
+	@$(MAKE) --no-print-directory build
+	@$(BIN)/sallyport demo $(ARGS)
+
+.PHONY: test
+test: ## every test, with the race detector where a C compiler is
+	go vet ./...
+	go test $(RACE) -timeout 10m ./...
+
+.PHONY: check
+check: ## format, vet, staticcheck, golangci-lint
+	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
+	go vet ./...
+	$(TOOL) staticcheck ./...
+	$(TOOL) golangci-lint run ./...
+
+.PHONY: vuln
+vuln: ## govulncheck; needs to reach the Go vulnerability database
+	$(TOOL) govulncheck ./...
+
+.PHONY: bench
+bench: ## the benchmarks of the judge, the HTTP engine and the audit log
+	go test -run '^$$' -bench . -benchmem ./internal/http1 ./internal/authz ./internal/audit
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (60s)
+	@for p in $$(go list ./internal/... ./cmd/...); do \
+	  for f in $$(go test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
+	    echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p; \
+	  done; \
+	done
+
+.PHONY: generate
+generate: ## the gRPC code from mesh.proto; needs protoc
+	go generate ./internal/control/...
+
+.PHONY: sizes
+sizes: build ## the stripped size of each program
+	@for p in $(PROGRAMS); do printf '%-10s %5.1f MB\n' $$p $$(echo "$$(stat -c %s $(BIN)/$$p)/1000000" | awk -F/ '{print $$1/$$2}'); done
