@@ -1,0 +1,599 @@
+package capture
+
+import (
+	"bufio"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// The test binary plays the other process: CAPTURE_ROLE says which.
+func TestMain(m *testing.M) {
+	if role := os.Getenv("CAPTURE_ROLE"); role != "" {
+		if err := play(role, os.Args[1:]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+func play(role string, args []string) error {
+	in := bufio.NewReader(os.Stdin)
+	wait := func() { _, _ = in.ReadString('\n') }
+	switch role {
+	case "wait":
+		fmt.Println("ready")
+		wait()
+	case "exec": // becomes another program under the same pid
+		fmt.Println("ready")
+		wait()
+		return syscall.Exec(args[0], args, os.Environ())
+	case "dial":
+		c, err := net.Dial(args[0], args[1])
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		fmt.Println("ready")
+		wait()
+	case "open-and-hand-over": // fd 3 is the way to the one who gets the connection
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+		if err != nil {
+			return err
+		}
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: args[0]}); err != nil {
+			return err
+		}
+		if len(args) > 1 {
+			if _, err := unix.Write(fd, []byte(args[1])); err != nil {
+				return err
+			}
+		}
+		if err := unix.Sendmsg(3, []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
+			return err
+		}
+		wait()
+	}
+	return nil
+}
+
+type other struct {
+	*exec.Cmd
+	in  io.WriteCloser
+	out *bufio.Reader
+}
+
+func start(t testing.TB, role string, extra []*os.File, args ...string) *other {
+	t.Helper()
+	c := exec.Command("/proc/self/exe", args...)
+	c.Env = append(os.Environ(), "CAPTURE_ROLE="+role)
+	c.ExtraFiles = extra
+	c.Stderr = os.Stderr
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); c.Process.Kill(); c.Wait() })
+	return &other{c, in, bufio.NewReader(out)}
+}
+
+func (o *other) expect(t testing.TB, want string) {
+	t.Helper()
+	got, err := o.out.ReadString('\n')
+	if err != nil || strings.TrimSpace(got) != want {
+		t.Fatalf("other process said %q (%v), want %q", got, err, want)
+	}
+}
+
+func TestInspectSelf(t *testing.T) {
+	p, err := Inspect(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	exe, _ := os.Executable()
+	if p.PID != os.Getpid() || p.PPID != os.Getppid() || int(p.UID) != os.Geteuid() || int(p.GID) != os.Getegid() || p.ExePath != exe || p.Start == 0 || p.ExeInode == 0 {
+		t.Errorf("Inspect(self) = %+v", p)
+	}
+	q, err := Inspect(os.Getpid())
+	if err != nil || !p.Same(q) {
+		t.Errorf("a process differs from itself: %+v, %+v, %v", p, q, err)
+	}
+	data, err := os.ReadFile(exe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h, err := HashExe(os.Getpid()); err != nil || h != sha256.Sum256(data) {
+		t.Errorf("HashExe(self) = %x, %v", h, err)
+	}
+}
+
+func TestInspectRefusesWhatIsNotAProcess(t *testing.T) {
+	o := start(t, "wait", nil)
+	o.expect(t, "ready")
+	o.Process.Kill()
+	o.Wait()
+	for _, pid := range []int{0, -1, o.Process.Pid, 1 << 30} {
+		if p, err := Inspect(pid); !errors.Is(err, ErrNoProcess) {
+			t.Errorf("Inspect(%d) = %+v, %v; want ErrNoProcess", pid, p, err)
+		}
+	}
+}
+
+func TestSame(t *testing.T) {
+	p := Process{PID: 7, Start: 100, UID: 1, GID: 2, Groups: []uint32{3}, ExeDev: 4, ExeInode: 5, Cgroup: "/a", PPID: 1}
+	for name, c := range map[string]struct {
+		change func(*Process)
+		want   bool
+	}{
+		"nothing changed":              {func(*Process) {}, true},
+		"another parent is the same":   {func(q *Process) { q.PPID = 9 }, true},
+		"a reused pid started later":   {func(q *Process) { q.Start++ }, false},
+		"another pid":                  {func(q *Process) { q.PID++ }, false},
+		"another user":                 {func(q *Process) { q.UID = 0 }, false},
+		"another group":                {func(q *Process) { q.GID = 0 }, false},
+		"another supplementary group":  {func(q *Process) { q.Groups = []uint32{4} }, false},
+		"another executable":           {func(q *Process) { q.ExeInode++ }, false},
+		"the inode on another device":  {func(q *Process) { q.ExeDev++ }, false},
+		"moved to another cgroup":      {func(q *Process) { q.Cgroup = "/b" }, false},
+		"the zero value is no process": {func(q *Process) { *q = Process{} }, false},
+	} {
+		q := p
+		c.change(&q)
+		if got := p.Same(q); got != c.want {
+			t.Errorf("%s: Same = %v, want %v", name, got, c.want)
+		}
+	}
+	if (Process{}).Same(Process{}) {
+		t.Error("two zero values are the same process")
+	}
+}
+
+func TestExecOfAnotherBinaryInTheSamePIDIsSeen(t *testing.T) {
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	o := start(t, "exec", nil, sleep, "600")
+	o.expect(t, "ready")
+	before, err := Inspect(o.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(o.in, "\n"); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		after, err := Inspect(o.Process.Pid)
+		if err == nil && after.ExeInode != before.ExeInode {
+			if before.Same(after) {
+				t.Errorf("exec was not seen: %+v then %+v", before, after)
+			}
+			if after.Start != before.Start {
+				t.Errorf("exec changed the start time from %d to %d", before.Start, after.Start)
+			}
+			return
+		}
+		runtime.Gosched()
+	}
+}
+
+func TestParseCgroup(t *testing.T) {
+	for _, c := range []struct{ in, want string }{
+		{"0::/user.slice/a.scope\n", "/user.slice/a.scope"},
+		{"12:pids:/x\n0::/unified\n", "/unified"},
+		{"12:pids:/docker/abc\n1:name=systemd:/docker\n0::/\n", "/docker/abc"},
+		{"0::/\n", "/"},
+		{"", ""},
+		{"garbage\n", ""},
+		{"0::/with:colon\n", "/with:colon"},
+	} {
+		if got := parseCgroup(c.in); got != c.want {
+			t.Errorf("parseCgroup(%q) = %q, want %q", c.in, got, c.want)
+		}
+	}
+}
+
+func TestAncestorsAndChildren(t *testing.T) {
+	o := start(t, "wait", nil)
+	o.expect(t, "ready")
+	up, err := Ancestors(o.Process.Pid)
+	if err != nil || len(up) == 0 || up[0] != os.Getpid() || up[len(up)-1] != 1 {
+		t.Errorf("Ancestors = %v, %v; want this process first and pid 1 last", up, err)
+	}
+	kids, err := Children(os.Getpid())
+	if err != nil || !strings.Contains(fmt.Sprint(kids), strconv.Itoa(o.Process.Pid)) {
+		t.Errorf("Children = %v, %v; want %d among them", kids, err, o.Process.Pid)
+	}
+	if _, err := Ancestors(1 << 30); !errors.Is(err, ErrNoProcess) {
+		t.Errorf("Ancestors of nothing: %v", err)
+	}
+}
+
+func TestPidfdSeesExit(t *testing.T) {
+	o := start(t, "wait", nil)
+	o.expect(t, "ready")
+	p, err := OpenPidfd(o.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	done := p.Done()
+	select {
+	case <-done:
+		t.Fatal("Done before exit")
+	default:
+	}
+	if !p.Alive() {
+		t.Error("a running process is not alive")
+	}
+	if err := p.Signal(syscall.SIGKILL); err != nil {
+		t.Error(err)
+	}
+	<-done
+	if p.Alive() {
+		t.Error("a killed process is alive")
+	}
+	o.Wait()
+	if err := p.Signal(syscall.SIGKILL); err == nil {
+		t.Error("signal to a process that is gone succeeded")
+	}
+}
+
+func TestPidfdCloseEndsDone(t *testing.T) {
+	p, err := OpenPidfd(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := p.Done()
+	p.Close()
+	<-done
+	if p.Alive() {
+		t.Error("a closed Pidfd vouches for its process")
+	}
+}
+
+func TestAdoptPidfdRefusesNone(t *testing.T) {
+	if _, err := AdoptPidfd(-1, 7); err == nil {
+		t.Error("descriptor -1 accepted")
+	}
+}
+
+func listen(t *testing.T) (*UnixListener, string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	return l, path
+}
+
+func TestUnixPeerReadsItsOpener(t *testing.T) {
+	l, path := listen(t)
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	p := s.(*UnixPeer)
+	if want := (Cred{os.Getpid(), uint32(os.Getuid()), uint32(os.Getgid())}); p.Cred() != want {
+		t.Errorf("Cred = %+v, want %+v", p.Cred(), want)
+	}
+	fd, err := p.Pidfd()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fd.Close()
+	if fd.PID() != os.Getpid() || !fd.Alive() {
+		t.Errorf("Pidfd: pid %d alive %v", fd.PID(), fd.Alive())
+	}
+	c.Close()
+	got, err := io.ReadAll(s)
+	if err != nil || string(got) != "hello" {
+		t.Errorf("read %q, %v", got, err)
+	}
+}
+
+// receive takes the connection that the other process opened.
+func receive(t *testing.T, sock int) net.Conn {
+	t.Helper()
+	oob, b := make([]byte, 128), make([]byte, 1)
+	_, n, _, _, err := unix.Recvmsg(sock, b, oob, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(m) != 1 {
+		t.Fatalf("control messages %v, %v", m, err)
+	}
+	fds, err := unix.ParseUnixRights(&m[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "handed over")
+	defer f.Close()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func handOver(t *testing.T, args ...string) (net.Conn, *other) {
+	t.Helper()
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Close(sp[0]) })
+	theirs := os.NewFile(uintptr(sp[1]), "pair")
+	o := start(t, "open-and-hand-over", []*os.File{theirs}, args...)
+	theirs.Close()
+	return receive(t, sp[0]), o
+}
+
+func TestHandedOverConnectionIsRefused(t *testing.T) {
+	l, path := listen(t)
+	c, o := handOver(t, path)
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := s.(*UnixPeer).Cred().PID; got != o.Process.Pid {
+		t.Fatalf("opener is pid %d, want %d", got, o.Process.Pid)
+	}
+	if _, err := c.Write([]byte("give me the key")); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, 64)
+	n, err := s.Read(b)
+	if n != 0 || !errors.Is(err, ErrSenderChanged) {
+		t.Fatalf("Read = %d, %v; want 0, ErrSenderChanged", n, err)
+	}
+	if strings.Trim(string(b), "\x00") != "" {
+		t.Error("the refused bytes were left in the buffer")
+	}
+	if _, err := s.Write([]byte("x")); err == nil {
+		t.Error("the connection stayed open")
+	}
+}
+
+func TestBytesOfTwoWritersAreNotJoined(t *testing.T) {
+	l, path := listen(t)
+	c, _ := handOver(t, path, "honest ")
+	if _, err := c.Write([]byte("stolen")); err != nil {
+		t.Fatal(err)
+	}
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(s)
+	if string(got) != "honest " || !errors.Is(err, ErrSenderChanged) {
+		t.Errorf("read %q, %v; want only what the opener wrote, then ErrSenderChanged", got, err)
+	}
+}
+
+func TestDescriptorsAreRefused(t *testing.T) {
+	l, path := listen(t)
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, _, err := c.(*net.UnixConn).WriteMsgUnix([]byte("x"), unix.UnixRights(0), nil); err != nil {
+		t.Fatal(err)
+	}
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, _ := os.ReadDir("/proc/self/fd")
+	if n, err := s.Read(make([]byte, 8)); n != 0 || err == nil {
+		t.Errorf("Read = %d, %v; want a refusal", n, err)
+	}
+	after, _ := os.ReadDir("/proc/self/fd")
+	if len(after) > len(before) {
+		t.Errorf("descriptors grew from %d to %d", len(before), len(after))
+	}
+}
+
+func TestPeerThatExitedBeforeWeAskedIsRefused(t *testing.T) {
+	l, path := listen(t)
+	_, o := handOver(t, path)
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	o.Process.Kill()
+	o.Wait()
+	fd, err := s.(*UnixPeer).Pidfd()
+	if err == nil { // newer kernels keep the pidfd of a reaped process
+		defer fd.Close()
+		if fd.Alive() {
+			t.Error("a process that is gone is alive")
+		}
+	} else if !errors.Is(err, ErrNoProcess) {
+		t.Errorf("Pidfd: %v, want ErrNoProcess", err)
+	}
+}
+
+func TestListenUnix(t *testing.T) {
+	dir := t.TempDir()
+	old := unix.Umask(0)
+	defer unix.Umask(old)
+	path := filepath.Join(dir, "s")
+	l, err := ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v; want 0600", fi.Mode(), err)
+	}
+	if _, err := ListenUnix(path, 0o600); err == nil || !strings.Contains(err.Error(), "another process listens there") {
+		t.Errorf("second listener: %v", err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	l, err = ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatalf("stale socket was not replaced: %v", err)
+	}
+	l.Close()
+	file := filepath.Join(dir, "f")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ListenUnix(file, 0o600); err == nil {
+		t.Error("a regular file was replaced by a socket")
+	}
+	if b, _ := os.ReadFile(file); string(b) != "precious" {
+		t.Error("a regular file was harmed")
+	}
+}
+
+func TestOwnerOf(t *testing.T) {
+	for _, c := range []struct{ name, network, listen, dial string }{
+		{"IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1"},
+		{"IPv6", "tcp6", "[::1]:0", "::1"},
+		{"IPv4 client of a dual-stack listener", "tcp", "[::]:0", "127.0.0.1"},
+		{"client that dials the mapped address", "tcp", "127.0.0.1:0", "::ffff:127.0.0.1"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l, err := net.Listen(c.network, c.listen)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			_, port, _ := net.SplitHostPort(l.Addr().String())
+			o := start(t, "dial", nil, "tcp", net.JoinHostPort(c.dial, port))
+			s, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			local, remote := ends(s)
+			for _, cand := range [][]int{nil, {o.Process.Pid}, {os.Getpid(), 1 << 30}} {
+				p, err := OwnerOf(local, remote, cand...)
+				if err != nil || p.PID != o.Process.Pid {
+					t.Errorf("OwnerOf with candidates %v = pid %d, %v; want %d", cand, p.PID, err, o.Process.Pid)
+				}
+			}
+			if p, err := OwnerOf(remote, local); err != nil || p.PID != os.Getpid() {
+				t.Errorf("our own end: pid %d, %v; want %d", p.PID, err, os.Getpid())
+			}
+			o.expect(t, "ready")
+			o.Process.Kill()
+			o.Wait()
+			if p, err := OwnerOf(local, remote, o.Process.Pid); !errors.Is(err, ErrNoOwner) {
+				t.Errorf("after exit: pid %d, %v; want ErrNoOwner", p.PID, err)
+			}
+		})
+	}
+}
+
+func ends(c net.Conn) (local, remote netip.AddrPort) {
+	return c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+}
+
+func TestOwnerOfRefusesWhatIsNoConnection(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	nobody := netip.MustParseAddrPort("127.0.0.1:1")
+	for name, c := range map[string][2]netip.AddrPort{
+		"a listener is not the client":  {nobody, at},
+		"nothing there":                 {nobody, nobody},
+		"invalid addresses":             {{}, {}},
+		"one end IPv4, the other IPv6":  {at, netip.MustParseAddrPort("[::1]:1")},
+		"a listener and an invalid end": {at, {}},
+	} {
+		if p, err := OwnerOf(c[0], c[1]); err == nil {
+			t.Errorf("%s: pid %d", name, p.PID)
+		}
+	}
+}
+
+func FuzzParseDiag(f *testing.F) {
+	src, dst := netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:2")
+	f.Add([]byte{})
+	f.Add(make([]byte, nlHeaderLen+diagMsgLen))
+	b := make([]byte, nlHeaderLen+diagMsgLen)
+	b[4] = unix.SOCK_DIAG_BY_FAMILY
+	b[nlHeaderLen] = unix.AF_INET
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if s, err := parseDiag(b, src, dst); err == nil && s.inode == 0 {
+			t.Error("accepted an answer without an inode")
+		}
+	})
+}
+
+func BenchmarkOwnerOf(b *testing.B) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	o := start(b, "dial", nil, "tcp", l.Addr().String())
+	s, err := l.Accept()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	local, remote := ends(s)
+	for name, cand := range map[string][]int{"candidate": {o.Process.Pid}, "scan": nil} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if p, err := OwnerOf(local, remote, cand...); err != nil || p.PID != o.Process.Pid {
+					b.Fatal(p, err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkInspect(b *testing.B) {
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := Inspect(os.Getpid()); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

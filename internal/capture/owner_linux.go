@@ -1,0 +1,233 @@
+package capture
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// The wire of NETLINK_SOCK_DIAG (linux/inet_diag.h): header, request, reply.
+const (
+	nlHeaderLen  = 16
+	diagReqLen   = 56
+	diagMsgLen   = 72
+	tcpListen    = 10
+	tcpTimeWait  = 6
+	diagNoCookie = ^uint64(0)
+)
+
+// A socket is what the kernel says of one end of a TCP connection.
+type socket struct {
+	inode uint32
+	uid   uint32
+}
+
+// OwnerOf names the process at the other end of a TCP connection between two
+// sockets of this host, accepted here as local with the peer remote. It looks
+// first at candidates, then at every process. It needs no privilege for
+// processes of the same user; one that may not be seen is ErrNoOwner.
+//
+// When several processes share the socket (a parent and its forked child), the
+// first candidate, else the lowest pid, is named. The connection and the
+// owner's descriptor are looked at again after the process was inspected.
+func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
+	local, remote = unmap(local), unmap(remote)
+	s, err := lookup(remote, local)
+	if err != nil {
+		return Process{}, err
+	}
+	pid, fd := findHolder(s, candidates)
+	if pid == 0 {
+		return Process{}, ErrNoOwner
+	}
+	p, err := Inspect(pid)
+	if err != nil {
+		return Process{}, fmt.Errorf("owner of connection from %s: %w", remote, err)
+	}
+	if !isSocket("/proc/"+strconv.Itoa(pid)+"/fd/"+fd, socketLink(s)) {
+		return Process{}, ErrNoOwner
+	}
+	_, start, err := readStat("/proc/" + strconv.Itoa(pid))
+	if err != nil || start != p.Start {
+		return Process{}, ErrNoOwner
+	}
+	again, err := lookup(remote, local)
+	if err != nil {
+		return Process{}, err
+	}
+	if again != s {
+		return Process{}, ErrNoOwner
+	}
+	return p, nil
+}
+
+func unmap(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(a.Addr().Unmap().WithZone(""), a.Port())
+}
+
+// lookup asks the kernel for the socket whose own address is src and whose
+// peer is dst. An IPv6 socket that speaks to a mapped IPv4 address is found by
+// the IPv4 pair.
+func lookup(src, dst netip.AddrPort) (socket, error) {
+	if !src.IsValid() || !dst.IsValid() || src.Addr().Is4() != dst.Addr().Is4() {
+		return socket{}, fmt.Errorf("owner of connection: %s to %s is not one TCP connection", src, dst)
+	}
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+	if err != nil {
+		return socket{}, fmt.Errorf("owner of connection: open sock_diag: %w", err)
+	}
+	defer unix.Close(fd)
+	req := diagRequest(src, dst)
+	if err := unix.Sendto(fd, req[:], 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		return socket{}, fmt.Errorf("owner of connection: ask sock_diag: %w", err)
+	}
+	var buf [1024]byte
+	for {
+		// The kernel answers within sendto, so nothing to read is an error.
+		n, from, err := unix.Recvfrom(fd, buf[:], unix.MSG_DONTWAIT)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return socket{}, fmt.Errorf("owner of connection: read sock_diag: %w", err)
+		}
+		if nl, ok := from.(*unix.SockaddrNetlink); !ok || nl.Pid != 0 {
+			continue // not from the kernel
+		}
+		return parseDiag(buf[:n], src, dst)
+	}
+}
+
+// diagRequest asks for exactly one socket: no dump, any state.
+func diagRequest(src, dst netip.AddrPort) [nlHeaderLen + diagReqLen]byte {
+	var b [nlHeaderLen + diagReqLen]byte
+	ne := binary.NativeEndian
+	ne.PutUint32(b[0:], uint32(len(b)))
+	ne.PutUint16(b[4:], unix.SOCK_DIAG_BY_FAMILY)
+	ne.PutUint16(b[6:], unix.NLM_F_REQUEST)
+	ne.PutUint32(b[8:], 1)
+	r := b[nlHeaderLen:]
+	r[0] = unix.AF_INET6
+	if src.Addr().Is4() {
+		r[0] = unix.AF_INET
+	}
+	r[1] = unix.IPPROTO_TCP
+	ne.PutUint32(r[4:], ^uint32(0))
+	id := r[8:]
+	binary.BigEndian.PutUint16(id[0:], src.Port())
+	binary.BigEndian.PutUint16(id[2:], dst.Port())
+	copy(id[4:20], src.Addr().AsSlice())
+	copy(id[20:36], dst.Addr().AsSlice())
+	ne.PutUint64(id[40:], diagNoCookie)
+	return b
+}
+
+// parseDiag reads one answer. A kernel that finds only the listener on the
+// port answers with another pair than was asked for.
+func parseDiag(b []byte, src, dst netip.AddrPort) (socket, error) {
+	ne := binary.NativeEndian
+	if len(b) < nlHeaderLen+4 {
+		return socket{}, fmt.Errorf("owner of connection: answer of %d bytes is too short", len(b))
+	}
+	switch typ := ne.Uint16(b[4:]); typ {
+	case unix.NLMSG_ERROR:
+		errno := unix.Errno(-int32(ne.Uint32(b[nlHeaderLen:])))
+		if errno == unix.ENOENT {
+			return socket{}, ErrNoOwner
+		}
+		return socket{}, fmt.Errorf("owner of connection: sock_diag: %w", errno)
+	case unix.SOCK_DIAG_BY_FAMILY:
+	default:
+		return socket{}, fmt.Errorf("owner of connection: unexpected answer type %d", typ)
+	}
+	m := b[nlHeaderLen:]
+	if len(m) < diagMsgLen {
+		return socket{}, fmt.Errorf("owner of connection: answer of %d bytes is too short", len(b))
+	}
+	family, state, id := m[0], m[1], m[4:40]
+	s := socket{uid: ne.Uint32(m[64:]), inode: ne.Uint32(m[68:])}
+	if state == tcpListen || state == tcpTimeWait || s.inode == 0 ||
+		diagAddr(family, id[0:2], id[4:20]) != src || diagAddr(family, id[2:4], id[20:36]) != dst {
+		return socket{}, ErrNoOwner
+	}
+	return s, nil
+}
+
+// diagAddr reads one end of the answer; an IPv6 socket gives an IPv4 address
+// in mapped form.
+func diagAddr(family byte, port, addr []byte) netip.AddrPort {
+	a := netip.AddrFrom16([16]byte(addr)).Unmap()
+	if family == unix.AF_INET {
+		a = netip.AddrFrom4([4]byte(addr[:4]))
+	}
+	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(port))
+}
+
+func socketLink(s socket) string { return "socket:[" + strconv.FormatUint(uint64(s.inode), 10) + "]" }
+
+// findHolder finds a process with a descriptor of s: candidates first, then
+// the processes of the socket's user, then all others.
+func findHolder(s socket, candidates []int) (pid int, fd string) {
+	link := socketLink(s)
+	for _, c := range candidates {
+		if fd := holds(c, link); fd != "" {
+			return c, fd
+		}
+	}
+	pids, err := listPIDs()
+	if err != nil {
+		return 0, ""
+	}
+	var others []int
+	for _, p := range pids {
+		var st unix.Stat_t
+		if unix.Stat("/proc/"+strconv.Itoa(p), &st) != nil {
+			continue
+		}
+		if st.Uid != s.uid {
+			others = append(others, p)
+			continue
+		}
+		if fd := holds(p, link); fd != "" {
+			return p, fd
+		}
+	}
+	for _, p := range others {
+		if fd := holds(p, link); fd != "" {
+			return p, fd
+		}
+	}
+	return 0, ""
+}
+
+// holds gives the descriptor by which pid holds the socket, or "".
+func holds(pid int, link string) string {
+	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+	f, err := os.Open(dir)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	for {
+		names, err := f.Readdirnames(256)
+		for _, n := range names {
+			if isSocket(dir+"/"+n, link) {
+				return n
+			}
+		}
+		if err != nil || len(names) == 0 {
+			return ""
+		}
+	}
+}
+
+func isSocket(path, link string) bool {
+	var buf [64]byte
+	n, err := unix.Readlink(path, buf[:])
+	return err == nil && string(buf[:n]) == link
+}

@@ -1,0 +1,89 @@
+//go:build !linux
+
+package capture
+
+import (
+	"io/fs"
+	"net"
+	"net/netip"
+	"syscall"
+)
+
+// A Pidfd cannot be had outside Linux.
+type Pidfd struct{}
+
+// OpenPidfd fails with ErrNeedsLinux.
+func OpenPidfd(int) (*Pidfd, error) { return nil, ErrNeedsLinux }
+
+// AdoptPidfd fails with ErrNeedsLinux.
+func AdoptPidfd(int, int) (*Pidfd, error) { return nil, ErrNeedsLinux }
+
+// PID is 0: there is no process.
+func (*Pidfd) PID() int { return 0 }
+
+// Alive is false: nothing vouches for the process.
+func (*Pidfd) Alive() bool { return false }
+
+// Done is closed.
+func (*Pidfd) Done() <-chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}
+
+// Signal fails with ErrNeedsLinux.
+func (*Pidfd) Signal(syscall.Signal) error { return ErrNeedsLinux }
+
+// Close does nothing.
+func (*Pidfd) Close() error { return nil }
+
+// PeerCred fails with ErrNeedsLinux.
+func PeerCred(*net.UnixConn) (Cred, error) { return Cred{}, ErrNeedsLinux }
+
+// PeerPidfd fails with ErrNeedsLinux.
+func PeerPidfd(*net.UnixConn) (*Pidfd, error) { return nil, ErrNeedsLinux }
+
+// AdoptOrphans fails with ErrNeedsLinux.
+func AdoptOrphans() error { return ErrNeedsLinux }
+
+// Reap reports false.
+func Reap(int) bool { return false }
+
+// HeldChild leaves the descriptor at -1, which AdoptPidfd refuses.
+func HeldChild(pidfd *int) *syscall.SysProcAttr {
+	*pidfd = -1
+	return nil
+}
+
+// Inspect fails with ErrNeedsLinux.
+func Inspect(int) (Process, error) { return Process{}, ErrNeedsLinux }
+
+// Ancestors fails with ErrNeedsLinux.
+func Ancestors(int) ([]int, error) { return nil, ErrNeedsLinux }
+
+// Children fails with ErrNeedsLinux.
+func Children(int) ([]int, error) { return nil, ErrNeedsLinux }
+
+// HashExe fails with ErrNeedsLinux.
+func HashExe(int) ([32]byte, error) { return [32]byte{}, ErrNeedsLinux }
+
+// OwnerOf fails with ErrNeedsLinux.
+func OwnerOf(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }
+
+// A UnixListener cannot be had outside Linux.
+type UnixListener struct{ net.Listener }
+
+// ListenUnix fails with ErrNeedsLinux.
+func ListenUnix(string, fs.FileMode) (*UnixListener, error) { return nil, ErrNeedsLinux }
+
+// A UnixPeer cannot be had outside Linux.
+type UnixPeer struct{ net.Conn }
+
+// NewUnixPeer fails with ErrNeedsLinux.
+func NewUnixPeer(*net.UnixConn) (*UnixPeer, error) { return nil, ErrNeedsLinux }
+
+// Cred is that of nobody.
+func (*UnixPeer) Cred() Cred { return Cred{} }
+
+// Pidfd fails with ErrNeedsLinux.
+func (*UnixPeer) Pidfd() (*Pidfd, error) { return nil, ErrNeedsLinux }

@@ -1,0 +1,238 @@
+package capture
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxDepth bounds a walk towards pid 1. Linux has no limit of its own; no
+// honest process tree comes near this.
+const maxDepth = 128
+
+// Inspect describes the process pid. Everything in the result belongs to one
+// and the same process: the start time and the executable are read first and
+// last, and a difference is ErrNoProcess.
+func Inspect(pid int) (Process, error) {
+	if pid <= 0 {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, ErrNoProcess)
+	}
+	p := Process{PID: pid}
+	dir := "/proc/" + strconv.Itoa(pid)
+	var err error
+	if p.PPID, p.Start, err = readStat(dir); err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	if p.ExeDev, p.ExeInode, err = statExe(dir); err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	if p.ExePath, err = os.Readlink(dir + "/exe"); err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: read executable: %w", pid, procErr(err))
+	}
+	if err = p.readStatus(dir); err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	if p.Cgroup, err = readCgroup(dir); err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	dev, ino, err := statExe(dir)
+	if err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	_, start, err := readStat(dir)
+	if err != nil {
+		return Process{}, fmt.Errorf("inspect pid %d: %w", pid, err)
+	}
+	if start != p.Start || dev != p.ExeDev || ino != p.ExeInode {
+		return Process{}, fmt.Errorf("inspect pid %d: changed while being read: %w", pid, ErrNoProcess)
+	}
+	return p, nil
+}
+
+// procErr turns "file is gone" under /proc into ErrNoProcess.
+func procErr(err error) error {
+	if os.IsNotExist(err) || strings.Contains(err.Error(), unix.ESRCH.Error()) {
+		return ErrNoProcess
+	}
+	return err
+}
+
+// readStat gives the parent and the start time of /proc/PID/stat. The command
+// name may hold blanks and parentheses, so fields count from its last ')'.
+func readStat(dir string) (ppid int, start uint64, err error) {
+	b, err := os.ReadFile(dir + "/stat")
+	if err != nil {
+		return 0, 0, fmt.Errorf("read stat: %w", procErr(err))
+	}
+	i := bytes.LastIndexByte(b, ')')
+	if i < 0 {
+		return 0, 0, fmt.Errorf("read stat: no command name in it")
+	}
+	f := strings.Fields(string(b[i+1:]))
+	if len(f) < 20 { // f[0] is field 3, the start time is field 22
+		return 0, 0, fmt.Errorf("read stat: %d fields after the name, want 20 or more", len(f))
+	}
+	if f[0] == "Z" || f[0] == "X" {
+		return 0, 0, ErrNoProcess
+	}
+	if ppid, err = strconv.Atoi(f[1]); err != nil {
+		return 0, 0, fmt.Errorf("read stat: parent: %w", err)
+	}
+	if start, err = strconv.ParseUint(f[19], 10, 64); err != nil {
+		return 0, 0, fmt.Errorf("read stat: start time: %w", err)
+	}
+	return ppid, start, nil
+}
+
+func statExe(dir string) (dev, ino uint64, err error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir+"/exe", &st); err != nil {
+		return 0, 0, fmt.Errorf("stat executable: %w", procErr(err))
+	}
+	return uint64(st.Dev), st.Ino, nil
+}
+
+// readStatus takes the effective user and group and the supplementary groups
+// from /proc/PID/status.
+func (p *Process) readStatus(dir string) error {
+	b, err := os.ReadFile(dir + "/status")
+	if err != nil {
+		return fmt.Errorf("read status: %w", procErr(err))
+	}
+	var uid, gid bool
+	for line := range strings.Lines(string(b)) {
+		key, val, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
+		f := strings.Fields(val)
+		switch key {
+		case "Uid", "Gid":
+			if len(f) < 2 {
+				return fmt.Errorf("read status: %s has %d fields, want 4", key, len(f))
+			}
+			n, err := strconv.ParseUint(f[1], 10, 32)
+			if err != nil {
+				return fmt.Errorf("read status: %s: %w", key, err)
+			}
+			if key == "Uid" {
+				p.UID, uid = uint32(n), true
+			} else {
+				p.GID, gid = uint32(n), true
+			}
+		case "Groups":
+			for _, s := range f {
+				n, err := strconv.ParseUint(s, 10, 32)
+				if err != nil {
+					return fmt.Errorf("read status: groups: %w", err)
+				}
+				p.Groups = append(p.Groups, uint32(n))
+			}
+		}
+	}
+	if !uid || !gid {
+		return fmt.Errorf("read status: no Uid or Gid line")
+	}
+	return nil
+}
+
+func readCgroup(dir string) (string, error) {
+	b, err := os.ReadFile(dir + "/cgroup")
+	if err != nil {
+		return "", fmt.Errorf("read cgroup: %w", procErr(err))
+	}
+	return parseCgroup(string(b)), nil
+}
+
+// parseCgroup prefers the unified hierarchy ("0::/path"). Where only the old
+// hierarchies hold the process, the longest path says most.
+func parseCgroup(s string) string {
+	longest := ""
+	for line := range strings.Lines(s) {
+		f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3)
+		if len(f) != 3 {
+			continue
+		}
+		if f[0] == "0" && f[1] == "" && f[2] != "/" {
+			return f[2]
+		}
+		if len(f[2]) > len(longest) {
+			longest = f[2]
+		}
+	}
+	return longest
+}
+
+// Ancestors gives the parents of pid, nearest first, up to the first process
+// of the pid namespace. A parent that started after its child was not its
+// parent when it was read, and is ErrNoProcess.
+func Ancestors(pid int) ([]int, error) {
+	var out []int
+	ppid, start, err := readStat("/proc/" + strconv.Itoa(pid))
+	if err != nil {
+		return nil, fmt.Errorf("ancestors of pid %d: %w", pid, err)
+	}
+	for ppid > 0 {
+		if len(out) == maxDepth {
+			return nil, fmt.Errorf("ancestors of pid %d: more than %d", pid, maxDepth)
+		}
+		up, at, err := readStat("/proc/" + strconv.Itoa(ppid))
+		if err != nil {
+			return nil, fmt.Errorf("ancestors of pid %d: parent %d: %w", pid, ppid, err)
+		}
+		if at > start {
+			return nil, fmt.Errorf("ancestors of pid %d: parent %d is younger than its child: %w", pid, ppid, ErrNoProcess)
+		}
+		out = append(out, ppid)
+		ppid, start = up, at
+	}
+	return out, nil
+}
+
+// Children gives the pids whose parent is pid at this moment, ascending.
+func Children(pid int) ([]int, error) {
+	pids, err := listPIDs()
+	if err != nil {
+		return nil, err
+	}
+	var out []int
+	for _, q := range pids {
+		if ppid, _, err := readStat("/proc/" + strconv.Itoa(q)); err == nil && ppid == pid {
+			out = append(out, q)
+		}
+	}
+	return out, nil
+}
+
+// listPIDs names every process that is visible, ascending.
+func listPIDs() ([]int, error) {
+	ents, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var out []int
+	for _, e := range ents {
+		if n, err := strconv.Atoi(e.Name()); err == nil {
+			out = append(out, n)
+		}
+	}
+	return out, nil
+}
+
+// HashExe gives the SHA-256 of the executable that pid runs. It reads the file
+// that is mapped, not what now stands at its path.
+func HashExe(pid int) ([32]byte, error) {
+	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/exe")
+	if err != nil {
+		return [32]byte{}, fmt.Errorf("hash executable of pid %d: %w", pid, procErr(err))
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return [32]byte{}, fmt.Errorf("hash executable of pid %d: %w", pid, err)
+	}
+	return [32]byte(h.Sum(nil)), nil
+}
