@@ -13,8 +13,11 @@ type Agent struct {
 	AttestationType string     `json:"attestation_type"`
 	Selectors       []Selector `json:"selectors,omitempty"`
 	// Serial is the serial number of the current agent SVID, decimal.
-	Serial    string    `json:"serial"`
-	ExpiresAt time.Time `json:"expires_at"`
+	Serial string `json:"serial"`
+	// NextSerial is that of a renewed SVID which the agent has not used yet.
+	// Its first use makes it the current one; until then both are good.
+	NextSerial string    `json:"next_serial,omitempty"`
+	ExpiresAt  time.Time `json:"expires_at"`
 	Banned    bool      `json:"banned,omitempty"`
 }
 
