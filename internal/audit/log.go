@@ -1,0 +1,319 @@
+package audit
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Config says where a log is kept.
+type Config struct {
+	// Path of the file, made with mode 0600. Required.
+	Path string
+	// Log receives failures and repairs. Required.
+	Log *slog.Logger
+	// SyncEvery is how often Run brings new records to the disk. Default 10 ms.
+	SyncEvery time.Duration
+	// MaxFile is the size in bytes at which the file is put aside as
+	// Path.<number of its first record> and a new one continues the chain.
+	// Default 256 MiB.
+	MaxFile int64
+}
+
+// Validate reports every mistake by field name.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Path == "" {
+		errs = append(errs, errors.New("path: missing"))
+	}
+	if c.Log == nil {
+		errs = append(errs, errors.New("log: missing"))
+	}
+	if c.SyncEvery < 0 {
+		errs = append(errs, fmt.Errorf("sync every: %v is negative", c.SyncEvery))
+	}
+	if c.MaxFile < 0 {
+		errs = append(errs, fmt.Errorf("max file: %d is negative", c.MaxFile))
+	}
+	return errors.Join(errs...)
+}
+
+// disk is what a log needs of its file.
+type disk interface {
+	Write([]byte) (int, error)
+	Truncate(int64) error
+	Sync() error
+	Close() error
+}
+
+// A Log is an open audit log. It is safe for concurrent use.
+type Log struct {
+	cfg   Config
+	nonce string
+
+	// syncing is the right to call fsync: a semaphore of one.
+	syncing chan struct{}
+
+	// mu guards all that follows.
+	mu     sync.Mutex
+	file   disk
+	size   int64 // of the whole lines in the file
+	first  uint64
+	seq    uint64
+	synced uint64
+	prev   hash
+	buf    []byte
+	ids    strings.Builder // hands out ids without an allocation for each
+	closed bool
+	// torn is set while the file may end in a part of a line.
+	torn bool
+	// fail is why the last Append failed, lost how many failed since.
+	fail error
+	lost uint64
+	// dead is set when fsync failed: the kernel may have dropped pages, so
+	// nothing that follows could be trusted.
+	dead error
+	mem  *bytes.Buffer
+}
+
+func newLog(cfg Config) *Log {
+	cfg.SyncEvery = cmp.Or(cfg.SyncEvery, 10*time.Millisecond)
+	cfg.MaxFile = cmp.Or(cfg.MaxFile, 256<<20)
+	return &Log{
+		cfg:     cfg,
+		nonce:   strings.ToLower(rand.Text()[:6]) + "-",
+		syncing: make(chan struct{}, 1),
+		buf:     make([]byte, 0, 4096),
+	}
+}
+
+// Append writes one record and fills its Seq, and Time and ID when they are
+// empty. When it returns nil the record survives the death of the process;
+// Run, or Sync, make it survive the death of the machine. After an error the
+// record is not in the log and the caller must refuse what it stands for.
+func (l *Log) Append(r *Record) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
+	if l.lost > 0 {
+		gap := Record{Kind: KindGap, Detail: fmt.Sprintf("%d records could not be written: %v", l.lost, l.fail)}
+		if err := l.write(&gap); err != nil {
+			return l.failed(err)
+		}
+		l.lost, l.fail = 0, nil
+	}
+	if err := l.write(r); err != nil {
+		return l.failed(err)
+	}
+	return nil
+}
+
+// usable says why nothing can be written, and mends a torn end if it can.
+func (l *Log) usable() error {
+	if l.closed {
+		return ErrClosed
+	}
+	if l.dead != nil {
+		return l.dead
+	}
+	if l.torn {
+		if err := l.file.Truncate(l.size); err != nil {
+			return l.failed(fmt.Errorf("mend audit log: %w", err))
+		}
+		l.torn = false
+	}
+	return nil
+}
+
+func (l *Log) failed(err error) error {
+	if l.lost == 0 {
+		l.cfg.Log.Error("audit log cannot be written", "path", l.cfg.Path, "error", err)
+	}
+	l.fail = err
+	l.lost++
+	return err
+}
+
+// write appends one line, under mu.
+func (l *Log) write(r *Record) error {
+	if l.size >= l.cfg.MaxFile && l.mem == nil {
+		if err := l.rotate(); err != nil {
+			return err
+		}
+	}
+	rec := *r
+	rec.Seq = l.seq + 1
+	if rec.Time.IsZero() {
+		rec.Time = time.Now()
+	}
+	if rec.ID == "" {
+		rec.ID = l.nextID(rec.Seq)
+	}
+	clean(&rec)
+	l.buf = appendRecord(l.buf[:0], &rec, &l.prev)
+	n, err := l.file.Write(l.buf)
+	if err != nil || n != len(l.buf) {
+		l.torn = n != 0
+		return fmt.Errorf("write audit record: %w", cmp.Or(err, errors.New("short write")))
+	}
+	l.prev = sha256.Sum256(l.buf)
+	l.size += int64(n)
+	l.seq = rec.Seq
+	if l.first == 0 {
+		l.first = rec.Seq
+	}
+	r.Seq, r.Time, r.ID = rec.Seq, rec.Time, rec.ID
+	return nil
+}
+
+// nextID makes "<boot nonce>-<seq in hex>". The ids of one KiB share an
+// allocation.
+func (l *Log) nextID(seq uint64) string {
+	var num [16]byte
+	hex := strconv.AppendUint(num[:0], seq, 16)
+	if l.ids.Cap()-l.ids.Len() < len(l.nonce)+len(hex) {
+		l.ids = strings.Builder{}
+		l.ids.Grow(1024)
+	}
+	at := l.ids.Len()
+	l.ids.WriteString(l.nonce)
+	l.ids.Write(hex)
+	return l.ids.String()[at:]
+}
+
+// Healthy says why records cannot be written or brought to the disk; nil when
+// the last attempt succeeded.
+func (l *Log) Healthy() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return cmp.Or(l.dead, l.fail)
+}
+
+// Head returns the number of the newest record and the hash of its line.
+func (l *Log) Head() (seq uint64, sum [32]byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.seq, l.prev
+}
+
+// Sync returns once every record appended before the call is on the disk. One
+// fsync serves all callers that wait for it. After a failed fsync the log
+// takes nothing more until it is opened again.
+func (l *Log) Sync(ctx context.Context) error {
+	l.mu.Lock()
+	want := l.seq
+	l.mu.Unlock()
+	select {
+	case l.syncing <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("sync audit log: %w", context.Cause(ctx))
+	}
+	defer func() { <-l.syncing }()
+
+	l.mu.Lock()
+	file, now, done := l.file, l.seq, l.synced >= want
+	err := l.dead
+	if l.closed {
+		err = ErrClosed
+	}
+	l.mu.Unlock()
+	if err != nil || done {
+		return err
+	}
+	err = file.Sync()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.synced >= now {
+		return nil // rotate was faster: it has synced and closed the file
+	}
+	if err != nil {
+		return l.die(err)
+	}
+	l.synced = now
+	return nil
+}
+
+// die ends the use of the log, under mu.
+func (l *Log) die(err error) error {
+	l.dead = fmt.Errorf("sync audit log: %w; restart to write again", err)
+	l.cfg.Log.Error("audit log cannot be synced", "path", l.cfg.Path, "error", err)
+	return l.dead
+}
+
+// Run brings records to the disk every SyncEvery until ctx ends, and once more
+// then. It returns nil, or the failure that makes the log unusable.
+func (l *Log) Run(ctx context.Context) error {
+	tick := time.NewTicker(l.cfg.SyncEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			err := l.Sync(context.WithoutCancel(ctx))
+			if errors.Is(err, ErrClosed) {
+				return nil
+			}
+			return err
+		case <-tick.C:
+			if err := l.Sync(ctx); err != nil && ctx.Err() == nil {
+				return err
+			}
+		}
+	}
+}
+
+// Close brings what was appended to the disk and closes the file. Calls after
+// the first do nothing.
+func (l *Log) Close() error {
+	l.syncing <- struct{}{}
+	defer func() { <-l.syncing }()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.closed {
+		return nil
+	}
+	l.closed = true
+	return errors.Join(l.file.Sync(), l.file.Close())
+}
+
+// rotate puts the file aside and continues the chain in a new one, under mu.
+// The path names a file at every moment, so that nobody can slip in between.
+func (l *Log) rotate() error {
+	if err := l.file.Sync(); err != nil {
+		return l.die(err)
+	}
+	l.synced = l.seq
+	aside, next := segmentName(l.cfg.Path, l.first), l.cfg.Path+".new"
+	if err := os.Remove(next); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("continue audit log: %w", err)
+	}
+	f, err := createLog(next)
+	if err != nil {
+		return fmt.Errorf("continue audit log: %w", err)
+	}
+	if err := os.Link(l.cfg.Path, aside); err != nil {
+		return errors.Join(fmt.Errorf("put audit log aside: %w", err), f.Close(), os.Remove(next))
+	}
+	if err := os.Rename(next, l.cfg.Path); err != nil {
+		return errors.Join(fmt.Errorf("continue audit log: %w", err), f.Close(), os.Remove(next), os.Remove(aside))
+	}
+	old := l.file
+	l.file, l.size, l.first = f, 0, 0
+	if err := errors.Join(old.Close(), syncDir(filepath.Dir(aside))); err != nil {
+		l.cfg.Log.Warn("putting the audit log aside was not clean", "path", aside, "error", err)
+	}
+	return nil
+}
