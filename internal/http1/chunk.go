@@ -1,0 +1,166 @@
+package http1
+
+import "strconv"
+
+// states of a decoder, in the order of a chunk
+const (
+	chunkSize = iota
+	chunkExt
+	chunkSizeLF
+	chunkData
+	chunkDataCR
+	chunkDataLF
+	chunkTrailer
+	chunkDone
+)
+
+const (
+	maxChunkDigits = 15       // sizes stay below 2^60
+	maxTrailer     = 8 << 10  // bytes of all trailer lines
+	maxChunkExt    = 16 << 10 // bytes of extensions above what the data pays for
+)
+
+// decoder reads the chunked coding (RFC 9112 section 7.1) from pieces of any
+// size. Extensions are read and dropped. The zero value is ready.
+type decoder struct {
+	state   uint8
+	digits  uint8
+	left    int64 // data bytes left in this chunk
+	data    int64 // data bytes seen
+	ext     int64 // extension bytes seen
+	trailer []byte
+}
+
+// feed consumes b up to the end of the body, appending the data to out: framed
+// in chunks of our own when framed is set. n is what was consumed; done
+// says that the body, trailers included, is complete. The closing chunk is
+// not written.
+func (d *decoder) feed(out, b []byte, framed bool) (_ []byte, n int, err error) {
+	for n < len(b) && d.state != chunkDone {
+		c := b[n]
+		switch d.state {
+		case chunkSize:
+			err = d.size(c)
+		case chunkExt:
+			err = d.extension(c)
+		case chunkSizeLF:
+			if c != '\n' {
+				return out, n, refuse(ReasonChunk, "a chunk size line does not end in CRLF")
+			}
+			d.state, d.digits = chunkData, 0
+			if d.left == 0 {
+				d.state = chunkTrailer
+			}
+		case chunkData:
+			k := int(min(d.left, int64(len(b)-n)))
+			out = appendChunk(out, b[n:n+k], framed)
+			d.left -= int64(k)
+			d.data += int64(k)
+			if n += k; d.left == 0 {
+				d.state = chunkDataCR
+			}
+			continue
+		case chunkDataCR:
+			if c != '\r' {
+				return out, n, refuse(ReasonChunk, "chunk data is longer than its size says")
+			}
+			d.state = chunkDataLF
+		case chunkDataLF:
+			if c != '\n' {
+				return out, n, refuse(ReasonChunk, "chunk data does not end in CRLF")
+			}
+			d.state = chunkSize
+		case chunkTrailer:
+			err = d.trailerByte(c)
+		}
+		if err != nil {
+			return out, n, err
+		}
+		n++
+	}
+	return out, n, nil
+}
+
+func (d *decoder) done() bool { return d.state == chunkDone }
+
+func (d *decoder) size(c byte) error {
+	v := unhex(c)
+	switch {
+	case v >= 0 && d.digits < maxChunkDigits:
+		d.left = d.left<<4 | int64(v)
+		d.digits++
+	case v >= 0:
+		return refuse(ReasonChunk, "a chunk size has more than 15 digits")
+	case c == '\r' && d.digits > 0:
+		d.state = chunkSizeLF
+	case c == ';' && d.digits > 0:
+		d.state = chunkExt
+	default:
+		return refuse(ReasonChunk, "a chunk size is not a hexadecimal number")
+	}
+	return nil
+}
+
+func (d *decoder) extension(c byte) error {
+	if c == '\r' {
+		d.state = chunkSizeLF
+		return nil
+	}
+	if class[c]&isValue == 0 {
+		return refuse(ReasonChunk, "a chunk extension holds a control byte")
+	}
+	if d.ext++; d.ext > maxChunkExt+d.data {
+		return refuse(ReasonChunk, "chunk extensions outweigh the data")
+	}
+	return nil
+}
+
+// trailerByte collects trailer lines up to the blank one.
+func (d *decoder) trailerByte(c byte) error {
+	t := append(d.trailer, c)
+	d.trailer = t
+	n := len(t)
+	switch {
+	case n > maxTrailer:
+		return refuseAs(431, ReasonTrailer, "trailers are larger than 8 KiB")
+	case c == '\n' && (n < 2 || t[n-2] != '\r'), c != '\n' && n > 1 && t[n-2] == '\r':
+		return refuse(ReasonTrailer, "a trailer line does not end in CRLF")
+	case c == '\n' && (n == 2 || t[n-3] == '\n'):
+		d.trailer = t[:n-2]
+		d.state = chunkDone
+	}
+	return nil
+}
+
+// appendLast appends the closing chunk: with the trailers when pass is set.
+// Fields that may not stand in trailers (RFC 9110 section 6.5.1) are dropped.
+func (d *decoder) appendLast(out []byte, pass bool, lim *Limits) ([]byte, error) {
+	out = append(out, "0\r\n"...)
+	if len(d.trailer) > 0 {
+		var f framing
+		fields, err := parseFields(nil, d.trailer, lim, &f)
+		if err != nil {
+			return out, err
+		}
+		for i := range fields {
+			if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) {
+				out = appendField(out, fields[i].Name, fields[i].Value)
+			}
+		}
+	}
+	return append(out, '\r', '\n'), nil
+}
+
+// appendChunk appends data, as one chunk when framed.
+func appendChunk(out, data []byte, framed bool) []byte {
+	if !framed {
+		return append(out, data...)
+	}
+	if len(data) == 0 {
+		return out
+	}
+	out = strconv.AppendInt(out, int64(len(data)), 16)
+	out = append(out, '\r', '\n')
+	out = append(out, data...)
+	return append(out, '\r', '\n')
+}

@@ -1,0 +1,316 @@
+// Package http1 is a strict HTTP/1.1 engine for a proxy: it reads heads and
+// bodies, rewrites them in one pass and drives one exchange between two
+// connections. It accepts what RFC 9112 allows without doubt, refuses the
+// rest, and never forwards a head as it came.
+//
+// It knows no policy and keeps no pool of connections. A Conn belongs to one
+// goroutine; Exchange and Relay start a second one only while two directions
+// must move at once, and have joined it when they return.
+package http1
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"sync"
+	"time"
+)
+
+const (
+	bufferSize = 16 << 10 // first size of a read buffer; most heads and small bodies fit
+	roomSize   = 4 << 10  // free space kept behind a head, so that a body can stream past it
+	outSize    = 4 << 10
+)
+
+// Limits bound what a peer may send and how long it may take. The zero value
+// means the defaults.
+type Limits struct {
+	// Head is the size of a whole head in bytes, start line included.
+	// Default 32 KiB; above it 431.
+	Head int
+	// Headers is the number of field lines. Default 100; above it 431.
+	Headers int
+	// Target is the length of a request target in bytes. Default 8 KiB;
+	// above it 414.
+	Target int
+	// Interim is the number of 1xx responses allowed before the final one.
+	// Default 8.
+	Interim int
+	// HeadTimeout is the time from the first byte of a request to the end of
+	// its head, absolute. Default 10 s.
+	HeadTimeout time.Duration
+	// IdleTimeout is how long to wait for the first byte of a request.
+	// Default 65 s.
+	IdleTimeout time.Duration
+	// BodyTimeout is how long one read of a body may take. Default 5 min.
+	BodyTimeout time.Duration
+	// WriteTimeout is how long one write may take. Default 60 s.
+	WriteTimeout time.Duration
+	// MinRate is the least average rate, in bytes per second, of a request
+	// body of known length, after a grace of 5 s. Default 240; negative: none.
+	MinRate int
+	// AllowParams accepts ';' in a path. Without it such a request gets 400,
+	// because applications disagree on what the path then is.
+	AllowParams bool
+	// RefuseUnderscore refuses field names that hold '_' (400). Without it
+	// only those are dropped that fold to a name with a meaning.
+	RefuseUnderscore bool
+}
+
+func (l Limits) filled() Limits {
+	l.Head = cmp.Or(l.Head, 32<<10)
+	l.Headers = cmp.Or(l.Headers, 100)
+	l.Target = cmp.Or(l.Target, 8<<10)
+	l.Interim = cmp.Or(l.Interim, 8)
+	l.HeadTimeout = cmp.Or(l.HeadTimeout, 10*time.Second)
+	l.IdleTimeout = cmp.Or(l.IdleTimeout, 65*time.Second)
+	l.BodyTimeout = cmp.Or(l.BodyTimeout, 5*time.Minute)
+	l.WriteTimeout = cmp.Or(l.WriteTimeout, time.Minute)
+	l.MinRate = cmp.Or(l.MinRate, 240)
+	return l
+}
+
+// Conn is the buffered HTTP/1.1 side of one network connection. Its read half
+// and its write half hold no state in common, so Exchange may lend one half to
+// another goroutine; apart from that it belongs to one goroutine.
+type Conn struct {
+	nc  net.Conn
+	lim Limits
+
+	// The read half: unread bytes are buf[r:w]; bytes below floor belong to
+	// the views of the head that was read last and stay as they are.
+	buf         []byte
+	r, w, floor int
+	readEnd     time.Time // the read deadline now set
+	trailers    bool      // pass trailers on: true after ReadResponse
+
+	// The write half.
+	out      []byte
+	writeEnd time.Time // the write deadline now set
+}
+
+var connPool = sync.Pool{New: func() any {
+	return &Conn{buf: make([]byte, bufferSize), out: make([]byte, 0, outSize)}
+}}
+
+// NewConn wraps nc. Release gives the buffers back.
+func NewConn(nc net.Conn, lim Limits) *Conn {
+	c := connPool.Get().(*Conn)
+	c.nc, c.lim = nc, lim.filled()
+	return c
+}
+
+// Release gives the buffers back; the Conn and every view from it are dead
+// afterwards. It does not close the network connection.
+func (c *Conn) Release() {
+	if len(c.buf) != bufferSize {
+		c.buf = make([]byte, bufferSize)
+	}
+	if cap(c.out) > 4*bufferSize {
+		c.out = make([]byte, 0, outSize)
+	}
+	*c = Conn{buf: c.buf, out: c.out[:0]}
+	connPool.Put(c)
+}
+
+// NetConn is the connection underneath.
+func (c *Conn) NetConn() net.Conn { return c.nc }
+
+// Close closes the network connection at once. It may be called from any
+// goroutine to abort what the owner does.
+func (c *Conn) Close() error { return c.nc.Close() }
+
+// Buffered is the number of bytes received and not yet read.
+func (c *Conn) Buffered() int { return c.w - c.r }
+
+// Linger closes after an answer that the peer may still be sending against:
+// it shuts the sending side, discards up to 256 KiB for at most one second,
+// then closes. A plain Close there would reset the connection and could
+// destroy the answer before the peer has read it (RFC 9112 section 9.6).
+func (c *Conn) Linger() error {
+	if err := c.closeWrite(); err != nil {
+		return c.nc.Close()
+	}
+	c.readEnd = time.Now().Add(time.Second)
+	if c.nc.SetReadDeadline(c.readEnd) == nil {
+		c.floor, c.r, c.w = 0, 0, 0
+		for left := 256 << 10; left > 0; {
+			n, err := c.nc.Read(c.buf)
+			if left -= n; err != nil {
+				break
+			}
+		}
+	}
+	return c.nc.Close()
+}
+
+var errNoHalfClose = errors.New("connection cannot close one direction")
+
+func (c *Conn) closeWrite() error {
+	if h, ok := c.nc.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return errNoHalfClose
+}
+
+// Write writes all of p under the coarse write deadline.
+func (c *Conn) Write(p []byte) (int, error) {
+	now := time.Now()
+	if left, d := c.writeEnd.Sub(now), c.lim.WriteTimeout; left < d || left > d+d/8 {
+		c.writeEnd = now.Add(d + d/8)
+		if err := c.nc.SetWriteDeadline(c.writeEnd); err != nil {
+			return 0, err
+		}
+	}
+	return c.nc.Write(p)
+}
+
+// readWithin sees to a read deadline between d and d+d/8 from now. Deadlines
+// are coarse so that a busy connection does not set one for every message.
+func (c *Conn) readWithin(d time.Duration) {
+	now := time.Now()
+	if left := c.readEnd.Sub(now); left >= d && left <= d+d/8 {
+		return
+	}
+	c.readUntil(now.Add(d + d/8))
+}
+
+func (c *Conn) readUntil(t time.Time) {
+	c.readEnd = t
+	// A failure here means a closed connection, which the next read reports.
+	_ = c.nc.SetReadDeadline(t)
+}
+
+var errFull = errors.New("read buffer is full")
+
+// fill reads once. It returns an error only when no byte came.
+func (c *Conn) fill() error {
+	switch {
+	case c.r == c.w:
+		c.r, c.w = c.floor, c.floor
+	case c.w == len(c.buf) && c.r > c.floor:
+		c.w = c.floor + copy(c.buf[c.floor:], c.buf[c.r:c.w])
+		c.r = c.floor
+	}
+	if c.w == len(c.buf) {
+		return errFull
+	}
+	n, err := c.nc.Read(c.buf[c.w:])
+	if n > 0 {
+		c.w += n
+		return nil
+	}
+	if err == nil {
+		err = io.ErrNoProgress
+	}
+	return err
+}
+
+var crlf2 = []byte("\r\n\r\n")
+
+// head waits for a complete head and returns it without the last CRLF, so
+// that it ends in the CRLF of its last line. With arm, the first byte starts
+// the absolute head deadline.
+func (c *Conn) head(arm bool) ([]byte, error) {
+	c.floor = 0
+	if c.r == c.w {
+		c.r, c.w = 0, 0
+	}
+	seen := 0 // bytes from c.r on that hold no complete blank line
+	for {
+		if i := bytes.Index(c.buf[c.r+max(seen-3, 0):c.w], crlf2); i >= 0 {
+			return c.takeHead(max(seen-3, 0) + i + 4)
+		}
+		had := c.w - c.r
+		if bareLF(c.buf[c.r+max(seen-1, 0):c.w], seen > 0) {
+			return nil, refuse(ReasonLineEnding, "a line ends in a bare LF; lines end in CRLF")
+		}
+		if had >= c.lim.Head {
+			return nil, c.tooLarge()
+		}
+		if had > 0 && arm {
+			arm = false
+			c.readUntil(time.Now().Add(c.lim.HeadTimeout))
+		}
+		seen = had
+		if c.w == len(c.buf) && c.r == 0 {
+			c.grow(min(2*len(c.buf), c.lim.Head+roomSize))
+		}
+		if err := c.fill(); err != nil {
+			return nil, headError(err, had > 0)
+		}
+	}
+}
+
+// takeHead consumes a head of n bytes and keeps room behind it.
+func (c *Conn) takeHead(n int) ([]byte, error) {
+	if n > c.lim.Head {
+		return nil, c.tooLarge()
+	}
+	if len(c.buf)-c.r-n < roomSize {
+		if c.r > 0 {
+			c.w = copy(c.buf, c.buf[c.r:c.w])
+			c.r = 0
+		}
+		if len(c.buf)-n < roomSize {
+			c.grow(n + roomSize)
+		}
+	}
+	h := c.buf[c.r : c.r+n-2]
+	c.r += n
+	c.floor = c.r
+	return h, nil
+}
+
+func (c *Conn) grow(size int) {
+	if size <= len(c.buf) {
+		return
+	}
+	b := make([]byte, size)
+	c.w = copy(b, c.buf[c.r:c.w])
+	c.r, c.buf = 0, b
+}
+
+// tooLarge tells a head without end from a request line without end.
+func (c *Conn) tooLarge() error {
+	if i := bytes.IndexByte(c.buf[c.r:c.w], '\n'); i < 0 || i > c.lim.Target {
+		return refuseAs(http.StatusRequestURITooLong, ReasonTargetTooLong, "the request line is longer than the limit")
+	}
+	return refuseAs(http.StatusRequestHeaderFieldsTooLarge, ReasonHeadTooLarge, "the head is larger than the limit")
+}
+
+func headError(err error, begun bool) error {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded) && begun:
+		return ErrHeadTimeout
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return ErrIdleTimeout
+	case errors.Is(err, io.EOF) && begun:
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// bareLF finds an LF without CR before it. With prior, b[0] was looked at
+// already and stands there to be seen before b[1].
+func bareLF(b []byte, prior bool) bool {
+	from := 0
+	if prior {
+		from = 1
+	}
+	for from < len(b) {
+		i := bytes.IndexByte(b[from:], '\n')
+		if i < 0 {
+			return false
+		}
+		if from+i == 0 || b[from+i-1] != '\r' {
+			return true
+		}
+		from += i + 1
+	}
+	return false
+}
