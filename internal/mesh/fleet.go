@@ -18,7 +18,7 @@ type Agent struct {
 	// Its first use makes it the current one; until then both are good.
 	NextSerial string    `json:"next_serial,omitempty"`
 	ExpiresAt  time.Time `json:"expires_at"`
-	Banned    bool      `json:"banned,omitempty"`
+	Banned     bool      `json:"banned,omitempty"`
 }
 
 // A ProxyState says whether a proxy acts on the newest policy.

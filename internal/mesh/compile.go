@@ -1,0 +1,163 @@
+package mesh
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Compile makes the snapshot of everything: the reviewed set, which must be
+// valid, and where its services are at the moment. Endpoints of services that
+// the set does not name are left out.
+func Compile(p *Policies, rev, policyRev uint64, eps []Endpoint) (*Snapshot, error) {
+	if err := p.Validate(); err != nil {
+		return nil, fmt.Errorf("compile policies: %w", err)
+	}
+	s := &Snapshot{
+		Revision: rev, PolicyRevision: policyRev, PolicyHash: p.Hash(),
+		TrustDomain: p.TrustDomain,
+		Services:    slices.Clone(p.Services), Rules: slices.Clone(p.Rules),
+		Memberships: slices.Clone(p.Memberships), Destinations: slices.Clone(p.Destinations),
+	}
+	for _, e := range eps {
+		if _, ok := s.Service(e.Service); ok {
+			s.Endpoints = append(s.Endpoints, e)
+		}
+	}
+	s.canonical()
+	return s, nil
+}
+
+// canonical sorts every list and makes empty ones equal, so that equal contents
+// have equal bytes.
+func (s *Snapshot) canonical() {
+	s.Services = sorted(s.Services, compareServices)
+	s.Endpoints = slices.Compact(sorted(s.Endpoints, compareEndpoints))
+	s.Rules = sorted(s.Rules, compareRules)
+	s.Memberships = sorted(s.Memberships, compareMemberships)
+	s.Destinations = sorted(s.Destinations, compareDestinations)
+}
+
+func sorted[T any](list []T, less func(a, b T) int) []T {
+	if len(list) == 0 {
+		return []T{}
+	}
+	slices.SortStableFunc(list, less)
+	return list
+}
+
+func compareServices(a, b Service) int { return cmp.Compare(a.Name, b.Name) }
+
+func compareRules(a, b Rule) int { return cmp.Compare(a.ID, b.ID) }
+
+func compareDestinations(a, b Destination) int { return cmp.Compare(a.Host, b.Host) }
+
+func compareEndpoints(a, b Endpoint) int {
+	return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
+}
+
+func compareMemberships(a, b Membership) int {
+	return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Member, b.Member))
+}
+
+// Hash is the SHA-256, in hex, of what the reviewed set says. Comments, blanks,
+// the order of rows and the file a row stands in do not change it.
+func (p *Policies) Hash() string {
+	c := Policies{
+		TrustDomain:  p.TrustDomain,
+		Services:     sorted(without(p.Services, func(s *Service) { s.Origin = Origin{} }), compareServices),
+		Rules:        sorted(without(p.Rules, func(r *Rule) { r.Origin = Origin{} }), compareRules),
+		Memberships:  sorted(without(p.Memberships, func(m *Membership) { m.Origin = Origin{} }), compareMemberships),
+		Destinations: sorted(without(p.Destinations, func(d *Destination) { d.Origin = Origin{} }), compareDestinations),
+		Entries: sorted(without(p.Entries, func(e *Entry) { e.Origin = Origin{} }), func(a, b Entry) int {
+			return cmp.Compare(a.ID, b.ID)
+		}),
+		Cases: sorted(without(p.Cases, func(c *Case) { c.Origin = Origin{} }), func(a, b Case) int {
+			return cmp.Compare(a.Name, b.Name)
+		}),
+	}
+	return hashJSON(c)
+}
+
+// without returns a copy of the list with edit applied to each element.
+func without[T any](list []T, edit func(*T)) []T {
+	out := slices.Clone(list)
+	for i := range out {
+		edit(&out[i])
+	}
+	return out
+}
+
+func hashJSON(v any) string {
+	sum := sha256.Sum256(mustJSON(v))
+	return hex.EncodeToString(sum[:])
+}
+
+// mustJSON encodes nouns, which hold nothing that JSON cannot say: a time
+// outside of the years 0 to 9999 is refused where times are parsed.
+func mustJSON(v any) []byte {
+	b, err := json.Marshal(v)
+	if err != nil {
+		panic(fmt.Sprintf("mesh: encode %T: %v", v, err))
+	}
+	return b
+}
+
+// Service returns the service of that name.
+func (s *Snapshot) Service(name ServiceName) (Service, bool) {
+	for _, v := range s.Services {
+		if v.Name == name {
+			return v, true
+		}
+	}
+	return Service{}, false
+}
+
+// ServiceByID returns the service whose endpoints prove that identity.
+func (s *Snapshot) ServiceByID(id spiffeid.ID) (Service, bool) {
+	for _, v := range s.Services {
+		if v.ID == id && !id.IsZero() {
+			return v, true
+		}
+	}
+	return Service{}, false
+}
+
+// EndpointsOf returns where a service is reached, in a stable order.
+func (s *Snapshot) EndpointsOf(name ServiceName) []Endpoint {
+	var out []Endpoint
+	for _, e := range s.Endpoints {
+		if e.Service == name {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// DestinationOf returns how a host is reached: the destination of that very
+// name, or else the pattern it matches.
+func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
+	var found Destination
+	ok := false
+	for _, d := range s.Destinations {
+		if d.Host == host {
+			return d, true
+		}
+		if MatchHost(d.Host, host) {
+			found, ok = d, true
+		}
+	}
+	return found, ok
+}
+
+// Validate reports rows and memberships that mean nothing, as Errors. A proxy
+// asks before it acts on a snapshot from the wire or from disk.
+func (s *Snapshot) Validate() error {
+	v := validator{p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations}}
+	return v.run().orNil()
+}

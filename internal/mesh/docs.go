@@ -1,0 +1,201 @@
+package mesh
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// The structs below are the YAML files as people write them.
+
+// at is embedded in what wants to know its line.
+type at struct {
+	origin Origin
+}
+
+func (a *at) locate(o Origin) { a.origin = o }
+
+type servicesDoc struct {
+	Services []serviceDoc `yaml:"services"`
+}
+
+type serviceDoc struct {
+	at       `yaml:"-"`
+	Name     string      `yaml:"name"`
+	Identity spiffeid.ID `yaml:"identity"`
+	Port     uint16      `yaml:"port"`
+	Protocol string      `yaml:"protocol"`
+}
+
+func (d servicesDoc) nouns() []Service {
+	out := make([]Service, 0, len(d.Services))
+	for _, s := range d.Services {
+		if s.Protocol == "" {
+			s.Protocol = "http"
+		}
+		out = append(out, Service{
+			Name: ServiceName(s.Name), ID: s.Identity, Port: s.Port,
+			Protocol: s.Protocol, Origin: s.origin,
+		})
+	}
+	return out
+}
+
+type entriesDoc struct {
+	Entries []entryDoc `yaml:"entries"`
+}
+
+type entryDoc struct {
+	at            `yaml:"-"`
+	ID            string        `yaml:"id"`
+	SPIFFEID      spiffeid.ID   `yaml:"spiffe_id"`
+	ParentID      spiffeid.ID   `yaml:"parent_id"`
+	Selectors     []selectorDoc `yaml:"selectors"`
+	X509TTL       time.Duration `yaml:"x509_ttl"`
+	JWTTTL        time.Duration `yaml:"jwt_ttl"`
+	DNSNames      []string      `yaml:"dns_names"`
+	Hint          string        `yaml:"hint"`
+	WeakSelectors weakSelectors `yaml:"weak_selectors"`
+}
+
+// weakSelectors is the word "allow", and nothing else.
+type weakSelectors bool
+
+func (w *weakSelectors) UnmarshalText(text []byte) error {
+	if string(text) != "allow" {
+		return errWeakWord
+	}
+	*w = true
+	return nil
+}
+
+// selectorDoc is a Selector written as text.
+type selectorDoc Selector
+
+func (s *selectorDoc) UnmarshalText(text []byte) error {
+	sel, err := ParseSelector(string(text))
+	*s = selectorDoc(sel)
+	return err
+}
+
+func (d entriesDoc) nouns() []Entry {
+	out := make([]Entry, 0, len(d.Entries))
+	for _, e := range d.Entries {
+		var selectors []Selector
+		for _, s := range e.Selectors {
+			selectors = append(selectors, Selector(s))
+		}
+		n := Entry{
+			ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID, Selectors: selectors,
+			X509TTL: e.X509TTL, JWTTTL: e.JWTTTL, DNSNames: e.DNSNames, Hint: e.Hint,
+			WeakSelectors: bool(e.WeakSelectors), Origin: e.origin,
+		}
+		if n.ID == "" {
+			n.ID = entryID(n)
+		}
+		out = append(out, n)
+	}
+	return out
+}
+
+// entryID is stable over restarts and over the order of selectors: 128 bits of
+// the SHA-256 of parent, identity and sorted selectors.
+func entryID(e Entry) string {
+	sels := make([]string, len(e.Selectors))
+	for i, s := range e.Selectors {
+		sels[i] = s.String()
+	}
+	slices.Sort(sels)
+	h := sha256.Sum256([]byte(e.ParentID.String() + "\n" + e.SPIFFEID.String() + "\n" + strings.Join(sels, "\n")))
+	return hex.EncodeToString(h[:16])
+}
+
+type egressDoc struct {
+	Destinations []destinationDoc `yaml:"destinations"`
+}
+
+type destinationDoc struct {
+	at      `yaml:"-"`
+	Host    string         `yaml:"host"`
+	Proto   string         `yaml:"proto"`
+	SNI     string         `yaml:"sni"`
+	Private []netip.Prefix `yaml:"private"`
+	Route   routeDoc       `yaml:"route"`
+}
+
+type routeDoc struct {
+	Endpoints      []netip.AddrPort `yaml:"endpoints"`
+	ConnectTimeout time.Duration    `yaml:"connect_timeout"`
+}
+
+func (d egressDoc) nouns() []Destination {
+	out := make([]Destination, 0, len(d.Destinations))
+	for _, s := range d.Destinations {
+		n := Destination{
+			Host: s.Host, Proto: s.Proto, SNI: s.SNI, Private: s.Private,
+			Endpoints: s.Route.Endpoints, ConnectTimeout: s.Route.ConnectTimeout,
+			Origin: s.origin,
+		}
+		if n.Proto == "" {
+			n.Proto = "tls"
+		}
+		if n.SNI == "" && n.Proto == "tls" {
+			n.SNI = "strict"
+		}
+		out = append(out, n)
+	}
+	return out
+}
+
+type testsDoc struct {
+	Tests []caseDoc `yaml:"tests"`
+}
+
+type caseDoc struct {
+	at   `yaml:"-"`
+	Name string    `yaml:"name"`
+	From string    `yaml:"from"`
+	To   string    `yaml:"to"`
+	Port uint16    `yaml:"port"`
+	Verb string    `yaml:"verb"`
+	Path string    `yaml:"path"`
+	SNI  string    `yaml:"sni"`
+	Now  time.Time `yaml:"now"`
+	Want string    `yaml:"want"`
+	Rule string    `yaml:"rule"`
+}
+
+// nouns resolves callers and ports through the services.
+func (d testsDoc) nouns(services []Service, errs *Errors) []Case {
+	out := make([]Case, 0, len(d.Tests))
+	for _, t := range d.Tests {
+		c := Case{
+			Name: t.Name, To: t.To, Port: t.Port, Verb: t.Verb, Path: t.Path,
+			SNI: t.SNI, Now: t.Now, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,
+		}
+		from, err := caller(t.From, services)
+		if err != nil && len(*errs) > 0 && t.From != "" {
+			continue // the service may stand in a file that could not be read
+		}
+		if err != nil {
+			*errs = append(*errs, &Problem{File: t.origin.File, Line: t.origin.Line, near: "from:", Msg: err.Error()})
+			continue
+		}
+		c.From = from
+		if strings.HasPrefix(c.To, "host:") && c.Verb == "" && c.Path == "" {
+			c.Verb, c.Path = "CONNECT", "-"
+		}
+		for _, s := range services {
+			if c.Port == 0 && (string(s.Name) == c.To || s.ID.String() == c.To) {
+				c.Port = s.Port
+			}
+		}
+		out = append(out, c)
+	}
+	return out
+}

@@ -1,0 +1,121 @@
+package mesh
+
+import (
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Project returns what the sidecar beside the workload who needs and nothing
+// more: rules about calls to it, rules about calls and egress it may make, the
+// services it may call with their endpoints, its own service, and the members
+// of the groups in these rules.
+func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
+	out := s.head()
+	id := who.String()
+	x := newGroups(s.Memberships)
+	mine := x.of(id)
+	var calls []Rule
+	for _, r := range s.Rules {
+		asCaller := !who.IsZero() && (MatchSrc(r.Src, id) || mine[r.Src])
+		asTarget := !who.IsZero() && r.Dir == In && (MatchDst(In, r.Dst, id) || mine[r.Dst])
+		if asCaller || asTarget {
+			out.Rules = append(out.Rules, r)
+		}
+		if asCaller && r.Dir == In && r.Effect == Allow {
+			calls = append(calls, r)
+		}
+	}
+	for _, svc := range s.Services {
+		target := svc.ID.String()
+		groups := x.of(target)
+		called := slices.ContainsFunc(calls, func(r Rule) bool {
+			return MatchDst(In, r.Dst, target) || groups[r.Dst]
+		})
+		if called || svc.ID == who {
+			out.Services = append(out.Services, svc)
+		}
+		if called {
+			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
+		}
+	}
+	out.Memberships = x.below(out.Rules)
+	out.canonical()
+	return out
+}
+
+// ProjectGateway returns what a gateway needs: all rules of the direction Out
+// with the members of their groups, all destinations, and the names of the
+// services, whose endpoints it must never dial.
+func (s *Snapshot) ProjectGateway() *Snapshot {
+	out := s.head()
+	for _, r := range s.Rules {
+		if r.Dir == Out {
+			out.Rules = append(out.Rules, r)
+		}
+	}
+	out.Services = slices.Clone(s.Services)
+	out.Destinations = slices.Clone(s.Destinations)
+	out.Memberships = newGroups(s.Memberships).below(out.Rules)
+	out.canonical()
+	return out
+}
+
+func (s *Snapshot) head() *Snapshot {
+	return &Snapshot{
+		Revision: s.Revision, PolicyRevision: s.PolicyRevision,
+		PolicyHash: s.PolicyHash, TrustDomain: s.TrustDomain,
+	}
+}
+
+// groups answers who is in what.
+type groups struct {
+	up   map[string][]string
+	down map[string][]Membership
+}
+
+func newGroups(ms []Membership) *groups {
+	g := &groups{up: map[string][]string{}, down: map[string][]Membership{}}
+	for _, m := range ms {
+		g.up[m.Member] = append(g.up[m.Member], m.Group)
+		g.down[m.Group] = append(g.down[m.Group], m)
+	}
+	return g
+}
+
+// of returns every group that holds ref, directly or through other groups.
+func (g *groups) of(ref string) map[string]bool {
+	out := map[string]bool{}
+	for todo := slices.Clone(g.up[ref]); len(todo) > 0; {
+		last := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if !out[last] {
+			out[last] = true
+			todo = append(todo, g.up[last]...)
+		}
+	}
+	return out
+}
+
+// below returns the memberships that give the groups in rules their meaning.
+func (g *groups) below(rules []Rule) []Membership {
+	var out []Membership
+	var todo []string
+	for _, r := range rules {
+		todo = append(todo, r.Src, r.Dst)
+	}
+	seen := map[string]bool{}
+	for len(todo) > 0 {
+		ref := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if seen[ref] || !IsGroup(ref) {
+			continue
+		}
+		seen[ref] = true
+		for _, m := range g.down[ref] {
+			out = append(out, m)
+			todo = append(todo, m.Member)
+		}
+	}
+	return out
+}

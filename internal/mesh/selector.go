@@ -1,0 +1,112 @@
+package mesh
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"path"
+	"strconv"
+	"strings"
+)
+
+// selectorKinds are the facts that attestation can establish, each with the
+// form of its value.
+var selectorKinds = map[string]func(string) error{
+	"unix:uid":               checkUint,
+	"unix:gid":               checkUint,
+	"unix:supplementary_gid": checkUint,
+	"unix:user":              checkWord,
+	"unix:group":             checkWord,
+	"unix:path":              checkAbsolute,
+	"unix:sha256":            checkSHA256,
+	"cgroup:path":            checkAbsolute,
+	"child":                  checkTrue,
+	"child:sha256":           checkSHA256,
+	"self":                   checkTrue,
+}
+
+// ParseSelector reads "type:value", such as "unix:uid:1000", "child:true" or
+// "self:true". The type is what stands before the first colon.
+func ParseSelector(s string) (Selector, error) {
+	typ, value, ok := strings.Cut(s, ":")
+	if !ok || typ == "" || value == "" {
+		return Selector{}, fmt.Errorf("selector %q is not like unix:uid:1000", clip(s))
+	}
+	sel := Selector{Type: typ, Value: value}
+	if err := sel.Check(); err != nil {
+		return Selector{}, err
+	}
+	return sel, nil
+}
+
+// Check reports whether attestation knows this kind of fact and its value has
+// the right form.
+func (s Selector) Check() error {
+	kind, value := s.Kind(), s.Value
+	if kind != s.Type {
+		_, value, _ = strings.Cut(s.Value, ":")
+	}
+	check, ok := selectorKinds[kind]
+	if !ok {
+		return fmt.Errorf("unknown selector %q%s", clip(s.String()), didYouMean(kind, sortedKeys(selectorKinds)))
+	}
+	if err := check(value); err != nil {
+		return fmt.Errorf("selector %q: %w", clip(s.String()), err)
+	}
+	return nil
+}
+
+// Kind is the selector without its value, such as "unix:uid" or "child".
+func (s Selector) Kind() string {
+	if name, _, ok := strings.Cut(s.Value, ":"); ok {
+		return s.Type + ":" + name
+	}
+	return s.Type
+}
+
+// Weak reports whether the selector names a program file only. Such a fact is
+// true of every process that runs the file, whoever started it, so it is no
+// boundary on its own.
+func (s Selector) Weak() bool {
+	switch s.Kind() {
+	case "unix:path", "unix:sha256":
+		return true
+	}
+	return false
+}
+
+func checkUint(v string) error {
+	n, err := strconv.ParseUint(v, 10, 32)
+	if err != nil || strconv.FormatUint(n, 10) != v {
+		return fmt.Errorf("%q is not a number", v)
+	}
+	return nil
+}
+
+func checkWord(v string) error {
+	if strings.ContainsAny(v, ": \t/") || v == "" {
+		return fmt.Errorf("%q is not a name", v)
+	}
+	return nil
+}
+
+func checkAbsolute(v string) error {
+	if !strings.HasPrefix(v, "/") || path.Clean(v) != v {
+		return fmt.Errorf("%q is not an absolute path without detours", v)
+	}
+	return nil
+}
+
+func checkSHA256(v string) error {
+	if b, err := hex.DecodeString(v); err != nil || len(b) != 32 || strings.ToLower(v) != v {
+		return errors.New("want 64 lower-case hex digits")
+	}
+	return nil
+}
+
+func checkTrue(v string) error {
+	if v != "true" {
+		return errors.New(`only "true" is possible`)
+	}
+	return nil
+}

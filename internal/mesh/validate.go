@@ -1,0 +1,242 @@
+package mesh
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Validate reports every mistake in the reviewed set, as Errors: values that
+// mean nothing, names written twice, names that nothing defines.
+func (p *Policies) Validate() error {
+	v := validator{p: p}
+	return v.run().orNil()
+}
+
+// A validator collects mistakes. With valuesOnly it leaves out what would be a
+// false alarm when rows are missing because they could not be read.
+type validator struct {
+	p          *Policies
+	valuesOnly bool
+	// broken are files in which values may be missing because they could not
+	// be read, which is a mistake already reported.
+	broken map[string]bool
+	errs   Errors
+}
+
+func (v *validator) run() Errors {
+	if v.p.TrustDomain.IsZero() {
+		return Errors{{Msg: "trust domain is missing"}}
+	}
+	v.services()
+	v.rules()
+	v.memberships()
+	v.destinations()
+	v.entries()
+	v.cases()
+	if !v.valuesOnly {
+		v.groups()
+	}
+	return v.errs
+}
+
+// item records a mistake in a YAML item, the caret at the text near.
+func (v *validator) item(o Origin, near, format string, args ...any) {
+	v.errs = append(v.errs, &Problem{File: o.File, Line: o.Line, near: near, Msg: fmt.Sprintf(format, args...)})
+}
+
+// missing records that an item lacks a value.
+func (v *validator) missing(o Origin, what string) {
+	if !v.broken[o.File] {
+		v.item(o, "", "%s is missing", what)
+	}
+}
+
+// cell records a mistake in a column of a CSV row.
+func (v *validator) cell(o Origin, column int, format string, args ...any) {
+	v.errs = append(v.errs, &Problem{File: o.File, Line: o.Line, field: column, Msg: fmt.Sprintf(format, args...)})
+}
+
+// twice reports a key seen before.
+func twice[K comparable](v *validator, seen map[K]Origin, key K, o Origin, what string) {
+	if first, ok := seen[key]; ok {
+		v.item(o, fmt.Sprint(key), "%s %q is written twice, first at %s", what, fmt.Sprint(key), first)
+		return
+	}
+	seen[key] = o
+}
+
+// workloadID checks that an identity is one of ours and is a workload's.
+func (v *validator) workloadID(o Origin, what string, id spiffeid.ID) {
+	switch {
+	case id.IsZero():
+		v.missing(o, what)
+	case !id.MemberOf(v.p.TrustDomain):
+		v.item(o, id.String(), "%s %q is not in trust domain %q", what, id, v.p.TrustDomain.Name())
+	case id.Path() == "":
+		v.item(o, id.String(), "%s %q is the trust domain itself, not a workload", what, id)
+	case id.Path() == "/spire" || strings.HasPrefix(id.Path(), "/spire/"):
+		v.item(o, id.String(), "%s %q is under /spire, which is kept for agents and the issuer", what, id)
+	}
+}
+
+func (v *validator) services() {
+	names, ids := map[ServiceName]Origin{}, map[string]Origin{}
+	for _, s := range v.p.Services {
+		switch err := checkLabel(string(s.Name)); {
+		case s.Name == "":
+			v.missing(s.Origin, "name")
+		case err != nil:
+			v.item(s.Origin, string(s.Name), "name: %s", err)
+		case looksNumeric(string(s.Name)):
+			v.item(s.Origin, string(s.Name), "name %q could be read as an address", s.Name)
+		default:
+			twice(v, names, s.Name, s.Origin, "service")
+		}
+		v.workloadID(s.Origin, "identity", s.ID)
+		if !s.ID.IsZero() {
+			twice(v, ids, s.ID.String(), s.Origin, "identity")
+		}
+		if s.Port == 0 {
+			v.missing(s.Origin, "port, a number from 1 to 65535,")
+		}
+		if s.Protocol != "http" {
+			v.item(s.Origin, s.Protocol, "unknown protocol %q: only \"http\" is supported", s.Protocol)
+		}
+	}
+}
+
+func (v *validator) destinations() {
+	seen := map[string]Origin{}
+	for _, d := range v.p.Destinations {
+		if err := CheckHostPattern(d.Host); d.Host == "" {
+			v.missing(d.Origin, "host")
+		} else if err != nil {
+			v.item(d.Origin, d.Host, "%s", err)
+		} else {
+			twice(v, seen, d.Host, d.Origin, "host")
+		}
+		switch {
+		case d.Proto != "tls" && d.Proto != "tcp":
+			v.item(d.Origin, d.Proto, "unknown proto %q%s", d.Proto, didYouMean(d.Proto, []string{"tls", "tcp"}))
+		case d.Proto == "tcp" && d.SNI != "":
+			v.item(d.Origin, "sni:", "sni has no meaning for proto tcp: leave it out")
+		case d.Proto == "tls" && d.SNI != "strict" && d.SNI != "optional":
+			v.item(d.Origin, d.SNI, "unknown sni %q%s", d.SNI, didYouMean(d.SNI, []string{"strict", "optional"}))
+		}
+		for _, p := range d.Private {
+			v.private(d.Origin, p)
+		}
+		for _, e := range d.Endpoints {
+			if !e.IsValid() || e.Port() == 0 || e.Addr().Zone() != "" || e.Addr().Is4In6() {
+				v.item(d.Origin, e.String(), "endpoint %q is not an address and a port", e)
+			}
+		}
+		if len(d.Endpoints) > 0 && strings.HasPrefix(d.Host, "*.") {
+			v.item(d.Origin, "endpoints:", "endpoints of pattern %q would serve every name below it: write one destination per host", d.Host)
+		}
+		if d.ConnectTimeout < 0 || d.ConnectTimeout > time.Minute {
+			v.item(d.Origin, "connect_timeout:", "connect_timeout %s is not from 0 to 1m", d.ConnectTimeout)
+		}
+	}
+}
+
+// private refuses ranges so wide that they mean "anything".
+func (v *validator) private(o Origin, p netip.Prefix) {
+	switch {
+	case !p.IsValid() || p.Addr().Is4In6():
+		v.item(o, p.String(), "private %q is not a range like 10.1.0.0/16", p)
+	case p.Masked() != p:
+		v.item(o, p.String(), "private %q has bits set behind its length: write %s", p, p.Masked())
+	case p.Addr().Is4() && p.Bits() < 8 || p.Addr().Is6() && p.Bits() < 7:
+		v.item(o, p.String(), "private %q is wider than any private range", p)
+	}
+}
+
+// Longest lifetimes that an entry may ask for. The issuer's own limits stand
+// above these.
+const (
+	maxX509TTL = 24 * time.Hour
+	maxJWTTTL  = time.Hour
+)
+
+func (v *validator) entries() {
+	seen := map[string]Origin{}
+	for _, e := range v.p.Entries {
+		v.workloadID(e.Origin, "spiffe_id", e.SPIFFEID)
+		switch {
+		case e.ParentID.IsZero():
+			v.missing(e.Origin, "parent_id")
+		case !e.ParentID.MemberOf(v.p.TrustDomain):
+			v.item(e.Origin, e.ParentID.String(), "parent_id %q is not in trust domain %q", e.ParentID, v.p.TrustDomain.Name())
+		case !strings.HasPrefix(e.ParentID.Path(), "/spire/agent/"):
+			v.item(e.Origin, e.ParentID.String(), "parent_id %q is not an agent: its path starts with /spire/agent/", e.ParentID)
+		}
+		v.selectors(e)
+		if e.X509TTL < 0 || e.X509TTL > maxX509TTL || e.X509TTL > 0 && e.X509TTL < time.Second {
+			v.item(e.Origin, "x509_ttl:", "x509_ttl %s is not from 1s to %s", e.X509TTL, maxX509TTL)
+		}
+		if e.JWTTTL < 0 || e.JWTTTL > maxJWTTTL || e.JWTTTL > 0 && e.JWTTTL < time.Second {
+			v.item(e.Origin, "jwt_ttl:", "jwt_ttl %s is not from 1s to %s", e.JWTTTL, maxJWTTTL)
+		}
+		names := map[string]Origin{}
+		for _, n := range e.DNSNames {
+			if err := CheckHost(n); err != nil {
+				v.item(e.Origin, n, "dns_names: %s", err)
+				continue
+			}
+			twice(v, names, n, e.Origin, "DNS name")
+		}
+		if len(e.Hint) > 64 {
+			v.item(e.Origin, "hint:", "hint has %d characters, more than 64", len(e.Hint))
+		}
+		if !plainWord(e.ID, 64) {
+			v.item(e.Origin, "id:", "id %q is not 1 to 64 letters, digits, hyphens, dots or underscores", clip(e.ID))
+			continue
+		}
+		if first, ok := seen[e.ID]; ok {
+			v.item(e.Origin, "", "entry is written twice, first at %s: same parent, identity and selectors, or same id", first)
+		}
+		seen[e.ID] = e.Origin
+	}
+}
+
+func (v *validator) selectors(e Entry) {
+	if len(e.Selectors) == 0 {
+		if !v.broken[e.Origin.File] {
+			v.item(e.Origin, "selectors:", "selectors are missing: an entry without any would match every process")
+		}
+		return
+	}
+	strong := false
+	seen := map[string]Origin{}
+	for _, s := range e.Selectors {
+		if err := s.Check(); err != nil {
+			v.item(e.Origin, s.String(), "%s", err)
+		} else {
+			twice(v, seen, s.String(), e.Origin, "selector")
+		}
+		strong = strong || !s.Weak()
+	}
+	if !strong && !e.WeakSelectors {
+		v.item(e.Origin, e.Selectors[0].String(), "selector %q alone is no boundary, any process can run that file: add a uid, gid or cgroup, or write weak_selectors: allow", e.Selectors[0])
+	}
+}
+
+// plainWord accepts identifiers that are safe as metric labels.
+func plainWord(s string, longest int) bool {
+	if s == "" || len(s) > longest {
+		return false
+	}
+	for i := range len(s) {
+		c := s[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		if !alnum && (i == 0 || c != '-' && c != '.' && c != '_') {
+			return false
+		}
+	}
+	return true
+}
