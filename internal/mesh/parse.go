@@ -145,6 +145,7 @@ func (r *reader) documents(p *Policies) error {
 		return err
 	}
 	p.Services, p.Entries, p.Destinations = services.nouns(), entries.nouns(), egress.nouns()
+	lenient := len(r.errs) > 0
 	names, err := fs.ReadDir(r.fsys, testsFolder)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -165,7 +166,7 @@ func (r *reader) documents(p *Policies) error {
 		if err := r.yaml(name, &doc); err != nil {
 			return err
 		}
-		p.Cases = append(p.Cases, doc.nouns(p.Services, &r.errs)...)
+		p.Cases = append(p.Cases, doc.nouns(p.Services, lenient, &r.errs)...)
 	}
 	return nil
 }
