@@ -1,0 +1,124 @@
+package telemetry
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+	"time"
+)
+
+// maxEdges bounds the edges of one report; what is beyond counts under Other.
+const maxEdges = 4096
+
+// An Outcome is how a call ended for the map of who calls whom.
+type Outcome uint8
+
+// A call was let through, refused by policy, or let through and then failed.
+const (
+	Allowed Outcome = iota
+	Denied
+	Errored
+)
+
+// An Edge counts the calls from one identity to another. It has the fields of
+// mesh.Edge in the same order, so that one converts to the other.
+type Edge struct {
+	Src, Dst, Proto         string
+	Allowed, Denied, Errors uint64
+	MTLS                    bool
+	First, Last             time.Time
+}
+
+type edgeKey struct{ src, dst, proto string }
+
+// Edges adds up calls between two reports. The zero value is not ready; use
+// NewEdges. A nil Edges counts nothing.
+type Edges struct {
+	mu   sync.Mutex // guards sums
+	sums map[edgeKey]*Edge
+}
+
+// NewEdges returns an empty accumulator.
+func NewEdges() *Edges { return &Edges{sums: make(map[edgeKey]*Edge)} }
+
+// Add counts one call. An error counts as allowed too: it was let through.
+// MTLS of an edge holds only when every call had it.
+func (e *Edges) Add(src, dst, proto string, o Outcome, mtls bool, now time.Time) {
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	x := e.edge(edgeKey{src, dst, proto}, mtls, now)
+	switch o {
+	case Denied:
+		x.Denied++
+	case Errored:
+		x.Allowed++
+		x.Errors++
+	default:
+		x.Allowed++
+	}
+	x.MTLS = x.MTLS && mtls
+	if now.After(x.Last) {
+		x.Last = now
+	}
+	if now.Before(x.First) {
+		x.First = now
+	}
+}
+
+// edge finds or makes the sum for k. The caller holds e.mu.
+func (e *Edges) edge(k edgeKey, mtls bool, now time.Time) *Edge {
+	x := e.sums[k]
+	if x == nil && len(e.sums) >= maxEdges {
+		k.src, k.dst = Other, Other
+		x = e.sums[k]
+	}
+	if x == nil {
+		x = &Edge{Src: k.src, Dst: k.dst, Proto: k.proto, MTLS: mtls, First: now, Last: now}
+		e.sums[k] = x
+	}
+	return x
+}
+
+// Flush returns what was counted since the last Flush, in a fixed order.
+func (e *Edges) Flush() []Edge {
+	if e == nil {
+		return nil
+	}
+	e.mu.Lock()
+	sums := e.sums
+	e.sums = make(map[edgeKey]*Edge)
+	e.mu.Unlock()
+	edges := make([]Edge, 0, len(sums))
+	for _, x := range sums {
+		edges = append(edges, *x)
+	}
+	slices.SortFunc(edges, func(a, b Edge) int {
+		return cmp.Or(cmp.Compare(a.Src, b.Src), cmp.Compare(a.Dst, b.Dst), cmp.Compare(a.Proto, b.Proto))
+	})
+	return edges
+}
+
+// Restore puts edges back that a report could not deliver.
+func (e *Edges) Restore(edges []Edge) {
+	if e == nil {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for _, x := range edges {
+		sum := e.edge(edgeKey{x.Src, x.Dst, x.Proto}, x.MTLS, x.First)
+		sum.Allowed += x.Allowed
+		sum.Denied += x.Denied
+		sum.Errors += x.Errors
+		sum.MTLS = sum.MTLS && x.MTLS
+		if x.First.Before(sum.First) {
+			sum.First = x.First
+		}
+		if x.Last.After(sum.Last) {
+			sum.Last = x.Last
+		}
+	}
+}

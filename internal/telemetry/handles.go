@@ -1,0 +1,113 @@
+package telemetry
+
+// CertExpiry is when the named certificate expires, such as "svid",
+// "intermediate" or "root".
+func (r *Registry) CertExpiry(cert string) *Expiry {
+	if r == nil {
+		return nil
+	}
+	return r.expiry.get(labels{cert})
+}
+
+// PolicyRevision is the policy revision that the process acts on.
+func (r *Registry) PolicyRevision() *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.revision
+}
+
+// PolicyRejected counts policy revisions that the process refused.
+func (r *Registry) PolicyRejected() *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.rejected
+}
+
+// Authz counts decisions by the rule that decided ("" when none matched) and
+// its effect, allow or deny. It allocates nothing for a pair it has seen.
+func (r *Registry) Authz(rule, effect string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.authz.get(labels{effect, rule})
+}
+
+// AuthzMismatch counts decisions on which index and oracle disagreed. One is
+// an alarm.
+func (r *Registry) AuthzMismatch() *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.mismatch
+}
+
+// AuditRecords counts audit records by kind.
+func (r *Registry) AuditRecords(kind string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.audit.get(labels{kind})
+}
+
+// TLSFailures counts failed handshakes. The reason is from a closed set of the
+// caller, never text of the peer.
+func (r *Registry) TLSFailures(reporter, reason string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.tls.get(labels{reporter, reason})
+}
+
+// UpstreamConns is the number of connections to a service in a state, "active"
+// or "idle".
+func (r *Registry) UpstreamConns(dst, state string) *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.conns.get(labels{state, dst})
+}
+
+// UpstreamConnects counts attempts to connect to a service, by result: "ok" or
+// a reason from a closed set.
+func (r *Registry) UpstreamConnects(dst, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.connects.get(labels{result, dst})
+}
+
+// EgressTunnels is the number of open tunnels of a caller.
+func (r *Registry) EgressTunnels(src string) *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.tunnels.get(labels{src})
+}
+
+// EgressBytes counts the bytes of tunnels from src to the host dst as the rule
+// or the destination file names it: up leaves the mesh, down enters it.
+func (r *Registry) EgressBytes(src, dst string) (up, down *Counter) {
+	if r == nil {
+		return nil, nil
+	}
+	return r.tunnelB.get(labels{"up", src, dst}), r.tunnelB.get(labels{"down", src, dst})
+}
+
+// Reloads counts reloads of what, such as "policy" or "config", by result "ok"
+// or "refused".
+func (r *Registry) Reloads(what, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.reloads.get(labels{result, what})
+}
+
+// Rotations counts attempts to renew an SVID, by result "ok" or "failed".
+func (r *Registry) Rotations(result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.rotations.get(labels{result})
+}
