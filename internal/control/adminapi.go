@@ -1,0 +1,98 @@
+package control
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+
+	"sallyport/internal/control/meshpb"
+)
+
+// Lifetimes of a join token.
+const (
+	defaultTokenTTL = 10 * time.Minute
+	maxTokenTTL     = 24 * time.Hour
+)
+
+// adminAPI is the operator's hand. It is served on the admin socket only, whose
+// listener has checked the user.
+type adminAPI struct {
+	meshpb.UnimplementedAdminServer
+	s *Server
+}
+
+// CreateJoinToken makes a token for an agent name.
+func (a *adminAPI) CreateJoinToken(ctx context.Context, req *meshpb.CreateJoinTokenRequest) (*meshpb.CreateJoinTokenResponse, error) {
+	ttl := req.GetTtlSeconds()
+	if ttl < 0 || ttl > int64(maxTokenTTL/time.Second) {
+		return nil, errTokenTTL()
+	}
+	id, err := AgentID(a.s.cfg.TrustDomain, req.GetAgentName())
+	if err != nil {
+		return nil, refuse(codes.InvalidArgument, "agent name %.64q: %v: use letters, digits, '-', '_' and '.'", req.GetAgentName(), err)
+	}
+	token, expires, err := a.createToken(ctx, req.GetAgentName(), time.Duration(ttl)*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return &meshpb.CreateJoinTokenResponse{Token: token, Expires: timeToWire(expires), AgentId: id.String()}, nil
+}
+
+func (a *adminAPI) createToken(ctx context.Context, name string, ttl time.Duration) (string, time.Time, error) {
+	if ttl == 0 {
+		ttl = defaultTokenTTL
+	}
+	if ttl < time.Second || ttl > maxTokenTTL {
+		return "", time.Time{}, errTokenTTL()
+	}
+	token, expires, err := a.s.cfg.Registry.CreateToken(ctx, name, ttl)
+	if err != nil {
+		return "", time.Time{}, fmt.Errorf("create join token: %w", err)
+	}
+	return token, expires, nil
+}
+
+func errTokenTTL() error {
+	return refuse(codes.InvalidArgument, "a token's lifetime is 1s to %s", maxTokenTTL)
+}
+
+// Status says what the issuer acts on.
+func (a *adminAPI) Status(context.Context, *meshpb.StatusRequest) (*meshpb.StatusResponse, error) {
+	st := a.s.cfg.Registry.Status()
+	return &meshpb.StatusResponse{
+		TrustDomain: st.TrustDomain.Name(), Revision: st.Revision, PolicyRevision: st.PolicyRevision,
+		PolicyHash: st.PolicyHash, LastRefusal: st.LastRefusal, Started: timeToWire(st.Started),
+	}, nil
+}
+
+// Proxies says what each proxy acts on.
+func (a *adminAPI) Proxies(context.Context, *meshpb.ProxiesRequest) (*meshpb.ProxiesResponse, error) {
+	resp := &meshpb.ProxiesResponse{}
+	for _, p := range a.s.cfg.Registry.Proxies() {
+		resp.Proxies = append(resp.Proxies, proxyToWire(p))
+	}
+	return resp, nil
+}
+
+// Edges says who calls whom.
+func (a *adminAPI) Edges(context.Context, *meshpb.EdgesRequest) (*meshpb.EdgesResponse, error) {
+	resp := &meshpb.EdgesResponse{}
+	for _, e := range a.s.cfg.Registry.Edges() {
+		resp.Edges = append(resp.Edges, edgeToWire(e))
+	}
+	return resp, nil
+}
+
+// freshName names an agent that nobody named.
+func freshName() string { return strings.ToLower(rand.Text()) }
+
+// cutPrefixID returns the name in .../spire/agent/join_token/<name>.
+func cutPrefixID(id spiffeid.ID, td spiffeid.TrustDomain) (string, bool) {
+	name, ok := strings.CutPrefix(id.Path(), joinPrefix)
+	return name, ok && id.MemberOf(td) && name != "" && !strings.Contains(name, "/")
+}

@@ -1,0 +1,252 @@
+package control
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/protobuf/proto"
+
+	"sallyport/internal/mesh"
+)
+
+// agentAPI is spire.api.server.agent.v1 as an agent uses it.
+type agentAPI struct {
+	agentv1.UnimplementedAgentServer
+	s *Server
+}
+
+// AttestAgent admits a node by its evidence and certifies the key it asks for.
+func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse]) error {
+	req, err := firstMessage(st)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(st.Context(), helloTimeout)
+	defer cancel()
+	params := req.GetParams()
+	if params.GetData() == nil || params.GetParams() == nil {
+		return refuse(codes.InvalidArgument, "attestation data or certificate request is missing")
+	}
+	key, err := requestKey(params.GetParams().GetCsr())
+	if err != nil {
+		return refuse(codes.InvalidArgument, "%v", err)
+	}
+	record := Attestation{Type: params.GetData().GetType(), Peer: remote(ctx)}
+	v := a.s.cfg.Verifiers[record.Type]
+	if v == nil {
+		record.Refusal = RefusalKind
+		return a.refused(ctx, record, refuse(codes.InvalidArgument, "node attestor %.64q is not configured on this issuer", record.Type))
+	}
+	id, selectors, err := v.Verify(ctx, params.GetData().GetPayload(), key)
+	if err != nil {
+		why := a.s.cfg.Why(err)
+		if ctx.Err() != nil || why == RefusalNone {
+			return fmt.Errorf("verify %s evidence: %w", record.Type, err)
+		}
+		record.Refusal = why
+		return a.refused(ctx, record, refuseEvidence(why))
+	}
+	record.Agent = id
+	svid, err := a.admit(ctx, record, selectors, key)
+	if err != nil {
+		return err
+	}
+	return st.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
+		Result: &agentv1.AttestAgentResponse_Result{Svid: svid, Reattestable: record.Type != "join_token"},
+	}})
+}
+
+// admit records the agent and signs its SVID. A banned agent stays out.
+func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []mesh.Selector, key crypto.PublicKey) (*types.X509SVID, error) {
+	id := record.Agent
+	if !id.MemberOf(a.s.cfg.TrustDomain) || !strings.HasPrefix(id.Path(), agentPrefix) {
+		return nil, fmt.Errorf("verifier %q named %s, which is no agent of %s", record.Type, id, a.s.cfg.TrustDomain)
+	}
+	defer a.s.agents.lock(id)()
+	old, err := a.s.cfg.Registry.GetAgent(ctx, id)
+	if err != nil && !errors.Is(err, mesh.ErrNotFound) {
+		return nil, fmt.Errorf("look up agent %s: %w", id, err)
+	}
+	if old.Banned {
+		record.Refusal = RefusalBanned
+		return nil, a.refused(ctx, record, refuseAgent(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", id))
+	}
+	if err := a.record(ctx, record); err != nil {
+		return nil, err
+	}
+	chain, err := a.s.cfg.Authority.SignAgent(ctx, id, key)
+	if err != nil {
+		return nil, fmt.Errorf("sign SVID of agent %s: %w", id, err)
+	}
+	svid, err := chainToWire(id, chain)
+	if err != nil {
+		return nil, err
+	}
+	err = a.s.cfg.Registry.PutAgent(ctx, mesh.Agent{
+		ID: id, AttestationType: record.Type, Selectors: selectors,
+		Serial: chain[0].SerialNumber.String(), ExpiresAt: chain[0].NotAfter,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("record agent %s: %w", id, err)
+	}
+	a.s.cfg.Log.Info("agent attested", slog.String("agent", id.String()), slog.String("attestor", record.Type), slog.String("peer", record.Peer))
+	return svid, nil
+}
+
+// refused records a refusal and returns it; what the record says is not hidden
+// when recording fails.
+func (a *agentAPI) refused(ctx context.Context, record Attestation, refusal error) error {
+	a.s.cfg.Log.Warn("attestation refused", slog.String("reason", string(record.Refusal)), slog.String("peer", record.Peer))
+	if err := a.record(ctx, record); err != nil {
+		return err
+	}
+	return refusal
+}
+
+func (a *agentAPI) record(ctx context.Context, record Attestation) error {
+	if a.s.cfg.OnAttest == nil {
+		return nil
+	}
+	if err := a.s.cfg.OnAttest(ctx, record); err != nil {
+		return fmt.Errorf("record attestation: %w", err)
+	}
+	return nil
+}
+
+// RenewAgent certifies a new key for the calling agent. Both SVIDs are good
+// until the new one is used, so that a lost reply locks nobody out.
+func (a *agentAPI) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*agentv1.RenewAgentResponse, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	key, err := requestKey(req.GetParams().GetCsr())
+	if err != nil {
+		return nil, refuse(codes.InvalidArgument, "%v", err)
+	}
+	defer a.s.agents.lock(c.id)()
+	agent, err := a.s.cfg.Registry.GetAgent(ctx, c.id)
+	if err != nil {
+		return nil, agentError(c.id, err)
+	}
+	if agent.Banned {
+		return nil, refuseAgent(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.id)
+	}
+	if agent.Serial != c.leaf.SerialNumber.String() {
+		return nil, refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent %s uses an SVID that a newer one replaced", c.id)
+	}
+	chain, err := a.s.cfg.Authority.SignAgent(ctx, c.id, key)
+	if err != nil {
+		return nil, fmt.Errorf("sign SVID of agent %s: %w", c.id, err)
+	}
+	svid, err := chainToWire(c.id, chain)
+	if err != nil {
+		return nil, err
+	}
+	agent.NextSerial = chain[0].SerialNumber.String()
+	if err := a.s.cfg.Registry.PutAgent(ctx, agent); err != nil {
+		return nil, fmt.Errorf("record agent %s: %w", c.id, err)
+	}
+	return &agentv1.RenewAgentResponse{Svid: svid}, nil
+}
+
+// PostStatus is accepted and not kept: bundles are few and pushed.
+func (a *agentAPI) PostStatus(context.Context, *agentv1.PostStatusRequest) (*agentv1.PostStatusResponse, error) {
+	return &agentv1.PostStatusResponse{}, nil
+}
+
+// firstMessage waits for the message that opens a stream, not for ever.
+func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp]) (*Req, error) {
+	type first struct {
+		m   *Req
+		err error
+	}
+	got := make(chan first, 1)
+	// The goroutine ends at the latest when the handler returns, which ends Recv.
+	go func() {
+		m, err := st.Recv()
+		got <- first{m, err}
+	}()
+	t := time.NewTimer(helloTimeout)
+	defer t.Stop()
+	select {
+	case f := <-got:
+		return f.m, f.err
+	case <-t.C:
+		return nil, refuse(codes.DeadlineExceeded, "no message within %s of opening the stream", helloTimeout)
+	}
+}
+
+func remote(ctx context.Context) string {
+	if p, ok := peer.FromContext(ctx); ok && p.Addr != nil {
+		return p.Addr.String()
+	}
+	return ""
+}
+
+// agentAdminAPI is spire.api.server.agent.v1 as the operator uses it, on the
+// admin socket.
+type agentAdminAPI struct {
+	agentv1.UnimplementedAgentServer
+	a *adminAPI
+}
+
+// CreateJoinToken makes a token for the agent that agent_id names, or for a
+// fresh name.
+func (a *agentAdminAPI) CreateJoinToken(ctx context.Context, req *agentv1.CreateJoinTokenRequest) (*types.JoinToken, error) {
+	if req.GetToken() != "" {
+		return nil, refuse(codes.InvalidArgument, "a token's value is chosen by the issuer: leave it out")
+	}
+	name := freshName()
+	if req.GetAgentId() != nil {
+		id, err := idFromWire(req.GetAgentId())
+		if err != nil {
+			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
+		}
+		if name, err = agentName(id, a.a.s.cfg.TrustDomain); err != nil {
+			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
+		}
+	}
+	token, expires, err := a.a.createToken(ctx, name, time.Duration(req.GetTtl())*time.Second)
+	if err != nil {
+		return nil, err
+	}
+	return &types.JoinToken{Value: token, ExpiresAt: expires.Unix()}, nil
+}
+
+// ListAgents returns every agent in one page. Filters are not offered: it is
+// better to refuse than to return what was filtered out.
+func (a *agentAdminAPI) ListAgents(ctx context.Context, req *agentv1.ListAgentsRequest) (*agentv1.ListAgentsResponse, error) {
+	if proto.Size(req.GetFilter()) > 0 || req.GetPageToken() != "" {
+		return nil, refuse(codes.Unimplemented, "filters and pages of agents are not offered: list all")
+	}
+	agents, err := a.a.s.cfg.Registry.ListAgents(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list agents: %w", err)
+	}
+	resp := &agentv1.ListAgentsResponse{}
+	for _, ag := range agents {
+		resp.Agents = append(resp.Agents, agentToWire(ag))
+	}
+	return resp, nil
+}
+
+// agentName is the inverse of AgentID.
+func agentName(id spiffeid.ID, td spiffeid.TrustDomain) (string, error) {
+	name, ok := cutPrefixID(id, td)
+	if !ok {
+		return "", fmt.Errorf("%s is not of the form spiffe://%s%s<name>", id, td, joinPrefix)
+	}
+	return name, nil
+}

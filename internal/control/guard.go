@@ -1,0 +1,268 @@
+package control
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"log/slog"
+	"net"
+	"os"
+	"runtime/debug"
+	"strings"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/peer"
+
+	"sallyport/internal/mesh"
+)
+
+// anyone lists what needs no agent SVID; all else does. The bundle is public.
+var anyone = map[string]bool{
+	agentv1.Agent_AttestAgent_FullMethodName:          true,
+	bundlev1.Bundle_GetBundle_FullMethodName:          true,
+	bundlev1.Bundle_GetFederatedBundle_FullMethodName: true,
+	healthpb.Health_Check_FullMethodName:              true,
+}
+
+// A caller is the agent that the TLS certificate of a call proves.
+type caller struct {
+	id   spiffeid.ID
+	leaf *x509.Certificate
+}
+
+type callerKey struct{}
+
+// callerOf returns the agent that guardUnary or guardStream has let in.
+func callerOf(ctx context.Context) (caller, error) {
+	c, ok := ctx.Value(callerKey{}).(caller)
+	if !ok {
+		return caller{}, refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "no agent SVID")
+	}
+	return c, nil
+}
+
+// authenticate reads who calls from the TLS connection, and from nothing else.
+// The certificate was verified when the connection was made.
+func (s *Server) authenticate(ctx context.Context) (caller, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return caller{}, refuse(codes.PermissionDenied, "caller has no address")
+	}
+	ti, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(ti.State.PeerCertificates) == 0 {
+		return caller{}, refuse(codes.PermissionDenied, "caller presented no agent SVID")
+	}
+	leaf := ti.State.PeerCertificates[0]
+	id, err := leafID(leaf)
+	if err != nil {
+		return caller{}, refuse(codes.PermissionDenied, "caller's certificate is no agent SVID")
+	}
+	if !id.MemberOf(s.cfg.TrustDomain) || !strings.HasPrefix(id.Path(), agentPrefix) {
+		return caller{}, refuse(codes.PermissionDenied, "%s is not an agent: its path does not begin with %s", id, agentPrefix)
+	}
+	return caller{id: id, leaf: leaf}, nil
+}
+
+// authorize checks that an agent is known, not banned and uses its current SVID.
+// The first use of a renewed SVID makes that the current one.
+func (s *Server) authorize(ctx context.Context, c caller) error {
+	if s.cfg.Now().After(c.leaf.NotAfter) {
+		return refuseAgent(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent SVID expired at %s", stamp(c.leaf.NotAfter))
+	}
+	a, err := s.cfg.Registry.GetAgent(ctx, c.id)
+	if err != nil {
+		return agentError(c.id, err)
+	}
+	serial := c.leaf.SerialNumber.String()
+	if !a.Banned && a.Serial != serial && a.NextSerial == serial {
+		if a, err = s.activate(ctx, c, serial); err != nil {
+			return err
+		}
+	}
+	switch {
+	case a.Banned:
+		return refuseAgent(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.id)
+	case a.Serial != serial:
+		return refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent %s uses an SVID that a newer one replaced", c.id)
+	}
+	return nil
+}
+
+// activate makes the renewed SVID the current one.
+func (s *Server) activate(ctx context.Context, c caller, serial string) (mesh.Agent, error) {
+	defer s.agents.lock(c.id)()
+	a, err := s.cfg.Registry.GetAgent(ctx, c.id)
+	if err != nil {
+		return a, agentError(c.id, err)
+	}
+	if a.Banned || a.NextSerial != serial {
+		return a, nil
+	}
+	a.Serial, a.NextSerial, a.ExpiresAt = serial, "", c.leaf.NotAfter
+	if err := s.cfg.Registry.PutAgent(ctx, a); err != nil {
+		return a, fmt.Errorf("activate SVID of agent %s: %w", c.id, err)
+	}
+	return a, nil
+}
+
+func agentError(id spiffeid.ID, err error) error {
+	if errors.Is(err, mesh.ErrNotFound) {
+		return refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", id)
+	}
+	return fmt.Errorf("look up agent %s: %w", id, err)
+}
+
+func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	if anyone[info.FullMethod] {
+		return next(ctx, req)
+	}
+	c, err := s.authenticate(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.authorize(ctx, c); err != nil {
+		return nil, err
+	}
+	return next(context.WithValue(ctx, callerKey{}, c), req)
+}
+
+func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	if anyone[info.FullMethod] {
+		select {
+		case s.attests <- struct{}{}:
+			defer func() { <-s.attests }()
+		default:
+			return refuse(codes.ResourceExhausted, "too many attestations at once: try again later")
+		}
+		return next(srv, st)
+	}
+	c, err := s.authenticate(st.Context())
+	if err != nil {
+		return err
+	}
+	if err := s.authorize(st.Context(), c); err != nil {
+		return err
+	}
+	if !s.enter(c.id) {
+		return refuse(codes.ResourceExhausted, "agent %s has %d streams open: close one first", c.id, s.cfg.StreamsPerAgent)
+	}
+	defer s.leave(c.id)
+	return next(srv, &agentStream{ServerStream: st, ctx: context.WithValue(st.Context(), callerKey{}, c)})
+}
+
+type agentStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *agentStream) Context() context.Context { return s.ctx }
+
+func (s *Server) enter(id spiffeid.ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open[id] >= s.cfg.StreamsPerAgent {
+		return false
+	}
+	s.open[id]++
+	return true
+}
+
+func (s *Server) leave(id spiffeid.ID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open[id]--; s.open[id] <= 0 {
+		delete(s.open, id)
+	}
+}
+
+func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {
+	defer func() { err = s.outcome(info.FullMethod, recover(), err) }()
+	return next(ctx, req)
+}
+
+func (s *Server) recoverStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
+	defer func() { err = s.outcome(info.FullMethod, recover(), err) }()
+	return next(srv, st)
+}
+
+// outcome decides what of an error or panic crosses the wire. What does not is
+// logged here, once.
+func (s *Server) outcome(method string, panicked any, err error) error {
+	switch {
+	case panicked != nil:
+		s.cfg.Log.Error("call panicked", slog.String("method", method), slog.Any("panic", panicked), slog.String("stack", string(debug.Stack())))
+	case err == nil:
+		return nil
+	default:
+		if known, ok := crosses(err); ok {
+			return known
+		}
+		s.cfg.Log.Error("call failed", slog.String("method", method), slog.Any("err", err))
+	}
+	return refuse(codes.Internal, "internal")
+}
+
+// keyedLocks serialises work on one agent; agents share a lock now and then.
+type keyedLocks struct {
+	once sync.Once
+	seed maphash.Seed
+	mu   [64]sync.Mutex
+}
+
+// lock returns the unlock.
+func (k *keyedLocks) lock(id spiffeid.ID) func() {
+	k.once.Do(func() { k.seed = maphash.MakeSeed() })
+	m := &k.mu[maphash.String(k.seed, id.String())%uint64(len(k.mu))]
+	m.Lock()
+	return m.Unlock
+}
+
+// ownListener accepts connections of this process's own user and of root only.
+type ownListener struct {
+	*net.UnixListener
+	log *slog.Logger
+}
+
+func (l *ownListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.AcceptUnix()
+		if err != nil {
+			return nil, err
+		}
+		uid, err := peerUID(c)
+		if err == nil && (uid == 0 || int(uid) == os.Geteuid()) {
+			return c, nil
+		}
+		l.log.Warn("admin connection refused", slog.Uint64("uid", uint64(uid)), slog.Any("err", err))
+		c.Close()
+	}
+}
+
+func peerUID(c *net.UnixConn) (uint32, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return cred.Uid, nil
+}

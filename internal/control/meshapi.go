@@ -1,0 +1,460 @@
+package control
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+
+	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
+)
+
+const (
+	maxEndpoints = 256
+	maxEdges     = 10_000
+	// maxReason bounds the words of a nack, bytes.
+	maxReason = 1024
+)
+
+// meshAPI is sallyport.mesh.v1.Mesh.
+type meshAPI struct {
+	meshpb.UnimplementedMeshServer
+	s *Server
+}
+
+// entitled reports whether agent has an entry for workload.
+func (s *Server) entitled(agent, workload spiffeid.ID) bool {
+	return slices.ContainsFunc(s.cfg.Registry.EntriesFor(agent), func(e mesh.Entry) bool { return e.SPIFFEID == workload })
+}
+
+func (s *Server) errNotEntitled(agent, workload spiffeid.ID) error {
+	return refuse(codes.PermissionDenied, "agent %s has no entry for %s: add one to entries.yaml with this agent as its parent", agent, workload)
+}
+
+// A subscriber is one proxy. It may for a moment have two streams.
+type subscriber struct {
+	agent, workload spiffeid.ID
+	kind            string
+}
+
+// A subscription is one stream of a subscriber.
+type subscription struct {
+	s         *Server
+	st        grpc.BidiStreamingServer[meshpb.SubscribeRequest, meshpb.SubscribeResponse]
+	who       caller
+	key       subscriber
+	endpoints []mesh.Endpoint
+	// announced marks the endpoints announced since the last refresh.
+	announced []bool
+	// sent is the last snapshot or sameness told; hash is what the proxy has
+	// or was sent last.
+	sentRevision, sentPolicy uint64
+	hash                     string
+	// identity is the hash of the agent's entries and the bundle.
+	identity [32]byte
+	proxy    mesh.Proxy
+}
+
+// Subscribe pushes snapshots to one proxy until either end leaves.
+func (a *meshAPI) Subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, meshpb.SubscribeResponse]) error {
+	who, err := callerOf(st.Context())
+	if err != nil {
+		return err
+	}
+	req, err := firstMessage(st)
+	if err != nil {
+		return err
+	}
+	sub, err := a.s.subscribe(st, who, req.GetHello())
+	if err != nil {
+		return err
+	}
+	defer sub.close()
+	// The header tells the proxy that its hello was accepted.
+	if err := st.SendHeader(metadata.MD{}); err != nil {
+		return err
+	}
+	return sub.run(st.Context())
+}
+
+// subscribe checks a hello.
+func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, meshpb.SubscribeResponse], who caller, h *meshpb.Hello) (*subscription, error) {
+	if h == nil {
+		return nil, refuse(codes.InvalidArgument, "the first message of a subscription is the hello")
+	}
+	if h.GetKind() != KindSidecar && h.GetKind() != KindGateway {
+		return nil, refuse(codes.InvalidArgument, "kind %.64q is neither %q nor %q", h.GetKind(), KindSidecar, KindGateway)
+	}
+	workload, err := workloadID(h.GetWorkload(), s.cfg.TrustDomain)
+	if err != nil {
+		return nil, refuse(codes.InvalidArgument, "workload: %v", err)
+	}
+	if !s.entitled(who.id, workload) {
+		return nil, s.errNotEntitled(who.id, workload)
+	}
+	sub := &subscription{s: s, st: st, who: who, key: subscriber{who.id, workload, h.GetKind()}, hash: h.GetHaveHash()}
+	if sub.endpoints, err = s.readEndpoints(h.GetEndpoints(), who.id, workload); err != nil {
+		return nil, err
+	}
+	sub.announced = make([]bool, len(sub.endpoints))
+	sub.proxy = mesh.Proxy{
+		Agent: who.id, Workload: workload, Kind: h.GetKind(),
+		SVIDExpires: timeFromWire(h.GetSvidExpires()), Connected: true,
+	}
+	s.mu.Lock()
+	s.subs[sub.key]++
+	s.live[who.id]++
+	s.mu.Unlock()
+	sub.report()
+	return sub, nil
+}
+
+// readEndpoints refuses an endpoint of a service that is another workload's. One
+// of a service that no policy names yet waits for it.
+func (s *Server) readEndpoints(in []*meshpb.Endpoint, agent, workload spiffeid.ID) ([]mesh.Endpoint, error) {
+	if len(in) > maxEndpoints {
+		return nil, refuse(codes.InvalidArgument, "%d endpoints, at most %d are announced by one proxy", len(in), maxEndpoints)
+	}
+	snap := s.cfg.Registry.Current()
+	var out []mesh.Endpoint
+	for _, w := range in {
+		e, err := endpointFromWire(w, agent)
+		if err != nil {
+			return nil, refuse(codes.InvalidArgument, "%v", err)
+		}
+		if snap == nil {
+			out = append(out, e)
+			continue
+		}
+		svc, ok := snap.Service(e.Service)
+		if ok && svc.ID != workload {
+			return nil, refuse(codes.PermissionDenied, "service %s is %s, which is not %s", e.Service, svc.ID, workload)
+		}
+		if !ok {
+			s.cfg.Log.Warn("endpoint of a service that no policy names", slog.String("service", string(e.Service)), slog.String("workload", workload.String()))
+		}
+		out = append(out, e)
+	}
+	return out, nil
+}
+
+// close says that the proxy has left, unless it is there on another stream.
+func (sub *subscription) close() {
+	s := sub.s
+	defer s.agents.lock(sub.who.id)()
+	s.mu.Lock()
+	s.subs[sub.key]--
+	gone := s.subs[sub.key] <= 0
+	if gone {
+		delete(s.subs, sub.key)
+	}
+	s.live[sub.who.id]--
+	last := s.live[sub.who.id] <= 0
+	if last {
+		delete(s.live, sub.who.id)
+	}
+	s.mu.Unlock()
+	if gone {
+		sub.proxy.Connected = false
+		sub.report()
+	}
+	if !last {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(sub.st.Context()), drainTimeout)
+	defer cancel()
+	if err := s.cfg.Registry.Withdraw(ctx, sub.who.id); err != nil {
+		s.cfg.Log.Error("withdraw endpoints failed", slog.String("agent", sub.who.id.String()), slog.Any("err", err))
+	}
+}
+
+func (sub *subscription) report() {
+	sub.proxy.LastSeen = sub.s.cfg.Now()
+	sub.s.cfg.Registry.ReportProxy(sub.proxy)
+}
+
+// run is level-triggered: it looks at what is true now, tells the proxy what
+// that proxy does not know, and waits for anything to change. Nothing queues.
+func (sub *subscription) run(ctx context.Context) error {
+	answers, ended := receive(ctx, sub.st)
+	refresh := time.NewTicker(endpointLease / 3)
+	defer refresh.Stop()
+	expiry := time.NewTimer(sub.who.leaf.NotAfter.Sub(sub.s.cfg.Now()) + time.Second)
+	defer expiry.Stop()
+	changed, sync := sub.s.cfg.Registry.Changed(), sub.s.syncRequested()
+	if err := sub.step(ctx); err != nil {
+		return err
+	}
+	for {
+		select {
+		case m := <-answers:
+			if err := sub.answer(m); err != nil {
+				return err
+			}
+			continue
+		case err := <-ended:
+			return err
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-sub.s.stopping:
+			return refuse(codes.Unavailable, "issuer is stopping")
+		case <-sync:
+			sub.identity = [32]byte{}
+		case <-refresh.C:
+			clear(sub.announced)
+		case <-expiry.C:
+		case <-changed:
+		}
+		// Taken before looking, so that a change during the look wakes again.
+		changed, sync = sub.s.cfg.Registry.Changed(), sub.s.syncRequested()
+		if err := sub.step(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// step checks that the proxy may still be here and brings it up to date.
+func (sub *subscription) step(ctx context.Context) error {
+	s := sub.s
+	if err := s.authorize(ctx, sub.who); err != nil {
+		return err
+	}
+	if !s.entitled(sub.who.id, sub.key.workload) {
+		return s.errNotEntitled(sub.who.id, sub.key.workload)
+	}
+	snap := s.cfg.Registry.Current()
+	if err := sub.announce(ctx, snap); err != nil {
+		return err
+	}
+	if err := sub.syncNow(); err != nil {
+		return err
+	}
+	if snap == nil {
+		return nil
+	}
+	return sub.push(snap)
+}
+
+// announce makes known the endpoints that are due, each only while its service
+// is this workload's.
+func (sub *subscription) announce(ctx context.Context, snap *mesh.Snapshot) error {
+	if snap == nil || !slices.Contains(sub.announced, false) {
+		return nil
+	}
+	defer sub.s.agents.lock(sub.who.id)()
+	for i, e := range sub.endpoints {
+		svc, ok := snap.Service(e.Service)
+		if sub.announced[i] || !ok || svc.ID != sub.key.workload {
+			continue
+		}
+		if err := sub.s.cfg.Registry.Announce(ctx, e, endpointLease); err != nil {
+			return fmt.Errorf("announce %s at %s: %w", e.Service, e.Address, err)
+		}
+		sub.announced[i] = true
+	}
+	return nil
+}
+
+// syncNow tells the proxy to fetch identities when its entries or the bundle
+// are not those it was told of.
+func (sub *subscription) syncNow() error {
+	content := fingerprint(sub.s.cfg.Registry.EntriesFor(sub.who.id)...)
+	h := sha256.New()
+	h.Write(content[:])
+	for _, c := range sub.s.cfg.Authority.X509Bundle() {
+		h.Write(c.Raw)
+	}
+	for _, k := range sub.s.cfg.Authority.JWTKeys() {
+		io.WriteString(h, k.KeyID)
+	}
+	if now := [32]byte(h.Sum(nil)); now != sub.identity {
+		sub.identity = now
+		return sub.st.Send(&meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_SyncNow{SyncNow: &meshpb.SyncNow{}}})
+	}
+	return nil
+}
+
+// push sends the proxy's projection when its content is new, and the new
+// revisions when only they are.
+func (sub *subscription) push(snap *mesh.Snapshot) error {
+	m, err := sub.s.projections.of(snap, sub.key.kind, sub.key.workload)
+	if err != nil {
+		return err
+	}
+	var resp *meshpb.SubscribeResponse
+	switch {
+	case m.Hash != sub.hash:
+		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}
+	case m.Revision != sub.sentRevision || m.PolicyRevision != sub.sentPolicy:
+		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{
+			Revision: m.Revision, PolicyRevision: m.PolicyRevision, PolicyHash: snap.PolicyHash,
+		}}}
+	default:
+		return nil
+	}
+	sub.hash, sub.sentRevision, sub.sentPolicy = m.Hash, m.Revision, m.PolicyRevision
+	return sub.st.Send(resp)
+}
+
+// answer takes what the proxy says of a snapshot.
+func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
+	revision, policy := m.GetAck().GetRevision(), m.GetAck().GetPolicyRevision()
+	expires := m.GetAck().GetSvidExpires()
+	sub.proxy.State, sub.proxy.Reason = "", ""
+	switch {
+	case m.GetAck() != nil:
+	case m.GetNack() != nil:
+		n := m.GetNack()
+		revision, policy, expires = n.GetRevision(), n.GetPolicyRevision(), n.GetSvidExpires()
+		sub.proxy.State, sub.proxy.Reason = mesh.Rejected, plain(n.GetReason())
+		sub.s.cfg.Log.Warn("proxy rejected a snapshot", slog.String("workload", sub.key.workload.String()),
+			slog.Uint64("revision", revision), slog.String("reason", sub.proxy.Reason))
+	default:
+		return refuse(codes.InvalidArgument, "a message after the hello is an ack or a nack")
+	}
+	if revision > sub.sentRevision || policy > sub.sentPolicy && sub.sentPolicy != 0 {
+		return refuse(codes.InvalidArgument, "revision %d of policy %d was never sent", revision, policy)
+	}
+	sub.proxy.PolicyRevision = policy
+	if t := timeFromWire(expires); !t.IsZero() {
+		sub.proxy.SVIDExpires = t
+	}
+	sub.report()
+	return nil
+}
+
+// plain makes a peer's words fit for a table and a log line.
+func plain(s string) string {
+	s = strings.ToValidUTF8(s[:min(len(s), maxReason)], "?")
+	return strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f {
+			return ' '
+		}
+		return r
+	}, s)
+}
+
+// receive reads a stream into a channel, so that a handler can wait for more
+// than its peer. ended yields nil at the end of the stream.
+func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req, Resp]) (<-chan *Req, <-chan error) {
+	got, ended := make(chan *Req), make(chan error, 1)
+	go func() {
+		for {
+			m, err := st.Recv()
+			if errors.Is(err, io.EOF) {
+				err = nil
+				ended <- err
+				return
+			}
+			if err != nil {
+				ended <- err
+				return
+			}
+			select {
+			case got <- m:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return got, ended
+}
+
+// UploadAudit keeps the lines of one agent's proxies. The acknowledgement is
+// sent once the lines are durable.
+func (a *meshAPI) UploadAudit(st grpc.BidiStreamingServer[meshpb.AuditBatch, meshpb.AuditAck]) error {
+	ctx := st.Context()
+	who, err := callerOf(ctx)
+	if err != nil {
+		return err
+	}
+	// As with Subscribe: the proxy knows by the header that it may go on.
+	if err := st.SendHeader(metadata.MD{}); err != nil {
+		return err
+	}
+	batches, ended := receive(ctx, st)
+	for {
+		select {
+		case <-a.s.stopping:
+			return refuse(codes.Unavailable, "issuer is stopping")
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-ended:
+			return err
+		case b := <-batches:
+			if err := a.keep(ctx, who, b); err != nil {
+				return err
+			}
+			if err := st.Send(&meshpb.AuditAck{LastSeq: b.GetLastSeq()}); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (a *meshAPI) keep(ctx context.Context, who caller, b *meshpb.AuditBatch) error {
+	if err := a.s.authorize(ctx, who); err != nil {
+		return err
+	}
+	workload, err := workloadID(b.GetWorkload(), a.s.cfg.TrustDomain)
+	if err != nil {
+		return refuse(codes.InvalidArgument, "workload: %v", err)
+	}
+	if !a.s.entitled(who.id, workload) {
+		return a.s.errNotEntitled(who.id, workload)
+	}
+	if n := len(b.GetLines()); n == 0 || n > maxAuditLines {
+		return refuse(codes.InvalidArgument, "%d audit lines in a batch, want 1 to %d", n, maxAuditLines)
+	}
+	for _, line := range b.GetLines() {
+		if len(line) == 0 || len(line) > maxAuditLine || bytes.ContainsAny(line, "\r\n") {
+			return refuse(codes.InvalidArgument, "an audit line is one line of 1 to %d bytes", maxAuditLine)
+		}
+	}
+	if err := a.s.cfg.Audit.Receive(ctx, workload, b.GetLines()); err != nil {
+		return fmt.Errorf("keep audit of %s: %w", workload, err)
+	}
+	return nil
+}
+
+// ReportEdges adds counts. An agent speaks only of calls from or to a workload
+// of its own.
+func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshpb.EdgeAck, error) {
+	who, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if n := len(r.GetEdges()); n > maxEdges {
+		return nil, refuse(codes.InvalidArgument, "%d edges in a report, at most %d", n, maxEdges)
+	}
+	own := map[string]bool{}
+	for _, e := range a.s.cfg.Registry.EntriesFor(who.id) {
+		own[e.SPIFFEID.String()] = true
+	}
+	edges := make([]mesh.Edge, 0, len(r.GetEdges()))
+	for _, w := range r.GetEdges() {
+		if !own[w.GetSrc()] && !own[w.GetDst()] {
+			return nil, refuse(codes.PermissionDenied, "an edge has neither end at a workload of agent %s", who.id)
+		}
+		if len(w.GetSrc()) > maxID || len(w.GetDst()) > maxID || len(w.GetProto()) > 64 {
+			return nil, refuse(codes.InvalidArgument, "an edge names an end of more than %d bytes", maxID)
+		}
+		edges = append(edges, edgeFromWire(w))
+	}
+	if len(edges) > 0 {
+		a.s.cfg.Registry.AddEdges(edges)
+	}
+	return &meshpb.EdgeAck{}, nil
+}

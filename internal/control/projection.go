@@ -1,0 +1,88 @@
+package control
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
+)
+
+// projections holds what each kind of reader may see of the newest snapshot,
+// encoded once, however many proxies read it.
+type projections struct {
+	mu   sync.Mutex
+	snap *mesh.Snapshot
+	made map[projectionKey]*projection
+}
+
+// A projectionKey names a reader: a workload's sidecars, or every gateway.
+type projectionKey struct {
+	kind     string
+	workload spiffeid.ID
+}
+
+type projection struct {
+	once sync.Once
+	msg  *meshpb.Snapshot
+	err  error
+}
+
+// of returns the projection of snap for a reader. It must not be changed.
+func (p *projections) of(snap *mesh.Snapshot, kind string, workload spiffeid.ID) (*meshpb.Snapshot, error) {
+	key := projectionKey{kind: kind, workload: workload}
+	if kind == KindGateway {
+		key.workload = spiffeid.ID{}
+	}
+	pr := p.slot(snap, key)
+	pr.once.Do(func() { pr.msg, pr.err = project(snap, key) })
+	return pr.msg, pr.err
+}
+
+// slot finds the place of a projection. Only the newest snapshot has places; a
+// reader that is late with an older one works for itself.
+func (p *projections) slot(snap *mesh.Snapshot, key projectionKey) *projection {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.snap != snap {
+		if p.snap != nil && snap.Revision < p.snap.Revision {
+			return &projection{}
+		}
+		p.snap, p.made = snap, map[projectionKey]*projection{}
+	}
+	pr := p.made[key]
+	if pr == nil {
+		pr = &projection{}
+		p.made[key] = pr
+	}
+	return pr
+}
+
+func project(snap *mesh.Snapshot, key projectionKey) (*meshpb.Snapshot, error) {
+	var own *mesh.Snapshot
+	if key.kind == KindGateway {
+		own = snap.ProjectGateway()
+	} else {
+		own = snap.Project(key.workload)
+	}
+	m := &meshpb.Snapshot{
+		Revision:       own.Revision,
+		PolicyRevision: own.PolicyRevision,
+		Hash:           contentHash(own),
+		Body:           own.Encode(),
+	}
+	if len(m.Body) > maxMessage-4096 {
+		return nil, fmt.Errorf("snapshot of revision %d for %s has %d bytes, a message holds %d", own.Revision, key.workload, len(m.Body), maxMessage)
+	}
+	return m, nil
+}
+
+// contentHash is the hash of what a proxy acts on. The revisions are left out:
+// an edit that does not concern a proxy leaves its hash as it was.
+func contentHash(s *mesh.Snapshot) string {
+	c := *s
+	c.Revision, c.PolicyRevision, c.PolicyHash = 0, 0, ""
+	return c.ContentHash()
+}

@@ -1,0 +1,294 @@
+package control
+
+import (
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
+)
+
+// A Registry is what the issuer knows and distributes. All methods are safe for
+// concurrent use.
+type Registry interface {
+	// EntriesFor returns the entries whose parent is agent; Entries, all.
+	EntriesFor(agent spiffeid.ID) []mesh.Entry
+	Entries() []mesh.Entry
+	// CreateToken makes a single-use join token for an agent name.
+	CreateToken(ctx context.Context, agentName string, ttl time.Duration) (token string, expires time.Time, err error)
+	// PutAgent is durable when it returns. GetAgent returns mesh.ErrNotFound
+	// for an agent that was never attested.
+	PutAgent(ctx context.Context, a mesh.Agent) error
+	GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error)
+	ListAgents(ctx context.Context) ([]mesh.Agent, error)
+	// Current is nil before the first policy.
+	Current() *mesh.Snapshot
+	// Changed is closed at the next change of Current or Entries.
+	Changed() <-chan struct{}
+	// Announce keeps an endpoint for the lease, counted from now; announcing
+	// it again extends the lease and changes nothing else.
+	Announce(ctx context.Context, e mesh.Endpoint, lease time.Duration) error
+	// Withdraw marks the agent's endpoints to expire after their lease.
+	Withdraw(ctx context.Context, agent spiffeid.ID) error
+	// ReportProxy keeps what a proxy says; the registry computes its State,
+	// except that a report with State Rejected is a refusal.
+	ReportProxy(p mesh.Proxy)
+	Proxies() []mesh.Proxy
+	AddEdges(edges []mesh.Edge)
+	Edges() []mesh.Edge
+	Status() mesh.IssuerStatus
+}
+
+// An Authority signs. It checks what it signs; the Server has checked who asks.
+// All methods are safe for concurrent use.
+type Authority interface {
+	// SignX509 returns the leaf and the intermediates, not the root. A ttl of
+	// zero is the issuer's default.
+	SignX509(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, ttl time.Duration, dns []string) ([]*x509.Certificate, error)
+	SignAgent(ctx context.Context, id spiffeid.ID, key crypto.PublicKey) ([]*x509.Certificate, error)
+	SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (token string, issued, expires time.Time, err error)
+	X509Bundle() []*x509.Certificate
+	JWTKeys() []JWTKey
+	// ServerCertificate proves ServerID; the implementation renews it.
+	ServerCertificate() (*tls.Certificate, error)
+}
+
+// A JWTKey verifies JWT-SVIDs of the trust domain.
+type JWTKey struct {
+	KeyID     string
+	PublicKey crypto.PublicKey
+	ExpiresAt time.Time
+}
+
+// A NodeVerifier checks the evidence of one kind of node attestation, given the
+// key that the node asks to have certified. It names the agent.
+type NodeVerifier interface {
+	Verify(ctx context.Context, payload []byte, key crypto.PublicKey) (agent spiffeid.ID, selectors []mesh.Selector, err error)
+}
+
+// An AuditSink keeps the audit lines of proxies, durably when it returns. It
+// must bear to receive a line twice.
+type AuditSink interface {
+	Receive(ctx context.Context, proxy spiffeid.ID, lines [][]byte) error
+}
+
+// An Attestation is one attempt to attest, for the audit.
+type Attestation struct {
+	// Agent is zero when the evidence named none.
+	Agent spiffeid.ID
+	Type  string
+	// Peer is the remote address.
+	Peer string
+	// Refusal is empty when the agent was admitted.
+	Refusal Refusal
+}
+
+// ServerConfig configures a Server.
+type ServerConfig struct {
+	// TrustDomain of this issuer. Required.
+	TrustDomain spiffeid.TrustDomain
+	// Registry, Authority and Audit are the issuer's rooms. Required.
+	Registry  Registry
+	Authority Authority
+	Audit     AuditSink
+	// Verifiers by the name of the node attestor, such as "join_token".
+	Verifiers map[string]NodeVerifier
+	// Why names the reason in a Verifier's error. RefusalNone says that the
+	// verifier itself failed: the node may try again. Default: every error is
+	// RefusalEvidence.
+	Why func(error) Refusal
+	// OnAttest is told of each attestation, before its answer. An error
+	// refuses it: what cannot be recorded does not happen. Default none.
+	OnAttest func(context.Context, Attestation) error
+	// StreamsPerAgent bounds the streams one agent has open. Default 16.
+	StreamsPerAgent int
+	// AttestsAtOnce bounds unauthenticated calls in flight. Default 64.
+	AttestsAtOnce int
+	// Log receives what an operator needs to know. Required.
+	Log *slog.Logger
+	// Now is the clock. Default time.Now.
+	Now func() time.Time
+}
+
+// Validate reports every mistake, by field.
+func (c ServerConfig) Validate() error {
+	var errs []error
+	missing := func(absent bool, field string) {
+		if absent {
+			errs = append(errs, fmt.Errorf("%s: missing", field))
+		}
+	}
+	missing(c.TrustDomain.IsZero(), "trust_domain")
+	missing(c.Registry == nil, "registry")
+	missing(c.Authority == nil, "authority")
+	missing(c.Audit == nil, "audit")
+	missing(c.Log == nil, "log")
+	if c.StreamsPerAgent < 0 {
+		errs = append(errs, fmt.Errorf("streams_per_agent: %d is negative", c.StreamsPerAgent))
+	}
+	if c.AttestsAtOnce < 0 {
+		errs = append(errs, fmt.Errorf("attests_at_once: %d is negative", c.AttestsAtOnce))
+	}
+	return errors.Join(errs...)
+}
+
+// A Server answers agents over mutual TLS and the operator over a Unix socket.
+type Server struct {
+	cfg    ServerConfig
+	health *health.Server
+	// attests holds one token for each unauthenticated call in flight.
+	attests     chan struct{}
+	projections projections
+	revisions   entryRevisions
+	// stopping is closed once the Server is to end its streams.
+	stopping chan struct{}
+	stopOnce sync.Once
+	// agents serialises changes of one agent's record.
+	agents keyedLocks
+
+	// mu guards what stands below it. It is taken after a lock of agents.
+	mu sync.Mutex
+	// open counts the streams of each agent, subs the subscriptions of each
+	// proxy, live those of each agent.
+	open map[spiffeid.ID]int
+	subs map[subscriber]int
+	live map[spiffeid.ID]int
+	// syncNow is closed and replaced when every proxy should sync.
+	syncNow chan struct{}
+}
+
+// NewServer returns a Server that serves nothing yet.
+func NewServer(cfg ServerConfig) (*Server, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("control server: %w", err)
+	}
+	if cfg.StreamsPerAgent == 0 {
+		cfg.StreamsPerAgent = 16
+	}
+	if cfg.AttestsAtOnce == 0 {
+		cfg.AttestsAtOnce = 64
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Why == nil {
+		cfg.Why = func(error) Refusal { return RefusalEvidence }
+	}
+	return &Server{
+		cfg:      cfg,
+		health:   health.NewServer(),
+		attests:  make(chan struct{}, cfg.AttestsAtOnce),
+		stopping: make(chan struct{}),
+		open:     map[spiffeid.ID]int{},
+		subs:     map[subscriber]int{},
+		live:     map[spiffeid.ID]int{},
+		syncNow:  make(chan struct{}),
+	}, nil
+}
+
+// Serve answers agents on l until ctx ends, then ends streams and waits for
+// calls in flight. It closes l.
+func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	g := grpc.NewServer(append(s.options(),
+		grpc.Creds(credentials.NewTLS(s.tlsConfig())),
+		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream, s.guardStream))...)
+	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
+	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
+	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
+	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
+	meshpb.RegisterMeshServer(g, &meshAPI{s: s})
+	healthpb.RegisterHealthServer(g, s.health)
+	return s.serve(ctx, g, l)
+}
+
+// ServeAdmin answers the operator on l, a Unix socket, until ctx ends. Only
+// this process's own user and root are served.
+func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
+	g := grpc.NewServer(append(s.options(),
+		grpc.ChainUnaryInterceptor(s.recoverUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream))...)
+	a := &adminAPI{s: s}
+	meshpb.RegisterAdminServer(g, a)
+	agentv1.RegisterAgentServer(g, &agentAdminAPI{a: a})
+	entryv1.RegisterEntryServer(g, &entryAdminAPI{a: a})
+	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
+	healthpb.RegisterHealthServer(g, s.health)
+	return s.serve(ctx, g, &ownListener{UnixListener: l, log: s.cfg.Log})
+}
+
+func (s *Server) options() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxSendMsgSize(maxMessage),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.ConnectionTimeout(helloTimeout),
+		grpc.ReadBufferSize(4096),
+		grpc.WriteBufferSize(4096),
+		grpc.SharedWriteBuffer(true),
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: keepaliveAfter, Timeout: keepaliveTimeout}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: keepaliveAfter / 4, PermitWithoutStream: true}),
+	}
+}
+
+func (s *Server) serve(ctx context.Context, g *grpc.Server, l net.Listener) error {
+	done := make(chan error, 1)
+	go func() { done <- g.Serve(l) }()
+	select {
+	case err := <-done:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	s.stopOnce.Do(func() {
+		s.health.Shutdown()
+		close(s.stopping)
+	})
+	graceful := make(chan struct{})
+	go func() {
+		g.GracefulStop()
+		close(graceful)
+	}()
+	t := time.NewTimer(drainTimeout)
+	defer t.Stop()
+	select {
+	case <-graceful:
+	case <-t.C:
+		g.Stop()
+		<-graceful
+	}
+	<-done
+	return nil
+}
+
+// SyncNow asks every subscribed proxy to fetch entries, bundle and SVIDs.
+func (s *Server) SyncNow() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.syncNow)
+	s.syncNow = make(chan struct{})
+}
+
+func (s *Server) syncRequested() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.syncNow
+}

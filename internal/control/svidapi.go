@@ -1,0 +1,144 @@
+package control
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+
+	"sallyport/internal/mesh"
+)
+
+// bundleRefresh is how often a peer that cannot be told should fetch the
+// bundle again, seconds.
+const bundleRefresh = 60
+
+// svidAPI is spire.api.server.svid.v1 as an agent uses it.
+type svidAPI struct {
+	svidv1.UnimplementedSVIDServer
+	s *Server
+}
+
+// entries returns the calling agent's entries by ID.
+func (a *svidAPI) entries(ctx context.Context) (map[string]mesh.Entry, error) {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	byID := map[string]mesh.Entry{}
+	for _, e := range a.s.cfg.Registry.EntriesFor(c.id) {
+		byID[e.ID] = e
+	}
+	return byID, nil
+}
+
+// BatchNewX509SVID signs an SVID for each entry asked for. One that fails does
+// not fail the others.
+func (a *svidAPI) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
+	if n := len(req.GetParams()); n == 0 || n > maxBatch {
+		return nil, refuse(codes.InvalidArgument, "%d SVIDs asked for at once, want 1 to %d", n, maxBatch)
+	}
+	entries, err := a.entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	resp := &svidv1.BatchNewX509SVIDResponse{}
+	for _, p := range req.GetParams() {
+		svid, st := a.newX509SVID(ctx, entries, p)
+		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Svid: svid, Status: st})
+	}
+	return resp, nil
+}
+
+func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry, p *svidv1.NewX509SVIDParams) (*types.X509SVID, *types.Status) {
+	no := func(c codes.Code, format string, args ...any) (*types.X509SVID, *types.Status) {
+		return nil, &types.Status{Code: int32(c), Message: fmt.Sprintf(format, args...)}
+	}
+	e, ok := entries[p.GetEntryId()]
+	if !ok {
+		return no(codes.NotFound, "entry not found or not this agent's")
+	}
+	key, err := requestKey(p.GetCsr())
+	if err != nil {
+		return no(codes.InvalidArgument, "%v", err)
+	}
+	chain, err := a.s.cfg.Authority.SignX509(ctx, e.SPIFFEID, key, e.X509TTL, e.DNSNames)
+	if err == nil {
+		var svid *types.X509SVID
+		if svid, err = chainToWire(e.SPIFFEID, chain); err == nil {
+			return svid, &types.Status{Code: int32(codes.OK), Message: "OK"}
+		}
+	}
+	a.s.cfg.Log.Error("sign SVID failed", slog.String("id", e.SPIFFEID.String()), slog.String("entry", e.ID), slog.Any("err", err))
+	return no(codes.Internal, "internal")
+}
+
+// NewJWTSVID signs a token for an entry and audiences that the agent names.
+func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
+	if n := len(req.GetAudience()); n == 0 || n > 32 {
+		return nil, refuse(codes.InvalidArgument, "%d audiences, want 1 to 32", n)
+	}
+	for _, aud := range req.GetAudience() {
+		if aud == "" || len(aud) > maxID {
+			return nil, refuse(codes.InvalidArgument, "an audience has %d bytes, want 1 to %d", len(aud), maxID)
+		}
+	}
+	entries, err := a.entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	e, ok := entries[req.GetEntryId()]
+	if !ok {
+		return nil, refuse(codes.NotFound, "entry not found or not this agent's")
+	}
+	token, issued, expires, err := a.s.cfg.Authority.SignJWT(ctx, e.SPIFFEID, req.GetAudience(), e.JWTTTL)
+	if err != nil {
+		return nil, fmt.Errorf("sign token of %s: %w", e.SPIFFEID, err)
+	}
+	return &svidv1.NewJWTSVIDResponse{Svid: &types.JWTSVID{
+		Token: token, Id: idToWire(e.SPIFFEID), IssuedAt: issued.Unix(), ExpiresAt: expires.Unix(), Hint: e.Hint,
+	}}, nil
+}
+
+// bundleAPI is spire.api.server.bundle.v1 for reading.
+type bundleAPI struct {
+	bundlev1.UnimplementedBundleServer
+	s *Server
+}
+
+// GetBundle returns the trust domain's bundle to anyone: it is public, and a
+// reader must already trust the connection.
+func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
+	b := &types.Bundle{TrustDomain: a.s.cfg.TrustDomain.Name(), RefreshHint: bundleRefresh}
+	for _, c := range a.s.cfg.Authority.X509Bundle() {
+		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw})
+	}
+	for _, k := range a.s.cfg.Authority.JWTKeys() {
+		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("encode JWT key %s: %w", k.KeyID, err)
+		}
+		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der}
+		if !k.ExpiresAt.IsZero() {
+			w.ExpiresAt = k.ExpiresAt.Unix()
+		}
+		b.JwtAuthorities = append(b.JwtAuthorities, w)
+	}
+	if m := req.GetOutputMask(); m != nil {
+		drop(!m.X509Authorities, &b.X509Authorities)
+		drop(!m.JwtAuthorities, &b.JwtAuthorities)
+		drop(!m.RefreshHint, &b.RefreshHint)
+		drop(!m.SequenceNumber, &b.SequenceNumber)
+	}
+	return b, nil
+}
+
+// GetFederatedBundle knows no other trust domain.
+func (a *bundleAPI) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
+	return nil, refuse(codes.NotFound, "this issuer holds no bundle of %.255q", req.GetTrustDomain())
+}
