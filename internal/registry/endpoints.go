@@ -1,0 +1,303 @@
+package registry
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store"
+)
+
+const (
+	// DefaultLease is how long an endpoint is kept unless it is announced
+	// again.
+	DefaultLease = time.Minute
+	// maxPerAgent bounds what one agent can make us keep. A sidecar stands
+	// beside one workload, which seldom is more than a few services.
+	maxPerAgent = 64
+)
+
+// ErrBadEndpoint says that an announced endpoint can never be reached.
+var ErrBadEndpoint = errors.New("endpoint refused")
+
+// A place is the key of an endpoint: an agent has one for each service.
+type place struct {
+	agent   spiffeid.ID
+	service mesh.ServiceName
+}
+
+func (p place) key() string { return p.agent.String() + " " + string(p.service) }
+
+// held is an endpoint and how long it is kept.
+type held struct {
+	mesh.Endpoint
+	lease time.Duration
+	// until is when it ends. In a run of the issuer it is measured by the
+	// monotonic clock, so that a step of the wall clock ends nothing.
+	until time.Time
+	// order counts announcements: the latest wins an address.
+	order uint64
+}
+
+// endpointRecord is a held endpoint in the store.
+type endpointRecord struct {
+	Endpoint mesh.Endpoint `json:"endpoint"`
+	// Lease is in nanoseconds.
+	Lease time.Duration `json:"lease"`
+}
+
+// Announce says that an agent's sidecar serves a service at an address. The
+// endpoint is kept for the lease, counted from now (0 means DefaultLease). To
+// announce it again extends the lease and writes nothing. An endpoint is
+// distributed only while the policies have the service and an entry that gives
+// its identity to the agent: whoever is not entitled is kept aside, since the
+// policies may change.
+func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Duration) error {
+	if lease == 0 {
+		lease = DefaultLease
+	}
+	if err := r.checkEndpoint(e, lease); err != nil {
+		return err
+	}
+	e.Address = netip.AddrPortFrom(e.Address.Addr().Unmap(), e.Address.Port())
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p := place{e.Agent, e.Service}
+	old := r.endpoints[p]
+	if old != nil && old.Endpoint == e && old.lease == lease {
+		old.until = r.cfg.Now().Add(lease)
+		return nil
+	}
+	if old == nil && r.countOf(e.Agent) >= maxPerAgent {
+		return fmt.Errorf("%w: agent %s already announced %d services", ErrBadEndpoint, e.Agent, maxPerAgent)
+	}
+	value, err := json.Marshal(endpointRecord{e, lease})
+	if err != nil {
+		return fmt.Errorf("announce endpoint: %w", err)
+	}
+	rev, err := r.write(ctx, store.Op{Kind: store.KindEndpoint, Key: p.key(), Value: value})
+	if err != nil {
+		return fmt.Errorf("announce endpoint: %w", err)
+	}
+	r.announced++
+	r.endpoints[p] = &held{Endpoint: e, lease: lease, until: r.cfg.Now().Add(lease), order: r.announced}
+	r.rouse()
+	if !entitled(r.state.Load(), e) {
+		r.cfg.Log.Warn("endpoint not distributed: no service and entry name the agent", "agent", e.Agent, "service", e.Service, "address", e.Address)
+	}
+	r.refresh(rev)
+	return nil
+}
+
+func (r *Registry) checkEndpoint(e mesh.Endpoint, lease time.Duration) error {
+	addr := e.Address.Addr()
+	switch {
+	case !e.Agent.MemberOf(r.cfg.TrustDomain):
+		return fmt.Errorf("%w: agent %q is not of trust domain %s", ErrBadEndpoint, e.Agent, r.cfg.TrustDomain.Name())
+	case e.Service == "" || len(e.Service) > 63:
+		return fmt.Errorf("%w: %q is not the name of a service", ErrBadEndpoint, e.Service)
+	case !addr.IsValid() || addr.IsUnspecified() || addr.IsMulticast() || e.Address.Port() == 0:
+		return fmt.Errorf("%w: %s is not an address that others can dial", ErrBadEndpoint, e.Address)
+	case lease < 0:
+		return fmt.Errorf("%w: the lease %s is negative", ErrBadEndpoint, lease)
+	}
+	return nil
+}
+
+// Withdraw says that the proxy of an agent has gone: its endpoints are kept
+// for one more lease, counted from now. An Announce in time keeps them.
+func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := r.cfg.Now()
+	for p, h := range r.endpoints {
+		if p.agent == agent {
+			h.until = now.Add(h.lease)
+		}
+	}
+	return nil
+}
+
+// Run ends leases in time. It returns nil when ctx ends.
+func (r *Registry) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-r.wake:
+		}
+		next, err := r.sweep(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			r.cfg.Log.Error("endpoints not ended; trying again in 5s", "error", err)
+			timer.Reset(5 * time.Second)
+		case next.IsZero():
+			timer.Stop()
+		default:
+			timer.Reset(next.Sub(r.cfg.Now()))
+		}
+	}
+}
+
+// sweep removes endpoints whose lease is over and returns when the next ends,
+// zero if none does.
+func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := r.cfg.Now()
+	var over []place
+	for p, h := range r.endpoints {
+		switch {
+		case !h.until.After(now):
+			over = append(over, p)
+		case next.IsZero() || h.until.Before(next):
+			next = h.until
+		}
+	}
+	return next, r.drop(ctx, over)
+}
+
+// drop forgets endpoints. mu is held.
+func (r *Registry) drop(ctx context.Context, places []place) error {
+	if len(places) == 0 {
+		return nil
+	}
+	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(a.key(), b.key()) })
+	ops := make([]store.Op, len(places))
+	for i, p := range places {
+		ops[i] = store.Op{Kind: store.KindEndpoint, Key: p.key(), Delete: true}
+	}
+	rev, err := r.write(ctx, ops...)
+	if err != nil {
+		return fmt.Errorf("end endpoints: %w", err)
+	}
+	for _, p := range places {
+		r.cfg.Log.Info("endpoint ended", "agent", p.agent, "service", p.service, "address", r.endpoints[p].Address)
+		delete(r.endpoints, p)
+	}
+	r.refresh(rev)
+	return nil
+}
+
+// refresh publishes under a revision if the endpoints that are distributed are
+// others now. What came from the policies is shared with the snapshot before:
+// to compile 10,000 rules for each endpoint would cost seconds when all proxies
+// connect at once. mu is held.
+func (r *Registry) refresh(rev int64) {
+	now := r.state.Load()
+	if now.accepted == nil {
+		return
+	}
+	endpoints := r.eligible(now.accepted.Policies, now.byAgent)
+	if slices.Equal(endpoints, now.snapshot.Endpoints) {
+		return
+	}
+	snapshot := *now.snapshot
+	snapshot.Endpoints = endpoints
+	r.publish(&state{accepted: now.accepted, snapshot: &snapshot, byAgent: now.byAgent, changed: make(chan struct{})}, rev)
+}
+
+// eligible returns the endpoints that may be distributed, in the order that
+// mesh.Compile gives them. Of
+// several agents at one address of a service only the latest is named: one
+// that attested anew under another name. mu is held.
+func (r *Registry) eligible(p *mesh.Policies, byAgent map[spiffeid.ID][]mesh.Entry) []mesh.Endpoint {
+	type spot struct {
+		service mesh.ServiceName
+		address netip.AddrPort
+	}
+	ids := make(map[mesh.ServiceName]spiffeid.ID, len(p.Services))
+	for _, s := range p.Services {
+		ids[s.Name] = s.ID
+	}
+	latest := make(map[spot]*held)
+	for _, h := range r.endpoints {
+		id, known := ids[h.Service]
+		if !known || !gives(byAgent[h.Agent], id) {
+			continue
+		}
+		at := spot{h.Service, h.Address}
+		if other := latest[at]; other == nil || other.order < h.order {
+			latest[at] = h
+		}
+	}
+	out := make([]mesh.Endpoint, 0, len(latest))
+	for _, h := range latest {
+		out = append(out, h.Endpoint)
+	}
+	slices.SortFunc(out, func(a, b mesh.Endpoint) int {
+		return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
+	})
+	return out
+}
+
+// entitled says if the policies let the agent of an endpoint hold the identity
+// of its service.
+func entitled(s *state, e mesh.Endpoint) bool {
+	if s.accepted == nil {
+		return false
+	}
+	return slices.ContainsFunc(s.accepted.Policies.Services, func(svc mesh.Service) bool {
+		return svc.Name == e.Service && gives(s.byAgent[e.Agent], svc.ID)
+	})
+}
+
+func gives(entries []mesh.Entry, id spiffeid.ID) bool {
+	return slices.ContainsFunc(entries, func(e mesh.Entry) bool { return e.SPIFFEID == id })
+}
+
+// countOf counts the endpoints of an agent. mu is held.
+func (r *Registry) countOf(agent spiffeid.ID) (n int) {
+	for p := range r.endpoints {
+		if p.agent == agent {
+			n++
+		}
+	}
+	return n
+}
+
+func (r *Registry) rouse() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// loadEndpoints brings back endpoints and starts their leases. mu is held.
+func (r *Registry) loadEndpoints(ctx context.Context) error {
+	records, err := r.list(ctx, store.KindEndpoint)
+	if err != nil {
+		return fmt.Errorf("load endpoints: %w", err)
+	}
+	// Of agents at one address, the one written last is the latest.
+	slices.SortFunc(records, func(a, b store.Record) int { return cmp.Compare(a.Revision, b.Revision) })
+	now := r.cfg.Now()
+	for _, rec := range records {
+		var er endpointRecord
+		if err := json.Unmarshal(rec.Value, &er); err != nil {
+			return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
+		}
+		if err := r.checkEndpoint(er.Endpoint, er.Lease); err != nil {
+			return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
+		}
+		r.announced++
+		r.endpoints[place{er.Endpoint.Agent, er.Endpoint.Service}] = &held{
+			Endpoint: er.Endpoint, lease: er.Lease, until: now.Add(er.Lease), order: r.announced,
+		}
+	}
+	r.rouse()
+	return nil
+}

@@ -1,0 +1,241 @@
+package registry
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store"
+)
+
+const (
+	// keepAgent is how long an agent is known after its SVID expired. A banned
+	// one is known for ever.
+	keepAgent = 30 * 24 * time.Hour
+	// keepProxy is how long a proxy that is gone stays in the list.
+	keepProxy = 24 * time.Hour
+	// maxEdges bounds the edges in memory; what comes after is counted as one
+	// edge between "other" and "other".
+	maxEdges = 20_000
+)
+
+// fleet is what proxies say of themselves. It is lost at a restart, and made
+// good as they connect again.
+type fleet struct {
+	mu      sync.Mutex // guards the fields below
+	proxies map[proxyKey]proxy
+	edges   map[edgeKey]mesh.Edge
+}
+
+type proxyKey struct{ agent, workload spiffeid.ID }
+
+type proxy struct {
+	mesh.Proxy
+	// refused is the policy revision in force when Reason was given.
+	refused uint64
+}
+
+type edgeKey struct {
+	src, dst, proto string
+	mtls            bool
+}
+
+// PutAgent keeps an agent. To ban it ends its endpoints at once.
+func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
+	if !a.ID.MemberOf(r.cfg.TrustDomain) {
+		return fmt.Errorf("put agent: %q is not of trust domain %s", a.ID, r.cfg.TrustDomain.Name())
+	}
+	value, err := json.Marshal(a)
+	if err != nil {
+		return fmt.Errorf("put agent: %w", err)
+	}
+	op := store.Op{Kind: store.KindAgent, Key: a.ID.String(), Value: value}
+	if !a.Banned && !a.ExpiresAt.IsZero() {
+		op.Expires = a.ExpiresAt.Add(keepAgent)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if _, err := r.write(ctx, op); err != nil {
+		return fmt.Errorf("put agent: %w", err)
+	}
+	if !a.Banned {
+		return nil
+	}
+	var over []place
+	for p := range r.endpoints {
+		if p.agent == a.ID {
+			over = append(over, p)
+		}
+	}
+	return r.drop(ctx, over)
+}
+
+// GetAgent returns an agent, expired ones too; mesh.ErrNotFound if none has
+// the ID.
+func (r *Registry) GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
+	if id.IsZero() {
+		return mesh.Agent{}, fmt.Errorf("agent without an ID: %w", mesh.ErrNotFound)
+	}
+	rec, err := r.cfg.Store.Get(ctx, store.KindAgent, id.String())
+	if errors.Is(err, store.ErrNotFound) {
+		return mesh.Agent{}, fmt.Errorf("agent %s: %w", id, mesh.ErrNotFound)
+	}
+	if err != nil {
+		return mesh.Agent{}, fmt.Errorf("get agent: %w", err)
+	}
+	return decodeAgent(rec)
+}
+
+// ListAgents returns every agent, by ID.
+func (r *Registry) ListAgents(ctx context.Context) ([]mesh.Agent, error) {
+	records, err := r.list(ctx, store.KindAgent)
+	if err != nil {
+		return nil, fmt.Errorf("list agents: %w", err)
+	}
+	agents := make([]mesh.Agent, 0, len(records))
+	for _, rec := range records {
+		a, err := decodeAgent(rec)
+		if err != nil {
+			return nil, err
+		}
+		agents = append(agents, a)
+	}
+	return agents, nil
+}
+
+func decodeAgent(rec store.Record) (mesh.Agent, error) {
+	var a mesh.Agent
+	if err := json.Unmarshal(rec.Value, &a); err != nil {
+		return mesh.Agent{}, fmt.Errorf("decode agent %s: %w", rec.Key, err)
+	}
+	return a, nil
+}
+
+// ReportProxy takes note of what a proxy says. Its State is computed: with a
+// Reason (or State Rejected) it has refused the policies in force; else it has
+// acknowledged PolicyRevision, in force or not.
+func (r *Registry) ReportProxy(p mesh.Proxy) {
+	now := r.cfg.Now()
+	if p.LastSeen.IsZero() {
+		p.LastSeen = now
+	}
+	in := proxy{Proxy: p}
+	if s := r.Current(); s != nil && (p.Reason != "" || p.State == mesh.Rejected) {
+		in.refused = s.PolicyRevision
+	}
+	f := &r.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.proxies == nil {
+		f.proxies = make(map[proxyKey]proxy)
+	}
+	f.proxies[proxyKey{p.Agent, p.Workload}] = in
+	for key, old := range f.proxies {
+		if !old.Connected && now.Sub(old.LastSeen) > keepProxy {
+			delete(f.proxies, key)
+		}
+	}
+}
+
+// Proxies returns every proxy that was seen in the last day, by workload and
+// agent, with its state as of now.
+func (r *Registry) Proxies() []mesh.Proxy {
+	var current uint64
+	if s := r.Current(); s != nil {
+		current = s.PolicyRevision
+	}
+	now := r.cfg.Now()
+	f := &r.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := make([]mesh.Proxy, 0, len(f.proxies))
+	for _, p := range f.proxies {
+		if !p.Connected && now.Sub(p.LastSeen) > keepProxy {
+			continue
+		}
+		switch {
+		case current == 0:
+			p.State = mesh.Stale
+		case p.refused == current:
+			p.State = mesh.Rejected
+		case p.PolicyRevision == current:
+			p.State = mesh.Synced
+		default:
+			p.State = mesh.Stale
+		}
+		if p.State != mesh.Rejected {
+			p.Reason = ""
+		}
+		out = append(out, p.Proxy)
+	}
+	slices.SortFunc(out, func(a, b mesh.Proxy) int {
+		return cmp.Or(cmp.Compare(a.Workload.String(), b.Workload.String()), cmp.Compare(a.Agent.String(), b.Agent.String()))
+	})
+	return out
+}
+
+// AddEdges adds what proxies counted since they last said.
+func (r *Registry) AddEdges(edges []mesh.Edge) {
+	f := &r.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.edges == nil {
+		f.edges = make(map[edgeKey]mesh.Edge)
+	}
+	for _, e := range edges {
+		key := edgeKey{e.Src, e.Dst, e.Proto, e.MTLS}
+		sum, known := f.edges[key]
+		if !known && len(f.edges) >= maxEdges {
+			key = edgeKey{src: "other", dst: "other", proto: "other"}
+			sum, known = f.edges[key]
+			e.Src, e.Dst, e.Proto, e.MTLS = key.src, key.dst, key.proto, key.mtls
+		}
+		if !known {
+			f.edges[key] = e
+			continue
+		}
+		sum.Allowed += e.Allowed
+		sum.Denied += e.Denied
+		sum.Errors += e.Errors
+		if e.First.Before(sum.First) {
+			sum.First = e.First
+		}
+		if e.Last.After(sum.Last) {
+			sum.Last = e.Last
+		}
+		f.edges[key] = sum
+	}
+}
+
+// Edges returns the sums since the start, by source and destination.
+func (r *Registry) Edges() []mesh.Edge {
+	f := &r.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := make([]mesh.Edge, 0, len(f.edges))
+	for _, e := range f.edges {
+		out = append(out, e)
+	}
+	slices.SortFunc(out, func(a, b mesh.Edge) int {
+		return cmp.Or(cmp.Compare(a.Src, b.Src), cmp.Compare(a.Dst, b.Dst), cmp.Compare(a.Proto, b.Proto), boolOrder(a.MTLS, b.MTLS))
+	})
+	return out
+}
+
+func boolOrder(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case b:
+		return -1
+	}
+	return 1
+}

@@ -1,0 +1,132 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store"
+)
+
+// currentPolicies is the key of the policies in force.
+const currentPolicies = "current"
+
+// accepted is a reviewed set that passed every check. It is immutable.
+type accepted struct {
+	// Revision counts accepted sets, from 1.
+	Revision uint64
+	Hash     string
+	Policies *mesh.Policies
+}
+
+// policyRecord is an accepted set in the store.
+type policyRecord struct {
+	Revision uint64    `json:"revision"`
+	Hash     string    `json:"hash"`
+	At       time.Time `json:"at"`
+	// Policies is what mesh.Policies.Encode wrote.
+	Policies json.RawMessage `json:"policies"`
+}
+
+// ApplyPolicies puts a reviewed set in force and returns its policy revision.
+// The set is validated, checked, stored and published, in this order; an error
+// in any of these leaves the old set in force, and LastRefusal says why. A set
+// with the hash of the one in force changes nothing. The caller gives p away.
+func (r *Registry) ApplyPolicies(ctx context.Context, p *mesh.Policies) (uint64, error) {
+	r.applying.Lock()
+	defer r.applying.Unlock()
+	rev, err := r.apply(ctx, p)
+	if err != nil {
+		r.Refuse(err)
+		return 0, err
+	}
+	r.refusal.Store(nil)
+	return rev, nil
+}
+
+func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) {
+	if p == nil {
+		return 0, errors.New("apply policies: there are none")
+	}
+	if p.TrustDomain != r.cfg.TrustDomain {
+		return 0, fmt.Errorf("apply policies: they are written for trust domain %q, this issuer serves %q; check trust_domain in both", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
+	}
+	acc := &accepted{Revision: 1, Hash: p.Hash(), Policies: p}
+	if old := r.state.Load().accepted; old != nil {
+		if old.Hash == acc.Hash {
+			return old.Revision, nil
+		}
+		acc.Revision = old.Revision + 1
+	}
+	if err := p.Validate(); err != nil {
+		return 0, err
+	}
+	if err := r.cfg.Check(p); err != nil {
+		return 0, err
+	}
+	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), p.Encode()})
+	if err != nil {
+		return 0, fmt.Errorf("apply policies: encode: %w", err)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	next, err := r.compile(acc)
+	if err != nil {
+		return 0, fmt.Errorf("apply policies: compile: %w", err)
+	}
+	rev, err := r.write(ctx, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value})
+	if err != nil {
+		return 0, fmt.Errorf("apply policies: %w", err)
+	}
+	r.publish(next, rev)
+	r.cfg.Log.Info("policies accepted", "policy_revision", acc.Revision, "revision", rev, "hash", acc.Hash)
+	return acc.Revision, nil
+}
+
+// loadPolicies reads the last accepted set, nil if there is none.
+func (r *Registry) loadPolicies(ctx context.Context) (*accepted, error) {
+	rec, err := r.cfg.Store.Get(ctx, store.KindPolicy, currentPolicies)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("load policies: %w", err)
+	}
+	var pr policyRecord
+	if err := json.Unmarshal(rec.Value, &pr); err != nil {
+		return nil, unreadable(err)
+	}
+	// Strict: a field that a newer issuer wrote may be one that forbids.
+	p, err := mesh.DecodePolicies(pr.Policies)
+	if err != nil {
+		return nil, unreadable(err)
+	}
+	if p.TrustDomain != r.cfg.TrustDomain {
+		return nil, fmt.Errorf("load policies: the store belongs to trust domain %q, this issuer serves %q; set trust_domain back or give another store", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
+	}
+	// Hashed anew: another version may hash another form of the same set.
+	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p}, nil
+}
+
+func unreadable(err error) error {
+	return fmt.Errorf("load policies: this issuer cannot read what the store holds; run the version that wrote it, or move the store away to start empty: %w", err)
+}
+
+// Refuse records why the newest edit is not in force, for those who refuse it
+// before it can be applied, such as the parser.
+func (r *Registry) Refuse(err error) {
+	text := err.Error()
+	r.refusal.Store(&text)
+}
+
+// LastRefusal says why the newest edit of the policies is not in force; empty
+// if it is.
+func (r *Registry) LastRefusal() string {
+	if text := r.refusal.Load(); text != nil {
+		return *text
+	}
+	return ""
+}

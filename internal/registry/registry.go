@@ -1,0 +1,210 @@
+// Package registry is what an issuer knows and distributes: the accepted
+// policies, the endpoints of services, agents, join tokens, and the state of
+// each proxy.
+//
+// What must survive a restart is in the store before a call returns; the rest
+// is in memory. It reads no policy file and speaks no protocol. Run owns the
+// only background work, the end of endpoint leases. Lock order: applying
+// before mu; fleet.mu is never held together with another.
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store"
+)
+
+// A Config says what a Registry works with.
+type Config struct {
+	// Store keeps what must survive a restart. Required.
+	Store store.Store
+	// TrustDomain is the only one that policies and agents may belong to.
+	// Required.
+	TrustDomain spiffeid.TrustDomain
+	// Log receives accepted policies and ended leases. Required.
+	Log *slog.Logger
+	// Check is asked before policies are accepted and says what is wrong with
+	// them: the tests that reviewers wrote. Default: nothing is wrong.
+	Check func(*mesh.Policies) error
+	// Now is the clock. Default time.Now.
+	Now func() time.Time
+}
+
+// Validate reports every mistake.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Store == nil {
+		errs = append(errs, errors.New("store: missing"))
+	}
+	if c.TrustDomain.IsZero() {
+		errs = append(errs, errors.New("trust domain: missing"))
+	}
+	if c.Log == nil {
+		errs = append(errs, errors.New("log: missing"))
+	}
+	return errors.Join(errs...)
+}
+
+// A Registry serves many proxies at once: every method is safe for concurrent
+// use. Reads of Current, Entries and EntriesFor cost an atomic load.
+type Registry struct {
+	cfg     Config
+	started time.Time
+	state   atomic.Pointer[state]
+	refusal atomic.Pointer[string]
+
+	// applying lets one set of policies be judged at a time.
+	applying sync.Mutex
+
+	// mu orders every change of state, with its write to the store.
+	mu        sync.Mutex
+	endpoints map[place]*held
+	announced uint64
+	// wake tells Run that the next end of a lease may be another.
+	wake chan struct{}
+
+	fleet fleet
+}
+
+// A state is everything that is read together. It is immutable.
+type state struct {
+	accepted *accepted      // nil before the first policies
+	snapshot *mesh.Snapshot // nil before the first policies
+	byAgent  map[spiffeid.ID][]mesh.Entry
+	changed  chan struct{}
+}
+
+// New returns a registry that knows nothing until Load.
+func New(cfg Config) (*Registry, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("registry: %w", err)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Check == nil {
+		cfg.Check = func(*mesh.Policies) error { return nil }
+	}
+	r := &Registry{
+		cfg:       cfg,
+		started:   cfg.Now(),
+		endpoints: make(map[place]*held),
+		wake:      make(chan struct{}, 1),
+	}
+	r.state.Store(&state{changed: make(chan struct{})})
+	return r, nil
+}
+
+// Load brings back the last accepted policies and the endpoints. It is called
+// once, before anything else. Each endpoint is held for its lease from now on,
+// so that proxies have the time to connect again before traffic is turned
+// away from them.
+func (r *Registry) Load(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	acc, err := r.loadPolicies(ctx)
+	if err != nil {
+		return err
+	}
+	if err := r.loadEndpoints(ctx); err != nil {
+		return err
+	}
+	// This write gives what we distribute from now on a revision above all
+	// that an earlier run may have distributed.
+	rev, err := r.write(ctx, store.Op{Kind: store.KindLease, Key: "issuer/start", Value: []byte(r.cfg.Now().UTC().Format(time.RFC3339Nano))})
+	if err != nil {
+		return fmt.Errorf("load registry: %w", err)
+	}
+	if acc == nil {
+		return nil
+	}
+	next, err := r.compile(acc)
+	if err != nil {
+		return fmt.Errorf("load registry: compile the accepted policies: %w", err)
+	}
+	r.publish(next, rev)
+	return nil
+}
+
+// compile makes the state that follows from policies and today's endpoints.
+// mu is held.
+func (r *Registry) compile(acc *accepted) (*state, error) {
+	next := &state{accepted: acc, byAgent: make(map[spiffeid.ID][]mesh.Entry), changed: make(chan struct{})}
+	for _, e := range acc.Policies.Entries {
+		next.byAgent[e.ParentID] = append(next.byAgent[e.ParentID], e)
+	}
+	var err error
+	next.snapshot, err = mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(acc.Policies, next.byAgent))
+	return next, err
+}
+
+// publish puts a state in force under a revision. mu is held.
+func (r *Registry) publish(next *state, rev int64) {
+	next.snapshot.Revision = uint64(rev)
+	close(r.state.Swap(next).changed)
+}
+
+// write writes to the store. It does not stop half way when a caller goes
+// away, so that the store and the memory say the same.
+func (r *Registry) write(ctx context.Context, ops ...store.Op) (int64, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.cfg.Store.Write(context.WithoutCancel(ctx), ops...)
+}
+
+// list reads every record of a kind.
+func (r *Registry) list(ctx context.Context, kind store.Kind) ([]store.Record, error) {
+	var all []store.Record
+	for after := ""; ; after = all[len(all)-1].Key {
+		page, err := r.cfg.Store.List(ctx, kind, after, store.MaxPage)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		if len(page) < store.MaxPage {
+			return all, nil
+		}
+	}
+}
+
+// Current returns the snapshot in force, nil before the first policies. The
+// caller must not change it.
+func (r *Registry) Current() *mesh.Snapshot { return r.state.Load().snapshot }
+
+// Changed returns a channel that is closed when Current or Entries next
+// change. Take the channel first and read afterwards, then no change is missed.
+func (r *Registry) Changed() <-chan struct{} { return r.state.Load().changed }
+
+// Entries returns every registration entry, in the order of the policies.
+func (r *Registry) Entries() []mesh.Entry {
+	acc := r.state.Load().accepted
+	if acc == nil {
+		return nil
+	}
+	return slices.Clone(acc.Policies.Entries)
+}
+
+// EntriesFor returns the entries whose parent is the agent.
+func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
+	return slices.Clone(r.state.Load().byAgent[agent])
+}
+
+// Status says what is in force and why the newest edit is not, if so.
+func (r *Registry) Status() mesh.IssuerStatus {
+	st := mesh.IssuerStatus{TrustDomain: r.cfg.TrustDomain, LastRefusal: r.LastRefusal(), Started: r.started}
+	if s := r.Current(); s != nil {
+		st.Revision, st.PolicyRevision, st.PolicyHash = s.Revision, s.PolicyRevision, s.PolicyHash
+	}
+	return st
+}
