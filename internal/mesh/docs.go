@@ -20,6 +20,10 @@ type at struct {
 
 func (a *at) locate(o Origin) { a.origin = o }
 
+// unread is true of an item that was no group of fields: a mistake by now
+// reported.
+func (a *at) unread() bool { return a.origin == Origin{} }
+
 type servicesDoc struct {
 	Services []serviceDoc `yaml:"services"`
 }
@@ -35,6 +39,9 @@ type serviceDoc struct {
 func (d servicesDoc) nouns() []Service {
 	out := make([]Service, 0, len(d.Services))
 	for _, s := range d.Services {
+		if s.unread() {
+			continue
+		}
 		if s.Protocol == "" {
 			s.Protocol = "http"
 		}
@@ -86,9 +93,14 @@ func (s *selectorDoc) UnmarshalText(text []byte) error {
 func (d entriesDoc) nouns() []Entry {
 	out := make([]Entry, 0, len(d.Entries))
 	for _, e := range d.Entries {
+		if e.unread() {
+			continue
+		}
 		var selectors []Selector
 		for _, s := range e.Selectors {
-			selectors = append(selectors, Selector(s))
+			if s != (selectorDoc{}) {
+				selectors = append(selectors, Selector(s))
+			}
 		}
 		n := Entry{
 			ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID, Selectors: selectors,
@@ -136,10 +148,15 @@ type routeDoc struct {
 func (d egressDoc) nouns() []Destination {
 	out := make([]Destination, 0, len(d.Destinations))
 	for _, s := range d.Destinations {
+		if s.unread() {
+			continue
+		}
 		n := Destination{
-			Host: s.Host, Proto: s.Proto, SNI: s.SNI, Private: s.Private,
-			Endpoints: s.Route.Endpoints, ConnectTimeout: s.Route.ConnectTimeout,
-			Origin: s.origin,
+			Host: s.Host, Proto: s.Proto, SNI: s.SNI,
+			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
+			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
+			ConnectTimeout: s.Route.ConnectTimeout,
+			Origin:         s.origin,
 		}
 		if n.Proto == "" {
 			n.Proto = "tls"
@@ -176,6 +193,9 @@ type caseDoc struct {
 func (d testsDoc) nouns(services []Service, lenient bool, errs *Errors) []Case {
 	out := make([]Case, 0, len(d.Tests))
 	for _, t := range d.Tests {
+		if t.unread() {
+			continue
+		}
 		c := Case{
 			Name: t.Name, To: t.To, Port: t.Port, Verb: t.Verb, Path: t.Path,
 			SNI: t.SNI, Now: t.Now, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
+	"reflect"
 	"slices"
 	"strings"
 
@@ -26,6 +28,10 @@ const (
 )
 
 var knownFiles = []string{accessFile, guardFile, servicesFile, entriesFile, egressFile, testsFolder}
+
+// beside are extensions of files that may stand beside the reviewed ones: prose,
+// and Go code that embeds the folder. Nobody takes them for rows.
+var beside = []string{".md", ".go"}
 
 var errWeakWord = errors.New(`only "allow" is possible`)
 
@@ -47,7 +53,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 	if td.IsZero() {
 		return nil, errors.New("read policies: trust domain is missing")
 	}
-	r := &reader{fsys: fsys, src: sources{}}
+	r := &reader{fsys: fsys, src: sources{}, spoiled: map[Origin]bool{}}
 	p := &Policies{TrustDomain: td}
 	if err := r.checkNames(); err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
@@ -56,10 +62,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}
-	v := validator{p: p, valuesOnly: len(r.errs) > 0, broken: map[string]bool{}}
-	for _, e := range r.errs {
-		v.broken[e.File] = true
-	}
+	v := validator{p: p, valuesOnly: len(r.errs) > 0, spoiled: r.spoiled}
 	r.errs = append(r.errs, v.run()...)
 	if len(r.errs) > 0 {
 		return nil, r.sorted()
@@ -72,6 +75,10 @@ type reader struct {
 	fsys fs.FS
 	src  sources
 	errs Errors
+	// spoiled is collected from the decoder of each file.
+	spoiled map[Origin]bool
+	// cases is true when there is a folder of tests.
+	cases bool
 }
 
 // read returns a file, nil when it does not exist.
@@ -106,7 +113,7 @@ func (r *reader) checkNames() error {
 	found := false
 	for _, e := range entries {
 		name := e.Name()
-		if strings.HasPrefix(name, ".") {
+		if strings.HasPrefix(name, ".") || slices.Contains(beside, path.Ext(name)) {
 			continue
 		}
 		found = found || name == accessFile
@@ -114,6 +121,8 @@ func (r *reader) checkNames() error {
 			r.errs = append(r.errs, &Problem{File: name, Msg: "unexpected file in the policy folder" + didYouMean(name, knownFiles)})
 		} else if e.IsDir() != (name == testsFolder) {
 			r.errs = append(r.errs, &Problem{File: name, Msg: "tests is a folder, everything else a file"})
+		} else if e.IsDir() {
+			r.cases = true
 		}
 	}
 	if !found {
@@ -145,11 +154,11 @@ func (r *reader) documents(p *Policies) error {
 		return err
 	}
 	p.Services, p.Entries, p.Destinations = services.nouns(), entries.nouns(), egress.nouns()
-	lenient := len(r.errs) > 0
-	names, err := fs.ReadDir(r.fsys, testsFolder)
-	if errors.Is(err, fs.ErrNotExist) {
+	if !r.cases {
 		return nil
 	}
+	lenient := len(r.errs) > 0
+	names, err := fs.ReadDir(r.fsys, testsFolder)
 	if err != nil {
 		return err
 	}
@@ -177,9 +186,10 @@ func (r *reader) yaml(name string, v any) error {
 	if err != nil || b == nil {
 		return err
 	}
-	if errs, ok := errors.AsType[Errors](DecodeYAML(name, b, v)); ok {
-		r.errs = append(r.errs, errs...)
-	}
+	d := &decoder{file: name}
+	d.decode(b, reflect.ValueOf(v).Elem())
+	r.errs = append(r.errs, d.problems...)
+	maps.Copy(r.spoiled, d.spoiled)
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -60,7 +61,7 @@ func (p *Problem) Error() string {
 func window(text string, col int) (string, int) {
 	const width = 160
 	text = strings.Map(func(r rune) rune {
-		if r < ' ' && r != '\t' || r == 0x7f {
+		if !plainRune(r) {
 			return '?'
 		}
 		return r
@@ -76,6 +77,18 @@ func window(text string, col int) (string, int) {
 		col -= start
 	}
 	return string(runes[start:end]), col
+}
+
+// plainRune reports whether a reviewed file may hold r: not a control, not what
+// reorders or hides text, not what stands for broken UTF-8.
+func plainRune(r rune) bool {
+	return r == '\t' || r != utf8.RuneError && unicode.IsPrint(r)
+}
+
+// badByte returns the place of the first rune that is not plain, -1 when there
+// is none.
+func badByte(line string) int {
+	return strings.IndexFunc(line, func(r rune) bool { return !plainRune(r) })
 }
 
 func prefixRunes(s string, n int) string {
@@ -170,9 +183,25 @@ func findInItem(lines []string, first int, text string) (line, col int) {
 		if strings.HasPrefix(trimmed, "#") {
 			continue
 		}
-		if at := strings.Index(l, text); at >= 0 {
+		if at := indexWord(l, text); at >= 0 {
 			return i + 1, 1 + utf8.RuneCountInString(l[:at])
 		}
 	}
 	return 0, 0
+}
+
+// indexWord finds text, which as a key ("id:") must not be the end of another
+// one ("spiffe_id:").
+func indexWord(line, text string) int {
+	for from := 0; ; {
+		i := strings.Index(line[from:], text)
+		if i < 0 {
+			return -1
+		}
+		i += from
+		if !strings.HasSuffix(text, ":") || i == 0 || strings.IndexByte(" -{,", line[i-1]) >= 0 {
+			return i
+		}
+		from = i + 1
+	}
 }

@@ -21,10 +21,10 @@ func (p *Policies) Validate() error {
 type validator struct {
 	p          *Policies
 	valuesOnly bool
-	// broken are files in which values may be missing because they could not
+	// spoiled are items in which values may be missing because they could not
 	// be read, which is a mistake already reported.
-	broken map[string]bool
-	errs   Errors
+	spoiled map[Origin]bool
+	errs    Errors
 }
 
 func (v *validator) run() Errors {
@@ -50,7 +50,7 @@ func (v *validator) item(o Origin, near, format string, args ...any) {
 
 // missing records that an item lacks a value.
 func (v *validator) missing(o Origin, what string) {
-	if !v.broken[o.File] {
+	if !v.spoiled[o] {
 		v.item(o, "", "%s is missing", what)
 	}
 }
@@ -63,7 +63,11 @@ func (v *validator) cell(o Origin, column int, format string, args ...any) {
 // twice reports a key seen before.
 func twice[K comparable](v *validator, seen map[K]Origin, key K, o Origin, what string) {
 	if first, ok := seen[key]; ok {
-		v.item(o, fmt.Sprint(key), "%s %q is written twice, first at %s", what, fmt.Sprint(key), first)
+		where := ""
+		if first != o {
+			where = fmt.Sprintf(", first at %s", first)
+		}
+		v.item(o, fmt.Sprint(key), "%s %q is written twice%s", what, fmt.Sprint(key), where)
 		return
 	}
 	seen[key] = o
@@ -100,7 +104,7 @@ func (v *validator) services() {
 		if !s.ID.IsZero() {
 			twice(v, ids, s.ID.String(), s.Origin, "identity")
 		}
-		if s.Port == 0 {
+		if s.Port == 0 && !v.spoiled[s.Origin] {
 			v.missing(s.Origin, "port, a number from 1 to 65535,")
 		}
 		if s.Protocol != "http" {
@@ -177,10 +181,10 @@ func (v *validator) entries() {
 		}
 		v.selectors(e)
 		if e.X509TTL < 0 || e.X509TTL > maxX509TTL || e.X509TTL > 0 && e.X509TTL < time.Second {
-			v.item(e.Origin, "x509_ttl:", "x509_ttl %s is not from 1s to %s", e.X509TTL, maxX509TTL)
+			v.item(e.Origin, "x509_ttl:", "x509_ttl %s is not from 1s to 24h", e.X509TTL)
 		}
 		if e.JWTTTL < 0 || e.JWTTTL > maxJWTTTL || e.JWTTTL > 0 && e.JWTTTL < time.Second {
-			v.item(e.Origin, "jwt_ttl:", "jwt_ttl %s is not from 1s to %s", e.JWTTTL, maxJWTTTL)
+			v.item(e.Origin, "jwt_ttl:", "jwt_ttl %s is not from 1s to 1h", e.JWTTTL)
 		}
 		names := map[string]Origin{}
 		for _, n := range e.DNSNames {
@@ -206,7 +210,7 @@ func (v *validator) entries() {
 
 func (v *validator) selectors(e Entry) {
 	if len(e.Selectors) == 0 {
-		if !v.broken[e.Origin.File] {
+		if !v.spoiled[e.Origin] {
 			v.item(e.Origin, "selectors:", "selectors are missing: an entry without any would match every process")
 		}
 		return
@@ -221,7 +225,7 @@ func (v *validator) selectors(e Entry) {
 		}
 		strong = strong || !s.Weak()
 	}
-	if !strong && !e.WeakSelectors {
+	if !strong && !e.WeakSelectors && !v.spoiled[e.Origin] {
 		v.item(e.Origin, e.Selectors[0].String(), "selector %q alone is no boundary, any process can run that file: add a uid, gid or cgroup, or write weak_selectors: allow", e.Selectors[0])
 	}
 }

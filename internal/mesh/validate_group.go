@@ -93,7 +93,8 @@ func (v *validator) groups() {
 	}
 	known := sortedKeys(defined)
 	unknown := func(o Origin, column int, ref string) {
-		if !IsGroup(ref) || defined[ref] {
+		misplaced := strings.HasPrefix(ref, callerPrefix) != (column == colSrc)
+		if !IsGroup(ref) || defined[ref] || column != colMember && misplaced {
 			return
 		}
 		hint := ": no row makes anyone a member of it"

@@ -34,15 +34,12 @@ const maxNesting = 32
 // with defaults keeps them. The value of a field tagged secret:"true" is never
 // shown.
 func DecodeYAML(file string, src []byte, v any) error {
-	d := &decoder{file: file}
 	rv := reflect.ValueOf(v)
 	if rv.Kind() != reflect.Pointer || rv.IsNil() || rv.Elem().Kind() != reflect.Struct {
 		return fmt.Errorf("decode %s: %T is not a pointer to a struct", file, v)
 	}
-	body := d.parse(src)
-	if body != nil {
-		d.value(body, rv.Elem(), "")
-	}
+	d := &decoder{file: file}
+	d.decode(src, rv.Elem())
 	return d.problems.orNil()
 }
 
@@ -51,12 +48,21 @@ type decoder struct {
 	file     string
 	lines    []string
 	problems Errors
+	// spoiled holds the items in which something could not be decoded.
+	spoiled map[Origin]bool
 	// secret is true while below a field whose value must not be shown.
 	secret bool
 }
 
 // locator is implemented by structs that want to know where they stand.
 type locator interface{ locate(Origin) }
+
+func (d *decoder) decode(src []byte, v reflect.Value) {
+	d.spoiled = map[Origin]bool{}
+	if body := d.parse(src); body != nil {
+		d.value(body, v, "")
+	}
+}
 
 // parse returns the body of the only document, nil when there is none or when
 // the text is not acceptable YAML.
@@ -97,24 +103,12 @@ func (d *decoder) parse(src []byte) (body ast.Node) {
 			continue
 		}
 		if body != nil {
-			d.at(doc.Body.GetToken(), "a second document begins here: a file holds one")
+			d.at(nodeToken(doc.Body), "a second document begins here: a file holds one")
 			return nil
 		}
 		body = doc.Body
 	}
 	return body
-}
-
-// badByte returns the place of the first byte that no reviewed file needs, -1
-// when there is none.
-func badByte(l string) int {
-	for i, r := range l {
-		if r == utf8.RuneError || r < ' ' && r != '\t' || r >= 0x7f && r < 0xa0 || r == 0xfeff ||
-			r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069 || r == 0x2028 || r == 0x2029 {
-			return i
-		}
-	}
-	return -1
 }
 
 // plain refuses what makes YAML more than data, and nesting deep enough to
@@ -221,10 +215,13 @@ func (d *decoder) structure(n ast.Node, v reflect.Value, name string) {
 		return
 	}
 	if l, ok := v.Addr().Interface().(locator); ok {
-		l.locate(Origin{File: d.file, Line: n.GetToken().Position.Line})
-		if len(pairs) > 0 {
-			l.locate(Origin{File: d.file, Line: pairs[0].Key.GetToken().Position.Line})
-		}
+		o := Origin{File: d.file, Line: nodeToken(n).Position.Line}
+		l.locate(o)
+		defer func(before int) {
+			if len(d.problems) > before {
+				d.spoiled[o] = true
+			}
+		}(len(d.problems))
 	}
 	fields := map[string]field{}
 	collectFields(v, fields)
@@ -349,6 +346,18 @@ func (d *decoder) slice(n ast.Node, v reflect.Value, name string) {
 		d.value(item, out.Index(i), fmt.Sprintf("%s[%d]", name, i))
 	}
 	v.Set(out)
+}
+
+// nodeToken is where a node begins: for a group of fields its first key, not
+// the colon behind it.
+func nodeToken(n ast.Node) *token.Token {
+	if m, ok := n.(*ast.MappingNode); ok && m.IsFlowStyle {
+		return m.Start
+	}
+	if pairs, ok := mapPairs(n); ok && len(pairs) > 0 {
+		return pairs[0].Key.GetToken()
+	}
+	return n.GetToken()
 }
 
 func mapPairs(n ast.Node) ([]*ast.MappingValueNode, bool) {

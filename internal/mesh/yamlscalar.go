@@ -2,7 +2,9 @@ package mesh
 
 import (
 	"encoding"
+	"fmt"
 	"maps"
+	"net/netip"
 	"reflect"
 	"slices"
 	"strconv"
@@ -14,7 +16,7 @@ import (
 
 // wrong reports a node of the wrong type.
 func (d *decoder) wrong(n ast.Node, name, want string) {
-	d.at(n.GetToken(), "%s is %s, want %s", cmpName(name), nodeKind(n), want)
+	d.at(nodeToken(n), "%s is %s, want %s", cmpName(name), nodeKind(n), want)
 }
 
 func nodeKind(n ast.Node) string {
@@ -62,8 +64,32 @@ func (d *decoder) text(n ast.Node, u encoding.TextUnmarshaler, name string) {
 	case d.secret:
 		d.at(n.GetToken(), "%s is malformed", cmpName(name))
 	default:
-		d.at(n.GetToken(), "%s: %q: %s", cmpName(name), clip(s), oneLine(err))
+		d.at(n.GetToken(), "%s: %s", cmpName(name), textMistake(u, s, err))
 	}
+}
+
+// textMistake says what is wrong with a text, and for the types of the
+// standard library what would be right.
+func textMistake(u encoding.TextUnmarshaler, s string, err error) string {
+	want := ""
+	switch u.(type) {
+	case *time.Time:
+		want = "a time like 2027-01-31T18:00:00Z"
+	case *netip.Prefix:
+		want = "a range like 10.1.0.0/16"
+	case *netip.AddrPort:
+		want = "an address and a port like 127.0.0.1:8443"
+	case *netip.Addr:
+		want = "an address like 127.0.0.1"
+	}
+	if want != "" {
+		return fmt.Sprintf("%q is not %s", clip(s), want)
+	}
+	msg := oneLine(err)
+	if strings.Contains(msg, strconv.Quote(clip(s))) {
+		return msg
+	}
+	return fmt.Sprintf("%q: %s", clip(s), msg)
 }
 
 // clip shortens a value that is shown in a message.
