@@ -1,6 +1,9 @@
 package http1
 
-import "strconv"
+import (
+	"net/http"
+	"strconv"
+)
 
 // states of a decoder, in the order of a chunk
 const (
@@ -11,6 +14,7 @@ const (
 	chunkDataCR
 	chunkDataLF
 	chunkTrailer
+	chunkEndLF
 	chunkDone
 )
 
@@ -32,9 +36,9 @@ type decoder struct {
 }
 
 // feed consumes b up to the end of the body, appending the data to out: framed
-// in chunks of our own when framed is set. n is what was consumed; done
-// says that the body, trailers included, is complete. The closing chunk is
-// not written.
+// in chunks of our own when framed is set. n is what was consumed. done tells
+// when the body, trailers included, is complete; the closing chunk is for
+// appendLast.
 func (d *decoder) feed(out, b []byte, framed bool) (_ []byte, n int, err error) {
 	for n < len(b) && d.state != chunkDone {
 		c := b[n]
@@ -72,6 +76,11 @@ func (d *decoder) feed(out, b []byte, framed bool) (_ []byte, n int, err error) 
 			d.state = chunkSize
 		case chunkTrailer:
 			err = d.trailerByte(c)
+		case chunkEndLF:
+			if c != '\n' {
+				return out, n, refuse(ReasonTrailer, "the blank line behind a chunked body is not CRLF")
+			}
+			d.state = chunkDone
 		}
 		if err != nil {
 			return out, n, err
@@ -117,18 +126,18 @@ func (d *decoder) extension(c byte) error {
 
 // trailerByte collects trailer lines up to the blank one.
 func (d *decoder) trailerByte(c byte) error {
-	t := append(d.trailer, c)
-	d.trailer = t
-	n := len(t)
-	switch {
-	case n > maxTrailer:
-		return refuseAs(431, ReasonTrailer, "trailers are larger than 8 KiB")
-	case c == '\n' && (n < 2 || t[n-2] != '\r'), c != '\n' && n > 1 && t[n-2] == '\r':
-		return refuse(ReasonTrailer, "a trailer line does not end in CRLF")
-	case c == '\n' && (n == 2 || t[n-3] == '\n'):
-		d.trailer = t[:n-2]
-		d.state = chunkDone
+	n := len(d.trailer)
+	if c == '\r' && (n == 0 || d.trailer[n-1] == '\n') {
+		d.state = chunkEndLF
+		return nil
 	}
+	if n == maxTrailer {
+		return refuseAs(http.StatusRequestHeaderFieldsTooLarge, ReasonTrailer, "trailers are larger than 8 KiB")
+	}
+	if (c == '\n') != (n > 0 && d.trailer[n-1] == '\r') {
+		return refuse(ReasonTrailer, "a trailer line does not end in CRLF")
+	}
+	d.trailer = append(d.trailer, c)
 	return nil
 }
 

@@ -1,6 +1,24 @@
 package http1
 
-import "time"
+import (
+	"errors"
+	"io"
+	"net/http"
+	"sync/atomic"
+	"time"
+)
+
+// ErrNotAccepted is returned when Exchange.Accept refused the response.
+var ErrNotAccepted = errors.New("response not accepted")
+
+// ErrNotReplayable is returned when Run is called again after body bytes of
+// the request were consumed.
+var ErrNotReplayable = errors.New("request was sent already and cannot be replayed")
+
+// earlyGrace is how long a response that overtakes the end of its request
+// waits for the upload to finish, before the two count as out of step. An
+// upstream that answers at the last byte often wins by some microseconds.
+const earlyGrace = 5 * time.Millisecond
 
 // An Exchange forwards one request from Down to Up and its response back. Keep
 // one for the life of a downstream connection and set the fields anew for each
@@ -10,12 +28,13 @@ type Exchange struct {
 	Down *Conn
 	// Up is the connection to the upstream.
 	Up *Conn
-	// Request is the head that was read from Down.
+	// Request is the head that was read from Down. Not a CONNECT.
 	Request *Request
 	// ToUp and ToDown change the two heads.
 	ToUp, ToDown Edit
 	// Timeout is how long to wait for the response head, counted from the end
-	// of the request. Default: the BodyTimeout of Up.
+	// of the request; it ends up to an eighth later. Default: the BodyTimeout
+	// of Up.
 	Timeout time.Duration
 	// Accept, when set, sees the final response before any of it is written.
 	// On false Run stops with ErrNotAccepted; Up is then to be closed.
@@ -23,6 +42,9 @@ type Exchange struct {
 
 	// Response is the final response head, valid until Up is used again.
 	Response Response
+
+	res    Result
+	upload *upload
 }
 
 // Result says what an exchange did, also when it failed.
@@ -35,19 +57,255 @@ type Result struct {
 	// the upstream may have acted on the request.
 	RequestBytesSent int64
 	// ResponseSeen says that Up sent at least one byte. Without it, an
-	// upstream error on a pooled connection most likely means that the upstream had closed
-	// it before.
+	// upstream error on a pooled connection most likely means that the
+	// upstream had closed it before.
 	ResponseSeen bool
 	// ResponseStarted says that bytes of the final response were written to
 	// Down; without it the caller may still answer with WriteError.
 	ResponseStarted bool
 	// Replayable says that Run may be called again with another Up.
 	Replayable bool
-	// UpstreamReusable says that Up may be pooled.
+	// UpstreamReusable says that Up may be pooled. If not, close it.
 	UpstreamReusable bool
 	// DownstreamReusable says that Down may carry the next request. If not,
-	// close it with Linger.
+	// close it with Linger, or with Close after an error, so that the client
+	// sees the response cut off.
 	DownstreamReusable bool
 	// Upgraded says that 101 was passed on: Relay both connections now.
 	Upgraded bool
+}
+
+// upload is a request body on its way in a goroutine of its own.
+type upload struct {
+	n        int64
+	readErr  error
+	writeErr error
+	over     atomic.Bool
+	done     chan struct{}
+}
+
+func (u *upload) running() bool { return u != nil && !u.over.Load() }
+
+// Run forwards the request and the response. The error, nil on success, is a
+// *SideError, ErrNotAccepted or ErrNotReplayable; StatusOf says how to answer
+// it as long as the result has no ResponseStarted. A request without body, or
+// with one that is small or at hand, runs in the calling goroutine alone and
+// can be replayed until the response has started.
+func (x *Exchange) Run() (Result, error) {
+	x.res, x.upload = Result{}, nil
+	err := x.run()
+	if err != nil {
+		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
+	}
+	x.res.Replayable = !x.Request.started && !x.res.ResponseStarted && FailedSide(err) != Client
+	return x.res, err
+}
+
+func (x *Exchange) run() error {
+	r, down, up := x.Request, x.Down, x.Up
+	switch {
+	case r.started:
+		return ErrNotReplayable
+	case r.Form == Authority:
+		return &SideError{Client, "read", refuseAs(http.StatusMethodNotAllowed, ReasonMethod, "CONNECT is not forwarded")}
+	}
+	if err := down.Prefetch(r); err != nil {
+		return &SideError{Client, "read", err}
+	}
+	up.out = AppendRequest(up.out[:0], r, &x.ToUp)
+	out, raw, data, whole, err := down.gather(up.out, r)
+	up.out = out
+	if err != nil {
+		return &SideError{Client, "read", err}
+	}
+	if whole {
+		n, err := up.Write(up.out)
+		if x.res.RequestBytesSent = int64(n); err != nil {
+			return &SideError{Upstream, "write", err}
+		}
+		x.res.ReqBytes = data
+	} else if err := x.startUpload(); err != nil {
+		return err
+	}
+	if err := x.await(); err != nil {
+		return x.join(err)
+	}
+	if x.Accept != nil && !x.Accept(&x.Response) {
+		return x.join(ErrNotAccepted)
+	}
+	if whole {
+		down.r += raw
+		r.started = true
+	}
+	return x.join(x.respond())
+}
+
+// startUpload sends the head and streams the body from its own goroutine.
+func (x *Exchange) startUpload() error {
+	r, down, up := x.Request, x.Down, x.Up
+	if err := down.proceed(r); err != nil {
+		return &SideError{Client, "write", err}
+	}
+	r.started = true
+	u := &upload{done: make(chan struct{})}
+	x.upload = u
+	x.res.RequestBytesSent = int64(len(up.out))
+	go func() {
+		defer close(u.done)
+		u.n, u.readErr, u.writeErr = copyBody(up, down, r.Body, r.Body.Framing, &up.out)
+		u.over.Store(true)
+		if u.readErr != nil {
+			up.Close() // wakes whoever waits for the response
+		}
+	}()
+	return nil
+}
+
+// join waits for the upload, breaking it off when it has not ended, and gives
+// the error that came first.
+func (x *Exchange) join(err error) error {
+	u := x.upload
+	if u == nil {
+		return err
+	}
+	if u.running() {
+		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
+		x.Up.Close()
+		for stop := false; !stop; {
+			// Again and again, since the upload sets deadlines of its own.
+			_ = x.Down.nc.SetReadDeadline(time.Unix(1, 0))
+			select {
+			case <-u.done:
+				stop = true
+			case <-time.After(5 * time.Millisecond):
+			}
+		}
+		x.Down.readEnd = time.Time{}
+		x.res.ReqBytes = u.n
+		x.res.RequestBytesSent += u.n
+		return err
+	}
+	<-u.done
+	x.res.ReqBytes = u.n
+	x.res.RequestBytesSent += u.n
+	if u.writeErr != nil || u.readErr != nil {
+		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
+	}
+	if err != nil && u.readErr != nil && FailedSide(err) == Upstream {
+		return &SideError{Client, "read", u.readErr}
+	}
+	return err
+}
+
+// await reads response heads until the final one.
+func (x *Exchange) await() error {
+	up, r := x.Up, x.Request
+	method := r.Verb()
+	for interim := 0; ; {
+		uploading := x.upload.running()
+		x.arm()
+		err := up.readResponse(&x.Response, method)
+		if up.w > up.r || err == nil {
+			x.res.ResponseSeen = true
+		}
+		if err != nil {
+			if uploading && (errors.Is(err, ErrIdleTimeout) || errors.Is(err, ErrHeadTimeout)) {
+				continue // the time counts from the end of the request
+			}
+			if err == io.EOF {
+				err = io.ErrUnexpectedEOF
+			}
+			return &SideError{Upstream, "read", err}
+		}
+		if !x.Response.Informational() {
+			break
+		}
+		if interim++; interim > up.lim.Interim {
+			return &SideError{Upstream, "read", refuseAs(http.StatusBadGateway, ReasonInterim, "more interim responses than the limit")}
+		}
+		if err := x.interim(); err != nil {
+			return err
+		}
+	}
+	x.res.Status = x.Response.Status
+	if x.Response.Upgrade && !r.Upgrade {
+		return &SideError{Upstream, "read", refuseAs(http.StatusBadGateway, ReasonUpgrade, "101 that nobody asked for")}
+	}
+	return nil
+}
+
+func (x *Exchange) arm() {
+	d := x.Timeout
+	if d == 0 {
+		d = x.Up.lim.BodyTimeout
+	}
+	x.Up.readWithin(d)
+}
+
+// interim passes an interim response on. 100 is ours to say, and a client of
+// HTTP/1.0 knows none (RFC 9110 section 15.2).
+func (x *Exchange) interim() error {
+	if x.Response.Status == http.StatusContinue || x.Request.Minor == 0 {
+		return nil
+	}
+	down := x.Down
+	down.out = AppendResponse(down.out[:0], &x.Response, Body{}, &Edit{Drop: x.ToDown.Drop})
+	if _, err := down.Write(down.out); err != nil {
+		return &SideError{Client, "write", err}
+	}
+	return nil
+}
+
+// respond passes the final response on.
+func (x *Exchange) respond() error {
+	r, resp, down, up := x.Request, &x.Response, x.Down, x.Up
+	early := x.overtaken()
+	edit := x.ToDown
+	edit.Close = edit.Close || early || !r.KeepAlive
+	body := resp.Body
+	switch body.Framing {
+	case Chunked, UntilClose:
+		body.Framing = Chunked
+		if r.Minor == 0 {
+			body.Framing, edit.Close = UntilClose, true
+		}
+	}
+	down.out = AppendResponse(down.out[:0], resp, body, &edit)
+	x.res.ResponseStarted = true
+	n, readErr, writeErr := copyBody(down, up, resp.Body, body.Framing, &down.out)
+	x.res.RespBytes = n
+	switch {
+	case readErr != nil:
+		var pe *ProtocolError
+		if errors.As(readErr, &pe) {
+			pe.Status = http.StatusBadGateway
+		}
+		return &SideError{Upstream, "read", readErr}
+	case writeErr != nil:
+		return &SideError{Client, "write", writeErr}
+	}
+	x.res.Upgraded = resp.Upgrade
+	x.res.UpstreamReusable = resp.KeepAlive && !early && !resp.Upgrade && up.w == up.r && !x.ToUp.Close
+	x.res.DownstreamReusable = !edit.Close && !resp.Upgrade
+	return nil
+}
+
+// overtaken says whether the response came before the request was complete;
+// then neither connection carries another request.
+func (x *Exchange) overtaken() bool {
+	u := x.upload
+	if u == nil {
+		return false
+	}
+	if u.running() {
+		t := time.NewTimer(earlyGrace)
+		defer t.Stop()
+		select {
+		case <-u.done:
+		case <-t.C:
+			return true
+		}
+	}
+	<-u.done
+	return u.readErr != nil || u.writeErr != nil
 }

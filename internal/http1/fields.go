@@ -130,7 +130,6 @@ type framing struct {
 	length    int64 // -1 when not given
 	chunked   bool
 	close     bool
-	keepAlive bool
 	upgrade   bool // Connection names Upgrade
 	nominated int  // how many other fields Connection names
 	seen      uint32
@@ -260,11 +259,9 @@ func (f *framing) connection(v []byte) error {
 		case len(t) == 0:
 		case foldToken(t, "close"):
 			f.close = true
-		case foldToken(t, "keep-alive"):
-			f.keepAlive = true
 		case foldToken(t, "upgrade"):
 			f.upgrade = true
-		case foldToken(t, "te"), foldToken(t, "trailers"):
+		case foldToken(t, "keep-alive"), foldToken(t, "te"):
 		case !token(t):
 			return refuse(ReasonConnection, "Connection holds something other than option names")
 		case protected.Has(t):

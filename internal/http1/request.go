@@ -148,8 +148,11 @@ func (c *Conn) ReadRequest(r *Request) error {
 }
 
 func (r *Request) reset() {
-	*r = Request{Fields: r.Fields[:0], pathBuf: r.pathBuf[:0], authBuf: r.authBuf[:0],
-		texts: r.texts, authText: r.authText}
+	r.Method, r.Target, r.Authority, r.Path, r.RawQuery = nil, nil, nil, nil, nil
+	r.Form, r.Scheme, r.Body, r.Minor = Origin, "", Body{}, 0
+	r.KeepAlive, r.Expect100, r.Upgrade, r.TETrailers = false, false, false, false
+	r.Fields, r.pathBuf, r.authBuf = r.Fields[:0], r.pathBuf[:0], r.authBuf[:0]
+	r.started, r.continued = false, false
 }
 
 // parse reads a head that ends in the CRLF of its last line.
@@ -334,6 +337,9 @@ func validHost(h []byte) bool {
 		return false
 	}
 	if h[0] == '[' {
+		if len(h) < 4 || h[len(h)-1] != ']' {
+			return false
+		}
 		a, err := netip.ParseAddr(string(h[1 : len(h)-1]))
 		return err == nil && a.Is6() && a.Zone() == ""
 	}

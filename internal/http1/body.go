@@ -1,0 +1,249 @@
+package http1
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"time"
+)
+
+const (
+	bulkSize  = 64 << 10 // one read of a long body
+	smallBody = 8 << 10  // a body up to this is gathered before it is sent on
+	rateGrace = 5 * time.Second
+)
+
+var bulkPool = sync.Pool{New: func() any { return new([bulkSize]byte) }}
+
+// CopyBody writes head and then the body that src is about to deliver to dst,
+// head and first body bytes in one write. in is the framing on src; out is
+// the framing on dst: Length (only from Length), Chunked, or UntilClose, which
+// is the bare data. Trailers pass from responses, not from requests. n counts
+// body bytes taken from src. At most one of the errors is set: it says which
+// end failed.
+func CopyBody(dst io.Writer, src *Conn, in Body, out Framing, head []byte) (n int64, readErr, writeErr error) {
+	return copyBody(dst, src, in, out, &head)
+}
+
+// copyBody is CopyBody with a scratch buffer that begins as the head.
+func copyBody(dst io.Writer, src *Conn, in Body, out Framing, scratch *[]byte) (n int64, readErr, writeErr error) {
+	switch in.Framing {
+	case Chunked:
+		return copyChunked(dst, src, out == Chunked, scratch)
+	case Length:
+		if out == Chunked {
+			return 0, nil, errors.New("a body of known length is not re-framed as chunked")
+		}
+		return copyLength(dst, src, in.Length, scratch)
+	case UntilClose:
+		return copyUntilClose(dst, src, out == Chunked, scratch)
+	}
+	_, writeErr = dst.Write(*scratch)
+	return 0, nil, writeErr
+}
+
+func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int64, readErr, writeErr error) {
+	k := min(length, int64(src.w-src.r))
+	*scratch = append(*scratch, src.buf[src.r:src.r+int(k)]...)
+	if _, writeErr = dst.Write(*scratch); writeErr != nil {
+		return 0, nil, writeErr
+	}
+	src.r += int(k)
+	if n = k; n == length {
+		return n, nil, nil
+	}
+	bulk := bulkPool.Get().(*[bulkSize]byte)
+	defer bulkPool.Put(bulk)
+	p := pace{start: time.Now(), last: time.Now()}
+	for n < length {
+		got, err := src.readBody(bulk[:min(int64(bulkSize), length-n)], &p)
+		if err != nil {
+			return n, err, nil
+		}
+		if _, writeErr = dst.Write(bulk[:got]); writeErr != nil {
+			return n, nil, writeErr
+		}
+		n += int64(got)
+	}
+	return n, nil, nil
+}
+
+// pace tells a slow body from a stalled or hostile one.
+type pace struct {
+	start, last time.Time // begin, and the last read that gave bytes
+	n           int64
+}
+
+// readBody reads body bytes past the buffer, which is empty. A request body
+// of known length must keep up the least rate.
+func (c *Conn) readBody(b []byte, p *pace) (int, error) {
+	rated := !c.trailers && c.lim.MinRate > 0
+	for {
+		if rated {
+			c.readWithin(min(rateGrace, c.lim.BodyTimeout))
+		} else {
+			c.readWithin(c.lim.BodyTimeout)
+		}
+		n, err := c.nc.Read(b)
+		if n > 0 {
+			p.n += int64(n)
+			p.last = time.Now()
+			return n, nil
+		}
+		switch {
+		case err == nil:
+			return 0, io.ErrNoProgress
+		case err == io.EOF:
+			return 0, io.ErrUnexpectedEOF
+		case !rated || !errors.Is(err, os.ErrDeadlineExceeded):
+			return 0, err
+		}
+		now := time.Now()
+		due := int64((now.Sub(p.start) - rateGrace).Seconds() * float64(c.lim.MinRate))
+		if p.n < due || now.Sub(p.last) >= c.lim.BodyTimeout {
+			return 0, ErrSlowBody
+		}
+	}
+}
+
+func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int64, readErr, writeErr error) {
+	var d decoder
+	out := *scratch
+	for {
+		var k int
+		out, k, readErr = d.feed(out, src.buf[src.r:src.w], framed)
+		if readErr == nil && d.done() && framed {
+			out, readErr = d.appendLast(out, src.trailers, &src.lim)
+		}
+		if readErr != nil {
+			return d.data, readErr, nil
+		}
+		src.r += k
+		if len(out) > 0 {
+			*scratch = out
+			if _, writeErr = dst.Write(out); writeErr != nil {
+				return d.data, nil, writeErr
+			}
+			out = out[:0]
+		}
+		if d.done() {
+			return d.data, nil, nil
+		}
+		src.readWithin(src.lim.BodyTimeout)
+		if err := src.fill(); err != nil {
+			return d.data, truncated(err), nil
+		}
+	}
+}
+
+func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int64, readErr, writeErr error) {
+	out := *scratch
+	for {
+		n += int64(src.w - src.r)
+		out = appendChunk(out, src.buf[src.r:src.w], framed)
+		src.r = src.w
+		if len(out) > 0 {
+			*scratch = out
+			if _, writeErr = dst.Write(out); writeErr != nil {
+				return n, nil, writeErr
+			}
+			out = out[:0]
+		}
+		src.readWithin(src.lim.BodyTimeout)
+		switch err := src.fill(); {
+		case err == io.EOF && framed:
+			_, writeErr = dst.Write([]byte("0\r\n\r\n"))
+			return n, nil, writeErr
+		case err == io.EOF:
+			return n, nil, nil
+		case err != nil:
+			return n, err, nil
+		}
+	}
+}
+
+func truncated(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// Prefetch waits until the body of r, if small and of known length, has
+// arrived, or else the first of its bytes; it sends 100 to a client that waits
+// for it. Called before an upstream connection is borrowed, it keeps a slow
+// client from holding one. Exchange calls it too.
+func (c *Conn) Prefetch(r *Request) error {
+	want := 1
+	switch {
+	case r.started || r.Body.Empty():
+		return nil
+	case r.Body.Framing == Length && r.Body.Length <= smallBody:
+		want = int(r.Body.Length)
+	}
+	want = min(want, len(c.buf)-c.floor)
+	if c.w-c.r >= want {
+		return nil
+	}
+	if err := c.proceed(r); err != nil {
+		return err
+	}
+	p := pace{start: time.Now(), last: time.Now()}
+	for c.w-c.r < want {
+		c.compact()
+		n, err := c.readBody(c.buf[c.w:], &p)
+		if err != nil {
+			return err
+		}
+		c.w += n
+	}
+	return nil
+}
+
+// gather looks whether the whole body of r is in the buffer. If so it appends
+// the body as it goes to the upstream to out; raw is the number of buffered
+// bytes it stands for, which stay there so that the request can be sent again,
+// and data the number of body bytes.
+func (c *Conn) gather(out []byte, r *Request) (_ []byte, raw int, data int64, whole bool, err error) {
+	switch r.Body.Framing {
+	case NoBody:
+		return out, 0, 0, true, nil
+	case Length:
+		n := r.Body.Length
+		if n > int64(c.w-c.r) {
+			return out, 0, 0, false, nil
+		}
+		return append(out, c.buf[c.r:c.r+int(n)]...), int(n), n, true, nil
+	}
+	var d decoder
+	was := len(out)
+	out, raw, err = d.feed(out, c.buf[c.r:c.w], true)
+	if err == nil && d.done() {
+		out, err = d.appendLast(out, false, &c.lim)
+		return out, raw, d.data, err == nil, err
+	}
+	return out[:was], 0, 0, false, err
+}
+
+// compact moves unread bytes down to the head, so that all free space is
+// behind them.
+func (c *Conn) compact() {
+	if c.r > c.floor {
+		c.w = c.floor + copy(c.buf[c.floor:], c.buf[c.r:c.w])
+		c.r = c.floor
+	}
+}
+
+const continueHead = "HTTP/1.1 100 Continue\r\n\r\n"
+
+// proceed tells a client that waits for it to send the body.
+func (c *Conn) proceed(r *Request) error {
+	if !r.Expect100 || r.continued {
+		return nil
+	}
+	r.continued = true
+	c.out = append(c.out[:0], continueHead...)
+	_, err := c.Write(c.out)
+	return err
+}

@@ -1,0 +1,8 @@
+//go:build !linux
+
+package http1
+
+// Stale says that a pooled connection must not be used. Here only bytes that
+// were read already are known; a connection that the peer closed is found out
+// when it is used.
+func (c *Conn) Stale() bool { return c.w > c.r }
