@@ -20,31 +20,29 @@ const (
 	// DefaultLease is how long an endpoint is kept unless it is announced
 	// again.
 	DefaultLease = time.Minute
-	// maxPerAgent bounds what one agent can make us keep. A sidecar stands
-	// beside one workload, which seldom is more than a few services.
-	maxPerAgent = 64
+	// maxPerAgent bounds what one agent can make us keep. It is not less than
+	// what control lets one proxy announce.
+	maxPerAgent = 256
 )
 
 // ErrBadEndpoint says that an announced endpoint can never be reached.
 var ErrBadEndpoint = errors.New("endpoint refused")
 
-// A place is the key of an endpoint: an agent has one for each service.
-type place struct {
-	agent   spiffeid.ID
-	service mesh.ServiceName
-}
-
-func (p place) key() string { return p.agent.String() + " " + string(p.service) }
-
-// held is an endpoint and how long it is kept.
+// held is how long an endpoint is kept.
 type held struct {
-	mesh.Endpoint
 	lease time.Duration
 	// until is when it ends. In a run of the issuer it is measured by the
 	// monotonic clock, so that a step of the wall clock ends nothing.
 	until time.Time
 	// order counts announcements: the latest wins an address.
 	order uint64
+	// left says that its proxy has gone and was not heard of since.
+	left bool
+}
+
+// keyOf is the key of an endpoint in the store.
+func keyOf(e mesh.Endpoint) string {
+	return e.Agent.String() + " " + string(e.Service) + " " + e.Address.String()
 }
 
 // endpointRecord is a held endpoint in the store.
@@ -56,10 +54,12 @@ type endpointRecord struct {
 
 // Announce says that an agent's sidecar serves a service at an address. The
 // endpoint is kept for the lease, counted from now (0 means DefaultLease). To
-// announce it again extends the lease and writes nothing. An endpoint is
-// distributed only while the policies have the service and an entry that gives
-// its identity to the agent: whoever is not entitled is kept aside, since the
-// policies may change.
+// announce it again extends the lease and writes nothing. An agent whose proxy
+// had left and that comes back at another address loses the old one.
+//
+// An endpoint is distributed only while the policies have the service and an
+// entry that gives its identity to the agent: whoever is not entitled is kept
+// aside, since the policies may change.
 func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Duration) error {
 	if lease == 0 {
 		lease = DefaultLease
@@ -70,25 +70,38 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	e.Address = netip.AddrPortFrom(e.Address.Addr().Unmap(), e.Address.Port())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	p := place{e.Agent, e.Service}
-	old := r.endpoints[p]
-	if old != nil && old.Endpoint == e && old.lease == lease {
-		old.until = r.cfg.Now().Add(lease)
+	if old := r.endpoints[e]; old != nil && old.lease == lease {
+		old.until, old.left = r.cfg.Now().Add(lease), false
 		return nil
-	}
-	if old == nil && r.countOf(e.Agent) >= maxPerAgent {
-		return fmt.Errorf("%w: agent %s already announced %d services", ErrBadEndpoint, e.Agent, maxPerAgent)
 	}
 	value, err := json.Marshal(endpointRecord{e, lease})
 	if err != nil {
 		return fmt.Errorf("announce endpoint: %w", err)
 	}
-	rev, err := r.write(ctx, store.Op{Kind: store.KindEndpoint, Key: p.key(), Value: value})
+	ops := []store.Op{{Kind: store.KindEndpoint, Key: keyOf(e), Value: value}}
+	known, moved := 0, []mesh.Endpoint(nil)
+	for other, h := range r.endpoints {
+		switch {
+		case other.Agent != e.Agent || other == e:
+		case other.Service == e.Service && h.left:
+			moved = append(moved, other)
+			ops = append(ops, store.Op{Kind: store.KindEndpoint, Key: keyOf(other), Delete: true})
+		default:
+			known++
+		}
+	}
+	if known >= maxPerAgent {
+		return fmt.Errorf("%w: agent %s already announced %d", ErrBadEndpoint, e.Agent, maxPerAgent)
+	}
+	rev, err := r.write(ctx, ops...)
 	if err != nil {
 		return fmt.Errorf("announce endpoint: %w", err)
 	}
+	for _, other := range moved {
+		delete(r.endpoints, other)
+	}
 	r.announced++
-	r.endpoints[p] = &held{Endpoint: e, lease: lease, until: r.cfg.Now().Add(lease), order: r.announced}
+	r.endpoints[e] = &held{lease: lease, until: r.cfg.Now().Add(lease), order: r.announced}
 	r.rouse()
 	if !entitled(r.state.Load(), e) {
 		r.cfg.Log.Warn("endpoint not distributed: no service and entry name the agent", "agent", e.Agent, "service", e.Service, "address", e.Address)
@@ -118,9 +131,9 @@ func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := r.cfg.Now()
-	for p, h := range r.endpoints {
-		if p.agent == agent {
-			h.until = now.Add(h.lease)
+	for e, h := range r.endpoints {
+		if e.Agent == agent {
+			h.until, h.left = now.Add(h.lease), true
 		}
 	}
 	return nil
@@ -158,11 +171,11 @@ func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := r.cfg.Now()
-	var over []place
-	for p, h := range r.endpoints {
+	var over []mesh.Endpoint
+	for e, h := range r.endpoints {
 		switch {
 		case !h.until.After(now):
-			over = append(over, p)
+			over = append(over, e)
 		case next.IsZero() || h.until.Before(next):
 			next = h.until
 		}
@@ -171,25 +184,30 @@ func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
 }
 
 // drop forgets endpoints. mu is held.
-func (r *Registry) drop(ctx context.Context, places []place) error {
-	if len(places) == 0 {
+func (r *Registry) drop(ctx context.Context, over []mesh.Endpoint) error {
+	if len(over) == 0 {
 		return nil
 	}
-	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(a.key(), b.key()) })
-	ops := make([]store.Op, len(places))
-	for i, p := range places {
-		ops[i] = store.Op{Kind: store.KindEndpoint, Key: p.key(), Delete: true}
+	slices.SortFunc(over, compare)
+	ops := make([]store.Op, len(over))
+	for i, e := range over {
+		ops[i] = store.Op{Kind: store.KindEndpoint, Key: keyOf(e), Delete: true}
 	}
 	rev, err := r.write(ctx, ops...)
 	if err != nil {
 		return fmt.Errorf("end endpoints: %w", err)
 	}
-	for _, p := range places {
-		r.cfg.Log.Info("endpoint ended", "agent", p.agent, "service", p.service, "address", r.endpoints[p].Address)
-		delete(r.endpoints, p)
+	for _, e := range over {
+		r.cfg.Log.Info("endpoint ended", "agent", e.Agent, "service", e.Service, "address", e.Address)
+		delete(r.endpoints, e)
 	}
 	r.refresh(rev)
 	return nil
+}
+
+// compare orders endpoints as mesh.Compile does.
+func compare(a, b mesh.Endpoint) int {
+	return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
 }
 
 // refresh publishes under a revision if the endpoints that are distributed are
@@ -223,24 +241,22 @@ func (r *Registry) eligible(p *mesh.Policies, byAgent map[spiffeid.ID][]mesh.Ent
 	for _, s := range p.Services {
 		ids[s.Name] = s.ID
 	}
-	latest := make(map[spot]*held)
-	for _, h := range r.endpoints {
-		id, known := ids[h.Service]
-		if !known || !gives(byAgent[h.Agent], id) {
+	latest := make(map[spot]mesh.Endpoint)
+	for e, h := range r.endpoints {
+		id, known := ids[e.Service]
+		if !known || !gives(byAgent[e.Agent], id) {
 			continue
 		}
-		at := spot{h.Service, h.Address}
-		if other := latest[at]; other == nil || other.order < h.order {
-			latest[at] = h
+		at := spot{e.Service, e.Address}
+		if other, taken := latest[at]; !taken || r.endpoints[other].order < h.order {
+			latest[at] = e
 		}
 	}
 	out := make([]mesh.Endpoint, 0, len(latest))
-	for _, h := range latest {
-		out = append(out, h.Endpoint)
+	for _, e := range latest {
+		out = append(out, e)
 	}
-	slices.SortFunc(out, func(a, b mesh.Endpoint) int {
-		return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
-	})
+	slices.SortFunc(out, compare)
 	return out
 }
 
@@ -257,16 +273,6 @@ func entitled(s *state, e mesh.Endpoint) bool {
 
 func gives(entries []mesh.Entry, id spiffeid.ID) bool {
 	return slices.ContainsFunc(entries, func(e mesh.Entry) bool { return e.SPIFFEID == id })
-}
-
-// countOf counts the endpoints of an agent. mu is held.
-func (r *Registry) countOf(agent spiffeid.ID) (n int) {
-	for p := range r.endpoints {
-		if p.agent == agent {
-			n++
-		}
-	}
-	return n
 }
 
 func (r *Registry) rouse() {
@@ -294,9 +300,7 @@ func (r *Registry) loadEndpoints(ctx context.Context) error {
 			return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
 		}
 		r.announced++
-		r.endpoints[place{er.Endpoint.Agent, er.Endpoint.Service}] = &held{
-			Endpoint: er.Endpoint, lease: er.Lease, until: now.Add(er.Lease), order: r.announced,
-		}
+		r.endpoints[er.Endpoint] = &held{lease: er.Lease, until: now.Add(er.Lease), order: r.announced, left: true}
 	}
 	r.rouse()
 	return nil

@@ -37,9 +37,11 @@ type fleet struct {
 
 type proxyKey struct{ agent, workload spiffeid.ID }
 
+// proxy is a proxy as it was last reported; its PolicyRevision is the last
+// acknowledged.
 type proxy struct {
 	mesh.Proxy
-	// refused is the policy revision in force when Reason was given.
+	// refused is the policy revision that the last report refused, if it did.
 	refused uint64
 }
 
@@ -69,10 +71,10 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if !a.Banned {
 		return nil
 	}
-	var over []place
-	for p := range r.endpoints {
-		if p.agent == a.ID {
-			over = append(over, p)
+	var over []mesh.Endpoint
+	for e := range r.endpoints {
+		if e.Agent == a.ID {
+			over = append(over, e)
 		}
 	}
 	return r.drop(ctx, over)
@@ -119,25 +121,28 @@ func decodeAgent(rec store.Record) (mesh.Agent, error) {
 	return a, nil
 }
 
-// ReportProxy takes note of what a proxy says. Its State is computed: with a
-// Reason (or State Rejected) it has refused the policies in force; else it has
-// acknowledged PolicyRevision, in force or not.
+// ReportProxy takes note of what a proxy says. A report with State Rejected
+// refuses its PolicyRevision, or what is in force if that is 0, and leaves the
+// last acknowledged as it was. Any other acknowledges its PolicyRevision; the
+// State is computed when Proxies is asked.
 func (r *Registry) ReportProxy(p mesh.Proxy) {
 	now := r.cfg.Now()
 	if p.LastSeen.IsZero() {
 		p.LastSeen = now
 	}
-	in := proxy{Proxy: p}
-	if s := r.Current(); s != nil && (p.Reason != "" || p.State == mesh.Rejected) {
-		in.refused = s.PolicyRevision
-	}
+	key, in := proxyKey{p.Agent, p.Workload}, proxy{Proxy: p}
+	current := r.policyRevision()
 	f := &r.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if p.State == mesh.Rejected {
+		in.refused = cmp.Or(p.PolicyRevision, current)
+		in.PolicyRevision = f.proxies[key].PolicyRevision
+	}
 	if f.proxies == nil {
 		f.proxies = make(map[proxyKey]proxy)
 	}
-	f.proxies[proxyKey{p.Agent, p.Workload}] = in
+	f.proxies[key] = in
 	for key, old := range f.proxies {
 		if !old.Connected && now.Sub(old.LastSeen) > keepProxy {
 			delete(f.proxies, key)
@@ -148,10 +153,7 @@ func (r *Registry) ReportProxy(p mesh.Proxy) {
 // Proxies returns every proxy that was seen in the last day, by workload and
 // agent, with its state as of now.
 func (r *Registry) Proxies() []mesh.Proxy {
-	var current uint64
-	if s := r.Current(); s != nil {
-		current = s.PolicyRevision
-	}
+	current := r.policyRevision()
 	now := r.cfg.Now()
 	f := &r.fleet
 	f.mu.Lock()
@@ -180,6 +182,14 @@ func (r *Registry) Proxies() []mesh.Proxy {
 		return cmp.Or(cmp.Compare(a.Workload.String(), b.Workload.String()), cmp.Compare(a.Agent.String(), b.Agent.String()))
 	})
 	return out
+}
+
+// policyRevision is that in force, 0 before the first.
+func (r *Registry) policyRevision() uint64 {
+	if s := r.Current(); s != nil {
+		return s.PolicyRevision
+	}
+	return 0
 }
 
 // AddEdges adds what proxies counted since they last said.

@@ -271,10 +271,17 @@ func TestProxyState(t *testing.T) {
 	state("endpoints are no policy", mesh.Synced, "")
 	in.apply(policies("billing", "payment"))
 	state("a new set", mesh.Stale, "")
-	report(func(p *mesh.Proxy) { p.State, p.Reason = mesh.Rejected, "row 3: no" })
+	report(func(p *mesh.Proxy) { p.State, p.Reason, p.PolicyRevision = mesh.Rejected, "row 3: no", 2 })
 	state("refused", mesh.Rejected, "row 3: no")
+	if got := in.Proxies()[0].PolicyRevision; got != 1 {
+		t.Errorf("policy revision of a proxy that refused 2 = %d, want the acknowledged 1", got)
+	}
 	in.apply(policies("payment"))
 	state("a set after the refused one", mesh.Stale, "")
+	report(func(*mesh.Proxy) {})
+	state("the old refusal once more", mesh.Stale, "")
+	report(func(p *mesh.Proxy) { p.PolicyRevision = 0 })
+	state("what is in force is refused", mesh.Rejected, "row 3: no")
 	report(func(p *mesh.Proxy) { p.State, p.Reason, p.PolicyRevision = "", "", 3 })
 	state("acknowledged again", mesh.Synced, "")
 }

@@ -68,7 +68,7 @@ type Registry struct {
 
 	// mu orders every change of state, with its write to the store.
 	mu        sync.Mutex
-	endpoints map[place]*held
+	endpoints map[mesh.Endpoint]*held
 	announced uint64
 	// wake tells Run that the next end of a lease may be another.
 	wake chan struct{}
@@ -98,7 +98,7 @@ func New(cfg Config) (*Registry, error) {
 	r := &Registry{
 		cfg:       cfg,
 		started:   cfg.Now(),
-		endpoints: make(map[place]*held),
+		endpoints: make(map[mesh.Endpoint]*held),
 		wake:      make(chan struct{}, 1),
 	}
 	r.state.Store(&state{changed: make(chan struct{})})

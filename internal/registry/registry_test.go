@@ -296,6 +296,13 @@ func TestAnnounce(t *testing.T) {
 	if now, _ := in.store.Revision(t.Context()); now != head || in.Current() != s || isClosed(changed) {
 		t.Errorf("announced again unchanged: store %d after %d, snapshot changed: %v", now, head, in.Current() != s)
 	}
+	// A sidecar may have several addresses; one that went and came back at
+	// another has only that.
+	in.announce(endpoint("billing", 1, "10.0.0.7:15006"))
+	in.want("billing@10.0.0.1:15006", "billing@10.0.0.2:15006", "billing@10.0.0.7:15006")
+	if err := in.Withdraw(t.Context(), agent("billing-1")); err != nil {
+		t.Fatal(err)
+	}
 	in.announce(endpoint("billing", 1, "10.0.0.3:15006"))
 	in.want("billing@10.0.0.2:15006", "billing@10.0.0.3:15006")
 	if in.Current().Revision <= s.Revision || !isClosed(changed) || in.Current().PolicyRevision != 1 {
@@ -316,7 +323,7 @@ func TestAnnounce(t *testing.T) {
 	granted := policies("billing", "payment")
 	granted.Entries[0].ParentID = agent("payment-1")
 	in.apply(granted)
-	in.want("billing@10.0.0.2:15006")
+	in.want("billing@10.0.0.2:15006", "billing@10.6.6.6:15006")
 	if got := in.Current().Endpoints[0].Agent; got != agent("payment-1") {
 		t.Errorf("the address belongs to %s, want the latest who may", got)
 	}
@@ -349,12 +356,12 @@ func TestAnnounceRefuses(t *testing.T) {
 		t.Errorf("negative lease: Announce = %v, want ErrBadEndpoint", err)
 	}
 	var err error
-	for i := range 65 {
+	for i := range 257 {
 		e.Service = mesh.ServiceName(fmt.Sprint("s", i))
 		err = in.Announce(t.Context(), e, time.Minute)
 	}
 	if !errors.Is(err, registry.ErrBadEndpoint) {
-		t.Errorf("the 65th service of one agent: %v, want ErrBadEndpoint", err)
+		t.Errorf("the 257th service of one agent: %v, want ErrBadEndpoint", err)
 	}
 }
 

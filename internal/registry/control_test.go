@@ -1,0 +1,8 @@
+package registry_test
+
+import (
+	"sallyport/internal/control"
+	"sallyport/internal/registry"
+)
+
+var _ control.Registry = (*registry.Registry)(nil)
