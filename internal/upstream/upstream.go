@@ -1,0 +1,325 @@
+// Package upstream reaches a service: it knows where the endpoints are, picks
+// one, and lends out connections that are kept alive between calls.
+//
+// A connection between proxies is mutual TLS to the one identity the service
+// has; a connection to the local application is plain. The package judges
+// nothing and holds no goroutine: the caller's goroutine dials.
+package upstream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+)
+
+// ErrNoEndpoint is returned when a service has no endpoint at all.
+var ErrNoEndpoint = errors.New("no endpoint")
+
+// A ConnectError says that no endpoint of a service could be connected to.
+// Nothing of the call has been sent.
+type ConnectError struct {
+	Service mesh.ServiceName
+	Err     error
+}
+
+func (e *ConnectError) Error() string { return fmt.Sprintf("connect to %s: %v", e.Service, e.Err) }
+
+func (e *ConnectError) Unwrap() error { return e.Err }
+
+// Config is what a set of Services needs.
+type Config struct {
+	// TLS returns the client side of a connection that must prove to be want.
+	// Required.
+	TLS func(want spiffeid.ID) *tls.Config
+	// Generation counts the identities held so far. A kept connection that was
+	// made under an older one is not used again. Required.
+	Generation func() uint64
+	// Limits bound what an upstream may answer. Zero means http1's defaults.
+	Limits http1.Limits
+	// ConnectTimeout bounds TCP and TLS together. Default 5 s.
+	ConnectTimeout time.Duration
+	// MaxIdle is how many connections are kept to one endpoint. Default 256.
+	MaxIdle int
+	// MaxIdleTime is how long a connection is kept unused. It must be shorter
+	// than the peer's idle limit. Default 50 s.
+	MaxIdleTime time.Duration
+}
+
+func (c Config) validate() error {
+	var errs []error
+	if c.TLS == nil {
+		errs = append(errs, errors.New("tls: missing"))
+	}
+	if c.Generation == nil {
+		errs = append(errs, errors.New("generation: missing"))
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) withDefaults() Config {
+	if c.ConnectTimeout == 0 {
+		c.ConnectTimeout = 5 * time.Second
+	}
+	if c.MaxIdle == 0 {
+		c.MaxIdle = 256
+	}
+	if c.MaxIdleTime == 0 {
+		c.MaxIdleTime = 50 * time.Second
+	}
+	return c
+}
+
+// Services holds the endpoints of every service of a snapshot. It is safe for
+// concurrent use.
+type Services struct {
+	cfg   Config
+	table atomic.Pointer[map[mesh.ServiceName]*group]
+
+	mu    sync.Mutex // guards the fields below
+	pools map[target]*Pool
+}
+
+// A target is one address and the identity that must be met there.
+type target struct {
+	addr netip.AddrPort
+	id   spiffeid.ID
+}
+
+// A group is the endpoints of one service, used in turn.
+type group struct {
+	pools []*Pool
+	next  atomic.Uint32
+}
+
+// New returns Services that know no endpoint yet.
+func New(cfg Config) (*Services, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("upstream: %w", err)
+	}
+	s := &Services{cfg: cfg.withDefaults(), pools: map[target]*Pool{}}
+	s.table.Store(&map[mesh.ServiceName]*group{})
+	return s, nil
+}
+
+// Use makes the endpoints of snap the ones that new calls go to. Connections
+// to endpoints that stay are kept; those to endpoints that went are closed as
+// soon as they are idle.
+func (s *Services) Use(snap *mesh.Snapshot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	live := map[target]*Pool{}
+	table := map[mesh.ServiceName]*group{}
+	for _, svc := range snap.Services {
+		g := &group{}
+		for _, ep := range snap.EndpointsOf(svc.Name) {
+			t := target{ep.Address, svc.ID}
+			p := s.pools[t]
+			if p == nil {
+				p = newPool(s.cfg, t)
+			}
+			live[t] = p
+			g.pools = append(g.pools, p)
+		}
+		table[svc.Name] = g
+	}
+	old := s.pools
+	s.pools = live
+	s.table.Store(&table)
+	for t, p := range old {
+		if live[t] == nil {
+			p.Close()
+		}
+	}
+}
+
+// Get lends a connection to an endpoint of the service. With fresh it dials a
+// new one. An endpoint that cannot be connected to is passed over; when none
+// is left the error is a ConnectError. The caller gives the connection back
+// with Put, or closes it.
+func (s *Services) Get(ctx context.Context, name mesh.ServiceName, fresh bool) (*Conn, error) {
+	g := (*s.table.Load())[name]
+	if g == nil || len(g.pools) == 0 {
+		return nil, fmt.Errorf("service %s: %w", name, ErrNoEndpoint)
+	}
+	var last error
+	for _, p := range g.inTurn(time.Now()) {
+		c, err := p.Get(ctx, fresh)
+		if err == nil {
+			return c, nil
+		}
+		if last = err; ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, &ConnectError{name, last}
+}
+
+// inTurn lists the endpoints, the next one first, those that rest at the end.
+func (g *group) inTurn(now time.Time) []*Pool {
+	n := len(g.pools)
+	if n == 1 {
+		return g.pools
+	}
+	start := int(g.next.Add(1) % uint32(n))
+	var up, resting []*Pool
+	for i := range n {
+		p := g.pools[(start+i)%n]
+		if p.restUntil.Load() > now.UnixNano() {
+			resting = append(resting, p)
+		} else {
+			up = append(up, p)
+		}
+	}
+	return append(up, resting...)
+}
+
+// Close closes every idle connection.
+func (s *Services) Close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.pools {
+		p.Close()
+	}
+}
+
+// A Pool keeps the connections to one address, last in, first out, so that few
+// stay warm and the rest age out. It is safe for concurrent use.
+type Pool struct {
+	cfg Config
+	t   target
+	// restUntil is when an endpoint that refused a connection is tried again
+	// before the others, in Unix nanoseconds.
+	restUntil atomic.Int64
+	failures  atomic.Int32
+
+	mu     sync.Mutex // guards the fields below
+	idle   []*Conn
+	closed bool
+}
+
+// NewLocal returns a pool of plain connections to the local application.
+func NewLocal(addr netip.AddrPort, limits http1.Limits) *Pool {
+	cfg := Config{Limits: limits, Generation: func() uint64 { return 0 }}
+	return newPool(cfg.withDefaults(), target{addr: addr})
+}
+
+func newPool(cfg Config, t target) *Pool { return &Pool{cfg: cfg, t: t} }
+
+// A Conn is a lent connection.
+type Conn struct {
+	*http1.Conn
+	// Reused reports that the connection has served a call before: the peer may
+	// have closed it in the meantime.
+	Reused bool
+
+	pool *Pool
+	gen  uint64
+	idle time.Time
+}
+
+// Get lends the connection that was used last, or dials.
+func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
+	gen := p.cfg.Generation()
+	for !fresh {
+		c := p.pop()
+		if c == nil {
+			break
+		}
+		if c.gen == gen && time.Since(c.idle) < p.cfg.MaxIdleTime && quiet(c.NetConn()) {
+			c.Reused = true
+			return c, nil
+		}
+		c.Discard()
+	}
+	nc, err := p.dial(ctx)
+	if err != nil {
+		n := min(p.failures.Add(1), 6)
+		p.restUntil.Store(time.Now().Add(250 * time.Millisecond << (n - 1)).UnixNano())
+		return nil, err
+	}
+	p.failures.Store(0)
+	p.restUntil.Store(0)
+	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen}, nil
+}
+
+func (p *Pool) pop() *Conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := len(p.idle)
+	if n == 0 {
+		return nil
+	}
+	c := p.idle[n-1]
+	p.idle[n-1] = nil
+	p.idle = p.idle[:n-1]
+	return c
+}
+
+func (p *Pool) dial(ctx context.Context) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout)
+	defer cancel()
+	var d net.Dialer
+	nc, err := d.DialContext(ctx, "tcp", p.t.addr.String())
+	if err != nil {
+		return nil, err
+	}
+	if p.t.id.IsZero() {
+		return nc, nil
+	}
+	tc := tls.Client(nc, p.cfg.TLS(p.t.id))
+	if err := tc.HandshakeContext(ctx); err != nil {
+		nc.Close()
+		return nil, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
+	}
+	return tc, nil
+}
+
+// Put gives a connection back that is ready for another call.
+func (c *Conn) Put() {
+	p := c.pool
+	c.idle = time.Now()
+	p.mu.Lock()
+	var out *Conn
+	switch {
+	case p.closed:
+		out = c
+	case len(p.idle) >= p.cfg.MaxIdle:
+		out = p.idle[0]
+		p.idle = append(slices.Delete(p.idle, 0, 1), c)
+	default:
+		p.idle = append(p.idle, c)
+	}
+	p.mu.Unlock()
+	if out != nil {
+		out.Discard()
+	}
+}
+
+// Discard closes a connection that no further call may use.
+func (c *Conn) Discard() {
+	c.Conn.Close()
+	c.Conn.Release()
+}
+
+// Close closes the idle connections; lent ones are closed when they come back.
+func (p *Pool) Close() {
+	p.mu.Lock()
+	idle := p.idle
+	p.idle, p.closed = nil, true
+	p.mu.Unlock()
+	for _, c := range idle {
+		c.Discard()
+	}
+}
