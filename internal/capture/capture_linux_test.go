@@ -222,7 +222,7 @@ func TestAncestorsAndChildren(t *testing.T) {
 	if err != nil || len(up) == 0 || up[0] != os.Getpid() || up[len(up)-1] != 1 {
 		t.Errorf("Ancestors = %v, %v; want this process first and pid 1 last", up, err)
 	}
-	kids, err := Children(os.Getpid())
+	kids, _, err := Children(os.Getpid())
 	if err != nil || !strings.Contains(fmt.Sprint(kids), strconv.Itoa(o.Process.Pid)) {
 		t.Errorf("Children = %v, %v; want %d among them", kids, err, o.Process.Pid)
 	}
@@ -595,5 +595,22 @@ func BenchmarkInspect(b *testing.B) {
 		if _, err := Inspect(os.Getpid()); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+func TestHashFollowsTheContent(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	for _, text := range []string{"one", "two", "two", ""} {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if h, err := HashFile(path); err != nil || h != sha256.Sum256([]byte(text)) {
+				t.Errorf("hash of %q = %x, %v", text, h, err)
+			}
+		}
+	}
+	if _, err := HashFile("/dev/null"); err == nil {
+		t.Error("a device was hashed")
 	}
 }

@@ -217,7 +217,13 @@ func Reap(pid int) bool {
 }
 
 // HeldChild gives process attributes for os/exec: the kernel stores a pidfd of
-// the new process in *pidfd, and kills it when the starting thread ends.
-func HeldChild(pidfd *int) *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{PidFD: pidfd, Pdeathsig: syscall.SIGKILL}
+// the new process in *pidfd, and kills it when the starting thread ends. With
+// ownGroup it leads a process group of its own, which KillGroup ends.
+func HeldChild(pidfd *int, ownGroup bool) *syscall.SysProcAttr {
+	*pidfd = -1
+	return &syscall.SysProcAttr{PidFD: pidfd, Pdeathsig: syscall.SIGKILL, Setpgid: ownGroup}
 }
+
+// KillGroup kills every process of the group that pid leads. The caller has
+// not yet collected pid, so that the number cannot mean another group.
+func KillGroup(pid int) { _ = unix.Kill(-pid, unix.SIGKILL) } // ESRCH: nobody is left

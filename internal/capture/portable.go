@@ -50,10 +50,13 @@ func AdoptOrphans() error { return ErrNeedsLinux }
 func Reap(int) bool { return false }
 
 // HeldChild leaves the descriptor at -1, which AdoptPidfd refuses.
-func HeldChild(pidfd *int) *syscall.SysProcAttr {
+func HeldChild(pidfd *int, _ bool) *syscall.SysProcAttr {
 	*pidfd = -1
 	return nil
 }
+
+// KillGroup does nothing.
+func KillGroup(int) {}
 
 // Inspect fails with ErrNeedsLinux.
 func Inspect(int) (Process, error) { return Process{}, ErrNeedsLinux }
@@ -62,10 +65,13 @@ func Inspect(int) (Process, error) { return Process{}, ErrNeedsLinux }
 func Ancestors(int) ([]int, error) { return nil, ErrNeedsLinux }
 
 // Children fails with ErrNeedsLinux.
-func Children(int) ([]int, error) { return nil, ErrNeedsLinux }
+func Children(int) (running, zombies []int, err error) { return nil, nil, ErrNeedsLinux }
 
 // HashExe fails with ErrNeedsLinux.
 func HashExe(int) ([32]byte, error) { return [32]byte{}, ErrNeedsLinux }
+
+// HashFile fails with ErrNeedsLinux.
+func HashFile(string) ([32]byte, error) { return [32]byte{}, ErrNeedsLinux }
 
 // OwnerOf fails with ErrNeedsLinux.
 func OwnerOf(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }

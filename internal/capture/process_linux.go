@@ -2,10 +2,9 @@ package capture
 
 import (
 	"bytes"
-	"crypto/sha256"
 	"fmt"
-	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -65,29 +64,35 @@ func procErr(err error) error {
 
 // readStat gives the parent and the start time of /proc/PID/stat. The command
 // name may hold blanks and parentheses, so fields count from its last ')'.
+// A zombie counts as gone.
 func readStat(dir string) (ppid int, start uint64, err error) {
+	state, ppid, start, err := readAnyStat(dir)
+	if err == nil && (state == 'Z' || state == 'X') {
+		return 0, 0, ErrNoProcess
+	}
+	return ppid, start, err
+}
+
+func readAnyStat(dir string) (state byte, ppid int, start uint64, err error) {
 	b, err := os.ReadFile(dir + "/stat")
 	if err != nil {
-		return 0, 0, fmt.Errorf("read stat: %w", procErr(err))
+		return 0, 0, 0, fmt.Errorf("read stat: %w", procErr(err))
 	}
 	i := bytes.LastIndexByte(b, ')')
 	if i < 0 {
-		return 0, 0, fmt.Errorf("read stat: no command name in it")
+		return 0, 0, 0, fmt.Errorf("read stat: no command name in it")
 	}
 	f := strings.Fields(string(b[i+1:]))
 	if len(f) < 20 { // f[0] is field 3, the start time is field 22
-		return 0, 0, fmt.Errorf("read stat: %d fields after the name, want 20 or more", len(f))
-	}
-	if f[0] == "Z" || f[0] == "X" {
-		return 0, 0, ErrNoProcess
+		return 0, 0, 0, fmt.Errorf("read stat: %d fields after the name, want 20 or more", len(f))
 	}
 	if ppid, err = strconv.Atoi(f[1]); err != nil {
-		return 0, 0, fmt.Errorf("read stat: parent: %w", err)
+		return 0, 0, 0, fmt.Errorf("read stat: parent: %w", err)
 	}
 	if start, err = strconv.ParseUint(f[19], 10, 64); err != nil {
-		return 0, 0, fmt.Errorf("read stat: start time: %w", err)
+		return 0, 0, 0, fmt.Errorf("read stat: start time: %w", err)
 	}
-	return ppid, start, nil
+	return f[0][0], ppid, start, nil
 }
 
 func statExe(dir string) (dev, ino uint64, err error) {
@@ -192,22 +197,29 @@ func Ancestors(pid int) ([]int, error) {
 	return out, nil
 }
 
-// Children gives the pids whose parent is pid at this moment, ascending.
-func Children(pid int) ([]int, error) {
+// Children gives the pids whose parent is pid at this moment, ascending, as
+// they run and as they wait to be collected.
+func Children(pid int) (running, zombies []int, err error) {
 	pids, err := listPIDs()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var out []int
 	for _, q := range pids {
-		if ppid, _, err := readStat("/proc/" + strconv.Itoa(q)); err == nil && ppid == pid {
-			out = append(out, q)
+		state, ppid, _, err := readAnyStat("/proc/" + strconv.Itoa(q))
+		switch {
+		case err != nil || ppid != pid || state == 'X':
+		case state == 'Z':
+			zombies = append(zombies, q)
+		default:
+			running = append(running, q)
 		}
 	}
-	return out, nil
+	slices.Sort(running)
+	slices.Sort(zombies)
+	return running, zombies, nil
 }
 
-// listPIDs names every process that is visible, ascending.
+// listPIDs names every process that is visible.
 func listPIDs() ([]int, error) {
 	ents, err := os.ReadDir("/proc")
 	if err != nil {
@@ -220,19 +232,4 @@ func listPIDs() ([]int, error) {
 		}
 	}
 	return out, nil
-}
-
-// HashExe gives the SHA-256 of the executable that pid runs. It reads the file
-// that is mapped, not what now stands at its path.
-func HashExe(pid int) ([32]byte, error) {
-	f, err := os.Open("/proc/" + strconv.Itoa(pid) + "/exe")
-	if err != nil {
-		return [32]byte{}, fmt.Errorf("hash executable of pid %d: %w", pid, procErr(err))
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return [32]byte{}, fmt.Errorf("hash executable of pid %d: %w", pid, err)
-	}
-	return [32]byte(h.Sum(nil)), nil
 }
