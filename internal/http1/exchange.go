@@ -110,12 +110,14 @@ func (x *Exchange) run() error {
 		return &SideError{Client, "read", refuseAs(http.StatusMethodNotAllowed, ReasonMethod, "CONNECT is not forwarded")}
 	}
 	if err := down.Prefetch(r); err != nil {
+		r.started = true // what follows on Down is not a request
 		return &SideError{Client, "read", err}
 	}
 	up.out = AppendRequest(up.out[:0], r, &x.ToUp)
 	out, raw, data, whole, err := down.gather(up.out, r)
 	up.out = out
 	if err != nil {
+		r.started = true
 		return &SideError{Client, "read", err}
 	}
 	if whole {
