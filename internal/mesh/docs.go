@@ -200,15 +200,16 @@ func (d testsDoc) nouns(services []Service, lenient bool, errs *Errors) []Case {
 			Name: t.Name, To: t.To, Port: t.Port, Verb: t.Verb, Path: t.Path,
 			SNI: t.SNI, Now: t.Now, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,
 		}
-		from, err := caller(t.From, services)
-		if err != nil && lenient {
-			continue
+		if t.From != "" {
+			from, err := caller(t.From, services)
+			if err != nil && !lenient {
+				*errs = append(*errs, &Problem{File: t.origin.File, Line: t.origin.Line, near: "from:", Msg: err.Error()})
+			}
+			if err != nil {
+				continue
+			}
+			c.From = from
 		}
-		if err != nil {
-			*errs = append(*errs, &Problem{File: t.origin.File, Line: t.origin.Line, near: "from:", Msg: err.Error()})
-			continue
-		}
-		c.From = from
 		if strings.HasPrefix(c.To, "host:") && c.Verb == "" && c.Path == "" {
 			c.Verb, c.Path = "CONNECT", "-"
 		}

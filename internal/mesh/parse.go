@@ -53,7 +53,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 	if td.IsZero() {
 		return nil, errors.New("read policies: trust domain is missing")
 	}
-	r := &reader{fsys: fsys, src: sources{}, spoiled: map[Origin]bool{}}
+	r := &reader{fsys: fsys, src: sources{}, spoiled: map[Origin]map[string]bool{}}
 	p := &Policies{TrustDomain: td}
 	if err := r.checkNames(); err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
@@ -76,7 +76,7 @@ type reader struct {
 	src  sources
 	errs Errors
 	// spoiled is collected from the decoder of each file.
-	spoiled map[Origin]bool
+	spoiled map[Origin]map[string]bool
 	// cases is true when there is a folder of tests.
 	cases bool
 }
@@ -90,14 +90,14 @@ func (r *reader) read(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
+	b, err := io.ReadAll(io.LimitReader(f, maxRows+1))
 	if err = errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
 	if b == nil {
 		b = []byte{}
 	}
-	if len(b) <= MaxFile {
+	if len(b) <= maxRows {
 		r.src[name] = splitLines(b)
 	}
 	return b, nil

@@ -21,9 +21,9 @@ func (p *Policies) Validate() error {
 type validator struct {
 	p          *Policies
 	valuesOnly bool
-	// spoiled are items in which values may be missing because they could not
-	// be read, which is a mistake already reported.
-	spoiled map[Origin]bool
+	// spoiled are fields that are written but could not be read, which is a
+	// mistake already reported, by item.
+	spoiled map[Origin]map[string]bool
 	errs    Errors
 }
 
@@ -48,10 +48,10 @@ func (v *validator) item(o Origin, near, format string, args ...any) {
 	v.errs = append(v.errs, &Problem{File: o.File, Line: o.Line, near: near, Msg: fmt.Sprintf(format, args...)})
 }
 
-// missing records that an item lacks a value.
-func (v *validator) missing(o Origin, what string) {
-	if !v.spoiled[o] {
-		v.item(o, "", "%s is missing", what)
+// missing records that an item lacks a field.
+func (v *validator) missing(o Origin, field string) {
+	if !v.spoiled[o][field] {
+		v.item(o, "", "%s is missing", field)
 	}
 }
 
@@ -104,8 +104,8 @@ func (v *validator) services() {
 		if !s.ID.IsZero() {
 			twice(v, ids, s.ID.String(), s.Origin, "identity")
 		}
-		if s.Port == 0 && !v.spoiled[s.Origin] {
-			v.missing(s.Origin, "port, a number from 1 to 65535,")
+		if s.Port == 0 {
+			v.missing(s.Origin, "port")
 		}
 		if s.Protocol != "http" {
 			v.item(s.Origin, s.Protocol, "unknown protocol %q: only \"http\" is supported", s.Protocol)
@@ -210,7 +210,7 @@ func (v *validator) entries() {
 
 func (v *validator) selectors(e Entry) {
 	if len(e.Selectors) == 0 {
-		if !v.spoiled[e.Origin] {
+		if !v.spoiled[e.Origin]["selectors"] {
 			v.item(e.Origin, "selectors:", "selectors are missing: an entry without any would match every process")
 		}
 		return
@@ -225,7 +225,7 @@ func (v *validator) selectors(e Entry) {
 		}
 		strong = strong || !s.Weak()
 	}
-	if !strong && !e.WeakSelectors && !v.spoiled[e.Origin] {
+	if !strong && !e.WeakSelectors && !v.spoiled[e.Origin]["weak_selectors"] && !v.spoiled[e.Origin]["selectors"] {
 		v.item(e.Origin, e.Selectors[0].String(), "selector %q alone is no boundary, any process can run that file: add a uid, gid or cgroup, or write weak_selectors: allow", e.Selectors[0])
 	}
 }

@@ -11,9 +11,6 @@ import (
 
 // caller reads the "from" of a case: a service name or a SPIFFE ID.
 func caller(s string, services []Service) (spiffeid.ID, error) {
-	if s == "" {
-		return spiffeid.ID{}, errors.New("from is missing")
-	}
 	if strings.HasPrefix(s, "spiffe://") {
 		id, err := spiffeid.FromString(s)
 		if err != nil {
@@ -92,7 +89,7 @@ func (v *validator) cases() {
 			v.call(c)
 		}
 		if err := oneOf("want", string(c.Want), string(Allow), string(Deny)); c.Want == "" {
-			v.missing(c.Origin, "want, allow or deny,")
+			v.missing(c.Origin, "want")
 		} else if err != nil {
 			v.item(c.Origin, "want:", "%s", err)
 		}

@@ -16,7 +16,7 @@ import (
 	"github.com/goccy/go-yaml/token"
 )
 
-// MaxFile is the size of the largest file that is parsed, in bytes.
+// MaxFile is the size of the largest YAML file that is parsed, in bytes.
 const MaxFile = 1 << 20
 
 // maxNesting bounds lists in lists and maps in maps; no document here needs
@@ -48,8 +48,9 @@ type decoder struct {
 	file     string
 	lines    []string
 	problems Errors
-	// spoiled holds the items in which something could not be decoded.
-	spoiled map[Origin]bool
+	// spoiled holds the fields of items that are written but could not be
+	// decoded.
+	spoiled map[Origin]map[string]bool
 	// secret is true while below a field whose value must not be shown.
 	secret bool
 }
@@ -58,7 +59,7 @@ type decoder struct {
 type locator interface{ locate(Origin) }
 
 func (d *decoder) decode(src []byte, v reflect.Value) {
-	d.spoiled = map[Origin]bool{}
+	d.spoiled = map[Origin]map[string]bool{}
 	if body := d.parse(src); body != nil {
 		d.value(body, v, "")
 	}
@@ -68,7 +69,7 @@ func (d *decoder) decode(src []byte, v reflect.Value) {
 // the text is not acceptable YAML.
 func (d *decoder) parse(src []byte) (body ast.Node) {
 	if len(src) > MaxFile {
-		d.problems = append(d.problems, &Problem{File: d.file, Msg: fmt.Sprintf("file has %d bytes, more than %d", len(src), MaxFile)})
+		d.problems = append(d.problems, &Problem{File: d.file, Msg: fmt.Sprintf("file has more than %d bytes", MaxFile)})
 		return nil
 	}
 	d.lines = splitLines(src)
@@ -214,14 +215,11 @@ func (d *decoder) structure(n ast.Node, v reflect.Value, name string) {
 		d.wrong(n, name, "fields, each as \"name: value\"")
 		return
 	}
+	bad := map[string]bool{}
 	if l, ok := v.Addr().Interface().(locator); ok {
 		o := Origin{File: d.file, Line: nodeToken(n).Position.Line}
 		l.locate(o)
-		defer func(before int) {
-			if len(d.problems) > before {
-				d.spoiled[o] = true
-			}
-		}(len(d.problems))
+		d.spoiled[o] = bad
 	}
 	fields := map[string]field{}
 	collectFields(v, fields)
@@ -233,13 +231,16 @@ func (d *decoder) structure(n ast.Node, v reflect.Value, name string) {
 		}
 		f, known := fields[key]
 		if !known {
-			d.at(kv.Key.GetToken(), "unknown field %q%s", key, d.fieldHint(key, name, fields))
+			hint, meant := fieldHint(key, name, fields)
+			d.at(kv.Key.GetToken(), "unknown field %q%s", key, hint)
+			bad[meant] = true
 			continue
 		}
-		was := d.secret
+		was, before := d.secret, len(d.problems)
 		d.secret = was || f.secret
 		d.value(kv.Value, f.v, join(name, key))
 		d.secret = was
+		bad[key] = bad[key] || len(d.problems) > before
 	}
 }
 
@@ -269,15 +270,16 @@ func collectFields(v reflect.Value, into map[string]field) {
 	}
 }
 
-func (d *decoder) fieldHint(key, name string, fields map[string]field) string {
+// fieldHint says which field was most likely meant, empty when none is near.
+func fieldHint(key, name string, fields map[string]field) (hint, meant string) {
 	names := sortedKeys(fields)
 	if near := nearest(strings.ToLower(key), names); near != "" {
-		return fmt.Sprintf(": did you mean %q?", near)
+		return fmt.Sprintf(": did you mean %q?", near), near
 	}
 	if name == "" {
-		return "; known are " + strings.Join(names, ", ")
+		return "; known are " + strings.Join(names, ", "), ""
 	}
-	return fmt.Sprintf("; %s knows %s", name, strings.Join(names, ", "))
+	return fmt.Sprintf("; %s knows %s", name, strings.Join(names, ", ")), ""
 }
 
 // key returns the name of a pair, unless it is no text or was seen before.
