@@ -52,9 +52,9 @@ type Minter interface {
 	Entries(ctx context.Context) ([]mesh.Entry, error)
 	// Trust gives the bundles in force.
 	Trust(ctx context.Context) (Trust, error)
-	// MintX509 signs the key of the certificate request for the entry. The
-	// identity follows from the entry, never from the request.
-	MintX509(ctx context.Context, entryID string, csr []byte) ([]*x509.Certificate, error)
+	// MintX509 has the key, whose possession it proves, certified for the
+	// entry. The identity follows from the entry.
+	MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error)
 }
 
 // RotatorConfig says what a Rotator keeps fresh.
@@ -333,11 +333,7 @@ func (r *Rotator) mint(ctx context.Context, e mesh.Entry) (Identity, error) {
 	if err != nil {
 		return Identity{}, fmt.Errorf("make key: %w", err)
 	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		return Identity{}, fmt.Errorf("make request: %w", err)
-	}
-	chain, err := r.cfg.Minter.MintX509(ctx, e.ID, csr)
+	chain, err := r.cfg.Minter.MintX509(ctx, e, key)
 	if err != nil {
 		return Identity{}, err
 	}

@@ -2,6 +2,7 @@ package svid
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"log/slog"
@@ -65,23 +66,17 @@ func (f *fakeIssuer) Entries(context.Context) ([]mesh.Entry, error) {
 	return slices.Clone(f.entries), f.down
 }
 
-func (f *fakeIssuer) MintX509(_ context.Context, entryID string, der []byte) ([]*x509.Certificate, error) {
+func (f *fakeIssuer) MintX509(_ context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.down != nil {
 		return nil, f.down
 	}
+	entryID := e.ID
 	if f.refuse[entryID] {
 		return nil, errors.New("entry refused")
 	}
-	csr, err := x509.ParseCertificateRequest(der)
-	if err != nil {
-		return nil, err
-	}
-	if err := csr.CheckSignature(); err != nil {
-		return nil, err
-	}
-	pub, _ := x509.MarshalPKIXPublicKey(csr.PublicKey)
+	pub, _ := x509.MarshalPKIXPublicKey(key.Public())
 	if f.keys[string(pub)] {
 		return nil, errors.New("key was used before")
 	}
@@ -91,7 +86,7 @@ func (f *fakeIssuer) MintX509(_ context.Context, entryID string, der []byte) ([]
 			f.mints[entryID]++
 			tpl := f.ca.leaf(e.SPIFFEID.String(), f.ttl)
 			tpl.NotBefore, tpl.NotAfter = tpl.NotBefore.Add(f.offset), tpl.NotAfter.Add(f.offset)
-			return f.ca.issue(tpl, csr.PublicKey), nil
+			return f.ca.issue(tpl, key.Public()), nil
 		}
 	}
 	return nil, errors.New("no such entry")
