@@ -174,6 +174,9 @@ func TestCreateTokenRefuses(t *testing.T) {
 			t.Errorf("CreateToken(%q) = %v", name, err)
 		}
 	}
+	if _, expires, err := in.CreateToken(t.Context(), "a", time.Second); err != nil || !time.Now().Before(expires) {
+		t.Errorf("a token for one second expires at %v, %v", expires, err)
+	}
 	for _, ttl := range []time.Duration{-1, time.Second - 1, registry.MaxTokenTTL + 1} {
 		if _, _, err := in.CreateToken(t.Context(), "a", ttl); err == nil {
 			t.Errorf("CreateToken with lifetime %v succeeded", ttl)

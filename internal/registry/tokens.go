@@ -33,7 +33,7 @@ const (
 var (
 	ErrTokenUnknown = errors.New("join token is unknown; create a new one: sallyport token create")
 	ErrTokenExpired = errors.New("join token has expired; create a new one: sallyport token create")
-	ErrTokenUsed    = errors.New("join token was already used by another key; create a new one: sallyport token create")
+	ErrTokenUsed    = errors.New("join token was already used; create a new one: sallyport token create")
 )
 
 // ErrBadAgentName says that no SPIFFE ID can be made with a name.
@@ -83,7 +83,7 @@ func (r *Registry) CreateToken(ctx context.Context, agentName string, ttl time.D
 	rand.Read(secret[:]) // never fails
 	text = hex.EncodeToString(secret[:])
 	now := r.cfg.Now().UTC().Round(0)
-	expires = now.Add(ttl).Truncate(time.Second)
+	expires = now.Add(ttl)
 	none := int64(0)
 	op, err := tokenOp(sha256.Sum256([]byte(text)), token{Agent: agentName, Created: now, Expires: expires}, &none)
 	if err != nil {
