@@ -122,7 +122,22 @@ func (s *SQLite) secure() error {
 	if err != nil {
 		return err
 	}
-	return file.Close()
+	if err := file.Close(); err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	return syncDir(dir)
+}
+
+// syncDir makes the names in a directory survive a power cut.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	if err := errors.Join(d.Sync(), d.Close()); err != nil {
+		return fmt.Errorf("open store: sync directory %s: %w", dir, err)
+	}
+	return nil
 }
 
 // private opens or creates a regular file of mode 0600 that belongs to us.
