@@ -1,0 +1,320 @@
+package authz
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+)
+
+// A Recorder keeps decisions. When Append returns nil the record survives the
+// death of the process, and its ID is filled. It is safe for concurrent use and
+// does not keep the record.
+type Recorder interface {
+	Append(*audit.Record) error
+}
+
+// JudgeConfig is what a Judge needs.
+type JudgeConfig struct {
+	// Audit keeps every decision. Required.
+	Audit Recorder
+	// Log receives failures and alarms. Required.
+	Log *slog.Logger
+	// Environment is what env.name= compares with, such as "prod".
+	Environment string
+	// Now is the clock. Default time.Now.
+	Now func() time.Time
+	// CheckEvery is how many decisions pass between two that Run gives to
+	// Casbin, too; a power of two. Default 65,536.
+	CheckEvery uint64
+}
+
+// Validate reports every mistake by field name.
+func (c JudgeConfig) Validate() error {
+	var errs []error
+	if c.Audit == nil {
+		errs = append(errs, errors.New("audit: missing"))
+	}
+	if c.Log == nil {
+		errs = append(errs, errors.New("log: missing"))
+	}
+	if c.CheckEvery&(c.CheckEvery-1) != 0 {
+		errs = append(errs, fmt.Errorf("check every: %d is not a power of two", c.CheckEvery))
+	}
+	return errors.Join(errs...)
+}
+
+// A Judge decides calls by the Set in use and records each decision. It is safe
+// for concurrent use.
+type Judge struct {
+	cfg     JudgeConfig
+	set     atomic.Pointer[Set]
+	records sync.Pool
+	judged  atomic.Uint64
+	samples chan sample
+
+	checked, mismatches atomic.Uint64
+	// doubted is a Set that disagreed with Casbin once. For it Casbin is asked
+	// each time, and the denial of the two counts.
+	doubted atomic.Pointer[Set]
+}
+
+// sample is a decision to be checked.
+type sample struct {
+	set  *Set
+	call Call
+	got  Decision
+}
+
+// NewJudge returns a judge that has no policy yet and denies every call.
+func NewJudge(cfg JudgeConfig) (*Judge, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("judge: %w", err)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.CheckEvery == 0 {
+		cfg.CheckEvery = 1 << 16
+	}
+	return &Judge{
+		cfg:     cfg,
+		records: sync.Pool{New: func() any { return new(audit.Record) }},
+		samples: make(chan sample, 1),
+	}, nil
+}
+
+// Use puts a policy in force for all calls judged from now on. Nil means none.
+func (j *Judge) Use(s *Set) { j.set.Store(s) }
+
+// Set returns the policy in force, nil when there is none.
+func (j *Judge) Set() *Set { return j.set.Load() }
+
+// Checked counts the decisions about which Casbin was asked, too.
+func (j *Judge) Checked() uint64 { return j.checked.Load() }
+
+// Mismatches counts decisions on which the index and Casbin disagreed.
+func (j *Judge) Mismatches() uint64 { return j.mismatches.Load() }
+
+// A Grant proves that a call was judged, allowed and recorded. Only a Judge
+// makes one; the zero Grant allows nothing.
+type Grant struct {
+	id, rule, dst string
+	port          uint16
+}
+
+// Valid reports whether a Judge made the grant.
+func (g Grant) Valid() bool { return g.id != "" }
+
+// ID is the decision id, as in the audit record.
+func (g Grant) ID() string { return g.id }
+
+// Rule is the id of the row that allows the call.
+func (g Grant) Rule() string { return g.rule }
+
+// Covers reports whether the grant was given for that destination and port.
+func (g Grant) Covers(dst string, port uint16) bool {
+	return g.id != "" && g.dst == dst && g.port == port
+}
+
+// A Denial is the error for a call that is not allowed.
+type Denial struct {
+	// ID is the decision id, as in the audit record; "unrecorded" when the
+	// record could not be written.
+	ID string
+	// Rule is the row that denies the call, empty when no row allows it.
+	Rule   string
+	Reason Reason
+}
+
+func (d *Denial) Error() string {
+	if d.Rule != "" {
+		return fmt.Sprintf("denied by row %s (decision %s)", d.Rule, d.ID)
+	}
+	return fmt.Sprintf("denied: %s (decision %s)", d.Reason, d.ID)
+}
+
+// unrecorded is the ID of a Denial without a record.
+const unrecorded = "unrecorded"
+
+// Judge decides a call by the policy in force and records the decision. The
+// error is always a *Denial. It sets Environment, and Now when it is zero.
+func (j *Judge) Judge(c *Call) (Grant, error) { return j.judge(c, nil) }
+
+// judge decides from the slice of cn, or from the whole set when cn is nil.
+func (j *Judge) judge(c *Call, cn *Conn) (g Grant, err error) {
+	set := j.set.Load()
+	defer func() {
+		if p := recover(); p != nil {
+			g, err = Grant{}, j.failed(c, set, p)
+		}
+	}()
+	c.Environment = j.cfg.Environment
+	if c.Now.IsZero() {
+		c.Now = j.cfg.Now()
+	}
+	var d Decision
+	if cn == nil {
+		d = set.Decide(c)
+	} else {
+		d = cn.slice(set).Decide(c)
+	}
+	if set != nil && j.doubted.Load() == set {
+		d = j.stricter(set, c, d)
+	}
+	if n := j.judged.Add(1); n&(j.cfg.CheckEvery-1) == 0 && set != nil {
+		j.sample(set, c, d)
+	}
+	return j.record(c, set, d)
+}
+
+// record writes the decision, and only then makes the grant.
+func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
+	r := j.records.Get().(*audit.Record)
+	*r = recordOf(c, set, d)
+	err := j.cfg.Audit.Append(r)
+	id := r.ID
+	j.records.Put(r)
+	switch {
+	case err != nil:
+		return Grant{}, &Denial{ID: unrecorded, Reason: Unrecorded}
+	case id == "":
+		return Grant{}, &Denial{ID: unrecorded, Reason: Unrecorded}
+	case !d.Allow:
+		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
+	}
+	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port}, nil
+}
+
+func recordOf(c *Call, set *Set, d Decision) audit.Record {
+	effect := audit.Deny
+	if d.Allow {
+		effect = audit.Allow
+	}
+	return audit.Record{
+		Kind: audit.KindDecision, Decision: effect, Reason: string(d.Reason), Rule: d.Rule,
+		Dir: string(c.Dir), Src: srcText(c.Src), Dst: c.Dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
+		Revision: set.Revision(), Trace: c.Trace, Peer: c.Peer,
+	}
+}
+
+func srcText(id spiffeid.ID) string {
+	if id.IsZero() {
+		return ""
+	}
+	return id.String()
+}
+
+// failed denies after a panic. What panicked may be the recorder.
+func (j *Judge) failed(c *Call, set *Set, cause any) (err error) {
+	j.cfg.Log.Error("judging a call panicked; it was denied", "panic", fmt.Sprint(cause), "stack", string(debug.Stack()))
+	defer func() {
+		if recover() != nil {
+			err = &Denial{ID: unrecorded, Reason: Internal}
+		}
+	}()
+	_, err = j.record(c, set, Decision{Reason: Internal})
+	return err
+}
+
+// sample hands a decision to Run. When the one before still waits, or nobody
+// runs Run, it is dropped. The copy does not hold on to the caller's buffers.
+func (j *Judge) sample(set *Set, c *Call, d Decision) {
+	call := *c
+	for _, s := range []*string{&call.Dst, &call.Verb, &call.Path, &call.SNI} {
+		*s = strings.Clone(*s)
+	}
+	select {
+	case j.samples <- sample{set, call, d}:
+	default:
+	}
+}
+
+// Run checks samples of the decisions against Casbin until ctx ends. A
+// disagreement is logged, recorded and counted, and from then on Casbin must
+// agree with each decision by that Set.
+func (j *Judge) Run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case s := <-j.samples:
+			want, err := s.set.Oracle(&s.call)
+			j.compare(s.set, &s.call, s.got, want, err)
+		}
+	}
+}
+
+// compare reports whether Casbin agrees.
+func (j *Judge) compare(set *Set, c *Call, got, want Decision, err error) bool {
+	j.checked.Add(1)
+	if err == nil && got.Allow == want.Allow {
+		return true
+	}
+	j.mismatches.Add(1)
+	if j.doubted.Swap(set) != set {
+		j.cfg.Log.Error("ALARM: the compiled policy and Casbin disagree; both are asked from now on",
+			"src", srcText(c.Src), "dst", c.Dst, "port", c.Port, "verb", c.Verb,
+			"index", got.Allow, "index_rule", got.Rule, "casbin", want.Allow, "casbin_rule", want.Rule, "error", err)
+	}
+	r := recordOf(c, set, want)
+	r.Decision, r.Reason = audit.Deny, reasonMismatch
+	r.Detail = fmt.Sprintf("index: allow=%v rule=%q; casbin: allow=%v rule=%q error=%v", got.Allow, got.Rule, want.Allow, want.Rule, err)
+	if err := j.cfg.Audit.Append(&r); err != nil {
+		j.cfg.Log.Error("the disagreement could not be recorded", "error", err)
+	}
+	return false
+}
+
+// stricter asks Casbin, too, and returns the denial of the two.
+func (j *Judge) stricter(set *Set, c *Call, d Decision) Decision {
+	want, err := set.Oracle(c)
+	if j.compare(set, c, d, want, err) || !d.Allow {
+		return d
+	}
+	return want
+}
+
+// A Conn judges the calls of one connection, whose ends do not change. It is
+// safe for concurrent use.
+type Conn struct {
+	judge *Judge
+	dir   mesh.Direction
+	src   spiffeid.ID
+	dst   string
+	port  uint16
+	cur   atomic.Pointer[Slice]
+}
+
+// Conn prepares to judge calls from src to dst.
+func (j *Judge) Conn(dir mesh.Direction, src spiffeid.ID, dst string, port uint16) *Conn {
+	return &Conn{judge: j, dir: dir, src: src, dst: dst, port: port}
+}
+
+// Judge is Judge.Judge for a call on this connection: it sets Dir, Src, Dst and
+// Port.
+func (cn *Conn) Judge(c *Call) (Grant, error) {
+	c.Dir, c.Src, c.Dst, c.Port = cn.dir, cn.src, cn.dst, cn.port
+	return cn.judge.judge(c, cn)
+}
+
+// slice returns the rules of the connection in set, made anew when the policy
+// has changed.
+func (cn *Conn) slice(set *Set) *Slice {
+	sl := cn.cur.Load()
+	if sl == nil || sl.set != set {
+		sl = set.Slice(cn.dir, cn.src, cn.dst, cn.port)
+		cn.cur.Store(sl)
+	}
+	return sl
+}
