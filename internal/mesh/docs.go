@@ -174,17 +174,19 @@ type testsDoc struct {
 }
 
 type caseDoc struct {
-	at   `yaml:"-"`
-	Name string    `yaml:"name"`
-	From string    `yaml:"from"`
-	To   string    `yaml:"to"`
-	Port uint16    `yaml:"port"`
-	Verb string    `yaml:"verb"`
-	Path string    `yaml:"path"`
-	SNI  string    `yaml:"sni"`
-	Now  time.Time `yaml:"now"`
-	Want string    `yaml:"want"`
-	Rule string    `yaml:"rule"`
+	at    `yaml:"-"`
+	Name  string     `yaml:"name"`
+	From  string     `yaml:"from"`
+	To    string     `yaml:"to"`
+	Port  uint16     `yaml:"port"`
+	Verb  string     `yaml:"verb"`
+	Path  string     `yaml:"path"`
+	SNI   string     `yaml:"sni"`
+	Now   time.Time  `yaml:"now"`
+	Env   string     `yaml:"env"`
+	Token *CaseToken `yaml:"token"`
+	Want  string     `yaml:"want"`
+	Rule  string     `yaml:"rule"`
 }
 
 // nouns resolves callers and ports through the services. With lenient a caller
@@ -198,7 +200,7 @@ func (d testsDoc) nouns(services []Service, lenient bool, errs *Errors) []Case {
 		}
 		c := Case{
 			Name: t.Name, To: t.To, Port: t.Port, Verb: t.Verb, Path: t.Path,
-			SNI: t.SNI, Now: t.Now, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,
+			SNI: t.SNI, Now: t.Now, Environment: t.Env, Token: t.Token, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,
 		}
 		if t.From != "" {
 			from, err := caller(t.From, services)

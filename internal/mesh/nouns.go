@@ -154,10 +154,25 @@ type Case struct {
 	Path string    `json:"path"`
 	SNI  string    `json:"sni,omitempty"`
 	Now  time.Time `json:"now,omitzero"`
-	Want Effect    `json:"want"`
+	// Environment is compared with env.name=, and Token is what the caller's
+	// token says; nil means that the caller shows none.
+	Environment string     `json:"environment,omitempty"`
+	Token       *CaseToken `json:"token,omitempty"`
+	Want        Effect     `json:"want"`
 	// Rule, when set, is the ID of the row that must decide.
 	Rule   string `json:"rule,omitempty"`
 	Origin Origin `json:"origin"`
+}
+
+// A CaseToken is what the token of a Case says, once verified.
+type CaseToken struct {
+	Issuer   string            `json:"iss,omitempty" yaml:"iss"`
+	Audience []string          `json:"aud,omitempty" yaml:"aud"`
+	Scopes   []string          `json:"scope,omitempty" yaml:"scope"`
+	Claims   map[string]string `json:"claims,omitempty" yaml:"claims"`
+	ACR      int               `json:"acr,omitempty" yaml:"acr"`
+	// Bound means that the token is bound to the caller's key.
+	Bound bool `json:"bound,omitempty" yaml:"bound"`
 }
 
 // Policies is everything that people review: the parsed folder policies/.

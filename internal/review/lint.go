@@ -1,0 +1,201 @@
+package review
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+// Lint returns what is valid and probably not meant, in the order of files and
+// lines. Policies that are not valid have no findings: Validate comes first.
+// Rows that end are compared with now.
+func Lint(p *mesh.Policies, now time.Time) []Finding {
+	if p.Validate() != nil {
+		return nil
+	}
+	l := linter{p: p, members: membersOf(p.Memberships)}
+	for i := range p.Rules {
+		l.row(i, now)
+	}
+	l.groups()
+	l.destinations()
+	l.services()
+	l.tests()
+	slices.SortStableFunc(l.found, func(a, b Finding) int {
+		return cmp.Or(cmp.Compare(a.Origin.File, b.Origin.File), cmp.Compare(a.Origin.Line, b.Origin.Line))
+	})
+	return l.found
+}
+
+type linter struct {
+	p       *mesh.Policies
+	members members
+	found   []Finding
+}
+
+func (l *linter) add(check Check, o mesh.Origin, subject, format string, args ...any) {
+	l.found = append(l.found, Finding{Check: check, Origin: o, Subject: subject, Msg: fmt.Sprintf(format, args...)})
+}
+
+func (l *linter) row(i int, now time.Time) {
+	r := &l.p.Rules[i]
+	l.covered(i)
+	l.reach(r)
+	conds, _ := mesh.ParseCond(r.Cond) // the row is valid
+	for _, c := range conds {
+		if c.Word == mesh.CondUntil && !c.Within(now) {
+			l.add(Expired, r.Origin, r.ID, "row %s ended at %s", r.ID, c.Value)
+		}
+	}
+	if r.Effect != mesh.Allow {
+		return
+	}
+	switch {
+	case r.Src == mesh.Any:
+		l.add(Broad, r.Origin, r.ID, "row %s allows every identity, of other trust domains too: name the callers", r.ID)
+	case r.Dir == mesh.In && (r.Dst == mesh.Any || r.Dst == "*"):
+		l.add(Broad, r.Origin, r.ID, "row %s allows calls to every workload: name the destinations", r.ID)
+	case r.Dir == mesh.In && r.Verb == "*" && r.Path == mesh.Any:
+		l.add(Broad, r.Origin, r.ID, "row %s allows every verb on every path: name what is needed", r.ID)
+	}
+}
+
+// covered finds another row that takes away the meaning of row i.
+func (l *linter) covered(i int) {
+	r := &l.p.Rules[i]
+	for j := range l.p.Rules {
+		o := &l.p.Rules[j]
+		if i == j || !l.members.covers(o, r) {
+			continue
+		}
+		switch {
+		case o.Effect == mesh.Deny && r.Effect == mesh.Allow:
+			l.add(Shadowed, r.Origin, r.ID, "row %s never allows anything: %s at %s denies all of it", r.ID, o.ID, o.Origin)
+			return
+		case o.Effect == r.Effect && (i > j || !l.members.covers(r, o)):
+			l.add(Redundant, r.Origin, r.ID, "row %s changes nothing: %s at %s covers it", r.ID, o.ID, o.Origin)
+			return
+		}
+	}
+}
+
+// reach finds allow rows whose caller, destination or port does not exist.
+func (l *linter) reach(r *mesh.Rule) {
+	if r.Effect != mesh.Allow {
+		return
+	}
+	own := "spiffe://" + l.p.TrustDomain.Name() + "/"
+	for _, src := range l.members.patterns(r.Src) {
+		issued := slices.ContainsFunc(l.p.Entries, func(e mesh.Entry) bool { return mesh.MatchSrc(src, e.SPIFFEID.String()) })
+		if strings.HasPrefix(src, own) && !issued {
+			l.add(Unreachable, r.Origin, r.ID, "row %s: no entry gives anyone the identity %s", r.ID, src)
+		}
+	}
+	for _, dst := range l.members.patterns(r.Dst) {
+		if r.Dir == mesh.Out {
+			l.host(r, strings.TrimPrefix(dst, "host:"))
+			continue
+		}
+		served, port := false, false
+		for _, s := range l.p.Services {
+			if mesh.MatchDst(mesh.In, dst, s.ID.String()) {
+				served, port = true, port || mesh.MatchPort(r.Port, s.Port)
+			}
+		}
+		switch {
+		case !served:
+			l.add(Unreachable, r.Origin, r.ID, "row %s: no service has the identity %s", r.ID, dst)
+		case !port:
+			l.add(Unreachable, r.Origin, r.ID, "row %s: no service with the identity %s has port %s", r.ID, dst, r.Port)
+		}
+	}
+}
+
+// host finds allowed hosts that the gateway does not know how to reach.
+func (l *linter) host(r *mesh.Rule, host string) {
+	known := slices.ContainsFunc(l.p.Destinations, func(d mesh.Destination) bool {
+		return d.Host == host || mesh.MatchHost(d.Host, host) || mesh.MatchHost(host, d.Host)
+	})
+	if !known {
+		l.add(NoDestination, r.Origin, r.ID, "row %s allows %s, which egress.yaml does not describe", r.ID, host)
+	}
+}
+
+func (l *linter) groups() {
+	used := map[string]bool{}
+	for _, r := range l.p.Rules {
+		used[r.Src], used[r.Dst] = true, true
+	}
+	for _, m := range l.p.Memberships {
+		used[m.Member] = true
+	}
+	for _, m := range l.p.Memberships {
+		if !used[m.Group] {
+			l.add(UnusedGroup, m.Origin, m.Group, "no row names %s", m.Group)
+			used[m.Group] = true // once is enough
+		}
+	}
+}
+
+func (l *linter) destinations() {
+	for _, d := range l.p.Destinations {
+		allowed := slices.ContainsFunc(l.p.Rules, func(r mesh.Rule) bool {
+			if r.Dir != mesh.Out || r.Effect != mesh.Allow {
+				return false
+			}
+			return slices.ContainsFunc(l.members.patterns(r.Dst), func(p string) bool {
+				host := strings.TrimPrefix(p, "host:")
+				return host == d.Host || mesh.MatchHost(host, d.Host) || mesh.MatchHost(d.Host, host)
+			})
+		})
+		if !allowed {
+			l.add(UnusedDestination, d.Origin, d.Host, "no row allows anyone to reach %s", d.Host)
+		}
+	}
+}
+
+func (l *linter) services() {
+	for _, s := range l.p.Services {
+		issued := slices.ContainsFunc(l.p.Entries, func(e mesh.Entry) bool { return e.SPIFFEID == s.ID })
+		if !issued {
+			l.add(NoEntry, s.Origin, string(s.Name), "no entry gives anyone the identity of service %s", s.Name)
+		}
+	}
+}
+
+// tests finds rows that no case is decided by, and cases that are decided by
+// the hour at which they run.
+func (l *linter) tests() {
+	rep := Test(l.p)
+	if rep.Broken != nil {
+		return
+	}
+	for _, row := range rep.Rows {
+		if row.Cases == 0 {
+			l.add(Untested, row.Origin, row.ID, "no test is decided by row %s", row.ID)
+		}
+	}
+	for _, c := range l.p.Cases {
+		if !c.Now.IsZero() {
+			continue
+		}
+		call, err := callOf(l.p, c)
+		if err != nil {
+			continue
+		}
+		for i := range l.p.Rules {
+			r := &l.p.Rules[i]
+			timed := strings.Contains(r.Cond, string(mesh.CondWhen)) || strings.Contains(r.Cond, string(mesh.CondUntil))
+			if timed && r.Dir == call.Dir && l.members.matchSrc(r, call.Src.String()) && l.members.matchDst(r, call.Dst) &&
+				mesh.MatchPort(r.Port, call.Port) && mesh.MatchVerb(r.Verb, call.Verb) && mesh.MatchPath(r.Path, call.Path) {
+				l.add(TimeDependent, c.Origin, c.Name, "test %s depends on the hour at which it runs, by row %s: give it a time in now", strconv.Quote(c.Name), r.ID)
+				break
+			}
+		}
+	}
+}

@@ -1,0 +1,222 @@
+package review
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+)
+
+// A Result is one case and what became of it.
+type Result struct {
+	Case mesh.Case `json:"case"`
+	// Got and Rule are the decision; Rule is empty when no row matched.
+	Got  mesh.Effect `json:"got"`
+	Rule string      `json:"rule,omitempty"`
+	OK   bool        `json:"ok"`
+	// Why says what differs, when OK is false.
+	Why string `json:"why,omitempty"`
+}
+
+// Error is "file:line: "name": why".
+func (r Result) Error() string {
+	return fmt.Sprintf("%s: %q: %s", r.Case.Origin, r.Case.Name, r.Why)
+}
+
+// A Row is a row of access.csv or guardrails.csv and how many cases it decided.
+type Row struct {
+	ID     string      `json:"id"`
+	Origin mesh.Origin `json:"origin"`
+	Cases  int         `json:"cases"`
+}
+
+// A Report is the outcome of the cases in policies/tests.
+type Report struct {
+	Results []Result `json:"results"`
+	// Rows has every row, in the order of the files.
+	Rows []Row `json:"rows"`
+	// Broken is why nothing could be decided; nil otherwise.
+	Broken error `json:"-"`
+}
+
+// Failed returns the results that are not as wanted.
+func (r Report) Failed() []Result {
+	return slices.DeleteFunc(slices.Clone(r.Results), func(c Result) bool { return c.OK })
+}
+
+// Covered counts the rows that decided at least one case.
+func (r Report) Covered() int {
+	n := 0
+	for _, row := range r.Rows {
+		if row.Cases > 0 {
+			n++
+		}
+	}
+	return n
+}
+
+// Err joins all failures; nil when every case is as wanted.
+func (r Report) Err() error {
+	if r.Broken != nil {
+		return r.Broken
+	}
+	var errs []error
+	for _, f := range r.Failed() {
+		errs = append(errs, f)
+	}
+	return errors.Join(errs...)
+}
+
+// Red returns why policies must not be put in force: a case that is not decided
+// as wanted. The issuer asks before it accepts an edit.
+func Red(p *mesh.Policies) error { return Test(p).Err() }
+
+// Test decides every case with the judge's own index and with Casbin.
+func Test(p *mesh.Policies) Report {
+	snap, err := mesh.Compile(p, 0, 0, nil)
+	if err != nil {
+		return Report{Broken: err}
+	}
+	set, err := authz.Compile(snap)
+	if err != nil {
+		return Report{Broken: err}
+	}
+	var rep Report
+	at := map[string]int{}
+	for _, r := range p.Rules {
+		at[r.ID] = len(rep.Rows)
+		rep.Rows = append(rep.Rows, Row{ID: r.ID, Origin: r.Origin})
+	}
+	t := tester{p: p, set: set, members: membersOf(p.Memberships)}
+	for _, c := range p.Cases {
+		res := t.run(c)
+		if i, ok := at[res.Rule]; ok {
+			rep.Rows[i].Cases++
+		}
+		rep.Results = append(rep.Results, res)
+	}
+	return rep
+}
+
+type tester struct {
+	p       *mesh.Policies
+	set     *authz.Set
+	members members
+}
+
+func (t *tester) run(c mesh.Case) Result {
+	res := Result{Case: c, Got: mesh.Deny}
+	call, err := callOf(t.p, c)
+	if err != nil {
+		res.Why = err.Error()
+		return res
+	}
+	d := t.set.Decide(call)
+	if oracle, err := t.set.Oracle(call); err != nil || oracle.Allow != d.Allow {
+		res.Why = "index and Casbin disagree, which is a defect of Sallyport: please report this case"
+		return res
+	}
+	res.Rule = d.Rule
+	if d.Allow {
+		res.Got = mesh.Allow
+	}
+	switch {
+	case res.Got != c.Want:
+		res.Why = fmt.Sprintf("want %s, got %s (%s)", c.Want, res.Got, t.because(call, d))
+	case c.Rule != "" && c.Rule != d.Rule:
+		res.Why = fmt.Sprintf("want %s by row %s, got %s (%s)", c.Want, c.Rule, res.Got, t.because(call, d))
+	default:
+		res.OK = true
+	}
+	return res
+}
+
+// callOf is the call that a case describes.
+func callOf(p *mesh.Policies, c mesh.Case) (*authz.Call, error) {
+	dir, dst, err := p.Target(c)
+	if err != nil {
+		return nil, err
+	}
+	call := &authz.Call{
+		Dir: dir, Src: c.From, Dst: dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
+		SNI: c.SNI, Now: c.Now, Environment: c.Environment,
+	}
+	if t := c.Token; t != nil {
+		call.Token = &authz.Token{
+			Issuer: t.Issuer, Audience: t.Audience, Claims: t.Claims,
+			ACR: t.ACR, Bound: t.Bound, Scopes: map[string]bool{},
+		}
+		for _, s := range t.Scopes {
+			call.Token.Scopes[s] = true
+		}
+	}
+	return call, nil
+}
+
+// because says in the words of a reviewer why a call was decided so.
+func (t *tester) because(c *authz.Call, d authz.Decision) string {
+	switch {
+	case d.Allow:
+		return "allowed by " + d.Rule
+	case d.Rule != "":
+		return "denied by " + d.Rule
+	case d.Reason == authz.BadRequest:
+		return "no row can speak of such a call: it is refused before rows are asked"
+	}
+	near, differs := t.nearest(c)
+	switch {
+	case near == nil:
+		return "no row matches"
+	case len(differs) == 0:
+		return fmt.Sprintf("no row matches: nearest is %s, whose condition %q does not hold", near.ID, near.Cond)
+	case len(differs) == 1:
+		return fmt.Sprintf("no row matches: nearest is %s, %s differs", near.ID, differs[0])
+	}
+	last := len(differs) - 1
+	return fmt.Sprintf("no row matches: nearest is %s, %s and %s differ", near.ID, strings.Join(differs[:last], ", "), differs[last])
+}
+
+// nearest is the allow row that differs least from the call. A row that shares
+// neither caller nor destination is not near.
+func (t *tester) nearest(c *authz.Call) (*mesh.Rule, []string) {
+	var (
+		best *mesh.Rule
+		diff []string
+		cost = 1 << 10
+	)
+	for i := range t.p.Rules {
+		r := &t.p.Rules[i]
+		if r.Effect != mesh.Allow || r.Dir != c.Dir {
+			continue
+		}
+		d, n := t.differences(r, c)
+		if n < cost {
+			best, diff, cost = r, d, n
+		}
+	}
+	return best, diff
+}
+
+// differences lists the columns that keep the row from matching, and weighs
+// them: another caller or destination is further away than another verb.
+func (t *tester) differences(r *mesh.Rule, c *authz.Call) (columns []string, cost int) {
+	differs := func(match bool, column string, weight int) {
+		if !match {
+			columns = append(columns, column)
+			cost += weight
+		}
+	}
+	src, dst := t.members.matchSrc(r, c.Src.String()), t.members.matchDst(r, c.Dst)
+	if !src && !dst {
+		return nil, 1 << 10
+	}
+	differs(src, "source", 8)
+	differs(dst, "destination", 6)
+	differs(mesh.MatchPort(r.Port, c.Port), "port", 2)
+	differs(mesh.MatchVerb(r.Verb, c.Verb), "verb", 2)
+	differs(mesh.MatchPath(r.Path, c.Path), "path", 3)
+	return columns, cost
+}
