@@ -1,0 +1,314 @@
+// Package ca is the only signer of the house: it holds the root and the
+// intermediate of a trust domain and signs X.509-SVIDs and JWT-SVIDs.
+//
+// A certificate takes three steps: Prepare lints what would be signed, the
+// Draft proves it, Sign records the intent and redeems the Draft once. Whom to
+// sign for is decided elsewhere. Run renews the intermediate and owns no other
+// goroutine; signing takes no lock.
+package ca
+
+import (
+	"cmp"
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/smallstep/certificates/cas/apiv1"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+)
+
+var (
+	// ErrRefused is returned for a request that must not be signed.
+	ErrRefused = errors.New("refused to sign")
+	// ErrDraft is returned for a Draft that this CA did not make, or made and
+	// signed before, or made too long ago.
+	ErrDraft = errors.New("draft is not good for a signature")
+	// ErrExpired is returned while no intermediate is valid.
+	ErrExpired = errors.New("no intermediate certificate is valid now")
+)
+
+const (
+	// backdate makes up for clocks that are behind.
+	backdate = 10 * time.Second
+	// productionFloor is the shortest life without AllowShort: below it a proxy
+	// that misses one renewal is cut off.
+	productionFloor = time.Minute
+	shortFloor      = time.Second
+)
+
+// A Recorder keeps audit records. Append returns once the record is written;
+// an error means that nothing may be signed. Safe for concurrent use.
+type Recorder interface {
+	Append(*audit.Record) error
+}
+
+// Config says what a CA signs for and where its keys are.
+type Config struct {
+	// TrustDomain is the one trust domain of the CA. Required.
+	TrustDomain spiffeid.TrustDomain
+	// Dir holds certificates and state, mode 0700. Required.
+	Dir string
+	// KMS says where the private keys are: empty for files in Dir, else
+	// "softkms:path=/dir", a file: URI or an absolute path of a directory.
+	KMS string
+	// Passphrase encrypts the private keys at rest. Without it they are plain
+	// PKCS#8 of mode 0600.
+	Passphrase []byte
+	// RootTTL is the life of a new root. Default 1 year.
+	RootTTL time.Duration
+	// IntermediateTTL is the life of an intermediate, renewed at 5/6. Default
+	// 7 days.
+	IntermediateTTL time.Duration
+	// X509TTL is the life of an X.509-SVID when the request names none. At most
+	// a sixth of IntermediateTTL, so that no leaf is cut short. Default 1 h.
+	X509TTL time.Duration
+	// JWTTTL is the life of a JWT-SVID when the request names none. Default 5
+	// min.
+	JWTTTL time.Duration
+	// AllowShort lowers the floor of every life from 1 min to 1 s, for tests
+	// and the demo.
+	AllowShort bool
+	// Audit receives an intent before and a result after each signature.
+	// Required.
+	Audit Recorder
+	// Log receives renewals and their failures. Default: none.
+	Log *slog.Logger
+	// Now is the clock. Default time.Now.
+	Now func() time.Time
+}
+
+func (c Config) withDefaults() Config {
+	c.RootTTL = cmp.Or(c.RootTTL, 365*24*time.Hour)
+	c.IntermediateTTL = cmp.Or(c.IntermediateTTL, 7*24*time.Hour)
+	c.X509TTL = cmp.Or(c.X509TTL, time.Hour)
+	c.JWTTTL = cmp.Or(c.JWTTTL, 5*time.Minute)
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return c
+}
+
+func (c Config) floor() time.Duration {
+	if c.AllowShort {
+		return shortFloor
+	}
+	return productionFloor
+}
+
+// Validate reports every mistake, each by the name of its field.
+func (c Config) Validate() error {
+	d := c.withDefaults()
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if d.TrustDomain.IsZero() {
+		bad("trust_domain: missing")
+	}
+	if d.Dir == "" {
+		bad("ca.dir: missing")
+	}
+	if _, err := keyDir(d.Dir, d.KMS); err != nil {
+		bad("ca.kms: %w", err)
+	}
+	if d.Audit == nil {
+		bad("ca.audit: missing")
+	}
+	for _, x := range []struct {
+		name string
+		ttl  time.Duration
+	}{{"ca.root_ttl", d.RootTTL}, {"ca.intermediate_ttl", d.IntermediateTTL}, {"ca.x509_ttl", d.X509TTL}, {"ca.jwt_ttl", d.JWTTTL}} {
+		if x.ttl < d.floor() {
+			bad("%s: %v is below the floor of %v", x.name, x.ttl, d.floor())
+		}
+	}
+	if d.X509TTL > d.IntermediateTTL/6 {
+		bad("ca.x509_ttl: %v is more than a sixth of ca.intermediate_ttl, %v", d.X509TTL, d.IntermediateTTL)
+	}
+	if d.JWTTTL > d.IntermediateTTL/6 {
+		bad("ca.jwt_ttl: %v is more than a sixth of ca.intermediate_ttl, %v", d.JWTTTL, d.IntermediateTTL)
+	}
+	if d.IntermediateTTL > d.RootTTL/2 {
+		bad("ca.intermediate_ttl: %v is more than half of ca.root_ttl, %v", d.IntermediateTTL, d.RootTTL)
+	}
+	return errors.Join(errs...)
+}
+
+// A JWTKey is a public key that verifies JWT-SVIDs.
+type JWTKey struct {
+	KeyID     string
+	PublicKey crypto.PublicKey
+	// ExpiresAt is when the key leaves the bundle.
+	ExpiresAt time.Time
+}
+
+// A Bundle is what others need to verify what this CA signed.
+type Bundle struct {
+	// X509 holds the roots. Intermediates travel in the chain.
+	X509 []*x509.Certificate
+	// JWT holds the keys in use, the next one before its first use, and those
+	// retired while a token may still be valid.
+	JWT []JWTKey
+	// RefreshHint is how often to look for a new bundle.
+	RefreshHint time.Duration
+	// Sequence grows with each change of the content.
+	Sequence uint64
+}
+
+// Status is when the parts of the CA expire, for metrics and people.
+type Status struct {
+	RootExpires         time.Time
+	IntermediateExpires time.Time
+	// IntermediateSerial is decimal.
+	IntermediateSerial string
+	// KeyID is the kid of the JWT key in use.
+	KeyID string
+}
+
+// signing is all that a signature needs: immutable, replaced as a whole.
+type signing struct {
+	// service signs with the intermediate; a service of another CAS fits here.
+	service      apiv1.CertificateAuthorityService
+	intermediate *x509.Certificate
+	root         *x509.Certificate
+	jwt          jwtKey
+	bundle       Bundle
+	// own are the DER public keys of the CA itself: nobody else may have them.
+	own map[string]bool
+}
+
+// CA signs for one trust domain. Its methods are safe for concurrent use.
+type CA struct {
+	cfg     Config
+	dir     *os.File // locked while the CA is open
+	keys    keyStore
+	current atomic.Pointer[signing]
+
+	// mu guards renewal: state, changed and the files in Dir.
+	mu      sync.Mutex
+	state   state
+	changed chan struct{}
+}
+
+// Open loads the CA in cfg.Dir, or makes a root and an intermediate when the
+// directory is empty. An intermediate that is due, or expired while the CA was
+// down, is renewed at once. Each way in which the directory can be wrong is
+// one error that names the next step.
+func Open(ctx context.Context, cfg Config) (*CA, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	cfg = cfg.withDefaults()
+	c := &CA{cfg: cfg, changed: make(chan struct{})}
+	if err := c.open(ctx); err != nil {
+		c.Close()
+		return nil, fmt.Errorf("open CA in %s: %w", cfg.Dir, err)
+	}
+	return c, nil
+}
+
+func (c *CA) open(ctx context.Context) error {
+	var err error
+	if c.dir, err = lockDir(c.cfg.Dir); err != nil {
+		return err
+	}
+	at, err := keyDir(c.cfg.Dir, c.cfg.KMS)
+	if err != nil {
+		return err
+	}
+	if at != c.cfg.Dir {
+		d, err := privateDir(at)
+		if err != nil {
+			return err
+		}
+		d.Close()
+	}
+	if c.keys, err = newKeyStore(ctx, at, c.cfg.Passphrase); err != nil {
+		return err
+	}
+	fresh, err := c.loadState()
+	if err != nil {
+		return err
+	}
+	if fresh {
+		if err := c.create(ctx); err != nil {
+			return err
+		}
+	}
+	s, err := c.load(ctx)
+	if err != nil {
+		return err
+	}
+	c.current.Store(s)
+	return c.renew(ctx)
+}
+
+// Close releases the directory for another process. Nothing may be signed
+// afterwards.
+func (c *CA) Close() error {
+	c.current.Store(nil)
+	if c.dir == nil {
+		return nil
+	}
+	return c.dir.Close()
+}
+
+// TrustDomain returns the trust domain that the CA signs for.
+func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.cfg.TrustDomain }
+
+// Bundle returns what verifies the signatures of this CA. The caller must not
+// change it.
+func (c *CA) Bundle() Bundle {
+	if s := c.current.Load(); s != nil {
+		return s.bundle
+	}
+	return Bundle{}
+}
+
+// Changed returns a channel that is closed at the next change of the bundle or
+// of the intermediate.
+func (c *CA) Changed() <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.changed
+}
+
+// Status returns when the parts of the CA expire.
+func (c *CA) Status() Status {
+	s := c.current.Load()
+	if s == nil {
+		return Status{}
+	}
+	return Status{
+		RootExpires:         s.root.NotAfter,
+		IntermediateExpires: s.intermediate.NotAfter,
+		IntermediateSerial:  s.intermediate.SerialNumber.String(),
+		KeyID:               s.jwt.id,
+	}
+}
+
+// active returns what signs now, or ErrExpired.
+func (c *CA) active(now time.Time) (*signing, error) {
+	s := c.current.Load()
+	switch {
+	case s == nil:
+		return nil, errors.New("CA is closed")
+	case now.After(s.intermediate.NotAfter):
+		return nil, fmt.Errorf("%w: the one we have expired at %s", ErrExpired, utc(s.intermediate.NotAfter))
+	case now.Before(s.intermediate.NotBefore):
+		return nil, fmt.Errorf("%w: the clock says %s, ours begins at %s", ErrExpired, utc(now), utc(s.intermediate.NotBefore))
+	}
+	return s, nil
+}
+
+func utc(t time.Time) string { return t.UTC().Format(time.RFC3339) }

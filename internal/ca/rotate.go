@@ -1,0 +1,340 @@
+package ca
+
+import (
+	"context"
+	"crypto"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/smallstep/certificates/cas/apiv1"
+	"github.com/smallstep/certificates/cas/softcas"
+	kms "go.step.sm/crypto/kms/apiv1"
+)
+
+const (
+	// lookAtLeast bounds the sleep of Run, so that a jump of the wall clock is
+	// seen.
+	lookAtLeast = time.Minute
+	retryAfter  = 5 * time.Second
+)
+
+// Run renews: at half of the intermediate's life it publishes the next JWT
+// key, at 5/6 it makes a new intermediate and that key signs. A failed renewal
+// is logged and tried again. It returns nil when ctx ends.
+func (c *CA) Run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		}
+		wait := retryAfter
+		if err := c.renew(ctx); err != nil {
+			c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", c.Status().IntermediateExpires)
+		} else {
+			wait = min(lookAtLeast, max(100*time.Millisecond, c.nextStep().Sub(c.cfg.Now())))
+		}
+		timer.Reset(wait)
+	}
+}
+
+// times returns when the next JWT key is published and when the intermediate
+// is replaced.
+func times(cert *x509.Certificate) (publish, activate time.Time) {
+	begin := cert.NotBefore.Add(backdate)
+	life := cert.NotAfter.Sub(begin)
+	return begin.Add(life / 2), begin.Add(life / 6 * 5)
+}
+
+func (c *CA) nextStep() time.Time {
+	s := c.current.Load()
+	if s == nil {
+		return c.cfg.Now().Add(lookAtLeast)
+	}
+	publish, activate := times(s.intermediate)
+	if publish.After(c.cfg.Now()) {
+		return publish
+	}
+	return activate
+}
+
+// renew does the step that is due, if any.
+func (c *CA) renew(ctx context.Context) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.current.Load()
+	if s == nil {
+		return errors.New("CA is closed")
+	}
+	now := c.cfg.Now()
+	publish, activate := times(s.intermediate)
+	// Nothing is gained by a new intermediate that ends with the root as this
+	// one does, while this one is valid.
+	last := !s.intermediate.NotAfter.Before(s.root.NotAfter)
+	switch {
+	case !now.Before(activate) && !last:
+		return c.rotate(ctx, s, now)
+	case !now.Before(publish) && !slices.ContainsFunc(c.state.JWT, isNext):
+		return c.publishNext(ctx, s, now)
+	}
+	return nil
+}
+
+func isNext(r jwtKeyRecord) bool { return r.Role == roleNext }
+
+// jwtLife covers a key from its publication through its use to the end of the
+// last token it signed.
+func (c *CA) jwtLife() time.Duration { return c.cfg.IntermediateTTL / 2 * 3 }
+
+// newJWTKey makes and stores a key. The caller holds c.mu or is alone.
+func (c *CA) newJWTKey(role jwtRole, now time.Time) (jwtKeyRecord, error) {
+	resp, err := c.keys.kms.CreateKey(&kms.CreateKeyRequest{SignatureAlgorithm: kms.ECDSAWithSHA256})
+	if err != nil {
+		return jwtKeyRecord{}, fmt.Errorf("make JWT key: %w", err)
+	}
+	var id [8]byte
+	rand.Read(id[:])
+	r := jwtKeyRecord{KeyID: "jwt-" + hex.EncodeToString(id[:]), Role: role, Expires: now.Add(c.jwtLife()).UTC().Truncate(time.Second)}
+	return r, c.keys.save(r.KeyID, resp.PrivateKey)
+}
+
+// publishNext puts the next JWT key into the bundle before its first use, as
+// the federation specification demands. The caller holds c.mu.
+func (c *CA) publishNext(ctx context.Context, s *signing, now time.Time) error {
+	r, err := c.newJWTKey(roleNext, now)
+	if err != nil {
+		return err
+	}
+	st := c.state
+	st.Sequence++
+	st.JWT = append(slices.Clone(st.JWT), r)
+	key, err := c.keys.load(st.Intermediate)
+	if err != nil {
+		return err
+	}
+	return c.adopt(ctx, st, s.root, s.intermediate, key)
+}
+
+// rotate makes a new intermediate and lets the next JWT key sign. Without a
+// published one, after an outage, a new key signs at once: late is better than
+// with a key that expires. The caller holds c.mu.
+func (c *CA) rotate(ctx context.Context, s *signing, now time.Time) error {
+	rootKey, err := c.keys.load(rootName)
+	if err != nil {
+		return err
+	}
+	name, cert, key, err := c.newIntermediate(ctx, s.root, rootKey, now)
+	if err != nil {
+		return err
+	}
+	st := c.state
+	st.Intermediate = name
+	st.Sequence++
+	old := st.JWT
+	st.JWT = nil
+	for _, r := range old {
+		if !r.Expires.After(now) {
+			continue
+		}
+		if r.Role == roleActive {
+			r.Role = roleRetired
+		}
+		st.JWT = append(st.JWT, r)
+	}
+	if i := slices.IndexFunc(st.JWT, isNext); i >= 0 {
+		st.JWT[i].Role = roleActive
+	} else {
+		r, err := c.newJWTKey(roleActive, now)
+		if err != nil {
+			return err
+		}
+		st.JWT = append(st.JWT, r)
+	}
+	before := c.state
+	if err := c.adopt(ctx, st, s.root, cert, key); err != nil {
+		return err
+	}
+	c.forget(before, st)
+	c.cfg.Log.Info("intermediate renewed", "serial", cert.SerialNumber.String(), "expires", cert.NotAfter, "kid", c.current.Load().jwt.id)
+	return nil
+}
+
+// adopt writes the state and lets it sign. The caller holds c.mu.
+func (c *CA) adopt(ctx context.Context, st state, root, cert *x509.Certificate, key crypto.Signer) error {
+	s, err := c.assemble(ctx, st, root, cert, key)
+	if err != nil {
+		return err
+	}
+	if err := c.saveState(st); err != nil {
+		return err
+	}
+	c.state = st
+	c.current.Store(s)
+	close(c.changed)
+	c.changed = make(chan struct{})
+	return nil
+}
+
+// forget removes the files that no state names any more. A file that stays
+// because of an error is of no consequence but to a tidy mind, so it is logged.
+func (c *CA) forget(before, now state) {
+	keep := map[string]bool{now.Intermediate: true}
+	for _, r := range now.JWT {
+		keep[r.KeyID] = true
+	}
+	var gone []string
+	if !keep[before.Intermediate] {
+		gone = append(gone, c.file(before.Intermediate+".crt"), c.keys.path(before.Intermediate))
+	}
+	for _, r := range before.JWT {
+		if !keep[r.KeyID] {
+			gone = append(gone, c.keys.path(r.KeyID))
+		}
+	}
+	for _, path := range gone {
+		if err := os.Remove(path); err != nil {
+			c.cfg.Log.Warn("retired file stays", "path", path, "err", err)
+		}
+	}
+}
+
+// create makes the root, the first intermediate and the first JWT key, then
+// the state that names them.
+func (c *CA) create(ctx context.Context) error {
+	now := c.cfg.Now()
+	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
+	if err != nil {
+		return fmt.Errorf("open creator: %w", err)
+	}
+	template, err := c.caTemplate("root", 1, now, now.Add(c.cfg.RootTTL))
+	if err != nil {
+		return err
+	}
+	root, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
+		Type: apiv1.RootCA, Template: template, Lifetime: c.cfg.RootTTL, CreateKey: p256(),
+	})
+	if err != nil {
+		return fmt.Errorf("make root: %w", err)
+	}
+	if err := lintCA(root.Certificate, c.cfg.TrustDomain, 1); err != nil {
+		return fmt.Errorf("make root: %w", err)
+	}
+	if err := c.keys.save(rootName, root.PrivateKey); err != nil {
+		return err
+	}
+	if err := c.saveCert(rootName, root.Certificate); err != nil {
+		return err
+	}
+	name, _, _, err := c.newIntermediate(ctx, root.Certificate, root.Signer, now)
+	if err != nil {
+		return err
+	}
+	jwt, err := c.newJWTKey(roleActive, now)
+	if err != nil {
+		return err
+	}
+	st := state{Version: 1, TrustDomain: c.cfg.TrustDomain.Name(), Intermediate: name, Sequence: 1, JWT: []jwtKeyRecord{jwt}}
+	if err := c.saveState(st); err != nil {
+		return err
+	}
+	c.state = st
+	c.cfg.Log.Info("CA created", "trust_domain", st.TrustDomain, "root_expires", root.Certificate.NotAfter)
+	return nil
+}
+
+func p256() *apiv1.CreateKeyRequest {
+	return &apiv1.CreateKeyRequest{SignatureAlgorithm: kms.ECDSAWithSHA256}
+}
+
+// newIntermediate makes an intermediate under the root and stores it with its
+// key. Its name has the serial number, so that old and new never share a file.
+func (c *CA) newIntermediate(ctx context.Context, root *x509.Certificate, rootKey crypto.Signer, now time.Time) (string, *x509.Certificate, crypto.Signer, error) {
+	fail := func(err error) (string, *x509.Certificate, crypto.Signer, error) {
+		return "", nil, nil, fmt.Errorf("make intermediate: %w", err)
+	}
+	end := now.Add(c.cfg.IntermediateTTL)
+	if end.After(root.NotAfter) {
+		end = root.NotAfter
+		c.cfg.Log.Warn("intermediate is cut short by the root", "root_expires", root.NotAfter)
+	}
+	if !end.After(now) {
+		return fail(fmt.Errorf("the root expired at %s", utc(root.NotAfter)))
+	}
+	template, err := c.caTemplate("intermediate", 0, now, end)
+	if err != nil {
+		return fail(err)
+	}
+	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
+	if err != nil {
+		return fail(err)
+	}
+	resp, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
+		Type: apiv1.IntermediateCA, Template: template, Lifetime: end.Sub(now), CreateKey: p256(),
+		Parent: &apiv1.CreateCertificateAuthorityResponse{Certificate: root, Signer: rootKey},
+	})
+	if err != nil {
+		return fail(err)
+	}
+	cert := resp.Certificate
+	if err := lintCA(cert, c.cfg.TrustDomain, 0); err != nil {
+		return fail(err)
+	}
+	if err := cert.CheckSignatureFrom(root); err != nil {
+		return fail(err)
+	}
+	name := "intermediate-" + hex.EncodeToString(cert.SerialNumber.Bytes())[:12]
+	if err := c.keys.save(name, resp.PrivateKey); err != nil {
+		return fail(err)
+	}
+	if err := c.saveCert(name, cert); err != nil {
+		return fail(err)
+	}
+	return name, cert, resp.Signer, nil
+}
+
+// caTemplate is a signing certificate: the trust domain as its only URI, no
+// path, and nothing but the right to sign certificates and CRLs.
+func (c *CA) caTemplate(name string, pathLen int, now, end time.Time) (*x509.Certificate, error) {
+	serial, err := newSerial()
+	if err != nil {
+		return nil, err
+	}
+	return &x509.Certificate{
+		SerialNumber: serial,
+		Subject: pkix.Name{
+			Organization: []string{"Sallyport"},
+			CommonName:   name + " " + hex.EncodeToString(serial.Bytes())[:8],
+		},
+		URIs:                  []*url.URL{c.cfg.TrustDomain.ID().URL()},
+		NotBefore:             now.Add(-backdate),
+		NotAfter:              end,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		MaxPathLen:            pathLen,
+		MaxPathLenZero:        pathLen == 0,
+		SignatureAlgorithm:    x509.ECDSAWithSHA256,
+	}, nil
+}
+
+// newSerial is a random number of 128 bits whose first bit is set: all have
+// one length, and none is zero.
+func newSerial() (*big.Int, error) {
+	var b [16]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		return nil, fmt.Errorf("make serial number: %w", err)
+	}
+	b[0] |= 0x80
+	return new(big.Int).SetBytes(b[:]), nil
+}

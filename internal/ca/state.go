@@ -1,0 +1,243 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"time"
+
+	"github.com/smallstep/certificates/cas/apiv1"
+	"github.com/smallstep/certificates/cas/softcas"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/daemon"
+)
+
+const (
+	stateFile = "state.json"
+	rootName  = "root"
+)
+
+// state says which files in the directory count. It is written last, so that
+// a crash in between leaves the CA as it was.
+type state struct {
+	Version      int            `json:"version"`
+	TrustDomain  string         `json:"trust_domain"`
+	Intermediate string         `json:"intermediate"`
+	Sequence     uint64         `json:"sequence"`
+	JWT          []jwtKeyRecord `json:"jwt_keys"`
+}
+
+// A jwtKeyRecord is one JWT key: next before its first use, then active, then
+// retired until it expires. The file carries its kid.
+type jwtKeyRecord struct {
+	KeyID   string    `json:"kid"`
+	Role    jwtRole   `json:"role"`
+	Expires time.Time `json:"expires"`
+}
+
+type jwtRole string
+
+const (
+	roleNext    jwtRole = "next"
+	roleActive  jwtRole = "active"
+	roleRetired jwtRole = "retired"
+)
+
+type jwtKey struct {
+	id      string
+	signer  *ecdsa.PrivateKey
+	expires time.Time
+}
+
+// fileName is what a name in the state may be: it becomes part of a path.
+var fileName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
+
+func (c *CA) file(name string) string { return filepath.Join(c.cfg.Dir, name) }
+
+// loadState reads the state, or says that the directory is fresh.
+func (c *CA) loadState() (fresh bool, err error) {
+	data, err := os.ReadFile(c.file(stateFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		for _, p := range []string{c.file(rootName + ".crt"), c.keys.path(rootName)} {
+			if _, err := os.Lstat(p); !errors.Is(err, fs.ErrNotExist) {
+				return false, daemon.Hint(fmt.Errorf("%s is there but %s is not", p, stateFile),
+					"restore "+stateFile+" from a backup, or empty the directory if this CA never signed anything")
+			}
+		}
+		return true, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read state: %w", err)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&c.state); err != nil {
+		return false, daemon.Hint(fmt.Errorf("%s is damaged: %w", stateFile, err), "restore it from a backup")
+	}
+	if c.state.Version != 1 {
+		return false, daemon.Hint(fmt.Errorf("%s has version %d, this program knows 1", stateFile, c.state.Version), "run the program that wrote it")
+	}
+	if td, err := spiffeid.TrustDomainFromString(c.state.TrustDomain); err != nil || td != c.cfg.TrustDomain {
+		return false, daemon.Hint(fmt.Errorf("the CA there is of trust domain %q, not of %q", c.state.TrustDomain, c.cfg.TrustDomain.Name()),
+			"set trust_domain to "+c.state.TrustDomain+", or name another directory")
+	}
+	names := []string{c.state.Intermediate}
+	for _, k := range c.state.JWT {
+		names = append(names, k.KeyID)
+	}
+	for _, n := range names {
+		if !fileName.MatchString(n) {
+			return false, daemon.Hint(fmt.Errorf("%s is damaged: %q is not a name", stateFile, n), "restore it from a backup")
+		}
+	}
+	return false, nil
+}
+
+func (c *CA) saveState(s state) error {
+	data, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode state: %w", err)
+	}
+	return daemon.WriteFile(c.file(stateFile), append(data, '\n'), 0o600)
+}
+
+func (c *CA) saveCert(name string, cert *x509.Certificate) error {
+	return daemon.WriteFile(c.file(name+".crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), 0o644)
+}
+
+func (c *CA) loadCert(name string) (*x509.Certificate, error) {
+	path := c.file(name + ".crt")
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, daemon.Hint(fmt.Errorf("certificate %s is missing", path), "restore it from a backup")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read certificate: %w", err)
+	}
+	block, rest := pem.Decode(data)
+	if block == nil || block.Type != "CERTIFICATE" || len(bytes.TrimSpace(rest)) > 0 {
+		return nil, daemon.Hint(fmt.Errorf("certificate %s is damaged: want exactly one PEM certificate", path), "restore it from a backup")
+	}
+	cert, err := x509.ParseCertificate(block.Bytes)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("certificate %s is damaged: %w", path, err), "restore it from a backup")
+	}
+	return cert, nil
+}
+
+// pair loads a certificate and its key and checks that they belong together
+// and to the trust domain.
+func (c *CA) pair(name string, pathLen int) (*x509.Certificate, crypto.Signer, error) {
+	cert, err := c.loadCert(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := lintCA(cert, c.cfg.TrustDomain, pathLen); err != nil {
+		return nil, nil, daemon.Hint(fmt.Errorf("certificate %s is not one of this CA: %w", c.file(name+".crt"), err),
+			"restore it from a backup, or name another directory")
+	}
+	key, err := c.keys.load(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	if !samePublicKey(cert.PublicKey, key.Public()) {
+		return nil, nil, daemon.Hint(fmt.Errorf("private key %s does not belong to its certificate", c.keys.path(name)), "restore both from one backup")
+	}
+	return cert, key, nil
+}
+
+// load reads all that the state names and checks it against the clock.
+func (c *CA) load(ctx context.Context) (*signing, error) {
+	root, _, err := c.pair(rootName, 1)
+	if err != nil {
+		return nil, err
+	}
+	now := c.cfg.Now()
+	switch {
+	case root.CheckSignatureFrom(root) != nil:
+		return nil, daemon.Hint(errors.New("the root certificate is not signed by its own key"), "restore it from a backup")
+	case now.After(root.NotAfter):
+		return nil, daemon.Hint(fmt.Errorf("the root certificate expired at %s and the clock says %s", utc(root.NotAfter), utc(now)),
+			"check the clock; if it is right, start a new CA in an empty directory and bootstrap every proxy again")
+	case now.Before(root.NotBefore):
+		return nil, daemon.Hint(fmt.Errorf("the clock says %s, which is before the root certificate begins at %s", utc(now), utc(root.NotBefore)),
+			"set the clock")
+	}
+	cert, key, err := c.pair(c.state.Intermediate, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := cert.CheckSignatureFrom(root); err != nil {
+		return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
+	}
+	if now.Before(cert.NotBefore) {
+		return nil, daemon.Hint(fmt.Errorf("the clock says %s, which is before the intermediate certificate begins at %s", utc(now), utc(cert.NotBefore)),
+			"set the clock")
+	}
+	return c.assemble(ctx, c.state, root, cert, key)
+}
+
+// assemble makes the signing value for a state, reading the JWT keys.
+func (c *CA) assemble(ctx context.Context, st state, root, cert *x509.Certificate, key crypto.Signer) (*signing, error) {
+	service, err := softcas.New(ctx, apiv1.Options{
+		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key, KeyManager: c.keys.kms,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open signer: %w", err)
+	}
+	s := &signing{service: service, intermediate: cert, root: root, own: map[string]bool{
+		string(publicDER(root.PublicKey)): true,
+		string(publicDER(cert.PublicKey)): true,
+	}}
+	s.bundle = Bundle{X509: []*x509.Certificate{root}, Sequence: st.Sequence, RefreshHint: c.refreshHint()}
+	for _, r := range st.JWT {
+		signer, err := c.keys.load(r.KeyID)
+		if err != nil {
+			return nil, err
+		}
+		k, ok := signer.(*ecdsa.PrivateKey)
+		if !ok || k.Curve.Params().BitSize != 256 {
+			return nil, daemon.Hint(fmt.Errorf("private key %s is not an EC P-256 key", c.keys.path(r.KeyID)), "restore it from a backup")
+		}
+		s.own[string(publicDER(k.Public()))] = true
+		s.bundle.JWT = append(s.bundle.JWT, JWTKey{KeyID: r.KeyID, PublicKey: k.Public(), ExpiresAt: r.Expires})
+		if r.Role == roleActive {
+			s.jwt = jwtKey{r.KeyID, k, r.Expires}
+		}
+	}
+	if s.jwt.signer == nil {
+		return nil, daemon.Hint(fmt.Errorf("%s names no active JWT key", stateFile), "restore it from a backup")
+	}
+	return s, nil
+}
+
+// refreshHint lets everybody see a new JWT key several times before its first
+// use, a third of the intermediate's life after it is published.
+func (c *CA) refreshHint() time.Duration {
+	return max(time.Second, min(5*time.Minute, c.cfg.IntermediateTTL/30)).Truncate(time.Second)
+}
+
+// publicDER is the PKIX form of a key, nil for a type that has none.
+func publicDER(key crypto.PublicKey) []byte {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return nil
+	}
+	return der
+}
+
+func samePublicKey(a, b crypto.PublicKey) bool {
+	x := publicDER(a)
+	return x != nil && bytes.Equal(x, publicDER(b))
+}
