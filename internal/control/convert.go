@@ -221,6 +221,43 @@ func agentFromWire(w *types.Agent) (mesh.Agent, error) {
 	}, nil
 }
 
+// bundleFromWire reads a bundle of td. A bundle without a usable root is refused:
+// it would make every SVID invalid.
+func bundleFromWire(w *types.Bundle, td spiffeid.TrustDomain) (Bundle, error) {
+	if w.GetTrustDomain() != td.Name() {
+		return Bundle{}, fmt.Errorf("%w: bundle is of %.255q, want %s", ErrTrustDomain, w.GetTrustDomain(), td)
+	}
+	b := Bundle{RefreshHint: time.Duration(min(max(w.GetRefreshHint(), 0), 24*3600)) * time.Second}
+	for i, a := range w.GetX509Authorities() {
+		if a.GetTainted() {
+			continue
+		}
+		c, err := x509.ParseCertificate(a.GetAsn1())
+		if err != nil {
+			return Bundle{}, fmt.Errorf("read authority %d of the bundle: %w", i, err)
+		}
+		b.X509 = append(b.X509, c)
+	}
+	if len(b.X509) == 0 {
+		return Bundle{}, errors.New("bundle has no X.509 authority")
+	}
+	for _, k := range w.GetJwtAuthorities() {
+		if k.GetTainted() || k.GetKeyId() == "" {
+			continue
+		}
+		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+		if err != nil {
+			return Bundle{}, fmt.Errorf("read JWT key %.64q of the bundle: %w", k.GetKeyId(), err)
+		}
+		j := JWTKey{KeyID: k.GetKeyId(), PublicKey: key}
+		if k.GetExpiresAt() > 0 {
+			j.ExpiresAt = time.Unix(k.GetExpiresAt(), 0)
+		}
+		b.JWT = append(b.JWT, j)
+	}
+	return b, nil
+}
+
 func timeToWire(t time.Time) *timestamppb.Timestamp {
 	if t.IsZero() {
 		return nil

@@ -33,6 +33,8 @@ var (
 	ErrTokenUnknown = errors.New("join token is unknown")
 	ErrTokenExpired = errors.New("join token has expired")
 	ErrTokenUsed    = errors.New("join token is already used")
+	// ErrFailed: the issuer could not do it now. Trying again may help.
+	ErrFailed = errors.New("issuer failed")
 	// ErrRefused: the issuer understood and said no, for another reason.
 	ErrRefused = errors.New("issuer refused")
 )

@@ -324,10 +324,11 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	default:
 		return refuse(codes.InvalidArgument, "a message after the hello is an ack or a nack")
 	}
-	if revision > sub.sentRevision || policy > sub.sentPolicy && sub.sentPolicy != 0 {
-		return refuse(codes.InvalidArgument, "revision %d of policy %d was never sent", revision, policy)
+	if revision > sub.sentRevision {
+		return refuse(codes.InvalidArgument, "revision %d was never sent", revision)
 	}
-	sub.proxy.PolicyRevision = policy
+	// A proxy may hold more than an issuer that was set back; it is not synced.
+	sub.proxy.PolicyRevision = min(policy, sub.sentPolicy)
 	if t := timeFromWire(expires); !t.IsZero() {
 		sub.proxy.SVIDExpires = t
 	}

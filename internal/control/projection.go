@@ -70,19 +70,11 @@ func project(snap *mesh.Snapshot, key projectionKey) (*meshpb.Snapshot, error) {
 	m := &meshpb.Snapshot{
 		Revision:       own.Revision,
 		PolicyRevision: own.PolicyRevision,
-		Hash:           contentHash(own),
+		Hash:           own.ContentHash(),
 		Body:           own.Encode(),
 	}
 	if len(m.Body) > maxMessage-4096 {
 		return nil, fmt.Errorf("snapshot of revision %d for %s has %d bytes, a message holds %d", own.Revision, key.workload, len(m.Body), maxMessage)
 	}
 	return m, nil
-}
-
-// contentHash is the hash of what a proxy acts on. The revisions are left out:
-// an edit that does not concern a proxy leaves its hash as it was.
-func contentHash(s *mesh.Snapshot) string {
-	c := *s
-	c.Revision, c.PolicyRevision, c.PolicyHash = 0, 0, ""
-	return c.ContentHash()
 }

@@ -1,0 +1,305 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
+)
+
+// The pause between attempts to connect doubles from retryMin to retryMax and
+// is then drawn between nothing and that (full jitter), so that proxies do not
+// return in step after an issuer's restart.
+const (
+	retryMin = 200 * time.Millisecond
+	retryMax = 10 * time.Second
+)
+
+// A Hello says who subscribes.
+type Hello struct {
+	// Kind is KindSidecar or KindGateway.
+	Kind string
+	// Workload that the proxy serves; the agent needs an entry for it.
+	Workload spiffeid.ID
+	// Endpoints of the workload's services. Their Agent is not read.
+	Endpoints []mesh.Endpoint
+	// Have is the snapshot in force already, or nil. It is not sent again.
+	Have *mesh.Snapshot
+	// SVIDExpires, when set, is asked with each answer for the operator's table.
+	SVIDExpires func() time.Time
+	// OnState, when set, is told nil when connected and why when not.
+	OnState func(error)
+}
+
+// A Handler acts on what the issuer pushes. Its methods are called one at a
+// time and hold up the stream: they return soon.
+type Handler interface {
+	// OnSnapshot puts a snapshot in force, wholly or not at all. An error
+	// keeps the former one in force and is told to the issuer.
+	OnSnapshot(ctx context.Context, s *mesh.Snapshot) error
+	// OnSyncNow is called when entries, bundle and SVIDs should be fetched;
+	// always once after connecting.
+	OnSyncNow(ctx context.Context)
+}
+
+// subscriberState is what outlives a stream.
+type subscriberState struct {
+	hello   Hello
+	handler Handler
+	// inForce is the snapshot that the handler accepted last.
+	inForce *mesh.Snapshot
+	// rejected is why the content sent last was refused; empty when it was not.
+	rejected string
+	// told is the revision answered last.
+	told uint64
+}
+
+// Subscribe keeps the handler on the newest snapshot until ctx ends, over every
+// loss of the connection. It returns nil then; an error wraps ErrMustReattest
+// or ErrBanned.
+func (c *Client) Subscribe(ctx context.Context, hello Hello, h Handler) error {
+	s := &subscriberState{hello: hello, handler: h, inForce: hello.Have}
+	return c.persist(ctx, "subscribe", hello.OnState, func(ctx context.Context, up func()) error {
+		return c.subscribeOnce(ctx, s, up)
+	})
+}
+
+// persist runs once again and again until ctx ends or trying is vain. once calls
+// up when it got through; the pause starts over then.
+func (c *Client) persist(ctx context.Context, verb string, state func(error), once func(context.Context, func()) error) error {
+	if state == nil {
+		state = func(error) {}
+	}
+	for pause := c.retryMin; ; pause = min(2*pause, c.retryMax) {
+		err := once(ctx, func() {
+			pause = c.retryMin
+			c.cfg.Log.Info("connected to issuer", slog.String("for", verb))
+			state(nil)
+		})
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			pause = c.retryMin
+			continue
+		}
+		state(err)
+		if final(err) {
+			return err
+		}
+		c.cfg.Log.Warn("issuer connection lost", slog.String("for", verb), slog.Any("err", err))
+		t := time.NewTimer(rand.N(pause) + time.Millisecond)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		case <-t.C:
+		}
+	}
+}
+
+// subscribeOnce runs one stream. It returns nil when a new agent SVID asks for
+// a new connection.
+func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func()) error {
+	const verb = "subscribe"
+	l, err := c.acquire()
+	if err != nil {
+		return fmt.Errorf("%s: %w", verb, err)
+	}
+	defer c.release(l)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	st, err := meshpb.NewMeshClient(l.cc).Subscribe(ctx)
+	if err != nil {
+		return c.explain(ctx, verb, l, err)
+	}
+	_ = st.Send(s.greeting())
+	if err := accepted(st, cancel); err != nil {
+		return c.explain(ctx, verb, l, err)
+	}
+	up()
+	got, ended := receiveClient(ctx, st)
+	alive := time.NewTicker(alivePeriod)
+	defer alive.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case err := <-ended:
+			if errors.Is(err, io.EOF) {
+				return fmt.Errorf("%s: %w: the issuer ended the stream", verb, ErrUnreachable)
+			}
+			return c.explain(ctx, verb, l, err)
+		case m := <-got:
+			if !s.take(ctx, m) {
+				continue
+			}
+		case <-alive.C:
+			if c.moved(l) {
+				return nil
+			}
+			if s.told == 0 {
+				continue
+			}
+		case <-l.stale:
+			return nil
+		}
+		if err := st.Send(s.answer()); err != nil {
+			// The reason arrives at ended.
+			continue
+		}
+	}
+}
+
+// accepted waits for the header, by which the issuer accepts a stream.
+func accepted(st grpc.ClientStream, cancel func()) error {
+	t := time.AfterFunc(2*helloTimeout, cancel)
+	defer t.Stop()
+	md, err := st.Header()
+	if err == nil && md == nil {
+		// The stream ended without a header: its status says why.
+		err = st.RecvMsg(&meshpb.SubscribeResponse{})
+	}
+	return err
+}
+
+func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
+	h := &meshpb.Hello{Kind: s.hello.Kind, Workload: s.hello.Workload.String(), SvidExpires: s.expires()}
+	for _, e := range s.hello.Endpoints {
+		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String()})
+	}
+	if s.inForce != nil {
+		h.HaveRevision, h.HaveHash = s.inForce.Revision, s.inForce.ContentHash()
+	}
+	// What was rejected is offered again on a new stream.
+	s.rejected, s.told = "", 0
+	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
+}
+
+func (s *subscriberState) expires() *timestamppb.Timestamp {
+	if s.hello.SVIDExpires == nil {
+		return nil
+	}
+	return timeToWire(s.hello.SVIDExpires())
+}
+
+// take acts on one message and reports whether it wants an answer.
+func (s *subscriberState) take(ctx context.Context, m *meshpb.SubscribeResponse) bool {
+	switch {
+	case m.GetSyncNow() != nil:
+		s.handler.OnSyncNow(ctx)
+		return false
+	case m.GetSnapshot() != nil:
+		s.told = m.GetSnapshot().GetRevision()
+		s.use(ctx, m.GetSnapshot())
+		return true
+	case m.GetSame() != nil:
+		s.told = m.GetSame().GetRevision()
+		s.renumber(ctx, m.GetSame())
+		return true
+	}
+	// A message of a newer issuer: nothing to do.
+	return false
+}
+
+func (s *subscriberState) use(ctx context.Context, m *meshpb.Snapshot) {
+	snap, err := readSnapshot(m)
+	if err == nil {
+		err = s.handler.OnSnapshot(ctx, snap)
+	}
+	if err != nil {
+		s.rejected = reasonText(err)
+		return
+	}
+	s.inForce, s.rejected = snap, ""
+}
+
+// readSnapshot checks that the body is what the envelope says.
+func readSnapshot(m *meshpb.Snapshot) (*mesh.Snapshot, error) {
+	snap, err := mesh.DecodeSnapshot(m.GetBody())
+	if err != nil {
+		return nil, err
+	}
+	if snap.Revision != m.GetRevision() || snap.PolicyRevision != m.GetPolicyRevision() {
+		return nil, fmt.Errorf("snapshot is of revision %d, its envelope says %d", snap.Revision, m.GetRevision())
+	}
+	if h := snap.ContentHash(); h != m.GetHash() {
+		return nil, fmt.Errorf("snapshot has hash %.16s, its envelope says %.16s", h, m.GetHash())
+	}
+	return snap, nil
+}
+
+// renumber puts the content in force under new revisions. What was rejected
+// stays so.
+func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) {
+	if s.rejected != "" {
+		return
+	}
+	if s.inForce == nil {
+		s.rejected = "the issuer calls unchanged what this proxy does not have"
+		return
+	}
+	if s.inForce.Revision == m.GetRevision() && s.inForce.PolicyRevision == m.GetPolicyRevision() {
+		return
+	}
+	next := *s.inForce
+	next.Revision, next.PolicyRevision, next.PolicyHash = m.GetRevision(), m.GetPolicyRevision(), m.GetPolicyHash()
+	if err := s.handler.OnSnapshot(ctx, &next); err != nil {
+		s.rejected = reasonText(err)
+		return
+	}
+	s.inForce = &next
+}
+
+func reasonText(err error) string {
+	if text := plain(err.Error()); text != "" {
+		return text
+	}
+	return "rejected without a reason"
+}
+
+// answer is the ack or nack of what was sent last; repeated, a sign of life.
+func (s *subscriberState) answer() *meshpb.SubscribeRequest {
+	var policy uint64
+	if s.inForce != nil {
+		policy = s.inForce.PolicyRevision
+	}
+	if s.rejected != "" {
+		return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Nack{Nack: &meshpb.Nack{
+			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(),
+		}}}
+	}
+	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
+		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(),
+	}}}
+}
+
+// receiveClient reads a stream into a channel until ctx or the stream ends.
+func receiveClient[Req, Resp any](ctx context.Context, st grpc.BidiStreamingClient[Req, Resp]) (<-chan *Resp, <-chan error) {
+	got, ended := make(chan *Resp), make(chan error, 1)
+	go func() {
+		for {
+			m, err := st.Recv()
+			if err != nil {
+				ended <- err
+				return
+			}
+			select {
+			case got <- m:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	return got, ended
+}
