@@ -32,7 +32,7 @@ const (
 	egressYAML = "destinations:\n  - host: api.stripe.test\n"
 )
 
-func parse(t *testing.T, access, tests string) *mesh.Policies {
+func parse(t testing.TB, access, tests string) *mesh.Policies {
 	t.Helper()
 	access = strings.NewReplacer("$web", "spiffe://demo.sallyport/ns/shop/sa/web", "$billing", "spiffe://demo.sallyport/ns/shop/sa/billing", "$td", "spiffe://demo.sallyport").Replace(access)
 	files := fstest.MapFS{
