@@ -148,7 +148,7 @@ func NewResolver(c ResolverConfig) (*Resolver, error) {
 // error, that no server gave an answer to trust.
 func (r *Resolver) Lookup(ctx context.Context, name string) ([]netip.Addr, error) {
 	if addrs, ok := r.cached(name); ok {
-		return answer(name, addrs)
+		return orAbsent(name, addrs)
 	}
 	done := r.flight.DoChan(name, func() (any, error) {
 		limit := 2 * r.timeout * time.Duration(len(r.servers))
@@ -163,11 +163,11 @@ func (r *Resolver) Lookup(ctx context.Context, name string) ([]netip.Addr, error
 		if res.Err != nil {
 			return nil, fmt.Errorf("look up %s: %w", name, res.Err)
 		}
-		return answer(name, res.Val.([]netip.Addr))
+		return orAbsent(name, res.Val.([]netip.Addr))
 	}
 }
 
-func answer(name string, addrs []netip.Addr) ([]netip.Addr, error) {
+func orAbsent(name string, addrs []netip.Addr) ([]netip.Addr, error) {
 	if len(addrs) == 0 {
 		return nil, fmt.Errorf("look up %s: %w", name, ErrNoHost)
 	}

@@ -1,0 +1,288 @@
+package egress
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+)
+
+// An answer is what a caller gets instead of a tunnel.
+type answer struct {
+	status int
+	id     string // of the decision; empty when none could be recorded
+	text   string
+}
+
+// body is the JSON of an answer. Its text and id need no escape.
+func (a *answer) body() []byte {
+	return []byte(`{"error":"` + a.text + `","decision":"` + a.id + `"}` + "\n")
+}
+
+// decisionHeader names the decision in every refusal.
+const decisionHeader = "Sallyport-Decision"
+
+func answerTo(reason Reason, id string) *answer {
+	a := &answer{status: http.StatusForbidden, id: id, text: "denied by policy"}
+	switch reason {
+	case ReasonName, ReasonRequest:
+		a.status, a.text = http.StatusBadRequest, "the request is not acceptable; CONNECT host:port is"
+	case ReasonMethod:
+		a.status, a.text = http.StatusMethodNotAllowed, "only CONNECT is served here"
+	case ReasonTunnelCap:
+		a.status, a.text = http.StatusTooManyRequests, "too many tunnels are open"
+	case ReasonResolve, ReasonDial:
+		a.status, a.text = http.StatusBadGateway, "the destination cannot be reached"
+	case ReasonTimeout:
+		a.status, a.text = http.StatusGatewayTimeout, "the destination did not answer in time"
+	case ReasonAudit, ReasonShutdown:
+		a.status, a.text = http.StatusServiceUnavailable, "the decision could not be recorded"
+	}
+	if reason == ReasonShutdown {
+		a.text = "the gateway is stopping"
+	}
+	return a
+}
+
+// reasonOf is the Reason of a refusal; what is not one is a failed dial.
+func reasonOf(err error) Reason {
+	var ref *Refusal
+	if errors.As(err, &ref) {
+		return ref.Reason
+	}
+	return ReasonDial
+}
+
+// deny records a refusal of the gateway's own, and gives the answer to it.
+func (g *Gateway) deny(rec *audit.Record, err error) *answer {
+	reason := reasonOf(err)
+	rec.Decision, rec.Reason, rec.Detail = audit.Deny, string(reason), err.Error()
+	if aerr := g.cfg.Audit.Append(rec); aerr != nil {
+		g.cfg.Log.Error("refusal was not recorded", "err", aerr)
+		return answerTo(ReasonAudit, "")
+	}
+	return answerTo(reason, rec.ID)
+}
+
+// denyRequest refuses what is not a CONNECT to judge.
+func (g *Gateway) denyRequest(who *caller, verb string, err error) *answer {
+	return g.deny(&audit.Record{
+		Kind: audit.KindDecision, Dir: string(mesh.Out), Src: who.id.String(), Verb: verb, Peer: who.peer,
+	}, err)
+}
+
+// open judges one CONNECT and dials. It returns a tunnel whose destination is
+// connected and whose open record is written, or the answer that refuses it.
+// The tunnel must then be carried.
+func (g *Gateway) open(ctx context.Context, who *caller, authority, trace string) (*tunnel, *answer) {
+	host, port, err := ParseAuthority(authority)
+	if err != nil {
+		return nil, g.denyRequest(who, http.MethodConnect, err)
+	}
+	t := &tunnel{host: host, call: authz.Call{
+		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
+		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: trace,
+	}}
+	if !time.Now().Before(who.until) {
+		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
+	}
+	s := g.cfg.Snapshot()
+	if s == nil || g.cfg.Judge.Set() == nil {
+		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded"))
+	}
+	t.revision = s.PolicyRevision
+	how, howErr := routeOf(s, host)
+	if _, literal := host.Addr(); how.Proto == protoTLS && !literal {
+		t.call.SNI = host.String() // what the first bytes must then say
+	}
+	t.how, t.sni = how, t.call.SNI
+	grant, err := g.cfg.Judge.Judge(&t.call)
+	if err != nil {
+		return nil, g.denied(t, err)
+	}
+	t.id, t.rule = grant.ID(), grant.Rule()
+	if howErr != nil {
+		return nil, g.deny(t.record(audit.KindDecision), howErr)
+	}
+	ctx, t.cancel = context.WithCancel(ctx)
+	t.idle, t.life = g.lim.Idle, g.lim.Life
+	if err := g.tunnels.add(t); err != nil {
+		t.cancel()
+		return nil, g.deny(t.record(audit.KindDecision), err)
+	}
+	if err := g.dial(ctx, t, grant); err != nil {
+		t.stop(reasonOf(err))
+		g.tunnels.remove(t)
+		return nil, g.deny(t.record(audit.KindDecision), err)
+	}
+	return t, nil
+}
+
+// denied is the answer to a judgement that is not an allow; the Judge has
+// recorded it.
+func (g *Gateway) denied(t *tunnel, err error) *answer {
+	var d *authz.Denial
+	if !errors.As(err, &d) {
+		return g.deny(t.record(audit.KindDecision), refuse(ReasonGrant, "judge: %v", err))
+	}
+	if d.Reason == authz.Unrecorded {
+		return answerTo(ReasonAudit, "")
+	}
+	return answerTo("", d.ID)
+}
+
+// dial connects t and records that it is open.
+func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error {
+	// The policy may have changed since the judgement, before the registry
+	// knew of t.
+	if !g.rejudge(t) {
+		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	}
+	conn, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how})
+	if err != nil {
+		switch t.why() {
+		case ReasonRevoked:
+			return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+		case ReasonShutdown:
+			return refuse(ReasonShutdown, "the gateway is stopping")
+		}
+		return err
+	}
+	to := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	if !t.setDest(conn) {
+		return refuse(t.why(), "the tunnel was ended while it was opened")
+	}
+	t.mu.Lock()
+	t.addr = to.Addr().Unmap()
+	t.mu.Unlock()
+	rec := t.record(audit.KindEgressOpen)
+	rec.Decision = audit.Allow
+	rec.Detail = strings.TrimSpace("to " + to.String() + " " + note)
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("tunnel was not recorded, and not opened", "err", err)
+		return refuse(ReasonAudit, "the tunnel could not be recorded")
+	}
+	t.start = time.Now()
+	return nil
+}
+
+// carry moves bytes until t ends, and records the end.
+func (g *Gateway) carry(t *tunnel, s stream) {
+	src := t.call.Src.String()
+	open := g.cfg.Metrics.EgressTunnels(src)
+	open.Add(1)
+	defer func() {
+		t.stop(ReasonReset)
+		g.tunnels.remove(t)
+		open.Add(-1)
+		up, down := g.cfg.Metrics.EgressBytes(src, t.how.Host)
+		up.Add(t.up.Load())
+		down.Add(t.down.Load())
+		g.recordClose(t)
+	}()
+	if !t.setCaller(s) {
+		return
+	}
+	life := time.AfterFunc(t.life, func() { t.stop(ReasonLife) })
+	defer life.Stop()
+	if t.how.Proto == protoTLS && !g.greet(t, s) {
+		return
+	}
+	t.run()
+}
+
+func (g *Gateway) recordClose(t *tunnel) {
+	rec := t.record(audit.KindEgressClose)
+	rec.Reason = string(t.why())
+	rec.BytesUp, rec.BytesDown = t.up.Load(), t.down.Load()
+	rec.Duration = time.Since(t.start)
+	rec.Detail = "to " + t.addr.String()
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("end of a tunnel was not recorded", "decision", t.id, "err", err)
+	}
+}
+
+// greet reads the ClientHello, holds it against what was allowed and passes it
+// on. It reports whether the relay may begin; otherwise t has ended.
+func (g *Gateway) greet(t *tunnel, s stream) bool {
+	timer := time.AfterFunc(g.lim.HelloTimeout, func() { t.stop(ReasonHelloTime) })
+	hello, err := ReadHello(s)
+	late := !timer.Stop()
+	var ref *Refusal
+	switch {
+	case late || t.why() != "":
+		if t.why() == ReasonHelloTime {
+			g.deny(t.record(audit.KindDecision), refuse(ReasonHelloTime, "no whole ClientHello came within %v", g.lim.HelloTimeout))
+		}
+		return false
+	case err == io.EOF && len(hello.Raw) == 0:
+		t.end(ReasonDone, false)
+		return false
+	case err != nil && !errors.As(err, &ref):
+		t.stop(ReasonReset)
+		return false
+	}
+	if err == nil {
+		err = hello.CheckServerName(t.host, t.how.SNI == sniOptional)
+	}
+	if err == nil && hello.ServerName == "" && t.call.SNI != "" {
+		if err = g.nameless(t); err != nil {
+			t.finish(s, ReasonNoSNI)
+			return false
+		}
+	}
+	if err != nil {
+		g.deny(t.record(audit.KindDecision), err)
+		t.finish(s, reasonOf(err))
+		return false
+	}
+	n, err := t.dest.Write(hello.Raw)
+	t.up.Add(int64(n))
+	if err != nil {
+		t.stop(ReasonReset)
+		return false
+	}
+	return true
+}
+
+// nameless judges t again, whose caller names no server, since rules may ask
+// for the name. The Judge records it.
+func (g *Gateway) nameless(t *tunnel) error {
+	t.mu.Lock()
+	t.sni = ""
+	t.mu.Unlock()
+	call := t.call
+	call.SNI, call.Now = "", time.Time{}
+	_, err := g.cfg.Judge.Judge(&call)
+	return err
+}
+
+// The TLS alerts (RFC 8446, 6.2) that tell a caller why its tunnel ends.
+const (
+	alertDecodeError      = 50
+	alertUnrecognizedName = 112
+)
+
+// finish ends t before any byte was relayed, with a fatal TLS alert if the
+// caller speaks TLS.
+func (t *tunnel) finish(s stream, reason Reason) {
+	alert := byte(0)
+	switch reason {
+	case ReasonSNI, ReasonNoSNI, ReasonECH:
+		alert = alertUnrecognizedName
+	case ReasonHello:
+		alert = alertDecodeError
+	}
+	if alert != 0 {
+		_, _ = s.Write([]byte{21, 3, 3, 0, 2, 2, alert})
+		_ = s.CloseWrite()
+	}
+	t.end(reason, false)
+}

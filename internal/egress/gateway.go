@@ -1,0 +1,325 @@
+package egress
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
+)
+
+// Recorder keeps audit records. When Append returns nil the record survives
+// the end of this process, and its ID is filled in. *audit.Log is one.
+type Recorder interface {
+	Append(*audit.Record) error
+}
+
+// Limits bound what callers may hold. Zero means the default.
+type Limits struct {
+	// Conns is how many connections are open at once. Default 8192.
+	Conns int
+	// Handshakes is how many of them may be without identity. Default 256.
+	Handshakes int
+	// HandshakeTimeout is the time from accept to identity. Default 5 s.
+	HandshakeTimeout time.Duration
+	// HelloTimeout is the time from 200 to a whole ClientHello, however slowly
+	// its bytes come. Default 5 s.
+	HelloTimeout time.Duration
+	// Tunnels is how many tunnels are open at once. Default 4096.
+	Tunnels int
+	// TunnelsPerCaller is the same for one SPIFFE ID. Default 512.
+	TunnelsPerCaller int
+	// Streams is how many tunnels one HTTP/2 connection carries. Default 250.
+	Streams int
+	// Idle ends a tunnel without a byte either way. Default 1 h.
+	Idle time.Duration
+	// Life ends a tunnel of this age, moving or not. Default 24 h.
+	Life time.Duration
+	// Rejudge is how often live tunnels are judged again on account of time:
+	// the until= and when= of rules. Default 15 s.
+	Rejudge time.Duration
+}
+
+func (l Limits) filled() Limits {
+	l.Conns = cmp.Or(l.Conns, 8192)
+	l.Handshakes = cmp.Or(l.Handshakes, 256)
+	l.HandshakeTimeout = cmp.Or(l.HandshakeTimeout, 5*time.Second)
+	l.HelloTimeout = cmp.Or(l.HelloTimeout, 5*time.Second)
+	l.Tunnels = cmp.Or(l.Tunnels, 4096)
+	l.TunnelsPerCaller = cmp.Or(l.TunnelsPerCaller, 512)
+	l.Streams = cmp.Or(l.Streams, 250)
+	l.Idle = cmp.Or(l.Idle, time.Hour)
+	l.Life = cmp.Or(l.Life, 24*time.Hour)
+	l.Rejudge = cmp.Or(l.Rejudge, 15*time.Second)
+	return l
+}
+
+func (l Limits) validate() error {
+	var errs []error
+	for name, v := range map[string]int64{
+		"conns": int64(l.Conns), "handshakes": int64(l.Handshakes), "tunnels": int64(l.Tunnels),
+		"tunnels per caller": int64(l.TunnelsPerCaller), "streams": int64(l.Streams),
+		"handshake timeout": int64(l.HandshakeTimeout), "hello timeout": int64(l.HelloTimeout),
+		"idle": int64(l.Idle), "life": int64(l.Life), "rejudge": int64(l.Rejudge),
+	} {
+		if v < 0 {
+			errs = append(errs, fmt.Errorf("limits: %s: is negative", name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Config is what a Gateway needs.
+type Config struct {
+	// TLS is the server side of svid.ServerTLS: it must demand a certificate
+	// and verify it. Its ALPN is set by the gateway. Required.
+	TLS *tls.Config
+	// Judge decides and records. Required.
+	Judge *authz.Judge
+	// Snapshot gives the snapshot in force, which is the one that Judge has
+	// the rules of; nil while there is none, and then all is denied. Required.
+	Snapshot func() *mesh.Snapshot
+	// Names resolves destinations without endpoints. Without it those are
+	// refused.
+	Names Names
+	// Guard screens addresses. Default: the zero Guard.
+	Guard *Guard
+	// Audit keeps what the Judge does not know: tunnels opened and closed, and
+	// refusals by name, address, or first bytes. Required.
+	Audit Recorder
+	// Log receives failures of the gateway itself. Required.
+	Log *slog.Logger
+	// Metrics counts tunnels and bytes. Default: none.
+	Metrics *telemetry.Registry
+	Limits  Limits
+}
+
+// Validate reports every mistake by field.
+func (c Config) Validate() error {
+	var errs []error
+	switch {
+	case c.TLS == nil:
+		errs = append(errs, errors.New("tls: missing"))
+	case c.TLS.ClientAuth != tls.RequireAndVerifyClientCert &&
+		(c.TLS.ClientAuth != tls.RequireAnyClientCert || c.TLS.VerifyConnection == nil):
+		errs = append(errs, errors.New("tls: does not demand and verify a client certificate"))
+	case !c.TLS.SessionTicketsDisabled:
+		errs = append(errs, errors.New("tls: session tickets are on; a resumed session would outlive its identity"))
+	}
+	if c.Judge == nil {
+		errs = append(errs, errors.New("judge: missing"))
+	}
+	if c.Snapshot == nil {
+		errs = append(errs, errors.New("snapshot: missing"))
+	}
+	if c.Audit == nil {
+		errs = append(errs, errors.New("audit: missing"))
+	}
+	if c.Log == nil {
+		errs = append(errs, errors.New("log: missing"))
+	}
+	return errors.Join(append(errs, c.Limits.validate())...)
+}
+
+// A Gateway serves CONNECT to workloads. It is safe for concurrent use.
+type Gateway struct {
+	cfg     Config
+	lim     Limits
+	dialer  *Dialer
+	tunnels tunnels
+	hands   chan struct{} // one token per handshake
+	h2      *http.Server
+	h2conns *handover
+	base    context.Context // ends when Drain gives up waiting
+	giveUp  context.CancelFunc
+
+	wg sync.WaitGroup // connections
+
+	mu       sync.Mutex // guards what follows
+	conns    map[*wire]bool
+	draining bool
+}
+
+// New makes a Gateway.
+func New(c Config) (*Gateway, error) {
+	if err := c.Validate(); err != nil {
+		return nil, fmt.Errorf("gateway: %w", err)
+	}
+	g := &Gateway{cfg: c, lim: c.Limits.filled(), conns: make(map[*wire]bool)}
+	guard := c.Guard
+	if guard == nil {
+		guard = new(Guard)
+	}
+	g.dialer = &Dialer{Names: c.Names, Guard: guard}
+	g.hands = make(chan struct{}, g.lim.Handshakes)
+	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
+	g.cfg.TLS = c.TLS.Clone()
+	g.cfg.TLS.NextProtos = []string{"h2", "http/1.1"}
+	g.cfg.TLS.DynamicRecordSizingDisabled = true
+	g.base, g.giveUp = context.WithCancel(context.Background())
+	g.h2conns = newHandover()
+	g.h2 = g.newHTTP2()
+	return g, nil
+}
+
+// Serve accepts connections until ctx ends, then stops accepting and returns
+// nil; what is open goes on until Drain. It judges live tunnels again now and
+// then. It is called once.
+func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { ln.Close() })
+	defer stop()
+	var helpers sync.WaitGroup
+	defer helpers.Wait()
+	over, cancel := context.WithCancel(ctx)
+	defer cancel()
+	helpers.Go(func() { g.rejudgeEvery(over) })
+	g.wg.Go(func() { _ = g.h2.Serve(g.h2conns) })
+	pause := 5 * time.Millisecond
+	for {
+		c, err := ln.Accept()
+		switch {
+		case err == nil:
+			pause = 5 * time.Millisecond
+			g.admit(c)
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, net.ErrClosed):
+			return fmt.Errorf("accept: %w", err)
+		default:
+			// Out of descriptors, most likely: wait for some to come free.
+			g.cfg.Log.Error("accept failed", "err", err, "pause", pause)
+			select {
+			case <-ctx.Done():
+			case <-time.After(pause):
+			}
+			pause = min(2*pause, time.Second)
+		}
+	}
+}
+
+// Drain waits for the open tunnels to end, and closes those that are left when
+// ctx ends. Idle connections close at once. Everything the Gateway started has
+// ended when it returns.
+func (g *Gateway) Drain(ctx context.Context) {
+	g.mu.Lock()
+	g.draining = true
+	for w := range g.conns {
+		if w.idle {
+			w.Close()
+		}
+	}
+	g.mu.Unlock()
+	err := g.h2.Shutdown(ctx)
+	g.h2conns.Close()
+	done := make(chan struct{})
+	go func() { g.wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-ctx.Done():
+	}
+	g.giveUp()
+	for _, t := range g.tunnels.all() {
+		t.stop(ReasonShutdown)
+	}
+	g.mu.Lock()
+	for w := range g.conns {
+		w.Close()
+	}
+	g.mu.Unlock()
+	if err != nil {
+		_ = g.h2.Close()
+	}
+	<-done
+}
+
+// admit gives a new connection its goroutine, unless too many are open.
+func (g *Gateway) admit(c net.Conn) {
+	w := &wire{Conn: c, closed: make(chan struct{})}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining || len(g.conns) >= g.lim.Conns {
+		c.Close()
+		return
+	}
+	select {
+	case g.hands <- struct{}{}:
+	default:
+		c.Close()
+		return
+	}
+	g.conns[w] = true
+	g.wg.Go(func() {
+		defer func() {
+			w.Close()
+			g.mu.Lock()
+			delete(g.conns, w)
+			g.mu.Unlock()
+		}()
+		g.serveConn(w)
+	})
+}
+
+// setIdle notes whether w holds nothing that a drain must wait for, and
+// reports whether it may go on.
+func (g *Gateway) setIdle(w *wire, idle bool) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	w.idle = idle
+	return !g.draining
+}
+
+// A caller is the workload at the other end of one connection.
+type caller struct {
+	id    spiffeid.ID
+	until time.Time // when its SVID ends
+	peer  string    // its address
+}
+
+// serveConn makes the handshake and serves the protocol agreed on.
+func (g *Gateway) serveConn(w *wire) {
+	tc := tls.Server(w, g.cfg.TLS)
+	who, err := g.handshake(tc)
+	<-g.hands
+	if err != nil {
+		return
+	}
+	if tc.ConnectionState().NegotiatedProtocol == "h2" {
+		g.serveHTTP2(w, tc)
+		return
+	}
+	g.serveHTTP1(w, tc, who)
+}
+
+// handshake establishes who calls. Failures are recorded.
+func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), g.lim.HandshakeTimeout)
+	defer cancel()
+	peer := tc.RemoteAddr().String()
+	err := tc.HandshakeContext(ctx)
+	if err == nil {
+		state := tc.ConnectionState()
+		var id spiffeid.ID
+		if id, err = svid.PeerID(state); err == nil {
+			return &caller{id: id, until: state.PeerCertificates[0].NotAfter, peer: peer}, nil
+		}
+	}
+	g.cfg.Metrics.TLSFailures("gateway", "handshake").Inc()
+	rec := &audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()}
+	if aerr := g.cfg.Audit.Append(rec); aerr != nil {
+		g.cfg.Log.Error("record of a failed handshake was not written", "err", aerr)
+	}
+	return nil, err
+}

@@ -1,0 +1,193 @@
+package egress
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"log"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
+)
+
+// handover is a listener that is given connections instead of accepting them.
+type handover struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+func newHandover() *handover {
+	return &handover{conns: make(chan net.Conn), done: make(chan struct{})}
+}
+
+func (h *handover) give(c net.Conn) bool {
+	select {
+	case h.conns <- c:
+		return true
+	case <-h.done:
+		return false
+	}
+}
+
+// Accept waits for a connection.
+func (h *handover) Accept() (net.Conn, error) {
+	select {
+	case c := <-h.conns:
+		return c, nil
+	case <-h.done:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close ends Accept.
+func (h *handover) Close() error {
+	h.once.Do(func() { close(h.done) })
+	return nil
+}
+
+// Addr is of no address.
+func (h *handover) Addr() net.Addr { return &net.TCPAddr{} }
+
+// newHTTP2 makes the server of HTTP/2 connections that serveConn has shaken
+// hands with.
+func (g *Gateway) newHTTP2() *http.Server {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP2(true)
+	return &http.Server{
+		Handler:        http.HandlerFunc(g.serveStream),
+		Protocols:      protocols,
+		MaxHeaderBytes: requestLimits.Head,
+		IdleTimeout:    5 * time.Minute,
+		ErrorLog:       log.New(io.Discard, "", 0),
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: g.lim.Streams,
+			// A peer that is gone without a word is found by pings.
+			SendPingTimeout:  30 * time.Second,
+			PingTimeout:      15 * time.Second,
+			WriteByteTimeout: time.Minute,
+			// What callers may send ahead of a destination that does not read.
+			MaxReceiveBufferPerConnection: 1 << 20,
+			MaxReceiveBufferPerStream:     256 << 10,
+		},
+	}
+}
+
+// serveHTTP2 gives the connection to the HTTP/2 server and waits for its end.
+func (g *Gateway) serveHTTP2(w *wire, tc *tls.Conn) {
+	if g.h2conns.give(tc) {
+		<-w.closed
+	}
+}
+
+// serveStream serves one HTTP/2 stream, which is judged by itself.
+func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
+	id, err := svid.PeerID(*r.TLS)
+	if err != nil {
+		w.WriteHeader(http.StatusForbidden) // no handshake leads here
+		return
+	}
+	who := &caller{id: id, until: r.TLS.PeerCertificates[0].NotAfter, peer: r.RemoteAddr}
+	t, ans := g.request2(who, r)
+	if ans != nil {
+		h := w.Header()
+		h.Set("Content-Type", "application/json")
+		if ans.id != "" {
+			h.Set(decisionHeader, ans.id)
+		}
+		if ans.status == http.StatusMethodNotAllowed {
+			h.Set("Allow", http.MethodConnect)
+		}
+		w.WriteHeader(ans.status)
+		if r.Method != http.MethodHead {
+			_, _ = w.Write(ans.body())
+		}
+		return
+	}
+	s := &stream2{w: w, r: r.Body, rc: http.NewResponseController(w)}
+	defer s.finish()
+	w.WriteHeader(http.StatusOK)
+	if err := s.rc.Flush(); err != nil {
+		s.Abort()
+	}
+	g.carry(t, s)
+}
+
+func (g *Gateway) request2(who *caller, r *http.Request) (*tunnel, *answer) {
+	switch {
+	case r.Method != http.MethodConnect:
+		return nil, g.denyRequest(who, verbOf(r.Method), refuse(ReasonMethod, "only CONNECT is served; target %s", clip(r.RequestURI)))
+	case len(r.Header["Host"]) > 0:
+		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "host stands beside :authority"))
+	case len(r.Header[":protocol"]) > 0:
+		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "extended CONNECT is not served"))
+	}
+	trace := ""
+	if tr, ok := telemetry.ParseTraceparent([]byte(r.Header.Get("traceparent"))); ok {
+		trace = tr.String()
+	}
+	return g.open(r.Context(), who, r.Host, trace)
+}
+
+// verbOf keeps an odd method out of the records.
+func verbOf(method string) string {
+	if len(method) > 16 {
+		return ""
+	}
+	return method
+}
+
+// A stream2 is an HTTP/2 stream as the caller's side of a tunnel. net/http can
+// end a stream only as a whole, so when the destination ends first the caller
+// reads that end and cannot send more.
+type stream2 struct {
+	w  http.ResponseWriter
+	r  io.Reader
+	rc *http.ResponseController
+
+	mu   sync.Mutex // guards over; rc must not be used once the handler is left
+	over bool
+}
+
+func (s *stream2) Read(p []byte) (int, error) { return s.r.Read(p) }
+
+func (s *stream2) Write(p []byte) (int, error) {
+	n, err := s.w.Write(p)
+	if err == nil {
+		err = s.rc.Flush()
+	}
+	return n, err
+}
+
+// CloseWrite cannot.
+func (s *stream2) CloseWrite() error { return errWhole }
+
+var past = time.Unix(1, 0)
+
+// CloseRead makes Read return.
+func (s *stream2) CloseRead() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.over {
+		_ = s.rc.SetReadDeadline(past)
+	}
+}
+
+// Abort resets the stream.
+func (s *stream2) Abort() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.over {
+		_ = errors.Join(s.rc.SetReadDeadline(past), s.rc.SetWriteDeadline(past))
+	}
+}
+
+func (s *stream2) finish() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.over = true
+}

@@ -1,0 +1,250 @@
+package egress
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// A stream is the caller's side of a tunnel. CloseRead and Abort may be called
+// while a Read or a Write waits.
+type stream interface {
+	io.ReadWriter
+	// CloseWrite says that no more bytes go to the caller. It returns errWhole
+	// when the protocol cannot say so without ending the other direction too.
+	CloseWrite() error
+	// CloseRead makes Read return; the caller is not told.
+	CloseRead()
+	// Abort breaks both directions off, so that the caller sees a failure.
+	Abort()
+}
+
+// errWhole says that a stream ends in both directions or in none.
+var errWhole = errors.New("the stream has no half close")
+
+// The sizes of relay buffers. A side that waits holds a small one, a side in
+// the middle of a transfer a large one from the pool: memory follows the bytes
+// that move, not the tunnels that are open.
+const (
+	smallBuffer = 4 << 10
+	largeBuffer = 64 << 10
+	largeWait   = time.Second // how long a silent side keeps its large buffer
+)
+
+var largePool = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
+
+// A relay moves bytes both ways between a caller and a destination until both
+// sides have ended, one breaks off, or stop is called. It may be stopped
+// before it has either side.
+type relay struct {
+	idle   time.Duration // without a byte either way; 0: no limit
+	life   time.Duration // from start; 0: no limit
+	cancel func()        // ends what goes on before run
+
+	up, down atomic.Int64 // bytes handed to dest and to caller
+	moved    atomic.Int64 // when a byte last moved, in nanoseconds since start
+	start    time.Time
+
+	mu     sync.Mutex // guards what follows
+	caller stream
+	dest   *net.TCPConn
+	ended  bool
+	reason Reason
+}
+
+// stop breaks the relay off at once; the first reason counts.
+func (r *relay) stop(reason Reason) { r.end(reason, true) }
+
+// end ends the relay. Without abort the caller sees an orderly end, which is
+// for who calls to finish.
+func (r *relay) end(reason Reason, abort bool) {
+	r.mu.Lock()
+	if r.ended {
+		r.mu.Unlock()
+		return
+	}
+	r.ended, r.reason = true, reason
+	caller, dest := r.caller, r.dest
+	r.mu.Unlock()
+	r.cancel()
+	if dest != nil {
+		dest.Close()
+	}
+	if caller == nil {
+		return
+	}
+	if abort {
+		caller.Abort()
+	} else {
+		caller.CloseRead()
+	}
+}
+
+// setDest gives the relay its destination, and closes that when the relay has
+// been stopped meanwhile.
+func (r *relay) setDest(c *net.TCPConn) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.ended {
+		c.Close()
+		return false
+	}
+	r.dest = c
+	return true
+}
+
+// setCaller gives the relay its caller, and aborts that when the relay has
+// been stopped meanwhile.
+func (r *relay) setCaller(s stream) bool {
+	r.mu.Lock()
+	ended := r.ended
+	r.caller = s
+	r.mu.Unlock()
+	if ended {
+		s.Abort()
+	}
+	return !ended
+}
+
+// why is the reason of the end; empty before it.
+func (r *relay) why() Reason {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.reason
+}
+
+// run blocks until both directions have ended. The destination is closed then.
+func (r *relay) run() {
+	if r.idle > 0 {
+		quit := make(chan struct{})
+		defer close(quit)
+		r.moved.Store(int64(time.Since(r.start)))
+		go r.watch(quit)
+	}
+	upward := make(chan struct{})
+	go func() {
+		defer close(upward)
+		r.pump(r.dest, r.caller, &r.up)
+	}()
+	r.pump(r.caller, r.dest, &r.down)
+	<-upward
+	r.end(ReasonDone, false)
+}
+
+// watch stops a relay in which nothing moves.
+func (r *relay) watch(quit <-chan struct{}) {
+	t := time.NewTimer(r.idle)
+	defer t.Stop()
+	for {
+		select {
+		case <-quit:
+			return
+		case <-t.C:
+		}
+		silent := time.Since(r.start) - time.Duration(r.moved.Load())
+		if silent >= r.idle {
+			r.stop(ReasonIdle)
+			return
+		}
+		t.Reset(r.idle - silent)
+	}
+}
+
+type writeCloser interface {
+	io.Writer
+	CloseWrite() error
+}
+
+// pump moves bytes from src to dst and passes the end of src on. A failure on
+// either side stops the whole relay.
+func (r *relay) pump(dst writeCloser, src io.Reader, count *atomic.Int64) {
+	err := r.copy(dst, src, count)
+	if err == nil {
+		err = dst.CloseWrite()
+	}
+	switch {
+	case err == nil, errors.Is(err, syscall.ENOTCONN):
+		// ENOTCONN: that side had ended already.
+	case errors.Is(err, errWhole):
+		r.end(ReasonDone, false)
+	default:
+		r.stop(ReasonReset)
+	}
+}
+
+// copy returns nil at the end of src.
+func (r *relay) copy(dst io.Writer, src io.Reader, count *atomic.Int64) error {
+	small := make([]byte, smallBuffer)
+	for {
+		n, err := src.Read(small)
+		if werr := r.write(dst, small[:n], count); werr != nil {
+			return werr
+		}
+		if err == nil && n == len(small) {
+			err = r.bulk(dst, src, count)
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+type deadliner interface{ SetReadDeadline(time.Time) error }
+
+// bulk copies with a large buffer while bytes come in large pieces. It returns
+// nil when src has fallen silent or slow.
+func (r *relay) bulk(dst io.Writer, src io.Reader, count *atomic.Int64) error {
+	buf := largePool.Get().(*[largeBuffer]byte)
+	defer largePool.Put(buf)
+	timed, least := false, len(buf)
+	d, ok := src.(deadliner)
+	var until time.Time
+	for {
+		if ok {
+			// With a deadline it may wait here for the next piece; without
+			// one, anything short of a full buffer may be the last.
+			if now := time.Now(); until.Sub(now) < largeWait/2 {
+				until = now.Add(largeWait)
+				timed = d.SetReadDeadline(until) == nil
+			}
+			if timed {
+				least = smallBuffer
+			}
+		}
+		n, err := src.Read(buf[:])
+		if werr := r.write(dst, buf[:n], count); werr != nil {
+			return werr
+		}
+		silent := timed && errors.Is(err, os.ErrDeadlineExceeded)
+		if err != nil && !silent {
+			return err
+		}
+		if n < least {
+			if timed {
+				return d.SetReadDeadline(time.Time{})
+			}
+			return nil
+		}
+	}
+}
+
+func (r *relay) write(dst io.Writer, b []byte, count *atomic.Int64) error {
+	if len(b) == 0 {
+		return nil
+	}
+	r.moved.Store(int64(time.Since(r.start)))
+	n, err := dst.Write(b)
+	count.Add(int64(n))
+	if err == nil {
+		r.moved.Store(int64(time.Since(r.start)))
+	}
+	return err
+}

@@ -1,0 +1,150 @@
+package egress
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+)
+
+// A tunnel is one CONNECT from its first judgement to its close record.
+type tunnel struct {
+	relay
+	call     authz.Call // as judged first
+	host     Host
+	how      mesh.Destination
+	revision uint64
+	id       string // of the decision
+	rule     string // that allowed it
+
+	// These are guarded by relay.mu: the registry reads them while the tunnel
+	// comes to be.
+	sni  string     // what the caller sends, or is bound to send
+	addr netip.Addr // what was dialled
+}
+
+// record is the beginning of every record about t.
+func (t *tunnel) record(kind audit.Kind) *audit.Record {
+	return &audit.Record{
+		Kind: kind, ID: t.id, Rule: t.rule, Dir: string(t.call.Dir), Src: t.call.Src.String(), Dst: t.call.Dst,
+		Port: t.call.Port, Verb: t.call.Verb, Path: t.call.Path, Revision: t.revision, Trace: t.call.Trace, Peer: t.call.Peer,
+	}
+}
+
+// tunnels is the registry of live tunnels, from before they are dialled, so
+// that no change of policy can pass one by.
+type tunnels struct {
+	max, perCaller int
+
+	mu   sync.Mutex // guards what follows
+	live map[*tunnel]bool
+	of   map[spiffeid.ID]int
+}
+
+func (ts *tunnels) init(limit, perCaller int) {
+	ts.max, ts.perCaller = limit, perCaller
+	ts.live = make(map[*tunnel]bool)
+	ts.of = make(map[spiffeid.ID]int)
+}
+
+func (ts *tunnels) add(t *tunnel) error {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	switch {
+	case len(ts.live) >= ts.max:
+		return refuse(ReasonTunnelCap, "%d tunnels are open, which is the limit", ts.max)
+	case ts.of[t.call.Src] >= ts.perCaller:
+		return refuse(ReasonTunnelCap, "%s has %d tunnels open, which is the limit of one caller", t.call.Src, ts.perCaller)
+	}
+	ts.live[t] = true
+	ts.of[t.call.Src]++
+	return nil
+}
+
+func (ts *tunnels) remove(t *tunnel) {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	delete(ts.live, t)
+	if ts.of[t.call.Src]--; ts.of[t.call.Src] <= 0 {
+		delete(ts.of, t.call.Src)
+	}
+}
+
+func (ts *tunnels) all() []*tunnel {
+	ts.mu.Lock()
+	defer ts.mu.Unlock()
+	out := make([]*tunnel, 0, len(ts.live))
+	for t := range ts.live {
+		out = append(out, t)
+	}
+	return out
+}
+
+// Tunnels is how many tunnels are open or being opened.
+func (g *Gateway) Tunnels() int {
+	g.tunnels.mu.Lock()
+	defer g.tunnels.mu.Unlock()
+	return len(g.tunnels.live)
+}
+
+// Rejudge judges every live tunnel by the policy now in force and ends those
+// that it does not allow, or would not lead to where they lead. Their close
+// records have the reason "revoked". It is called after each change of policy.
+func (g *Gateway) Rejudge() {
+	for _, t := range g.tunnels.all() {
+		g.rejudge(t)
+	}
+}
+
+// rejudge reports whether t may go on, and ends it otherwise.
+func (g *Gateway) rejudge(t *tunnel) bool {
+	t.mu.Lock()
+	call, addr := t.call, t.addr
+	call.SNI = t.sni
+	t.mu.Unlock()
+	call.Now = time.Now()
+	s, set := g.cfg.Snapshot(), g.cfg.Judge.Set()
+	if s != nil && set != nil && set.Decide(&call).Allow && g.leadsThere(s, t, call.SNI, addr) {
+		return true
+	}
+	t.stop(ReasonRevoked)
+	return false
+}
+
+// leadsThere reports whether s would let t lead to addr, in the way it does.
+func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, addr netip.Addr) bool {
+	how, err := routeOf(s, t.host)
+	if err != nil || how.Proto != t.how.Proto {
+		return false
+	}
+	if how.Proto == protoTLS && how.SNI != sniOptional && sni == "" {
+		return false
+	}
+	if !addr.IsValid() {
+		return true // not dialled yet
+	}
+	if len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, func(e netip.AddrPort) bool { return e.Addr().Unmap() == addr }) {
+		return false
+	}
+	return g.dialer.Guard.Screen(addr, how.Private) == nil
+}
+
+func (g *Gateway) rejudgeEvery(ctx context.Context) {
+	tick := time.NewTicker(g.lim.Rejudge)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			g.Rejudge()
+		}
+	}
+}
