@@ -64,7 +64,7 @@ func (c *Client) unreachable(l *link, text string) error {
 	}
 	// The issuer ends the handshake with an alert when it does not accept the
 	// client certificate; in TLS 1.3 this is seen after the handshake only.
-	if l.leaf != nil && strings.Contains(text, "remote error: tls:") {
+	if l.leaf != nil && strings.Contains(text, alertText) {
 		return fmt.Errorf("%w: the issuer at %s does not accept its SVID; %s", ErrMustReattest, where, nextToken)
 	}
 	return fmt.Errorf("%w at %s: %s; %s", ErrUnreachable, where, plain(text), nextReach)

@@ -23,6 +23,9 @@ import (
 // dialTimeout bounds the connection to one address, handshake included.
 const dialTimeout = 5 * time.Second
 
+// alertText begins what crypto/tls says of an alert that the peer sent.
+const alertText = "remote error: tls:"
+
 // A link is a connection under one agent SVID, or under none. It is replaced
 // when the SVID is and when it fails, so that each call makes at most one round
 // over the addresses and the caller decides when to try again.
@@ -139,7 +142,7 @@ func (c *Client) open(cert *tls.Certificate) (*link, error) {
 	dial := net.Dialer{Timeout: dialTimeout}
 	cc, err := grpc.NewClient("issuer:///"+c.cfg.TrustDomain.Name(),
 		grpc.WithResolvers(r),
-		grpc.WithTransportCredentials(credentials.NewTLS(c.tlsConfig(l, cert))),
+		grpc.WithTransportCredentials(tellingCreds{credentials.NewTLS(c.tlsConfig(l, cert))}),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
 			conn, err := dial.DialContext(ctx, "tcp", addr)
 			if err != nil {
@@ -202,4 +205,40 @@ func (c *Client) verifyIssuer(cs tls.ConnectionState) error {
 		return fmt.Errorf("%w: the issuer serves %s, this process belongs to %s; correct trust_domain or the issuer's address", ErrTrustDomain, id.TrustDomain(), c.cfg.TrustDomain)
 	}
 	return fmt.Errorf("%w: %w; check the issuer's address, and fetch the bundle file anew", ErrUntrusted, err)
+}
+
+// tellingCreds makes connections whose errors tell why the issuer hung up.
+type tellingCreds struct {
+	credentials.TransportCredentials
+}
+
+func (t tellingCreds) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := t.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &tellingConn{Conn: conn}, info, nil
+}
+
+func (t tellingCreds) Clone() credentials.TransportCredentials {
+	return tellingCreds{t.TransportCredentials.Clone()}
+}
+
+// A tellingConn looks for the issuer's alert when a write fails. In TLS 1.3 the
+// issuer judges the client certificate after the client has begun to write, so
+// the first sign of a refusal may be a broken pipe.
+type tellingConn struct{ net.Conn }
+
+func (t *tellingConn) Write(p []byte) (int, error) {
+	n, err := t.Conn.Write(p)
+	if err == nil {
+		return n, nil
+	}
+	// The connection is lost: what is read is of no other use.
+	if t.Conn.SetReadDeadline(time.Now().Add(time.Second)) == nil {
+		if _, why := t.Conn.Read(make([]byte, 1)); why != nil && strings.Contains(why.Error(), alertText) {
+			return n, why
+		}
+	}
+	return n, err
 }
