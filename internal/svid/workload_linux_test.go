@@ -1,0 +1,552 @@
+package svid
+
+import (
+	"bufio"
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"sallyport/internal/capture"
+)
+
+// The test binary plays the other process: SVID_ROLE says which.
+func TestMain(m *testing.M) {
+	role := os.Getenv("SVID_ROLE")
+	if role == "" {
+		os.Exit(m.Run())
+	}
+	if err := play(role, os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+}
+
+func play(role string, args []string) error {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0) // kept over exec
+	if err != nil {
+		return err
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: args[0]}); err != nil {
+		return err
+	}
+	fmt.Println("connected")
+	in := bufio.NewReader(os.Stdin)
+	switch role {
+	case "hand-over": // fd 3 is the way to the thief
+		if err := unix.Sendmsg(3, []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
+			return err
+		}
+	case "exec":
+		in.ReadString('\n')
+		return syscall.Exec(args[1], args[1:], os.Environ())
+	}
+	in.ReadString('\n')
+	return nil
+}
+
+func start(t *testing.T, role string, extra []*os.File, args ...string) (*exec.Cmd, io.WriteCloser) {
+	t.Helper()
+	c := exec.Command("/proc/self/exe", args...)
+	c.Env = append(os.Environ(), "SVID_ROLE="+role)
+	c.ExtraFiles, c.Stderr = extra, os.Stderr
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); c.Process.Kill(); c.Wait() })
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != "connected\n" {
+		t.Fatalf("other process said %q, %v", line, err)
+	}
+	return c, in
+}
+
+// An attestor answers with what the test set.
+type attestor struct {
+	entries atomic.Pointer[[]string]
+	asked   atomic.Int64
+	do      func(capture.Process) // called first when set
+}
+
+func (a *attestor) Attest(_ context.Context, p capture.Process) ([]string, error) {
+	a.asked.Add(1)
+	if a.do != nil {
+		a.do(p)
+	}
+	if e := a.entries.Load(); e != nil {
+		return *e, nil
+	}
+	return nil, errors.New("attestation is broken")
+}
+
+func entitled(entries ...string) *attestor {
+	a := &attestor{}
+	a.entries.Store(&entries)
+	return a
+}
+
+type jwtMinter struct{}
+
+func (jwtMinter) MintJWT(_ context.Context, entryID string, aud []string) (string, error) {
+	if aud[0] == "down" {
+		return "", errors.New("issuer is down")
+	}
+	return "token of " + entryID + " for " + strings.Join(aud, "+"), nil
+}
+
+type served struct {
+	path string
+	api  *WorkloadAPI
+	src  *Source
+	ca   *testCA
+}
+
+func serve(t *testing.T, a *attestor, change func(*WorkloadConfig), who ...spiffeid.ID) served {
+	t.Helper()
+	ca := newCA(t, td)
+	src := ca.source(who...)
+	cfg := WorkloadConfig{Source: src, Attest: a, JWT: jwtMinter{}, Log: slog.New(slog.DiscardHandler)}
+	if change != nil {
+		change(&cfg)
+	}
+	api, err := NewWorkloadAPI(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := capture.ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- api.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+		api.mu.Lock()
+		defer api.mu.Unlock()
+		if len(api.streams) > 0 {
+			t.Errorf("calls still counted: %v", api.streams)
+		}
+	})
+	return served{path, api, src, ca}
+}
+
+func (s served) dial(t *testing.T, opts ...grpc.DialOption) workload.SpiffeWorkloadAPIClient {
+	t.Helper()
+	cc, err := grpc.NewClient("unix://"+s.path, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { cc.Close() })
+	return workload.NewSpiffeWorkloadAPIClient(cc)
+}
+
+func header(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	t.Cleanup(cancel)
+	return metadata.AppendToOutgoingContext(ctx, securityHeader, "true")
+}
+
+func TestWorkloadAPIServesGoSPIFFE(t *testing.T) {
+	s := serve(t, entitled("entry/a", "entry/b"), nil, id("/a"), id("/b"), id("/c"))
+	ctx := header(t)
+	c, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+s.path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	svids, err := c.FetchX509SVIDs(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, v := range svids {
+		got = append(got, v.ID.Path())
+		if _, err := VerifyChain(v.Certificates, s.ca.bundle(), time.Now()); err != nil {
+			t.Error(err)
+		}
+	}
+	if strings.Join(got, " ") != "/a /b" {
+		t.Errorf("identities %v: only those the caller is entitled to, first first", got)
+	}
+	bundles, err := c.FetchX509Bundles(ctx)
+	if err != nil || !bundles.Has(td) {
+		t.Errorf("X.509 bundles: %v", err)
+	}
+	jwts, err := c.FetchJWTBundles(ctx)
+	if err != nil || !jwts.Has(td) {
+		t.Errorf("JWT bundles: %v", err)
+	}
+}
+
+func TestStreamFollowsTheState(t *testing.T) {
+	a := entitled("entry/a")
+	s := serve(t, a, nil, id("/a"))
+	stream, err := s.dial(t).FetchX509SVID(header(t), &workload.X509SVIDRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, err := stream.Recv()
+	if err != nil || len(one.Svids) != 1 {
+		t.Fatal(one, err)
+	}
+	far := newCA(t, spiffeid.RequireTrustDomainFromString("example.net"))
+	next := s.ca.identity(id("/a"), time.Hour)
+	twin := s.ca.identity(id("/a2"), time.Hour)
+	next.Hint, twin.Hint, twin.EntryID = "internal", "internal", "entry/a"
+	if err := s.src.Set(&State{Bundle: s.ca.bundle(), Identities: []Identity{next, twin},
+		Federated: map[spiffeid.TrustDomain]*x509bundle.Bundle{far.td: far.bundle()}}); err != nil {
+		t.Fatal(err)
+	}
+	two, err := stream.Recv()
+	if err != nil || len(two.Svids) != 2 || string(two.Svids[0].X509Svid) == string(one.Svids[0].X509Svid) {
+		t.Fatalf("after rotation: %v", err)
+	}
+	if two.Svids[0].Hint != "internal" || two.Svids[1].Hint != "" {
+		t.Errorf("hints %q and %q: they must be unique", two.Svids[0].Hint, two.Svids[1].Hint)
+	}
+	if string(two.FederatedBundles["spiffe://example.net"]) != string(far.root.Raw) {
+		t.Error("the federated bundle is missing")
+	}
+	if a.asked.Load() != 2 {
+		t.Errorf("attested %d times for 2 messages", a.asked.Load())
+	}
+	none := []string{}
+	a.entries.Store(&none)
+	if err := s.src.Set(&State{Bundle: s.ca.bundle()}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stream.Recv(); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("after the entitlement ended: %v", err)
+	}
+}
+
+func TestWorkloadAPIRefuses(t *testing.T) {
+	type call func(context.Context, workload.SpiffeWorkloadAPIClient) error
+	x509svid := func(ctx context.Context, c workload.SpiffeWorkloadAPIClient) error {
+		s, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		return err
+	}
+	x509bundles := func(ctx context.Context, c workload.SpiffeWorkloadAPIClient) error {
+		s, err := c.FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		return err
+	}
+	jwtbundles := func(ctx context.Context, c workload.SpiffeWorkloadAPIClient) error {
+		s, err := c.FetchJWTBundles(ctx, &workload.JWTBundlesRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		return err
+	}
+	jwt := func(who string, aud ...string) call {
+		return func(ctx context.Context, c workload.SpiffeWorkloadAPIClient) error {
+			_, err := c.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: aud, SpiffeId: who})
+			return err
+		}
+	}
+	wit := func(ctx context.Context, c workload.SpiffeWorkloadAPIClient) error {
+		s, err := c.FetchWITSVID(ctx, &workload.WITSVIDRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		return err
+	}
+	plain := context.Background()
+	for _, c := range []struct {
+		name string
+		ctx  func() context.Context
+		a    *attestor
+		conf func(*WorkloadConfig)
+		call call
+		want codes.Code
+	}{
+		{"X.509-SVID without security header", func() context.Context { return plain }, entitled("entry/a"), nil, x509svid, codes.InvalidArgument},
+		{"bundles without security header", func() context.Context { return plain }, entitled("entry/a"), nil, x509bundles, codes.InvalidArgument},
+		{"JWT without security header", func() context.Context { return plain }, entitled("entry/a"), nil, jwt("", "x"), codes.InvalidArgument},
+		{"another value of the header", func() context.Context { return metadata.AppendToOutgoingContext(plain, securityHeader, "True") }, entitled("entry/a"), nil, x509svid, codes.InvalidArgument},
+		{"the header twice", func() context.Context { return metadata.AppendToOutgoingContext(header(t), securityHeader, "true") }, entitled("entry/a"), nil, x509svid, codes.InvalidArgument},
+		{"no identity", nil, entitled(), nil, x509svid, codes.PermissionDenied},
+		{"an entry that has no identity here", nil, entitled("entry/z"), nil, x509svid, codes.PermissionDenied},
+		{"bundles without identity", nil, entitled(), nil, x509bundles, codes.PermissionDenied},
+		{"JWT bundles without identity", nil, entitled(), nil, jwtbundles, codes.PermissionDenied},
+		{"JWT without identity", nil, entitled(), nil, jwt("", "x"), codes.PermissionDenied},
+		{"attestation fails", nil, &attestor{}, nil, x509svid, codes.PermissionDenied},
+		{"attestation panics", nil, &attestor{do: func(capture.Process) { panic("boom") }}, nil, x509svid, codes.Internal},
+		{"attestation panics in a unary call", nil, &attestor{do: func(capture.Process) { panic("boom") }}, nil, jwt("", "x"), codes.Internal},
+		{"before the first state", nil, entitled("entry/a"), func(c *WorkloadConfig) { c.Source = NewSource() }, x509svid, codes.Unavailable},
+		{"own SVID expired", nil, entitled("entry/a"), func(c *WorkloadConfig) {
+			c.Source.now = func() time.Time { return time.Now().Add(2 * time.Hour) }
+		}, x509svid, codes.PermissionDenied},
+		{"audit fails", nil, entitled("entry/a"), func(c *WorkloadConfig) { c.Audit = func(Delivery) error { return errors.New("disk is full") } }, x509svid, codes.Unavailable},
+		{"no audience", nil, entitled("entry/a"), nil, jwt(""), codes.InvalidArgument},
+		{"empty audience", nil, entitled("entry/a"), nil, jwt("", "x", ""), codes.InvalidArgument},
+		{"too many audiences", nil, entitled("entry/a"), nil, jwt("", strings.Split(strings.Repeat("x,", 20)+"x", ",")...), codes.InvalidArgument},
+		{"malformed identity", nil, entitled("entry/a"), nil, jwt("http://x", "x"), codes.InvalidArgument},
+		{"JWT for another's identity", nil, entitled("entry/a"), nil, jwt("spiffe://example.org/b", "x"), codes.PermissionDenied},
+		{"issuer down", nil, entitled("entry/a"), nil, jwt("", "down"), codes.Unavailable},
+		{"no JWT minter", nil, entitled("entry/a"), func(c *WorkloadConfig) { c.JWT = nil }, jwt("", "x"), codes.Unimplemented},
+		{"WIT-SVID", nil, entitled("entry/a"), nil, wit, codes.Unimplemented},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := serve(t, c.a, c.conf, id("/a"), id("/b"))
+			ctx := header(t)
+			if c.ctx != nil {
+				ctx = c.ctx()
+			}
+			if err := c.call(ctx, s.dial(t)); status.Code(err) != c.want {
+				t.Errorf("got %v, want %v", err, c.want)
+			}
+		})
+	}
+}
+
+func TestFetchJWT(t *testing.T) {
+	var mu sync.Mutex
+	var said []Delivery
+	s := serve(t, entitled("entry/a", "entry/b"), func(c *WorkloadConfig) {
+		c.Audit = func(d Delivery) error { mu.Lock(); said = append(said, d); mu.Unlock(); return nil }
+	}, id("/a"), id("/b"), id("/c"))
+	c := s.dial(t)
+	r, err := c.FetchJWTSVID(header(t), &workload.JWTSVIDRequest{Audience: []string{"x", "y"}})
+	if err != nil || len(r.Svids) != 2 || r.Svids[0].Svid != "token of entry/a for x+y" {
+		t.Errorf("all: %v, %v", r, err)
+	}
+	r, err = c.FetchJWTSVID(header(t), &workload.JWTSVIDRequest{Audience: []string{"x"}, SpiffeId: "spiffe://example.org/b"})
+	if err != nil || len(r.Svids) != 1 || r.Svids[0].SpiffeId != "spiffe://example.org/b" {
+		t.Errorf("one: %v, %v", r, err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if len(said) != 2 || said[0].Method != "FetchJWTSVID" || len(said[0].IDs) != 2 || said[0].Process.PID != os.Getpid() {
+		t.Errorf("audit: %+v", said)
+	}
+}
+
+func TestJWTBundleHoldsOnlyTheKeys(t *testing.T) {
+	s := serve(t, entitled("entry/a"), nil, id("/a"))
+	st := *s.src.Current()
+	st.JWTKeys = map[string]crypto.PublicKey{"k1": newKey(t).Public()}
+	if err := s.src.Set(&st); err != nil {
+		t.Fatal(err)
+	}
+	stream, err := s.dial(t).FetchJWTBundles(header(t), &workload.JWTBundlesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := stream.Recv()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := jwtbundle.Parse(td, r.Bundles["spiffe://example.org"])
+	if err != nil || len(b.JWTAuthorities()) != 1 {
+		t.Errorf("bundle %s: %v", r.Bundles["spiffe://example.org"], err)
+	}
+}
+
+// The attack of a program that opens a connection, becomes the rightful
+// program, and leaves the connection with somebody else.
+func TestHandedOverConnectionGetsNoKey(t *testing.T) {
+	s := serve(t, entitled("entry/a"), nil, id("/a"))
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(sp[0])
+	theirs := os.NewFile(uintptr(sp[1]), "pair")
+	start(t, "hand-over", []*os.File{theirs}, s.path)
+	theirs.Close()
+	oob, b := make([]byte, 128), make([]byte, 1)
+	_, n, _, _, err := unix.Recvmsg(sp[0], b, oob, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(m) != 1 {
+		t.Fatal(m, err)
+	}
+	fds, err := unix.ParseUnixRights(&m[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "stolen")
+	conn, err := net.FileConn(f)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var once atomic.Bool
+	cc, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
+			if once.Swap(true) {
+				return nil, errors.New("one connection only")
+			}
+			return conn, nil
+		}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cc.Close()
+	stream, err := workload.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(header(t), &workload.X509SVIDRequest{})
+	if err == nil {
+		var r *workload.X509SVIDResponse
+		if r, err = stream.Recv(); err == nil {
+			t.Fatalf("the thief holds the key of %s", r.Svids[0].SpiffeId)
+		}
+	}
+}
+
+// accept gives what the server knows of one process that connected.
+func accept(t *testing.T, role string, args ...string) (*localPeer, net.Conn, *exec.Cmd, io.WriteCloser) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := capture.ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	c, in := start(t, role, nil, append([]string{path}, args...)...)
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := NewWorkloadAPI(WorkloadConfig{Source: NewSource(), Attest: entitled(), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	held, p, err := w.admit(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { held.Close() })
+	if err := p.check(); err != nil {
+		t.Fatalf("the process that connected: %v", err)
+	}
+	return p, held, c, in
+}
+
+func TestProcessThatBecomesAnotherProgramIsRefused(t *testing.T) {
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _, _, in := accept(t, "exec", sleep, "600")
+	io.WriteString(in, "\n")
+	for { // until exec has happened
+		now, err := capture.Inspect(p.process.PID)
+		if err == nil && now.ExeInode != p.process.ExeInode {
+			break
+		}
+		runtime.Gosched()
+	}
+	if err := p.check(); err == nil {
+		t.Error("another program under the same pid was accepted")
+	}
+}
+
+func TestReusedPIDIsRefused(t *testing.T) {
+	p, _, _, _ := accept(t, "wait")
+	p.process.Start-- // what it would be had the pid changed hands
+	if err := p.check(); err == nil {
+		t.Error("a process with another start time was accepted")
+	}
+}
+
+func TestExitClosesTheConnection(t *testing.T) {
+	p, conn, c, _ := accept(t, "wait")
+	done := p.pidfd.Done()
+	c.Process.Kill()
+	c.Wait()
+	<-done
+	if _, err := io.ReadAll(conn); err != nil && !errors.Is(err, net.ErrClosed) {
+		t.Error(err)
+	}
+	if err := p.check(); err == nil {
+		t.Error("a process that has ended was accepted")
+	}
+}
+
+func TestCaps(t *testing.T) {
+	s := serve(t, entitled("entry/a"), func(c *WorkloadConfig) { c.MaxConns, c.MaxStreams, c.MaxTotal = 2, 3, 100 }, id("/a"))
+	one, two := s.dial(t), s.dial(t)
+	ctx, cancel := context.WithCancel(header(t))
+	defer cancel()
+	for _, c := range []workload.SpiffeWorkloadAPIClient{one, one, two} {
+		st, err := c.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := st.Recv(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	st, err := two.FetchX509SVID(ctx, &workload.X509SVIDRequest{})
+	if err == nil {
+		_, err = st.Recv()
+	}
+	if status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("a fourth call: %v", err)
+	}
+	c, err := net.Dial("unix", s.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if b, err := io.ReadAll(c); len(b) > 0 {
+		t.Errorf("a third connection got %d bytes, %v", len(b), err)
+	}
+}
+
+func TestOtherListenersAreRefused(t *testing.T) {
+	w, err := NewWorkloadAPI(WorkloadConfig{Source: NewSource(), Attest: entitled(), Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := net.Pipe()
+	defer b.Close()
+	if _, _, err := (&localPeers{w}).ServerHandshake(a); err == nil {
+		t.Error("a connection without a process was admitted")
+	}
+}
