@@ -146,7 +146,7 @@ type Gateway struct {
 	base    context.Context // ends when Drain gives up waiting
 	giveUp  context.CancelFunc
 
-	wg sync.WaitGroup // connections
+	wg sync.WaitGroup // connections and streams
 
 	mu       sync.Mutex // guards what follows
 	conns    map[*wire]bool
@@ -270,6 +270,18 @@ func (g *Gateway) admit(c net.Conn) {
 		}()
 		g.serveConn(w)
 	})
+}
+
+// enter counts a stream in, unless the gateway drains. A stream that entered
+// leaves with wg.Done.
+func (g *Gateway) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining {
+		return false
+	}
+	g.wg.Add(1)
+	return true
 }
 
 // setIdle notes whether w holds nothing that a drain must wait for, and

@@ -170,8 +170,13 @@ func (s *stream1) Write(p []byte) (int, error) {
 // CloseRead makes Read return.
 func (s *stream1) CloseRead() { _ = s.SetReadDeadline(time.Unix(1, 0)) }
 
-// Abort closes the connection without a TLS goodbye.
-func (s *stream1) Abort() { s.w.Close() }
+// Abort resets the connection: a bare end would look like an orderly one.
+func (s *stream1) Abort() {
+	if tc, ok := s.w.Conn.(*net.TCPConn); ok {
+		_ = tc.SetLinger(0)
+	}
+	s.w.Close()
+}
 
 // linger lets the caller read what was sent last: to close on bytes not yet
 // read would reset the connection and could destroy it.

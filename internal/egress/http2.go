@@ -86,6 +86,11 @@ func (g *Gateway) serveHTTP2(w *wire, tc *tls.Conn) {
 
 // serveStream serves one HTTP/2 stream, which is judged by itself.
 func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
+	if !g.enter() {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	}
+	defer g.wg.Done()
 	id, err := svid.PeerID(*r.TLS)
 	if err != nil {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here

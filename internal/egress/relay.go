@@ -73,6 +73,9 @@ func (r *relay) end(reason Reason, abort bool) {
 	r.mu.Unlock()
 	r.cancel()
 	if dest != nil {
+		if abort {
+			_ = dest.SetLinger(0) // a reset: what was sent is not the whole
+		}
 		dest.Close()
 	}
 	if caller == nil {

@@ -66,14 +66,21 @@ func (s *dnsServer) set(f func(q dns.Question, m *dns.Msg, udp bool)) {
 func startDNS(t *testing.T, f func(q dns.Question, m *dns.Msg, udp bool)) *dnsServer {
 	t.Helper()
 	s := &dnsServer{answer: f}
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.addr = pc.LocalAddr().(*net.UDPAddr).AddrPort()
-	ln, err := net.Listen("tcp", s.addr.String())
-	if err != nil {
-		t.Fatal(err)
+	var pc net.PacketConn
+	var ln net.Listener
+	for try := 0; pc == nil; try++ {
+		var err error
+		if ln, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+			t.Fatal(err)
+		}
+		s.addr = ln.Addr().(*net.TCPAddr).AddrPort()
+		if pc, err = net.ListenPacket("udp", s.addr.String()); err != nil {
+			pc = nil
+			ln.Close() // another took the port for UDP
+			if try == 20 {
+				t.Fatal(err)
+			}
+		}
 	}
 	for _, srv := range []*dns.Server{{PacketConn: pc, Handler: s}, {Listener: ln, Handler: s}} {
 		started := make(chan struct{})
