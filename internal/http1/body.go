@@ -55,7 +55,7 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 	}
 	bulk := bulkPool.Get().(*[bulkSize]byte)
 	defer bulkPool.Put(bulk)
-	p := pace{start: time.Now(), last: time.Now()}
+	var p pace
 	for n < length {
 		got, err := src.readBody(bulk[:min(int64(bulkSize), length-n)], &p)
 		if err != nil {
@@ -69,40 +69,51 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 	return n, nil, nil
 }
 
-// pace tells a slow body from a stalled or hostile one.
+// pace tells a slow body from a stalled or hostile one. Only time spent
+// waiting for the sender counts: a receiver that holds things up is not the
+// sender's fault.
 type pace struct {
-	start, last time.Time // begin, and the last read that gave bytes
-	n           int64
+	n      int64
+	waited time.Duration // in all
+	idle   time.Duration // since the last byte
+}
+
+// slow says whether the bytes so far are less than the rate, in bytes per
+// second, asks for.
+func (p *pace) slow(rate int) bool {
+	return p.waited > rateGrace && float64(p.n) < (p.waited-rateGrace).Seconds()*float64(rate)
 }
 
 // readBody reads body bytes past the buffer, which is empty. A request body
 // of known length must keep up the least rate.
 func (c *Conn) readBody(b []byte, p *pace) (int, error) {
+	wait := c.lim.BodyTimeout
 	rated := !c.trailers && c.lim.MinRate > 0
+	if rated {
+		wait = min(wait, rateGrace)
+	}
 	for {
-		if rated {
-			c.readWithin(min(rateGrace, c.lim.BodyTimeout))
-		} else {
-			c.readWithin(c.lim.BodyTimeout)
-		}
+		c.readWithin(wait)
+		before := time.Now()
 		n, err := c.nc.Read(b)
+		took := time.Since(before)
+		p.n += int64(n)
+		p.waited += took
+		p.idle += took
 		if n > 0 {
-			p.n += int64(n)
-			p.last = time.Now()
-			return n, nil
+			p.idle = 0
 		}
 		switch {
+		case rated && p.slow(c.lim.MinRate):
+			return 0, ErrSlowBody
+		case n > 0:
+			return n, nil
 		case err == nil:
 			return 0, io.ErrNoProgress
 		case err == io.EOF:
 			return 0, io.ErrUnexpectedEOF
-		case !rated || !errors.Is(err, os.ErrDeadlineExceeded):
+		case !rated || !errors.Is(err, os.ErrDeadlineExceeded) || p.idle >= c.lim.BodyTimeout:
 			return 0, err
-		}
-		now := time.Now()
-		due := int64((now.Sub(p.start) - rateGrace).Seconds() * float64(c.lim.MinRate))
-		if p.n < due || now.Sub(p.last) >= c.lim.BodyTimeout {
-			return 0, ErrSlowBody
 		}
 	}
 }
@@ -189,7 +200,7 @@ func (c *Conn) Prefetch(r *Request) error {
 	if err := c.proceed(r); err != nil {
 		return err
 	}
-	p := pace{start: time.Now(), last: time.Now()}
+	var p pace
 	for c.w-c.r < want {
 		c.compact()
 		n, err := c.readBody(c.buf[c.w:], &p)

@@ -207,7 +207,7 @@ func (x *Exchange) await() error {
 		uploading := x.upload.running()
 		x.arm()
 		err := up.readResponse(&x.Response, method)
-		if up.w > up.r || err == nil {
+		if _, refused := err.(*ProtocolError); refused || err == nil || up.w > up.r {
 			x.res.ResponseSeen = true
 		}
 		if err != nil {
