@@ -82,6 +82,11 @@ func looksNumeric(l string) bool {
 	return strings.Trim(l, "0123456789") == ""
 }
 
+func isAddress(h string) bool {
+	_, err := netip.ParseAddr(h)
+	return err == nil
+}
+
 // checkHostRef accepts what may stand after "host:" in a rule: a name, a
 // pattern, or an address as netip writes it.
 func checkHostRef(h string) error {

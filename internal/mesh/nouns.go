@@ -98,7 +98,7 @@ type Membership struct {
 // A Destination says how an external host is reached. Who may reach it is
 // said by rules with direction Out.
 type Destination struct {
-	// Host is a lower-case DNS name, or "*." and a name.
+	// Host is a lower-case DNS name, "*." and a name, or an address.
 	Host string `json:"host"`
 	// Proto is what the tunnel must carry: "tls" (default) or "tcp".
 	Proto string `json:"proto"`

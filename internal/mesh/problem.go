@@ -104,10 +104,16 @@ func prefixRunes(s string, n int) string {
 // Errors is every mistake found, in the order of files and lines.
 type Errors []*Problem
 
+// Error shows the first hundred: whoever has more has one mistake in common.
 func (e Errors) Error() string {
-	s := make([]string, len(e))
+	const most = 100
+	s := make([]string, 0, most+1)
 	for i, p := range e {
-		s[i] = p.Error()
+		if i == most {
+			s = append(s, fmt.Sprintf("and %d more mistakes", len(e)-most))
+			break
+		}
+		s = append(s, p.Error())
 	}
 	return strings.Join(s, "\n")
 }

@@ -116,7 +116,7 @@ func (v *validator) services() {
 func (v *validator) destinations() {
 	seen := map[string]Origin{}
 	for _, d := range v.p.Destinations {
-		if err := CheckHostPattern(d.Host); d.Host == "" {
+		if err := checkHostRef(d.Host); d.Host == "" {
 			v.missing(d.Origin, "host")
 		} else if err != nil {
 			v.item(d.Origin, d.Host, "%s", err)
@@ -128,6 +128,8 @@ func (v *validator) destinations() {
 			v.item(d.Origin, d.Proto, "unknown proto %q%s", d.Proto, didYouMean(d.Proto, []string{"tls", "tcp"}))
 		case d.Proto == "tcp" && d.SNI != "":
 			v.item(d.Origin, "sni:", "sni has no meaning for proto tcp: leave it out")
+		case d.Proto == "tls" && d.SNI == "strict" && isAddress(d.Host):
+			v.item(d.Origin, d.Host, "host %q is an address, which no TLS hello names: write sni: optional or proto: tcp", d.Host)
 		case d.Proto == "tls" && d.SNI != "strict" && d.SNI != "optional":
 			v.item(d.Origin, d.SNI, "unknown sni %q%s", d.SNI, didYouMean(d.SNI, []string{"strict", "optional"}))
 		}

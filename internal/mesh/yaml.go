@@ -19,10 +19,6 @@ import (
 // MaxFile is the size of the largest YAML file that is parsed, in bytes.
 const MaxFile = 1 << 20
 
-// maxNesting bounds lists in lists and maps in maps; no document here needs
-// more than six.
-const maxNesting = 32
-
 // DecodeYAML reads one YAML document into the struct that v points to. It is
 // strict: an unknown field, a duplicate key, a value of the wrong type or none,
 // an anchor, alias or tag, and a second document are mistakes, and all of them
@@ -110,46 +106,6 @@ func (d *decoder) parse(src []byte) (body ast.Node) {
 		body = doc.Body
 	}
 	return body
-}
-
-// plain refuses what makes YAML more than data, and nesting deep enough to
-// exhaust a recursive parser.
-func (d *decoder) plain(tokens token.Tokens) bool {
-	depth, entries, line := 0, 0, 0
-	for _, t := range tokens {
-		what := ""
-		switch t.Type {
-		case token.AnchorType:
-			what = "anchors (&) are not supported"
-		case token.AliasType:
-			what = "aliases (*) are not supported: quote text that starts with *"
-		case token.TagType:
-			what = "tags (!) are not supported: quote text that starts with !"
-		case token.MergeKeyType:
-			what = "merge keys (<<) are not supported"
-		case token.DirectiveType:
-			what = "directives (%) are not supported"
-		case token.MappingStartType, token.SequenceStartType:
-			depth++
-		case token.MappingEndType, token.SequenceEndType:
-			depth--
-		case token.SequenceEntryType, token.MappingKeyType, token.MappingValueType:
-			if t.Position.Line != line {
-				entries, line = 0, t.Position.Line
-			}
-			if depth == 0 {
-				entries++
-			}
-		}
-		if depth > maxNesting || entries > maxNesting || t.Position.Column > 1<<14 {
-			what = fmt.Sprintf("nested deeper than %d", maxNesting)
-		}
-		if what != "" {
-			d.at(t, "%s", what)
-			return false
-		}
-	}
-	return true
 }
 
 // at records a mistake at a token.

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"strings"
 	"testing"
@@ -141,6 +142,8 @@ func TestDecodeYAMLRefusesBombs(t *testing.T) {
 		"aliases":          "names: &a [x]\nroutes: {web: *a}",
 		"size":             "log: " + strings.Repeat("x", MaxFile),
 		"block nesting":    indented(1000),
+		"many keys":        strings.Join(keys(100_000), "\n"),
+		"many flow keys":   "routes: {" + strings.Join(keys(100_000), ",\n ") + "}",
 	} {
 		t.Run(name, func(t *testing.T) {
 			var got sampleConfig
@@ -149,6 +152,14 @@ func TestDecodeYAMLRefusesBombs(t *testing.T) {
 			}
 		})
 	}
+}
+
+func keys(n int) []string {
+	out := make([]string, n)
+	for i := range out {
+		out[i] = fmt.Sprintf("k%d: 1", i)
+	}
+	return out
 }
 
 // indented nests maps in block form.

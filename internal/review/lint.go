@@ -3,6 +3,7 @@ package review
 import (
 	"cmp"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -154,7 +155,11 @@ func (l *linter) host(r *mesh.Rule, host string) {
 		return d.Host == host || mesh.MatchHost(d.Host, host) || mesh.MatchHost(host, d.Host)
 	})
 	if !known {
-		l.add(NoDestination, r.Origin, r.ID, "row %s allows %s, which egress.yaml does not describe", r.ID, host)
+		how := "it is reached as TLS at public addresses only"
+		if _, err := netip.ParseAddr(host); err == nil {
+			how = "the gateway refuses an address that is not listed there"
+		}
+		l.add(NoDestination, r.Origin, r.ID, "row %s allows %s, which egress.yaml does not describe: %s", r.ID, host, how)
 	}
 }
 
