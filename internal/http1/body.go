@@ -112,7 +112,7 @@ func (c *Conn) readBody(b []byte, p *pace) (int, error) {
 			return 0, io.ErrNoProgress
 		case err == io.EOF:
 			return 0, io.ErrUnexpectedEOF
-		case !rated || !errors.Is(err, os.ErrDeadlineExceeded) || p.idle >= c.lim.BodyTimeout:
+		case !rated || !errors.Is(err, os.ErrDeadlineExceeded) || p.idle >= c.lim.BodyTimeout || c.quit.Load():
 			return 0, err
 		}
 	}

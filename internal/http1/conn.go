@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -46,6 +47,9 @@ type Limits struct {
 	// IdleTimeout is how long to wait for the first byte of a request.
 	// Default 65 s.
 	IdleTimeout time.Duration
+	// ResponseTimeout is how long to wait for the head of a response.
+	// Default 60 s.
+	ResponseTimeout time.Duration
 	// BodyTimeout is how long one read of a body may take. Default 5 min.
 	BodyTimeout time.Duration
 	// WriteTimeout is how long one write may take. Default 60 s.
@@ -68,6 +72,7 @@ func (l Limits) filled() Limits {
 	l.Interim = cmp.Or(l.Interim, 8)
 	l.HeadTimeout = cmp.Or(l.HeadTimeout, 10*time.Second)
 	l.IdleTimeout = cmp.Or(l.IdleTimeout, 65*time.Second)
+	l.ResponseTimeout = cmp.Or(l.ResponseTimeout, time.Minute)
 	l.BodyTimeout = cmp.Or(l.BodyTimeout, 5*time.Minute)
 	l.WriteTimeout = cmp.Or(l.WriteTimeout, time.Minute)
 	l.MinRate = cmp.Or(l.MinRate, 240)
@@ -85,8 +90,9 @@ type Conn struct {
 	// the views of the head that was read last and stay as they are.
 	buf         []byte
 	r, w, floor int
-	readEnd     time.Time // the read deadline now set
-	trailers    bool      // pass trailers on: true after ReadResponse
+	readEnd     time.Time   // the read deadline now set
+	trailers    bool        // pass trailers on: true after ReadResponse
+	quit        atomic.Bool // set from outside: stop reading a body
 
 	// The write half.
 	out      []byte

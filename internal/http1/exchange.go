@@ -1,6 +1,7 @@
 package http1
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"net/http"
@@ -33,8 +34,8 @@ type Exchange struct {
 	// ToUp and ToDown change the two heads.
 	ToUp, ToDown Edit
 	// Timeout is how long to wait for the response head, counted from the end
-	// of the request; it ends up to an eighth later. Default: the BodyTimeout
-	// of Up.
+	// of the request; it ends up to an eighth later. Default: the
+	// ResponseTimeout of Up.
 	Timeout time.Duration
 	// Accept, when set, sees the final response before any of it is written.
 	// On false Run stops with ErrNotAccepted; Up is then to be closed.
@@ -173,6 +174,7 @@ func (x *Exchange) join(err error) error {
 	if u.running() {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
 		x.Up.Close()
+		x.Down.quit.Store(true)
 		for stop := false; !stop; {
 			// Again and again, since the upload sets deadlines of its own.
 			_ = x.Down.nc.SetReadDeadline(time.Unix(1, 0))
@@ -182,6 +184,7 @@ func (x *Exchange) join(err error) error {
 			case <-time.After(5 * time.Millisecond):
 			}
 		}
+		x.Down.quit.Store(false)
 		x.Down.readEnd = time.Time{}
 		x.res.ReqBytes = u.n
 		x.res.RequestBytesSent += u.n
@@ -237,11 +240,7 @@ func (x *Exchange) await() error {
 }
 
 func (x *Exchange) arm() {
-	d := x.Timeout
-	if d == 0 {
-		d = x.Up.lim.BodyTimeout
-	}
-	x.Up.readWithin(d)
+	x.Up.readWithin(cmp.Or(x.Timeout, x.Up.lim.ResponseTimeout))
 }
 
 // interim passes an interim response on. 100 is ours to say, and a client of

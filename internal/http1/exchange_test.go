@@ -276,6 +276,46 @@ func TestEarlyResponseReachesTheClient(t *testing.T) {
 	}
 }
 
+// TestEarlyResponseToAStalledUpload has a client that stops in the middle: the
+// exchange must end all the same.
+func TestEarlyResponseToAStalledUpload(t *testing.T) {
+	for _, framing := range []string{"Content-Length: 1000000", "Transfer-Encoding: chunked"} {
+		client, upstream, outcome := live(t)
+		go func() {
+			_, _ = io.ReadFull(upstream, make([]byte, 10))
+			_, _ = io.WriteString(upstream, okAnswer)
+		}()
+		_, _ = io.WriteString(client, "POST /x HTTP/1.1\r\nHost: a\r\n"+framing+"\r\n\r\n5\r\nhe")
+		resp, err := http.ReadResponse(bufio.NewReader(client), nil)
+		if err != nil || resp.StatusCode != 200 || !resp.Close {
+			t.Fatalf("%v, %v", resp, err)
+		}
+		client.Close()
+		if err := <-outcome; err != nil {
+			t.Errorf("outcome %v", err)
+		}
+	}
+}
+
+func TestTunnelThroughAnotherProxy(t *testing.T) {
+	r, _ := parsed(t, "CONNECT API.example:443 HTTP/1.1\r\nHost: api.example\r\nContent-Length: 0\r\nProxy-Authorization: x\r\n\r\n")
+	want := "CONNECT api.example:443 HTTP/1.1\r\nHost: api.example:443\r\n\r\n"
+	if got := string(AppendRequest(nil, r, nil)); got != want {
+		t.Errorf("forwarded %q, want %q", got, want)
+	}
+	up, resp := NewConn(mem("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nearly bytes"), Limits{}), new(Response)
+	if err := up.ReadResponse(resp, "CONNECT"); err != nil || !resp.Body.Empty() || up.Buffered() != 11 {
+		t.Errorf("%v, %+v, %d buffered", err, resp, up.Buffered())
+	}
+	up = NewConn(mem("HTTP/1.1 403 Forbidden\r\nContent-Length: 5\r\n\r\nearly"), Limits{})
+	if err := up.ReadResponse(resp, "CONNECT"); err != nil || resp.Body.Length != 5 {
+		t.Errorf("%v, %+v", err, resp)
+	}
+	if _, _, err := readReq("CONNECT a.example:443 HTTP/1.0\r\n\r\n", Limits{}); err != nil {
+		t.Errorf("CONNECT in HTTP/1.0 without Host: %v", err)
+	}
+}
+
 func TestClientFailuresAreTheClients(t *testing.T) {
 	const start = "POST /x HTTP/1.1\r\nHost: a\r\n"
 	long := strings.Repeat("a", 20<<10)

@@ -35,6 +35,11 @@ func FuzzRequest(f *testing.F) {
 	} {
 		f.Add([]byte(s))
 	}
+	for _, s := range refusals() {
+		if len(s.in) < 1<<10 {
+			f.Add([]byte(s.in))
+		}
+	}
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := new(Request)
 		c := NewConn(&memConn{in: in}, Limits{})
@@ -66,6 +71,59 @@ func FuzzRequest(f *testing.F) {
 			t.Fatalf("forwarded body %q (%v), net/http reads %q", got, err, want)
 		}
 		checkForwarded(t, r, head)
+	})
+}
+
+// FuzzConversation sends bytes through a whole proxy, upstream connections kept
+// alive: net/http must find exactly the requests in what the upstream got that
+// the proxy says it forwarded, with nothing before, between or behind them.
+func FuzzConversation(f *testing.F) {
+	f.Add([]byte(plainGet+benchRequest+chunkedRequest+plainGet), 9)
+	f.Add([]byte(chunkedRequest+"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nGETGET"), 1)
+	for _, s := range refusals() {
+		if len(s.in) < 1<<9 {
+			f.Add([]byte(plainGet+s.in+plainGet), 100)
+		}
+	}
+	f.Fuzz(func(t *testing.T, in []byte, step int) {
+		d := &memConn{in: in, step: max(1, step&1023)}
+		u := &memConn{}
+		down, up := NewConn(d, Limits{}), NewConn(u, Limits{})
+		r, done := new(Request), 0
+		x := Exchange{Down: down, Up: up, Request: r}
+		for {
+			if err := down.ReadRequest(r); err != nil {
+				break
+			}
+			before := u.out.Len()
+			u.in = []byte(okAnswer)
+			if r.Verb() == "HEAD" {
+				u.in = []byte("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+			}
+			res, err := x.Run()
+			if err != nil || !res.DownstreamReusable || !res.UpstreamReusable {
+				if err != nil || res.ReqBytes != r.Body.Length && r.Body.Framing == Length {
+					u.out.Truncate(before) // cut off: the connection was closed with it
+				} else {
+					done++
+				}
+				break
+			}
+			done++
+		}
+		br := bufio.NewReader(&u.out)
+		for i := range done {
+			req, err := http.ReadRequest(br)
+			if err == nil {
+				_, err = io.Copy(io.Discard, req.Body)
+			}
+			if err != nil && i < done-1 {
+				t.Fatalf("request %d of %d does not read: %v", i+1, done, err)
+			}
+		}
+		if rest, _ := io.ReadAll(br); len(rest) > 0 {
+			t.Fatalf("behind %d requests the upstream got %q", done, rest)
+		}
 	})
 }
 

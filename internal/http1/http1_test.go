@@ -158,10 +158,16 @@ func once(client, answer string) (got, forwarded string, res Result, err error) 
 
 const okAnswer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
-// TestCorpus is corpus/http-strictness.md as far as it concerns HTTP/1: each
-// of these is answered with the status, the connection is closed, and nothing
-// of it reaches the upstream.
-func TestCorpus(t *testing.T) {
+// A refusal is a request that must not pass.
+type refusal struct {
+	name   string // the number is the row of the corpus
+	in     string
+	status string
+	reason Reason
+}
+
+// refusals is corpus/http-strictness.md as far as it concerns HTTP/1 requests.
+func refusals() []refusal {
 	const host = "Host: app.example\r\n"
 	get := func(fields string) string { return "GET /x HTTP/1.1\r\n" + host + fields + "\r\n" }
 	post := func(fields, body string) string { return "POST /x HTTP/1.1\r\n" + host + fields + "\r\n" + body }
@@ -169,12 +175,7 @@ func TestCorpus(t *testing.T) {
 	smuggled := "0\r\n\r\nGET /admin HTTP/1.1\r\n" + host + "\r\n"
 	long := func(n int) string { return strings.Repeat("a", n) }
 
-	tests := []struct {
-		name   string
-		in     string
-		status string
-		reason Reason
-	}{
+	return []refusal{
 		{"1 length and chunked", post("Content-Length: 5\r\n"+te, smuggled), "400", ReasonFraming},
 		{"1 chunked and length", post(te+"Content-Length: 5\r\n", smuggled), "400", ReasonFraming},
 		{"1 chunked and length zero", post(te+"Content-Length: 0\r\n", smuggled), "400", ReasonFraming},
@@ -302,7 +303,12 @@ func TestCorpus(t *testing.T) {
 		{"30 target without end", "GET /" + long(40<<10), "414", ReasonTargetTooLong},
 		{"30 method too long", long(0) + strings.Repeat("A", 33) + " / HTTP/1.1\r\n" + host + "\r\n", "501", ReasonMethod},
 	}
-	for _, tt := range tests {
+}
+
+// TestCorpus holds that each refusal is answered with its status, that the
+// connection is closed, and that nothing of it reaches the upstream.
+func TestCorpus(t *testing.T) {
+	for _, tt := range refusals() {
 		t.Run(tt.name, func(t *testing.T) {
 			d, u := mem(tt.in), &memConn{wait: make(chan struct{})}
 			down, up := NewConn(d, Limits{}), NewConn(u, Limits{})

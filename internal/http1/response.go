@@ -34,10 +34,9 @@ func (r *Response) Informational() bool {
 
 // ReadResponse reads the next response head, interim ones too, to a request
 // with this method. Errors are as for ReadRequest; a *ProtocolError has status
-// 502. How long to wait is BodyTimeout unless a deadline was set for the
-// exchange.
+// 502. How long to wait is Limits.ResponseTimeout.
 func (c *Conn) ReadResponse(r *Response, method string) error {
-	c.readWithin(c.lim.BodyTimeout)
+	c.readWithin(c.lim.ResponseTimeout)
 	return c.readResponse(r, method)
 }
 

@@ -59,7 +59,9 @@ func AppendRequest(dst []byte, r *Request, e *Edit) []byte {
 	dst = append(dst, authority...)
 	dst = append(dst, '\r', '\n')
 	dst = appendFields(dst, r.Fields, e.Drop)
-	dst = appendFraming(dst, r.Body)
+	if r.Form != Authority {
+		dst = appendFraming(dst, r.Body)
+	}
 	switch {
 	case r.Upgrade:
 		dst = append(dst, "Connection: Upgrade\r\nUpgrade: websocket\r\n"...)
