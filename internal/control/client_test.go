@@ -359,6 +359,26 @@ func TestAnEndpointWaitsForItsService(t *testing.T) {
 	}
 }
 
+func TestALeaseIsKeptWhileTheProxyLives(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	r.srv.lease = 30 * time.Millisecond
+	c, _ := r.joined("node-b")
+	c.alive = 10 * time.Millisecond
+	h := billingHello()
+	expires := time.Unix(2e9, 0)
+	h.SVIDExpires = func() time.Time {
+		expires = expires.Add(time.Minute)
+		return expires
+	}
+	subscribe(t, c, h, newWatcher())
+	for range 4 {
+		if lease := recv(t, "announcement", r.reg.announces); lease != r.srv.lease {
+			t.Errorf("lease %s", lease)
+		}
+	}
+	report(t, r, "sign of life", func(p mesh.Proxy) bool { return p.SVIDExpires.After(time.Unix(2e9, 0).Add(3 * time.Minute)) })
+}
+
 func TestAGatewayGetsTheWayOut(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	c, _ := r.joined("node-g")

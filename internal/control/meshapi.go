@@ -189,7 +189,7 @@ func (sub *subscription) report() {
 // that proxy does not know, and waits for anything to change. Nothing queues.
 func (sub *subscription) run(ctx context.Context) error {
 	answers, ended := receive(ctx, sub.st)
-	refresh := time.NewTicker(endpointLease / 3)
+	refresh := time.NewTicker(sub.s.lease / 3)
 	defer refresh.Stop()
 	expiry := time.NewTimer(sub.who.leaf.NotAfter.Sub(sub.s.cfg.Now()) + time.Second)
 	defer expiry.Stop()
@@ -259,7 +259,7 @@ func (sub *subscription) announce(ctx context.Context, snap *mesh.Snapshot) erro
 		if sub.announced[i] || !ok || svc.ID != sub.key.workload {
 			continue
 		}
-		if err := sub.s.cfg.Registry.Announce(ctx, e, endpointLease); err != nil {
+		if err := sub.s.cfg.Registry.Announce(ctx, e, sub.s.lease); err != nil {
 			return fmt.Errorf("announce %s at %s: %w", e.Service, e.Address, err)
 		}
 		sub.announced[i] = true

@@ -165,6 +165,7 @@ type memory struct {
 	changed   chan struct{}
 	proxies   map[spiffeid.ID]mesh.Proxy
 	announced map[mesh.Endpoint]int
+	announces chan time.Duration
 	withdrawn chan spiffeid.ID
 	reported  chan mesh.Proxy
 	edges     []mesh.Edge
@@ -173,7 +174,7 @@ type memory struct {
 func newMemory() *memory {
 	return &memory{
 		agents: map[spiffeid.ID]mesh.Agent{}, changed: make(chan struct{}), proxies: map[spiffeid.ID]mesh.Proxy{},
-		announced: map[mesh.Endpoint]int{}, withdrawn: make(chan spiffeid.ID, 64), reported: make(chan mesh.Proxy, 1024),
+		announced: map[mesh.Endpoint]int{}, withdrawn: make(chan spiffeid.ID, 64), reported: make(chan mesh.Proxy, 1024), announces: make(chan time.Duration, 1024),
 	}
 }
 
@@ -235,10 +236,11 @@ func (m *memory) Current() *mesh.Snapshot {
 func (m *memory) Changed() <-chan struct{} {
 	return read(m, func() chan struct{} { return m.changed })
 }
-func (m *memory) Announce(_ context.Context, e mesh.Endpoint, _ time.Duration) error {
+func (m *memory) Announce(_ context.Context, e mesh.Endpoint, lease time.Duration) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.announced[e]++
+	m.announces <- lease
 	return nil
 }
 func (m *memory) Withdraw(_ context.Context, agent spiffeid.ID) error {

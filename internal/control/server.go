@@ -162,6 +162,8 @@ type Server struct {
 	// stopping is closed once the Server is to end its streams.
 	stopping chan struct{}
 	stopOnce sync.Once
+	// lease of an announced endpoint.
+	lease time.Duration
 	// agents serialises changes of one agent's record.
 	agents keyedLocks
 
@@ -198,6 +200,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		health:   health.NewServer(),
 		attests:  make(chan struct{}, cfg.AttestsAtOnce),
 		stopping: make(chan struct{}),
+		lease:    endpointLease,
 		open:     map[spiffeid.ID]int{},
 		subs:     map[subscriber]int{},
 		live:     map[spiffeid.ID]int{},

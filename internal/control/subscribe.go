@@ -129,7 +129,7 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	}
 	up()
 	got, ended := receiveClient(ctx, st)
-	alive := time.NewTicker(alivePeriod)
+	alive := time.NewTicker(c.alive)
 	defer alive.Stop()
 	for {
 		select {
