@@ -148,12 +148,14 @@ func (d *Denial) Error() string {
 const unrecorded = "unrecorded"
 
 // Judge decides a call by the policy in force and records the decision. The
-// error is always a *Denial. It sets Environment, and Now when it is zero.
-func (j *Judge) Judge(c *Call) (Grant, error) { return j.judge(c, nil) }
+// error is always a *Denial. The environment is the Judge's, whatever the call
+// says. The call is not changed and not kept.
+func (j *Judge) Judge(c *Call) (Grant, error) { return j.judge(*c, nil) }
 
-// judge decides from the slice of cn, or from the whole set when cn is nil.
-func (j *Judge) judge(c *Call, cn *Conn) (g Grant, err error) {
-	set := j.set.Load()
+// judge decides from the slice of cn, or from the whole set when cn is nil. It
+// has its own copy of the call: one that is used again keeps no old time.
+func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
+	c, set := &call, j.set.Load()
 	defer func() {
 		if p := recover(); p != nil {
 			g, err = Grant{}, j.failed(c, set, p)
@@ -278,7 +280,8 @@ func (j *Judge) compare(set *Set, c *Call, got, want Decision, err error) bool {
 
 // stricter asks Casbin, too, and returns the denial of the two.
 func (j *Judge) stricter(set *Set, c *Call, d Decision) Decision {
-	want, err := set.Oracle(c)
+	asked := *c // Casbin keeps what it is asked on the heap; c stays off it
+	want, err := set.Oracle(&asked)
 	if j.compare(set, c, d, want, err) || !d.Allow {
 		return d
 	}
@@ -301,11 +304,12 @@ func (j *Judge) Conn(dir mesh.Direction, src spiffeid.ID, dst string, port uint1
 	return &Conn{judge: j, dir: dir, src: src, dst: dst, port: port}
 }
 
-// Judge is Judge.Judge for a call on this connection: it sets Dir, Src, Dst and
-// Port.
+// Judge is Judge.Judge for a call on this connection: Dir, Src, Dst and Port
+// are those of the connection, whatever the call says.
 func (cn *Conn) Judge(c *Call) (Grant, error) {
-	c.Dir, c.Src, c.Dst, c.Port = cn.dir, cn.src, cn.dst, cn.port
-	return cn.judge.judge(c, cn)
+	call := *c
+	call.Dir, call.Src, call.Dst, call.Port = cn.dir, cn.src, cn.dst, cn.port
+	return cn.judge.judge(call, cn)
 }
 
 // slice returns the rules of the connection in set, made anew when the policy

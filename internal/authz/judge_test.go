@@ -273,10 +273,31 @@ func TestJudgeConfig(t *testing.T) {
 			t.Errorf("%v does not say %q", err, want)
 		}
 	}
-	j := judgeWith(t, audit.NewMemory(), compile(t, shop))
-	c := payCall()
-	c.Now = time.Time{}
-	if _, err := j.Judge(c); err != nil || c.Now.IsZero() {
-		t.Errorf("%v, now %v", err, c.Now)
+}
+
+// A proxy judges the requests of a connection with one Call: the time of the
+// first must not stick.
+func TestCallCanBeUsedAgain(t *testing.T) {
+	now := mon
+	j, err := NewJudge(JudgeConfig{Audit: audit.NewMemory(), Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.Use(compile(t, "p, r, in, **, *, *, *, **, until=2026-11-23T10:00:01Z, allow"))
+	cn := j.Conn(mesh.In, pay, bill.String(), 8443)
+	c := Call{Dir: mesh.In, Src: pay, Dst: bill.String(), Port: 8443, Verb: "GET", Path: "/"}
+	before := c
+	for _, judge := range []func(*Call) (Grant, error){j.Judge, cn.Judge} {
+		now = mon
+		if _, err := judge(&c); err != nil {
+			t.Error(err)
+		}
+		now = mon.Add(time.Second)
+		if _, err := judge(&c); err == nil {
+			t.Error("the row has ended, but the call is allowed")
+		}
+	}
+	if c != before {
+		t.Errorf("the call was changed: %+v", c)
 	}
 }
