@@ -577,6 +577,7 @@ func TestRenewal(t *testing.T) {
 				t.Errorf("key %s expired at %v", k.KeyID, k.ExpiresAt)
 			}
 		}
+		c.Changed() // waits for the end of the step that closed the channel
 		if files, _ := filepath.Glob(filepath.Join(cfg.Dir, "intermediate-*")); len(files) != 2 {
 			t.Errorf("files %v", files)
 		}

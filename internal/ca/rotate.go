@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
@@ -138,8 +139,18 @@ func (c *CA) rotate(ctx context.Context, s *signing, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	st := c.state
+	before := c.state
+	st := before
 	st.Intermediate = name
+	// What this attempt made is removed when it fails, or retries on a full
+	// disk would pile up keys.
+	defer func() {
+		// The state may have reached the disk although writing it failed.
+		onDisk, err := os.ReadFile(c.file(stateFile))
+		if err == nil && c.state.Intermediate != name && !bytes.Contains(onDisk, []byte(name)) {
+			c.forget(st, before)
+		}
+	}()
 	st.Sequence++
 	old := st.JWT
 	st.JWT = nil
@@ -161,7 +172,6 @@ func (c *CA) rotate(ctx context.Context, s *signing, now time.Time) error {
 		}
 		st.JWT = append(st.JWT, r)
 	}
-	before := c.state
 	if err := c.adopt(ctx, st, s.root, cert, key); err != nil {
 		return err
 	}
