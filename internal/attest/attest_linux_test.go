@@ -17,8 +17,6 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-
 	"sallyport/internal/capture"
 	"sallyport/internal/mesh"
 )
@@ -287,6 +285,23 @@ func TestTree(t *testing.T) {
 	capture.Reap(leaf)
 }
 
+func BenchmarkGatherChild(b *testing.B) {
+	c, err := StartChild(Spec{Path: "sleep", Args: []string{"600"}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() { c.Signal(syscall.SIGKILL); c.Wait() }()
+	p, err := capture.Inspect(c.PID())
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		if _, err := Gather(p, c); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
 func TestStatus(t *testing.T) {
 	if got := startChild(t, "exit").Wait(); got != 7 {
 		t.Errorf("status %d, want 7", got)
@@ -349,5 +364,3 @@ func TestStartChildSaysWhatIsWrong(t *testing.T) {
 		}
 	}
 }
-
-var td = spiffeid.RequireTrustDomainFromString("example.org")

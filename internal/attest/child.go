@@ -187,25 +187,24 @@ func (c *Child) Contains(pid int) bool {
 	if pid <= 0 || pid == os.Getpid() || !c.pidfd.Alive() {
 		return false
 	}
-	p, err := capture.Inspect(pid)
+	start, err := capture.Started(pid)
 	if err != nil {
 		return false
 	}
 	if pid == c.pid {
-		return p.Start == c.start
+		return start == c.start
 	}
 	up, err := capture.Ancestors(pid)
 	if err != nil {
 		return false
 	}
-	if !c.reaches(up) && !c.sawBefore(p) {
+	if !c.reaches(up) && !c.sawBefore(pid, start) {
 		return false
 	}
-	again, err := capture.Inspect(pid)
-	if err != nil || again.Start != p.Start || !c.pidfd.Alive() {
+	if again, err := capture.Started(pid); err != nil || again != start || !c.pidfd.Alive() {
 		return false
 	}
-	c.remember(p)
+	c.remember(pid, start)
 	return true
 }
 
@@ -219,29 +218,29 @@ func (c *Child) reaches(up []int) bool {
 		if a == os.Getpid() {
 			return false
 		}
-		if p, err := capture.Inspect(a); err == nil && c.sawBefore(p) {
+		if start, err := capture.Started(a); err == nil && c.sawBefore(a, start) {
 			return true
 		}
 	}
 	return false
 }
 
-func (c *Child) sawBefore(p capture.Process) bool {
+func (c *Child) sawBefore(pid int, start uint64) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	start, ok := c.seen[p.PID]
-	return ok && start == p.Start
+	at, ok := c.seen[pid]
+	return ok && at == start
 }
 
 // remember notes a process of the tree. When there are too many, those that
 // have ended are forgotten first; if none has, the new one is not noted and
 // will not count as an orphan.
-func (c *Child) remember(p capture.Process) {
+func (c *Child) remember(pid int, start uint64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if _, ok := c.seen[p.PID]; !ok && len(c.seen) >= maxSeen {
+	if _, ok := c.seen[pid]; !ok && len(c.seen) >= maxSeen {
 		for pid, start := range c.seen {
-			if q, err := capture.Inspect(pid); err != nil || q.Start != start {
+			if at, err := capture.Started(pid); err != nil || at != start {
 				delete(c.seen, pid)
 			}
 		}
@@ -249,7 +248,7 @@ func (c *Child) remember(p capture.Process) {
 			return
 		}
 	}
-	c.seen[p.PID] = p.Start
+	c.seen[pid] = start
 }
 
 // Run passes the signals SIGHUP, SIGINT, SIGTERM, SIGQUIT, SIGUSR1 and SIGUSR2

@@ -13,6 +13,8 @@ import (
 	"sallyport/internal/attest/attesttest"
 )
 
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
 // memTokens is the contract of Tokens in its shortest form.
 type memTokens struct {
 	mu     sync.Mutex // guards tokens

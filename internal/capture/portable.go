@@ -61,6 +61,9 @@ func KillGroup(int) {}
 // Inspect fails with ErrNeedsLinux.
 func Inspect(int) (Process, error) { return Process{}, ErrNeedsLinux }
 
+// Started fails with ErrNeedsLinux.
+func Started(int) (uint64, error) { return 0, ErrNeedsLinux }
+
 // Ancestors fails with ErrNeedsLinux.
 func Ancestors(int) ([]int, error) { return nil, ErrNeedsLinux }
 

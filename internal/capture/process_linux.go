@@ -171,6 +171,16 @@ func parseCgroup(s string) string {
 	return longest
 }
 
+// Started gives the start time of pid, as in Process.Start, for less than what
+// Inspect costs.
+func Started(pid int) (uint64, error) {
+	_, start, err := readStat("/proc/" + strconv.Itoa(pid))
+	if err != nil {
+		return 0, fmt.Errorf("start time of pid %d: %w", pid, err)
+	}
+	return start, nil
+}
+
 // Ancestors gives the parents of pid, nearest first, up to the first process
 // of the pid namespace. A parent that started after its child was not its
 // parent when it was read, and is ErrNoProcess.

@@ -365,6 +365,27 @@ func TestFetchJWT(t *testing.T) {
 	}
 }
 
+func TestValidateJWTSVID(t *testing.T) {
+	s := serve(t, entitled("entry/a"), nil, id("/a"))
+	k := newKey(t)
+	st := *s.src.Current()
+	st.JWTKeys = map[string]crypto.PublicKey{"k1": k.Public()}
+	if err := s.src.Set(&st); err != nil {
+		t.Fatal(err)
+	}
+	token := signJWT(t, "ES256", k, `{"alg":"ES256","kid":"k1"}`, fmt.Sprintf(`{"sub":"spiffe://example.org/b","aud":"x","exp":%d,"n":{"m":[1]}}`, time.Now().Add(time.Minute).Unix()))
+	c := s.dial(t)
+	r, err := c.ValidateJWTSVID(header(t), &workload.ValidateJWTSVIDRequest{Audience: "x", Svid: token})
+	if err != nil || r.SpiffeId != "spiffe://example.org/b" || r.Claims.Fields["sub"].GetStringValue() != r.SpiffeId {
+		t.Errorf("got %v, %v", r, err)
+	}
+	for _, bad := range []*workload.ValidateJWTSVIDRequest{{Audience: "y", Svid: token}, {Svid: token}, {Audience: "x"}, {Audience: "x", Svid: "x.y.z"}} {
+		if _, err := c.ValidateJWTSVID(header(t), bad); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("%v: %v", bad, err)
+		}
+	}
+}
+
 func TestJWTBundleHoldsOnlyTheKeys(t *testing.T) {
 	s := serve(t, entitled("entry/a"), nil, id("/a"))
 	st := *s.src.Current()
