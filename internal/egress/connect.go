@@ -249,6 +249,16 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		t.stop(ReasonReset)
 		return false
 	}
+	t.greet = newGreeting(func(second *Hello) error {
+		if second.ServerName != hello.ServerName {
+			return refuse(ReasonSNI, "the second ClientHello names %s, the first %s", clip(second.ServerName), clip(hello.ServerName))
+		}
+		return second.CheckServerName(t.host, t.how.SNI == sniOptional)
+	})
+	t.refused = func(ref *Refusal) {
+		g.deny(t.record(audit.KindDecision), ref)
+		t.stop(ref.Reason)
+	}
 	return true
 }
 

@@ -184,6 +184,8 @@ type tlsServer struct {
 	addr  string
 	roots *x509.CertPool
 	seen  chan string // the server name of each handshake begun
+
+	change atomic.Pointer[func(*tls.Config)]
 }
 
 func startTLS(t *testing.T, names ...string) *tlsServer {
@@ -201,10 +203,14 @@ func startTLS(t *testing.T, names ...string) *tlsServer {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
 	s.addr = serve(t, func(c net.Conn) {
-		tc := tls.Server(c, &tls.Config{GetCertificate: func(i *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		cfg := &tls.Config{GetCertificate: func(i *tls.ClientHelloInfo) (*tls.Certificate, error) {
 			s.seen <- i.ServerName
 			return &cert, nil
-		}})
+		}}
+		if f := s.change.Load(); f != nil {
+			(*f)(cfg)
+		}
+		tc := tls.Server(c, cfg)
 		if tc.Handshake() != nil {
 			return
 		}

@@ -42,9 +42,11 @@ var largePool = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 // sides have ended, one breaks off, or stop is called. It may be stopped
 // before it has either side.
 type relay struct {
-	idle   time.Duration // without a byte either way; 0: no limit
-	life   time.Duration // from start; 0: no limit
-	cancel func()        // ends what goes on before run
+	idle    time.Duration  // without a byte either way; 0: no limit
+	life    time.Duration  // from start; 0: no limit
+	cancel  func()         // ends what goes on before run
+	greet   *greeting      // for TLS: what may still name a server
+	refused func(*Refusal) // told why greet breaks the relay off
 
 	up, down atomic.Int64 // bytes handed to dest and to caller
 	moved    atomic.Int64 // when a byte last moved, in nanoseconds since start
@@ -129,13 +131,19 @@ func (r *relay) run() {
 		r.moved.Store(int64(time.Since(r.start)))
 		go r.watch(quit)
 	}
-	upward := make(chan struct{})
+	upward := &lane{r: r, src: r.caller, dst: r.dest, count: &r.up}
+	downward := &lane{r: r, src: r.dest, dst: r.caller, count: &r.down}
+	if r.greet != nil {
+		upward.first = func() error { return r.greet.pass(upward, r.caller) }
+		downward.ear = r.greet.hear
+	}
+	done := make(chan struct{})
 	go func() {
-		defer close(upward)
-		r.pump(r.dest, r.caller, &r.up)
+		defer close(done)
+		upward.pump()
 	}()
-	r.pump(r.caller, r.dest, &r.down)
-	<-upward
+	downward.pump()
+	<-done
 	r.end(ReasonDone, false)
 }
 
@@ -163,36 +171,56 @@ type writeCloser interface {
 	CloseWrite() error
 }
 
+// A lane is one direction of a relay.
+type lane struct {
+	r     *relay
+	src   io.Reader
+	dst   writeCloser
+	count *atomic.Int64
+	first func() error // moves what comes before all else; nil: nothing
+	ear   func([]byte) // is told what moves, nil at the end; nil: nobody
+}
+
 // pump moves bytes from src to dst and passes the end of src on. A failure on
 // either side stops the whole relay.
-func (r *relay) pump(dst writeCloser, src io.Reader, count *atomic.Int64) {
-	err := r.copy(dst, src, count)
+func (l *lane) pump() {
+	var err error
+	if l.first != nil {
+		err = l.first()
+	}
 	if err == nil {
-		err = dst.CloseWrite()
+		err = l.copy()
+	}
+	if l.ear != nil {
+		l.ear(nil)
+	}
+	var ref *Refusal
+	switch {
+	case err == io.EOF:
+		err = l.dst.CloseWrite()
+	case errors.As(err, &ref):
+		l.r.refused(ref)
 	}
 	switch {
 	case err == nil, errors.Is(err, syscall.ENOTCONN):
 		// ENOTCONN: that side had ended already.
 	case errors.Is(err, errWhole):
-		r.end(ReasonDone, false)
+		l.r.end(ReasonDone, false)
 	default:
-		r.stop(ReasonReset)
+		l.r.stop(ReasonReset)
 	}
 }
 
-// copy returns nil at the end of src.
-func (r *relay) copy(dst io.Writer, src io.Reader, count *atomic.Int64) error {
+// copy returns io.EOF at the end of src.
+func (l *lane) copy() error {
 	small := make([]byte, smallBuffer)
 	for {
-		n, err := src.Read(small)
-		if werr := r.write(dst, small[:n], count); werr != nil {
+		n, err := l.src.Read(small)
+		if _, werr := l.Write(small[:n]); werr != nil {
 			return werr
 		}
 		if err == nil && n == len(small) {
-			err = r.bulk(dst, src, count)
-		}
-		if err == io.EOF {
-			return nil
+			err = l.bulk()
 		}
 		if err != nil {
 			return err
@@ -204,11 +232,11 @@ type deadliner interface{ SetReadDeadline(time.Time) error }
 
 // bulk copies with a large buffer while bytes come in large pieces. It returns
 // nil when src has fallen silent or slow.
-func (r *relay) bulk(dst io.Writer, src io.Reader, count *atomic.Int64) error {
+func (l *lane) bulk() error {
 	buf := largePool.Get().(*[largeBuffer]byte)
 	defer largePool.Put(buf)
 	timed, least := false, len(buf)
-	d, ok := src.(deadliner)
+	d, ok := l.src.(deadliner)
 	var until time.Time
 	for {
 		if ok {
@@ -222,8 +250,8 @@ func (r *relay) bulk(dst io.Writer, src io.Reader, count *atomic.Int64) error {
 				least = smallBuffer
 			}
 		}
-		n, err := src.Read(buf[:])
-		if werr := r.write(dst, buf[:n], count); werr != nil {
+		n, err := l.src.Read(buf[:])
+		if _, werr := l.Write(buf[:n]); werr != nil {
 			return werr
 		}
 		silent := timed && errors.Is(err, os.ErrDeadlineExceeded)
@@ -239,15 +267,19 @@ func (r *relay) bulk(dst io.Writer, src io.Reader, count *atomic.Int64) error {
 	}
 }
 
-func (r *relay) write(dst io.Writer, b []byte, count *atomic.Int64) error {
+// Write writes to dst and counts.
+func (l *lane) Write(b []byte) (int, error) {
 	if len(b) == 0 {
-		return nil
+		return 0, nil
 	}
-	r.moved.Store(int64(time.Since(r.start)))
-	n, err := dst.Write(b)
-	count.Add(int64(n))
+	if l.ear != nil {
+		l.ear(b)
+	}
+	l.r.moved.Store(int64(time.Since(l.r.start)))
+	n, err := l.dst.Write(b)
+	l.count.Add(int64(n))
 	if err == nil {
-		r.moved.Store(int64(time.Since(r.start)))
+		l.r.moved.Store(int64(time.Since(l.r.start)))
 	}
-	return err
+	return n, err
 }
