@@ -189,7 +189,7 @@ func TestARejectedSnapshotIsTold(t *testing.T) {
 	recv(t, "snapshot", w.snaps)
 	r.reg.change(func() { r.reg.snap = snapshot(t, 11, 4, "PATCH") })
 	p := report(t, r, "nack", func(p mesh.Proxy) bool { return p.State == mesh.Rejected })
-	if p.PolicyRevision != 3 || p.Reason != "row pay-bill: verb is odd" || !p.Connected {
+	if p.PolicyRevision != 4 || p.Reason != "row pay-bill: verb is odd" || !p.Connected {
 		t.Errorf("reported %+v", p)
 	}
 	// The rejected content under a new number is rejected still.

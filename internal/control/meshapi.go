@@ -308,27 +308,31 @@ func (sub *subscription) push(snap *mesh.Snapshot) error {
 	return sub.st.Send(resp)
 }
 
-// answer takes what the proxy says of a snapshot.
+// answer takes what the proxy says of a snapshot, or says again.
 func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
-	revision, policy := m.GetAck().GetRevision(), m.GetAck().GetPolicyRevision()
-	expires := m.GetAck().GetSvidExpires()
-	sub.proxy.State, sub.proxy.Reason = "", ""
+	ack, nack := m.GetAck(), m.GetNack()
+	revision, expires := ack.GetRevision(), ack.GetSvidExpires()
+	if nack != nil {
+		revision, expires = nack.GetRevision(), nack.GetSvidExpires()
+	}
 	switch {
-	case m.GetAck() != nil:
-	case m.GetNack() != nil:
-		n := m.GetNack()
-		revision, policy, expires = n.GetRevision(), n.GetPolicyRevision(), n.GetSvidExpires()
-		sub.proxy.State, sub.proxy.Reason = mesh.Rejected, plain(n.GetReason())
-		sub.s.cfg.Log.Warn("proxy rejected a snapshot", slog.String("workload", sub.key.workload.String()),
-			slog.Uint64("revision", revision), slog.String("reason", sub.proxy.Reason))
-	default:
+	case ack == nil && nack == nil:
 		return refuse(codes.InvalidArgument, "a message after the hello is an ack or a nack")
-	}
-	if revision > sub.sentRevision {
+	case revision > sub.sentRevision:
 		return refuse(codes.InvalidArgument, "revision %d was never sent", revision)
+	case ack != nil:
+		// A proxy may hold more than an issuer that was set back has.
+		sub.proxy.State, sub.proxy.Reason = "", ""
+		sub.proxy.PolicyRevision = min(ack.GetPolicyRevision(), sub.sentPolicy)
+	case revision == sub.sentRevision:
+		reason := plain(nack.GetReason())
+		if sub.proxy.State != mesh.Rejected || sub.proxy.PolicyRevision != sub.sentPolicy || sub.proxy.Reason != reason {
+			sub.s.cfg.Log.Warn("proxy rejected a snapshot", slog.String("workload", sub.key.workload.String()),
+				slog.Uint64("revision", revision), slog.Uint64("policy", sub.sentPolicy), slog.String("reason", reason))
+		}
+		sub.proxy.State, sub.proxy.Reason, sub.proxy.PolicyRevision = mesh.Rejected, reason, sub.sentPolicy
 	}
-	// A proxy may hold more than an issuer that was set back; it is not synced.
-	sub.proxy.PolicyRevision = min(policy, sub.sentPolicy)
+	// The nack of an older revision says nothing: that of the newest follows.
 	if t := timeFromWire(expires); !t.IsZero() {
 		sub.proxy.SVIDExpires = t
 	}

@@ -49,8 +49,9 @@ type Registry interface {
 	Announce(ctx context.Context, e mesh.Endpoint, lease time.Duration) error
 	// Withdraw marks the agent's endpoints to expire after their lease.
 	Withdraw(ctx context.Context, agent spiffeid.ID) error
-	// ReportProxy keeps what a proxy says; the registry computes its State,
-	// except that a report with State Rejected is a refusal.
+	// ReportProxy keeps what a proxy says. A report with State Rejected refuses
+	// its PolicyRevision; any other acknowledges it, and the registry computes
+	// the State.
 	ReportProxy(p mesh.Proxy)
 	Proxies() []mesh.Proxy
 	AddEdges(edges []mesh.Edge)
