@@ -94,6 +94,8 @@ type Conn struct {
 	trailers    bool        // pass trailers on: true after ReadResponse
 	quit        atomic.Bool // set from outside: stop reading a body
 
+	peeker peeker
+
 	// The write half.
 	out      []byte
 	writeEnd time.Time // the write deadline now set

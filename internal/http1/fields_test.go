@@ -1,6 +1,7 @@
 package http1
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -97,6 +98,24 @@ func TestStatusOf(t *testing.T) {
 	} {
 		if got := StatusOf(tt.err); got != tt.want {
 			t.Errorf("StatusOf(%v) = %d, want %d", tt.err, got, tt.want)
+		}
+	}
+}
+
+// TestValidValue tries each byte at each place against the plain rule.
+func TestValidValue(t *testing.T) {
+	for n := range 20 {
+		for at := range n {
+			for _, around := range []byte{' ', 'a', 0x80, 0xff, '\t'} {
+				for c := range 256 {
+					b := bytes.Repeat([]byte{around}, n)
+					b[at] = byte(c)
+					want := c == '\t' || c >= 0x20 && c != 0x7f
+					if got := validValue(b); got != want {
+						t.Fatalf("validValue(%q) = %v", b, got)
+					}
+				}
+			}
 		}
 	}
 }

@@ -89,10 +89,8 @@ func (r *Response) line(b []byte) error {
 	if len(b) > 13 {
 		r.Phrase = b[13:]
 	}
-	for _, c := range r.Phrase {
-		if class[c]&isValue == 0 {
-			return refuse(ReasonStartLine, "the reason phrase holds a control byte")
-		}
+	if !validValue(r.Phrase) {
+		return refuse(ReasonStartLine, "the reason phrase holds a control byte")
 	}
 	return nil
 }

@@ -5,6 +5,19 @@ import (
 	"syscall"
 )
 
+// peeker looks at what the kernel holds for a connection, without allocating.
+type peeker struct {
+	raw   syscall.RawConn
+	look  func(fd uintptr)
+	b     [1]byte
+	stale bool
+}
+
+func (p *peeker) peek(fd uintptr) {
+	_, _, err := syscall.Recvfrom(int(fd), p.b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+	p.stale = err != syscall.EAGAIN
+}
+
 // Stale says that a pooled connection must not be used: the peer has closed
 // it, or has sent bytes that nobody asked for and that would be taken for the
 // next response. It never blocks; a connection without a descriptor is
@@ -13,7 +26,20 @@ func (c *Conn) Stale() bool {
 	if c.w > c.r {
 		return true
 	}
-	nc := c.nc
+	p := &c.peeker
+	if p.look == nil {
+		p.look = p.peek
+		p.raw = rawConn(c.nc)
+	}
+	if p.raw == nil {
+		return false
+	}
+	p.stale = true
+	return p.raw.Control(p.look) != nil || p.stale
+}
+
+// rawConn finds the descriptor under nc, through TLS too; nil without one.
+func rawConn(nc net.Conn) syscall.RawConn {
 	for {
 		in, ok := nc.(interface{ NetConn() net.Conn })
 		if !ok {
@@ -21,19 +47,10 @@ func (c *Conn) Stale() bool {
 		}
 		nc = in.NetConn()
 	}
-	sc, ok := nc.(syscall.Conn)
-	if !ok {
-		return false
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			return raw
+		}
 	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return true
-	}
-	stale := true
-	err = raw.Control(func(fd uintptr) {
-		var b [1]byte
-		_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		stale = err != syscall.EAGAIN
-	})
-	return stale || err != nil
+	return nil
 }

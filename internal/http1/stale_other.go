@@ -2,6 +2,8 @@
 
 package http1
 
+type peeker struct{}
+
 // Stale says that a pooled connection must not be used. Here only bytes that
 // were read already are known; a connection that the peer closed is found out
 // when it is used.

@@ -302,6 +302,9 @@ func TestWriteError(t *testing.T) {
 func TestStale(t *testing.T) {
 	a, b := tcpPair(t)
 	c := NewConn(a, Limits{})
+	if n := testing.AllocsPerRun(100, func() { c.Stale() }); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
 	if c.Stale() {
 		t.Error("a quiet connection counts as stale")
 	}
