@@ -47,7 +47,9 @@ type decoder struct {
 	// spoiled holds the fields of items that are written but could not be
 	// decoded.
 	spoiled map[Origin]map[string]bool
-	// secret is true while below a field whose value must not be shown.
+	// secrets are the names of fields whose value must not be shown.
+	secrets []string
+	// secret is true while below such a field.
 	secret bool
 }
 
@@ -56,6 +58,7 @@ type locator interface{ locate(Origin) }
 
 func (d *decoder) decode(src []byte, v reflect.Value) {
 	d.spoiled = map[Origin]map[string]bool{}
+	d.secrets = secretNames(v.Type(), nil, map[reflect.Type]bool{})
 	if body := d.parse(src); body != nil {
 		d.value(body, v, "")
 	}
@@ -71,7 +74,8 @@ func (d *decoder) parse(src []byte) (body ast.Node) {
 	d.lines = splitLines(src)
 	for i, l := range d.lines {
 		if at := badByte(l); at >= 0 {
-			d.problems = append(d.problems, &Problem{File: d.file, Line: i + 1, Col: 1 + utf8.RuneCountInString(l[:at]), Text: l, Msg: "character is not printable UTF-8 text"})
+			pos := &token.Position{Line: i + 1, Column: 1 + utf8.RuneCountInString(l[:at])}
+			d.at(&token.Token{Position: pos}, "character is not printable UTF-8 text")
 			return nil
 		}
 	}
@@ -113,7 +117,7 @@ func (d *decoder) at(t *token.Token, format string, args ...any) {
 	p := &Problem{File: d.file, Msg: fmt.Sprintf(format, args...)}
 	if t != nil && t.Position != nil {
 		p.Line, p.Col = t.Position.Line, t.Position.Column
-		if p.Line >= 1 && p.Line <= len(d.lines) && !d.secret {
+		if p.Line >= 1 && p.Line <= len(d.lines) && !d.secret && !d.hidden(p.Line) {
 			p.Text = d.lines[p.Line-1]
 		}
 	}

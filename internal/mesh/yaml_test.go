@@ -123,12 +123,25 @@ hidden: x
 }
 
 func TestDecodeYAMLNeverShowsASecret(t *testing.T) {
-	for _, src := range []string{"secret: 4711", "secret: {a: hunter4711}", "secret: [hunter4711]"} {
+	for _, src := range []string{
+		"secret: 4711", "secret: {a: hunter4711}", "secret: [hunter4711]", "secret: &a hunter4711",
+		"secret: \"hunter4711", "sceret: hunter4711", "Secret: hunter4711", "secret: a\nsecret: hunter4711",
+		"secret: |\n  hunter1\n  hunter4711\x00\n", "on: true\nsecret:\n  - a\n  - 4711\n", "{on: yes, secret: hunter4711}",
+		"secret: a\n hunter4711: b\n",
+	} {
 		var got sampleConfig
 		err := DecodeYAML("c.yaml", []byte(src), &got)
 		if err == nil || strings.Contains(err.Error(), "4711") {
 			t.Errorf("%s: %v", src, err)
 		}
+	}
+}
+
+func TestDecodeYAMLShowsLinesBesideASecret(t *testing.T) {
+	var got sampleConfig
+	err := DecodeYAML("c.yaml", []byte("secret: hunter4711\non: yes\n"), &got)
+	if err == nil || !strings.Contains(err.Error(), "\n    on: yes\n") {
+		t.Errorf("got %v", err)
 	}
 }
 
