@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -86,6 +87,10 @@ type Log struct {
 	// nothing that follows could be trusted.
 	dead error
 	mem  *bytes.Buffer
+
+	// copied is set for the log inside a Mirror, which writes no record of its
+	// own.
+	copied bool
 }
 
 func newLog(cfg Config) *Log {
@@ -148,13 +153,8 @@ func (l *Log) failed(err error) error {
 	return err
 }
 
-// write appends one line, under mu.
+// write appends one record, under mu.
 func (l *Log) write(r *Record) error {
-	if l.size >= l.cfg.MaxFile && l.mem == nil {
-		if err := l.rotate(); err != nil {
-			return err
-		}
-	}
 	rec := *r
 	rec.Seq = l.seq + 1
 	if rec.Time.IsZero() {
@@ -164,19 +164,33 @@ func (l *Log) write(r *Record) error {
 		rec.ID = l.nextID(rec.Seq)
 	}
 	clean(&rec)
+	// Putting the file aside does not change prev.
 	l.buf = appendRecord(l.buf[:0], &rec, &l.prev)
+	if err := l.put(rec.Seq); err != nil {
+		return err
+	}
+	r.Seq, r.Time, r.ID = rec.Seq, rec.Time, rec.ID
+	return nil
+}
+
+// put writes the line in buf, which is record seq, under mu.
+func (l *Log) put(seq uint64) error {
+	if l.size >= l.cfg.MaxFile && l.mem == nil {
+		if err := l.rotate(); err != nil {
+			return err
+		}
+	}
 	n, err := l.file.Write(l.buf)
 	if err != nil || n != len(l.buf) {
 		l.torn = n != 0
-		return fmt.Errorf("write audit record: %w", cmp.Or(err, errors.New("short write")))
+		return fmt.Errorf("write audit record: %w", cmp.Or(err, io.ErrShortWrite))
 	}
 	l.prev = sha256.Sum256(l.buf)
 	l.size += int64(n)
-	l.seq = rec.Seq
+	l.seq = seq
 	if l.first == 0 {
-		l.first = rec.Seq
+		l.first = seq
 	}
-	r.Seq, r.Time, r.ID = rec.Seq, rec.Time, rec.ID
 	return nil
 }
 

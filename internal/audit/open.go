@@ -18,7 +18,9 @@ import (
 // Open opens the log at cfg.Path and continues its chain, or starts one. What
 // a crash left of a last line is moved to Path.torn-<n>, and a gap record says
 // so. A file that does not end like an audit log is refused untouched.
-func Open(cfg Config) (*Log, error) {
+func Open(cfg Config) (*Log, error) { return open(cfg, false) }
+
+func open(cfg Config, copied bool) (*Log, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("audit: %w", err)
 	}
@@ -27,7 +29,7 @@ func Open(cfg Config) (*Log, error) {
 		return nil, fmt.Errorf("open audit log: %w", err)
 	}
 	l := newLog(cfg)
-	l.file = f
+	l.file, l.copied = f, copied
 	if err := l.resume(f); err != nil {
 		return nil, errors.Join(fmt.Errorf("open audit log %s: %w", cfg.Path, err), f.Close())
 	}
@@ -234,6 +236,9 @@ func (l *Log) moveTorn(f *os.File, at, n int64) error {
 		return fmt.Errorf("cut torn end: %w", err)
 	}
 	l.cfg.Log.Warn("audit log ended in a part of a record; moved away", "path", l.cfg.Path, "to", name, "bytes", n)
+	if l.copied {
+		return nil // who sends the records will send that one again
+	}
 	return l.Append(&Record{Kind: KindGap, Detail: fmt.Sprintf(
 		"%d bytes after record %d were no whole record; moved to %s", n, l.seq, filepath.Base(name))})
 }

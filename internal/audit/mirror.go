@@ -1,0 +1,173 @@
+package audit
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// ErrNotNext is returned by Mirror.Receive for lines that do not continue the
+// copy: records are missing between, or one of the two logs was changed.
+var ErrNotNext = errors.New("audit records do not continue the copy")
+
+// A Mirror is a copy of a log that another process writes, byte by byte: what
+// leaves a machine cannot be changed there any more. It is safe for concurrent
+// use.
+type Mirror struct {
+	cfg Config
+
+	// mu guards what follows, and is taken before Log.mu.
+	mu    sync.Mutex
+	log   *Log
+	start hash // of the first line
+}
+
+// OpenMirror opens the copy at cfg.Path, or starts one.
+func OpenMirror(cfg Config) (*Mirror, error) {
+	l, err := open(cfg, true)
+	if err != nil {
+		return nil, err
+	}
+	m := &Mirror{cfg: cfg, log: l}
+	if l.seq == 0 {
+		return m, nil
+	}
+	names, err := Segments(cfg.Path)
+	if err == nil {
+		m.start, err = firstHash(names[0])
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open copy of audit log: %w", err), l.Close())
+	}
+	return m, nil
+}
+
+func firstHash(name string) (hash, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return hash{}, err
+	}
+	defer f.Close()
+	buf := make([]byte, maxLine)
+	n, err := f.ReadAt(buf, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return hash{}, err
+	}
+	i := bytes.IndexByte(buf[:n], '\n')
+	if i < 0 {
+		return hash{}, fmt.Errorf("%s does not start with an audit record", name)
+	}
+	return sha256.Sum256(buf[:i+1]), nil
+}
+
+// Receive adds lines with their line feeds, in order, and returns once they are
+// on the disk. Lines that the copy has already are passed over, so that a
+// sender may send again what it has no answer for. A log that starts again at
+// record 1, with another first record, is a new one: what there was before is
+// kept as Path.old-<n>. After an error a part of the lines may have been added;
+// Head tells.
+func (m *Mirror) Receive(ctx context.Context, lines [][]byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, b := range lines {
+		if err := m.add(b); err != nil {
+			return err
+		}
+	}
+	return m.log.Sync(ctx)
+}
+
+// Head returns the number of the newest record and the hash of its line.
+func (m *Mirror) Head() (seq uint64, sum [32]byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.log.Head()
+}
+
+// Close brings what was received to the disk and closes the copy.
+func (m *Mirror) Close() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.log.Close()
+}
+
+// add adds one line, under mu.
+func (m *Mirror) add(b []byte) error {
+	r, prev, err := ParseLine(b)
+	if err != nil {
+		return fmt.Errorf("receive audit records: %w", err)
+	}
+	seq, head := m.log.Head()
+	sum := sha256.Sum256(b)
+	switch {
+	case r.Seq == 1 && seq > 0 && sum != m.start:
+		if err := m.startAgain(); err != nil {
+			return fmt.Errorf("receive audit records: keep the log before: %w", err)
+		}
+		seq, head = 0, hash{}
+	case r.Seq < seq || r.Seq == seq && sum == head:
+		return nil
+	}
+	if r.Seq != seq+1 || prev != head {
+		return fmt.Errorf("%w: have record %d with hash %x, got record %d after one with hash %x", ErrNotNext, seq, head[:4], r.Seq, prev[:4])
+	}
+	if err := m.log.appendLine(r.Seq, b); err != nil {
+		return fmt.Errorf("receive audit records: %w", err)
+	}
+	if r.Seq == 1 {
+		m.start = sum
+	}
+	return nil
+}
+
+// startAgain keeps all files of the copy under another name and opens an empty
+// one, under mu.
+func (m *Mirror) startAgain() error {
+	if err := m.log.Close(); err != nil {
+		return err
+	}
+	names, err := Segments(m.cfg.Path)
+	if err != nil {
+		return err
+	}
+	old := ""
+	for n := 1; old == ""; n++ {
+		name := m.cfg.Path + ".old-" + strconv.Itoa(n)
+		if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+			old = name
+		} else if err != nil {
+			return err
+		}
+	}
+	for _, name := range names {
+		if err := os.Rename(name, old+strings.TrimPrefix(name, m.cfg.Path)); err != nil {
+			return err
+		}
+	}
+	m.cfg.Log.Warn("a log that is copied here started again from its first record", "path", m.cfg.Path, "kept", old)
+	m.log, err = open(m.cfg, true)
+	return err
+}
+
+// appendLine adds a line that was made elsewhere and continues the chain.
+func (l *Log) appendLine(seq uint64, b []byte) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if err := l.usable(); err != nil {
+		return err
+	}
+	l.buf = append(l.buf[:0], b...)
+	if err := l.put(seq); err != nil {
+		return l.failed(err)
+	}
+	l.lost, l.fail = 0, nil
+	return nil
+}
