@@ -1,11 +1,8 @@
-// Package http1 is a strict HTTP/1.1 engine for a proxy: it reads heads and
-// bodies, rewrites them in one pass and drives one exchange between two
-// connections. It accepts what RFC 9112 allows without doubt, refuses the
-// rest, and never forwards a head as it came.
-//
-// It knows no policy and keeps no pool of connections. A Conn belongs to one
-// goroutine; Exchange and Relay start a second one only while two directions
-// must move at once, and have joined it when they return.
+// Package http1 is a strict HTTP/1.1 engine for a proxy: it parses heads and
+// bodies, writes them anew and drives one exchange between two connections.
+// What RFC 9112 does not allow without doubt is refused. It knows no policy and
+// keeps no pool. A Conn belongs to one goroutine; Exchange and Relay start a
+// second one only while two directions must move at once, and join it.
 package http1
 
 import (
@@ -145,9 +142,10 @@ func (c *Conn) Linger() error {
 	}
 	c.readEnd = time.Now().Add(time.Second)
 	if c.nc.SetReadDeadline(c.readEnd) == nil {
-		c.floor, c.r, c.w = 0, 0, 0
+		bulk := bulkPool.Get().(*[bulkSize]byte) // the views of the head stay as they are
+		defer bulkPool.Put(bulk)
 		for left := 256 << 10; left > 0; {
-			n, err := c.nc.Read(c.buf)
+			n, err := c.nc.Read(bulk[:])
 			if left -= n; err != nil {
 				break
 			}
@@ -167,14 +165,20 @@ func (c *Conn) closeWrite() error {
 
 // Write writes all of p under the coarse write deadline.
 func (c *Conn) Write(p []byte) (int, error) {
-	now := time.Now()
-	if left, d := c.writeEnd.Sub(now), c.lim.WriteTimeout; left < d || left > d+d/8 {
-		c.writeEnd = now.Add(d + d/8)
-		if err := c.nc.SetWriteDeadline(c.writeEnd); err != nil {
-			return 0, err
+	if d := c.lim.WriteTimeout; d > 0 {
+		now := time.Now()
+		if left := c.writeEnd.Sub(now); left < d || left > d+d/8 {
+			if err := c.writeUntil(now.Add(d + d/8)); err != nil {
+				return 0, err
+			}
 		}
 	}
 	return c.nc.Write(p)
+}
+
+func (c *Conn) writeUntil(t time.Time) error {
+	c.writeEnd = t
+	return c.nc.SetWriteDeadline(t)
 }
 
 // readWithin sees to a read deadline between d and d+d/8 from now. Deadlines

@@ -18,6 +18,10 @@ import (
 // ends closed in order. Both connections are closed when it returns.
 func Relay(a, b *Conn, idle time.Duration) (ab, ba int64, err error) {
 	s := &relayState{idle: idle, start: time.Now()}
+	for _, c := range []*Conn{a, b} {
+		c.lim.WriteTimeout = idle // a receiver may pause as long as a sender
+		_ = c.writeUntil(time.Time{})
+	}
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

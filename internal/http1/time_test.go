@@ -345,6 +345,20 @@ func waitReadable(t *testing.T, c net.Conn) {
 
 func (c *Conn) quiet() bool { return !c.Stale() }
 
+func TestLingerKeepsTheViews(t *testing.T) {
+	client, server := tcpPair(t)
+	c, r := NewConn(server, Limits{}), new(Request)
+	_, _ = io.WriteString(client, "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n"+strings.Repeat("y", 9000))
+	if err := c.ReadRequest(r); err != nil {
+		t.Fatal(err)
+	}
+	client.Close()
+	_ = c.Linger()
+	if string(r.Path) != "/x" || r.Verb() != "POST" {
+		t.Errorf("after Linger the request reads %q %q", r.Method, r.Path)
+	}
+}
+
 func TestLingerLetsTheAnswerArrive(t *testing.T) {
 	client, server := tcpPair(t)
 	go func() {
