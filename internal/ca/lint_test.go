@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/smallstep/certificates/cas/apiv1"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
@@ -178,23 +179,50 @@ func TestLintOfAuthorities(t *testing.T) {
 	}
 }
 
-// TestWhatIsSignedIsWhatWasLinted compares the bytes.
+// keepsKey is a service that signs but does not hand out its key.
+type keepsKey struct {
+	apiv1.CertificateAuthorityService
+}
+
+// forges is a service that signs something else.
+type forges struct {
+	apiv1.CertificateAuthorityService
+}
+
+func (f forges) CreateCertificate(r *apiv1.CreateCertificateRequest) (*apiv1.CreateCertificateResponse, error) {
+	r.Template.DNSNames = []string{"evil.example"}
+	return f.CertificateAuthorityService.CreateCertificate(r)
+}
+
+// TestWhatIsSignedIsWhatWasLinted compares the bytes, for both ways to sign.
 func TestWhatIsSignedIsWhatWasLinted(t *testing.T) {
 	c := open(t, config(t))
-	d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public(), DNSNames: []string{"web.corp.example"}}))
-	linted := must1(lintDraft(d.d))
-	chain, err := c.Sign(t.Context(), d)
-	if err != nil {
-		t.Fatal(err)
+	own := c.current.Load().service
+	for name, service := range map[string]apiv1.CertificateAuthorityService{"the built-in service": own, "a service that keeps its key": keepsKey{own}} {
+		d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public(), DNSNames: []string{"web.corp.example"}}))
+		d.d.with.service = service
+		linted := must1(lintDraft(d.d))
+		chain, err := c.Sign(t.Context(), d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(chain[0].RawTBSCertificate) != string(linted.RawTBSCertificate) {
+			t.Errorf("%s: the bytes differ", name)
+		}
+		if err := chain[0].CheckSignatureFrom(chain[1]); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if linted.CheckSignatureFrom(chain[1]) == nil {
+			t.Errorf("%s: what the linter saw is valid", name)
+		}
 	}
-	if string(chain[0].RawTBSCertificate) != string(linted.RawTBSCertificate) {
-		t.Error("the bytes differ")
+	d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public()}))
+	d.d.with.service = forges{own}
+	if chain, err := c.Sign(t.Context(), d); err == nil || chain != nil || !strings.Contains(err.Error(), "not the one drafted") {
+		t.Errorf("a service that signs something else: %v", err)
 	}
-	if err := chain[0].CheckSignatureFrom(chain[1]); err != nil {
-		t.Error(err)
-	}
-	if linted.CheckSignatureFrom(chain[1]) == nil {
-		t.Error("what the linter saw is valid")
+	if got := c.cfg.Audit.(*records).reasons(); got != "intent done intent done intent failed" {
+		t.Errorf("audit has %s", got)
 	}
 }
 

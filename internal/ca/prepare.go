@@ -9,6 +9,8 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
 	"net/url"
@@ -263,19 +265,67 @@ func (c *CA) Sign(ctx context.Context, p Draft) ([]*x509.Certificate, error) {
 	return chain, nil
 }
 
+// sign lets the service sign. One that hands out its key, as the built-in one
+// does, signs the linted bytes as they are: that saves a second encoding and
+// the check of our own signature, half of the cost of a certificate. The
+// receiver checks the chain before it uses it.
 func (d *draft) sign() ([]*x509.Certificate, error) {
+	cert, err := d.signLinted()
+	if cert == nil && err == nil {
+		cert, err = d.signTemplate()
+	}
+	if err != nil {
+		return nil, err
+	}
+	// What comes back must be, to the byte, what the linter saw: no trust in a
+	// service is needed but for the signature.
+	if !bytes.Equal(cert.RawTBSCertificate, d.linted) {
+		return nil, errors.New("the signed certificate is not the one drafted")
+	}
+	return []*x509.Certificate{cert, d.with.intermediate}, nil
+}
+
+func (d *draft) signTemplate() (*x509.Certificate, error) {
 	resp, err := d.with.service.CreateCertificate(&apiv1.CreateCertificateRequest{
 		Template: d.template, Lifetime: d.template.NotAfter.Sub(d.made), Backdate: backdate,
 	})
 	if err != nil {
 		return nil, err
 	}
-	// What comes back must be, to the byte, what the linter saw: no trust in a
-	// service is needed but for the signature.
-	if !bytes.Equal(resp.Certificate.RawTBSCertificate, d.linted) {
-		return nil, errors.New("the signed certificate is not the one drafted")
+	return resp.Certificate, nil
+}
+
+// ecdsaWithSHA256 is the signature algorithm of every leaf (RFC 5758).
+var ecdsaWithSHA256 = pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}}
+
+// signLinted returns nil when the service keeps its key to itself or has one
+// that is not EC.
+func (d *draft) signLinted() (*x509.Certificate, error) {
+	holder, ok := d.with.service.(apiv1.CertificateAuthoritySigner)
+	if !ok {
+		return nil, nil
 	}
-	return []*x509.Certificate{resp.Certificate, d.with.intermediate}, nil
+	signer, err := holder.GetSigner()
+	if err != nil {
+		return nil, err
+	}
+	if _, ok := signer.Public().(*ecdsa.PublicKey); !ok {
+		return nil, nil
+	}
+	digest := sha256.Sum256(d.linted)
+	signature, err := signer.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	der, err := asn1.Marshal(struct {
+		TBS       asn1.RawValue
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{asn1.RawValue{FullBytes: d.linted}, ecdsaWithSHA256, asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}})
+	if err != nil {
+		return nil, fmt.Errorf("encode certificate: %w", err)
+	}
+	return x509.ParseCertificate(der)
 }
 
 func (c *CA) record(id spiffeid.ID, reason, decision, detail string) error {
