@@ -33,6 +33,8 @@ const (
 	maxMessage = 4 << 20
 	// maxStreams bounds the streams of one connection that are open at once.
 	maxStreams = 128
+	// maxHeader bounds the headers of one call, bytes.
+	maxHeader = 64 << 10
 	// maxCSR bounds a certificate request, bytes: RSA 8192 needs about 2 KiB.
 	maxCSR = 16 << 10
 	// maxBatch bounds the SVIDs of one BatchNewX509SVID, as in SPIRE.
@@ -56,6 +58,9 @@ const (
 	// keepaliveAfter and keepaliveTimeout find a dead peer within 30 s.
 	keepaliveAfter   = 20 * time.Second
 	keepaliveTimeout = 10 * time.Second
+	// idleTimeout ends a connection without a stream, such as one of a stranger
+	// who only wants to hold it.
+	idleTimeout = 5 * time.Minute
 	// drainTimeout bounds the end of calls in flight when a Server stops.
 	drainTimeout = 5 * time.Second
 )

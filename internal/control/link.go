@@ -108,11 +108,12 @@ func (c *Client) release(l *link) {
 }
 
 // discard drops a link that cannot connect, so that the next call starts afresh
-// and does not wait for the connection's own pace.
+// and does not wait for the connection's own pace. A call may fail a moment
+// before the connection calls itself failed, so anything but ready counts.
 func (c *Client) discard(l *link) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.link == l && l.cc.GetState() == connectivity.TransientFailure {
+	if c.link == l && l.cc.GetState() != connectivity.Ready {
 		c.supersede(nil)
 	}
 }
