@@ -319,3 +319,29 @@ func TestExplain(t *testing.T) {
 		t.Errorf("tried %s", got)
 	}
 }
+
+func TestPatternsOfDestinations(t *testing.T) {
+	s := compile(t, `
+p, one,  in, **, spiffe://corp.example/a/*/b,    *, GET, **, -, allow
+p, tree, in, **, spiffe://corp.example/t/*/**,   *, GET, **, -, allow
+p, all,  in, **, spiffe://corp.example/s/**,     *, GET, **, -, allow
+p, top,  in, **, spiffe://corp.example/*,        *, GET, **, -, allow
+`)
+	for dst, want := range map[string]string{
+		"a/x/b": "one", "a//b": "", "a/x/y/b": "", "a/b": "", "a/x/b/": "",
+		"t/x": "tree", "t/x/y/z": "tree", "t": "top", "t/": "", "t//x": "",
+		"s": "all", "s/": "all", "s/x": "all", "sx": "top", "": "", "/": "", "*": "top",
+	} {
+		c := get("/")
+		c.Dst = "spiffe://corp.example/" + dst
+		if d := decide(t, s, c); d.Rule != want {
+			t.Errorf("%q: %+v, want row %q", dst, d, want)
+		}
+	}
+	c := get("/")
+	for _, c.Dst = range []string{"spiffe://corp.example", "spiffe://other.example/s/x", "spiffe://corp.example.evil/s/x", "host:s"} {
+		if d := decide(t, s, c); d.Allow {
+			t.Errorf("%q: %+v", c.Dst, d)
+		}
+	}
+}
