@@ -614,3 +614,38 @@ func TestHashFollowsTheContent(t *testing.T) {
 		t.Error("a device was hashed")
 	}
 }
+
+func TestParseStat(t *testing.T) {
+	const tail = " S 7 1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4242 9 9"
+	for _, c := range []struct {
+		in    string
+		start uint64
+		ok    bool
+	}{
+		{"1 (a)" + tail, 4242, true},
+		{"1 (a b) c) (d)" + tail, 4242, true},
+		{"1 (R 99 1)" + tail, 4242, true},
+		{"1 (a", 0, false},
+		{"1 (a) S 7", 0, false},
+		{"1 (a) S x 1", 0, false},
+		{"", 0, false},
+	} {
+		state, ppid, start, err := parseStat([]byte(c.in))
+		if (err == nil) != c.ok || c.ok && (state != 'S' || ppid != 7 || start != c.start) {
+			t.Errorf("parseStat(%q) = %c, %d, %d, %v", c.in, state, ppid, start, err)
+		}
+	}
+}
+
+func TestParseStatus(t *testing.T) {
+	var p Process
+	text := "Name:\tUid:\t0\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \nNgid:\t0\n"
+	if err := p.parseStatus([]byte(text)); err != nil || p.UID != 2 || p.GID != 6 || len(p.Groups) != 2 || p.Groups[1] != 10 {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	for _, bad := range []string{"", "Uid:\t1\t2\n", "Uid:\t1\nGid:\t1\nGroups:\n", "Uid:\tx\ty\n"} {
+		if err := new(Process).parseStatus([]byte(bad)); err == nil {
+			t.Errorf("%q accepted", bad)
+		}
+	}
+}

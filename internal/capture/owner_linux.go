@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -206,24 +205,15 @@ func findHolder(s socket, candidates []int) (pid int, fd string) {
 }
 
 // holds gives the descriptor by which pid holds the socket, or "".
-func holds(pid int, link string) string {
+func holds(pid int, link string) (fd string) {
 	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
-	f, err := os.Open(dir)
-	if err != nil {
-		return ""
-	}
-	defer f.Close()
-	for {
-		names, err := f.Readdirnames(256)
-		for _, n := range names {
-			if isSocket(dir+"/"+n, link) {
-				return n
-			}
+	_ = eachName(dir, func(name string) bool { // one that may not be looked at holds nothing we know of
+		if name[0] != '.' && isSocket(dir+"/"+name, link) {
+			fd = name
 		}
-		if err != nil || len(names) == 0 {
-			return ""
-		}
-	}
+		return fd == ""
+	})
+	return fd
 }
 
 func isSocket(path, link string) bool {

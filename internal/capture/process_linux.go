@@ -2,6 +2,7 @@ package capture
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -56,7 +57,7 @@ func Inspect(pid int) (Process, error) {
 
 // procErr turns "file is gone" under /proc into ErrNoProcess.
 func procErr(err error) error {
-	if os.IsNotExist(err) || strings.Contains(err.Error(), unix.ESRCH.Error()) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) {
 		return ErrNoProcess
 	}
 	return err
@@ -74,25 +75,38 @@ func readStat(dir string) (ppid int, start uint64, err error) {
 }
 
 func readAnyStat(dir string) (state byte, ppid int, start uint64, err error) {
-	b, err := os.ReadFile(dir + "/stat")
+	err = withProcFile(dir+"/stat", func(b []byte) error {
+		state, ppid, start, err = parseStat(b)
+		return err
+	})
 	if err != nil {
-		return 0, 0, 0, fmt.Errorf("read stat: %w", procErr(err))
+		return 0, 0, 0, fmt.Errorf("read stat: %w", err)
 	}
+	return state, ppid, start, nil
+}
+
+func parseStat(b []byte) (state byte, ppid int, start uint64, err error) {
 	i := bytes.LastIndexByte(b, ')')
 	if i < 0 {
-		return 0, 0, 0, fmt.Errorf("read stat: no command name in it")
+		return 0, 0, 0, errors.New("no command name in it")
 	}
-	f := strings.Fields(string(b[i+1:]))
-	if len(f) < 20 { // f[0] is field 3, the start time is field 22
-		return 0, 0, 0, fmt.Errorf("read stat: %d fields after the name, want 20 or more", len(f))
+	field := 2 // the start time is field 22
+	for f := range bytes.FieldsSeq(b[i+1:]) {
+		switch field++; field {
+		case 3:
+			state = f[0]
+		case 4:
+			if ppid, err = strconv.Atoi(string(f)); err != nil {
+				return 0, 0, 0, fmt.Errorf("parent: %w", err)
+			}
+		case 22:
+			if start, err = strconv.ParseUint(string(f), 10, 64); err != nil {
+				return 0, 0, 0, fmt.Errorf("start time: %w", err)
+			}
+			return state, ppid, start, nil
+		}
 	}
-	if ppid, err = strconv.Atoi(f[1]); err != nil {
-		return 0, 0, 0, fmt.Errorf("read stat: parent: %w", err)
-	}
-	if start, err = strconv.ParseUint(f[19], 10, 64); err != nil {
-		return 0, 0, 0, fmt.Errorf("read stat: start time: %w", err)
-	}
-	return f[0][0], ppid, start, nil
+	return 0, 0, 0, fmt.Errorf("%d fields, want 22 or more", field)
 }
 
 func statExe(dir string) (dev, ino uint64, err error) {
@@ -106,50 +120,60 @@ func statExe(dir string) (dev, ino uint64, err error) {
 // readStatus takes the effective user and group and the supplementary groups
 // from /proc/PID/status.
 func (p *Process) readStatus(dir string) error {
-	b, err := os.ReadFile(dir + "/status")
-	if err != nil {
-		return fmt.Errorf("read status: %w", procErr(err))
-	}
-	var uid, gid bool
-	for line := range strings.Lines(string(b)) {
-		key, val, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
-		f := strings.Fields(val)
-		switch key {
-		case "Uid", "Gid":
-			if len(f) < 2 {
-				return fmt.Errorf("read status: %s has %d fields, want 4", key, len(f))
-			}
-			n, err := strconv.ParseUint(f[1], 10, 32)
-			if err != nil {
-				return fmt.Errorf("read status: %s: %w", key, err)
-			}
-			if key == "Uid" {
-				p.UID, uid = uint32(n), true
-			} else {
-				p.GID, gid = uint32(n), true
-			}
-		case "Groups":
-			for _, s := range f {
-				n, err := strconv.ParseUint(s, 10, 32)
-				if err != nil {
-					return fmt.Errorf("read status: groups: %w", err)
-				}
-				p.Groups = append(p.Groups, uint32(n))
-			}
-		}
-	}
-	if !uid || !gid {
-		return fmt.Errorf("read status: no Uid or Gid line")
+	if err := withProcFile(dir+"/status", p.parseStatus); err != nil {
+		return fmt.Errorf("read status: %w", err)
 	}
 	return nil
 }
 
-func readCgroup(dir string) (string, error) {
-	b, err := os.ReadFile(dir + "/cgroup")
-	if err != nil {
-		return "", fmt.Errorf("read cgroup: %w", procErr(err))
+func (p *Process) parseStatus(b []byte) error {
+	var uid, gid, groups bool
+	for line := range bytes.Lines(b) {
+		var ids []uint32
+		var err error
+		switch key, val, _ := bytes.Cut(line, []byte{':'}); string(key) {
+		case "Uid":
+			if ids, err = parseIDs(val); err == nil && len(ids) > 1 {
+				p.UID, uid = ids[1], true
+			}
+		case "Gid":
+			if ids, err = parseIDs(val); err == nil && len(ids) > 1 {
+				p.GID, gid = ids[1], true
+			}
+		case "Groups":
+			p.Groups, err = parseIDs(val)
+			groups = true
+		}
+		if err != nil {
+			return err
+		}
+		if uid && gid && groups {
+			return nil
+		}
 	}
-	return parseCgroup(string(b)), nil
+	return errors.New("no Uid, Gid or Groups line")
+}
+
+func parseIDs(b []byte) (out []uint32, err error) {
+	for f := range bytes.FieldsSeq(b) {
+		n, err := strconv.ParseUint(string(f), 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, uint32(n))
+	}
+	return out, nil
+}
+
+func readCgroup(dir string) (path string, err error) {
+	err = withProcFile(dir+"/cgroup", func(b []byte) error {
+		path = parseCgroup(string(b))
+		return nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("read cgroup: %w", err)
+	}
+	return path, nil
 }
 
 // parseCgroup prefers the unified hierarchy ("0::/path"). Where only the old
@@ -231,15 +255,17 @@ func Children(pid int) (running, zombies []int, err error) {
 
 // listPIDs names every process that is visible.
 func listPIDs() ([]int, error) {
-	ents, err := os.ReadDir("/proc")
+	var out []int
+	err := eachName("/proc", func(name string) bool {
+		if name[0] >= '1' && name[0] <= '9' {
+			if n, err := strconv.Atoi(name); err == nil {
+				out = append(out, n)
+			}
+		}
+		return true
+	})
 	if err != nil {
 		return nil, fmt.Errorf("list processes: %w", err)
-	}
-	var out []int
-	for _, e := range ents {
-		if n, err := strconv.Atoi(e.Name()); err == nil {
-			out = append(out, n)
-		}
 	}
 	return out, nil
 }
