@@ -19,9 +19,9 @@ import (
 // floors is the law: a package imports only from lower floors, never from its
 // own. Moving a package is a design decision; the commit explains it.
 var floors = [][]string{
-	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/control/meshpb"},
+	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }

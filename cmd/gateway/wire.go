@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/agent"
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/egress"
+	"sallyport/internal/mesh"
+	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
+)
+
+// A gateway is the composed process.
+type gateway struct {
+	cfg     *Config
+	log     *slog.Logger
+	level   *slog.LevelVar
+	ready   *daemon.Ready
+	metrics *telemetry.Registry
+	audit   *audit.Log
+	judge   *authz.Judge
+	agent   *agent.Agent
+	// inForce is the snapshot that the judge has the rules of.
+	inForce atomic.Pointer[mesh.Snapshot]
+	egress  *egress.Gateway
+}
+
+// readyListener is the condition that tunnels are accepted.
+const readyListener = "listener"
+
+// serve runs the gateway until a signal, or until a part of it fails.
+func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
+	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	f, ok := stderr.(*os.File)
+	gw.log, gw.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	if err := gw.open(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, gw.audit.Close()) }()
+	stop, now, cancel := daemon.Signals(ctx)
+	defer cancel()
+	ground, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	g, ground := errgroup.WithContext(ground)
+	admin := &daemon.Admin{
+		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: gw.ready, Metrics: gw.metrics.Handler(),
+		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Log: gw.log,
+	}
+	g.Go(func() error { return admin.Run(ground) })
+	g.Go(func() error { return gw.audit.Run(ground) })
+	g.Go(func() error { return gw.judge.Run(ground) })
+	g.Go(func() error {
+		defer end()
+		begin, cancel := context.WithCancel(ground)
+		defer context.AfterFunc(stop, cancel)()
+		defer cancel()
+		if err := gw.agent.Join(begin); err != nil {
+			return err
+		}
+		g.Go(func() error { return gw.agent.Run(ground) })
+		self, err := gw.agent.AwaitPolicy(begin)
+		if err != nil {
+			return nil //nolint:nilerr // asked to stop before it began
+		}
+		return gw.live(stop, now, ground, self)
+	})
+	return g.Wait()
+}
+
+// open builds every part, the lowest first. It contacts nobody.
+func (gw *gateway) open() error {
+	cfg := gw.cfg
+	gw.ready.Expect(readyListener)
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	}
+	var err error
+	path := filepath.Join(cfg.DataDir, "audit.jsonl")
+	if gw.audit, err = audit.Open(audit.Config{Path: path, Log: gw.log}); err != nil {
+		return err
+	}
+	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log}); err != nil {
+		return err
+	}
+	servers := make([]egress.Server, len(cfg.Resolvers))
+	for i, a := range cfg.Resolvers {
+		servers[i] = egress.Server{Addr: a}
+	}
+	names, err := egress.NewResolver(egress.ResolverConfig{Servers: servers})
+	if err != nil {
+		return err
+	}
+	edges := telemetry.NewEdges()
+	gw.agent, err = agent.Open(agent.Config{
+		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
+		Identity: cfg.Identity, Use: gw.use, Audit: path, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+	})
+	if err != nil {
+		return err
+	}
+	gw.egress, err = egress.New(egress.Config{
+		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
+		Names: names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
+		Limits: egress.Limits{
+			Tunnels: cfg.Limits.Tunnels, TunnelsPerCaller: cfg.Limits.TunnelsPerWorkload,
+			Idle: cfg.Limits.Idle, Life: cfg.Limits.Life,
+		},
+	})
+	return err
+}
+
+// member lets every workload of the trust domain shake hands: what it may
+// reach is decided for each tunnel, so that a refusal has a decision.
+func (gw *gateway) member(id spiffeid.ID) error {
+	if !id.MemberOf(gw.cfg.TrustDomain) {
+		return fmt.Errorf("%s is not in trust domain %s", id, gw.cfg.TrustDomain)
+	}
+	return nil
+}
+
+// use puts a snapshot in force and judges the open tunnels by it. Nothing is
+// changed before all of it is good.
+func (gw *gateway) use(snap *mesh.Snapshot) error {
+	set, err := authz.Compile(snap)
+	if err != nil {
+		return err
+	}
+	gw.judge.Use(set)
+	gw.inForce.Store(snap)
+	if gw.egress != nil { // nil while the state of an earlier run is taken over
+		gw.egress.Rejudge()
+	}
+	return nil
+}
+
+// live serves until it is told to stop, then lets the tunnels end.
+func (gw *gateway) live(stop, now, ground context.Context, self spiffeid.ID) error {
+	ln, err := net.Listen("tcp", gw.cfg.Listen)
+	if err != nil {
+		return daemon.Hint(fmt.Errorf("listen: %w", err), "free the port, or change listen in the configuration")
+	}
+	serving, finish := context.WithCancel(ground)
+	defer finish()
+	context.AfterFunc(stop, func() {
+		gw.ready.Set(readyListener, errors.New("draining"))
+		_ = daemon.Notify("STOPPING=1")
+		daemon.Pause(now, gw.cfg.Drain.Wait)
+		finish()
+	})
+	gw.ready.Set(readyListener, nil)
+	gw.log.Info("gateway ready", "identity", self.String(), "listen", ln.Addr().String())
+	_ = daemon.Notify("READY=1")
+	err = gw.egress.Serve(serving, ln)
+	grace, cancel := context.WithTimeout(now, gw.cfg.Drain.Timeout)
+	defer cancel()
+	gw.egress.Drain(grace)
+	return err
+}

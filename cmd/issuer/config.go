@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/daemon"
+)
+
+// Config is the manual of the issuer. It is read from one YAML file; the
+// environment (SALLYPORT_DATA_DIR, SALLYPORT_LOG_LEVEL, ...) goes before the
+// file, and a flag before both.
+type Config struct {
+	// TrustDomain is the name of the trust domain, such as "corp.example".
+	// It can't be changed later. Required.
+	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
+	// DataDir keeps the CA keys (ca/), the database (issuer.db), the audit logs
+	// (audit/) and bundle.pem, the roots that proxies need for the first
+	// contact. Mode 0700. Required.
+	DataDir string `yaml:"data_dir"`
+	// RunDir holds admin.sock and api.sock. Mode 0700. Default: "run" inside
+	// DataDir.
+	RunDir string `yaml:"run_dir"`
+	// Listen is the API for proxies: host:port, by custom port 8443. Required.
+	Listen string `yaml:"listen"`
+	// Policies is the folder of reviewed policy files. An edit is taken within
+	// a second; one with a mistake is refused and the last good stays. Required.
+	Policies string `yaml:"policies"`
+
+	CA  CAConfig         `yaml:"ca"`
+	Log daemon.LogConfig `yaml:"log"`
+}
+
+// CAConfig is about what is signed and for how long.
+type CAConfig struct {
+	// PassphraseFile holds the passphrase that encrypts the CA keys at rest.
+	// Without it the keys are plain PKCS#8, mode 0600.
+	PassphraseFile string `yaml:"passphrase_file"`
+	// KMS is the URI of a key store, such as "softkms:". Default: files.
+	KMS string `yaml:"kms"`
+	// X509TTL is the life of an X.509-SVID. Default 1 h, at least 1 min.
+	X509TTL time.Duration `yaml:"x509_ttl"`
+	// JWTTTL is the life of a JWT-SVID. Default 5 min.
+	JWTTTL time.Duration `yaml:"jwt_ttl"`
+	// AgentTTL is the life of a node's own SVID. Default 1 h.
+	AgentTTL time.Duration `yaml:"agent_ttl"`
+	// AllowShortTTL permits lives down to 1 s, for demonstrations and tests.
+	AllowShortTTL bool `yaml:"allow_short_ttl"`
+}
+
+// Validate reports every mistake, each by the name of its field.
+func (c *Config) Validate() error {
+	var errs []error
+	need := func(ok bool, field, what string) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: %s", field, what))
+		}
+	}
+	need(!c.TrustDomain.IsZero(), "trust_domain", `missing; write the name of your trust domain, such as "corp.example"`)
+	need(c.DataDir != "", "data_dir", `missing; write a directory of the issuer's own, such as "/var/lib/sallyport/issuer"`)
+	need(c.Listen != "", "listen", `missing; write host:port, such as "0.0.0.0:8443"`)
+	need(c.Policies != "", "policies", `missing; write the folder of the reviewed policy files, such as "/etc/sallyport/policies"`)
+	floor := time.Minute
+	if c.CA.AllowShortTTL {
+		floor = time.Second
+	}
+	for _, t := range []struct {
+		field string
+		d     time.Duration
+	}{{"ca.x509_ttl", c.CA.X509TTL}, {"ca.jwt_ttl", c.CA.JWTTTL}, {"ca.agent_ttl", c.CA.AgentTTL}} {
+		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is below the floor of %s", t.d, floor))
+	}
+	return errors.Join(errs...)
+}
+
+// fill sets the defaults.
+func (c *Config) fill() {
+	if c.RunDir == "" {
+		c.RunDir = filepath.Join(c.DataDir, "run")
+	}
+	if c.CA.X509TTL == 0 {
+		c.CA.X509TTL = time.Hour
+	}
+	if c.CA.JWTTTL == 0 {
+		c.CA.JWTTTL = 5 * time.Minute
+	}
+	if c.CA.AgentTTL == 0 {
+		c.CA.AgentTTL = time.Hour
+	}
+}

@@ -1,0 +1,56 @@
+package main
+
+import (
+	"context"
+	"errors"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+)
+
+// firstPolicies reads the policy folder at the start. A mistake in it matters
+// only when there is no accepted policy to go on with.
+func (in *issuer) firstPolicies(ctx context.Context) error {
+	err := in.applyFolder(ctx)
+	if err != nil && in.registry.Current() == nil {
+		return daemon.Hint(err, "mend the files and check them with: sallyport policy test "+in.cfg.Policies)
+	}
+	in.ready.Set("policy", nil)
+	return nil
+}
+
+// reload takes an edit of the policy folder, or says why not.
+func (in *issuer) reload(ctx context.Context) {
+	before := in.registry.Status().PolicyRevision
+	if err := in.applyFolder(ctx); err != nil {
+		return
+	}
+	if st := in.registry.Status(); st.PolicyRevision != before {
+		in.server.SyncNow() // entries may have changed with the rest
+	}
+}
+
+// applyFolder puts the folder in force, or keeps what is in force and makes
+// the reason known: in the log, in the status, in a metric and in the audit.
+func (in *issuer) applyFolder(ctx context.Context) error {
+	before := in.registry.Status().PolicyRevision
+	p, err := mesh.ParseDir(in.cfg.Policies, in.cfg.TrustDomain)
+	if err != nil {
+		in.registry.Refuse(err)
+	} else {
+		_, err = in.registry.ApplyPolicies(ctx, p)
+	}
+	st := in.registry.Status()
+	if err != nil {
+		in.metrics.PolicyRejected().Inc()
+		in.log.Error("policy edit refused, the old stays in force", "revision", st.PolicyRevision, "err", err)
+		return errors.Join(err, in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Deny, Revision: st.PolicyRevision, Detail: err.Error()}))
+	}
+	in.metrics.PolicyRevision().Set(float64(st.PolicyRevision))
+	if st.PolicyRevision == before {
+		return nil
+	}
+	in.log.Info("policy in force", "revision", st.PolicyRevision, "hash", st.PolicyHash)
+	return in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Allow, Revision: st.PolicyRevision, Detail: st.PolicyHash})
+}

@@ -1,0 +1,209 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/attest"
+	"sallyport/internal/audit"
+	"sallyport/internal/ca"
+	"sallyport/internal/capture"
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/registry"
+	"sallyport/internal/review"
+	"sallyport/internal/store"
+	"sallyport/internal/telemetry"
+)
+
+// An issuer is the composed process.
+type issuer struct {
+	cfg      *Config
+	log      *slog.Logger
+	level    *slog.LevelVar
+	ready    *daemon.Ready
+	metrics  *telemetry.Registry
+	audit    *audit.Log
+	store    *store.SQLite
+	ca       *ca.CA
+	registry *registry.Registry
+	server   *control.Server
+	received *received
+}
+
+// serve runs the issuer until a signal, or until a part of it fails.
+func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
+	in := &issuer{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	tty := false
+	if f, ok := stderr.(*os.File); ok {
+		tty = daemon.IsTerminal(f)
+	}
+	in.log, in.level = daemon.NewLogger(stderr, cfg.Log.Level, tty)
+	defer func() { err = errors.Join(err, in.close()) }()
+	if err := in.open(ctx); err != nil {
+		return err
+	}
+	stop, now, cancel := daemon.Signals(ctx)
+	defer cancel()
+	ln, err := net.Listen("tcp", cfg.Listen)
+	if err != nil {
+		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
+	}
+	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
+		ln.Close()
+		return fmt.Errorf("make run_dir: %w", err)
+	}
+	api, err := capture.ListenUnix(filepath.Join(cfg.RunDir, "api.sock"), 0o600)
+	if err != nil {
+		ln.Close()
+		return err
+	}
+	admin := &daemon.Admin{
+		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: in.ready, Metrics: in.metrics.Handler(),
+		ConfigDump: func() any { return cfg }, Level: in.level, Drain: cancel, Log: in.log,
+	}
+	g, run := errgroup.WithContext(stop)
+	context.AfterFunc(now, func() { os.Exit(daemon.Failed) })
+	g.Go(func() error { return in.audit.Run(run) })
+	g.Go(func() error { return in.ca.Run(run) })
+	g.Go(func() error { return in.registry.Run(run) })
+	g.Go(func() error { return in.server.Serve(run, ln) })
+	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
+	g.Go(func() error { return admin.Run(run) })
+	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
+	in.ready.Set("serving", nil)
+	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
+	_ = daemon.Notify("READY=1")
+	return g.Wait()
+}
+
+// open builds every part, the lowest first.
+func (in *issuer) open(ctx context.Context) error {
+	cfg := in.cfg
+	in.ready.Expect("serving", "policy")
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	}
+	var err error
+	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
+		return err
+	}
+	if in.store, err = store.OpenSQLite(ctx, filepath.Join(cfg.DataDir, "issuer.db")); err != nil {
+		return err
+	}
+	pass, err := passphrase(cfg.CA.PassphraseFile)
+	if err != nil {
+		return err
+	}
+	in.ca, err = ca.Open(ctx, ca.Config{
+		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
+		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL,
+		Audit: in.audit, Log: in.log,
+	})
+	if err != nil {
+		return err
+	}
+	if err := daemon.WriteFile(filepath.Join(cfg.DataDir, "bundle.pem"), bundlePEM(in.ca), 0o644); err != nil {
+		return err
+	}
+	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red})
+	if err != nil {
+		return err
+	}
+	if err := in.registry.Load(ctx); err != nil {
+		return err
+	}
+	if err := in.firstPolicies(ctx); err != nil {
+		return err
+	}
+	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received")); err != nil {
+		return err
+	}
+	in.server, err = control.NewServer(control.ServerConfig{
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
+		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(cfg.TrustDomain, in.registry)},
+		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
+	})
+	return err
+}
+
+func (in *issuer) close() error {
+	var errs []error
+	if in.received != nil {
+		errs = append(errs, in.received.Close())
+	}
+	if in.ca != nil {
+		errs = append(errs, in.ca.Close())
+	}
+	if in.store != nil {
+		errs = append(errs, in.store.Close())
+	}
+	if in.audit != nil {
+		errs = append(errs, in.audit.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// passphrase reads the first line of the file; none without a file.
+func passphrase(file string) ([]byte, error) {
+	if file == "" {
+		return nil, nil
+	}
+	info, err := os.Stat(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s does not exist", file), "write the passphrase of the CA keys into it, mode 0600")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("ca.passphrase_file: %w", err)
+	}
+	if info.Mode().Perm()&0o077 != 0 {
+		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s may be read by others (mode %04o)", file, info.Mode().Perm()), "chmod 600 "+file)
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("ca.passphrase_file: %w", err)
+	}
+	line, _, _ := strings.Cut(string(b), "\n")
+	if line == "" {
+		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s is empty", file), "write the passphrase of the CA keys into its first line")
+	}
+	return []byte(line), nil
+}
+
+// whyRefused names a refusal of evidence for the wire.
+func whyRefused(err error) control.Refusal {
+	switch {
+	case errors.Is(err, registry.ErrTokenUnknown):
+		return control.RefusalTokenUnknown
+	case errors.Is(err, registry.ErrTokenExpired):
+		return control.RefusalTokenExpired
+	case errors.Is(err, registry.ErrTokenUsed):
+		return control.RefusalTokenUsed
+	case errors.Is(err, attest.ErrEvidence):
+		return control.RefusalEvidence
+	}
+	return control.RefusalNone
+}
+
+// recordAttest writes down who asked to join and what came of it.
+func (in *issuer) recordAttest(_ context.Context, a control.Attestation) error {
+	r := audit.Record{Kind: audit.KindAttest, Decision: audit.Allow, Reason: string(a.Refusal), Peer: a.Peer, Detail: a.Type}
+	if a.Refusal != control.RefusalNone {
+		r.Decision = audit.Deny
+	}
+	if !a.Agent.IsZero() {
+		r.Src = a.Agent.String()
+	}
+	return in.audit.Append(&r)
+}

@@ -1,0 +1,296 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/internal/daemon"
+)
+
+const (
+	demoTrustDomain = "demo.sallyport"
+	demoSVIDLife    = 10 * time.Second
+	demoReadyWithin = 30 * time.Second
+	demoStopWithin  = 10 * time.Second
+)
+
+// demoWorkloads are the programs that have an identity; those that listen
+// have an inbound port.
+var demoWorkloads = []struct {
+	name   string
+	serves bool
+}{{"billing", true}, {"payment", true}, {"inventory", true}, {"web", false}, {"batch", false}}
+
+// A demo is a small mesh on this machine: real processes in a directory of
+// their own, and an internet that is not one.
+type demo struct {
+	dir  string
+	bin  string // where the four programs are
+	out  io.Writer
+	net  *internet
+	rec  *recorder
+	proc map[string]*process
+
+	issuerAddr, gatewayAddr netip.AddrPort
+	inbound, outbound, app  map[string]netip.AddrPort
+}
+
+// demoOptions are the flags of "sallyport demo".
+type demoOptions struct {
+	For  time.Duration
+	JSON bool
+	Keep bool
+}
+
+// runDemo starts the mesh and either shows it until ctx ends, or, with For,
+// puts every promise to the test and prints the verdicts.
+func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err error) {
+	progress := stdout
+	if o.JSON {
+		progress = stderr
+	}
+	d, err := newDemo(progress)
+	if err != nil {
+		return err
+	}
+	var left []string
+	defer func() {
+		left = d.stop(o.Keep)
+		if len(left) > 0 {
+			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, "; ")))
+		}
+	}()
+	if err := d.start(ctx); err != nil {
+		return err
+	}
+	d.printAddresses()
+	if o.For == 0 {
+		return d.show(ctx)
+	}
+	ctx, cancel := context.WithTimeout(ctx, o.For+demoReadyWithin)
+	defer cancel()
+	v := d.putToTest(ctx, o.For)
+	v.add("clean exit", func() error {
+		if left := d.stop(o.Keep); len(left) > 0 {
+			return errors.New(strings.Join(left, "; "))
+		}
+		return nil
+	}())
+	return v.print(stdout, o.JSON)
+}
+
+func newDemo(out io.Writer) (*demo, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	d := &demo{
+		bin: filepath.Dir(self), out: out, rec: newRecorder(), proc: map[string]*process{},
+		inbound: map[string]netip.AddrPort{}, outbound: map[string]netip.AddrPort{}, app: map[string]netip.AddrPort{},
+	}
+	for _, p := range []string{"issuer", "gateway", "sidecar"} {
+		if _, err := os.Stat(filepath.Join(d.bin, p)); err != nil {
+			return nil, daemon.Hint(fmt.Errorf("the program %q is not beside %q", p, self), "make build")
+		}
+	}
+	if d.dir, err = os.MkdirTemp("", "sallyport-demo-"); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// start brings the mesh up in its natural order.
+func (d *demo) start(ctx context.Context) (err error) {
+	if d.net, err = openInternet("api.stripe.test", "evil.test"); err != nil {
+		return fmt.Errorf("start the fake internet: %w", err)
+	}
+	if err := d.reservePorts(); err != nil {
+		return err
+	}
+	if err := d.writePolicies(); err != nil {
+		return err
+	}
+	if err := d.startIssuer(ctx); err != nil {
+		return err
+	}
+	if err := d.startProxy(ctx, "gateway", d.gatewayConfig, "gateway", "run"); err != nil {
+		return err
+	}
+	for _, w := range demoWorkloads {
+		argv := []string{"sidecar", "run"}
+		if err := d.startProxy(ctx, w.name, d.sidecarConfig, argv...); err != nil {
+			return err
+		}
+	}
+	for _, name := range d.proxies() {
+		if err := d.awaitReady(ctx, name); err != nil {
+			return err
+		}
+	}
+	return d.startAttacker()
+}
+
+// proxies are the names of all sidecars, and of the gateway.
+func (d *demo) proxies() []string {
+	names := []string{"gateway"}
+	for _, w := range demoWorkloads {
+		names = append(names, w.name)
+	}
+	return names
+}
+
+// reservePorts finds ports that are free now. Between here and the moment a
+// program takes its port another may come first; that program then says so.
+func (d *demo) reservePorts() error {
+	var held []net.Listener
+	defer func() {
+		for _, l := range held {
+			l.Close()
+		}
+	}()
+	port := func() (netip.AddrPort, error) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return netip.AddrPort{}, err
+		}
+		held = append(held, l)
+		return l.Addr().(*net.TCPAddr).AddrPort(), nil
+	}
+	var err error
+	take := func() netip.AddrPort {
+		a, e := port()
+		err = errors.Join(err, e)
+		return a
+	}
+	d.issuerAddr, d.gatewayAddr = take(), take()
+	for _, w := range demoWorkloads {
+		d.outbound[w.name] = take()
+		if w.serves {
+			d.inbound[w.name], d.app[w.name] = take(), take()
+		}
+	}
+	return err
+}
+
+// awaitReady waits until the program says so on its admin socket.
+func (d *demo) awaitReady(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, demoReadyWithin)
+	defer cancel()
+	p := d.proc[name]
+	last := errors.New("no answer yet")
+	for {
+		if !p.running() {
+			return fmt.Errorf("%s ended (%v); its last words:\n%s", name, p.err, p.lastWords())
+		}
+		if last = ready(ctx, d.adminSocket(name)); last == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s is not ready: %w; its last words:\n%s", name, last, p.lastWords())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// stop ends every process, last started first, and returns what is left. It
+// may be called twice.
+func (d *demo) stop(keep bool) (left []string) {
+	order := append([]string{"attacker", "web", "batch", "payment", "billing", "inventory"}, "gateway", "issuer")
+	for _, name := range order {
+		if p := d.proc[name]; p != nil {
+			if err := p.stop(demoStopWithin); err != nil {
+				left = append(left, err.Error())
+			}
+			delete(d.proc, name)
+		}
+	}
+	if d.net != nil {
+		if err := d.net.Close(); err != nil {
+			left = append(left, err.Error())
+		}
+		d.net = nil
+		left = append(left, d.openPorts()...)
+	}
+	if d.dir != "" && !keep {
+		if err := os.RemoveAll(d.dir); err != nil {
+			left = append(left, err.Error())
+		}
+		d.dir = ""
+	}
+	return left
+}
+
+// openPorts lists the ports of the demo that somebody still listens on.
+func (d *demo) openPorts() (open []string) {
+	all := []netip.AddrPort{d.issuerAddr, d.gatewayAddr}
+	for _, m := range []map[string]netip.AddrPort{d.inbound, d.outbound, d.app} {
+		for _, a := range m {
+			all = append(all, a)
+		}
+	}
+	slices.SortFunc(all, netip.AddrPort.Compare)
+	for _, a := range all {
+		if !a.IsValid() {
+			continue
+		}
+		c, err := net.DialTimeout("tcp", a.String(), 100*time.Millisecond)
+		if err == nil {
+			c.Close()
+			open = append(open, "port "+a.String()+" is still open")
+		}
+	}
+	return open
+}
+
+func (d *demo) printAddresses() {
+	fmt.Fprintf(d.out, "\n  trust domain  %s\n  directory     %s\n  issuer        %s\n  gateway       %s\n", demoTrustDomain, d.dir, d.issuerAddr, d.gatewayAddr)
+	for _, w := range demoWorkloads {
+		fmt.Fprintf(d.out, "  %-12s  proxy %s", w.name, d.outbound[w.name])
+		if w.serves {
+			fmt.Fprintf(d.out, "  mTLS %s", d.inbound[w.name])
+		}
+		fmt.Fprintln(d.out)
+	}
+	fmt.Fprintf(d.out, "\n  try: curl -x http://%s http://billing.mesh.internal/v1/report   (refused: you are not that workload)\n", d.outbound["batch"])
+	fmt.Fprintf(d.out, "  try: %s status --socket %s\n", filepath.Join(d.bin, "sallyport"), d.apiSocket())
+	fmt.Fprintf(d.out, "  edit %s and watch\n\n", filepath.Join(d.dir, "policies", "access.csv"))
+}
+
+// demo is "sallyport demo".
+func (c *cli) demo() *cobra.Command {
+	var o demoOptions
+	cmd := &cobra.Command{
+		Use:   "demo",
+		Short: "Run a small mesh on this machine: real processes, real denials",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return runDemo(cmd.Context(), o, c.stdout, c.stderr)
+		},
+	}
+	cmd.Flags().DurationVar(&o.For, "for", 0, "run this long, put every promise to the test, and end (default: until Ctrl-C)")
+	cmd.Flags().BoolVar(&o.JSON, "json", false, "print the verdicts as one line of JSON")
+	cmd.Flags().BoolVar(&o.Keep, "keep", false, "leave the directory behind")
+	return cmd
+}
+
+// demoApp is the hidden "sallyport demo-app", one program of the demo.
+func (c *cli) demoApp() *cobra.Command {
+	return &cobra.Command{
+		Use: "demo-app NAME", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runDemoApp(cmd.Context(), args[0], c.stdout)
+		},
+	}
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"sync"
+	"time"
+)
+
+// A recorder keeps what the programs of the demo said, by program and probe.
+type recorder struct {
+	mu     sync.Mutex // guards the fields below
+	tally  map[string]*probeTally
+	wake   chan struct{} // closed at every event
+	failed []demoEvent   // the first few that went wrong
+}
+
+// A probeTally counts one probe of one program.
+type probeTally struct {
+	OK, Failed int
+	Last       demoEvent
+}
+
+const keepFailures = 20
+
+func newRecorder() *recorder {
+	return &recorder{tally: map[string]*probeTally{}, wake: make(chan struct{})}
+}
+
+// event is the sink of every process.
+func (r *recorder) event(e demoEvent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	key := e.App + " " + e.Probe
+	t := r.tally[key]
+	if t == nil {
+		t = &probeTally{}
+		r.tally[key] = t
+	}
+	t.Last = e
+	if e.OK {
+		t.OK++
+	} else {
+		t.Failed++
+		if len(r.failed) < keepFailures {
+			r.failed = append(r.failed, e)
+		}
+	}
+	close(r.wake)
+	r.wake = make(chan struct{})
+}
+
+// get returns the count of a probe such as "web buy".
+func (r *recorder) get(key string) probeTally {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if t := r.tally[key]; t != nil {
+		return *t
+	}
+	return probeTally{}
+}
+
+// failures returns the first events of a probe that went wrong.
+func (r *recorder) failures(key string) (out []demoEvent) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, e := range r.failed {
+		if e.App+" "+e.Probe == key {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// await waits until the probe has gone well n more times than now, or until
+// the time is over, and reports whether it did.
+func (r *recorder) await(key string, n int, within time.Duration) bool {
+	want := r.get(key).OK + n
+	timer := time.NewTimer(within)
+	defer timer.Stop()
+	for {
+		r.mu.Lock()
+		wake := r.wake
+		t := r.tally[key]
+		r.mu.Unlock()
+		if t != nil && t.OK >= want {
+			return true
+		}
+		select {
+		case <-wake:
+		case <-timer.C:
+			return false
+		}
+	}
+}

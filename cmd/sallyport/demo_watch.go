@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/control"
+)
+
+// An svidWatch counts how often the SVID of each proxy is replaced.
+type svidWatch struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+	count  map[string]int // by proxy name; read after done
+}
+
+// watchSVIDs asks the issuer twice a second, until stop.
+func watchSVIDs(ctx context.Context, admin *control.Admin) *svidWatch {
+	ctx, cancel := context.WithCancel(ctx)
+	w := &svidWatch{cancel: cancel, done: make(chan struct{}), count: map[string]int{}}
+	go func() {
+		defer close(w.done)
+		last := map[string]time.Time{}
+		for ctx.Err() == nil {
+			ps, _ := admin.Proxies(ctx) // while the issuer is down there is no answer
+			for _, p := range ps {
+				name := path.Base(p.Workload.Path())
+				if old, seen := last[name]; seen && p.SVIDExpires.After(old) {
+					w.count[name]++
+				}
+				last[name] = p.SVIDExpires
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(500 * time.Millisecond):
+			}
+		}
+	}()
+	return w
+}
+
+// stop ends the watch and returns the counts.
+func (w *svidWatch) stop() map[string]int {
+	w.cancel()
+	<-w.done
+	return w.count
+}
+
+// show prints each decision of every proxy as it is made, until ctx ends.
+func (d *demo) show(ctx context.Context) error {
+	fmt.Fprintln(d.out, "  decisions as they are made (the same path within a second once); Ctrl-C ends")
+	var wg sync.WaitGroup
+	p := &decisionPrinter{d: d, seen: map[string]time.Time{}}
+	for _, name := range d.proxies() {
+		tail, err := audit.OpenTail(d.auditFile(name), 0)
+		if err != nil {
+			return err
+		}
+		wg.Go(func() {
+			defer tail.Close()
+			for {
+				line, _, err := tail.Next(ctx)
+				if err != nil {
+					return
+				}
+				p.print(line)
+			}
+		})
+	}
+	<-ctx.Done()
+	wg.Wait()
+	return nil
+}
+
+// A decisionPrinter writes decisions, one line each.
+type decisionPrinter struct {
+	d *demo
+
+	mu   sync.Mutex // guards seen and the output
+	seen map[string]time.Time
+}
+
+func (p *decisionPrinter) print(line []byte) {
+	r, _, err := audit.ParseLine(line)
+	if err != nil || r.Decision == "" {
+		return
+	}
+	why := r.Rule
+	if why == "" {
+		why = r.Reason
+	}
+	text := fmt.Sprintf("%-5s  %-10s -> %-22s %-7s %-18s %s", r.Decision, demoName(r.Src), demoName(r.Dst), r.Verb, r.Path, why)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if time.Since(p.seen[text]) < time.Second {
+		return
+	}
+	p.seen[text] = time.Now()
+	fmt.Fprintf(p.d.out, "  %s  %s  %s\n", r.Time.Local().Format("15:04:05"), text, r.ID)
+}
+
+// demoName shortens an identity to its last segment.
+func demoName(s string) string {
+	if strings.HasPrefix(s, "spiffe://") {
+		return path.Base(s)
+	}
+	return strings.TrimPrefix(s, "host:")
+}

@@ -1,0 +1,106 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+)
+
+// A cli is what every command shares.
+type cli struct {
+	stdout, stderr io.Writer
+	socket         string
+	format         string
+}
+
+// run executes one command line.
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	c := &cli{stdout: stdout, stderr: stderr}
+	root := &cobra.Command{
+		Use:           "sallyport",
+		Short:         "Operate a Sallyport mesh",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	root.SetArgs(args)
+	root.PersistentFlags().StringVar(&c.socket, "socket", defaultSocket, "the issuer's API socket")
+	root.PersistentFlags().StringVarP(&c.format, "output", "o", "table", "table or json")
+	root.AddCommand(c.demo(), c.demoApp(), c.status(), c.policy(), c.audit(), c.token(), c.entry())
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
+	noArgsAreUsage(root)
+	err := root.ExecuteContext(ctx)
+	if err != nil && strings.HasPrefix(err.Error(), "unknown command") {
+		return usage(err)
+	}
+	return err
+}
+
+// defaultSocket is where a packaged issuer has its socket.
+const defaultSocket = "/run/sallyport/issuer/api.sock"
+
+// usage marks an error as a mistake on the command line.
+func usage(err error) error {
+	return daemon.Hint(&daemon.ExitError{Code: daemon.Usage, Err: err}, "sallyport --help")
+}
+
+// noArgsAreUsage turns cobra's complaints about arguments into usage errors.
+func noArgsAreUsage(cmd *cobra.Command) {
+	if check := cmd.Args; check != nil {
+		cmd.Args = func(c *cobra.Command, args []string) error {
+			if err := check(c, args); err != nil {
+				return usage(fmt.Errorf("%s: %w", c.CommandPath(), err))
+			}
+			return nil
+		}
+	}
+	for _, sub := range cmd.Commands() {
+		noArgsAreUsage(sub)
+	}
+}
+
+// admin connects to the issuer on this machine.
+func (c *cli) admin() (*control.Admin, error) {
+	a, err := control.DialAdmin(c.socket)
+	if err != nil {
+		return nil, c.unreachable(err)
+	}
+	return a, nil
+}
+
+func (c *cli) unreachable(err error) error {
+	return daemon.Hint(&daemon.ExitError{Code: daemon.Unreachable, Err: fmt.Errorf("the issuer does not answer on %s: %w", c.socket, err)},
+		"start it with: issuer run --config FILE, or name its socket with --socket")
+}
+
+// emit prints rows as a table, or v as JSON.
+func (c *cli) emit(v any, header []string, rows [][]string) error {
+	switch c.format {
+	case "json":
+		e := json.NewEncoder(c.stdout)
+		e.SetIndent("", "  ")
+		return e.Encode(v)
+	case "table":
+		w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(w, strings.Join(header, "\t"))
+		for _, r := range rows {
+			fmt.Fprintln(w, strings.Join(r, "\t"))
+		}
+		return w.Flush()
+	}
+	return usage(fmt.Errorf("--output %q is not a format: use table or json", c.format))
+}

@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/attest"
+	"sallyport/internal/capture"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+)
+
+// startApp starts the application. The channel is closed when it has ended;
+// without an application it never is.
+func (s *sidecar) startApp(ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) (<-chan struct{}, error) {
+	if len(app) == 0 {
+		return nil, nil
+	}
+	c, err := attest.StartChild(attest.Spec{
+		Path: app[0], Args: app[1:], Env: s.environ(os.Environ()), Stdin: os.Stdin, Stdout: stdout, Stderr: stderr,
+	})
+	if err != nil {
+		return nil, daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
+	}
+	s.child.Store(c)
+	// SIGINT and SIGTERM stop the sidecar, which then ends the child in its
+	// turn; the others are the child's alone.
+	g.Go(func() error { return c.Run(ground, false) })
+	return c.Done(), nil
+}
+
+// environ is the application's environment: ours, without what is meant for
+// the sidecar, and with the way out and the Workload API in it.
+func (s *sidecar) environ(ours []string) []string {
+	env := slices.DeleteFunc(slices.Clone(ours), func(kv string) bool {
+		name, _, _ := strings.Cut(kv, "=")
+		switch strings.ToUpper(name) {
+		case "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SPIFFE_ENDPOINT_SOCKET", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID":
+			return true
+		}
+		return strings.HasPrefix(name, "SALLYPORT_")
+	})
+	env = append(env, "SPIFFE_ENDPOINT_SOCKET=unix://"+s.cfg.Workload.Socket)
+	if !s.cfg.Outbound.Listen.IsValid() {
+		return env
+	}
+	proxy := "http://" + s.cfg.Outbound.Listen.String()
+	for _, name := range []string{"http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"} {
+		env = append(env, name+"="+proxy)
+	}
+	const direct = "localhost,127.0.0.1,::1"
+	return append(env, "no_proxy="+direct, "NO_PROXY="+direct)
+}
+
+// endChild asks the application to end, insists after the drain timeout, and
+// returns its status as an error unless it is zero.
+func (s *sidecar) endChild(now context.Context) error {
+	c := s.child.Load()
+	if c == nil {
+		return nil
+	}
+	select {
+	case <-c.Done():
+	default:
+		_ = c.Signal(syscall.SIGTERM) // it may end in this moment
+		t := time.NewTimer(s.cfg.Drain.Timeout)
+		defer t.Stop()
+		select {
+		case <-c.Done():
+		case <-t.C:
+			s.log.Warn("application did not end in time, killing it", "timeout", s.cfg.Drain.Timeout)
+			s.killChild()
+		case <-now.Done():
+			s.killChild()
+		}
+	}
+	if status := c.Wait(); status != 0 {
+		return &daemon.ExitError{Code: status, Err: fmt.Errorf("the application ended with status %d", status)}
+	}
+	return nil
+}
+
+func (s *sidecar) killChild() {
+	if c := s.child.Load(); c != nil {
+		_ = c.Signal(syscall.SIGKILL) // it may have ended
+	}
+}
+
+// tree is the application's process tree, for attestation.
+func (s *sidecar) tree() attest.ChildTree {
+	if c := s.child.Load(); c != nil {
+		return c
+	}
+	return nil
+}
+
+// entriesOf are the entries that a local process satisfies.
+func (s *sidecar) entriesOf(p capture.Process) ([]mesh.Entry, error) {
+	have, err := attest.Gather(p, s.tree())
+	if err != nil {
+		return nil, err
+	}
+	return attest.Match(s.agent.Entries(), have), nil
+}
+
+// isWorkload says whether the process at the other end of a local connection
+// satisfies the entry of the identity that is served.
+func (s *sidecar) isWorkload(c net.Conn) error {
+	local, ok1 := c.LocalAddr().(*net.TCPAddr)
+	remote, ok2 := c.RemoteAddr().(*net.TCPAddr)
+	if !ok1 || !ok2 {
+		return fmt.Errorf("%s is no TCP connection", c.RemoteAddr())
+	}
+	var candidates []int
+	if c := s.child.Load(); c != nil {
+		candidates = append(candidates, c.PID())
+	}
+	p, err := capture.OwnerOf(local.AddrPort(), remote.AddrPort(), candidates...)
+	if err != nil {
+		return err
+	}
+	self, err := s.agent.Self()
+	if err != nil {
+		return err
+	}
+	got, err := s.entriesOf(p)
+	if err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(got, func(e mesh.Entry) bool { return e.SPIFFEID == self.ID }) {
+		return fmt.Errorf("pid %d (%s, uid %d) is not the workload %s", p.PID, p.ExePath, p.UID, self.ID)
+	}
+	return nil
+}

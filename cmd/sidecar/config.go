@@ -1,0 +1,122 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/agent"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+)
+
+// Config is the manual of the sidecar. It is read from one YAML file; the
+// environment (SALLYPORT_DATA_DIR, SALLYPORT_LOG_LEVEL, ...) goes before the
+// file, and a flag before both.
+type Config struct {
+	// TrustDomain is the name of the trust domain, such as "corp.example".
+	// Required.
+	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
+	// DataDir keeps what must survive a restart: the last good snapshot, the
+	// SVIDs and the audit log. Mode 0700. Required.
+	DataDir string `yaml:"data_dir"`
+	// RunDir holds the sockets: admin.sock and workload.sock. Mode 0700.
+	// Default: "run" inside DataDir.
+	RunDir string `yaml:"run_dir"`
+
+	Issuer   agent.Join         `yaml:"issuer"`
+	Workload WorkloadConfig     `yaml:"workload"`
+	Inbound  InboundConfig      `yaml:"inbound"`
+	Outbound OutboundConfig     `yaml:"outbound"`
+	Egress   EgressConfig       `yaml:"egress"`
+	Log      daemon.LogConfig   `yaml:"log"`
+	Drain    daemon.DrainConfig `yaml:"drain"`
+}
+
+// WorkloadConfig is about the program beside the sidecar.
+type WorkloadConfig struct {
+	// Identity is the SPIFFE ID to serve. Needed only when this node is
+	// entitled to several.
+	Identity spiffeid.ID `yaml:"identity"`
+	// Socket of the SPIFFE Workload API. Default: "workload.sock" in RunDir.
+	Socket string `yaml:"socket"`
+}
+
+// InboundConfig is the mTLS listener for callers. Without Listen there is none.
+type InboundConfig struct {
+	// Listen is host:port, by custom port 15006.
+	Listen string `yaml:"listen"`
+	// Advertise is the address that peers dial. Default: Listen.
+	Advertise netip.AddrPort `yaml:"advertise"`
+	// App is where the application listens in clear text, on this machine.
+	App netip.AddrPort `yaml:"app"`
+}
+
+// OutboundConfig is how the application reaches others.
+type OutboundConfig struct {
+	// Listen is the HTTP proxy for the application: host:port on loopback, by
+	// custom 127.0.0.1:15001. Without it there is no proxy.
+	Listen netip.AddrPort `yaml:"listen"`
+	// Upstreams are loopback ports of their own for single services, for
+	// programs that know no proxy.
+	Upstreams []UpstreamConfig `yaml:"upstreams"`
+}
+
+// UpstreamConfig gives one service a loopback port.
+type UpstreamConfig struct {
+	Service mesh.ServiceName `yaml:"service"`
+	Listen  netip.AddrPort   `yaml:"listen"`
+}
+
+// EgressConfig says which gateways lead out. Without it CONNECT is refused.
+type EgressConfig struct {
+	// Gateway is the SPIFFE ID that a gateway must prove.
+	Gateway spiffeid.ID `yaml:"gateway"`
+	// Addresses are the gateways, tried in turn.
+	Addresses []netip.AddrPort `yaml:"addresses"`
+}
+
+// Validate reports every mistake, each by the name of its field.
+func (c *Config) Validate() error {
+	var errs []error
+	need := func(ok bool, field, what string) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%s: %s", field, what))
+		}
+	}
+	need(!c.TrustDomain.IsZero(), "trust_domain", `missing; write the name of your trust domain, such as "corp.example"`)
+	need(c.DataDir != "", "data_dir", `missing; write a directory of the sidecar's own, such as "/var/lib/sallyport/sidecar"`)
+	errs = append(errs, c.Issuer.Validate())
+	id := c.Workload.Identity
+	need(id.IsZero() || id.MemberOf(c.TrustDomain), "workload.identity", fmt.Sprintf("%s is not in trust domain %s", id, c.TrustDomain))
+	if c.Inbound.Listen != "" {
+		need(c.Inbound.App.IsValid(), "inbound.app", `missing; write where the application listens, such as "127.0.0.1:8080"`)
+		need(!c.Inbound.App.IsValid() || c.Inbound.App.Addr().IsLoopback(), "inbound.app", "is not a loopback address; what leaves the machine in clear text is not protected")
+	}
+	loopback := func(field string, a netip.AddrPort) {
+		need(!a.IsValid() || a.Addr().IsLoopback(), field, fmt.Sprintf("%s is not a loopback address; only programs on this machine may use it", a))
+	}
+	loopback("outbound.listen", c.Outbound.Listen)
+	for i, u := range c.Outbound.Upstreams {
+		f := fmt.Sprintf("outbound.upstreams[%d]", i)
+		need(u.Service != "", f+".service", "missing")
+		need(u.Listen.IsValid(), f+".listen", `missing; write a loopback address, such as "127.0.0.1:9001"`)
+		loopback(f+".listen", u.Listen)
+	}
+	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
+	return errors.Join(errs...)
+}
+
+// fill sets the defaults that depend on other fields.
+func (c *Config) fill() {
+	if c.RunDir == "" {
+		c.RunDir = filepath.Join(c.DataDir, "run")
+	}
+	if c.Workload.Socket == "" {
+		c.Workload.Socket = filepath.Join(c.RunDir, "workload.sock")
+	}
+	c.Drain = c.Drain.WithDefaults()
+}

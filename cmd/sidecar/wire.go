@@ -1,0 +1,310 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/agent"
+	"sallyport/internal/attest"
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+	"sallyport/internal/proxy"
+	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
+	"sallyport/internal/upstream"
+)
+
+// A sidecar is the composed process.
+type sidecar struct {
+	cfg     *Config
+	log     *slog.Logger
+	level   *slog.LevelVar
+	ready   *daemon.Ready
+	metrics *telemetry.Registry
+	edges   *telemetry.Edges
+	audit   *audit.Log
+	judge   *authz.Judge
+	agent   *agent.Agent
+	// services and gateways are where calls go.
+	services, gateways *upstream.Services
+	child              atomic.Pointer[attest.Child]
+}
+
+// auditFile is the audit log inside DataDir.
+const auditFile = "audit.jsonl"
+
+// serve runs the sidecar, and the application when one is given, until a
+// signal, until the application ends, or until a part fails.
+func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Writer) (err error) {
+	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges()}
+	f, ok := stderr.(*os.File)
+	s.log, s.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	if err := s.open(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.audit.Close()) }()
+
+	stop, now, cancel := daemon.Signals(ctx)
+	defer cancel()
+	defer context.AfterFunc(now, func() {
+		if ctx.Err() == nil && stop.Err() != nil {
+			s.killChild()
+		}
+	})()
+	// What everything else stands on runs until the very end.
+	ground, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	g, ground := errgroup.WithContext(ground)
+	admin := &daemon.Admin{
+		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: s.ready, Metrics: s.metrics.Handler(),
+		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Log: s.log,
+	}
+	g.Go(func() error { return admin.Run(ground) })
+	g.Go(func() error { return s.audit.Run(ground) })
+	g.Go(func() error { return s.judge.Run(ground) })
+	g.Go(func() error {
+		defer end()
+		if err := s.agent.Join(either(stop, ground)); err != nil {
+			return err
+		}
+		return s.live(stop, now, ground, g, app, stdout, stderr)
+	})
+	return g.Wait()
+}
+
+// either ends when one of both does. Nothing is left behind once b has ended.
+func either(a, b context.Context) context.Context {
+	ctx, cancel := context.WithCancel(b)
+	context.AfterFunc(a, cancel)
+	return ctx
+}
+
+// open builds every part, the lowest first. It contacts nobody.
+func (s *sidecar) open() error {
+	cfg := s.cfg
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	}
+	var err error
+	path := filepath.Join(cfg.DataDir, auditFile)
+	if s.audit, err = audit.Open(audit.Config{Path: path, Log: s.log}); err != nil {
+		return err
+	}
+	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log}); err != nil {
+		return err
+	}
+	up := upstream.Config{
+		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(s.agent.Source(), want, "http/1.1") },
+		Generation: func() uint64 { return s.agent.Generation() },
+	}
+	if s.services, err = upstream.New(up); err != nil {
+		return err
+	}
+	if len(cfg.Egress.Addresses) > 0 {
+		if s.gateways, err = upstream.New(up); err != nil {
+			return err
+		}
+		s.gateways.Use(gatewaySnapshot(cfg.Egress))
+	}
+	s.agent, err = agent.Open(agent.Config{
+		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
+		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Use: s.use,
+		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
+	})
+	return err
+}
+
+// advertised is where peers reach this sidecar.
+func (s *sidecar) advertised() netip.AddrPort {
+	in := s.cfg.Inbound
+	if in.Advertise.IsValid() || in.Listen == "" {
+		return in.Advertise
+	}
+	a, err := netip.ParseAddrPort(in.Listen)
+	if err != nil || a.Addr().IsUnspecified() {
+		return netip.AddrPort{}
+	}
+	return a
+}
+
+// gatewaySnapshot puts the configured gateways into the form of endpoints.
+func gatewaySnapshot(c EgressConfig) *mesh.Snapshot {
+	snap := &mesh.Snapshot{Services: []mesh.Service{{Name: proxy.GatewayName, ID: c.Gateway}}}
+	for _, a := range c.Addresses {
+		snap.Endpoints = append(snap.Endpoints, mesh.Endpoint{Service: proxy.GatewayName, Address: a})
+	}
+	return snap
+}
+
+// use puts a snapshot in force: nothing is changed before all of it is good.
+func (s *sidecar) use(snap *mesh.Snapshot) error {
+	set, err := authz.Compile(snap)
+	if err != nil {
+		return err
+	}
+	s.judge.Use(set)
+	s.services.Use(snap)
+	return nil
+}
+
+// port is the port that rules name for the workload's service.
+func (s *sidecar) port() uint16 {
+	self, err := s.agent.Self()
+	snap := s.agent.Snapshot()
+	if err != nil || snap == nil {
+		return 0
+	}
+	svc, _ := snap.ServiceByID(self.ID)
+	return svc.Port
+}
+
+func (s *sidecar) shared(reporter string) proxy.Shared {
+	return proxy.Shared{
+		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log,
+		DrainTimeout: s.cfg.Drain.Timeout,
+	}
+}
+
+// A door is a listener and what serves it.
+type door struct {
+	ln  net.Listener
+	run func(context.Context, net.Listener) error
+}
+
+// listen opens a port of the configuration.
+func listen(field, addr string) (net.Listener, error) {
+	ln, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("%s: %w", field, err), "free the port, or change "+field+" in the configuration")
+	}
+	return ln, nil
+}
+
+// doors opens every listener, and none if one cannot be opened.
+func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
+	var open []net.Listener
+	defer func() {
+		if err != nil {
+			for _, ln := range open {
+				ln.Close()
+			}
+		}
+	}()
+	at := func(field, addr string) net.Listener {
+		if err != nil {
+			return nil
+		}
+		var ln net.Listener
+		if ln, err = listen(field, addr); err == nil {
+			open = append(open, ln)
+		}
+		return ln
+	}
+	if s.cfg.Inbound.Listen != "" {
+		inbound, e := proxy.NewInbound(proxy.InboundConfig{
+			Shared: s.shared("inbound"), Self: self, Port: s.port,
+			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
+			Judge: s.judge, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
+		})
+		if e != nil {
+			return nil, nil, e
+		}
+		in = append(in, door{at("inbound.listen", s.cfg.Inbound.Listen), inbound.Run})
+	}
+	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
+		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
+		Services: s.services, Gateways: s.gateways,
+	})
+	if e != nil {
+		return nil, nil, e
+	}
+	if a := s.cfg.Outbound.Listen; a.IsValid() {
+		out = append(out, door{at("outbound.listen", a.String()), outbound.Run})
+	}
+	for i, u := range s.cfg.Outbound.Upstreams {
+		ln := at(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen.String())
+		out = append(out, door{ln, func(ctx context.Context, ln net.Listener) error { return outbound.RunFor(ctx, ln, u.Service) }})
+	}
+	return in, out, err
+}
+
+// anyMember lets every workload of the trust domain shake hands: what it may
+// do is decided for each call, so that a refusal has a decision.
+func anyMember(td spiffeid.TrustDomain) func(spiffeid.ID) error {
+	return func(id spiffeid.ID) error {
+		if !id.MemberOf(td) {
+			return fmt.Errorf("%s is not in trust domain %s", id, td)
+		}
+		return nil
+	}
+}
+
+const readyDoors = "listeners"
+
+// live waits for identity and policy, opens the doors, starts the application
+// and stays until one of them ends; then it closes the doors in order: first
+// the way in, then the application, last the way out.
+func (s *sidecar) live(stop, now, ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) error {
+	s.ready.Expect(readyDoors)
+	g.Go(func() error { return s.agent.Run(ground) })
+	self, err := s.agent.AwaitPolicy(either(stop, ground))
+	if err != nil || stop.Err() != nil {
+		return nil //nolint:nilerr // asked to stop before it began
+	}
+	in, out, err := s.doors(self)
+	if err != nil {
+		return err
+	}
+	inCtx, closeIn := context.WithCancel(ground)
+	defer closeIn()
+	outCtx, closeOut := context.WithCancel(ground)
+	defer closeOut()
+	var ins, outs errgroup.Group
+	for _, d := range in {
+		ins.Go(func() error { return d.run(inCtx, d.ln) })
+	}
+	for _, d := range out {
+		outs.Go(func() error { return d.run(outCtx, d.ln) })
+	}
+	api, err := s.workloadAPI()
+	if err != nil {
+		return err
+	}
+	g.Go(func() error { return api(ground) })
+	done, err := s.startApp(ground, g, app, stdout, stderr)
+	if err != nil {
+		return err
+	}
+	s.ready.Set(readyDoors, nil)
+	s.log.Info("sidecar ready", "identity", self.String(), "policy_revision", s.agent.Snapshot().PolicyRevision)
+	_ = daemon.Notify("READY=1")
+	select {
+	case <-stop.Done():
+	case <-done:
+	case <-ground.Done():
+	}
+	s.ready.Set(readyDoors, errors.New("draining"))
+	_ = daemon.Notify("STOPPING=1")
+	daemon.Pause(now, s.cfg.Drain.Wait)
+	closeIn()
+	err = ins.Wait()
+	status := s.endChild(now)
+	closeOut()
+	return errors.Join(err, outs.Wait(), status)
+}

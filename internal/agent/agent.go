@@ -1,0 +1,369 @@
+// Package agent is the life of a proxy beside the issuer: it joins, keeps its
+// node identity and its workload's SVIDs fresh, holds the newest snapshot, and
+// reports. What it holds is also on disk, so that a restart serves on while no
+// issuer answers.
+//
+// It carries no traffic and judges nothing. Run owns every goroutine.
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
+)
+
+// Join says how the issuer is reached and how this node proves itself. It is
+// part of each proxy's configuration file.
+type Join struct {
+	// Addresses are tried in turn: host:port. Required.
+	Addresses []string `yaml:"addresses"`
+	// Bundle is a PEM file with the root certificates of the trust domain, for
+	// the first contact; afterwards the bundle is kept fresh. Required.
+	Bundle string `yaml:"bundle"`
+	// JoinToken proves this node once. JoinTokenFile names a file that holds
+	// it. One of them is needed until the node has been attested.
+	JoinToken     string `yaml:"join_token" secret:"true"`
+	JoinTokenFile string `yaml:"join_token_file"`
+}
+
+// Validate reports every mistake, by field.
+func (j Join) Validate() error {
+	var errs []error
+	if len(j.Addresses) == 0 {
+		errs = append(errs, errors.New(`issuer.addresses: missing; write the issuer's address, such as ["issuer.corp.example:8443"]`))
+	}
+	if j.Bundle == "" {
+		errs = append(errs, errors.New("issuer.bundle: missing; write the PEM file with the root certificate (the issuer keeps it as bundle.pem in its data_dir)"))
+	}
+	if j.JoinToken != "" && j.JoinTokenFile != "" {
+		errs = append(errs, errors.New("issuer.join_token_file: given beside join_token; keep one of them"))
+	}
+	return errors.Join(errs...)
+}
+
+// Config is what an Agent needs.
+type Config struct {
+	// TrustDomain that everybody here belongs to. Required.
+	TrustDomain spiffeid.TrustDomain
+	// Kind is control.KindSidecar or control.KindGateway. Required.
+	Kind string
+	// DataDir keeps the state of the proxy, mode 0700. Required.
+	DataDir string
+	Join    Join
+	// Identity is the SPIFFE ID to serve, when the node has several.
+	Identity spiffeid.ID
+	// Inbound is announced as the endpoint of the services of this identity.
+	// Without it nothing is announced.
+	Inbound netip.AddrPort
+	// Use puts a new snapshot in force, wholly or not at all; an error keeps
+	// the former one and is told to the issuer. Required.
+	Use func(*mesh.Snapshot) error
+	// Audit is the path of the log that is sent to the issuer. Required.
+	Audit string
+	// Edges are reported to the issuer. Required.
+	Edges *telemetry.Edges
+	// Metrics and Ready say how things are. Required.
+	Metrics *telemetry.Registry
+	Ready   *daemon.Ready
+	Log     *slog.Logger
+}
+
+// An Agent is one proxy's tie to the issuer. It is safe for concurrent use.
+type Agent struct {
+	cfg    Config
+	client *control.Client
+	roots  []*x509.Certificate // of the bootstrap file
+	node   *svid.Source        // the node's own identity
+	held   *svid.Source        // the workload's
+	rot    *svid.Rotator
+
+	snapshot   atomic.Pointer[mesh.Snapshot]
+	entries    atomic.Pointer[[]mesh.Entry]
+	generation atomic.Uint64
+
+	mu    sync.Mutex    // guards fresh
+	fresh chan struct{} // closed and replaced at each new snapshot
+}
+
+// The names of the files in DataDir.
+const (
+	nodeFile     = "node.json"
+	heldFile     = "svids.json"
+	snapshotFile = "snapshot.json"
+	cursorFile   = "audit.cursor"
+	keyFile      = "node.key"
+)
+
+// Ready conditions.
+const (
+	readySVID   = "svid"
+	readyPolicy = "policy"
+)
+
+// Open reads what an earlier run has left. It contacts nobody.
+func Open(cfg Config) (*Agent, error) {
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return nil, daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	}
+	pem, err := os.ReadFile(cfg.Join.Bundle)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("read issuer.bundle: %w", err), "copy bundle.pem from the issuer's data_dir")
+	}
+	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), fresh: make(chan struct{})}
+	if a.roots, err = control.ParseBundle(pem); err != nil {
+		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
+	}
+	cfg.Ready.Expect(readySVID, readyPolicy)
+	if err := a.resume(); err != nil {
+		return nil, err
+	}
+	a.client, err = control.Dial(control.ClientConfig{
+		Addresses: cfg.Join.Addresses, TrustDomain: cfg.TrustDomain, Log: cfg.Log,
+		Bundle: a.trusted, Identity: a.nodeCertificate,
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.rot, err = svid.NewRotator(svid.RotatorConfig{
+		Source: a.held, Minter: minter{a}, Match: a.match, Log: cfg.Log,
+		Save: func(st *svid.State) error { return st.Save(a.file(heldFile)) },
+	})
+	return a, err
+}
+
+func (a *Agent) file(name string) string { return filepath.Join(a.cfg.DataDir, name) }
+
+// resume takes over the state on disk. A file that is damaged or past its time
+// is no reason not to start: it is fetched anew, and said so.
+func (a *Agent) resume() error {
+	for name, src := range map[string]*svid.Source{nodeFile: a.node, heldFile: a.held} {
+		st, err := svid.Load(a.file(name))
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			continue
+		case err == nil && st.Bundle.TrustDomain() != a.cfg.TrustDomain:
+			return daemon.Hint(fmt.Errorf("%s belongs to trust domain %s, the configuration says %s", a.file(name), st.Bundle.TrustDomain(), a.cfg.TrustDomain),
+				"correct trust_domain, or give this proxy an empty data_dir")
+		case err == nil:
+			err = src.Set(st)
+		}
+		if err != nil {
+			a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
+		}
+	}
+	b, err := os.ReadFile(a.file(snapshotFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var snap *mesh.Snapshot
+	if err == nil {
+		snap, err = mesh.DecodeSnapshot(b)
+	}
+	if err == nil && snap.TrustDomain == a.cfg.TrustDomain {
+		err = a.use(snap)
+	}
+	if err != nil {
+		a.cfg.Log.Warn("kept policy is of no use, waiting for the issuer", "err", err)
+	}
+	return nil
+}
+
+// Source is where the workload's identities are read.
+func (a *Agent) Source() *svid.Source { return a.held }
+
+// Generation counts the changes of the workload's identities.
+func (a *Agent) Generation() uint64 { return a.generation.Load() }
+
+// Snapshot is the policy in force; nil before the first.
+func (a *Agent) Snapshot() *mesh.Snapshot { return a.snapshot.Load() }
+
+// Entries are what this node may serve, as last fetched.
+func (a *Agent) Entries() []mesh.Entry {
+	if es := a.entries.Load(); es != nil {
+		return *es
+	}
+	return nil
+}
+
+// Self is the identity that the proxy serves; an error before it has one.
+func (a *Agent) Self() (svid.Identity, error) {
+	st := a.held.Current()
+	if st == nil || len(st.Identities) == 0 {
+		return svid.Identity{}, svid.ErrNoIdentity
+	}
+	return st.Identities[0], nil
+}
+
+// AwaitPolicy waits until there are an identity and a policy, and returns the
+// identity. Until then no listener may open.
+func (a *Agent) AwaitPolicy(ctx context.Context) (spiffeid.ID, error) {
+	for {
+		if err := a.held.WaitReady(ctx); err != nil {
+			return spiffeid.ID{}, err
+		}
+		news := a.news()
+		self, err := a.Self()
+		if err == nil && a.Snapshot() != nil {
+			return self.ID, nil
+		}
+		select {
+		case <-ctx.Done():
+			return spiffeid.ID{}, ctx.Err()
+		case <-news:
+		}
+	}
+}
+
+// Join makes sure that the node is attested and that the workload has an
+// identity, both of which may already be so from an earlier run. An error is
+// one that trying again does not mend.
+func (a *Agent) Join(ctx context.Context) error {
+	if a.cfg.Identity.IsZero() {
+		if _, err := a.Self(); err == nil {
+			return nil
+		}
+	} else if id, err := a.Self(); err == nil && id.ID == a.cfg.Identity {
+		return nil
+	}
+	if _, err := a.nodeIdentity(); err == nil {
+		return nil
+	}
+	return a.attest(ctx)
+}
+
+// Run keeps everything fresh until ctx ends.
+func (a *Agent) Run(ctx context.Context) error {
+	defer a.client.Close()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.renewNode(ctx) })
+	g.Go(func() error { return a.rot.Run(ctx) })
+	g.Go(func() error { return a.watchIdentity(ctx) })
+	g.Go(func() error { return a.follow(ctx) })
+	g.Go(func() error { return a.upload(ctx) })
+	g.Go(func() error { return a.reportEdges(ctx) })
+	return g.Wait()
+}
+
+// trusted are the roots that an issuer must prove by.
+func (a *Agent) trusted() []*x509.Certificate {
+	for _, src := range []*svid.Source{a.held, a.node} {
+		if st := src.Current(); st != nil {
+			return st.Bundle.X509Authorities()
+		}
+	}
+	return a.roots
+}
+
+// match puts the identity to be served first. Several, and none chosen, is a
+// mistake that only the operator can mend; then none is served.
+func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
+	a.entries.Store(&entries)
+	want := a.cfg.Identity
+	for _, e := range entries {
+		if want.IsZero() {
+			want = e.SPIFFEID
+		}
+		if a.cfg.Identity.IsZero() && e.SPIFFEID != want {
+			a.cfg.Log.Error("this node is entitled to several identities and none is chosen; next: write the one to serve into the configuration (identity)",
+				"first", want.String(), "second", e.SPIFFEID.String())
+			return nil
+		}
+	}
+	out := slices.Clone(entries)
+	slices.SortStableFunc(out, func(x, y mesh.Entry) int {
+		switch {
+		case x.SPIFFEID == want && y.SPIFFEID != want:
+			return -1
+		case x.SPIFFEID != want && y.SPIFFEID == want:
+			return 1
+		}
+		return 0
+	})
+	if len(out) > 0 && out[0].SPIFFEID != want {
+		a.cfg.Log.Error("this node has no entry for the identity in its configuration; next: add one to entries.yaml with this node as parent_id", "identity", want.String())
+		return nil
+	}
+	return out
+}
+
+// watchIdentity says in readiness, metrics and the generation how the SVID is.
+func (a *Agent) watchIdentity(ctx context.Context) error {
+	expiry := a.cfg.Metrics.CertExpiry("workload")
+	var last *svid.State
+	for {
+		changed := a.held.Changed()
+		st := a.held.Current()
+		if st != last {
+			last = st
+			a.generation.Add(1)
+		}
+		id, err := a.Self()
+		left := time.Hour
+		if err == nil {
+			expiry.Set(id.Expires())
+			if left = time.Until(id.Expires()); left <= 0 {
+				err, left = fmt.Errorf("%s: %w", id.ID, svid.ErrExpired), time.Hour
+			}
+		}
+		a.cfg.Ready.Set(readySVID, err)
+		timer := time.NewTimer(left)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-changed:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// nodeCertificate is the node's identity for a connection to the issuer; nil
+// before attestation.
+func (a *Agent) nodeCertificate() (*tls.Certificate, error) {
+	id, err := a.nodeIdentity()
+	if err != nil {
+		return nil, nil //nolint:nilerr // without an identity the connection shows none
+	}
+	c := &tls.Certificate{PrivateKey: id.Key, Leaf: id.Chain[0]}
+	for _, x := range id.Chain {
+		c.Certificate = append(c.Certificate, x.Raw)
+	}
+	return c, nil
+}
+
+func (a *Agent) nodeIdentity() (svid.Identity, error) {
+	st := a.node.Current()
+	if st == nil || len(st.Identities) == 0 {
+		return svid.Identity{}, svid.ErrNoIdentity
+	}
+	if id := st.Identities[0]; time.Now().Before(id.Expires()) {
+		return id, nil
+	}
+	return svid.Identity{}, svid.ErrExpired
+}
+
+func (a *Agent) bundleOf(roots []*x509.Certificate) *x509bundle.Bundle {
+	return x509bundle.FromX509Authorities(a.cfg.TrustDomain, roots)
+}

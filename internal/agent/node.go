@@ -1,0 +1,216 @@
+package agent
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	mrand "math/rand/v2"
+	"os"
+	"strings"
+	"time"
+
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+	"sallyport/internal/svid"
+)
+
+const (
+	retryMin = 200 * time.Millisecond
+	retryMax = 10 * time.Second
+)
+
+// attest proves this node to an issuer. An issuer that does not answer is
+// tried again until ctx ends; a refusal is final.
+func (a *Agent) attest(ctx context.Context) error {
+	token, err := a.joinToken()
+	if err != nil {
+		return err
+	}
+	key, err := a.nodeKey()
+	if err != nil {
+		return err
+	}
+	for pause := retryMin; ; pause = min(2*pause, retryMax) {
+		got, err := a.client.Attest(ctx, "join_token", []byte(token), key)
+		if err == nil {
+			if err := a.keepNode(got, key); err != nil {
+				return err
+			}
+			a.cfg.Log.Info("node attested", "agent", got.ID.String())
+			return a.dropNodeKey()
+		}
+		if !errors.Is(err, control.ErrUnreachable) || ctx.Err() != nil {
+			return err
+		}
+		a.cfg.Ready.Set(readySVID, err)
+		a.cfg.Log.Warn("issuer does not answer, trying again", "err", err)
+		if !wait(ctx, pause/2+mrand.N(pause)) {
+			return err
+		}
+	}
+}
+
+// wait pauses; false means that ctx has ended.
+func wait(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+func (a *Agent) joinToken() (string, error) {
+	token := a.cfg.Join.JoinToken
+	if f := a.cfg.Join.JoinTokenFile; token == "" && f != "" {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			return "", daemon.Hint(fmt.Errorf("read issuer.join_token_file: %w", err), "sallyport token create AGENT > "+f)
+		}
+		token = strings.TrimSpace(string(b))
+	}
+	if token == "" {
+		return "", daemon.Hint(errors.New("this node is not attested and has no join token"), "sallyport token create AGENT, and give the token as issuer.join_token_file")
+	}
+	return token, nil
+}
+
+// nodeKey is the key to be certified. It is on disk before the token is used:
+// if the answer is lost, even by a crash, the same key gets it again.
+func (a *Agent) nodeKey() (crypto.Signer, error) {
+	path := a.file(keyFile)
+	b, err := os.ReadFile(path)
+	if err == nil {
+		if block, _ := pem.Decode(b); block != nil {
+			if k, err := x509.ParseECPrivateKey(block.Bytes); err == nil {
+				return k, nil
+			}
+		}
+		a.cfg.Log.Warn("key of an unfinished attestation is damaged, making a new one", "file", path)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read node key: %w", err)
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		return nil, err
+	}
+	return key, daemon.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}), 0o600)
+}
+
+// dropNodeKey removes the copy that waited for an answer.
+func (a *Agent) dropNodeKey() error {
+	if err := os.Remove(a.file(keyFile)); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// keepNode makes an agent SVID the node's identity, on disk first.
+func (a *Agent) keepNode(got control.AgentSVID, key crypto.Signer) error {
+	st := &svid.State{
+		Identities: []svid.Identity{{ID: got.ID, Chain: got.Chain, Key: key, EntryID: "node"}},
+		Bundle:     a.bundleOf(a.trusted()),
+	}
+	if err := st.Validate(time.Now()); err != nil {
+		return fmt.Errorf("agent SVID from the issuer: %w", err)
+	}
+	if err := st.Save(a.file(nodeFile)); err != nil {
+		return err
+	}
+	a.cfg.Metrics.CertExpiry("node").Set(got.Chain[0].NotAfter)
+	return a.node.Set(st)
+}
+
+// renewNode renews the node's identity at half its life. A node that must
+// attest again does so with the token it finds, and keeps trying: the operator
+// may bring a new one. The workload's traffic goes on meanwhile.
+func (a *Agent) renewNode(ctx context.Context) error {
+	pause := retryMin
+	for {
+		id, err := a.nodeIdentity()
+		if err == nil {
+			leaf := id.Chain[0]
+			half := leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2)
+			if !wait(ctx, time.Until(half)) {
+				return nil
+			}
+			err = a.renewOnce(ctx)
+		}
+		if errors.Is(err, control.ErrMustReattest) || errors.Is(err, svid.ErrExpired) || errors.Is(err, svid.ErrNoIdentity) {
+			a.cfg.Log.Warn("node must attest again", "err", err)
+			err = a.attest(ctx)
+			a.rot.Sync()
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err == nil {
+			pause = retryMin
+			continue
+		}
+		a.cfg.Log.Error("node identity not renewed", "err", err)
+		if !wait(ctx, pause/2+mrand.N(pause)) {
+			return nil
+		}
+		pause = min(2*pause, retryMax)
+	}
+}
+
+func (a *Agent) renewOnce(ctx context.Context) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	got, err := a.client.Renew(ctx, key)
+	if err != nil {
+		return err
+	}
+	return a.keepNode(got, key)
+}
+
+// minter is the issuer as the rotator sees it.
+type minter struct{ a *Agent }
+
+func (m minter) Entries(ctx context.Context) ([]mesh.Entry, error) {
+	return m.a.client.SyncEntries(ctx)
+}
+
+func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
+	b, err := m.a.client.GetBundle(ctx)
+	if err != nil {
+		return svid.Trust{}, err
+	}
+	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), JWTKeys: map[string]crypto.PublicKey{}}
+	for _, k := range b.JWT {
+		t.JWTKeys[k.KeyID] = k.PublicKey
+	}
+	return t, nil
+}
+
+func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
+	res, err := m.a.client.NewX509SVIDs(ctx, []control.SVIDRequest{{EntryID: e.ID, ID: e.SPIFFEID, Key: key}})
+	if err != nil {
+		return nil, err
+	}
+	return res[0].Chain, res[0].Err
+}
+
+// MintJWT is svid.JWTMinter.
+func (a *Agent) MintJWT(ctx context.Context, entryID string, audience []string) (string, error) {
+	j, err := a.client.NewJWTSVID(ctx, entryID, audience)
+	return j.Token, err
+}

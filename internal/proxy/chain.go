@@ -1,0 +1,97 @@
+package proxy
+
+import (
+	"strings"
+	"time"
+)
+
+// A link is one step in the way of a call. Enter runs on the way in and may
+// refuse; leave runs on the way out, if enter did not refuse. A link feels
+// what stands below it in the list, never what stands above.
+type link struct {
+	name string
+	// why says why the link stands at its place.
+	why   string
+	enter func(*call) *refusal
+	leave func(*call)
+}
+
+// A chain is a list of links, outermost first. The last one carries the call.
+type chain []link
+
+// run takes the call through the chain and back.
+func (c chain) run(x *call) {
+	n := 0
+	for ; n < len(c); n++ {
+		if c[n].enter == nil {
+			continue
+		}
+		if r := c[n].enter(x); r != nil {
+			x.refuse(r)
+			break
+		}
+	}
+	for n--; n >= 0; n-- {
+		if c[n].leave != nil {
+			c[n].leave(x)
+		}
+	}
+}
+
+func (c chain) String() string {
+	var b strings.Builder
+	for _, l := range c {
+		b.WriteString(l.name + ": " + l.why + "\n")
+	}
+	return b.String()
+}
+
+// chain is the way of a call from a peer to the application.
+func (in *Inbound) makeChain() chain {
+	return chain{
+		{"access record", "outermost: whatever became of the call is written down", nil, in.record},
+		{"trace", "before anything that takes time, so that its time is seen", in.trace, nil},
+		{"signals", "counts refusals below as well as answers", in.startClock, in.count},
+		{"drain gate", "a draining proxy takes no new call on an old connection after this one", in.drainGate, nil},
+		{"in-flight limit", "before the judge: a flood must not cost a decision each", in.enterFlight, in.leaveFlight},
+		{"peer identity", "an SVID that has expired since the handshake proves nothing", in.peerValid, nil},
+		{"judge", "last before the application: what it saw is what is forwarded", in.judge, nil},
+		{"application", "takes the Grant as proof", in.forward, nil},
+	}
+}
+
+// chain is the way of a call from the application to a peer.
+func (o *door) makeChain() chain {
+	return chain{
+		{"access record", "outermost: whatever became of the call is written down", nil, o.record},
+		{"trace", "before anything that takes time, so that its time is seen", o.trace, nil},
+		{"signals", "counts refusals below as well as answers", o.startClock, o.count},
+		{"workload", "nothing is done for a process that is not the workload", o.ownProcess, nil},
+		{"drain gate", "a draining proxy takes no new call on an old connection after this one", o.drainGate, nil},
+		{"in-flight limit", "bounds what a runaway workload holds", o.enterFlight, o.leaveFlight},
+		{"route", "one snapshot says which service is meant; below it the target is fixed", o.route, nil},
+		{"upstream", "retry of a stale connection around balance around dial", o.forward, nil},
+	}
+}
+
+// The links that both directions share.
+
+func (l *listener) startClock(x *call) *refusal {
+	x.start = time.Now()
+	return nil
+}
+
+func (l *listener) drainGate(x *call) *refusal {
+	x.ex.ToDown.Close = l.draining.Load()
+	return nil
+}
+
+func (l *listener) enterFlight(x *call) *refusal {
+	if n := l.inFlight.Add(1); n > int64(l.MaxInFlight) {
+		l.inFlight.Add(-1)
+		return &refusal{status: 503, reason: "overload", detail: "too many calls in flight"}
+	}
+	return nil
+}
+
+func (l *listener) leaveFlight(*call) { l.inFlight.Add(-1) }
