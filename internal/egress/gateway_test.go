@@ -53,7 +53,7 @@ p, metadata, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:169.254.169.2
 
 // world is a gateway on loopback with a fake internet beside it.
 type world struct {
-	t        *testing.T
+	t        testing.TB
 	ca       *meshtest.CA
 	gw       *Gateway
 	addr     string
@@ -112,7 +112,7 @@ func (w *world) use(s *mesh.Snapshot) {
 	w.judge.Use(set)
 }
 
-func newWorld(t *testing.T, change func(*Config)) *world {
+func newWorld(t testing.TB, change func(*Config)) *world {
 	t.Helper()
 	w := &world{t: t, ca: meshtest.NewCA(t, meshtest.TD), audit: audit.NewMemory(), stopped: make(chan error, 1)}
 	w.dns = startDNS(t, func(q dns.Question, m *dns.Msg, _ bool) {
@@ -188,7 +188,7 @@ type tlsServer struct {
 	change atomic.Pointer[func(*tls.Config)]
 }
 
-func startTLS(t *testing.T, names ...string) *tlsServer {
+func startTLS(t testing.TB, names ...string) *tlsServer {
 	t.Helper()
 	web := meshtest.NewCA(t, spiffeid.RequireTrustDomainFromString("web.test"))
 	key := meshtest.NewKey(t)
@@ -228,7 +228,7 @@ type echoServer struct {
 	got  chan string
 }
 
-func startEcho(t *testing.T) *echoServer {
+func startEcho(t testing.TB) *echoServer {
 	s := &echoServer{got: make(chan string, 16)}
 	s.addr = serve(t, func(c net.Conn) {
 		if s.hold.Load() {
@@ -245,7 +245,7 @@ func startEcho(t *testing.T) *echoServer {
 	return s
 }
 
-func serve(t *testing.T, handle func(net.Conn)) string {
+func serve(t testing.TB, handle func(net.Conn)) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -1117,5 +1117,62 @@ func TestConfigMistakes(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not name %s", err, want)
 		}
+	}
+}
+
+// BenchmarkTunnel measures what goes up through a tunnel and comes back.
+func BenchmarkTunnel(b *testing.B) {
+	for name, dial := range map[string]dialFunc{"http1": dial1, "http2": dial2} {
+		b.Run(name, func(b *testing.B) {
+			w := newWorld(b, nil)
+			tun, ref := dial(w, billing, "db.test:5432")
+			if ref != nil {
+				b.Fatalf("refused: %+v", ref)
+			}
+			defer tun.Close()
+			chunk := make([]byte, 256<<10)
+			b.SetBytes(int64(len(chunk)))
+			b.ReportAllocs()
+			back := make(chan error, 1)
+			want := int64(0)
+			go func() {
+				n, err := io.Copy(io.Discard, tun)
+				if err == nil && n != want {
+					err = fmt.Errorf("%d bytes came back of %d", n, want)
+				}
+				back <- err
+			}()
+			for b.Loop() {
+				if _, err := tun.Write(chunk); err != nil {
+					b.Fatal(err)
+				}
+				want += int64(len(chunk))
+			}
+			tun.CloseWrite()
+			if err := <-back; err != nil {
+				b.Fatal(err)
+			}
+		})
+	}
+}
+
+// BenchmarkConnect measures a judged, dialled and recorded tunnel, from
+// CONNECT to its first byte, on a new HTTP/2 stream.
+func BenchmarkConnect(b *testing.B) {
+	w := newWorld(b, func(c *Config) { c.Limits.TunnelsPerCaller = 4096 })
+	tr := &http2.Transport{TLSClientConfig: w.client(billing, "h2")}
+	defer tr.CloseIdleConnections()
+	b.ReportAllocs()
+	for b.Loop() {
+		tun, ref := connect2(w, tr, "db.test:5432")
+		if ref != nil {
+			b.Fatalf("refused: %+v", ref)
+		}
+		io.WriteString(tun, "x")
+		io.ReadFull(tun, make([]byte, 1))
+		tun.CloseWrite()
+		io.Copy(io.Discard, tun)
+		tun.Close()
+		<-w.db.got
 	}
 }

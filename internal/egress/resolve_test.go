@@ -63,7 +63,7 @@ func (s *dnsServer) set(f func(q dns.Question, m *dns.Msg, udp bool)) {
 	s.answer = f
 }
 
-func startDNS(t *testing.T, f func(q dns.Question, m *dns.Msg, udp bool)) *dnsServer {
+func startDNS(t testing.TB, f func(q dns.Question, m *dns.Msg, udp bool)) *dnsServer {
 	t.Helper()
 	s := &dnsServer{answer: f}
 	var pc net.PacketConn
@@ -92,7 +92,7 @@ func startDNS(t *testing.T, f func(q dns.Question, m *dns.Msg, udp bool)) *dnsSe
 	return s
 }
 
-func (s *dnsServer) resolver(t *testing.T, c ResolverConfig) *Resolver {
+func (s *dnsServer) resolver(t testing.TB, c ResolverConfig) *Resolver {
 	t.Helper()
 	if c.Servers == nil {
 		c.Servers = []Server{{Addr: s.addr}}
