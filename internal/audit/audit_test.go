@@ -479,7 +479,7 @@ func TestTailDoesNotReturnATornLine(t *testing.T) {
 	if b, _, err := tail.poll(); b != nil || err != nil {
 		t.Fatalf("%s %v", b, err)
 	}
-	l = openAt(t, path)
+	openAt(t, path)
 	line, seq, err := tail.Next(t.Context())
 	if err != nil || seq != 2 || !bytes.Contains(line, []byte(`"kind":"gap"`)) {
 		t.Errorf("%s %d %v", line, seq, err)

@@ -179,7 +179,12 @@ func (t *Tail) nextSegment() (bool, error) {
 		return false, err
 	}
 	now, err := os.Stat(t.path)
-	if err != nil || os.SameFile(mine, now) {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return false, nil // removed, but what is open may still grow
+	case err != nil:
+		return false, err
+	case os.SameFile(mine, now):
 		return false, nil
 	}
 	if mine.Size() > t.off {
