@@ -7,6 +7,7 @@ import (
 	"net"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -28,6 +29,7 @@ type localPeer struct {
 	credentials.CommonAuthInfo
 	process capture.Process
 	pidfd   *capture.Pidfd
+	proven  <-chan struct{} // closed when the challenge was answered
 }
 
 // AuthType names the mechanism in gRPC's terms.
@@ -43,6 +45,27 @@ func (p *localPeer) check() error {
 		return errors.New("it ended, or became another program, user or cgroup")
 	}
 	return nil
+}
+
+// prove waits until the process has answered the challenge.
+func (p *localPeer) prove(ctx context.Context, patience time.Duration) error {
+	select {
+	case <-p.proven:
+		return nil
+	default:
+	}
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case <-p.proven:
+		return nil
+	case <-p.pidfd.Done():
+		return capture.ErrNoProcess
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return errors.New("it did not answer the challenge")
+	}
 }
 
 func peerOf(ctx context.Context) (*localPeer, error) {
@@ -96,7 +119,9 @@ func (w *WorkloadAPI) admit(c net.Conn) (net.Conn, *localPeer, error) {
 		w.leave(pid)
 		return nil, nil, err
 	}
-	conn := &heldConn{Conn: c, free: sync.OnceFunc(func() {
+	asked := challenge(c) // after hold has inspected the process
+	p.proven = asked.proven
+	conn := &heldConn{Conn: asked, free: sync.OnceFunc(func() {
 		p.pidfd.Close()
 		w.leave(pid)
 	})}

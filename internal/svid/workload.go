@@ -74,6 +74,8 @@ type WorkloadConfig struct {
 	// MaxConns and MaxStreams bound what one process may hold open. Default 16
 	// and 64. MaxTotal bounds the connections of all together, default 512.
 	MaxConns, MaxStreams, MaxTotal int
+
+	patience time.Duration // with the answer to a challenge; tests set it
 }
 
 // Validate reports all mistakes at once.
@@ -118,6 +120,7 @@ func NewWorkloadAPI(cfg WorkloadConfig) (*WorkloadAPI, error) {
 	cfg.MaxConns = cmp.Or(cfg.MaxConns, 16)
 	cfg.MaxStreams = cmp.Or(cfg.MaxStreams, 64)
 	cfg.MaxTotal = cmp.Or(cfg.MaxTotal, 512)
+	cfg.patience = cmp.Or(cfg.patience, challengeTime)
 	return &WorkloadAPI{cfg: cfg, conns: map[int]int{}, streams: map[int]int{}}, nil
 }
 
@@ -173,6 +176,10 @@ func (w *WorkloadAPI) attest(ctx context.Context, method string) (*grant, error)
 }
 
 func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer) (*grant, error) {
+	if err := p.prove(ctx, w.cfg.patience); err != nil {
+		w.cfg.Log.Warn("workload API: caller not proven", "pid", p.process.PID, "error", err)
+		return nil, status.Error(codes.PermissionDenied, "the process that opened this connection does not answer on it")
+	}
 	if err := p.check(); err != nil {
 		w.cfg.Log.Warn("workload API: caller changed", "pid", p.process.PID, "error", err)
 		return nil, status.Error(codes.PermissionDenied, "the process that opened this connection has changed")

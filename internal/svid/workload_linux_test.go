@@ -2,8 +2,10 @@ package svid
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -25,6 +27,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -63,6 +67,18 @@ func play(role string, args []string) error {
 		if err := unix.Sendmsg(3, []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
 			return err
 		}
+	case "write-ahead": // the request, then the connection to the thief, then the rightful program
+		req, err := hex.DecodeString(args[1])
+		if err != nil {
+			return err
+		}
+		if _, err := unix.Write(fd, req); err != nil {
+			return err
+		}
+		if err := unix.Sendmsg(3, []byte{1}, unix.UnixRights(fd), nil, 0); err != nil {
+			return err
+		}
+		return syscall.Exec(args[2], args[2:], os.Environ())
 	case "exec":
 		in.ReadString('\n')
 		return syscall.Exec(args[1], args[1:], os.Environ())
@@ -407,20 +423,11 @@ func TestJWTBundleHoldsOnlyTheKeys(t *testing.T) {
 	}
 }
 
-// The attack of a program that opens a connection, becomes the rightful
-// program, and leaves the connection with somebody else.
-func TestHandedOverConnectionGetsNoKey(t *testing.T) {
-	s := serve(t, entitled("entry/a"), nil, id("/a"))
-	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(sp[0])
-	theirs := os.NewFile(uintptr(sp[1]), "pair")
-	start(t, "hand-over", []*os.File{theirs}, s.path)
-	theirs.Close()
+// receive takes the connection that the other process gave away.
+func receive(t *testing.T, sock int) net.Conn {
+	t.Helper()
 	oob, b := make([]byte, 128), make([]byte, 1)
-	_, n, _, _, err := unix.Recvmsg(sp[0], b, oob, 0)
+	_, n, _, _, err := unix.Recvmsg(sock, b, oob, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -438,6 +445,23 @@ func TestHandedOverConnectionGetsNoKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { conn.Close() })
+	return conn
+}
+
+// The attack of a program that opens a connection, becomes the rightful
+// program, and leaves the connection with somebody else.
+func TestHandedOverConnectionGetsNoKey(t *testing.T) {
+	s := serve(t, entitled("entry/a"), nil, id("/a"))
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(sp[0])
+	theirs := os.NewFile(uintptr(sp[1]), "pair")
+	start(t, "hand-over", []*os.File{theirs}, s.path)
+	theirs.Close()
+	conn := receive(t, sp[0])
 	var once atomic.Bool
 	cc, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
@@ -456,6 +480,78 @@ func TestHandedOverConnectionGetsNoKey(t *testing.T) {
 		if r, err = stream.Recv(); err == nil {
 			t.Fatalf("the thief holds the key of %s", r.Svids[0].SpiffeId)
 		}
+	}
+}
+
+// A program writes its request ahead, gives the connection away and becomes
+// the rightful program, all before the server looks: pid, program and start
+// time are right, and the thief only reads.
+func TestRequestWrittenAheadGetsNoKey(t *testing.T) {
+	sleep, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var req, head bytes.Buffer
+	enc := hpack.NewEncoder(&head)
+	for _, h := range [][2]string{{":method", "POST"}, {":scheme", "http"}, {":path", workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName},
+		{":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"}, {securityHeader, "true"}} {
+		enc.WriteField(hpack.HeaderField{Name: h[0], Value: h[1]})
+	}
+	req.WriteString(http2.ClientPreface)
+	fr := http2.NewFramer(&req, nil)
+	fr.WriteSettings()
+	fr.WriteSettingsAck()
+	fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: head.Bytes(), EndHeaders: true})
+	fr.WriteData(1, true, make([]byte, 5))
+
+	ca := newCA(t, td)
+	a := entitled("entry/a")
+	api, err := NewWorkloadAPI(WorkloadConfig{Source: ca.source(id("/a")), Attest: a, Log: slog.New(slog.DiscardHandler), patience: 100 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := capture.ListenUnix(path, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sp, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(sp[0])
+	theirs := os.NewFile(uintptr(sp[1]), "pair")
+	// The preface holds no NUL, but frames do: an argument cannot carry them.
+	c, _ := start(t, "write-ahead", []*os.File{theirs}, path, hex.EncodeToString(req.Bytes()), sleep, "600")
+	theirs.Close()
+	conn := receive(t, sp[0])
+	for { // until the process is the rightful program
+		p, err := capture.Inspect(c.Process.Pid)
+		if err == nil && filepath.Base(p.ExePath) != filepath.Base(os.Args[0]) {
+			break
+		}
+		runtime.Gosched()
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error)
+	go func() { done <- api.Serve(ctx, l) }()
+	defer func() { cancel(); <-done }()
+	conn.SetReadDeadline(time.Now().Add(20 * time.Second))
+	from := http2.NewFramer(io.Discard, conn)
+	for {
+		f, err := from.ReadFrame()
+		if err != nil {
+			t.Fatalf("before an answer: %v", err)
+		}
+		if f.Header().Type == http2.FrameData && f.Header().Length > 5 {
+			t.Fatalf("the thief read an answer of %d bytes", f.Header().Length)
+		}
+		if f.Header().Type == http2.FrameHeaders && f.Header().Flags.Has(http2.FlagHeadersEndStream) {
+			break // refused
+		}
+	}
+	if a.asked.Load() != 0 {
+		t.Error("the caller was attested although it never answered")
 	}
 }
 
