@@ -7,7 +7,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
 	"sallyport/internal/control/meshpb"
@@ -90,9 +89,3 @@ func (a *adminAPI) Edges(context.Context, *meshpb.EdgesRequest) (*meshpb.EdgesRe
 
 // freshName names an agent that nobody named.
 func freshName() string { return strings.ToLower(rand.Text()) }
-
-// cutPrefixID returns the name in .../spire/agent/join_token/<name>.
-func cutPrefixID(id spiffeid.ID, td spiffeid.TrustDomain) (string, bool) {
-	name, ok := strings.CutPrefix(id.Path(), joinPrefix)
-	return name, ok && id.MemberOf(td) && name != "" && !strings.Contains(name, "/")
-}

@@ -28,11 +28,11 @@ type agentAPI struct {
 
 // AttestAgent admits a node by its evidence and certifies the key it asks for.
 func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse]) error {
-	req, err := firstMessage(st)
+	req, err := firstMessage(st, a.s.hello)
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(st.Context(), helloTimeout)
+	ctx, cancel := context.WithTimeout(st.Context(), a.s.hello)
 	defer cancel()
 	params := req.GetParams()
 	if params.GetData() == nil || params.GetParams() == nil {
@@ -167,7 +167,7 @@ func (a *agentAPI) PostStatus(context.Context, *agentv1.PostStatusRequest) (*age
 }
 
 // firstMessage waits for the message that opens a stream, not for ever.
-func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp]) (*Req, error) {
+func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp], within time.Duration) (*Req, error) {
 	type first struct {
 		m   *Req
 		err error
@@ -178,13 +178,13 @@ func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp]) (*Req, 
 		m, err := st.Recv()
 		got <- first{m, err}
 	}()
-	t := time.NewTimer(helloTimeout)
+	t := time.NewTimer(within)
 	defer t.Stop()
 	select {
 	case f := <-got:
 		return f.m, f.err
 	case <-t.C:
-		return nil, refuse(codes.DeadlineExceeded, "no message within %s of opening the stream", helloTimeout)
+		return nil, refuse(codes.DeadlineExceeded, "no message within %s of opening the stream", within)
 	}
 }
 
@@ -244,8 +244,8 @@ func (a *agentAdminAPI) ListAgents(ctx context.Context, req *agentv1.ListAgentsR
 
 // agentName is the inverse of AgentID.
 func agentName(id spiffeid.ID, td spiffeid.TrustDomain) (string, error) {
-	name, ok := cutPrefixID(id, td)
-	if !ok {
+	name, ok := strings.CutPrefix(id.Path(), joinPrefix)
+	if !ok || !id.MemberOf(td) || strings.Contains(name, "/") {
 		return "", fmt.Errorf("%s is not of the form spiffe://%s%s<name>", id, td, joinPrefix)
 	}
 	return name, nil

@@ -310,6 +310,19 @@ func TestSubscribeEndsWhenTheAgentIsOut(t *testing.T) {
 	}
 }
 
+func TestAStreamDoesNotOutliveTheAgentSVID(t *testing.T) {
+	a := newCA(t, td)
+	r := newRig(t, a)
+	a.ttl = 2 * time.Second
+	c, _ := r.joined("node-b")
+	w := newWatcher()
+	ended, _ := subscribe(t, c, billingHello(), w)
+	recv(t, "snapshot", w.snaps)
+	if err := recv(t, "end", ended); !errors.Is(err, ErrMustReattest) || !strings.Contains(err.Error(), "expired") {
+		t.Errorf("Subscribe: %v, want ErrMustReattest", err)
+	}
+}
+
 func TestAHelloIsRefused(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	at := func(svc, addr string) []mesh.Endpoint {
@@ -361,7 +374,7 @@ func TestAnEndpointWaitsForItsService(t *testing.T) {
 
 func TestALeaseIsKeptWhileTheProxyLives(t *testing.T) {
 	r := newRig(t, newCA(t, td))
-	r.srv.lease = 30 * time.Millisecond
+	r.retune(func(s *Server) { s.lease = 30 * time.Millisecond })
 	c, _ := r.joined("node-b")
 	c.alive = 10 * time.Millisecond
 	h := billingHello()

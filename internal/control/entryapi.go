@@ -105,7 +105,7 @@ func (a *entryAPI) GetAuthorizedEntries(ctx context.Context, req *entryv1.GetAut
 // SyncAuthorizedEntries returns the agent's entries whole when they fit a page.
 // Otherwise it pages their revisions and then what the agent asks for by ID.
 func (a *entryAPI) SyncAuthorizedEntries(st grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
-	req, err := firstMessage(st)
+	req, err := firstMessage(st, a.s.hello)
 	if err != nil {
 		return err
 	}

@@ -17,13 +17,13 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 
+	"sallyport/internal/capture"
 	"sallyport/internal/mesh"
 )
 
@@ -240,29 +240,11 @@ func (l *ownListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		uid, err := peerUID(c)
-		if err == nil && (uid == 0 || int(uid) == os.Geteuid()) {
+		cred, err := capture.PeerCred(c)
+		if err == nil && (cred.UID == 0 || int(cred.UID) == os.Geteuid()) {
 			return c, nil
 		}
-		l.log.Warn("admin connection refused", slog.Uint64("uid", uint64(uid)), slog.Any("err", err))
+		l.log.Warn("admin connection refused", slog.Uint64("uid", uint64(cred.UID)), slog.Any("err", err))
 		c.Close()
 	}
-}
-
-func peerUID(c *net.UnixConn) (uint32, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var credErr error
-	if err := raw.Control(func(fd uintptr) {
-		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-	}); err != nil {
-		return 0, err
-	}
-	if credErr != nil {
-		return 0, credErr
-	}
-	return cred.Uid, nil
 }

@@ -73,7 +73,7 @@ func (a *meshAPI) Subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest,
 	if err != nil {
 		return err
 	}
-	req, err := firstMessage(st)
+	req, err := firstMessage(st, a.s.hello)
 	if err != nil {
 		return err
 	}

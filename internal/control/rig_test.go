@@ -339,6 +339,16 @@ type rig struct {
 	srv  *Server
 	addr string
 	stop func()
+	// tune, when set, changes a Server before it serves.
+	tune func(*Server)
+}
+
+// retune starts the issuer again with other times.
+func (r *rig) retune(f func(*Server)) {
+	r.t.Helper()
+	r.stop()
+	r.tune = f
+	r.start(r.addr)
 }
 
 func newRig(t testing.TB, a *ca, change ...func(*ServerConfig)) *rig {
@@ -376,6 +386,9 @@ func (r *rig) start(addr string, change ...func(*ServerConfig)) {
 	var err error
 	if r.srv, err = NewServer(cfg); err != nil {
 		r.t.Fatal(err)
+	}
+	if r.tune != nil {
+		r.tune(r.srv)
 	}
 	l, err := net.Listen("tcp", addr)
 	if err != nil {

@@ -163,8 +163,9 @@ type Server struct {
 	// stopping is closed once the Server is to end its streams.
 	stopping chan struct{}
 	stopOnce sync.Once
-	// lease of an announced endpoint.
-	lease time.Duration
+	// lease of an announced endpoint; hello bounds the wait for the first
+	// message of a stream.
+	lease, hello time.Duration
 	// agents serialises changes of one agent's record.
 	agents keyedLocks
 
@@ -202,6 +203,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		attests:  make(chan struct{}, cfg.AttestsAtOnce),
 		stopping: make(chan struct{}),
 		lease:    endpointLease,
+		hello:    helloTimeout,
 		open:     map[spiffeid.ID]int{},
 		subs:     map[subscriber]int{},
 		live:     map[spiffeid.ID]int{},

@@ -449,6 +449,39 @@ func TestStreamsOfAnAgentAreBounded(t *testing.T) {
 	}
 }
 
+func TestASilentStreamIsEnded(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	r.retune(func(s *Server) { s.hello = 200 * time.Millisecond })
+	c, _ := r.joined("node-a")
+	l, err := c.acquire()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.release(l)
+	attest, err := agentv1.NewAgentClient(l.cc).AttestAgent(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := attest.Recv(); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("attestation without a word: %v, want DeadlineExceeded", err)
+	}
+	sub, err := meshpb.NewMeshClient(l.cc).Subscribe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := sub.Recv(); status.Code(err) != codes.DeadlineExceeded {
+		t.Errorf("subscription without a hello: %v, want DeadlineExceeded", err)
+	}
+	// An answer in the place of the hello is none.
+	if sub, err = meshpb.NewMeshClient(l.cc).Subscribe(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	sub.Send(&meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{}}})
+	if _, err := sub.Recv(); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("subscription that begins with an ack: %v, want InvalidArgument", err)
+	}
+}
+
 func TestTheOperatorsSocket(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	c, _ := r.joined("node-a")
