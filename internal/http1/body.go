@@ -46,6 +46,9 @@ func copyBody(dst io.Writer, src *Conn, in Body, out Framing, scratch *[]byte) (
 func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int64, readErr, writeErr error) {
 	k := min(length, int64(src.w-src.r))
 	*scratch = append(*scratch, src.buf[src.r:src.r+int(k)]...)
+	if k == length {
+		src.ended.Store(true)
+	}
 	if _, writeErr = dst.Write(*scratch); writeErr != nil {
 		return 0, nil, writeErr
 	}
@@ -60,6 +63,9 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 		got, err := src.readBody(bulk[:min(int64(bulkSize), length-n)], &p)
 		if err != nil {
 			return n, err, nil
+		}
+		if n+int64(got) == length {
+			src.ended.Store(true)
 		}
 		if _, writeErr = dst.Write(bulk[:got]); writeErr != nil {
 			return n, nil, writeErr
@@ -131,6 +137,9 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 			return d.data, readErr, nil
 		}
 		src.r += k
+		if d.done() {
+			src.ended.Store(true)
+		}
 		if len(out) > 0 {
 			*scratch = out
 			if _, writeErr = dst.Write(out); writeErr != nil {

@@ -90,6 +90,7 @@ type Conn struct {
 	readEnd     time.Time   // the read deadline now set
 	trailers    bool        // pass trailers on: true after ReadResponse
 	quit        atomic.Bool // set from outside: stop reading a body
+	ended       atomic.Bool // the body being copied was read to its end
 
 	peeker peeker
 

@@ -16,10 +16,14 @@ var ErrNotAccepted = errors.New("response not accepted")
 // the request were consumed.
 var ErrNotReplayable = errors.New("request was sent already and cannot be replayed")
 
-// earlyGrace is how long a response that overtakes the end of its request
-// waits for the upload to finish, before the two count as out of step. An
-// upstream that answers at the last byte often wins by some microseconds.
-const earlyGrace = 5 * time.Millisecond
+// An upstream that answers at the last byte often overtakes the upload by some
+// microseconds. So a response waits earlyGrace for the upload to finish, or
+// lastGrace when only the last write is left, before the two count as out of
+// step.
+const (
+	earlyGrace = 5 * time.Millisecond
+	lastGrace  = 250 * time.Millisecond
+)
 
 // An Exchange forwards one request from Down to Up and its response back. Keep
 // one for the life of a downstream connection and set the fields anew for each
@@ -83,6 +87,18 @@ type upload struct {
 	writeErr error
 	over     atomic.Bool
 	done     chan struct{}
+}
+
+// ends waits for the end of the upload.
+func (u *upload) ends(within time.Duration) bool {
+	t := time.NewTimer(within)
+	defer t.Stop()
+	select {
+	case <-u.done:
+		return true
+	case <-t.C:
+		return false
+	}
 }
 
 func (u *upload) running() bool { return u != nil && !u.over.Load() }
@@ -150,6 +166,7 @@ func (x *Exchange) startUpload() error {
 		return &SideError{Client, "write", err}
 	}
 	r.started = true
+	down.ended.Store(false)
 	u := &upload{done: make(chan struct{})}
 	x.upload = u
 	x.res.RequestBytesSent = int64(len(up.out))
@@ -298,14 +315,8 @@ func (x *Exchange) overtaken() bool {
 	if u == nil {
 		return false
 	}
-	if u.running() {
-		t := time.NewTimer(earlyGrace)
-		defer t.Stop()
-		select {
-		case <-u.done:
-		case <-t.C:
-			return true
-		}
+	if u.running() && !u.ends(earlyGrace) && !(x.Down.ended.Load() && u.ends(lastGrace)) {
+		return true
 	}
 	<-u.done
 	return u.readErr != nil || u.writeErr != nil

@@ -22,6 +22,8 @@ type memConn struct {
 	mu     sync.Mutex
 	fail   error         // what a write returns
 	wait   chan struct{} // when set, reads block until it is closed
+	until  string        // written bytes that close wait
+	woken  bool
 }
 
 func (m *memConn) Read(p []byte) (int, error) {
@@ -53,17 +55,26 @@ func (m *memConn) Write(p []byte) (int, error) {
 	if m.fail != nil {
 		return 0, m.fail
 	}
-	return m.out.Write(p)
+	n, err := m.out.Write(p)
+	if m.until != "" && strings.Contains(m.out.String(), m.until) {
+		m.wake()
+	}
+	return n, err
 }
 
 func (m *memConn) Close() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.wait != nil && !m.closed {
-		close(m.wait)
-	}
+	m.wake()
 	m.closed = true
 	return nil
+}
+
+func (m *memConn) wake() {
+	if m.wait != nil && !m.woken {
+		m.woken = true
+		close(m.wait)
+	}
 }
 
 func (m *memConn) written() string {
@@ -471,6 +482,8 @@ func TestPieces(t *testing.T) {
 		_, err := proxy(NewConn(d, Limits{}), func() *Conn {
 			u := mem(answers[len(ups)])
 			u.step = step
+			u.wait = make(chan struct{}) // the answer comes after the request
+			u.until = []string{"abc", "0\r\n\r\n", "\r\n\r\n"}[len(ups)]
 			ups = append(ups, u)
 			return NewConn(u, Limits{})
 		})
