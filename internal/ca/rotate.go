@@ -44,7 +44,7 @@ func (c *CA) Run(ctx context.Context) error {
 		if err := c.renew(ctx); err != nil {
 			c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", c.Status().IntermediateExpires)
 		} else {
-			wait = min(lookAtLeast, max(100*time.Millisecond, c.nextStep().Sub(c.cfg.Now())))
+			wait = max(10*time.Millisecond, c.nextStep().Sub(c.cfg.Now()))
 		}
 		timer.Reset(wait)
 	}
@@ -58,19 +58,28 @@ func times(cert *x509.Certificate) (publish, activate time.Time) {
 	return begin.Add(life / 2), begin.Add(life / 6 * 5)
 }
 
+// nextStep is when renew has something to do again.
 func (c *CA) nextStep() time.Time {
+	now := c.cfg.Now()
+	next := now.Add(lookAtLeast)
 	s := c.current.Load()
 	if s == nil {
-		return c.cfg.Now().Add(lookAtLeast)
+		return next
 	}
 	publish, activate := times(s.intermediate)
-	if publish.After(c.cfg.Now()) {
-		return publish
+	steps := []time.Time{publish, activate}
+	for _, k := range s.bundle.JWT {
+		steps = append(steps, k.ExpiresAt)
 	}
-	return activate
+	for _, t := range steps {
+		if t.After(now) && t.Before(next) {
+			next = t
+		}
+	}
+	return next
 }
 
-// renew does the step that is due, if any.
+// renew does the steps that are due, if any.
 func (c *CA) renew(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -88,7 +97,30 @@ func (c *CA) renew(ctx context.Context) error {
 		return c.rotate(ctx, s, now)
 	case !now.Before(publish) && !slices.ContainsFunc(c.state.JWT, isNext):
 		return c.publishNext(ctx, s, now)
+	case slices.ContainsFunc(c.state.JWT, func(r jwtKeyRecord) bool { return r.spent(now) }):
+		return c.prune(ctx, s, now)
 	}
+	return nil
+}
+
+// spent says that no token by this key can be valid any more.
+func (r jwtKeyRecord) spent(now time.Time) bool {
+	return r.Role != roleActive && !r.Expires.After(now)
+}
+
+// prune takes spent JWT keys out of the bundle. The caller holds c.mu.
+func (c *CA) prune(ctx context.Context, s *signing, now time.Time) error {
+	before, st := c.state, c.state
+	st.Sequence++
+	st.JWT = slices.DeleteFunc(slices.Clone(st.JWT), func(r jwtKeyRecord) bool { return r.spent(now) })
+	key, err := c.keys.load(st.Intermediate)
+	if err != nil {
+		return err
+	}
+	if err := c.adopt(ctx, st, s.root, s.intermediate, key); err != nil {
+		return err
+	}
+	c.forget(before, st)
 	return nil
 }
 

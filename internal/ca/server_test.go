@@ -5,8 +5,13 @@ import (
 	"crypto/x509"
 	"errors"
 	"net"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	kms "go.step.sm/crypto/kms/apiv1"
 
 	"sallyport/internal/audit"
 )
@@ -53,4 +58,38 @@ func TestServerCertificateInAHandshake(t *testing.T) {
 	if err := conn.HandshakeContext(t.Context()); err != nil {
 		t.Error(err)
 	}
+}
+
+// tires is a key manager that makes one key and then no more.
+type tires struct {
+	kms.KeyManager
+	made *int
+}
+
+func (k tires) CreateKey(r *kms.CreateKeyRequest) (*kms.CreateKeyResponse, error) {
+	if *k.made++; *k.made > 1 {
+		return nil, errors.New("token is full")
+	}
+	return k.KeyManager.CreateKey(r)
+}
+
+func TestFailedRenewalLeavesNothingBehind(t *testing.T) {
+	cfg := config(t)
+	c := open(t, cfg)
+	files := func() []string { return must1(filepath.Glob(filepath.Join(cfg.Dir, "*"))) }
+	before, status := files(), c.Status()
+	good := c.keys.kms
+	c.keys.kms = tires{good, new(int)}
+	c.mu.Lock()
+	err := c.rotate(t.Context(), c.current.Load(), time.Now())
+	c.mu.Unlock()
+	if err == nil || !strings.Contains(err.Error(), "token is full") {
+		t.Errorf("got %v", err)
+	}
+	if d := cmp.Diff(before, files()); d != "" || c.Status() != status {
+		t.Errorf("files %s, status %+v", d, c.Status())
+	}
+	issue(t, c, X509Request{ID: web, PublicKey: anyKey.Public()})
+	c.Close()
+	open(t, cfg)
 }
