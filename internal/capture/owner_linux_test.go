@@ -1,0 +1,116 @@
+package capture
+
+import (
+	"errors"
+	"net"
+	"net/netip"
+	"os"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestOwnerOf(t *testing.T) {
+	for _, c := range []struct{ name, network, listen, dial string }{
+		{"IPv4", "tcp4", "127.0.0.1:0", "127.0.0.1"},
+		{"IPv6", "tcp6", "[::1]:0", "::1"},
+		{"IPv4 client of a dual-stack listener", "tcp", "[::]:0", "127.0.0.1"},
+		{"client that dials the mapped address", "tcp", "127.0.0.1:0", "::ffff:127.0.0.1"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			l, err := net.Listen(c.network, c.listen)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			_, port, _ := net.SplitHostPort(l.Addr().String())
+			o := start(t, "dial", nil, "tcp", net.JoinHostPort(c.dial, port))
+			s, err := l.Accept()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			local, remote := ends(s)
+			for _, cand := range [][]int{nil, {o.Process.Pid}, {os.Getpid(), 1 << 30}} {
+				p, err := OwnerOf(local, remote, cand...)
+				if err != nil || p.PID != o.Process.Pid {
+					t.Errorf("OwnerOf with candidates %v = pid %d, %v; want %d", cand, p.PID, err, o.Process.Pid)
+				}
+			}
+			if p, err := OwnerOf(remote, local); err != nil || p.PID != os.Getpid() {
+				t.Errorf("our own end: pid %d, %v; want %d", p.PID, err, os.Getpid())
+			}
+			o.expect(t, "ready")
+			o.Process.Kill()
+			o.Wait()
+			if p, err := OwnerOf(local, remote, o.Process.Pid); !errors.Is(err, ErrNoOwner) {
+				t.Errorf("after exit: pid %d, %v; want ErrNoOwner", p.PID, err)
+			}
+		})
+	}
+}
+
+func ends(c net.Conn) (local, remote netip.AddrPort) {
+	return c.LocalAddr().(*net.TCPAddr).AddrPort(), c.RemoteAddr().(*net.TCPAddr).AddrPort()
+}
+
+func TestOwnerOfRefusesWhatIsNoConnection(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	at := l.Addr().(*net.TCPAddr).AddrPort()
+	nobody := netip.MustParseAddrPort("127.0.0.1:1")
+	for name, c := range map[string][2]netip.AddrPort{
+		"a listener is not the client":  {nobody, at},
+		"nothing there":                 {nobody, nobody},
+		"invalid addresses":             {{}, {}},
+		"one end IPv4, the other IPv6":  {at, netip.MustParseAddrPort("[::1]:1")},
+		"a listener and an invalid end": {at, {}},
+	} {
+		if p, err := OwnerOf(c[0], c[1]); err == nil {
+			t.Errorf("%s: pid %d", name, p.PID)
+		}
+	}
+}
+
+func FuzzParseDiag(f *testing.F) {
+	src, dst := netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:2")
+	f.Add([]byte{})
+	f.Add(make([]byte, nlHeaderLen+diagMsgLen))
+	b := make([]byte, nlHeaderLen+diagMsgLen)
+	b[4] = unix.SOCK_DIAG_BY_FAMILY
+	b[nlHeaderLen] = unix.AF_INET
+	f.Add(b)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if s, err := parseDiag(b, src, dst); err == nil && s.inode == 0 {
+			t.Error("accepted an answer without an inode")
+		}
+	})
+}
+
+func BenchmarkOwnerOf(b *testing.B) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer l.Close()
+	o := start(b, "dial", nil, "tcp", l.Addr().String())
+	s, err := l.Accept()
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer s.Close()
+	local, remote := ends(s)
+	for name, cand := range map[string][]int{"candidate": {o.Process.Pid}, "scan": nil} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if p, err := OwnerOf(local, remote, cand...); err != nil || p.PID != o.Process.Pid {
+					b.Fatal(p, err)
+				}
+			}
+		})
+	}
+}
