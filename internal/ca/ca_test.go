@@ -603,6 +603,11 @@ func TestIntermediateThatExpiredWhileDownIsRenewedOnOpen(t *testing.T) {
 		t.Errorf("%d JWT keys, the old one is long expired", n)
 	}
 	issue(t, c, X509Request{ID: web, PublicKey: anyKey.Public()})
+	c.Close()
+	cfg.Now = time.Now
+	if _, err := Open(t.Context(), cfg); err == nil || !strings.Contains(err.Error(), "before the intermediate certificate begins") || !strings.Contains(err.Error(), "; next: set the clock") {
+		t.Errorf("with the clock set back: %v", err)
+	}
 }
 
 func TestIntermediateEndsWithTheRoot(t *testing.T) {

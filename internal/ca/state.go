@@ -183,7 +183,7 @@ func (c *CA) load(ctx context.Context) (*signing, error) {
 	}
 	if now.Before(cert.NotBefore) {
 		return nil, daemon.Hint(fmt.Errorf("the clock says %s, which is before the intermediate certificate begins at %s", utc(now), utc(cert.NotBefore)),
-			"set the clock")
+			"set the clock; if it is right now and was ahead before, wait until then or restore a backup")
 	}
 	return c.assemble(ctx, c.state, root, cert, key)
 }
