@@ -302,7 +302,7 @@ func (w *WorkloadAPI) ValidateJWTSVID(ctx context.Context, r *workload.ValidateJ
 	if r.Audience == "" || r.Svid == "" {
 		return nil, status.Error(codes.InvalidArgument, "audience and svid must be given")
 	}
-	g, err := w.attest(ctx, "ValidateJWTSVID")
+	g, err := w.attest(ctx, "ValidateJWTSVID", spiffeid.ID{})
 	if err != nil {
 		return nil, err
 	}

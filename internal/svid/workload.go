@@ -52,7 +52,8 @@ type Delivery struct {
 	Process capture.Process
 	// Method is the name of the call, such as "FetchX509SVID".
 	Method string
-	// IDs are the identities given; empty when refused.
+	// IDs are the identities that the caller was given, or, for a call that
+	// gives none, has; empty when refused.
 	IDs []spiffeid.ID
 	// Err is why it was refused, nil otherwise.
 	Err error
@@ -153,13 +154,14 @@ type grant struct {
 }
 
 // attest looks at the caller anew and picks its identities from the current
-// state. Every error is a gRPC status.
-func (w *WorkloadAPI) attest(ctx context.Context, method string) (*grant, error) {
+// state; only narrows them to one unless it is zero. Every error is a gRPC
+// status.
+func (w *WorkloadAPI) attest(ctx context.Context, method string, only spiffeid.ID) (*grant, error) {
 	p, err := peerOf(ctx)
 	if err != nil {
 		return nil, err
 	}
-	g, err := w.entitled(ctx, p)
+	g, err := w.entitled(ctx, p, only)
 	d := Delivery{Process: p.process, Method: method, Err: err}
 	if g != nil {
 		for _, id := range g.ids {
@@ -175,7 +177,7 @@ func (w *WorkloadAPI) attest(ctx context.Context, method string) (*grant, error)
 	return g, err
 }
 
-func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer) (*grant, error) {
+func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer, only spiffeid.ID) (*grant, error) {
 	if err := p.prove(ctx, w.cfg.patience); err != nil {
 		w.cfg.Log.Warn("workload API: caller not proven", "pid", p.process.PID, "error", err)
 		return nil, status.Error(codes.PermissionDenied, "the process that opened this connection does not answer on it")
@@ -196,7 +198,7 @@ func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer) (*grant, error
 	g := &grant{state: st}
 	now := w.cfg.Source.now()
 	for _, id := range st.Identities {
-		if slices.Contains(entries, id.EntryID) && now.Before(id.Expires()) {
+		if slices.Contains(entries, id.EntryID) && now.Before(id.Expires()) && (only.IsZero() || id.ID == only) {
 			g.ids = append(g.ids, id)
 		}
 	}
@@ -220,7 +222,7 @@ func (w *WorkloadAPI) follow(ctx context.Context, method string, send func(*gran
 	defer tick.Stop()
 	for {
 		changed := w.cfg.Source.Changed()
-		g, err := w.attest(ctx, method)
+		g, err := w.attest(ctx, method, spiffeid.ID{})
 		if err != nil {
 			return err
 		}
@@ -326,24 +328,18 @@ func (w *WorkloadAPI) FetchJWTSVID(ctx context.Context, r *workload.JWTSVIDReque
 		}
 		only = id
 	}
-	g, err := w.attest(ctx, "FetchJWTSVID")
+	g, err := w.attest(ctx, "FetchJWTSVID", only)
 	if err != nil {
 		return nil, err
 	}
 	resp, hints := &workload.JWTSVIDResponse{}, map[string]bool{}
 	for _, id := range g.ids {
-		if !only.IsZero() && id.ID != only {
-			continue
-		}
 		token, err := w.cfg.JWT.MintJWT(ctx, id.EntryID, r.Audience)
 		if err != nil {
 			w.cfg.Log.Warn("workload API: JWT-SVID not signed", "id", id.ID, "error", err)
 			return nil, status.Error(codes.Unavailable, "the issuer did not sign a JWT-SVID: try again")
 		}
 		resp.Svids = append(resp.Svids, &workload.JWTSVID{SpiffeId: id.ID.String(), Svid: token, Hint: uniqueHint(hints, id.Hint)})
-	}
-	if len(resp.Svids) == 0 {
-		return nil, status.Error(codes.PermissionDenied, "no identity issued")
 	}
 	p, err := peerOf(ctx)
 	if err != nil {

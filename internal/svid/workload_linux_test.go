@@ -372,7 +372,7 @@ func TestFetchJWT(t *testing.T) {
 	}
 	mu.Lock()
 	defer mu.Unlock()
-	if len(said) != 2 || said[0].Method != "FetchJWTSVID" || len(said[0].IDs) != 2 || said[0].Process.PID != os.Getpid() {
+	if len(said) != 2 || said[0].Method != "FetchJWTSVID" || len(said[0].IDs) != 2 || len(said[1].IDs) != 1 || said[0].Process.PID != os.Getpid() {
 		t.Errorf("audit: %+v", said)
 	}
 }
