@@ -113,15 +113,26 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, trace string
 	}
 	ctx, t.cancel = context.WithCancel(ctx)
 	t.idle, t.life = g.lim.Idle, g.lim.Life
+	t.panicked = func(p any) {
+		g.logPanic(p)
+		t.stop(ReasonInternal)
+	}
 	if err := g.tunnels.add(t); err != nil {
 		t.cancel()
 		return nil, g.deny(t.record(audit.KindDecision), err)
 	}
+	kept := false
+	defer func() {
+		if !kept {
+			t.stop(ReasonInternal)
+			g.tunnels.remove(t)
+		}
+	}()
 	if err := g.dial(ctx, t, grant); err != nil {
 		t.stop(reasonOf(err))
-		g.tunnels.remove(t)
 		return nil, g.deny(t.record(audit.KindDecision), err)
 	}
+	kept = true
 	return t, nil
 }
 
@@ -179,7 +190,7 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	open := g.cfg.Metrics.EgressTunnels(src)
 	open.Add(1)
 	defer func() {
-		t.stop(ReasonReset)
+		t.stop(ReasonInternal) // nothing, unless it was left by a panic
 		g.tunnels.remove(t)
 		open.Add(-1)
 		up, down := g.cfg.Metrics.EgressBytes(src, t.how.Host)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -268,6 +269,7 @@ func (g *Gateway) admit(c net.Conn) {
 			delete(g.conns, w)
 			g.mu.Unlock()
 		}()
+		defer g.recovered()
 		g.serveConn(w)
 	})
 }
@@ -282,6 +284,18 @@ func (g *Gateway) enter() bool {
 	}
 	g.wg.Add(1)
 	return true
+}
+
+// recovered, deferred, keeps a panic to the connection it happened on: what
+// that carries ends, the gateway goes on.
+func (g *Gateway) recovered() {
+	if p := recover(); p != nil {
+		g.logPanic(p)
+	}
+}
+
+func (g *Gateway) logPanic(p any) {
+	g.cfg.Log.Error("panic; what it served was ended", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 }
 
 // setIdle notes whether w holds nothing that a drain must wait for, and
@@ -304,7 +318,6 @@ type caller struct {
 func (g *Gateway) serveConn(w *wire) {
 	tc := tls.Server(w, g.cfg.TLS)
 	who, err := g.handshake(tc)
-	<-g.hands
 	if err != nil {
 		return
 	}
@@ -317,6 +330,7 @@ func (g *Gateway) serveConn(w *wire) {
 
 // handshake establishes who calls. Failures are recorded.
 func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
+	defer func() { <-g.hands }()
 	ctx, cancel := context.WithTimeout(context.Background(), g.lim.HandshakeTimeout)
 	defer cancel()
 	peer := tc.RemoteAddr().String()

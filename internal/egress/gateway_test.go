@@ -22,6 +22,7 @@ import (
 	"github.com/miekg/dns"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
@@ -1108,6 +1109,93 @@ func TestControlScreensOnceMore(t *testing.T) {
 		if !errors.As(err, &ref) {
 			t.Errorf("%s: %v", a, err)
 		}
+	}
+}
+
+type panicky struct{}
+
+func (panicky) Lookup(context.Context, string) ([]netip.Addr, error) { panic("resolver is broken") }
+
+func TestPanicEndsOneCallOnly(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Names = panicky{} })
+	c := w.open1(billing)
+	io.WriteString(c, "CONNECT a.rebind.test:443 HTTP/1.1\r\nHost: a.rebind.test:443\r\n\r\n")
+	if b, _ := io.ReadAll(c); len(b) != 0 {
+		t.Errorf("over HTTP/1.1: got %q", b)
+	}
+	tr := &http2.Transport{TLSClientConfig: w.client(billing, "h2")}
+	defer tr.CloseIdleConnections()
+	req, _ := http.NewRequest("CONNECT", "https://"+w.addr, http.NoBody)
+	req.Host = "a.rebind.test:443"
+	if res, err := tr.RoundTrip(req); err == nil {
+		t.Errorf("over HTTP/2: got %v", res.Status)
+	}
+	if n := w.gw.Tunnels(); n != 0 {
+		t.Errorf("%d tunnels live", n)
+	}
+	tun, ref := connect2(w, tr, "db.test:5432")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	tun.Close()
+}
+
+// rawStream sends one HTTP/2 request as its header fields stand, and returns
+// the status, or "reset".
+func rawStream(t *testing.T, w *world, fields ...string) string {
+	t.Helper()
+	c, err := tls.Dial("tcp", w.addr, w.client(billing, "h2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	io.WriteString(c, http2.ClientPreface)
+	f := http2.NewFramer(c, c)
+	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
+	f.WriteSettings()
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for i := 0; i < len(fields); i += 2 {
+		enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+	for {
+		fr, err := f.ReadFrame()
+		if err != nil {
+			return err.Error()
+		}
+		switch fr := fr.(type) {
+		case *http2.MetaHeadersFrame:
+			return fr.PseudoValue("status")
+		case *http2.RSTStreamFrame, *http2.GoAwayFrame:
+			return "reset"
+		}
+	}
+}
+
+func TestOddStreams(t *testing.T) {
+	w := newWorld(t, nil)
+	tests := []struct {
+		name   string
+		fields []string
+		want   string
+	}{
+		{"a plain CONNECT", []string{":method", "CONNECT", ":authority", "db.test:5432"}, "200"},
+		{"row 73: host beside :authority", []string{":method", "CONNECT", ":authority", "db.test:5432", "host", "evil.test:443"}, "400"},
+		{"row 73: host instead of :authority", []string{":method", "CONNECT", "host", "db.test:5432"}, "reset"},
+		{"a path", []string{":method", "CONNECT", ":authority", "db.test:5432", ":scheme", "https", ":path", "/"}, "reset"},
+		{"extended CONNECT", []string{":method", "CONNECT", ":protocol", "websocket", ":scheme", "https", ":path", "/", ":authority", "db.test:5432"}, "reset"},
+		{"two authorities", []string{":method", "CONNECT", ":authority", "db.test:5432", ":authority", "evil.test:443"}, "reset"},
+		{"userinfo", []string{":method", "CONNECT", ":authority", "a@db.test:5432"}, "400"},
+		{"no port", []string{":method", "CONNECT", ":authority", "db.test"}, "400"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := rawStream(t, w, tt.fields...); got != tt.want {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
 	}
 }
 

@@ -91,6 +91,12 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer g.wg.Done()
+	defer func() {
+		if p := recover(); p != nil {
+			g.logPanic(p)
+			panic(http.ErrAbortHandler) // resets the stream, in silence
+		}
+	}()
 	id, err := svid.PeerID(*r.TLS)
 	if err != nil {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here

@@ -46,6 +46,7 @@ const (
 	ReasonLife     Reason = "life"     // older than the life limit
 	ReasonRevoked  Reason = "revoked"  // the policy in force no longer allows it
 	ReasonShutdown Reason = "shutdown" // the gateway stops
+	ReasonInternal Reason = "internal" // the gateway failed; the cause is in its log
 )
 
 // A Refusal is an error with a Reason. Text may hold what the caller sent,

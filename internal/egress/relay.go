@@ -42,11 +42,12 @@ var largePool = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 // sides have ended, one breaks off, or stop is called. It may be stopped
 // before it has either side.
 type relay struct {
-	idle    time.Duration  // without a byte either way; 0: no limit
-	life    time.Duration  // from start; 0: no limit
-	cancel  func()         // ends what goes on before run
-	greet   *greeting      // for TLS: what may still name a server
-	refused func(*Refusal) // told why greet breaks the relay off
+	idle     time.Duration  // without a byte either way; 0: no limit
+	life     time.Duration  // from start; 0: no limit
+	cancel   func()         // ends what goes on before run
+	greet    *greeting      // for TLS: what may still name a server
+	refused  func(*Refusal) // told why greet breaks the relay off
+	panicked func(any)      // told of a panic in a goroutine of run
 
 	up, down atomic.Int64 // bytes handed to dest and to caller
 	moved    atomic.Int64 // when a byte last moved, in nanoseconds since start
@@ -140,6 +141,11 @@ func (r *relay) run() {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
+		defer func() {
+			if p := recover(); p != nil {
+				r.panicked(p)
+			}
+		}()
 		upward.pump()
 	}()
 	downward.pump()
