@@ -4,13 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
-	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,16 +15,11 @@ import (
 	"sallyport/internal/control"
 )
 
-// serverTTL is the life of the issuer's own certificate, renewed at half.
-const serverTTL = time.Hour
-
 // authority is the CA as the control server sees it.
 type authority struct {
 	ca       *ca.CA
+	server   *ca.Server
 	agentTTL time.Duration
-
-	mu     sync.Mutex // guards server
-	server *tls.Certificate
 }
 
 // sign redeems a draft that was made without error.
@@ -69,32 +60,9 @@ func (a *authority) JWTKeys() []control.JWTKey {
 	return out
 }
 
-// ServerCertificate is control.Authority. The certificate is renewed by the
-// handshake that finds it past half its life.
+// ServerCertificate is control.Authority.
 func (a *authority) ServerCertificate() (*tls.Certificate, error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.server != nil {
-		leaf := a.server.Leaf
-		if half := leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2); time.Now().Before(half) {
-			return a.server, nil
-		}
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	d, err := a.ca.DraftServer(key.Public(), serverTTL)
-	chain, err := a.sign(context.Background(), d, err)
-	if err != nil {
-		return nil, err
-	}
-	c := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
-	for _, x := range chain {
-		c.Certificate = append(c.Certificate, x.Raw)
-	}
-	a.server = c
-	return c, nil
+	return a.server.Certificate(context.Background())
 }
 
 // bundlePEM is the trust domain's roots as a file.

@@ -81,6 +81,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.server.Serve(run, ln) })
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
+	g.Go(func() error { return in.followCA(run) })
 	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
 	in.ready.Set("serving", nil)
 	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
@@ -114,7 +115,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := daemon.WriteFile(filepath.Join(cfg.DataDir, "bundle.pem"), bundlePEM(in.ca), 0o644); err != nil {
+	if err := in.writeBundle(); err != nil {
 		return err
 	}
 	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red})
@@ -131,11 +132,32 @@ func (in *issuer) open(ctx context.Context) error {
 		return err
 	}
 	in.server, err = control.NewServer(control.ServerConfig{
-		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
 		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(cfg.TrustDomain, in.registry)},
 		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
 	})
 	return err
+}
+
+// followCA tells the proxies, and the bundle file, of each change of the
+// authorities.
+func (in *issuer) followCA(ctx context.Context) error {
+	for {
+		changed := in.ca.Changed()
+		if err := in.writeBundle(); err != nil {
+			in.log.Error("bundle file not written", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+			in.server.SyncNow()
+		}
+	}
+}
+
+func (in *issuer) writeBundle() error {
+	return daemon.WriteFile(filepath.Join(in.cfg.DataDir, "bundle.pem"), bundlePEM(in.ca), 0o644)
 }
 
 func (in *issuer) close() error {
