@@ -37,6 +37,9 @@ type Hello struct {
 	Have *mesh.Snapshot
 	// SVIDExpires, when set, is asked with each answer for the operator's table.
 	SVIDExpires func() time.Time
+	// Changed, when set, returns a channel that is closed when SVIDExpires has
+	// another answer; the last answer is then repeated at once.
+	Changed func() <-chan struct{}
 	// OnState, when set, is told nil when connected and why when not.
 	OnState func(error)
 }
@@ -131,10 +134,15 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	got, ended := receiveClient(ctx, st)
 	alive := time.NewTicker(c.alive)
 	defer alive.Stop()
+	changed := s.changed()
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
+		case <-changed:
+			if changed = s.changed(); s.told == 0 {
+				continue
+			}
 		case err := <-ended:
 			if errors.Is(err, io.EOF) {
 				return fmt.Errorf("%s: %w: the issuer ended the stream", verb, ErrUnreachable)
@@ -184,6 +192,14 @@ func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 	// What was rejected is offered again on a new stream.
 	s.rejected, s.told = "", 0
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
+}
+
+// changed is never closed when the hello says nothing of changes.
+func (s *subscriberState) changed() <-chan struct{} {
+	if s.hello.Changed == nil {
+		return nil
+	}
+	return s.hello.Changed()
 }
 
 func (s *subscriberState) expires() *timestamppb.Timestamp {
