@@ -118,7 +118,7 @@ const (
 // and ";" begins parameters that some servers cut off.
 var pathBytes = func() (t [256]uint8) {
 	for c := range t {
-		if c <= ' ' || c >= 0x7f || strings.ContainsRune("\\?#;\"<>^`{|}", rune(c)) {
+		if c <= ' ' || c >= 0x7f || strings.ContainsRune("\\?#;\"<>^`{|}[]", rune(c)) {
 			t[c] = forbidden
 		}
 	}
