@@ -173,6 +173,9 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	t.mu.Lock()
 	t.addr = to.Addr().Unmap()
 	t.mu.Unlock()
+	if !g.rejudge(t) { // now that Rejudge can see where it leads
+		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	}
 	rec := t.record(audit.KindEgressOpen)
 	rec.Decision = audit.Allow
 	rec.Detail = strings.TrimSpace("to " + to.String() + " " + note)
