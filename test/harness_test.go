@@ -1,0 +1,333 @@
+package test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"sallyport/internal/control"
+	"sallyport/policies"
+)
+
+// bin is the folder of the programs under test, built once.
+var bin string
+
+func TestMain(m *testing.M) { os.Exit(buildAndRun(m)) }
+
+func buildAndRun(m *testing.M) int {
+	if role := os.Getenv(envRole); role != "" {
+		return playRole(role)
+	}
+	dir, err := os.MkdirTemp("", "sp-bin-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	bin = dir
+	build := exec.Command("go", "build", "-o", dir+"/", "sallyport/cmd/issuer", "sallyport/cmd/sidecar", "sallyport/cmd/gateway", "sallyport/cmd/sallyport")
+	build.Stderr = os.Stderr
+	if err := build.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "build the programs:", err)
+		return 1
+	}
+	return m.Run()
+}
+
+const trustDomain = "demo.sallyport"
+
+// within bounds everything that a test waits for.
+const within = 30 * time.Second
+
+// A world is a trust domain of real processes in a directory of its own.
+type world struct {
+	t      *testing.T
+	dir    string
+	issuer string // its address
+	policy string // the policy folder
+}
+
+// newWorld starts an issuer with the demo's policies. SVIDs live for svidTTL.
+func newWorld(t *testing.T, svidTTL time.Duration) *world {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sp-") // t.TempDir is too long a path for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	w := &world{t: t, dir: dir, issuer: freePort(t), policy: filepath.Join(dir, "policies")}
+	if err := os.CopyFS(w.policy, policies.FS); err != nil {
+		t.Fatal(err)
+	}
+	w.write("issuer", fmt.Sprintf(`trust_domain: %s
+data_dir: %s/issuer
+listen: %s
+policies: %s
+ca: {x509_ttl: %s, agent_ttl: 1m, allow_short_ttl: true}
+`, trustDomain, dir, w.issuer, w.policy, svidTTL))
+	return w
+}
+
+func (w *world) path(parts ...string) string {
+	return filepath.Join(append([]string{w.dir}, parts...)...)
+}
+
+// write makes the configuration file of a process.
+func (w *world) write(name, conf string) string {
+	w.t.Helper()
+	if err := os.MkdirAll(w.path(name), 0o700); err != nil {
+		w.t.Fatal(err)
+	}
+	file := w.path(name, "config.yaml")
+	if err := os.WriteFile(file, []byte(conf), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	return file
+}
+
+// startIssuer starts the issuer and waits until it is ready.
+func (w *world) startIssuer() *proc {
+	p := w.start("issuer", nil, "issuer", "run", "--config", w.path("issuer", "config.yaml"))
+	w.awaitReady(p)
+	return p
+}
+
+// token makes a join token for an agent.
+func (w *world) token(agent string) string {
+	w.t.Helper()
+	a := w.admin()
+	defer a.Close()
+	tok, err := a.CreateJoinToken(w.t.Context(), agent, time.Minute)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return tok.Value
+}
+
+func (w *world) admin() *control.Admin {
+	w.t.Helper()
+	a, err := control.DialAdmin(w.path("issuer", "run", "api.sock"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return a
+}
+
+// proxyConfig is what the configurations of all proxies begin with.
+func (w *world) proxyConfig(name, token string) string {
+	return fmt.Sprintf(`trust_domain: %s
+data_dir: %s
+issuer:
+  addresses: [%q]
+  bundle: %s
+  join_token: %s
+drain: {timeout: 2s}
+`, trustDomain, w.path(name), w.issuer, w.path("issuer", "bundle.pem"), token)
+}
+
+// A proc is a running program under test.
+type proc struct {
+	t    *testing.T
+	name string
+	cmd  *exec.Cmd
+	out  *lockedBuffer
+	done chan struct{}
+	err  error
+}
+
+// start runs a program; it is stopped when the test ends. What it printed is
+// shown when the test failed.
+func (w *world) start(name string, env []string, program string, args ...string) *proc {
+	w.t.Helper()
+	p := &proc{t: w.t, name: name, out: &lockedBuffer{}, done: make(chan struct{})}
+	p.cmd = exec.Command(filepath.Join(bin, program), args...)
+	p.cmd.Env = append(os.Environ(), env...)
+	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	p.cmd.WaitDelay = 5 * time.Second
+	if err := p.cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	go func() {
+		p.err = p.cmd.Wait()
+		close(p.done)
+	}()
+	w.t.Cleanup(func() {
+		p.stop()
+		if w.t.Failed() {
+			w.t.Logf("%s printed:\n%s", name, p.out)
+		}
+	})
+	return p
+}
+
+// stop ends the process in order and returns its exit code.
+func (p *proc) stop() int {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(within):
+		p.t.Errorf("%s did not end %s after SIGTERM", p.name, within)
+		_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+		<-p.done
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// kill ends the process as a crash does.
+func (p *proc) kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
+}
+
+// awaitReady waits until the process says on its admin socket that it is.
+func (w *world) awaitReady(p *proc) {
+	w.t.Helper()
+	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", w.path(p.name, "run", "admin.sock"))
+	}}}
+	defer c.CloseIdleConnections()
+	p.await("be ready", func() bool {
+		resp, err := c.Get("http://admin/readyz")
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	})
+}
+
+// await waits until ok, and fails the test when the process ends before.
+func (p *proc) await(what string, ok func() bool) {
+	p.t.Helper()
+	deadline := time.After(within)
+	for !ok() {
+		select {
+		case <-p.done:
+			p.t.Fatalf("%s ended (%v) before it could %s:\n%s", p.name, p.err, what, p.out)
+		case <-deadline:
+			p.t.Fatalf("%s did not %s within %s:\n%s", p.name, what, within, p.out)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// ports are handed out once each, below the range from which the kernel takes
+// ports for outgoing connections: nothing else takes one between here and the
+// program that is told to listen on it.
+var ports atomic.Uint32
+
+// freePort returns a loopback address that nobody listens on.
+func freePort(t *testing.T) string {
+	t.Helper()
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 20000+(uint32(os.Getpid())*61+ports.Add(1))%12000)
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
+	}
+	t.Fatal("no port is free")
+	return ""
+}
+
+// need finds a program that a test talks to. It is missing only on a machine
+// that .ci/run has not prepared; there a test says so instead of passing.
+func need(t *testing.T, program string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		t.Fatalf("%s is missing: apt-get install %s", program, program)
+	}
+	return path
+}
+
+// command runs a program to its end.
+func command(t *testing.T, name string, args ...string) runReply {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	return runReply{out.String(), cmd.ProcessState.ExitCode()}
+}
+
+// sallyport runs the CLI against the world's issuer.
+func (w *world) sallyport(args ...string) runReply {
+	w.t.Helper()
+	args = append(args, "--socket", w.path("issuer", "run", "api.sock"))
+	return command(w.t, filepath.Join(bin, "sallyport"), args...)
+}
+
+// auditLine is what tests read of an audit record.
+type auditLine struct {
+	Kind, ID, Decision, Reason, Rule, Src, Dst, Detail, Peer string
+}
+
+// audit reads the log of a process. A line that is being written is left out.
+func (w *world) audit(name string) (out []auditLine) {
+	w.t.Helper()
+	b, err := os.ReadFile(w.path(name, "audit.jsonl"))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for line := range bytes.Lines(b) {
+		var r auditLine
+		if json.Unmarshal(line, &r) == nil {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// awaitAudit waits for a record.
+func (w *world) awaitAudit(name, what string, ok func(auditLine) bool) {
+	w.t.Helper()
+	w.await("find in the audit log of "+name+" "+what, func() bool { return slices.ContainsFunc(w.audit(name), ok) })
+}
+
+// await waits for something in the world.
+func (w *world) await(what string, ok func() bool) {
+	w.t.Helper()
+	deadline := time.After(within)
+	for !ok() {
+		select {
+		case <-deadline:
+			w.t.Fatalf("could not %s within %s", what, within)
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// A lockedBuffer takes what several writers print.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.b.String()
+}
