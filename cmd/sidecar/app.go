@@ -27,6 +27,7 @@ func (s *sidecar) startApp(ground context.Context, g *errgroup.Group, app []stri
 	}
 	c, err := attest.StartChild(attest.Spec{
 		Path: app[0], Args: app[1:], Env: s.environ(os.Environ()), Stdin: os.Stdin, Stdout: stdout, Stderr: stderr,
+		SameGroup: daemon.IsTerminal(os.Stdin), // so that it may read from the terminal
 	})
 	if err != nil {
 		return nil, daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
