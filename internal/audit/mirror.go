@@ -68,8 +68,8 @@ func firstHash(name string) (hash, error) {
 	return sha256.Sum256(buf[:i+1]), nil
 }
 
-// Receive adds lines with their line feeds, in order, and returns once they are
-// on the disk. Lines that the copy has already are passed over, so that a
+// Receive adds lines, with or without their line feeds, in order, and returns
+// once they are on the disk. Lines that the copy has already are passed over, so that a
 // sender may send again what it has no answer for. A log that starts again at
 // record 1, with another first record, is a new one: what there was before is
 // kept as Path.old-<n>. After an error a part of the lines may have been added;
@@ -101,6 +101,9 @@ func (m *Mirror) Close() error {
 
 // add adds one line, under mu.
 func (m *Mirror) add(b []byte) error {
+	if !bytes.HasSuffix(b, []byte("\n")) {
+		b = append(b[:len(b):len(b)], '\n')
+	}
 	r, prev, err := ParseLine(b)
 	if err != nil {
 		return fmt.Errorf("receive audit records: %w", err)

@@ -129,8 +129,8 @@ func (g Grant) Covers(dst string, port uint16) bool {
 
 // A Denial is the error for a call that is not allowed.
 type Denial struct {
-	// ID is the decision id, as in the audit record; "unrecorded" when the
-	// record could not be written.
+	// ID is the decision id, as in the audit record; empty when the record
+	// could not be written.
 	ID string
 	// Rule is the row that denies the call, empty when no row allows it.
 	Rule   string
@@ -138,14 +138,14 @@ type Denial struct {
 }
 
 func (d *Denial) Error() string {
-	if d.Rule != "" {
+	switch {
+	case d.ID == "":
+		return fmt.Sprintf("denied: %s (the decision could not be recorded)", d.Reason)
+	case d.Rule != "":
 		return fmt.Sprintf("denied by row %s (decision %s)", d.Rule, d.ID)
 	}
 	return fmt.Sprintf("denied: %s (decision %s)", d.Reason, d.ID)
 }
-
-// unrecorded is the ID of a Denial without a record.
-const unrecorded = "unrecorded"
 
 // Judge decides a call by the policy in force and records the decision. The
 // error is always a *Denial. The environment is the Judge's, whatever the call
@@ -188,10 +188,8 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	id := r.ID
 	j.records.Put(r)
 	switch {
-	case err != nil:
-		return Grant{}, &Denial{ID: unrecorded, Reason: Unrecorded}
-	case id == "":
-		return Grant{}, &Denial{ID: unrecorded, Reason: Unrecorded}
+	case err != nil || id == "":
+		return Grant{}, &Denial{Reason: Unrecorded}
 	case !d.Allow:
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
@@ -222,7 +220,7 @@ func (j *Judge) failed(c *Call, set *Set, cause any) (err error) {
 	j.cfg.Log.Error("judging a call panicked; it was denied", "panic", fmt.Sprint(cause), "stack", string(debug.Stack()))
 	defer func() {
 		if recover() != nil {
-			err = &Denial{ID: unrecorded, Reason: Internal}
+			err = &Denial{Reason: Internal}
 		}
 	}()
 	_, err = j.record(c, set, Decision{Reason: Internal})
