@@ -1,0 +1,171 @@
+package test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"fmt"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// A node is where the parts of one sidecar listen.
+type node struct {
+	name              string
+	in, app, out      string
+	billing, gateways string // outbound ports of their own; addresses of gateways
+}
+
+// join writes the configuration of a sidecar that has everything, with a new
+// token.
+func (w *world) join(n *node) {
+	w.t.Helper()
+	n.in, n.app, n.out, n.billing = freePort(w.t), freePort(w.t), freePort(w.t), freePort(w.t)
+	w.write(n.name, w.sidecarConfig(n, w.token(n.name)))
+}
+
+func (w *world) sidecarConfig(n *node, token string) string {
+	c := w.proxyConfig(n.name, token) + fmt.Sprintf(`inbound: {listen: %q, app: %q}
+outbound:
+  listen: %s
+  upstreams:
+    - {service: billing, listen: %q}
+`, n.in, n.app, n.out, n.billing)
+	if n.gateways != "" {
+		c += fmt.Sprintf("egress: {gateway: %s, addresses: [%q]}\n", id("/ns/edge/sa/gateway"), n.gateways)
+	}
+	return c
+}
+
+// startNode starts the sidecar and its workload, which serves clear HTTP on
+// the node's app port.
+func (w *world) startNode(n *node) *hand { return w.startWorkload(n.name, envListen+"="+n.app) }
+
+// startGateway starts a gateway and returns its address.
+func (w *world) startGateway() string {
+	w.t.Helper()
+	addr := freePort(w.t)
+	// Nothing here is looked up: the destinations have endpoints.
+	w.write("gateway", w.proxyConfig("gateway", w.token("gateway"))+fmt.Sprintf("listen: %s\nresolvers: [%q]\n", addr, freePort(w.t)))
+	w.awaitReady(w.start("gateway", nil, "gateway", "run", "--config", w.path("gateway", "config.yaml")))
+	return addr
+}
+
+// An outside is a TLS server that is no part of the mesh.
+type outside struct {
+	*httptest.Server
+	ca string // the file of the certificate to trust
+}
+
+func (w *world) startOutside(host string) *outside {
+	w.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: host}, DNSNames: []string{host},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	o := &outside{Server: httptest.NewUnstartedServer(http.HandlerFunc(echo)), ca: w.path(host + ".pem")}
+	o.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
+	o.StartTLS()
+	w.t.Cleanup(o.Close)
+	w.put(o.ca, certsPEM(leaf))
+	return o
+}
+
+// routeOut points the external host of the demo's policy at the server that
+// plays it.
+func (w *world) routeOut(o *outside) {
+	w.t.Helper()
+	file := filepath.Join(w.policy, "egress.yaml")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.put(file, fmt.Sprintf("%s    route: {endpoints: [%q]}\n", b, strings.TrimPrefix(o.URL, "https://")))
+}
+
+func (w *world) put(file, text string) {
+	w.t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// A page is what curl got.
+type page struct {
+	status   string
+	decision string // of the header
+	body     string
+}
+
+// curl is the command line of a call whose result page reads.
+func curl(args ...string) []string {
+	return append([]string{"curl", "-sS", "--max-time", "20", "-i", "--suppress-connect-headers"}, args...)
+}
+
+var headLine = regexp.MustCompile(`(?im)^HTTP/[0-9.]+ ([0-9]{3})|^Sallyport-Decision: (\S+)`)
+
+// read takes curl's output apart.
+func read(t *testing.T, r runReply) (p page) {
+	t.Helper()
+	if r.Code != 0 {
+		t.Fatalf("curl ended with status %d:\n%s", r.Code, r.Output)
+	}
+	head, body, _ := strings.Cut(r.Output, "\r\n\r\n")
+	p.body = body
+	for _, m := range headLine.FindAllStringSubmatch(head, -1) {
+		p.status, p.decision = p.status+m[1], p.decision+m[2]
+	}
+	return p
+}
+
+// isRefusal checks that a page is a refusal in the product's one form, and
+// returns the id of the decision.
+func isRefusal(t *testing.T, p page) string {
+	t.Helper()
+	var body struct{ Error, Decision string }
+	if err := json.Unmarshal([]byte(p.body), &body); err != nil {
+		t.Errorf("the body is not JSON: %v: %q", err, p.body)
+	}
+	if p.status != "403" || p.decision == "" || body.Decision != p.decision || body.Error != "denied by policy" {
+		t.Errorf("not a proper refusal: %+v", p)
+	}
+	return p.decision
+}
+
+// isEcho checks that a page comes from the application behind a sidecar, which
+// was told the caller.
+func isEcho(t *testing.T, p page, method, path, caller string) {
+	t.Helper()
+	var body struct{ Method, Path, Caller string }
+	if err := json.Unmarshal([]byte(p.body), &body); err != nil || p.status != "200" {
+		t.Errorf("no answer of the application: %v: %+v", err, p)
+	}
+	if body.Method != method || body.Path != path || !strings.HasSuffix(body.Caller, "URI="+caller) {
+		t.Errorf("the application saw %+v, want %s %s from %s", body, method, path, caller)
+	}
+}
