@@ -3,7 +3,8 @@
 //
 // A connection between proxies is mutual TLS to the one identity the service
 // has; a connection to the local application is plain. The package judges
-// nothing and holds no goroutine: the caller's goroutine dials.
+// nothing and holds no goroutine: the caller's dials, and a timer closes what
+// was kept unused for too long.
 package upstream
 
 import (
@@ -11,6 +12,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -89,6 +91,8 @@ type Services struct {
 
 	mu    sync.Mutex // guards the fields below
 	pools map[target]*Pool
+	// closed is set by Close: what is put in force afterwards keeps nothing.
+	closed bool
 }
 
 // A target is one address and the identity that must be met there.
@@ -117,6 +121,13 @@ func New(cfg Config) (*Services, error) {
 // to endpoints that stay are kept; those to endpoints that went are closed as
 // soon as they are idle.
 func (s *Services) Use(snap *mesh.Snapshot) {
+	for _, p := range s.replace(snap) {
+		p.Close() // may wait for peers, so no lock is held
+	}
+}
+
+// replace puts snap in force and returns the pools that it has no use for.
+func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	live := map[target]*Pool{}
@@ -125,9 +136,13 @@ func (s *Services) Use(snap *mesh.Snapshot) {
 		g := &group{}
 		for _, ep := range snap.EndpointsOf(svc.Name) {
 			t := target{ep.Address, svc.ID}
-			p := s.pools[t]
+			p := live[t]
+			if p == nil {
+				p = s.pools[t]
+			}
 			if p == nil {
 				p = newPool(s.cfg, t)
+				p.closed = s.closed
 			}
 			live[t] = p
 			g.pools = append(g.pools, p)
@@ -139,9 +154,10 @@ func (s *Services) Use(snap *mesh.Snapshot) {
 	s.table.Store(&table)
 	for t, p := range old {
 		if live[t] == nil {
-			p.Close()
+			gone = append(gone, p)
 		}
 	}
+	return gone
 }
 
 // Get lends a connection to an endpoint of the service. With fresh it dials a
@@ -153,43 +169,49 @@ func (s *Services) Get(ctx context.Context, name mesh.ServiceName, fresh bool) (
 	if g == nil || len(g.pools) == 0 {
 		return nil, fmt.Errorf("service %s: %w", name, ErrNoEndpoint)
 	}
-	var last error
-	for _, p := range g.inTurn(time.Now()) {
-		c, err := p.Get(ctx, fresh)
-		if err == nil {
-			return c, nil
-		}
-		if last = err; ctx.Err() != nil {
-			break
-		}
+	c, err := g.get(ctx, fresh)
+	if err != nil {
+		return nil, &ConnectError{name, err}
 	}
-	return nil, &ConnectError{name, last}
+	return c, nil
 }
 
-// inTurn lists the endpoints, the next one first, those that rest at the end.
-func (g *group) inTurn(now time.Time) []*Pool {
+// get asks the endpoints in turn, those that rest only when all others failed.
+func (g *group) get(ctx context.Context, fresh bool) (*Conn, error) {
 	n := len(g.pools)
 	if n == 1 {
-		return g.pools
+		return g.pools[0].Get(ctx, fresh)
 	}
-	start := int(g.next.Add(1) % uint32(n))
-	var up, resting []*Pool
+	start, now := int(g.next.Add(1)%uint32(n)), time.Now().UnixNano()
+	rested := make([]bool, 0, 16) // on the stack, unless there are many
 	for i := range n {
-		p := g.pools[(start+i)%n]
-		if p.restUntil.Load() > now.UnixNano() {
-			resting = append(resting, p)
-		} else {
-			up = append(up, p)
+		rested = append(rested, g.pools[(start+i)%n].restUntil.Load() > now)
+	}
+	var last error
+	for _, round := range []bool{false, true} {
+		for i := range n {
+			if rested[i] != round {
+				continue
+			}
+			c, err := g.pools[(start+i)%n].Get(ctx, fresh)
+			if err == nil {
+				return c, nil
+			}
+			if last = err; ctx.Err() != nil {
+				return nil, last
+			}
 		}
 	}
-	return append(up, resting...)
+	return nil, last
 }
 
-// Close closes every idle connection.
+// Close closes every idle connection. Lent ones are closed when they come back.
 func (s *Services) Close() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, p := range s.pools {
+	s.closed = true
+	pools := slices.Collect(maps.Values(s.pools))
+	s.mu.Unlock()
+	for _, p := range pools {
 		p.Close()
 	}
 }
@@ -205,8 +227,9 @@ type Pool struct {
 	failures  atomic.Int32
 
 	mu     sync.Mutex // guards the fields below
-	idle   []*Conn
+	idle   []*Conn    // the one that came back last at the end
 	closed bool
+	timer  *time.Timer // closes what is idle for too long; set while any is
 }
 
 // NewLocal returns a pool of plain connections to the local application.
@@ -226,7 +249,16 @@ type Conn struct {
 
 	pool *Pool
 	gen  uint64
-	idle time.Time
+	// until is when the peer's certificates end; what it proved then holds no
+	// more. Zero for a plain connection.
+	until time.Time
+	idle  time.Time
+}
+
+// usable says whether a kept connection may carry another call.
+func (c *Conn) usable(gen uint64, now time.Time) bool {
+	return c.gen == gen && now.Sub(c.idle) < c.pool.cfg.MaxIdleTime &&
+		(c.until.IsZero() || now.Before(c.until)) && !c.Stale()
 }
 
 // Get lends the connection that was used last, or dials.
@@ -237,13 +269,13 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 		if c == nil {
 			break
 		}
-		if c.gen == gen && time.Since(c.idle) < p.cfg.MaxIdleTime && quiet(c.NetConn()) {
+		if c.usable(gen, time.Now()) {
 			c.Reused = true
 			return c, nil
 		}
 		c.Discard()
 	}
-	nc, err := p.dial(ctx)
+	nc, until, err := p.dial(ctx)
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
 		p.restUntil.Store(time.Now().Add(250 * time.Millisecond << (n - 1)).UnixNano())
@@ -251,7 +283,7 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 	}
 	p.failures.Store(0)
 	p.restUntil.Store(0)
-	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen}, nil
+	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen, until: until}, nil
 }
 
 func (p *Pool) pop() *Conn {
@@ -267,23 +299,30 @@ func (p *Pool) pop() *Conn {
 	return c
 }
 
-func (p *Pool) dial(ctx context.Context) (net.Conn, error) {
+// dial connects and says until when the peer's certificates hold.
+func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout)
 	defer cancel()
 	var d net.Dialer
 	nc, err := d.DialContext(ctx, "tcp", p.t.addr.String())
 	if err != nil {
-		return nil, err
+		return nil, time.Time{}, err
 	}
 	if p.t.id.IsZero() {
-		return nc, nil
+		return nc, time.Time{}, nil
 	}
 	tc := tls.Client(nc, p.cfg.TLS(p.t.id))
 	if err := tc.HandshakeContext(ctx); err != nil {
 		nc.Close()
-		return nil, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
+		return nil, time.Time{}, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
 	}
-	return tc, nil
+	var until time.Time
+	for _, c := range tc.ConnectionState().PeerCertificates {
+		if until.IsZero() || c.NotAfter.Before(until) {
+			until = c.NotAfter
+		}
+	}
+	return tc, until, nil
 }
 
 // Put gives a connection back that is ready for another call.
@@ -301,9 +340,33 @@ func (c *Conn) Put() {
 	default:
 		p.idle = append(p.idle, c)
 	}
+	if p.timer == nil && !p.closed {
+		p.timer = time.AfterFunc(p.cfg.MaxIdleTime, p.sweep)
+	}
 	p.mu.Unlock()
 	if out != nil {
 		out.Discard()
+	}
+}
+
+// sweep closes what has been idle for too long. The pool is used from the
+// other end, so that what lies deep would otherwise stay for ever.
+func (p *Pool) sweep() {
+	now := time.Now()
+	p.mu.Lock()
+	n := 0
+	for n < len(p.idle) && now.Sub(p.idle[n].idle) >= p.cfg.MaxIdleTime {
+		n++
+	}
+	old := slices.Clone(p.idle[:n])
+	p.idle = slices.Delete(p.idle, 0, n)
+	p.timer = nil
+	if len(p.idle) > 0 && !p.closed {
+		p.timer = time.AfterFunc(p.idle[0].idle.Add(p.cfg.MaxIdleTime).Sub(now), p.sweep)
+	}
+	p.mu.Unlock()
+	for _, c := range old {
+		c.Discard()
 	}
 }
 
@@ -318,6 +381,10 @@ func (p *Pool) Close() {
 	p.mu.Lock()
 	idle := p.idle
 	p.idle, p.closed = nil, true
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
 	p.mu.Unlock()
 	for _, c := range idle {
 		c.Discard()

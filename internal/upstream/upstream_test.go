@@ -72,7 +72,7 @@ func TestPoolDropsWhatThePeerHasClosed(t *testing.T) {
 	peer := <-conns
 	a.Put()
 	peer.Close()
-	await(t, func() bool { return !quiet(a.NetConn()) })
+	await(t, func() bool { return a.Stale() })
 	if c := get(t, p, false); c == a || c.Reused {
 		t.Error("lent a connection that the peer had closed")
 	}
@@ -87,7 +87,7 @@ func TestPoolDropsWhatHasUnexpectedBytes(t *testing.T) {
 	if _, err := peer.Write([]byte("HTTP/1.1 200 OK\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
-	await(t, func() bool { return !quiet(a.NetConn()) })
+	await(t, func() bool { return a.Stale() })
 	if c := get(t, p, false); c == a {
 		t.Error("lent a connection on which an answer to nothing waits")
 	}
@@ -223,5 +223,85 @@ func BenchmarkLocalPool(b *testing.B) {
 			b.Fatal(err)
 		}
 		c.Put()
+	}
+}
+
+func TestPoolClosesWhatIsIdleForTooLong(t *testing.T) {
+	addr, conns := server(t)
+	p := NewLocal(addr, http1.Limits{})
+	a, b := get(t, p, false), get(t, p, false)
+	old := <-conns
+	<-conns
+	a.Put()
+	b.Put()
+	if p.timer == nil {
+		t.Fatal("nothing watches over the idle connections")
+	}
+	p.mu.Lock()
+	p.idle[0].idle = p.idle[0].idle.Add(-p.cfg.MaxIdleTime)
+	p.mu.Unlock()
+	p.sweep()
+	if len(p.idle) != 1 || p.idle[0] != b || p.timer == nil {
+		t.Errorf("kept %d connections, want the newer one and a timer for it", len(p.idle))
+	}
+	if _, err := old.Read(make([]byte, 1)); err == nil {
+		t.Error("the older connection is still open")
+	}
+	p.mu.Lock()
+	p.idle[0].idle = p.idle[0].idle.Add(-p.cfg.MaxIdleTime)
+	p.mu.Unlock()
+	if p.sweep(); len(p.idle) != 0 || p.timer != nil {
+		t.Error("an empty pool still watches")
+	}
+}
+
+func TestPoolDropsConnectionsWhosePeerHasExpired(t *testing.T) {
+	addr, _ := server(t)
+	p := NewLocal(addr, http1.Limits{})
+	a := get(t, p, false)
+	a.until = time.Now().Add(-time.Second)
+	a.Put()
+	if c := get(t, p, false); c == a {
+		t.Error("lent a connection to a peer whose certificate has ended")
+	}
+}
+
+func TestServicesAskThoseThatRestLast(t *testing.T) {
+	good, conns := server(t)
+	p := NewLocal(good, http1.Limits{})
+	bad := NewLocal(netip.MustParseAddrPort("127.0.0.1:1"), http1.Limits{})
+	g := &group{pools: []*Pool{bad, p}}
+	for range 8 {
+		c, err := g.get(context.Background(), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Discard()
+		<-conns
+	}
+	if n := bad.failures.Load(); n != 1 {
+		t.Errorf("the endpoint that refuses was tried %d times, want once", n)
+	}
+	bad.restUntil.Store(0)
+	p.restUntil.Store(time.Now().Add(time.Hour).UnixNano())
+	c, err := g.get(context.Background(), true)
+	if err != nil {
+		t.Fatalf("one that rests was not asked when no other was left: %v", err)
+	}
+	c.Discard()
+}
+
+func TestClosedServicesKeepNothing(t *testing.T) {
+	addr, _ := server(t)
+	s := services(t)
+	s.Close()
+	s.Use(snapshot(addr, addr))
+	if g := (*s.table.Load())["billing"]; g.pools[0] != g.pools[1] {
+		t.Error("one address has two pools")
+	}
+	for _, p := range s.pools {
+		if !p.closed {
+			t.Error("a pool made after Close keeps connections")
+		}
 	}
 }
