@@ -50,7 +50,7 @@ bench: ## the benchmarks of the judge, the HTTP engine and the audit log
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \
 	  for f in $$(go test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
-	    echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p; \
+	    echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1x $$p; \
 	  done; \
 	done
 

@@ -20,6 +20,9 @@ type Config struct {
 	// TrustDomain is the name of the trust domain, such as "corp.example".
 	// Required.
 	TrustDomain spiffeid.TrustDomain `yaml:"trust_domain"`
+	// Environment is what the condition env.name= of a row compares with, such
+	// as "prod". Without it such a row never holds.
+	Environment string `yaml:"environment"`
 	// DataDir keeps what must survive a restart: the last good snapshot, the
 	// SVID and the audit log. Mode 0700. Required.
 	DataDir string `yaml:"data_dir"`

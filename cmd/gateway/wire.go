@@ -94,7 +94,7 @@ func (gw *gateway) open() error {
 	if gw.audit, err = audit.Open(audit.Config{Path: path, Log: gw.log}); err != nil {
 		return err
 	}
-	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log}); err != nil {
+	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment}); err != nil {
 		return err
 	}
 	servers := make([]egress.Server, len(cfg.Resolvers))

@@ -106,7 +106,7 @@ func (s *sidecar) open() error {
 	if s.audit, err = audit.Open(audit.Config{Path: path, Log: s.log}); err != nil {
 		return err
 	}
-	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log}); err != nil {
+	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment}); err != nil {
 		return err
 	}
 	up := upstream.Config{
