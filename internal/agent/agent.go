@@ -111,6 +111,7 @@ const (
 	nodeFile     = "node.json"
 	heldFile     = "svids.json"
 	snapshotFile = "snapshot.json"
+	entriesFile  = "entries.json"
 	cursorFile   = "audit.cursor"
 	keyFile      = "node.key"
 )
@@ -171,6 +172,9 @@ func (a *Agent) resume() error {
 		if err != nil {
 			a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
 		}
+	}
+	if err := a.resumeEntries(); err != nil {
+		a.cfg.Log.Warn("kept entries are of no use, waiting for the issuer", "err", err)
 	}
 	b, err := os.ReadFile(a.file(snapshotFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -278,7 +282,7 @@ func (a *Agent) trusted() []*x509.Certificate {
 // match puts the identity to be served first. Several, and none chosen, is a
 // mistake that only the operator can mend; then none is served.
 func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
-	a.entries.Store(&entries)
+	a.keepEntries(entries)
 	want := a.cfg.Identity
 	for _, e := range entries {
 		if want.IsZero() {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	mrand "math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
@@ -59,7 +60,7 @@ func (a *Agent) OnSyncNow(context.Context) { a.rot.Sync() }
 // endpoints that its services have. Both may change; then it subscribes anew.
 func (a *Agent) follow(ctx context.Context) error {
 	for ctx.Err() == nil {
-		if a.held.WaitReady(ctx) != nil {
+		if a.awaitIdentity(ctx) != nil {
 			return nil
 		}
 		self, err := a.Self()
@@ -84,6 +85,20 @@ func (a *Agent) follow(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// awaitIdentity waits for an SVID. While there is none every call is refused,
+// so the issuer is asked more often than the rotator's patience alone would.
+func (a *Agent) awaitIdentity(ctx context.Context) error {
+	for {
+		c, cancel := context.WithTimeout(ctx, retryMax/4+mrand.N(retryMax/4))
+		err := a.held.WaitReady(c)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		a.rot.Sync()
+	}
 }
 
 func (a *Agent) expires() time.Time {
