@@ -2,6 +2,8 @@ package proxy
 
 import (
 	"context"
+	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"log/slog"
 	"time"
@@ -20,10 +22,13 @@ import (
 // and uses it again for each request.
 type call struct {
 	ctx  context.Context
+	on   *listener
 	conn *conn
 	down *http1.Conn
 	req  http1.Request
 	ex   http1.Exchange
+	// lend gives a connection to where the call goes.
+	lend func(x *call, fresh bool) (*upstream.Conn, error)
 
 	// src and dst are the two ends as they stand in records and metrics.
 	src, dst string
@@ -33,36 +38,53 @@ type call struct {
 	trace telemetry.Trace
 	// traceID is trace as records and logs have it.
 	traceID string
-	series  *telemetry.Series
-	extra   []byte // field lines for the upstream, ended by CRLF each
+	// unread counts what is no request; series counts the call, running the
+	// one that has seen it begin.
+	unread, series, running *telemetry.Series
+	extra                   []byte // field lines for the upstream, ended by CRLF each
 
-	// Inbound: the caller, until when its SVID is valid, and the judge's slice.
+	// Inbound: the caller, what it proved and until when, and the judge's slice.
 	peer      spiffeid.ID
-	port      uint16 // of the rules
+	tls       tls.ConnectionState
 	peerUntil time.Time
+	verified  time.Time // when the proof was last looked at
+	port      uint16    // of the rules
 	judge     *authz.Conn
 	judged    authz.Call
 	grant     authz.Grant
 	caller    []byte // the field line that tells the application
+	host      ownHost
 
-	// Outbound: what the local process is, and the service meant.
+	// Outbound: what the local process is, when that was asked, and the
+	// service meant.
 	stranger error
-	svc      mesh.Service
+	asked    time.Time
 	fixed    mesh.ServiceName // of a port that belongs to one service
+	to       target
 
 	res     http1.Result
 	refused *refusal
 	err     error
 	keep    bool // the connection may carry another call
 	tunnel  bool // the connection was handed over
+	broken  bool // the client must see that the answer is not whole
 }
 
 // reset makes the call ready for the next request on its connection.
 func (x *call) reset() {
-	x.res, x.refused, x.err, x.keep, x.tunnel = http1.Result{}, nil, nil, false, false
-	x.grant, x.svc = authz.Grant{}, mesh.Service{}
+	x.res, x.refused, x.err = http1.Result{}, nil, nil
+	x.keep, x.tunnel, x.broken = false, false, false
+	x.grant = authz.Grant{}
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
+}
+
+// panicked ends a call in which something was not as the code believes.
+func (x *call) panicked(p any) {
+	x.on.panicked(p)
+	x.err = errors.New("panic")
+	x.keep, x.broken = false, true
+	x.conn.sever()
 }
 
 // A refusal is an answer of our own instead of the upstream's. Its decision is
@@ -72,22 +94,44 @@ type refusal struct {
 	reason   string // from a closed set, also the metric's flag
 	decision string
 	detail   string // for the caller; never tells about rules
+	head     string // a further field line
 }
 
 // refuse answers the client. What was not allowed says only that, and the id.
 func (x *call) refuse(r *refusal) {
 	x.refused = r
 	x.res.Status = r.status
-	var head, body []byte
+	head := []byte(r.head)
 	if r.decision != "" {
 		head = append(append(append(head, "Sallyport-Decision: "...), r.decision...), "\r\n"...)
-		body = append(append(append(body, `{"error":"denied by policy","decision":"`...), r.decision...), "\"}\n"...)
-	} else {
-		body = append(append(append(body, `{"error":"`...), r.detail...), "\"}\n"...)
 	}
-	keep, err := x.down.WriteError(&x.req, r.status, head, body)
-	x.keep = keep && err == nil && !x.ex.ToDown.Close
+	x.answer(r.status, head, errorBody(r.detail, r.decision))
+}
+
+// answer writes an answer of our own. The client learns whether the connection
+// goes on.
+func (x *call) answer(status int, head, body []byte) {
+	if x.ex.ToDown.Close {
+		x.req.KeepAlive = false
+	}
+	keep, err := x.down.WriteError(&x.req, status, head, body)
+	x.keep = keep && err == nil
 	x.err = errors.Join(x.err, err)
+}
+
+// errorBody is the JSON of a refusal.
+func errorBody(detail, decision string) []byte {
+	if decision != "" {
+		detail = "denied by policy"
+	}
+	b, err := json.Marshal(struct {
+		Error    string `json:"error"`
+		Decision string `json:"decision,omitempty"`
+	}{detail, decision})
+	if err != nil { // two strings always have a form
+		return []byte("{}\n")
+	}
+	return append(b, '\n')
 }
 
 // status is what the client was told, 0 when nothing.
@@ -98,12 +142,15 @@ func (x *call) status() int {
 	return x.res.Status
 }
 
-// traceOf continues the caller's trace, or begins one.
+// traceOf continues the caller's trace, or begins one. The state of a trace
+// that ends here does not go on.
 func (x *call) traceOf() {
+	x.ex.ToUp.Drop = dropped
 	if t, ok := telemetry.ParseTraceparent(x.req.Get("traceparent")); ok {
 		x.trace = t.Child()
 	} else {
 		x.trace = telemetry.NewTrace()
+		x.ex.ToUp.Drop = droppedWithState
 	}
 	x.traceID = x.trace.String()
 	x.extra = append(x.extra, "Traceparent: "...)
@@ -111,44 +158,81 @@ func (x *call) traceOf() {
 	x.extra = append(x.extra, '\r', '\n')
 }
 
-// dropped are the fields that only a proxy may set.
-var dropped = http1.NewNameSet("sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent")
+// The fields that only a proxy may set: dropped from what goes to an upstream,
+// whether spelled with '-' or '_', and mine from what an application answers.
+var (
+	reserved         = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent"}
+	dropped          = http1.NewNameSet(reserved...)
+	droppedWithState = http1.NewNameSet(append([]string{"tracestate"}, reserved...)...)
+	mine             = http1.NewNameSet("sallyport-*")
+)
 
-// exchange forwards the request over a connection that get lends. A kept
+// exchange forwards the request over a connection that is lent. A kept
 // connection that the upstream had closed in the meantime is replaced once,
-// if nothing of the request can have been acted on.
-func (x *call) exchange(get func(fresh bool) (*upstream.Conn, error)) *refusal {
-	x.ex.Down, x.ex.Request = x.down, &x.req
-	x.ex.ToUp.Drop, x.ex.ToUp.Extra = dropped, x.extra
+// if nothing of the request can have been acted on, or if acting on it twice
+// is the same as once (RFC 9110 section 9.2.2).
+func (x *call) exchange() *refusal {
+	// A client that is slow to send holds no connection to the upstream.
+	if err := x.down.Prefetch(&x.req); err != nil {
+		return x.failed(&http1.SideError{Side: http1.Client, Op: "read", Err: err})
+	}
+	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
 	for fresh := false; ; fresh = true {
-		up, err := get(fresh)
+		up, err := x.lend(x, fresh)
 		if err != nil {
 			x.err = err
 			return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
 		}
 		x.ex.Up = up.Conn
+		if !x.conn.bind(up.NetConn()) {
+			up.Discard()
+			x.broken = true
+			return nil
+		}
 		x.res, x.err = x.ex.Run()
+		x.conn.bind(nil)
 		if x.err == nil {
 			x.finish(up)
 			return nil
 		}
-		stale := up.Reused && !x.res.ResponseSeen && x.res.Replayable && http1.FailedSide(x.err) == http1.Upstream
+		stale := up.Reused && x.unanswered()
 		up.Discard()
-		if stale && !fresh && (x.res.RequestBytesSent == 0 || idempotent(x.req.Method)) {
-			continue
+		if !stale || fresh {
+			return x.failed(x.err)
 		}
-		if x.res.ResponseStarted {
-			return nil // the answer is broken off; the client sees the connection end
-		}
-		status := http1.StatusOf(x.err)
-		if status == 0 {
-			return nil
-		}
-		if http1.FailedSide(x.err) == http1.Client {
-			return &refusal{status: status, reason: "client", detail: "the request could not be read"}
-		}
-		return &refusal{status: status, reason: "upstream", detail: "the service did not answer properly"}
 	}
+}
+
+// unanswered says that the failed exchange may be done again on another
+// connection: the upstream has said nothing, it did not merely take too long,
+// and it cannot have acted on the request, or may twice.
+func (x *call) unanswered() bool {
+	return !x.res.ResponseSeen && x.res.Replayable &&
+		http1.FailedSide(x.err) == http1.Upstream && http1.StatusOf(x.err) != 504 &&
+		(x.res.RequestBytesSent == 0 || idempotent(x.req.Method))
+}
+
+// failed says how to answer an exchange that came to nothing.
+func (x *call) failed(err error) *refusal {
+	x.err = err
+	if x.res.ResponseStarted {
+		x.broken = true
+		return nil
+	}
+	status := http1.StatusOf(err)
+	if status == 0 {
+		x.broken = true
+		return nil
+	}
+	if http1.FailedSide(err) == http1.Client {
+		x.ex.ToDown.Close = true // where the next request begins is not known
+		r := &refusal{status: status, reason: "client", detail: "the request could not be read"}
+		if p := (*http1.ProtocolError)(nil); errors.As(err, &p) {
+			r.detail = p.Detail
+		}
+		return r
+	}
+	return &refusal{status: status, reason: "upstream", detail: "the service did not answer properly"}
 }
 
 func idempotent(method []byte) bool {
@@ -159,15 +243,16 @@ func idempotent(method []byte) bool {
 	return false
 }
 
+// relayIdle ends an upgraded connection or a tunnel on which nothing moves.
+const relayIdle = time.Hour
+
 // finish gives the upstream connection back, or ties both together after an
 // upgrade.
 func (x *call) finish(up *upstream.Conn) {
 	x.keep = x.res.DownstreamReusable
 	switch {
 	case x.res.Upgraded:
-		x.tunnel, x.keep = true, false
-		_, _, err := http1.Relay(x.down, up.Conn, x.relayIdle())
-		x.err = err
+		x.relay(up)
 		up.Discard()
 	case x.res.UpstreamReusable:
 		up.Put()
@@ -176,8 +261,18 @@ func (x *call) finish(up *upstream.Conn) {
 	}
 }
 
-// relayIdle ends an upgraded connection on which nothing moves.
-func (x *call) relayIdle() time.Duration { return time.Hour }
+// relay ties both connections together until they end.
+func (x *call) relay(up *upstream.Conn) {
+	x.tunnel, x.keep = true, false
+	if !x.conn.bind(up.NetConn()) {
+		return
+	}
+	sent, got, err := http1.Relay(x.down, up.Conn, relayIdle)
+	x.conn.bind(nil)
+	x.res.ReqBytes += sent
+	x.res.RespBytes += got
+	x.err = err
+}
 
 // record writes the access record: the operator's view of one call. Decisions
 // are in the audit log.
@@ -203,27 +298,17 @@ func (l *listener) record(x *call) {
 // the caller learns that nothing was decided.
 func (l *listener) deny(r audit.Record) *refusal {
 	r.Kind, r.Decision = audit.KindDecision, audit.Deny
-	if err := l.Audit.Append(&r); err != nil {
+	if err := l.Audit.Append(&r); err != nil || r.ID == "" {
 		l.Log.Error("audit record lost", "err", err)
-		return &refusal{status: 503, reason: "audit", detail: "the decision could not be recorded"}
+		return unrecorded()
 	}
 	return &refusal{status: 403, reason: r.Reason, decision: r.ID}
 }
 
-// unreadable answers a request that could not be read and says whether the
-// client got an answer.
-func (x *call) unreadable(err error) {
-	status := http1.StatusOf(err)
-	if status == 0 {
-		return
-	}
-	reason := "the request head did not arrive in time"
-	if p := (*http1.ProtocolError)(nil); errors.As(err, &p) {
-		reason = p.Detail
-	}
-	if _, err := x.down.WriteError(nil, status, nil, []byte(`{"error":"`+reason+"\"}\n")); err == nil {
-		_ = x.down.Linger()
-	}
+// unrecorded is the refusal of what could not be written down: it does not
+// happen.
+func unrecorded() *refusal {
+	return &refusal{status: 503, reason: "audit", detail: "the decision could not be recorded"}
 }
 
 // outcome is how the call counts on the map of who calls whom.
@@ -231,8 +316,23 @@ func (x *call) outcome() telemetry.Outcome {
 	switch {
 	case x.refused != nil && x.refused.decision != "":
 		return telemetry.Denied
+	case x.tunnel:
+		return telemetry.Allowed // how it ended says nothing of the service
 	case x.err != nil || x.res.Status >= 500:
 		return telemetry.Errored
 	}
 	return telemetry.Allowed
+}
+
+// observe counts the call in its series and ends what began.
+func (x *call) observe() {
+	x.running.End()
+	x.running = nil
+	x.series.Observe(x.status(), time.Since(x.start), x.res.ReqBytes, x.res.RespBytes)
+}
+
+// runs counts the call as running in its series.
+func (x *call) runs() {
+	x.running = x.series
+	x.running.Begin()
 }

@@ -1,9 +1,6 @@
 package proxy
 
-import (
-	"strings"
-	"time"
-)
+import "strings"
 
 // A link is one step in the way of a call. Enter runs on the way in and may
 // refuse; leave runs on the way out, if enter did not refuse. A link feels
@@ -19,9 +16,20 @@ type link struct {
 // A chain is a list of links, outermost first. The last one carries the call.
 type chain []link
 
-// run takes the call through the chain and back.
+// run takes the call through the chain and back. What panics ends the call and
+// its connection; the links it had entered are left all the same.
 func (c chain) run(x *call) {
 	n := 0
+	defer func() {
+		if p := recover(); p != nil {
+			x.panicked(p)
+		}
+		for n--; n >= 0; n-- {
+			if c[n].leave != nil {
+				c[n].leave(x)
+			}
+		}
+	}()
 	for ; n < len(c); n++ {
 		if c[n].enter == nil {
 			continue
@@ -29,11 +37,6 @@ func (c chain) run(x *call) {
 		if r := c[n].enter(x); r != nil {
 			x.refuse(r)
 			break
-		}
-	}
-	for n--; n >= 0; n-- {
-		if c[n].leave != nil {
-			c[n].leave(x)
 		}
 	}
 }
@@ -54,7 +57,8 @@ func (in *Inbound) makeChain() chain {
 		{"signals", "counts refusals below as well as answers", in.startClock, in.count},
 		{"drain gate", "a draining proxy takes no new call on an old connection after this one", in.drainGate, nil},
 		{"in-flight limit", "before the judge: a flood must not cost a decision each", in.enterFlight, in.leaveFlight},
-		{"peer identity", "an SVID that has expired since the handshake proves nothing", in.peerValid, nil},
+		{"peer identity", "what was proved in the handshake must hold for each call", in.peerValid, nil},
+		{"target", "the judge answers for one service; a call for another stops here", in.target, nil},
 		{"judge", "last before the application: what it saw is what is forwarded", in.judge, nil},
 		{"application", "takes the Grant as proof", in.forward, nil},
 	}
@@ -66,8 +70,8 @@ func (o *door) makeChain() chain {
 		{"access record", "outermost: whatever became of the call is written down", nil, o.record},
 		{"trace", "before anything that takes time, so that its time is seen", o.trace, nil},
 		{"signals", "counts refusals below as well as answers", o.startClock, o.count},
-		{"workload", "nothing is done for a process that is not the workload", o.ownProcess, nil},
 		{"drain gate", "a draining proxy takes no new call on an old connection after this one", o.drainGate, nil},
+		{"workload", "nothing is done for a process that is not the workload", o.ownProcess, nil},
 		{"in-flight limit", "bounds what a runaway workload holds", o.enterFlight, o.leaveFlight},
 		{"route", "one snapshot says which service is meant; below it the target is fixed", o.route, nil},
 		{"upstream", "retry of a stale connection around balance around dial", o.forward, nil},
@@ -75,11 +79,6 @@ func (o *door) makeChain() chain {
 }
 
 // The links that both directions share.
-
-func (l *listener) startClock(x *call) *refusal {
-	x.start = time.Now()
-	return nil
-}
 
 func (l *listener) drainGate(x *call) *refusal {
 	x.ex.ToDown.Close = l.draining.Load()

@@ -1,12 +1,16 @@
 package proxy
 
 import (
+	"cmp"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"net"
-	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -19,9 +23,15 @@ import (
 	"sallyport/internal/upstream"
 )
 
-// handshakeTimeout bounds a TLS handshake: a peer without an SVID must not
-// hold a connection for long.
-const handshakeTimeout = 10 * time.Second
+const (
+	// handshakeTimeout bounds a TLS handshake: a peer without an SVID must not
+	// hold a connection for long.
+	handshakeTimeout = 10 * time.Second
+	// verifyEvery is how often the proof of a kept connection is looked at
+	// again: an authority may have been withdrawn. Its end is looked at for
+	// each call.
+	verifyEvery = 10 * time.Second
+)
 
 // InboundConfig is what the way in needs.
 type InboundConfig struct {
@@ -31,7 +41,12 @@ type InboundConfig struct {
 	// Port is the port that rules name for the service of Self in the policy in
 	// force; 0 when there is none, which denies. Required.
 	Port func() uint16
-	// TLS is the server side of mutual TLS. Required.
+	// Name is the service of Self in the policy in force, empty when there is
+	// none. With it the application sees no other Host than its own name in
+	// the mesh, and a call for another service is sent away (421). Optional.
+	Name func() mesh.ServiceName
+	// TLS is the server side of mutual TLS. Its VerifyConnection is asked again
+	// during the life of a connection. Required.
 	TLS *tls.Config
 	// PeerID reads the verified identity of a peer. Required.
 	PeerID func(tls.ConnectionState) (spiffeid.ID, error)
@@ -39,6 +54,10 @@ type InboundConfig struct {
 	Judge *authz.Judge
 	// App lends connections to the application. Required.
 	App *upstream.Pool
+	// MaxHandshakes bounds the connections whose peer has not proved an
+	// identity yet. One more closes the one that has taken the longest.
+	// Default 512.
+	MaxHandshakes int
 }
 
 func (c InboundConfig) validate() error {
@@ -51,6 +70,9 @@ func (c InboundConfig) validate() error {
 			errs = append(errs, errors.New(name+": missing"))
 		}
 	}
+	if c.TLS != nil && c.TLS.VerifyConnection == nil {
+		errs = append(errs, errors.New("tls: has no VerifyConnection, so that nobody checks peers"))
+	}
 	return errors.Join(errs...)
 }
 
@@ -58,9 +80,12 @@ func (c InboundConfig) validate() error {
 // application.
 type Inbound struct {
 	listener
-	cfg   InboundConfig
-	chain chain
-	self  string
+	cfg      InboundConfig
+	chain    chain
+	self     string
+	unproved anteroom
+	// verifyEvery is a field for tests.
+	verifyEvery time.Duration
 }
 
 // NewInbound checks the configuration; Run does the work.
@@ -68,63 +93,52 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String()}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn}
+	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
 	in.chain = in.makeChain()
 	return in, nil
 }
 
 // Run serves ln until ctx ends and the calls in flight are done, and closes it.
+// An Inbound runs once.
 func (in *Inbound) Run(ctx context.Context, ln net.Listener) error { return in.run(ctx, ln) }
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	tc := tls.Server(c.Conn, in.cfg.TLS)
-	x := &call{ctx: ctx, conn: c, dst: in.self, remote: c.RemoteAddr().String()}
+	defer tc.Close()
+	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: c.RemoteAddr().String()}
 	if err := in.handshake(ctx, tc, x); err != nil {
 		in.refusedHandshake(x, err)
 		return
 	}
 	x.down = http1.NewConn(tc, in.Limits)
 	defer x.down.Release()
-	x.port = in.cfg.Port()
-	x.judge = in.cfg.Judge.Conn(mesh.In, x.peer, in.self, x.port)
 	x.series = in.Signals.Series(x.src, x.dst, "")
+	x.unread = x.series
 	x.caller = fmt.Appendf(nil, "X-Forwarded-Client-Cert: By=%s;URI=%s\r\n", in.self, x.src)
-	for {
-		if err := x.down.ReadRequest(&x.req); err != nil {
-			x.unreadable(err)
-			return
-		}
-		if !c.begin() {
-			return
-		}
-		x.reset()
-		in.chain.run(x)
-		c.rest()
-		if !x.keep {
-			if !x.tunnel {
-				_ = x.down.Linger()
-			}
-			return
-		}
-		if in.draining.Load() {
-			return
-		}
-	}
+	in.calls(x, in.chain)
 }
 
 func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
+	place := in.unproved.enter(x.conn)
+	defer in.unproved.leave(place)
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return err
 	}
-	cs := tc.ConnectionState()
-	id, err := in.cfg.PeerID(cs)
+	x.tls, x.verified = tc.ConnectionState(), time.Now()
+	id, err := in.cfg.PeerID(x.tls)
 	if err != nil {
 		return err
 	}
-	x.peer, x.src, x.peerUntil = id, id.String(), cs.PeerCertificates[0].NotAfter
+	x.peer, x.src = id, id.String()
+	for _, c := range x.tls.PeerCertificates {
+		if x.peerUntil.IsZero() || c.NotAfter.Before(x.peerUntil) {
+			x.peerUntil = c.NotAfter
+		}
+	}
 	return nil
 }
 
@@ -141,9 +155,36 @@ func (in *Inbound) refusedHandshake(x *call, err error) {
 	in.Edges.Add("", in.self, "http", telemetry.Denied, false, time.Now())
 }
 
+// An anteroom bounds the connections of peers that have proved nothing yet. Who
+// has been there longest must go first: an honest handshake takes milliseconds.
+type anteroom struct {
+	max int
+
+	mu   sync.Mutex // guards here
+	here list.List  // of *conn, in the order of arrival
+}
+
+func (a *anteroom) enter(c *conn) *list.Element {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	place := a.here.PushBack(c)
+	if a.here.Len() > a.max {
+		longest := a.here.Front()
+		a.here.Remove(longest)
+		longest.Value.(*conn).Close()
+	}
+	return place
+}
+
+func (a *anteroom) leave(place *list.Element) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.here.Remove(place) // does nothing when it was put out
+}
+
 // isClosed says that the peer went away before it said anything.
 func isClosed(err error) bool {
-	return strings.HasSuffix(err.Error(), "EOF") || strings.Contains(err.Error(), "connection reset") || errors.Is(err, net.ErrClosed)
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
 }
 
 // The links of the way in.
@@ -154,40 +195,102 @@ func (in *Inbound) trace(x *call) *refusal {
 	return nil
 }
 
-func (in *Inbound) count(x *call) {
-	x.series.Observe(x.status(), time.Since(x.start), x.res.ReqBytes, x.res.RespBytes)
-	in.Edges.Add(x.src, x.dst, "http", x.outcome(), true, x.start)
-}
-
-func (in *Inbound) peerValid(x *call) *refusal {
-	if x.start.After(x.peerUntil) {
-		x.ex.ToDown.Close = true
-		return in.deny(audit.Record{Reason: "svid_expired", Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
-			Verb: string(x.req.Method), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID})
-	}
+func (in *Inbound) startClock(x *call) *refusal {
+	x.start = time.Now()
+	x.runs()
 	return nil
 }
 
-func (in *Inbound) judge(x *call) *refusal {
+func (in *Inbound) count(x *call) {
+	x.observe()
+	in.Edges.Add(x.src, x.dst, "http", x.outcome(), true, x.start)
+}
+
+// drainGate also keeps what the application says from looking like ours.
+func (in *Inbound) drainGate(x *call) *refusal {
+	x.ex.ToDown.Drop = mine
+	return in.listener.drainGate(x)
+}
+
+// peerValid holds the connection to what its peer proved when it was made.
+func (in *Inbound) peerValid(x *call) *refusal {
+	var reason string
+	var cause error
+	switch {
+	case !x.start.Before(x.peerUntil):
+		reason = "svid_expired"
+	case x.start.Sub(x.verified) >= in.verifyEvery:
+		if cause = in.cfg.TLS.VerifyConnection(x.tls); cause != nil {
+			reason = "svid_invalid"
+		}
+		x.verified = x.start
+	}
+	if reason == "" {
+		return nil
+	}
+	x.ex.ToDown.Close = true
+	r := audit.Record{Reason: reason, Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID}
+	if cause != nil {
+		r.Detail = cause.Error()
+	}
+	return in.deny(r)
+}
+
+// allow is what a 405 must name (RFC 9110 section 15.5.6).
+const allow = "Allow: GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS\r\n"
+
+// target holds the call to the service that is served here.
+func (in *Inbound) target(x *call) *refusal {
 	if x.req.Form == http1.Authority || x.req.Form == http1.Asterisk {
-		return &refusal{status: 405, reason: "method", detail: "only requests for a path are served here"}
+		return &refusal{status: 405, reason: "method", detail: "only requests for a path are served here", head: allow}
+	}
+	if in.cfg.Name == nil {
+		return nil
+	}
+	name := in.cfg.Name()
+	if name == "" {
+		return nil // no row speaks of it, so the judge denies
+	}
+	if other, inside := serviceOf(x.req.Authority); inside && other != string(name) {
+		return &refusal{status: 421, reason: "misdirected", detail: "another service of the mesh is served here"}
+	}
+	x.ex.ToUp.Authority = x.host.of(name)
+	return nil
+}
+
+// ownHost is the Host that the application sees, made once for a name.
+type ownHost struct {
+	name mesh.ServiceName
+	text []byte
+}
+
+func (h *ownHost) of(name mesh.ServiceName) []byte {
+	if h.name != name {
+		h.name, h.text = name, fmt.Appendf(nil, "%s.%s", name, mesh.Domain)
+	}
+	return h.text
+}
+
+func (in *Inbound) judge(x *call) *refusal {
+	if port := in.cfg.Port(); x.judge == nil || port != x.port {
+		x.port = port
+		x.judge = in.cfg.Judge.Conn(mesh.In, x.peer, in.self, port)
 	}
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,
-		Verb: methodText(x.req.Method), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceID,
+		Verb: x.req.Verb(), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceID,
 	}
 	g, err := x.judge.Judge(&x.judged)
 	if err == nil {
 		x.grant = g
 		return nil
 	}
-	r := &refusal{status: 403, reason: "policy"}
-	if d := (*authz.Denial)(nil); errors.As(err, &d) && d.ID != "" {
-		r.decision = d.ID
-	} else {
-		r.status, r.reason, r.detail = 503, "audit", "the decision could not be recorded"
+	d := (*authz.Denial)(nil)
+	if !errors.As(err, &d) || d.Reason == authz.Unrecorded || d.ID == "" || d.ID == "unrecorded" {
+		return unrecorded()
 	}
-	return r
+	return &refusal{status: 403, reason: "policy", decision: d.ID}
 }
 
 func (in *Inbound) forward(x *call) *refusal { return in.handOver(x, x.grant) }
@@ -198,30 +301,13 @@ func (in *Inbound) handOver(x *call, g authz.Grant) *refusal {
 	if !g.Covers(in.self, x.port) {
 		return &refusal{status: 500, reason: "no_grant", detail: "the call was not judged"}
 	}
-	r := x.exchange(func(fresh bool) (*upstream.Conn, error) { return in.cfg.App.Get(x.ctx, fresh) })
+	r := x.exchange()
 	if r != nil && r.reason == "no_endpoint" {
 		r.detail = "the application does not accept connections"
 	}
 	return r
 }
 
-// methodText gives the usual methods without an allocation.
-func methodText(m []byte) string {
-	switch string(m) {
-	case "GET":
-		return "GET"
-	case "POST":
-		return "POST"
-	case "PUT":
-		return "PUT"
-	case "DELETE":
-		return "DELETE"
-	case "HEAD":
-		return "HEAD"
-	case "PATCH":
-		return "PATCH"
-	case "OPTIONS":
-		return "OPTIONS"
-	}
-	return string(m)
+func (in *Inbound) lend(x *call, fresh bool) (*upstream.Conn, error) {
+	return in.cfg.App.Get(x.ctx, fresh)
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,6 +13,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
 
@@ -23,7 +23,8 @@ type OutboundConfig struct {
 	// Self is the identity of the workload. Required.
 	Self spiffeid.ID
 	// Local says whether the process at the other end of a local connection
-	// is the workload; the error says who it is instead. Required.
+	// is the workload; the error says who it is instead. It is asked again
+	// during the life of a connection, which may have changed hands. Required.
 	Local func(c net.Conn) error
 	// Snapshot is the newest policy; nil before the first. Required.
 	Snapshot func() *mesh.Snapshot
@@ -80,123 +81,157 @@ func (o *Outbound) RunFor(ctx context.Context, ln net.Listener, service mesh.Ser
 type door struct {
 	listener
 	*Outbound
+	// service is meant by every request, whatever it says; host is what the
+	// request then says.
 	service mesh.ServiceName
+	host    []byte
 	chain   chain
+	// nowhere counts calls that lead to no service, outside those that leave
+	// the mesh.
+	nowhere, outside *telemetry.Series
+	// askEvery is a field for tests.
+	askEvery time.Duration
 }
 
+// askEvery is how long an answer about the process at the other end holds.
+const askEvery = time.Second
+
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
-	d := &door{Outbound: o, service: service}
+	d := &door{Outbound: o, service: service, askEvery: askEvery}
+	if service != "" {
+		d.host = fmt.Appendf(nil, "%s.%s", service, mesh.Domain)
+	}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
+	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.Series(o.self, "gateway", "")
 	d.chain = d.makeChain()
 	return d
 }
 
 func (d *door) serveConn(ctx context.Context, c *conn) {
-	x := &call{ctx: ctx, conn: c, src: d.self, remote: c.RemoteAddr().String(), fixed: d.service}
-	x.stranger = d.cfg.Local(c.Conn)
+	x := &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: c.RemoteAddr().String(), unread: d.nowhere}
 	x.down = http1.NewConn(c.Conn, d.Limits)
 	defer x.down.Release()
-	for {
-		if err := x.down.ReadRequest(&x.req); err != nil {
-			x.unreadable(err)
-			return
-		}
-		if !c.begin() {
-			return
-		}
-		x.reset()
-		d.chain.run(x)
-		c.rest()
-		if !x.keep {
-			if !x.tunnel {
-				_ = x.down.Linger()
-			}
-			return
-		}
-		if d.draining.Load() {
-			return
-		}
-	}
+	d.calls(x, d.chain)
 }
 
 // The links of the way out.
 
 func (d *door) trace(x *call) *refusal {
-	x.dst, x.series = "", nil
 	x.traceOf()
 	return nil
 }
 
-func (d *door) count(x *call) {
-	if x.series == nil {
-		x.series = d.Signals.Series(x.src, "", "")
-	}
-	x.series.Observe(x.status(), time.Since(x.start), x.res.ReqBytes, x.res.RespBytes)
+func (d *door) startClock(x *call) *refusal {
+	x.start, x.dst, x.series = time.Now(), "", d.nowhere
+	return nil
 }
 
+func (d *door) count(x *call) { x.observe() }
+
+// ownProcess looks at who is at the other end: at the first call, and again
+// when the answer is old, since a connection can be handed to another process
+// and the number of a process that has ended comes to mean another.
 func (d *door) ownProcess(x *call) *refusal {
+	if x.asked.IsZero() || x.start.Sub(x.asked) >= d.askEvery {
+		x.stranger = d.cfg.Local(x.conn.Conn)
+		x.asked = x.start
+	}
 	if x.stranger == nil {
 		return nil
 	}
 	x.ex.ToDown.Close = true
-	return d.deny(audit.Record{Reason: "not_workload", Dir: string(mesh.Out), Src: d.self, Dst: "host:" + x.req.AuthorityText(),
-		Verb: string(x.req.Method), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID, Detail: x.stranger.Error()})
+	return d.deny(d.about(x, "not_workload", x.stranger.Error()))
+}
+
+// about is the record of a refusal to carry something out.
+func (d *door) about(x *call, reason, detail string) audit.Record {
+	return audit.Record{Reason: reason, Dir: string(mesh.Out), Src: d.self, Dst: "host:" + x.req.AuthorityText(),
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID, Detail: detail}
+}
+
+// A target is the service that an authority means by one snapshot. A
+// connection keeps its last one.
+type target struct {
+	snap      *mesh.Snapshot
+	authority []byte
+	name      mesh.ServiceName
+	dst       string
+	series    *telemetry.Series
 }
 
 // route finds the service that is meant, or sees that the call leads out.
 func (d *door) route(x *call) *refusal {
 	if x.req.Form == http1.Authority {
-		x.dst = "host:" + x.req.AuthorityText()
-		x.series = d.Signals.Series(x.src, "gateway", "")
+		if d.service != "" {
+			return &refusal{status: 405, reason: "method", detail: "only requests for a path are served on the port of a service", head: allow}
+		}
+		x.dst, x.series = "host:"+x.req.AuthorityText(), d.outside
+		x.runs()
 		return nil
 	}
 	snap := d.cfg.Snapshot()
 	if snap == nil {
 		return d.noRoute(x, "no_policy")
 	}
-	name := x.fixed
-	if name == "" {
-		var ok bool
-		if name, ok = serviceOf(x.req.Authority); !ok {
+	t := &x.to
+	if t.snap != snap || d.service == "" && !bytes.Equal(t.authority, x.req.Authority) {
+		svc, ok := d.serviceOf(snap, x.req.Authority)
+		if !ok {
 			return d.noRoute(x, "no_route")
 		}
+		dst := svc.ID.String()
+		*t = target{snap, append(t.authority[:0], x.req.Authority...), svc.Name, dst, d.Signals.Series(x.src, dst, string(svc.Name))}
 	}
-	svc, ok := snap.Service(name)
-	if !ok {
-		return d.noRoute(x, "no_route")
-	}
-	x.svc, x.dst = svc, svc.ID.String()
-	x.series = d.Signals.Series(x.src, x.dst, string(svc.Name))
-	if x.fixed != "" {
-		x.ex.ToUp.Authority = append(append([]byte(nil), svc.Name...), "."+mesh.Domain...)
-	}
+	x.dst, x.series = t.dst, t.series
+	x.ex.ToUp.Authority = d.host
+	x.runs()
 	return nil
 }
 
 // noRoute refuses a call to something that is not a service this workload has
 // anything to do with.
 func (d *door) noRoute(x *call, reason string) *refusal {
-	x.dst = "host:" + x.req.AuthorityText()
-	return d.deny(audit.Record{Reason: reason, Dir: string(mesh.Out), Src: d.self, Dst: x.dst,
-		Verb: string(x.req.Method), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID,
-		Detail: "clear HTTP is carried to services of the mesh only; the world outside is reached by CONNECT"})
+	r := d.about(x, reason, "clear HTTP is carried to services of the mesh only; the world outside is reached by CONNECT")
+	x.dst = r.Dst
+	return d.deny(r)
+}
+
+// serviceOf finds the service that is meant in a snapshot.
+func (d *door) serviceOf(snap *mesh.Snapshot, authority []byte) (mesh.Service, bool) {
+	name := d.service
+	if name == "" {
+		s, inside := serviceOf(authority)
+		if !inside {
+			return mesh.Service{}, false
+		}
+		name = mesh.ServiceName(s)
+	}
+	return snap.Service(name)
 }
 
 // serviceOf reads the service's name from an authority such as
-// "billing.mesh.internal" or "billing.mesh.internal:80".
-func serviceOf(authority []byte) (mesh.ServiceName, bool) {
+// "billing.mesh.internal" or "billing.mesh.internal:80"; inside says that the
+// authority is one of the mesh.
+func serviceOf(authority []byte) (name string, inside bool) {
 	host := authority
 	if i := bytes.LastIndexByte(authority, ':'); i >= 0 {
 		host = authority[:i]
 	}
-	name, ok := strings.CutSuffix(string(host), "."+mesh.Domain)
-	return mesh.ServiceName(name), ok && name != "" && !strings.Contains(name, ".")
+	host = bytes.TrimSuffix(host, []byte{'.'})
+	label, inside := bytes.CutSuffix(host, []byte("."+mesh.Domain))
+	if !inside {
+		return "", false
+	}
+	return string(label), true
 }
 
 func (d *door) forward(x *call) *refusal {
 	if x.req.Form == http1.Authority {
 		return d.connect(x)
 	}
-	r := x.exchange(func(fresh bool) (*upstream.Conn, error) { return d.cfg.Services.Get(x.ctx, x.svc.Name, fresh) })
-	return r
+	return x.exchange()
+}
+
+func (d *door) lend(x *call, fresh bool) (*upstream.Conn, error) {
+	return d.cfg.Services.Get(x.ctx, x.to.name, fresh)
 }

@@ -2,14 +2,20 @@ package proxy
 
 import (
 	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
 
 	"sallyport/internal/http1"
 	"sallyport/internal/upstream"
 )
 
-// tunnelBody bounds the body of a gateway's refusal.
-const tunnelBody = 16 << 10
+const (
+	// tunnelBody bounds the body of a gateway's refusal.
+	tunnelBody = 16 << 10
+	// tunnelInterim bounds the interim answers before it.
+	tunnelInterim = 8
+)
 
 // connect opens a tunnel through a gateway, which judges it by the identity on
 // the connection. What the gateway refuses is passed on as it said it.
@@ -22,48 +28,89 @@ func (d *door) connect(x *call) *refusal {
 	}
 	up, err := d.cfg.Gateways.Get(x.ctx, GatewayName, true)
 	if err != nil {
-		x.err = err
-		return &refusal{status: 502, reason: "no_gateway", detail: "the gateway cannot be reached"}
+		return x.noGateway(err, "the gateway cannot be reached")
 	}
 	defer up.Discard()
+	if !x.conn.bind(up.NetConn()) {
+		x.broken = true
+		return nil
+	}
+	defer x.conn.bind(nil)
 	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", x.req.Authority, x.req.Authority)
 	head = append(append(head, x.extra...), '\r', '\n')
 	if _, err := up.Write(head); err != nil {
-		x.err = err
-		return &refusal{status: 502, reason: "no_gateway", detail: "the gateway closed the connection"}
+		return x.noGateway(err, "the gateway closed the connection")
 	}
-	var resp http1.Response
-	if err := up.ReadResponse(&resp, "CONNECT"); err != nil {
-		x.err = err
-		return &refusal{status: 502, reason: "no_gateway", detail: "the gateway did not answer properly"}
+	resp, err := gatewayAnswer(up)
+	if err != nil {
+		return x.noGateway(err, "the gateway did not answer properly")
 	}
 	x.res.Status = resp.Status
 	if resp.Status/100 != 2 {
-		d.passRefusal(x, up, &resp)
-		return nil
+		return x.passRefusal(up, resp)
 	}
+	x.res.ResponseStarted = true
 	if _, err := x.down.Write([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); err != nil {
-		x.err = err
+		x.err, x.broken = err, true
 		return nil
 	}
-	x.res.ResponseStarted, x.tunnel = true, true
-	x.res.ReqBytes, x.res.RespBytes, x.err = http1.Relay(x.down, up.Conn, x.relayIdle())
+	x.relay(up)
 	return nil
 }
 
-// passRefusal tells the application what the gateway said.
-func (d *door) passRefusal(x *call, up *upstream.Conn, resp *http1.Response) {
+func (x *call) noGateway(err error, detail string) *refusal {
+	x.err = err
+	return &refusal{status: 502, reason: "no_gateway", detail: detail}
+}
+
+// gatewayAnswer reads the final answer to CONNECT.
+func gatewayAnswer(up *upstream.Conn) (*http1.Response, error) {
+	var resp http1.Response
+	for range tunnelInterim {
+		if err := up.ReadResponse(&resp, "CONNECT"); err != nil {
+			return nil, err
+		}
+		if !resp.Informational() {
+			return &resp, nil
+		}
+	}
+	return nil, errors.New("too many interim answers")
+}
+
+// passRefusal tells the application what the gateway said, if it is a refusal
+// in the form that ours have.
+func (x *call) passRefusal(up *upstream.Conn, resp *http1.Response) *refusal {
+	if resp.Status < 400 {
+		return x.noGateway(fmt.Errorf("gateway answered CONNECT with status %d", resp.Status), "the gateway did not answer properly")
+	}
+	r := &refusal{status: resp.Status, reason: "gateway", detail: "the gateway refused the tunnel"}
+	if id := resp.Get("Sallyport-Decision"); isDecision(id) {
+		r.decision = string(id)
+	}
 	var body bytes.Buffer
 	if resp.Body.Framing == http1.Length && resp.Body.Length <= tunnelBody {
 		if _, err, _ := http1.CopyBody(&body, up.Conn, resp.Body, http1.Length, nil); err != nil {
-			x.err = err
+			return r
 		}
 	}
-	r := &refusal{status: resp.Status, reason: "gateway", decision: string(resp.Get("Sallyport-Decision"))}
-	var extra []byte
-	if r.decision != "" {
-		extra = fmt.Appendf(nil, "Sallyport-Decision: %s\r\n", r.decision)
+	if !json.Valid(body.Bytes()) {
+		return r
 	}
-	keep, err := x.down.WriteError(&x.req, resp.Status, extra, body.Bytes())
-	x.refused, x.keep = r, keep && err == nil && !x.ex.ToDown.Close
+	x.refused = r
+	var head []byte
+	if r.decision != "" {
+		head = fmt.Appendf(nil, "Sallyport-Decision: %s\r\n", r.decision)
+	}
+	x.answer(r.status, head, body.Bytes())
+	return nil
+}
+
+// isDecision says whether b could be the id of a decision.
+func isDecision(b []byte) bool {
+	for _, c := range b {
+		if (c < '0' || c > '9') && (c < 'a' || c > 'z') && c != '-' {
+			return false
+		}
+	}
+	return len(b) > 0 && len(b) <= 64
 }

@@ -1,0 +1,148 @@
+package proxy
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+)
+
+// discard keeps nothing, so that what is measured is the way and not a log in
+// memory. Records are made and numbered all the same.
+type discard struct{ n atomic.Int64 }
+
+func (d *discard) Append(r *audit.Record) error {
+	d.n.Add(1)
+	r.ID = "k3v9q2-1f"
+	return nil
+}
+
+var noDeadline time.Time
+
+const kilobyte = 1 << 10
+
+// benchRig is a rig whose application answers 1 KiB from a fixed buffer.
+func benchRig(b *testing.B) *rig {
+	answer := []byte("HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 1024\r\n\r\n" + strings.Repeat("x", kilobyte))
+	app := rawApp(b, func(c net.Conn, r *bufio.Reader) {
+		for skipHead(r) == nil {
+			if _, err := c.Write(answer); err != nil {
+				return
+			}
+		}
+	})
+	return newRig(b, app, func(r *rig) {
+		log := &discard{}
+		j, err := authz.NewJudge(authz.JudgeConfig{Audit: log, Log: r.inCfg.Log})
+		if err != nil {
+			b.Fatal(err)
+		}
+		r.judge, r.inCfg.Judge, r.inCfg.Audit, r.outCfg.Audit = j, j, log, log
+	})
+}
+
+// skipHead reads a head without body and keeps nothing.
+func skipHead(r *bufio.Reader) error {
+	for {
+		line, err := r.ReadSlice('\n')
+		if err != nil || len(line) == 2 {
+			return err
+		}
+	}
+}
+
+func roundTrip(b *testing.B, w *wire, request []byte) {
+	if _, err := w.Write(request); err != nil {
+		b.Fatal(err)
+	}
+	if err := skipHead(w.r); err != nil {
+		b.Fatal(err)
+	}
+	if _, err := w.r.Discard(kilobyte); err != nil {
+		b.Fatal(err)
+	}
+}
+
+var benchRequest = []byte("GET http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nUser-Agent: bench\r\nAccept: */*\r\n\r\n")
+
+// BenchmarkPair is one call through both proxies on kept connections: app ->
+// outbound -> mutual TLS -> inbound -> app, all in this process.
+func BenchmarkPair(b *testing.B) {
+	r := benchRig(b)
+	w := r.dial()
+	_ = w.SetDeadline(noDeadline)
+	roundTrip(b, w, benchRequest)
+	b.ReportAllocs()
+	for b.Loop() {
+		roundTrip(b, w, benchRequest)
+	}
+}
+
+// BenchmarkPairParallel has 64 such connections.
+func BenchmarkPairParallel(b *testing.B) {
+	r := benchRig(b)
+	b.SetParallelism(32)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		w := newWire(b, r.outAddr, nil)
+		_ = w.SetDeadline(noDeadline)
+		for pb.Next() {
+			roundTrip(b, w, benchRequest)
+		}
+	})
+}
+
+// BenchmarkDirect is the same call without proxies, to be subtracted.
+func BenchmarkDirect(b *testing.B) {
+	answer := []byte("HTTP/1.1 200 OK\r\nContent-Length: 1024\r\n\r\n" + strings.Repeat("x", kilobyte))
+	addr := rawApp(b, func(c net.Conn, r *bufio.Reader) {
+		for skipHead(r) == nil {
+			_, _ = c.Write(answer)
+		}
+	})
+	w := newWire(b, addr, nil)
+	_ = w.SetDeadline(noDeadline)
+	b.ReportAllocs()
+	for b.Loop() {
+		roundTrip(b, w, benchRequest)
+	}
+}
+
+// BenchmarkBulk is 1 MiB up and 1 MiB down through both proxies.
+func BenchmarkBulk(b *testing.B) {
+	const size = 1 << 20
+	body := []byte(strings.Repeat("y", size))
+	head := []byte("HTTP/1.1 200 OK\r\nContent-Length: " + strconv.Itoa(size) + "\r\n\r\n")
+	addr := rawApp(b, func(c net.Conn, r *bufio.Reader) {
+		for skipHead(r) == nil {
+			if _, err := r.Discard(size); err != nil {
+				return
+			}
+			_, _ = c.Write(head)
+			_, _ = c.Write(body)
+		}
+	})
+	r := newRig(b, addr)
+	w := r.dial()
+	_ = w.SetDeadline(noDeadline)
+	request := append([]byte("POST http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Length: "+strconv.Itoa(size)+"\r\n\r\n"), body...)
+	b.SetBytes(2 * size)
+	for b.Loop() {
+		if _, err := w.Write(request); err != nil {
+			b.Fatal(err)
+		}
+		if err := skipHead(w.r); err != nil {
+			b.Fatal(err)
+		}
+		if _, err := io.CopyN(io.Discard, w.r, size); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,254 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/internal/http1"
+)
+
+// A listener accepts connections and knows the open ones.
+type listener struct {
+	Shared
+	// serve handles one connection until it ends. It need not close it.
+	serve func(ctx context.Context, c *conn)
+
+	draining atomic.Bool
+	inFlight atomic.Int64
+	panics   atomic.Int64
+
+	mu       sync.Mutex // guards the fields below
+	open     map[*conn]struct{}
+	toldFull time.Time
+}
+
+// A conn is one downstream connection.
+type conn struct {
+	net.Conn
+	// state orders the end of an idle connection against its next call.
+	state atomic.Int32
+
+	mu  sync.Mutex // guards the fields below
+	up  net.Conn   // what the call in flight talks to
+	cut bool
+}
+
+// The states of a conn.
+const (
+	idle int32 = iota
+	busy
+	ended
+)
+
+// begin marks the connection as carrying a call; false means that the drain
+// has closed it first.
+func (c *conn) begin() bool { return c.state.CompareAndSwap(idle, busy) }
+
+// rest marks the connection as idle.
+func (c *conn) rest() { c.state.CompareAndSwap(busy, idle) }
+
+// bind says what the call talks to from now on, nil for nothing. It is false
+// when the connection has been severed.
+func (c *conn) bind(up net.Conn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.up = up
+	return !c.cut
+}
+
+// sever closes the connection and what its call talks to, so that whoever
+// waits for either wakes.
+func (c *conn) sever() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.cut = true
+	if t, ok := c.up.(*tls.Conn); ok {
+		t.NetConn().Close() // without a farewell, for which it could have to wait
+	} else if c.up != nil {
+		c.up.Close()
+	}
+	c.Close()
+}
+
+// abort closes the connection such that the peer cannot take what it has got
+// so far for the whole.
+func (c *conn) abort() {
+	if t, ok := c.Conn.(interface{ SetLinger(sec int) error }); ok {
+		_ = t.SetLinger(0) // a connection that is closed already needs none
+	}
+	c.Close()
+}
+
+// run accepts from ln until ctx ends, then lets the calls in flight finish
+// within the drain timeout. It serves one listener in its life.
+func (l *listener) run(ctx context.Context, ln net.Listener) error {
+	l.mu.Lock()
+	l.open = map[*conn]struct{}{}
+	l.mu.Unlock()
+	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
+	defer cut()
+	var wg sync.WaitGroup
+	stop := context.AfterFunc(ctx, func() {
+		l.draining.Store(true)
+		ln.Close()
+	})
+	defer stop()
+	err := l.accept(ctx, ln, func(c *conn) {
+		wg.Go(func() {
+			defer l.forget(c)
+			defer l.survive(c)
+			l.serve(hard, c)
+		})
+	})
+	ln.Close()
+	l.draining.Store(true)
+	l.closeIdle()
+	timer := time.AfterFunc(l.DrainTimeout, func() {
+		cut()
+		l.severAll()
+	})
+	defer timer.Stop()
+	wg.Wait()
+	return err
+}
+
+// survive keeps a panic to its connection.
+func (l *listener) survive(c *conn) {
+	if p := recover(); p != nil {
+		l.panicked(p)
+		c.sever()
+	}
+}
+
+func (l *listener) panicked(p any) {
+	l.panics.Add(1)
+	l.Log.Error("serving a connection panicked; it was closed", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+}
+
+func (l *listener) accept(ctx context.Context, ln net.Listener, start func(*conn)) error {
+	var wait time.Duration
+	for {
+		nc, err := ln.Accept()
+		if ctx.Err() != nil {
+			if err == nil {
+				nc.Close()
+			}
+			return nil
+		}
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return err
+			}
+			// Out of descriptors, most likely: what is open goes on, and
+			// accepting is tried again.
+			wait = min(max(2*wait, 5*time.Millisecond), time.Second)
+			l.Log.Error("accept failed", "err", err, "retry_in", wait)
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		wait = 0
+		if c := (&conn{Conn: nc}); l.admit(c) {
+			start(c)
+		} else {
+			nc.Close()
+		}
+	}
+}
+
+// fullEvery is how often a listener that is full says so.
+const fullEvery = 10 * time.Second
+
+// admit takes the connection into the open ones unless there are too many.
+func (l *listener) admit(c *conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.open) < l.MaxConns {
+		l.open[c] = struct{}{}
+		return true
+	}
+	if now := time.Now(); now.Sub(l.toldFull) >= fullEvery {
+		l.toldFull = now
+		l.Log.Warn("too many connections, new ones are closed", "limit", l.MaxConns)
+	}
+	return false
+}
+
+func (l *listener) forget(c *conn) {
+	c.Close()
+	l.mu.Lock()
+	delete(l.open, c)
+	l.mu.Unlock()
+}
+
+// closeIdle closes the connections that carry no call now. One that has just
+// received a request is not idle any more and gets its answer.
+func (l *listener) closeIdle() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		if c.state.CompareAndSwap(idle, ended) {
+			c.Close()
+		}
+	}
+}
+
+func (l *listener) severAll() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		c.sever()
+	}
+}
+
+// calls takes one request after the other from x's connection through the
+// chain, until the connection may carry no more.
+func (l *listener) calls(x *call, way chain) {
+	for {
+		if err := x.down.ReadRequest(&x.req); err != nil {
+			l.unreadable(x, err)
+			return
+		}
+		if !x.conn.begin() {
+			return
+		}
+		x.reset()
+		way.run(x)
+		x.conn.rest()
+		switch {
+		case x.tunnel:
+			return // both ends are closed
+		case x.broken:
+			x.conn.abort()
+			return
+		case !x.keep || l.draining.Load():
+			_ = x.down.Linger() // the answer is out; the client may be gone
+			return
+		}
+	}
+}
+
+// unreadable answers and counts a request that could not be read.
+func (l *listener) unreadable(x *call, err error) {
+	status := http1.StatusOf(err)
+	if status == 0 {
+		return // nothing, or not all of a request: there is nobody to answer
+	}
+	reason := "the request head did not arrive in time"
+	if p := (*http1.ProtocolError)(nil); errors.As(err, &p) {
+		reason = p.Detail
+	}
+	x.unread.Observe(status, 0, 0, 0)
+	if _, err := x.down.WriteError(nil, status, nil, errorBody(reason, "")); err == nil {
+		_ = x.down.Linger() // best effort, the connection ends anyway
+	}
+}
