@@ -33,7 +33,13 @@ type socket struct {
 //
 // When several processes share the socket (a parent and its forked child), the
 // first candidate, else the lowest pid, is named. The connection and the
-// owner's descriptor are looked at again after the process was inspected.
+// owner's descriptor are looked at again after the process was inspected. An
+// owner of another user than the one who opened the connection is refused.
+//
+// TCP does not say who wrote what. A process may write ahead and then become
+// another program, or hand the socket to one that takes it: the answer names
+// the holder of now. User, cgroup and process tree do not change that way, the
+// executable does; so the executable alone is no boundary for a TCP connection.
 func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
 	local, remote = unmap(local), unmap(remote)
 	s, err := lookup(remote, local)
@@ -61,6 +67,11 @@ func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
 	}
 	if again != s {
 		return Process{}, ErrNoOwner
+	}
+	// A program that opens a connection and then starts a setuid one, or gives
+	// the socket to another user's, must not borrow that user's name.
+	if p.UID != s.uid {
+		return Process{}, fmt.Errorf("pid %d runs as user %d, the connection was opened by user %d: %w", p.PID, p.UID, s.uid, ErrNoOwner)
 	}
 	return p, nil
 }

@@ -5,6 +5,8 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -47,6 +49,53 @@ func TestOwnerOf(t *testing.T) {
 				t.Errorf("after exit: pid %d, %v; want ErrNoOwner", p.PID, err)
 			}
 		})
+	}
+}
+
+// A socket that another user's program holds, as after starting a setuid one,
+// does not speak for that user.
+func TestOwnerOfRefusesABorrowedUser(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	f, err := c.(*net.TCPConn).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder := exec.Command("cat")
+	holder.ExtraFiles = []*os.File{f}
+	in, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := os.Geteuid() == 0 // only root can start another user's program
+	if other {
+		holder.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { in.Close(); holder.Wait() }()
+	f.Close()
+	c.Close()
+	local, remote := ends(s)
+	p, err := OwnerOf(local, remote, holder.Process.Pid)
+	if other && !errors.Is(err, ErrNoOwner) {
+		t.Errorf("pid %d (user %d), %v; want ErrNoOwner: user 0 opened the connection", p.PID, p.UID, err)
+	}
+	if !other && (err != nil || p.PID != holder.Process.Pid) {
+		t.Errorf("the same user's child: pid %d, %v", p.PID, err)
 	}
 }
 
