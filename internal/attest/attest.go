@@ -15,7 +15,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"strings"
+	"syscall"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -49,6 +49,8 @@ type ChildTree interface {
 //
 //	unix:uid:N unix:gid:N unix:supplementary_gid:N unix:path:/x unix:sha256:HEX
 //	cgroup:path:/x child:true child:sha256:HEX self:true
+//
+// unix:path is left out when the path means another file here than to p.
 func Gather(p capture.Process, tree ChildTree) ([]mesh.Selector, error) {
 	sum, err := capture.HashExe(p.PID)
 	if err != nil {
@@ -61,8 +63,7 @@ func Gather(p capture.Process, tree ChildTree) ([]mesh.Selector, error) {
 	for _, g := range p.Groups {
 		s = append(s, mesh.Selector{Type: "unix", Value: "supplementary_gid:" + strconv.FormatUint(uint64(g), 10)})
 	}
-	// The kernel marks a file that was removed; its path now means another.
-	if p.ExePath != "" && !strings.HasSuffix(p.ExePath, " (deleted)") {
+	if isHere(p) {
 		s = append(s, mesh.Selector{Type: "unix", Value: "path:" + p.ExePath})
 	}
 	s = append(s, mesh.Selector{Type: "unix", Value: "sha256:" + hex.EncodeToString(sum[:])})
@@ -84,6 +85,14 @@ func Gather(p capture.Process, tree ChildTree) ([]mesh.Selector, error) {
 		return nil, fmt.Errorf("attest pid %d: changed while it was attested: %w", p.PID, capture.ErrNoProcess)
 	}
 	return s, nil
+}
+
+// isHere reports whether the path of the executable names that file for us too.
+// A process in a mount namespace of its own, which needs no privilege, can put
+// any file at any path; and a removed file has a path that now means another.
+func isHere(p capture.Process) bool {
+	var st syscall.Stat_t
+	return p.ExePath != "" && syscall.Lstat(p.ExePath, &st) == nil && uint64(st.Dev) == p.ExeDev && st.Ino == p.ExeInode
 }
 
 // Self gives the selectors of this process: those of Gather, with self:true.

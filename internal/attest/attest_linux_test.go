@@ -185,6 +185,24 @@ func TestGatherOfAStrangerAndOfSelf(t *testing.T) {
 	}
 }
 
+// In a mount namespace of its own a process puts any file at any path.
+func TestAPathCountsOnlyWhereItMeansTheSameFile(t *testing.T) {
+	c := startChild(t, "wait")
+	c.line(t)
+	p := inspect(t, c.PID())
+	path := mesh.Selector{Type: "unix", Value: "path:" + p.ExePath}
+	if got, err := Gather(p, c); err != nil || !slices.Contains(got, path) {
+		t.Errorf("the true path is missing: %v, %v", got, err)
+	}
+	for _, lie := range []string{"/bin/sh", filepath.Join(t.TempDir(), "absent"), ""} {
+		p.ExePath = lie
+		got, err := Gather(p, c)
+		if err != nil || slices.ContainsFunc(got, func(s mesh.Selector) bool { return s.Type == "unix" && strings.HasPrefix(s.Value, "path:") }) {
+			t.Errorf("executable %s is said to be at %q: %v, %v", path.Value, lie, got, err)
+		}
+	}
+}
+
 func TestGatherRefusesAnotherProcessUnderThePID(t *testing.T) {
 	c := startChild(t, "wait")
 	c.line(t)

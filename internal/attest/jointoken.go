@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/sha256"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"time"
 
@@ -26,8 +25,9 @@ type Tokens interface {
 	// Redeem marks the token as used by the key, durably, and names the agent
 	// it was made for. The same token with the same key is redeemed again
 	// within a grace window, because the reply may have been lost. Any other
-	// use of a used, expired or unknown token is an error. Of concurrent calls
-	// with different keys at most one succeeds.
+	// use of a used, expired or unknown token is an error for which errors.Is
+	// finds ErrEvidence; other errors say that the token could not be looked
+	// at. Of concurrent calls with different keys at most one succeeds.
 	Redeem(ctx context.Context, token, key [32]byte, now time.Time) (agentName string, err error)
 }
 
@@ -57,10 +57,7 @@ func (j *joinToken) Verify(ctx context.Context, payload []byte, key crypto.Publi
 	}
 	name, err := j.tokens.Redeem(ctx, sha256.Sum256(payload), sha256.Sum256(der), j.now())
 	if err != nil {
-		if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-			return spiffeid.ID{}, nil, fmt.Errorf("redeem join token: %w", err)
-		}
-		return spiffeid.ID{}, nil, fmt.Errorf("%w: redeem join token: %w", ErrEvidence, err)
+		return spiffeid.ID{}, nil, fmt.Errorf("redeem join token: %w", err)
 	}
 	id, err := spiffeid.FromSegments(j.td, "spire", "agent", JoinToken, name)
 	if err != nil {

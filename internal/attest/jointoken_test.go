@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"sync"
 	"testing"
 	"time"
@@ -41,11 +42,11 @@ func (m *memTokens) Redeem(ctx context.Context, token, key [32]byte, now time.Ti
 	case ctx.Err() != nil:
 		return "", ctx.Err()
 	case t == nil:
-		return "", errors.New("token is unknown")
+		return "", fmt.Errorf("token is unknown: %w", ErrEvidence)
 	case !t.used.IsZero() && (t.key != key || now.Sub(t.used) > 5*time.Minute):
-		return "", errors.New("token was used")
+		return "", fmt.Errorf("token was used: %w", ErrEvidence)
 	case t.used.IsZero() && !now.Before(t.expires):
-		return "", errors.New("token has expired")
+		return "", fmt.Errorf("token has expired: %w", ErrEvidence)
 	case t.used.IsZero():
 		t.key, t.used = key, now
 	}
@@ -78,4 +79,15 @@ func TestOutageIsNotARefusal(t *testing.T) {
 	if err == nil || errors.Is(err, ErrEvidence) {
 		t.Errorf("got %v, want an error that may be tried again", err)
 	}
+	full := errors.New("disk is full")
+	_, _, err = NewJoinToken(td, brokenTokens{full}).Verify(t.Context(), []byte("x"), attesttest.Key(t))
+	if !errors.Is(err, full) || errors.Is(err, ErrEvidence) {
+		t.Errorf("got %v, want the store's own error, which may be tried again", err)
+	}
+}
+
+type brokenTokens struct{ err error }
+
+func (b brokenTokens) Redeem(context.Context, [32]byte, [32]byte, time.Time) (string, error) {
+	return "", b.err
 }

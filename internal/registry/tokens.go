@@ -12,6 +12,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/store"
 )
 
@@ -29,12 +30,20 @@ const (
 	maxAgentName = 128
 )
 
-// Why a token is refused. Each message ends with what to do.
+// Why a token is refused. Each message ends with what to do, and each is
+// attest.ErrEvidence: trying again does not help.
 var (
-	ErrTokenUnknown = errors.New("join token is unknown; create a new one: sallyport token create")
-	ErrTokenExpired = errors.New("join token has expired; create a new one: sallyport token create")
-	ErrTokenUsed    = errors.New("join token was already used; create a new one: sallyport token create")
+	ErrTokenUnknown error = refusal("join token is unknown; create a new one: sallyport token create")
+	ErrTokenExpired error = refusal("join token has expired; create a new one: sallyport token create")
+	ErrTokenUsed    error = refusal("join token was already used; create a new one: sallyport token create")
 )
+
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+// Is makes a refusal count as refused evidence.
+func (refusal) Is(target error) bool { return target == attest.ErrEvidence }
 
 // ErrBadAgentName says that no SPIFFE ID can be made with a name.
 var ErrBadAgentName = errors.New("agent name refused")
