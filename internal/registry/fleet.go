@@ -50,7 +50,8 @@ type edgeKey struct {
 	mtls            bool
 }
 
-// PutAgent keeps an agent. To ban it ends its endpoints at once.
+// PutAgent keeps an agent. To ban it ends its endpoints at once, and wakes
+// whoever waits for Changed, so that its streams end too.
 func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if !a.ID.MemberOf(r.cfg.TrustDomain) {
 		return fmt.Errorf("put agent: %q is not of trust domain %s", a.ID, r.cfg.TrustDomain.Name())
@@ -77,6 +78,7 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 			over = append(over, e)
 		}
 	}
+	defer r.wakeAll() // also when no endpoint ends: streams of the agent must
 	return r.drop(ctx, over)
 }
 

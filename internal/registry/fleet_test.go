@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/mesh"
 	"sallyport/internal/registry"
 	"sallyport/internal/store"
@@ -159,6 +160,9 @@ func TestTokenRefusalsNameTheNextStep(t *testing.T) {
 		if !strings.HasSuffix(err.Error(), "create a new one: sallyport token create") {
 			t.Errorf("%q does not name the next step", err)
 		}
+		if !errors.Is(err, attest.ErrEvidence) {
+			t.Errorf("%q is not evidence", err)
+		}
 	}
 }
 
@@ -248,6 +252,26 @@ func TestABanEndsEndpoints(t *testing.T) {
 		t.Fatal(err)
 	}
 	in.want("billing@10.0.0.2:15006")
+}
+
+// An agent without endpoints has streams too.
+func TestABanWakesWhoeverWaits(t *testing.T) {
+	in := start(t)
+	for _, when := range []string{"before the first policies", "with policies"} {
+		changed, before := in.Changed(), in.Current()
+		if err := in.PutAgent(t.Context(), mesh.Agent{ID: agent("billing-1"), Serial: when, Banned: true}); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-changed:
+		default:
+			t.Errorf("%s: a ban woke nobody", when)
+		}
+		if in.Current() != before {
+			t.Errorf("%s: a ban distributed something new", when)
+		}
+		in.apply(policies("billing"))
+	}
 }
 
 func TestProxyState(t *testing.T) {

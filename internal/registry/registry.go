@@ -154,6 +154,13 @@ func (r *Registry) publish(next *state, rev int64) {
 	close(r.state.Swap(next).changed)
 }
 
+// wakeAll closes Changed though nothing is distributed anew. mu is held.
+func (r *Registry) wakeAll() {
+	same := *r.state.Load()
+	same.changed = make(chan struct{})
+	close(r.state.Swap(&same).changed)
+}
+
 // write writes to the store. It does not stop half way when a caller goes
 // away, so that the store and the memory say the same.
 func (r *Registry) write(ctx context.Context, ops ...store.Op) (int64, error) {
