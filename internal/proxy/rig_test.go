@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,6 +36,13 @@ var (
 	billing = meshtest.ID("/ns/shop/sa/billing")
 	gateway = meshtest.ID("/ns/sys/sa/gateway")
 )
+
+type (
+	bufioReader = bufio.Reader
+	spiffeID    = spiffeid.ID
+)
+
+var quiet = slog.New(slog.DiscardHandler)
 
 const servicesYAML = `services:
   - name: billing
@@ -102,6 +110,16 @@ func (l *logBuffer) String() string {
 // what they are made with.
 func newRig(t testing.TB, app string, change ...func(*rig)) *rig {
 	t.Helper()
+	r := newParts(t, app, change...)
+	r.inAddr, r.stopIn = start(t, r.inbound.Run)
+	r.outAddr, r.stopOut = start(t, r.outbound.Run)
+	r.use(r.access)
+	return r
+}
+
+// newParts makes all that is in a rig, and opens no port.
+func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
+	t.Helper()
 	r := &rig{t: t, ca: meshtest.NewCA(t, meshtest.TD), inAudit: audit.NewMemory(), outAudit: audit.NewMemory(), log: new(logBuffer), access: accessCSV}
 	r.web, r.billing = meshtest.Source(t, r.ca, web), meshtest.Source(t, r.ca, billing)
 	var err error
@@ -151,9 +169,6 @@ func newRig(t testing.TB, app string, change ...func(*rig)) *rig {
 	if r.outbound, err = NewOutbound(r.outCfg); err != nil {
 		t.Fatal(err)
 	}
-	r.inAddr, r.stopIn = start(t, r.inbound.Run)
-	r.outAddr, r.stopOut = start(t, r.outbound.Run)
-	r.use(r.access)
 	return r
 }
 
@@ -227,6 +242,11 @@ func newWire(t testing.TB, addr string, cfg *tls.Config) *wire {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return wireOn(t, c, cfg)
+}
+
+func wireOn(t testing.TB, c net.Conn, cfg *tls.Config) *wire {
+	t.Helper()
 	t.Cleanup(func() { c.Close() })
 	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 	if cfg != nil {
@@ -348,4 +368,46 @@ func has(s string, parts ...string) bool {
 		}
 	}
 	return true
+}
+
+// handshakeAndAsk trusts whoever answers, and gives what an HTTP request got.
+func handshakeAndAsk(t *testing.T, addr string, src *svid.Source) string {
+	t.Helper()
+	cfg := svid.ClientTLS(src, billing, "http/1.1")
+	cfg.VerifyConnection = nil
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	tc := tls.Client(c, cfg)
+	_, _ = io.WriteString(tc, okRequest)
+	b, _ := io.ReadAll(tc)
+	return string(b)
+}
+
+// awaitRecords waits until a log has n records of a kind: the peer knows the
+// outcome of a handshake before it is written down.
+func awaitRecords(t *testing.T, l *audit.Log, k audit.Kind, n int) {
+	t.Helper()
+	await(t, func() bool {
+		got := 0
+		for _, r := range l.Records() {
+			if r.Kind == k {
+				got++
+			}
+		}
+		return got >= n
+	})
+}
+
+// await asks again until it is so.
+func await(t testing.TB, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !ok(); runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatal("it did not happen")
+		}
+	}
 }
