@@ -32,10 +32,13 @@ test: ## every test, with the race detector where a C compiler is
 	go test $(RACE) -timeout 10m ./...
 
 .PHONY: check
-check: ## format, vet, staticcheck, golangci-lint
+check: ## format, vet, staticcheck
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
 	go vet ./...
 	$(TOOL) staticcheck ./...
+
+.PHONY: lint
+lint: ## golangci-lint; compiling it takes minutes the first time
 	$(TOOL) golangci-lint run ./...
 
 .PHONY: vuln

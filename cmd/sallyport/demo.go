@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -188,12 +189,12 @@ func (d *demo) awaitReady(ctx context.Context, name string) error {
 	ctx, cancel := context.WithTimeout(ctx, demoReadyWithin)
 	defer cancel()
 	p := d.proc[name]
-	last := errors.New("no answer yet")
 	for {
 		if !p.running() {
-			return fmt.Errorf("%s ended (%v); its last words:\n%s", name, p.err, p.lastWords())
+			return fmt.Errorf("%s ended (%w); its last words:\n%s", name, cmp.Or(p.err, errors.New("status 0")), p.lastWords())
 		}
-		if last = ready(ctx, d.adminSocket(name)); last == nil {
+		last := ready(ctx, d.adminSocket(name))
+		if last == nil {
 			return nil
 		}
 		select {

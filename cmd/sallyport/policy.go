@@ -37,7 +37,7 @@ func parsePolicies(dir, td string) (*mesh.Policies, error) {
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
 		return nil, usage(fmt.Errorf("%s is not a folder of policy files", dir))
 	}
-	domain := spiffeid.TrustDomain{}
+	var domain spiffeid.TrustDomain
 	var err error
 	if td != "" {
 		if domain, err = spiffeid.TrustDomainFromString(td); err != nil {

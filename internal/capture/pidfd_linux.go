@@ -165,7 +165,7 @@ func PeerPidfd(c *net.UnixConn) (*Pidfd, error) {
 	case errors.Is(serr, unix.ENOPROTOOPT):
 		return openChecked(cred)
 	default: // EINVAL, ESRCH, ENODATA: the peer was reaped before we asked
-		return nil, fmt.Errorf("peer pidfd: pid %d: %w (%v)", cred.PID, ErrNoProcess, serr)
+		return nil, fmt.Errorf("peer pidfd: pid %d: %w (%w)", cred.PID, ErrNoProcess, serr)
 	}
 }
 

@@ -251,7 +251,6 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.ReadBufferSize(4096),
 		grpc.WriteBufferSize(4096),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			Time: keepaliveAfter, Timeout: keepaliveTimeout, MaxConnectionIdle: idleTimeout,
 		}),

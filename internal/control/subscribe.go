@@ -90,7 +90,7 @@ func (c *Client) persist(ctx context.Context, verb string, state func(error), on
 			state(nil)
 		})
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for
 		}
 		if err == nil {
 			pause = c.retryMin

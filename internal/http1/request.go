@@ -298,7 +298,7 @@ func (r *Request) authority(b []byte) bool {
 	} else if i := bytes.IndexByte(b, ':'); i >= 0 {
 		host, port = b[:i], b[i:]
 	}
-	if port != nil && len(port) > 0 && !validPort(port[1:]) || !validHost(host) {
+	if len(port) > 0 && !validPort(port[1:]) || !validHost(host) {
 		return false
 	}
 	for _, c := range b {

@@ -25,7 +25,6 @@ type sampleConfig struct {
 	On      bool
 	Share   float64 `yaml:"share"`
 	Hidden  string  `yaml:"-"`
-	private string
 }
 
 type sampleTune struct {
