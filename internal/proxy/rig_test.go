@@ -411,3 +411,9 @@ func await(t testing.TB, ok func() bool) {
 		}
 	}
 }
+
+// stateOf is a state with a new SVID for id.
+func stateOf(t testing.TB, r *rig, id spiffeid.ID) *svid.State {
+	t.Helper()
+	return &svid.State{Identities: []svid.Identity{meshtest.Identity(t, r.ca, id)}, Bundle: r.ca.Bundle()}
+}
