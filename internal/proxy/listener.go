@@ -230,8 +230,14 @@ func (l *listener) calls(x *call, way chain) {
 		case x.broken:
 			x.conn.abort()
 			return
-		case !x.keep || l.draining.Load():
+		case !x.keep:
 			_ = x.down.Linger() // the answer is out; the client may be gone
+			return
+		case l.draining.Load() && x.down.Stale():
+			_ = x.down.Linger() // more is coming, which must not cost the answer
+			return
+		case l.draining.Load():
+			_ = x.down.Close()
 			return
 		}
 	}
