@@ -72,8 +72,9 @@ func (c *Config) Validate() error {
 		field string
 		d     time.Duration
 	}{{"ca.x509_ttl", c.CA.X509TTL}, {"ca.jwt_ttl", c.CA.JWTTTL}, {"ca.agent_ttl", c.CA.AgentTTL}} {
-		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is below the floor of %s", t.d, floor))
+		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is too short; write at least %s", t.d, floor))
 	}
+	errs = append(errs, c.Log.Validate())
 	return errors.Join(errs...)
 }
 

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io/fs"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
@@ -13,8 +15,11 @@ import (
 // only when there is no accepted policy to go on with.
 func (in *issuer) firstPolicies(ctx context.Context) error {
 	err := in.applyFolder(ctx)
+	if errors.Is(err, fs.ErrNotExist) && in.registry.Current() == nil {
+		return daemon.Hint(fmt.Errorf("the policies folder %s does not exist", in.cfg.Policies), "make it with the reviewed policy files, or correct policies in the configuration")
+	}
 	if err != nil && in.registry.Current() == nil {
-		return daemon.Hint(err, "mend the files and check them with: sallyport policy test "+in.cfg.Policies)
+		return fmt.Errorf("no policy can be put in force; next: mend the files and check them with: sallyport policy test %s\n%w", in.cfg.Policies, err)
 	}
 	in.ready.Set("policy", nil)
 	return nil
@@ -44,7 +49,9 @@ func (in *issuer) applyFolder(ctx context.Context) error {
 	st := in.registry.Status()
 	if err != nil {
 		in.metrics.PolicyRejected().Inc()
-		in.log.Error("policy edit refused, the old stays in force", "revision", st.PolicyRevision, "err", err)
+		if st.PolicyRevision > 0 {
+			in.log.Error("policy edit refused, the old stays in force", "revision", st.PolicyRevision, "err", err)
+		}
 		return errors.Join(err, in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Deny, Revision: st.PolicyRevision, Detail: err.Error()}))
 	}
 	in.metrics.PolicyRevision().Set(float64(st.PolicyRevision))

@@ -60,9 +60,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
-	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
+	if err := daemon.OwnDir("run_dir", cfg.RunDir); err != nil {
 		ln.Close()
-		return fmt.Errorf("make run_dir: %w", err)
+		return err
 	}
 	api, err := capture.ListenUnix(filepath.Join(cfg.RunDir, "api.sock"), 0o600)
 	if err != nil {
@@ -93,8 +93,8 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 func (in *issuer) open(ctx context.Context) error {
 	cfg := in.cfg
 	in.ready.Expect("serving", "policy")
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
+		return err
 	}
 	var err error
 	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
@@ -128,7 +128,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.firstPolicies(ctx); err != nil {
 		return err
 	}
-	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received")); err != nil {
+	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received"), in.log, in.audit.Append); err != nil {
 		return err
 	}
 	in.server, err = control.NewServer(control.ServerConfig{

@@ -32,8 +32,17 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 	if err != nil {
 		return err
 	}
+	select {
+	case a.s.attests <- struct{}{}: // not before: to be silent must not hold up others
+		defer func() { <-a.s.attests }()
+	default:
+		return refuse(codes.ResourceExhausted, "too many attestations at once: try again later")
+	}
 	ctx, cancel := context.WithTimeout(st.Context(), a.s.hello)
 	defer cancel()
+	if wait, ok := a.s.refusals.take(addressOf(ctx), 0, a.s.cfg.Now()); !ok {
+		return refuse(codes.ResourceExhausted, "too many refused attestations from this address: try again in %s", wait.Round(time.Second)+time.Second)
+	}
 	params := req.GetParams()
 	if params.GetData() == nil || params.GetParams() == nil {
 		return refuse(codes.InvalidArgument, "attestation data or certificate request is missing")
@@ -45,6 +54,7 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 	record := Attestation{Type: params.GetData().GetType(), Peer: remote(ctx)}
 	v := a.s.cfg.Verifiers[record.Type]
 	if v == nil {
+		record.Type = plain(record.Type[:min(len(record.Type), 64)]) // a stranger's words
 		record.Refusal = RefusalKind
 		return a.refused(ctx, record, refuse(codes.InvalidArgument, "node attestor %.64q is not configured on this issuer", record.Type))
 	}
@@ -100,6 +110,12 @@ func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []me
 	if err != nil {
 		return nil, fmt.Errorf("record agent %s: %w", id, err)
 	}
+	if !old.ID.IsZero() && old.ExpiresAt.After(a.s.cfg.Now()) {
+		// By design: so a node that was lost is replaced. It may also be a
+		// name that was given twice.
+		a.s.cfg.Log.Warn("agent attested again, its SVID before no longer counts", slog.String("agent", id.String()),
+			slog.String("serial_before", old.Serial), slog.String("peer", record.Peer))
+	}
 	a.s.cfg.Log.Info("agent attested", slog.String("agent", id.String()), slog.String("attestor", record.Type), slog.String("peer", record.Peer))
 	return svid, nil
 }
@@ -107,6 +123,7 @@ func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []me
 // refused records a refusal and returns it; what the record says is not hidden
 // when recording fails.
 func (a *agentAPI) refused(ctx context.Context, record Attestation, refusal error) error {
+	a.s.refusals.take(addressOf(ctx), 1, a.s.cfg.Now())
 	a.s.cfg.Log.Warn("attestation refused", slog.String("reason", string(record.Refusal)), slog.String("peer", record.Peer))
 	if err := a.record(ctx, record); err != nil {
 		return err

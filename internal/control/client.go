@@ -396,9 +396,12 @@ func (c *Client) GetBundle(ctx context.Context) (Bundle, error) {
 	return out, err
 }
 
+// edgeChunk is how many edges one report holds: below maxRequest by far.
+const edgeChunk = 1000
+
 // ReportEdges adds counts of calls from and to this agent's workloads.
 func (c *Client) ReportEdges(ctx context.Context, edges []mesh.Edge) error {
-	for part := range slices.Chunk(edges, maxEdges) {
+	for part := range slices.Chunk(edges, edgeChunk) {
 		r := &meshpb.EdgeReport{}
 		for _, e := range part {
 			r.Edges = append(r.Edges, edgeToWire(e))

@@ -335,6 +335,7 @@ func TestAHelloIsRefused(t *testing.T) {
 	}{
 		{"another agent's workload", Hello{Kind: KindSidecar, Workload: payment}, "has no entry for"},
 		{"a gateway without an entry", Hello{Kind: KindGateway, Workload: egress}, "has no entry for"},
+		{"a sidecar's node that asks for a gateway's view", Hello{Kind: KindGateway, Workload: billing}, "self:true"},
 		{"another trust domain", Hello{Kind: KindSidecar, Workload: spiffeid.RequireFromString("spiffe://other.example/x")}, "not a workload of"},
 		{"an unknown kind", Hello{Kind: "teapot", Workload: billing}, "neither"},
 		{"another workload's service", Hello{Kind: KindSidecar, Workload: billing, Endpoints: at("inventory", "127.0.0.1:1")}, "which is not"},

@@ -28,9 +28,12 @@ const (
 )
 
 const (
-	// maxMessage bounds one message in both directions, bytes: a snapshot of
-	// 10,000 rules is about 2 MiB.
-	maxMessage = 4 << 20
+	// maxMessage bounds a message to a proxy, bytes: a snapshot of 10,000 rules
+	// is about 2 MiB. maxRequest bounds one from a proxy, maxAdminMessage one
+	// to the operator, who lists everything.
+	maxMessage      = 4 << 20
+	maxRequest      = 2 << 20
+	maxAdminMessage = 64 << 20
 	// maxStreams bounds the streams of one connection that are open at once.
 	maxStreams = 128
 	// maxHeader bounds the headers of one call, bytes.
@@ -39,8 +42,9 @@ const (
 	maxCSR = 16 << 10
 	// maxBatch bounds the SVIDs of one BatchNewX509SVID, as in SPIRE.
 	maxBatch = 500
-	// maxAuditLine and maxAuditLines bound an AuditBatch.
-	maxAuditLine  = 64 << 10
+	// maxAuditLine and maxAuditLines bound an AuditBatch. No line of the audit
+	// log is longer, however much of it is escaped.
+	maxAuditLine  = 72 << 10
 	maxAuditLines = 4096
 	// entryPage is how many entries one message of SyncAuthorizedEntries holds.
 	entryPage = 500

@@ -134,17 +134,14 @@ func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServer
 	if err := s.authorize(ctx, c); err != nil {
 		return nil, err
 	}
+	if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
+		return nil, err
+	}
 	return next(context.WithValue(ctx, callerKey{}, c), req)
 }
 
 func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 	if anyone[info.FullMethod] {
-		select {
-		case s.attests <- struct{}{}:
-			defer func() { <-s.attests }()
-		default:
-			return refuse(codes.ResourceExhausted, "too many attestations at once: try again later")
-		}
 		return next(srv, st)
 	}
 	c, err := s.authenticate(st.Context())
@@ -152,6 +149,9 @@ func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamSer
 		return err
 	}
 	if err := s.authorize(st.Context(), c); err != nil {
+		return err
+	}
+	if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
 		return err
 	}
 	if !s.enter(c.id) {

@@ -39,6 +39,21 @@ func (s *Server) entitled(agent, workload spiffeid.ID) bool {
 	return slices.ContainsFunc(s.cfg.Registry.EntriesFor(agent), func(e mesh.Entry) bool { return e.SPIFFEID == workload })
 }
 
+// speaksFor reports whether a proxy of the agent may be of a kind. A gateway's
+// view is that of the whole way out, so its entry must be that of a proxy that
+// is its own workload: self:true. Otherwise any sidecar's node could ask for it.
+func (s *Server) speaksFor(agent, workload spiffeid.ID, kind string) error {
+	if !s.entitled(agent, workload) {
+		return s.errNotEntitled(agent, workload)
+	}
+	if kind == KindGateway && !slices.ContainsFunc(s.cfg.Registry.EntriesFor(agent), func(e mesh.Entry) bool {
+		return e.SPIFFEID == workload && slices.Contains(e.Selectors, mesh.Selector{Type: "self", Value: "true"})
+	}) {
+		return refuse(codes.PermissionDenied, "the entry of %s for %s is not a gateway's: its selectors must hold self:true", agent, workload)
+	}
+	return nil
+}
+
 func (s *Server) errNotEntitled(agent, workload spiffeid.ID) error {
 	return refuse(codes.PermissionDenied, "agent %s has no entry for %s: add one to entries.yaml with this agent as its parent", agent, workload)
 }
@@ -101,8 +116,8 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	if err != nil {
 		return nil, refuse(codes.InvalidArgument, "workload: %v", err)
 	}
-	if !s.entitled(who.id, workload) {
-		return nil, s.errNotEntitled(who.id, workload)
+	if err := s.speaksFor(who.id, workload, h.GetKind()); err != nil {
+		return nil, err
 	}
 	sub := &subscription{s: s, st: st, who: who, key: subscriber{who.id, workload, h.GetKind()}, hash: h.GetHaveHash()}
 	if sub.endpoints, err = s.readEndpoints(h.GetEndpoints(), who.id, workload); err != nil {
@@ -188,7 +203,7 @@ func (sub *subscription) report() {
 // run is level-triggered: it looks at what is true now, tells the proxy what
 // that proxy does not know, and waits for anything to change. Nothing queues.
 func (sub *subscription) run(ctx context.Context) error {
-	answers, ended := receive(ctx, sub.st)
+	answers, ended := receive(ctx, sub.st, answerGap)
 	refresh := time.NewTicker(sub.s.lease / 3)
 	defer refresh.Stop()
 	expiry := time.NewTimer(sub.who.leaf.NotAfter.Sub(sub.s.cfg.Now()) + time.Second)
@@ -231,8 +246,8 @@ func (sub *subscription) step(ctx context.Context) error {
 	if err := s.authorize(ctx, sub.who); err != nil {
 		return err
 	}
-	if !s.entitled(sub.who.id, sub.key.workload) {
-		return s.errNotEntitled(sub.who.id, sub.key.workload)
+	if err := s.speaksFor(sub.who.id, sub.key.workload, sub.key.kind); err != nil {
+		return err
 	}
 	snap := s.cfg.Registry.Current()
 	if err := sub.announce(ctx, snap); err != nil {
@@ -352,8 +367,9 @@ func plain(s string) string {
 }
 
 // receive reads a stream into a channel, so that a handler can wait for more
-// than its peer. ended yields nil at the end of the stream.
-func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req, Resp]) (<-chan *Req, <-chan error) {
+// than its peer. A peer that sends faster than one message in each gap waits,
+// by the flow control of the stream. ended yields nil at the end of the stream.
+func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req, Resp], gap time.Duration) (<-chan *Req, <-chan error) {
 	got, ended := make(chan *Req), make(chan error, 1)
 	go func() {
 		for {
@@ -372,9 +388,24 @@ func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req
 			case <-ctx.Done():
 				return
 			}
+			if gap > 0 && !pause(ctx, gap) {
+				return
+			}
 		}
 	}()
 	return got, ended
+}
+
+// pause waits; false means that ctx has ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
 }
 
 // UploadAudit keeps the lines of one agent's proxies. The acknowledgement is
@@ -389,7 +420,7 @@ func (a *meshAPI) UploadAudit(st grpc.BidiStreamingServer[meshpb.AuditBatch, mes
 	if err := st.SendHeader(metadata.MD{}); err != nil {
 		return err
 	}
-	batches, ended := receive(ctx, st)
+	batches, ended := receive(ctx, st, 0)
 	for {
 		select {
 		case <-a.s.stopping:
@@ -423,12 +454,23 @@ func (a *meshAPI) keep(ctx context.Context, who caller, b *meshpb.AuditBatch) er
 	if n := len(b.GetLines()); n == 0 || n > maxAuditLines {
 		return refuse(codes.InvalidArgument, "%d audit lines in a batch, want 1 to %d", n, maxAuditLines)
 	}
+	size := 0
 	for _, line := range b.GetLines() {
+		size += len(line)
 		if len(line) == 0 || len(line) > maxAuditLine || bytes.ContainsAny(line, "\r\n") {
 			return refuse(codes.InvalidArgument, "an audit line is one line of 1 to %d bytes", maxAuditLine)
 		}
 	}
-	if err := a.s.cfg.Audit.Receive(ctx, workload, b.GetLines()); err != nil {
+	for {
+		wait, ok := a.s.uploads.take(who.id.String(), float64(size), a.s.cfg.Now())
+		if ok {
+			break
+		}
+		if !pause(ctx, max(wait, time.Millisecond)) {
+			return ctx.Err()
+		}
+	}
+	if err := a.s.cfg.Audit.Receive(ctx, who.id, workload, b.GetLines()); err != nil {
 		return fmt.Errorf("keep audit of %s: %w", workload, err)
 	}
 	return nil
@@ -455,6 +497,11 @@ func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshp
 		}
 		if len(w.GetSrc()) > maxID || len(w.GetDst()) > maxID || len(w.GetProto()) > 64 {
 			return nil, refuse(codes.InvalidArgument, "an edge names an end of more than %d bytes", maxID)
+		}
+		for _, s := range []string{w.GetSrc(), w.GetDst(), w.GetProto()} {
+			if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
+				return nil, refuse(codes.InvalidArgument, "an edge names an end that is not printable ASCII") // an operator's terminal shows it
+			}
 		}
 		edges = append(edges, edgeFromWire(w))
 	}

@@ -10,6 +10,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
+// maxChain bounds the work that an unverified peer can ask for.
+const maxChain = 6
+
 // maxID is the longest SPIFFE ID that must be accepted, bytes (SPIFFE-ID 2.3).
 const maxID = 2048
 
@@ -22,7 +25,7 @@ var errOutsideValidity = errors.New("outside its validity")
 // skip the look at the bundle.
 func (s *Server) tlsConfig() *tls.Config {
 	base := &tls.Config{
-		MinVersion:             tls.VersionTLS12,
+		MinVersion:             tls.VersionTLS13,
 		NextProtos:             []string{"h2"},
 		ClientAuth:             tls.RequestClientCert,
 		SessionTicketsDisabled: true,
@@ -46,6 +49,9 @@ func (s *Server) tlsConfig() *tls.Config {
 func verifyPeer(certs, roots []*x509.Certificate, td spiffeid.TrustDomain, now time.Time) (spiffeid.ID, error) {
 	if len(certs) == 0 {
 		return spiffeid.ID{}, errors.New("peer presented no certificate")
+	}
+	if len(certs) > maxChain {
+		return spiffeid.ID{}, fmt.Errorf("peer presented %d certificates, at most %d are looked at", len(certs), maxChain)
 	}
 	id, err := leafID(certs[0])
 	if err != nil {

@@ -280,7 +280,7 @@ type sink struct {
 	fail  error
 }
 
-func (s *sink) Receive(_ context.Context, proxy spiffeid.ID, lines [][]byte) error {
+func (s *sink) Receive(_ context.Context, _, proxy spiffeid.ID, lines [][]byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fail != nil {
@@ -357,7 +357,7 @@ func newRig(t testing.TB, a *ca, change ...func(*ServerConfig)) *rig {
 	r.reg.entries = []mesh.Entry{
 		{ID: "e-pay", SPIFFEID: payment, ParentID: agentID("node-a"), Selectors: []mesh.Selector{{Type: "unix", Value: "uid:1000"}}, X509TTL: 30 * time.Second, DNSNames: []string{"payment.mesh.internal"}, Hint: "main"},
 		{ID: "e-bill", SPIFFEID: billing, ParentID: agentID("node-b"), Selectors: []mesh.Selector{{Type: "child", Value: "true"}}},
-		{ID: "e-gw", SPIFFEID: egress, ParentID: agentID("node-g"), Selectors: []mesh.Selector{{Type: "child", Value: "true"}}},
+		{ID: "e-gw", SPIFFEID: egress, ParentID: agentID("node-g"), Selectors: []mesh.Selector{{Type: "self", Value: "true"}}},
 	}
 	r.reg.snap = snapshot(t, 10, 3, "GET")
 	r.start("127.0.0.1:0", change...)

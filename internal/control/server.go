@@ -89,7 +89,9 @@ type NodeVerifier interface {
 // An AuditSink keeps the audit lines of proxies, durably when it returns. It
 // must bear to receive a line twice.
 type AuditSink interface {
-	Receive(ctx context.Context, proxy spiffeid.ID, lines [][]byte) error
+	// Receive is called with the agent that sends and the workload whose proxy
+	// wrote the lines: proxies of one workload on two nodes have two logs.
+	Receive(ctx context.Context, agent, workload spiffeid.ID, lines [][]byte) error
 }
 
 // An Attestation is one attempt to attest, for the audit.
@@ -122,7 +124,7 @@ type ServerConfig struct {
 	OnAttest func(context.Context, Attestation) error
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
-	// AttestsAtOnce bounds unauthenticated calls in flight. Default 64.
+	// AttestsAtOnce bounds the attestations that are judged at once. Default 64.
 	AttestsAtOnce int
 	// Log receives what an operator needs to know. Required.
 	Log *slog.Logger
@@ -156,8 +158,12 @@ func (c ServerConfig) Validate() error {
 type Server struct {
 	cfg    ServerConfig
 	health *health.Server
-	// attests holds one token for each unauthenticated call in flight.
-	attests     chan struct{}
+	// attests holds one token for each attestation that is judged.
+	attests chan struct{}
+	// conns and strangers count by address, agentCalls by agent.
+	conns, strangers, agentCalls tally
+	refusals, work, uploads      budgets
+
 	projections projections
 	revisions   entryRevisions
 	// stopping is closed once the Server is to end its streams.
@@ -201,6 +207,9 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		cfg:      cfg,
 		health:   health.NewServer(),
 		attests:  make(chan struct{}, cfg.AttestsAtOnce),
+		refusals: budgets{rate: refusalRate, burst: refusalBurst},
+		work:     budgets{rate: workRate, burst: workBurst},
+		uploads:  budgets{rate: uploadRate, burst: uploadBurst},
 		stopping: make(chan struct{}),
 		lease:    endpointLease,
 		hello:    helloTimeout,
@@ -215,7 +224,8 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 // calls in flight. It closes l.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	g := grpc.NewServer(append(s.options(),
-		grpc.Creds(credentials.NewTLS(s.tlsConfig())),
+		grpc.Creds(&doorCreds{credentials.NewTLS(s.tlsConfig()), &s.conns, strangerConns}),
+		grpc.InTapHandle(s.tap),
 		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream, s.guardStream))...)
 	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
@@ -231,6 +241,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // this process's own user and root are served.
 func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	g := grpc.NewServer(append(s.options(),
+		grpc.MaxSendMsgSize(maxAdminMessage),
 		grpc.ChainUnaryInterceptor(s.recoverUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream))...)
 	a := &adminAPI{s: s}
@@ -244,7 +255,7 @@ func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 
 func (s *Server) options() []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxSendMsgSize(maxMessage),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxHeaderListSize(maxHeader),

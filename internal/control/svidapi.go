@@ -47,12 +47,24 @@ func (a *svidAPI) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509
 	if err != nil {
 		return nil, err
 	}
+	if err := a.charge(ctx, len(req.GetParams())); err != nil {
+		return nil, err
+	}
 	resp := &svidv1.BatchNewX509SVIDResponse{}
 	for _, p := range req.GetParams() {
 		svid, st := a.newX509SVID(ctx, entries, p)
 		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Svid: svid, Status: st})
 	}
 	return resp, nil
+}
+
+// charge makes the caller account for signatures.
+func (a *svidAPI) charge(ctx context.Context, n int) error {
+	c, err := callerOf(ctx)
+	if err != nil {
+		return err
+	}
+	return a.s.spend(c.id, float64(n))
 }
 
 func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry, p *svidv1.NewX509SVIDParams) (*types.X509SVID, *types.Status) {
@@ -95,6 +107,9 @@ func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest)
 	e, ok := entries[req.GetEntryId()]
 	if !ok {
 		return nil, refuse(codes.NotFound, "entry not found or not this agent's")
+	}
+	if err := a.charge(ctx, 1); err != nil {
+		return nil, err
 	}
 	token, issued, expires, err := a.s.cfg.Authority.SignJWT(ctx, e.SPIFFEID, req.GetAudience(), e.JWTTTL)
 	if err != nil {
