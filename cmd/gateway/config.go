@@ -73,6 +73,7 @@ func (c *Config) Validate() error {
 	for field, n := range map[string]int{"limits.tunnels": c.Limits.Tunnels, "limits.tunnels_per_workload": c.Limits.TunnelsPerWorkload} {
 		need(n >= 0, field, fmt.Sprintf("%d is negative", n))
 	}
+	errs = append(errs, c.Log.Validate())
 	return errors.Join(errs...)
 }
 

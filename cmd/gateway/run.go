@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -29,7 +30,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		c.fill()
 		return &c, nil
 	}
-	root := &cobra.Command{Use: "gateway", Short: "The only way out of the mesh", SilenceUsage: true, SilenceErrors: true}
+	root := &cobra.Command{Use: "gateway", Short: "The only way out of the mesh", SilenceUsage: true, SilenceErrors: true, DisableSuggestions: true}
 	root.PersistentFlags().StringVar(&file, "config", "", "the configuration file (YAML)")
 	root.PersistentFlags().StringVar(&level, "log-level", "", "debug, info, warn or error")
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
@@ -51,7 +52,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		},
 	}
 	runCmd.Flags().BoolVar(&check, "check-config", false, "validate the configuration and exit")
-	config := &cobra.Command{Use: "config", Short: "About the configuration"}
+	config := &cobra.Command{
+		Use: "config", Short: "About the configuration", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
 	config.AddCommand(&cobra.Command{
 		Use: "show", Short: "Print the effective configuration, secrets masked", Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
@@ -66,5 +70,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	return root.ExecuteContext(ctx)
+	err := root.ExecuteContext(ctx)
+	if err != nil && strings.HasPrefix(err.Error(), "unknown command") {
+		return daemon.Hint(daemon.Exit(daemon.Usage, err), "gateway --help")
+	}
+	return err
 }

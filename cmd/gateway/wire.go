@@ -86,8 +86,8 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 func (gw *gateway) open() error {
 	cfg := gw.cfg
 	gw.ready.Expect(readyListener)
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
+		return err
 	}
 	var err error
 	path := filepath.Join(cfg.DataDir, "audit.jsonl")

@@ -34,6 +34,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Short:         "Operate a Sallyport mesh",
 		SilenceUsage:  true,
 		SilenceErrors: true,
+		// One sentence instead of cobra's paragraph.
+		DisableSuggestions: true,
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -67,6 +69,15 @@ func noArgsAreUsage(cmd *cobra.Command) {
 			}
 			return nil
 		}
+	}
+	if cmd.HasParent() && !cmd.Runnable() {
+		cmd.Args = func(c *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Errorf("unknown command %q for %q", args[0], c.CommandPath()))
+			}
+			return nil
+		}
+		cmd.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
 	}
 	for _, sub := range cmd.Commands() {
 		noArgsAreUsage(sub)

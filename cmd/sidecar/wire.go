@@ -98,8 +98,8 @@ func either(a, b context.Context) context.Context {
 // open builds every part, the lowest first. It contacts nobody.
 func (s *sidecar) open() error {
 	cfg := s.cfg
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
+		return err
 	}
 	var err error
 	path := filepath.Join(cfg.DataDir, auditFile)

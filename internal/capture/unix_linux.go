@@ -17,10 +17,16 @@ import (
 // message, which process wrote it.
 type UnixListener struct{ *net.UnixListener }
 
+// maxSocketPath is what fits into sockaddr_un (unix(7)).
+const maxSocketPath = 107
+
 // ListenUnix listens on path, whose file has the mode perm from the first
 // moment (bind takes the mode of the unbound socket). A socket that nobody
 // listens on any more is replaced; one in use is an error.
 func ListenUnix(path string, perm fs.FileMode) (*UnixListener, error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("listen on %s: the path has %d bytes, that of a socket at most %d: choose a shorter one", path, len(path), maxSocketPath)
+	}
 	if err := clearStale(path); err != nil {
 		return nil, err
 	}

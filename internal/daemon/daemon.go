@@ -75,6 +75,19 @@ func Hint(err error, next string) error {
 	return &hinted{err: err, next: next}
 }
 
+// OwnDir makes the directory that the setting called field names, mode 0700,
+// unless it is there, and sees that this process may write in it.
+func OwnDir(field, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return Hint(fmt.Errorf("make %s %s: %w", field, dir, cause(err)), "choose a "+field+" that this user may write")
+	}
+	f, err := os.CreateTemp(dir, ".writable-*")
+	if err != nil {
+		return Hint(fmt.Errorf("write in %s %s: %w", field, dir, cause(err)), fmt.Sprintf("let uid %d own it, or choose another %s", os.Geteuid(), field))
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
+}
+
 // WriteFile replaces path with data so that a crash at any moment leaves
 // either the old content or the new, never a part: it writes a temporary file
 // beside it, syncs it, renames it and syncs the directory. The file gets

@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"time"
 )
 
@@ -11,6 +12,14 @@ import (
 type LogConfig struct {
 	// Level is debug, info, warn or error. Default info.
 	Level string `yaml:"level"`
+}
+
+// Validate checks the level.
+func (l LogConfig) Validate() error {
+	if _, err := ParseLevel(l.Level); err != nil {
+		return fmt.Errorf("log.level: %w", err)
+	}
+	return nil
 }
 
 // DrainConfig is the section that bounds an orderly stop.
