@@ -10,6 +10,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/control"
+	"sallyport/internal/mesh"
 )
 
 // An svidWatch counts how often the SVID of each proxy is replaced.
@@ -53,7 +54,7 @@ func (w *svidWatch) stop() map[string]int {
 
 // show prints each decision of every proxy as it is made, until ctx ends.
 func (d *demo) show(ctx context.Context) error {
-	fmt.Fprintln(d.out, "  decisions as they are made (the same path within a second once); Ctrl-C ends")
+	fmt.Fprintln(d.out, "  decisions as they are made (the same within a second once); Ctrl-C ends")
 	var wg sync.WaitGroup
 	p := &decisionPrinter{d: d, seen: map[string]time.Time{}}
 	for _, name := range d.proxies() {
@@ -72,9 +73,44 @@ func (d *demo) show(ctx context.Context) error {
 			}
 		})
 	}
+	wg.Go(func() { p.watchPolicy(ctx) })
 	<-ctx.Done()
 	wg.Wait()
 	return nil
+}
+
+// watchPolicy prints what becomes of each edit of the policy files.
+func (p *decisionPrinter) watchPolicy(ctx context.Context) {
+	admin, err := control.DialAdmin(p.d.apiSocket())
+	if err != nil {
+		return
+	}
+	defer admin.Close()
+	var last mesh.IssuerStatus
+	for ctx.Err() == nil {
+		st, err := admin.Status(ctx)
+		if err == nil && last.PolicyRevision != 0 {
+			switch {
+			case st.PolicyRevision != last.PolicyRevision:
+				p.say(fmt.Sprintf("policy revision %d is in force", st.PolicyRevision))
+			case st.LastRefusal != "" && st.LastRefusal != last.LastRefusal:
+				p.say(fmt.Sprintf("policy edit REFUSED, revision %d stays in force:\n%s", st.PolicyRevision, indent(indent(st.LastRefusal))))
+			}
+		}
+		if err == nil {
+			last = st
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
+}
+
+func (p *decisionPrinter) say(text string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	fmt.Fprintf(p.d.out, "  %s  %s\n", time.Now().Format("15:04:05"), text)
 }
 
 // A decisionPrinter writes decisions, one line each.
@@ -106,6 +142,9 @@ func (p *decisionPrinter) print(line []byte) {
 
 // demoName shortens an identity to its last segment.
 func demoName(s string) string {
+	if s == "" {
+		return "nobody" // who proved no identity has no name
+	}
 	if strings.HasPrefix(s, "spiffe://") {
 		return path.Base(s)
 	}
