@@ -53,6 +53,15 @@ func (a *adminAPI) createToken(ctx context.Context, name string, ttl time.Durati
 	if err != nil {
 		return "", time.Time{}, fmt.Errorf("create join token: %w", err)
 	}
+	id, err := AgentID(a.s.cfg.TrustDomain, name)
+	if err != nil {
+		return "", time.Time{}, fmt.Errorf("create join token: %w", err)
+	}
+	if a.s.cfg.OnToken != nil {
+		if err := a.s.cfg.OnToken(ctx, id, expires, remote(ctx)); err != nil {
+			return "", time.Time{}, fmt.Errorf("record join token: %w", err)
+		}
+	}
 	return token, expires, nil
 }
 

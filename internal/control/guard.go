@@ -228,6 +228,16 @@ func (k *keyedLocks) lock(id spiffeid.ID) func() {
 	return m.Unlock
 }
 
+// An ownConn names the process at the other end as its address.
+type ownConn struct {
+	net.Conn
+	cred capture.Cred
+}
+
+func (c *ownConn) RemoteAddr() net.Addr {
+	return &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("uid %d pid %d", c.cred.UID, c.cred.PID)}
+}
+
 // ownListener accepts connections of this process's own user and of root only.
 type ownListener struct {
 	*net.UnixListener
@@ -242,7 +252,7 @@ func (l *ownListener) Accept() (net.Conn, error) {
 		}
 		cred, err := capture.PeerCred(c)
 		if err == nil && (cred.UID == 0 || int(cred.UID) == os.Geteuid()) {
-			return c, nil
+			return &ownConn{Conn: c, cred: cred}, nil
 		}
 		l.log.Warn("admin connection refused", slog.Uint64("uid", uint64(cred.UID)), slog.Any("err", err))
 		c.Close()

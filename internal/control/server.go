@@ -122,6 +122,10 @@ type ServerConfig struct {
 	// OnAttest is told of each attestation, before its answer. An error
 	// refuses it: what cannot be recorded does not happen. Default none.
 	OnAttest func(context.Context, Attestation) error
+	// OnToken is told of each join token that the operator makes, and who it
+	// was by, before the token is given out. An error withholds it. Default
+	// none.
+	OnToken func(ctx context.Context, agent spiffeid.ID, expires time.Time, by string) error
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
 	// AttestsAtOnce bounds the attestations that are judged at once. Default 64.

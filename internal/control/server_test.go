@@ -11,7 +11,9 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -483,13 +485,28 @@ func TestASilentStreamIsEnded(t *testing.T) {
 }
 
 func TestTheOperatorsSocket(t *testing.T) {
-	r := newRig(t, newCA(t, td))
+	var told []string
+	r := newRig(t, newCA(t, td), func(c *ServerConfig) {
+		c.OnToken = func(_ context.Context, agent spiffeid.ID, expires time.Time, by string) error {
+			told = append(told, fmt.Sprint(agent.Path(), " ", expires.Unix(), " ", by))
+			if agent == agentID("unrecorded") {
+				return errBroken
+			}
+			return nil
+		}
+	})
 	c, _ := r.joined("node-a")
 	a := r.admin()
 	ctx := t.Context()
 	tok, err := a.CreateJoinToken(ctx, "node-z", 0)
 	if err != nil || tok.Value != "token-of-node-z" || tok.Agent != agentID("node-z") || !tok.Expires.Equal(time.Unix(1e9, 0).Add(defaultTokenTTL)) {
 		t.Errorf("token %+v, %v", tok, err)
+	}
+	if want := []string{fmt.Sprintf("/spire/agent/join_token/node-z 1000000600 uid %d pid %d", os.Geteuid(), os.Getpid())}; !slices.Equal(told, want) {
+		t.Errorf("told %q, want %q", told, want)
+	}
+	if tok, err := a.CreateJoinToken(ctx, "unrecorded", 0); err == nil {
+		t.Errorf("a token that was not recorded was given out: %+v", tok)
 	}
 	for _, name := range []string{"", "a/b", "..", "a b"} {
 		if _, err := a.CreateJoinToken(ctx, name, time.Minute); !errors.Is(err, ErrRefused) {
