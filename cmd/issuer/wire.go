@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/attest"
@@ -134,7 +135,7 @@ func (in *issuer) open(ctx context.Context) error {
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
 		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(cfg.TrustDomain, in.registry)},
-		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
+		Why:       whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 	})
 	return err
 }
@@ -216,6 +217,14 @@ func whyRefused(err error) control.Refusal {
 		return control.RefusalEvidence
 	}
 	return control.RefusalNone
+}
+
+// recordToken writes down who made a join token, and for whom: never the token.
+func (in *issuer) recordToken(_ context.Context, agent spiffeid.ID, expires time.Time, by string) error {
+	return in.audit.Append(&audit.Record{
+		Kind: audit.KindAdmin, Decision: audit.Allow, Dst: agent.String(), Verb: "token create", Peer: by,
+		Detail: "good until " + expires.UTC().Format(time.RFC3339),
+	})
 }
 
 // recordAttest writes down who asked to join and what came of it.
