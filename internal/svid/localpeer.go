@@ -110,20 +110,20 @@ func (w *WorkloadAPI) admit(c net.Conn) (net.Conn, *localPeer, error) {
 	if !ok {
 		return nil, nil, errors.New("not a Unix socket that names its senders")
 	}
-	pid := u.Cred().PID
-	if err := w.enter(pid); err != nil {
+	pid, uid := u.Cred().PID, u.Cred().UID
+	if err := w.enter(pid, uid); err != nil {
 		return nil, nil, err
 	}
 	p, err := hold(u)
 	if err != nil {
-		w.leave(pid)
+		w.leave(pid, uid)
 		return nil, nil, err
 	}
 	asked := challenge(c) // after hold has inspected the process
 	p.proven = asked.proven
 	conn := &heldConn{Conn: asked, free: sync.OnceFunc(func() {
 		p.pidfd.Close()
-		w.leave(pid)
+		w.leave(pid, uid)
 	})}
 	go func() { // ends with the process or, through Close, with the connection
 		<-p.pidfd.Done()
@@ -165,7 +165,7 @@ func (c *heldConn) Close() error {
 	return c.Conn.Close()
 }
 
-func (w *WorkloadAPI) enter(pid int) error {
+func (w *WorkloadAPI) enter(pid int, uid uint32) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.conns[pid] >= w.cfg.MaxConns {
@@ -174,15 +174,22 @@ func (w *WorkloadAPI) enter(pid int) error {
 	if w.total >= w.cfg.MaxTotal {
 		return fmt.Errorf("%d connections are open, the most there may be", w.total)
 	}
+	if most := max(1, w.cfg.MaxTotal/2); w.users[uid] >= most {
+		return fmt.Errorf("user %d holds %d connections, the most a user may", uid, most)
+	}
 	w.conns[pid]++
+	w.users[uid]++
 	w.total++
 	return nil
 }
 
-func (w *WorkloadAPI) leave(pid int) {
+func (w *WorkloadAPI) leave(pid int, uid uint32) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.total--
+	if w.users[uid]--; w.users[uid] <= 0 {
+		delete(w.users, uid)
+	}
 	if w.conns[pid]--; w.conns[pid] <= 0 {
 		delete(w.conns, pid)
 	}

@@ -73,7 +73,9 @@ type WorkloadConfig struct {
 	// Log receives refusals and panics. Required.
 	Log *slog.Logger
 	// MaxConns and MaxStreams bound what one process may hold open. Default 16
-	// and 64. MaxTotal bounds the connections of all together, default 512.
+	// and 64. MaxTotal bounds the connections of all together, default 512; a
+	// half of it is the most that the processes of one user may hold, so that
+	// no user can lock the others out.
 	MaxConns, MaxStreams, MaxTotal int
 
 	patience time.Duration // with the answer to a challenge; tests set it
@@ -110,6 +112,7 @@ type WorkloadAPI struct {
 	mu      sync.Mutex // guards the counts
 	conns   map[int]int
 	streams map[int]int
+	users   map[uint32]int
 	total   int
 }
 
@@ -122,7 +125,7 @@ func NewWorkloadAPI(cfg WorkloadConfig) (*WorkloadAPI, error) {
 	cfg.MaxStreams = cmp.Or(cfg.MaxStreams, 64)
 	cfg.MaxTotal = cmp.Or(cfg.MaxTotal, 512)
 	cfg.patience = cmp.Or(cfg.patience, challengeTime)
-	return &WorkloadAPI{cfg: cfg, conns: map[int]int{}, streams: map[int]int{}}, nil
+	return &WorkloadAPI{cfg: cfg, conns: map[int]int{}, streams: map[int]int{}, users: map[uint32]int{}}, nil
 }
 
 // Serve answers on l, which capture.ListenUnix made, until ctx ends; then it

@@ -450,6 +450,37 @@ func TestCaps(t *testing.T) {
 	}
 }
 
+func TestOneUserDoesNotLockOutTheOthers(t *testing.T) {
+	w, err := NewWorkloadAPI(WorkloadConfig{Source: NewSource(), Attest: entitled(), Log: slog.New(slog.DiscardHandler), MaxConns: 2, MaxTotal: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for pid := 1; pid <= 4; pid++ {
+		if err := w.enter(pid, 1000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.enter(5, 1000); err == nil {
+		t.Error("one user holds more than a half of all connections")
+	}
+	if err := w.enter(6, 1001); err != nil {
+		t.Errorf("another user: %v", err)
+	}
+	w.leave(1, 1000)
+	if err := w.enter(5, 1000); err != nil {
+		t.Errorf("after one has left: %v", err)
+	}
+	for _, c := range []struct {
+		pid int
+		uid uint32
+	}{{2, 1000}, {3, 1000}, {4, 1000}, {5, 1000}, {6, 1001}} {
+		w.leave(c.pid, c.uid)
+	}
+	if w.total != 0 || len(w.users) != 0 || len(w.conns) != 0 {
+		t.Errorf("all have left, and %d, %v, %v are counted", w.total, w.users, w.conns)
+	}
+}
+
 func TestOtherListenersAreRefused(t *testing.T) {
 	w, err := NewWorkloadAPI(WorkloadConfig{Source: NewSource(), Attest: entitled(), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
