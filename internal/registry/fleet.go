@@ -144,7 +144,11 @@ func (r *Registry) ReportProxy(p mesh.Proxy) {
 	if f.proxies == nil {
 		f.proxies = make(map[proxyKey]proxy)
 	}
+	_, known := f.proxies[key]
 	f.proxies[key] = in
+	if known {
+		return // each of thousands says so every few seconds
+	}
 	for key, old := range f.proxies {
 		if !old.Connected && now.Sub(old.LastSeen) > keepProxy {
 			delete(f.proxies, key)
