@@ -40,7 +40,10 @@ func (in *issuer) reload(ctx context.Context) {
 // the reason known: in the log, in the status, in a metric and in the audit.
 func (in *issuer) applyFolder(ctx context.Context) error {
 	before := in.registry.Status().PolicyRevision
-	p, err := mesh.ParseDir(in.cfg.Policies, in.cfg.TrustDomain)
+	p, err := settled(ctx, func() (*mesh.Policies, error) { return mesh.ParseDir(in.cfg.Policies, in.cfg.TrustDomain) })
+	if ctx.Err() != nil {
+		return ctx.Err() // stopping, which is no refusal
+	}
 	if err != nil {
 		in.registry.Refuse(err)
 	} else {

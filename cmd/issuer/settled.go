@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+const (
+	// settle is how far apart two readings of the policy folder are.
+	settle = 50 * time.Millisecond
+	// settleTries bounds the readings while they differ: about a second.
+	settleTries = 20
+)
+
+// errRestless says that the folder changed all the time it was read.
+var errRestless = errors.New("the policy folder keeps changing while it is read; it is read again at its next change: write files beside it and move them into place")
+
+// settled reads the policies until two readings agree. Half of a set is often
+// a valid one: a guardrails.csv that was cut off to be written anew forbids
+// nothing.
+func settled(ctx context.Context, read func() (*mesh.Policies, error)) (*mesh.Policies, error) {
+	last, lastErr := read()
+	for range settleTries {
+		t := time.NewTimer(settle)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil, ctx.Err()
+		case <-t.C:
+		}
+		p, err := read()
+		if agree(last, p, lastErr, err) {
+			return p, err
+		}
+		last, lastErr = p, err
+	}
+	return nil, errRestless
+}
+
+func agree(p, q *mesh.Policies, perr, qerr error) bool {
+	if perr != nil || qerr != nil {
+		return perr != nil && qerr != nil && perr.Error() == qerr.Error()
+	}
+	return p.Hash() == q.Hash()
+}
