@@ -137,6 +137,7 @@ func (w *WorkloadAPI) Serve(ctx context.Context, l net.Listener) error {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(uint32(w.cfg.MaxStreams)),
 		grpc.ConnectionTimeout(10*time.Second),
+		grpc.WaitForHandlers(true), // what they record must not come after the end
 		grpc.UnaryInterceptor(w.unary),
 		grpc.StreamInterceptor(w.stream),
 	)
