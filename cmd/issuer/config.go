@@ -40,8 +40,9 @@ type CAConfig struct {
 	// PassphraseFile holds the passphrase that encrypts the CA keys at rest.
 	// Without it the keys are plain PKCS#8, mode 0600.
 	PassphraseFile string `yaml:"passphrase_file"`
-	// KMS is the URI of a key store, such as "softkms:". Default: files.
-	KMS string `yaml:"kms"`
+	// KMS is the URI of a key store, such as "softkms:". Default: files. Such a
+	// URI may hold a PIN, so it is not shown.
+	KMS string `yaml:"kms" secret:"true"`
 	// X509TTL is the life of an X.509-SVID. Default 1 h, at least 1 min.
 	X509TTL time.Duration `yaml:"x509_ttl"`
 	// JWTTTL is the life of a JWT-SVID. Default 5 min.
