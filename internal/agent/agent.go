@@ -7,6 +7,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -86,7 +87,31 @@ type Config struct {
 	// Metrics and Ready say how things are. Required.
 	Metrics *telemetry.Registry
 	Ready   *daemon.Ready
-	Log     *slog.Logger
+	// Log is for operators. Required.
+	Log *slog.Logger
+
+	// reportEvery is how often the edges are reported. Default 10 s.
+	reportEvery time.Duration
+}
+
+func (c Config) validate() error {
+	var errs []error
+	for _, f := range []struct {
+		name    string
+		missing bool
+	}{
+		{"trust domain", c.TrustDomain.IsZero()}, {"kind", c.Kind == ""}, {"data dir", c.DataDir == ""},
+		{"use", c.Use == nil}, {"audit", c.Audit == ""}, {"edges", c.Edges == nil},
+		{"metrics", c.Metrics == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
+	} {
+		if f.missing {
+			errs = append(errs, errors.New(f.name+": missing"))
+		}
+	}
+	if !c.Identity.IsZero() && !c.Identity.MemberOf(c.TrustDomain) {
+		errs = append(errs, fmt.Errorf("identity: %s is not in trust domain %s", c.Identity, c.TrustDomain))
+	}
+	return errors.Join(append(errs, c.Join.Validate())...)
 }
 
 // An Agent is one proxy's tie to the issuer. It is safe for concurrent use.
@@ -101,6 +126,11 @@ type Agent struct {
 	snapshot   atomic.Pointer[mesh.Snapshot]
 	entries    atomic.Pointer[[]mesh.Entry]
 	generation atomic.Uint64
+
+	// must is told that the issuer wants evidence anew; attested is when it
+	// was last given, in Unix nanoseconds.
+	must     chan struct{}
+	attested atomic.Int64
 
 	mu    sync.Mutex    // guards fresh
 	fresh chan struct{} // closed and replaced at each new snapshot
@@ -124,14 +154,18 @@ const (
 
 // Open reads what an earlier run has left. It contacts nobody.
 func Open(cfg Config) (*Agent, error) {
-	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return nil, daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
+	if err := cfg.validate(); err != nil {
+		return nil, fmt.Errorf("agent: %w", err)
+	}
+	cfg.reportEvery = cmp.Or(cfg.reportEvery, 10*time.Second)
+	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
+		return nil, err
 	}
 	pem, err := os.ReadFile(cfg.Join.Bundle)
 	if err != nil {
 		return nil, daemon.Hint(fmt.Errorf("read issuer.bundle: %w", err), "copy bundle.pem from the issuer's data_dir")
 	}
-	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), fresh: make(chan struct{})}
+	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), must: make(chan struct{}, 1), fresh: make(chan struct{})}
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
 	}
@@ -150,7 +184,11 @@ func Open(cfg Config) (*Agent, error) {
 		Source: a.held, Minter: minter{a}, Match: a.match, Log: cfg.Log,
 		Save: func(st *svid.State) error { return st.Save(a.file(heldFile)) },
 	})
-	return a, err
+	if err != nil {
+		a.client.Close()
+		return nil, err
+	}
+	return a, nil
 }
 
 func (a *Agent) file(name string) string { return filepath.Join(a.cfg.DataDir, name) }
@@ -184,7 +222,10 @@ func (a *Agent) resume() error {
 	if err == nil {
 		snap, err = mesh.DecodeSnapshot(b)
 	}
-	if err == nil && snap.TrustDomain == a.cfg.TrustDomain {
+	if err == nil {
+		err = a.own(snap)
+	}
+	if err == nil {
 		err = a.use(snap)
 	}
 	if err != nil {
@@ -269,28 +310,35 @@ func (a *Agent) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// trusted are the roots that an issuer must prove by.
+// trusted are the roots that an issuer must prove by: those the issuer has
+// sent, unless all of them have ended. Then those that the operator gave count
+// again, so that a proxy that slept for long finds back.
 func (a *Agent) trusted() []*x509.Certificate {
+	now := time.Now()
 	for _, src := range []*svid.Source{a.held, a.node} {
-		if st := src.Current(); st != nil {
-			return st.Bundle.X509Authorities()
+		st := src.Current()
+		if st == nil {
+			continue
+		}
+		roots := st.Bundle.X509Authorities()
+		if slices.ContainsFunc(roots, func(c *x509.Certificate) bool { return now.Before(c.NotAfter) }) {
+			return roots
 		}
 	}
 	return a.roots
 }
 
 // match puts the identity to be served first. Several, and none chosen, is a
-// mistake that only the operator can mend; then none is served.
+// mistake that only the operator can mend: then none is served, except one that
+// is served already and goes on.
 func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
 	a.keepEntries(entries)
+	if len(entries) == 0 {
+		return nil
+	}
 	want := a.cfg.Identity
-	for _, e := range entries {
-		if want.IsZero() {
-			want = e.SPIFFEID
-		}
-		if a.cfg.Identity.IsZero() && e.SPIFFEID != want {
-			a.cfg.Log.Error("this node is entitled to several identities and none is chosen; next: write the one to serve into the configuration (identity)",
-				"first", want.String(), "second", e.SPIFFEID.String())
+	if want.IsZero() {
+		if want = a.only(entries); want.IsZero() {
 			return nil
 		}
 	}
@@ -304,32 +352,56 @@ func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
 		}
 		return 0
 	})
-	if len(out) > 0 && out[0].SPIFFEID != want {
+	if out[0].SPIFFEID != want {
 		a.cfg.Log.Error("this node has no entry for the identity in its configuration; next: add one to entries.yaml with this node as parent_id", "identity", want.String())
 		return nil
 	}
 	return out
 }
 
+// only is the identity that the entries leave no choice about, zero if they do.
+func (a *Agent) only(entries []mesh.Entry) spiffeid.ID {
+	first := entries[0].SPIFFEID
+	i := slices.IndexFunc(entries, func(e mesh.Entry) bool { return e.SPIFFEID != first })
+	if i < 0 {
+		return first
+	}
+	const next = "this node is entitled to several identities and none is chosen; next: write the one to serve into the configuration (identity)"
+	if now, err := a.Self(); err == nil && slices.ContainsFunc(entries, func(e mesh.Entry) bool { return e.SPIFFEID == now.ID }) {
+		a.cfg.Log.Warn(next, "serving", now.ID.String())
+		return now.ID
+	}
+	a.cfg.Log.Error(next, "first", first.String(), "second", entries[i].SPIFFEID.String())
+	return spiffeid.ID{}
+}
+
+// clockEvery bounds how long anything waits for a moment on the wall clock,
+// which may jump, or stand still while the machine sleeps.
+const clockEvery = 15 * time.Second
+
 // watchIdentity says in readiness, metrics and the generation how the SVID is.
+// Its end is a change too: connections made with it are used no more.
 func (a *Agent) watchIdentity(ctx context.Context) error {
 	expiry := a.cfg.Metrics.CertExpiry("workload")
 	var last *svid.State
+	var ended bool
 	for {
 		changed := a.held.Changed()
 		st := a.held.Current()
-		if st != last {
-			last = st
-			a.generation.Add(1)
-		}
 		id, err := a.Self()
-		left := time.Hour
+		left := clockEvery
 		if err == nil {
 			expiry.Set(id.Expires())
-			if left = time.Until(id.Expires()); left <= 0 {
-				err, left = fmt.Errorf("%s: %w", id.ID, svid.ErrExpired), time.Hour
-			}
+			left = min(left, time.Until(id.Expires()))
 		}
+		if left <= 0 {
+			err, left = fmt.Errorf("%s: %w", id.ID, svid.ErrExpired), clockEvery
+		}
+		over := errors.Is(err, svid.ErrExpired)
+		if st != last || over && !ended {
+			a.generation.Add(1)
+		}
+		last, ended = st, over
 		a.cfg.Ready.Set(readySVID, err)
 		timer := time.NewTimer(left)
 		select {

@@ -3,11 +3,13 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	mrand "math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"sallyport/internal/audit"
@@ -32,10 +34,22 @@ func (a *Agent) use(s *mesh.Snapshot) error {
 	return nil
 }
 
+// own refuses a snapshot of another trust domain.
+func (a *Agent) own(s *mesh.Snapshot) error {
+	if s.TrustDomain != a.cfg.TrustDomain {
+		return fmt.Errorf("the policy is for trust domain %s, this proxy is in %s", s.TrustDomain, a.cfg.TrustDomain)
+	}
+	return nil
+}
+
 // OnSnapshot is control.Handler. A disk that is full does not keep a new
 // policy from being in force: it is said, and the next start waits for the
 // issuer.
 func (a *Agent) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
+	if err := a.own(s); err != nil {
+		a.cfg.Metrics.PolicyRejected().Inc()
+		return err
+	}
 	if have := a.Snapshot(); have != nil && s.PolicyRevision < have.PolicyRevision {
 		// Another issuer's memory is older, or somebody plays back the past.
 		a.cfg.Metrics.PolicyRejected().Inc()
@@ -69,15 +83,19 @@ func (a *Agent) follow(ctx context.Context) error {
 		}
 		eps := a.endpoints(self)
 		sub, cancel := context.WithCancel(ctx)
-		go func() {
+		var watch sync.WaitGroup
+		watch.Go(func() {
 			defer cancel()
 			a.untilOther(sub, self, eps)
-		}()
+		})
 		err = a.client.Subscribe(sub, control.Hello{
 			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), SVIDExpires: a.expires, Changed: a.held.Changed,
+			OnState: a.onState,
 		}, a)
 		cancel()
+		watch.Wait()
 		if err != nil {
+			a.noticed(err)
 			a.cfg.Log.Error("the issuer does not serve this node", "err", err)
 			if !wait(ctx, retryMax) {
 				return nil
@@ -85,6 +103,14 @@ func (a *Agent) follow(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// onState is control.Hello's. An issuer that refuses the subscription may no
+// longer know the entry: then the identity must go now, not at the next poll.
+func (a *Agent) onState(err error) {
+	if errors.Is(err, control.ErrRefused) {
+		a.rot.Sync()
+	}
 }
 
 // awaitIdentity waits for an SVID. While there is none every call is refused,
@@ -154,12 +180,19 @@ const (
 )
 
 // lines is the audit log as the upload reads it. The cursor is on disk, so
-// that a restart sends again at most one batch.
+// that a restart sends again what was acknowledged in the last ackEvery, and
+// nothing is left out. The issuer passes over what it has.
 type lines struct {
 	a    *Agent
 	tail *audit.Tail
 	at   uint64
+	// acked is the newest acknowledged line, kept the one on disk since when.
+	acked, kept uint64
+	when        time.Time
 }
+
+// ackEvery is how often the cursor is written: a write costs two fsyncs.
+const ackEvery = time.Second
 
 // Next is control.AuditSource: it waits for one line and takes what else is
 // there.
@@ -176,6 +209,7 @@ func (l *lines) Next(ctx context.Context, after uint64) (out [][]byte, last uint
 			if len(out) > 0 && ctx.Err() == nil {
 				break
 			}
+			l.at = 0 // the lines taken so far were not given: seek again
 			return nil, 0, err
 		}
 		if out == nil {
@@ -190,18 +224,64 @@ func (l *lines) Next(ctx context.Context, after uint64) (out [][]byte, last uint
 }
 
 func (l *lines) seek(after uint64) error {
-	if l.tail != nil {
-		l.tail.Close()
-	}
+	l.close()
 	t, err := audit.OpenTail(l.a.cfg.Audit, after)
 	l.tail, l.at = t, after
 	return err
 }
 
+func (l *lines) close() {
+	if l.tail != nil {
+		l.tail.Close()
+		l.tail = nil
+	}
+}
+
 // Acked is control.AuditSource.
 func (l *lines) Acked(seq uint64) error {
-	return daemon.WriteFile(l.a.file(cursorFile), []byte(strconv.FormatUint(seq, 10)), 0o600)
+	l.acked = seq
+	if now := time.Now(); now.Sub(l.when) >= ackEvery {
+		l.when = now
+		return l.keep()
+	}
+	return nil
 }
+
+// keep writes the cursor.
+func (l *lines) keep() error {
+	if l.acked == l.kept {
+		return nil
+	}
+	l.kept = l.acked
+	return daemon.WriteFile(l.a.file(cursorFile), []byte(strconv.FormatUint(l.acked, 10)), 0o600)
+}
+
+// cursor is the last line that the issuer is known to have. A log that does not
+// hold that line is another one, of which the issuer has nothing.
+func (a *Agent) cursor(ctx context.Context) uint64 {
+	b, err := os.ReadFile(a.file(cursorFile))
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
+	if err != nil || n == 0 {
+		return 0
+	}
+	src := lines{a: a}
+	defer src.close()
+	ctx, cancel := context.WithTimeout(ctx, cursorWait)
+	defer cancel()
+	if err := src.seek(n - 1); err == nil {
+		if _, seq, err := src.tail.Next(ctx); err == nil && seq == n {
+			return n
+		}
+	}
+	a.cfg.Log.Warn("the audit log does not hold the line that was sent last; sending it from the beginning", "line", n)
+	return 0
+}
+
+// cursorWait bounds the look for a line that should be there.
+const cursorWait = time.Second
 
 // upload sends the audit log to the issuer, from where the last run left off.
 func (a *Agent) upload(ctx context.Context) error {
@@ -213,16 +293,14 @@ func (a *Agent) upload(ctx context.Context) error {
 		if err != nil {
 			continue
 		}
-		var after uint64
-		if b, err := os.ReadFile(a.file(cursorFile)); err == nil {
-			after, _ = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
-		}
 		src := &lines{a: a}
-		err = a.client.UploadAudit(ctx, self.ID, after, src)
-		if src.tail != nil {
-			src.tail.Close()
+		err = a.client.UploadAudit(ctx, self.ID, a.cursor(ctx), src)
+		src.close()
+		if err := src.keep(); err != nil {
+			a.cfg.Log.Error("audit cursor not kept", "err", err)
 		}
 		if err != nil {
+			a.noticed(err)
 			a.cfg.Log.Error("audit upload stopped", "err", err)
 			if !wait(ctx, retryMax) {
 				return nil
@@ -232,25 +310,34 @@ func (a *Agent) upload(ctx context.Context) error {
 	return nil
 }
 
-// reportEvery is how often the edges are reported.
-const reportEvery = 10 * time.Second
+// lastReport bounds the report at the end.
+const lastReport = time.Second
 
-// reportEdges tells the issuer who called whom. What could not be told is
-// added to the next report.
+// reportEdges tells the issuer who called whom, and once more at the end.
 func (a *Agent) reportEdges(ctx context.Context) error {
-	for wait(ctx, reportEvery) {
-		got := a.cfg.Edges.Flush()
-		if len(got) == 0 {
-			continue
-		}
-		out := make([]mesh.Edge, len(got))
-		for i, e := range got {
-			out[i] = mesh.Edge(e)
-		}
-		if err := a.client.ReportEdges(ctx, out); err != nil {
-			a.cfg.Edges.Restore(got)
-			a.cfg.Log.Debug("edges not reported", "err", err)
-		}
+	for wait(ctx, a.cfg.reportEvery) {
+		a.tellEdges(ctx)
 	}
+	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastReport)
+	defer cancel()
+	a.tellEdges(last)
 	return nil
+}
+
+// tellEdges reports what was counted. What could not be told is added to the
+// next report.
+func (a *Agent) tellEdges(ctx context.Context) {
+	got := a.cfg.Edges.Flush()
+	if len(got) == 0 {
+		return
+	}
+	out := make([]mesh.Edge, len(got))
+	for i, e := range got {
+		out[i] = mesh.Edge(e)
+	}
+	if err := a.client.ReportEdges(ctx, out); err != nil {
+		a.noticed(err)
+		a.cfg.Edges.Restore(got)
+		a.cfg.Log.Debug("edges not reported", "err", err)
+	}
 }

@@ -25,10 +25,32 @@ import (
 const (
 	retryMin = 200 * time.Millisecond
 	retryMax = 10 * time.Second
+	// refusedMax is retryMax for an issuer that answers and says no: only a
+	// person can mend that.
+	refusedMax = time.Minute
+	// attestGap is how long after an attestation a call that was on its way
+	// before may still fail for want of it.
+	attestGap = 5 * time.Second
 )
 
-// attest proves this node to an issuer. An issuer that does not answer is
-// tried again until ctx ends; a refusal is final.
+// again says that an error may go away by itself.
+func again(err error) bool {
+	return errors.Is(err, control.ErrUnreachable) || errors.Is(err, control.ErrFailed)
+}
+
+// noticed wakes the renewal when an error says that the node must attest anew.
+func (a *Agent) noticed(err error) {
+	if !errors.Is(err, control.ErrMustReattest) || time.Now().UnixNano()-a.attested.Load() < int64(attestGap) {
+		return
+	}
+	select {
+	case a.must <- struct{}{}:
+	default: // it is known
+	}
+}
+
+// attest proves this node to an issuer. An issuer that does not answer, or that
+// fails, is tried again until ctx ends; a refusal is final.
 func (a *Agent) attest(ctx context.Context) error {
 	token, err := a.joinToken()
 	if err != nil {
@@ -44,14 +66,17 @@ func (a *Agent) attest(ctx context.Context) error {
 			if err := a.keepNode(got, key); err != nil {
 				return err
 			}
+			a.attested.Store(time.Now().UnixNano())
 			a.cfg.Log.Info("node attested", "agent", got.ID.String())
 			return a.dropNodeKey()
 		}
-		if !errors.Is(err, control.ErrUnreachable) || ctx.Err() != nil {
+		if !again(err) || ctx.Err() != nil {
 			return err
 		}
-		a.cfg.Ready.Set(readySVID, err)
-		a.cfg.Log.Warn("issuer does not answer, trying again", "err", err)
+		if _, none := a.Self(); none != nil {
+			a.cfg.Ready.Set(readySVID, err)
+		}
+		a.cfg.Log.Warn("not attested yet, trying again", "err", err)
 		if !wait(ctx, pause/2+mrand.N(pause)) {
 			return err
 		}
@@ -144,16 +169,15 @@ func (a *Agent) renewNode(ctx context.Context) error {
 		id, err := a.nodeIdentity()
 		if err == nil {
 			leaf := id.Chain[0]
-			half := leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2)
-			if !wait(ctx, time.Until(half)) {
-				return nil
+			if err = a.untilRenewal(ctx, leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore)/2)); err == nil {
+				err = a.renewOnce(ctx)
 			}
-			err = a.renewOnce(ctx)
 		}
 		if errors.Is(err, control.ErrMustReattest) || errors.Is(err, svid.ErrExpired) || errors.Is(err, svid.ErrNoIdentity) {
 			a.cfg.Log.Warn("node must attest again", "err", err)
-			err = a.attest(ctx)
-			a.rot.Sync()
+			if err = a.attest(ctx); err == nil {
+				a.rot.Sync()
+			}
 		}
 		if ctx.Err() != nil {
 			return nil
@@ -166,7 +190,31 @@ func (a *Agent) renewNode(ctx context.Context) error {
 		if !wait(ctx, pause/2+mrand.N(pause)) {
 			return nil
 		}
-		pause = min(2*pause, retryMax)
+		most := refusedMax
+		if again(err) {
+			most = retryMax
+		}
+		pause = min(2*pause, most)
+	}
+}
+
+// untilRenewal waits for a moment. An error says that there is no waiting.
+func (a *Agent) untilRenewal(ctx context.Context, at time.Time) error {
+	for {
+		left := time.Until(at)
+		if left <= 0 {
+			return nil
+		}
+		timer := time.NewTimer(min(left, clockEvery))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-a.must:
+			timer.Stop()
+			return control.ErrMustReattest
+		case <-timer.C:
+		}
 	}
 }
 
@@ -186,12 +234,15 @@ func (a *Agent) renewOnce(ctx context.Context) error {
 type minter struct{ a *Agent }
 
 func (m minter) Entries(ctx context.Context) ([]mesh.Entry, error) {
-	return m.a.client.SyncEntries(ctx)
+	es, err := m.a.client.SyncEntries(ctx)
+	m.a.noticed(err)
+	return es, err
 }
 
 func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
 	b, err := m.a.client.GetBundle(ctx)
 	if err != nil {
+		m.a.noticed(err)
 		return svid.Trust{}, err
 	}
 	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), JWTKeys: map[string]crypto.PublicKey{}}
@@ -204,7 +255,11 @@ func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
 func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
 	res, err := m.a.client.NewX509SVIDs(ctx, []control.SVIDRequest{{EntryID: e.ID, ID: e.SPIFFEID, Key: key}})
 	if err != nil {
+		m.a.noticed(err)
 		return nil, err
+	}
+	if len(res) != 1 {
+		return nil, fmt.Errorf("issuer answered one request for an SVID with %d results", len(res))
 	}
 	return res[0].Chain, res[0].Err
 }
@@ -212,5 +267,6 @@ func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) (
 // MintJWT is svid.JWTMinter.
 func (a *Agent) MintJWT(ctx context.Context, entryID string, audience []string) (string, error) {
 	j, err := a.client.NewJWTSVID(ctx, entryID, audience)
+	a.noticed(err)
 	return j.Token, err
 }
