@@ -15,7 +15,7 @@ import (
 func TestDemoKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 0)
-	p := w.start("demo", []string{"TMPDIR=" + w.dir}, "sallyport", "demo", "--for", "12s", "--json")
+	p := w.start("demo", []string{"TMPDIR=" + w.dir}, "sallyport", "demo", "--for", "15s", "--json")
 	p.end()
 	lines := strings.Split(strings.TrimSpace(p.out.String()), "\n")
 	var v struct {

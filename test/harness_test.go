@@ -125,14 +125,17 @@ func (w *world) admin() *control.Admin {
 	return a
 }
 
-// proxyConfig is what the configurations of all proxies begin with.
+// proxyConfig is what the configurations of all proxies begin with. Without a
+// token the node must have been attested before.
 func (w *world) proxyConfig(name, token string) string {
+	if token != "" {
+		token = "\n  join_token: " + token
+	}
 	return fmt.Sprintf(`trust_domain: %s
 data_dir: %s
 issuer:
   addresses: [%q]
-  bundle: %s
-  join_token: %s
+  bundle: %s%s
 drain: {timeout: 2s}
 `, trustDomain, w.path(name), w.issuer, w.path("issuer", "bundle.pem"), token)
 }

@@ -132,7 +132,7 @@ func TestTokens(t *testing.T) {
 	w := newWorld(t, time.Minute)
 	w.startIssuer()
 
-	// try starts a sidecar in a data_dir of its own that must be refused.
+	// refused starts a sidecar in a data_dir of its own that must be refused.
 	refused := func(dir, token, sentence, reason string) {
 		t.Helper()
 		file := w.write(dir, strings.Replace(w.proxyConfig(dir, token), "drain:", "log: {level: error}\ndrain:", 1))
@@ -169,11 +169,11 @@ func TestTokens(t *testing.T) {
 
 	// The state on disk stands for the token from now on.
 	payment.stop()
-	w.write("payment", strings.Replace(w.proxyConfig("payment", ""), "  join_token: \n", "", 1))
+	w.write("payment", w.proxyConfig("payment", ""))
 	ask[svidReply](w.startWorkload("payment"), "/svid", struct{}{})
 
 	// Without both it is said what is missing.
-	p := w.start("none", nil, "sidecar", "run", "--config", w.write("none", strings.Replace(w.proxyConfig("none", ""), "  join_token: \n", "", 1)))
+	p := w.start("none", nil, "sidecar", "run", "--config", w.write("none", w.proxyConfig("none", "")))
 	if code := p.end(); code == 0 || !strings.Contains(p.out.String(), "not attested and has no join token; next: sallyport token create") {
 		t.Errorf("status %d and:\n%s", code, p.out)
 	}
