@@ -2,8 +2,10 @@ package proxy
 
 import (
 	"bufio"
+	"crypto/tls"
 	"io"
 	"net"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -12,6 +14,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/svid"
 )
 
 // discard keeps nothing, so that what is measured is the way and not a log in
@@ -145,4 +148,70 @@ func BenchmarkBulk(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// BenchmarkKept is the memory of connections that are open and have nothing to
+// do: buffers, goroutine and TLS state, on the side of the proxy alone.
+func BenchmarkKept(b *testing.B) {
+	const many = 400
+	for _, c := range []struct {
+		name    string
+		connect func(r *rig) io.Closer
+	}{
+		{"outbound", func(r *rig) io.Closer { return kept(b, r.outAddr, nil, benchRequest) }},
+		{"inbound", func(r *rig) io.Closer {
+			return kept(b, r.inAddr, svid.ClientTLS(r.web, billing, "http/1.1"), []byte(okRequest))
+		}},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			for b.Loop() {
+				r := benchRig(b)
+				c.connect(r).Close()
+				before := inUse()
+				open := make([]io.Closer, many)
+				for i := range open {
+					open[i] = c.connect(r)
+				}
+				b.ReportMetric(float64(inUse()-before)/many/1024, "KiB/conn")
+				for _, c := range open {
+					c.Close()
+				}
+				_ = r.stopOut()
+				_ = r.stopIn()
+			}
+		})
+	}
+}
+
+// kept makes one call and leaves the connection open. Its own TLS state counts
+// in the figure.
+func kept(b *testing.B, addr string, cfg *tls.Config, request []byte) io.Closer {
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		b.Fatal(err)
+	}
+	if cfg != nil {
+		c = tls.Client(c, cfg)
+	}
+	if _, err := c.Write(request); err != nil {
+		b.Fatal(err)
+	}
+	var answer [4 * kilobyte]byte
+	for n := 0; n < kilobyte; {
+		k, err := c.Read(answer[:])
+		if err != nil {
+			b.Fatal(err)
+		}
+		n += k
+	}
+	return c
+}
+
+// inUse is the memory of heap and stacks.
+func inUse() uint64 {
+	runtime.GC()
+	runtime.GC()
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return m.HeapAlloc + m.StackInuse
 }

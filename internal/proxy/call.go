@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -36,8 +37,10 @@ type call struct {
 
 	start time.Time
 	trace telemetry.Trace
-	// traceID is trace as records and logs have it.
+	// traceID is trace as records and logs have it, once somebody asked; names
+	// is where such texts are made.
 	traceID string
+	names   strings.Builder
 	// unread counts what is no request; series counts the call, running the
 	// one that has seen it begin.
 	unread, series, running *telemetry.Series
@@ -152,10 +155,26 @@ func (x *call) traceOf() {
 		x.trace = telemetry.NewTrace()
 		x.ex.ToUp.Drop = droppedWithState
 	}
-	x.traceID = x.trace.String()
+	x.traceID = ""
 	x.extra = append(x.extra, "Traceparent: "...)
 	x.extra = x.trace.AppendTraceparent(x.extra)
 	x.extra = append(x.extra, '\r', '\n')
+}
+
+// traceText is the trace as records and logs have it. The texts of 32 calls
+// share one allocation.
+func (x *call) traceText() string {
+	if x.traceID == "" {
+		var id [2 * len(x.trace.ID)]byte
+		if x.names.Cap()-x.names.Len() < len(id) {
+			x.names.Reset()
+			x.names.Grow(32 * len(id))
+		}
+		start := x.names.Len()
+		x.names.Write(x.trace.AppendID(id[:0]))
+		x.traceID = x.names.String()[start:]
+	}
+	return x.traceID
 }
 
 // The fields that only a proxy may set: dropped from what goes to an upstream,
@@ -283,7 +302,7 @@ func (l *listener) record(x *call) {
 	attrs := []any{
 		"src", x.src, "dst", x.dst, "method", string(x.req.Method), "path", x.req.PathText(), "status", x.status(),
 		"ms", time.Since(x.start).Milliseconds(), "bytes_up", x.res.ReqBytes, "bytes_down", x.res.RespBytes,
-		"trace_id", x.traceID,
+		"trace_id", x.traceText(),
 	}
 	if x.refused != nil {
 		attrs = append(attrs, "refused", x.refused.reason, "decision_id", x.refused.decision)

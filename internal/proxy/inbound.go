@@ -230,7 +230,7 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	}
 	x.ex.ToDown.Close = true
 	r := audit.Record{Reason: reason, Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID}
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText()}
 	if cause != nil {
 		r.Detail = cause.Error()
 	}
@@ -279,7 +279,7 @@ func (in *Inbound) judge(x *call) *refusal {
 	}
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceID,
+		Verb: x.req.Verb(), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
 	}
 	g, err := x.judge.Judge(&x.judged)
 	if err == nil {

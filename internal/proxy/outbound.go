@@ -146,7 +146,7 @@ func (d *door) ownProcess(x *call) *refusal {
 // about is the record of a refusal to carry something out.
 func (d *door) about(x *call, reason, detail string) audit.Record {
 	return audit.Record{Reason: reason, Dir: string(mesh.Out), Src: d.self, Dst: "host:" + x.req.AuthorityText(),
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceID, Detail: detail}
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Detail: detail}
 }
 
 // A target is the service that an authority means by one snapshot. A
