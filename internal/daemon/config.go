@@ -83,10 +83,24 @@ func loadConfig(file string, env []string, flags map[string]string, v any) error
 			if file == "" {
 				return err
 			}
-			return fmt.Errorf("%s: %w", file, err)
+			return eachIn(file, err)
 		}
 	}
 	return nil
+}
+
+// eachIn puts the file's name before every one of joined errors, each of which
+// is a line of its own.
+func eachIn(file string, err error) error {
+	j, ok := err.(interface{ Unwrap() []error })
+	if !ok || errors.Join(j.Unwrap()...).Error() != err.Error() { // a sentence with several causes
+		return fmt.Errorf("%s: %w", file, err)
+	}
+	var errs []error
+	for _, e := range j.Unwrap() {
+		errs = append(errs, eachIn(file, e))
+	}
+	return errors.Join(errs...)
 }
 
 // readConfig reads a configuration file. A mebibyte is far beyond any real one
