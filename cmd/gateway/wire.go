@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -129,6 +130,9 @@ func (gw *gateway) open() error {
 func (gw *gateway) member(id spiffeid.ID) error {
 	if !id.MemberOf(gw.cfg.TrustDomain) {
 		return fmt.Errorf("%s is not in trust domain %s", id, gw.cfg.TrustDomain)
+	}
+	if strings.HasPrefix(id.Path(), "/spire/") {
+		return fmt.Errorf("%s is a node or an issuer, not a workload", id)
 	}
 	return nil
 }

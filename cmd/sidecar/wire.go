@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -250,6 +251,9 @@ func anyMember(td spiffeid.TrustDomain) func(spiffeid.ID) error {
 	return func(id spiffeid.ID) error {
 		if !id.MemberOf(td) {
 			return fmt.Errorf("%s is not in trust domain %s", id, td)
+		}
+		if strings.HasPrefix(id.Path(), "/spire/") {
+			return fmt.Errorf("%s is a node or an issuer, not a workload", id)
 		}
 		return nil
 	}

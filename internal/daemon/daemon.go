@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 )
 
 // The exit codes of every program.
@@ -80,6 +81,17 @@ func Hint(err error, next string) error {
 func OwnDir(field, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return Hint(fmt.Errorf("make %s %s: %w", field, dir, cause(err)), "choose a "+field+" that this user may write")
+	}
+	// What lies in it is believed at the next start: nobody else may put it there.
+	info, err := os.Stat(dir)
+	if err != nil {
+		return fmt.Errorf("look at %s %s: %w", field, dir, cause(err))
+	}
+	if info.Mode().Perm()&0o022 != 0 {
+		return Hint(fmt.Errorf("%s %s may be written by others (mode %04o)", field, dir, info.Mode().Perm()), "chmod go-w "+dir)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return Hint(fmt.Errorf("%s %s belongs to uid %d, this is uid %d", field, dir, st.Uid, os.Geteuid()), fmt.Sprintf("chown %d %s, or choose another %s", os.Geteuid(), dir, field))
 	}
 	f, err := os.CreateTemp(dir, ".writable-*")
 	if err != nil {

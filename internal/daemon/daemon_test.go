@@ -617,3 +617,17 @@ func TestForeignClient(t *testing.T) {
 		t.Fatalf("got %v, want the connection closed", err)
 	}
 }
+
+func TestOwnDirRefusesWhatOthersMayWrite(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "data")
+	if err := OwnDir("data_dir", dir); err != nil {
+		t.Fatalf("a directory of our own: %v", err)
+	}
+	if err := os.Chmod(dir, 0o770); err != nil {
+		t.Fatal(err)
+	}
+	err := OwnDir("data_dir", dir)
+	if err == nil || !strings.Contains(err.Error(), "may be written by others (mode 0770); next: chmod go-w "+dir) {
+		t.Errorf("a directory that the group may write: %v", err)
+	}
+}
