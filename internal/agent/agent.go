@@ -127,6 +127,10 @@ type Agent struct {
 	entries    atomic.Pointer[[]mesh.Entry]
 	generation atomic.Uint64
 
+	// served is the identity that listeners were opened for. No other is
+	// served until the process ends: they judge by it.
+	served atomic.Pointer[spiffeid.ID]
+
 	// must is told that the issuer wants evidence anew; attested is when it
 	// was last given, in Unix nanoseconds.
 	must     chan struct{}
@@ -205,6 +209,12 @@ func (a *Agent) resume() error {
 			return daemon.Hint(fmt.Errorf("%s belongs to trust domain %s, the configuration says %s", a.file(name), st.Bundle.TrustDomain(), a.cfg.TrustDomain),
 				"correct trust_domain, or give this proxy an empty data_dir")
 		case err == nil:
+			// One that has ended does not spoil the others, nor the roots.
+			now := time.Now()
+			st.Identities = slices.DeleteFunc(st.Identities, func(i svid.Identity) bool { return !now.Before(i.Expires()) })
+			if src == a.held {
+				a.choose(st)
+			}
 			err = src.Set(st)
 		}
 		if err != nil {
@@ -234,6 +244,20 @@ func (a *Agent) resume() error {
 	return nil
 }
 
+// choose puts the identity of the configuration first. Without it there, none
+// of an earlier run is served.
+func (a *Agent) choose(st *svid.State) {
+	if a.cfg.Identity.IsZero() {
+		return
+	}
+	i := slices.IndexFunc(st.Identities, func(i svid.Identity) bool { return i.ID == a.cfg.Identity })
+	if i < 0 {
+		st.Identities = nil
+		return
+	}
+	st.Identities[0], st.Identities[i] = st.Identities[i], st.Identities[0]
+}
+
 // Source is where the workload's identities are read.
 func (a *Agent) Source() *svid.Source { return a.held }
 
@@ -261,7 +285,8 @@ func (a *Agent) Self() (svid.Identity, error) {
 }
 
 // AwaitPolicy waits until there are an identity and a policy, and returns the
-// identity. Until then no listener may open.
+// identity. Until then no listener may open. From then on the agent has this
+// identity or none.
 func (a *Agent) AwaitPolicy(ctx context.Context) (spiffeid.ID, error) {
 	for {
 		if err := a.held.WaitReady(ctx); err != nil {
@@ -270,7 +295,8 @@ func (a *Agent) AwaitPolicy(ctx context.Context) (spiffeid.ID, error) {
 		news := a.news()
 		self, err := a.Self()
 		if err == nil && a.Snapshot() != nil {
-			return self.ID, nil
+			a.served.CompareAndSwap(nil, &self.ID)
+			return *a.served.Load(), nil
 		}
 		select {
 		case <-ctx.Done():
@@ -337,6 +363,9 @@ func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
 		return nil
 	}
 	want := a.cfg.Identity
+	if served := a.served.Load(); served != nil {
+		want = *served
+	}
 	if want.IsZero() {
 		if want = a.only(entries); want.IsZero() {
 			return nil
@@ -353,7 +382,7 @@ func (a *Agent) match(entries []mesh.Entry) []mesh.Entry {
 		return 0
 	})
 	if out[0].SPIFFEID != want {
-		a.cfg.Log.Error("this node has no entry for the identity in its configuration; next: add one to entries.yaml with this node as parent_id", "identity", want.String())
+		a.cfg.Log.Error("this node has no entry for the identity that it is to serve; next: add one to entries.yaml with this node as parent_id, or restart the proxy to serve another", "identity", want.String())
 		return nil
 	}
 	return out

@@ -20,7 +20,7 @@ import (
 func TestJoinGivesIdentityAndPolicy(t *testing.T) {
 	is := newIssuer(t)
 	p := is.newProxy(t.TempDir(), is.token("node-b")).join()
-	if id := p.served(); id != billing {
+	if id := p.serves(); id != billing {
 		t.Errorf("serves %s, want %s", id, billing)
 	}
 	if id, err := p.nodeIdentity(); err != nil || id.ID != node {
@@ -111,7 +111,7 @@ func TestJoinWaitsForTheIssuer(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	p.run().served()
+	p.run().serves()
 }
 
 func TestRestartWhileTheIssuerIsDown(t *testing.T) {
@@ -126,7 +126,7 @@ func TestRestartWhileTheIssuerIsDown(t *testing.T) {
 		t.Fatal(err)
 	}
 	again.run()
-	if id := again.served(); id != billing || again.Snapshot() == nil || len(again.Entries()) != 1 {
+	if id := again.serves(); id != billing || again.Snapshot() == nil || len(again.Entries()) != 1 {
 		t.Errorf("serves %s with %v", id, again.Entries())
 	}
 }
@@ -144,7 +144,7 @@ func TestDamagedFilesAreFetchedAnew(t *testing.T) {
 		}
 	}
 	again := is.newProxy(dir, "").join()
-	if id := again.served(); id != billing || !strings.Contains(again.log.String(), "of no use") {
+	if id := again.serves(); id != billing || !strings.Contains(again.log.String(), "of no use") {
 		t.Errorf("serves %s: %s", id, again.log)
 	}
 }
@@ -226,7 +226,7 @@ func TestSeveralIdentitiesNeedAChoice(t *testing.T) {
 	}
 	p.stop()
 	chosen := is.newProxy(p.cfg.DataDir, "", func(c *Config) { c.Identity = second }).join()
-	if id := chosen.served(); id != second {
+	if id := chosen.serves(); id != second {
 		t.Errorf("serves %s, want %s", id, second)
 	}
 }
@@ -236,9 +236,50 @@ func TestLaterEntryLeavesTheIdentity(t *testing.T) {
 	is := newIssuer(t)
 	p := is.newProxy(t.TempDir(), is.token("node-b")).join()
 	is.apply(entriesYAML+secondEntry, "")
-	await(t, func() bool { return strings.Contains(p.log.String(), "none is chosen") })
+	await(t, func() bool { return len(p.Entries()) == 2 })
+	await(t, func() bool { return len(p.Source().Current().Identities) == 2 })
 	if id, err := p.Self(); err != nil || id.ID != billing {
 		t.Errorf("serves %s, %v", id.ID, err)
+	}
+	// After a restart it is the same, although nobody has chosen.
+	p.stop()
+	again := is.newProxy(p.cfg.DataDir, "").join()
+	if id := again.serves(); id != billing {
+		t.Errorf("after a restart serves %s", id)
+	}
+}
+
+// The listeners judge by the identity they were opened for. Another one must
+// not take its place under them.
+func TestServedIdentityIsNeverExchanged(t *testing.T) {
+	is := newIssuer(t)
+	p := is.newProxy(t.TempDir(), is.token("node-b")).join()
+	is.apply("entries:\n"+secondEntry, "")
+	await(t, func() bool { return strings.Contains(p.log.String(), "restart the proxy to serve another") })
+	await(t, func() bool { _, err := p.Self(); return err != nil && p.ready.Err() != nil })
+	is.apply(entriesYAML, "")
+	await(t, func() bool { id, err := p.Self(); return err == nil && id.ID == billing })
+}
+
+// What an earlier run served under another configuration is not served now.
+func TestIdentityOfTheConfigurationCounts(t *testing.T) {
+	is := newIssuer(t)
+	p := is.newProxy(t.TempDir(), is.token("node-b")).join()
+	is.apply(entriesYAML+secondEntry, "")
+	await(t, func() bool { return len(p.Source().Current().Identities) == 2 })
+	p.stop()
+	dir := p.cfg.DataDir
+	await(t, func() bool { _, err := os.Stat(filepath.Join(dir, snapshotFile)); return err == nil })
+	is.stop()
+	other := is.newProxy(dir, "", func(c *Config) { c.Identity = second }).run()
+	if id := other.serves(); id != second {
+		t.Errorf("serves %s, want %s", id, second)
+	}
+	other.stop()
+	none := is.newProxy(dir, "", func(c *Config) { c.Identity = meshtest.ID("/third") })
+	defer none.client.Close()
+	if id, err := none.Self(); err == nil {
+		t.Errorf("serves %s, which the configuration does not say", id.ID)
 	}
 }
 
@@ -258,7 +299,7 @@ func TestNodeIsRenewedAtHalfItsLife(t *testing.T) {
 	}
 	is.ca.agentTTL.Store(int64(time.Hour))
 	first, _ := p.nodeIdentity()
-	p.run().served()
+	p.run().serves()
 	await(t, func() bool {
 		id, err := p.nodeIdentity()
 		return err == nil && id.Expires().After(first.Expires())
@@ -286,7 +327,7 @@ func TestNodeAttestsAgainWhenItMust(t *testing.T) {
 	p.noticed(fmt.Errorf("sync: %w", control.ErrMustReattest))
 	await(t, func() bool { return is.ca.signedAgents.Load() > before })
 	await(t, func() bool { return strings.Count(p.log.String(), "node attested") == 2 })
-	if id := p.served(); id != billing {
+	if id := p.serves(); id != billing {
 		t.Errorf("serves %s", id)
 	}
 	p.noticed(control.ErrMustReattest) // of a call that was on its way

@@ -285,11 +285,11 @@ func (p *proxy) join() *proxy {
 		p.t.Fatal(err)
 	}
 	p.run()
-	p.served()
+	p.serves()
 	return p
 }
 
-func (p *proxy) served() spiffeid.ID {
+func (p *proxy) serves() spiffeid.ID {
 	p.t.Helper()
 	ctx, cancel := context.WithTimeout(p.t.Context(), 20*time.Second)
 	defer cancel()

@@ -11,9 +11,11 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 )
 
@@ -329,5 +331,33 @@ func TestJudgeThatFailsDenies(t *testing.T) {
 	w.say(okRequest)
 	if resp, body := w.answer("GET"); resp.StatusCode != 503 || has(body, "unrecorded") || resp.Header.Get("Sallyport-Decision") != "" {
 		t.Errorf("got %d %s", resp.StatusCode, body)
+	}
+}
+
+// Who is slow to send holds no connection to the application, and not his own
+// for long.
+func TestSlowClients(t *testing.T) {
+	var accepted atomic.Int32
+	slow := http1.Limits{HeadTimeout: 20 * time.Millisecond, BodyTimeout: 20 * time.Millisecond, IdleTimeout: 20 * time.Millisecond}
+	r := newRig(t, rawApp(t, func(net.Conn, *bufioReader) { accepted.Add(1) }), func(r *rig) { r.inCfg.Limits, r.outCfg.Limits = slow, slow })
+	for name, request := range map[string]string{
+		"head":         "GET /ok/1 HTTP/1.1\r\nHost: billing.mesh",
+		"body":         "POST /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Length: 5\r\n\r\n123",
+		"chunked body": "POST /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nTransfer-Encoding: chunked\r\n\r\n",
+	} {
+		w := r.dialIn(r.web)
+		w.say(request)
+		if resp, body := w.answer("GET"); resp.StatusCode != 408 || !resp.Close || !json.Valid([]byte(body)) {
+			t.Errorf("%s: got %d %s", name, resp.StatusCode, body)
+		}
+		if rest := w.ended(); rest != "" {
+			t.Errorf("%s: then came %q", name, rest)
+		}
+	}
+	if rest := r.dial().ended(); rest != "" {
+		t.Errorf("a client that says nothing got %q", rest)
+	}
+	if n := accepted.Load(); n != 0 {
+		t.Errorf("the application got %d connections", n)
 	}
 }

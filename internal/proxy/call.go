@@ -14,7 +14,6 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
-	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -62,7 +61,6 @@ type call struct {
 	// service meant.
 	stranger error
 	asked    time.Time
-	fixed    mesh.ServiceName // of a port that belongs to one service
 	to       target
 
 	res     http1.Result
