@@ -310,23 +310,24 @@ func (a *Agent) upload(ctx context.Context) error {
 	return nil
 }
 
-// lastReport bounds the report at the end.
-const lastReport = time.Second
+// reportTimeout bounds one report.
+const reportTimeout = 2 * time.Second
 
 // reportEdges tells the issuer who called whom, and once more at the end.
 func (a *Agent) reportEdges(ctx context.Context) error {
 	for wait(ctx, a.cfg.reportEvery) {
 		a.tellEdges(ctx)
 	}
-	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), lastReport)
-	defer cancel()
-	a.tellEdges(last)
+	a.tellEdges(ctx)
 	return nil
 }
 
 // tellEdges reports what was counted. What could not be told is added to the
-// next report.
+// next report. The end of ctx breaks no report off: whether it has arrived
+// would not be known, and it would count twice.
 func (a *Agent) tellEdges(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reportTimeout)
+	defer cancel()
 	got := a.cfg.Edges.Flush()
 	if len(got) == 0 {
 		return
