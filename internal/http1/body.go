@@ -131,7 +131,7 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 		var k int
 		out, k, readErr = d.feed(out, src.buf[src.r:src.w], framed)
 		if readErr == nil && d.done() && framed {
-			out, readErr = d.appendLast(out, src.trailers, &src.lim)
+			out, readErr = d.appendLast(out, src.trailers, src.dropped, &src.lim)
 		}
 		if readErr != nil {
 			return d.data, readErr, nil
@@ -240,7 +240,7 @@ func (c *Conn) gather(out []byte, r *Request) (_ []byte, raw int, data int64, wh
 	was := len(out)
 	out, raw, err = d.feed(out, c.buf[c.r:c.w], true)
 	if err == nil && d.done() {
-		out, err = d.appendLast(out, false, &c.lim)
+		out, err = d.appendLast(out, false, nil, &c.lim)
 		return out, raw, d.data, err == nil, err
 	}
 	return out[:was], 0, 0, false, err

@@ -142,8 +142,9 @@ func (d *decoder) trailerByte(c byte) error {
 }
 
 // appendLast appends the closing chunk: with the trailers when pass is set.
-// Fields that may not stand in trailers (RFC 9110 section 6.5.1) are dropped.
-func (d *decoder) appendLast(out []byte, pass bool, lim *Limits) ([]byte, error) {
+// Fields that may not stand in trailers (RFC 9110 section 6.5.1), and those in
+// dropped, do not pass.
+func (d *decoder) appendLast(out []byte, pass bool, dropped *NameSet, lim *Limits) ([]byte, error) {
 	out = append(out, "0\r\n"...)
 	if len(d.trailer) > 0 {
 		var f framing
@@ -152,7 +153,7 @@ func (d *decoder) appendLast(out []byte, pass bool, lim *Limits) ([]byte, error)
 			return out, err
 		}
 		for i := range fields {
-			if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) {
+			if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) && !dropped.Has(fields[i].Name) {
 				out = appendField(out, fields[i].Name, fields[i].Value)
 			}
 		}

@@ -89,6 +89,7 @@ type Conn struct {
 	r, w, floor int
 	readEnd     time.Time   // the read deadline now set
 	trailers    bool        // pass trailers on: true after ReadResponse
+	dropped     *NameSet    // but not these
 	quit        atomic.Bool // set from outside: stop reading a body
 	ended       atomic.Bool // the body being copied was read to its end
 

@@ -290,6 +290,7 @@ func (x *Exchange) respond() error {
 	}
 	down.out = AppendResponse(down.out[:0], resp, body, &edit)
 	x.res.ResponseStarted = true
+	up.dropped = edit.Drop
 	n, readErr, writeErr := copyBody(down, up, resp.Body, body.Framing, &down.out)
 	x.res.RespBytes = n
 	switch {

@@ -464,3 +464,15 @@ func TestRelayStopsWhenClosedElsewhere(t *testing.T) {
 	a1.Close()
 	b2.Close()
 }
+
+func TestTrailersThatOnlyAProxyMaySetDoNotPass(t *testing.T) {
+	d := decoder{trailer: []byte("Sallyport-Decision: forged\r\nSallyport_Decision: forged\r\nGrpc-Status: 0\r\n")}
+	lim := Limits{}.filled()
+	got, err := d.appendLast(nil, true, NewNameSet("sallyport-*"), &lim)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "0\r\nGrpc-Status: 0\r\n\r\n"; string(got) != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}

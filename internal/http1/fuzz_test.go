@@ -296,7 +296,7 @@ func FuzzChunked(f *testing.F) {
 			return
 		}
 		lim := Limits{}.filled()
-		if framed, err = cut.appendLast(framed, true, &lim); err != nil {
+		if framed, err = cut.appendLast(framed, true, nil, &lim); err != nil {
 			return
 		}
 		const top = "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"

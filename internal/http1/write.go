@@ -9,7 +9,7 @@ import (
 // but what the protocol demands.
 type Edit struct {
 	// Drop names the fields that are not passed on, for instance those that
-	// only this proxy may set.
+	// only this proxy may set; as trailers of a response neither.
 	Drop *NameSet
 	// Extra is appended: whole field lines, each ended by CRLF. Their names
 	// should be in Drop.
