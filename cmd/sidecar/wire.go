@@ -175,6 +175,17 @@ func (s *sidecar) port() uint16 {
 	return svc.Port
 }
 
+// name is the name of the workload's service.
+func (s *sidecar) name() mesh.ServiceName {
+	snap := s.agent.Snapshot()
+	self, err := s.agent.Self()
+	if err != nil || snap == nil {
+		return ""
+	}
+	svc, _ := snap.ServiceByID(self.ID)
+	return svc.Name
+}
+
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
 		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log,
@@ -219,7 +230,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 	}
 	if s.cfg.Inbound.Listen != "" {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
-			Shared: s.shared("inbound"), Self: self, Port: s.port,
+			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
 			Judge: s.judge, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
 		})
