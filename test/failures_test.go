@@ -106,7 +106,7 @@ func TestFailures(t *testing.T) {
 			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 		}
 		out, err := cmd.CombinedOutput()
-		if cmd.ProcessState.ExitCode() != 1 || !strings.Contains(string(out), "write in data_dir "+dir+": permission denied; next: let uid ") {
+		if cmd.ProcessState.ExitCode() != 1 || !(strings.Contains(string(out), "data_dir "+dir+" belongs to uid ") || strings.Contains(string(out), "write in data_dir "+dir+": permission denied; next: ")) {
 			t.Errorf("%v:\n%s", err, out)
 		}
 	})

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
@@ -45,6 +46,8 @@ type sidecar struct {
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	child              atomic.Pointer[attest.Child]
+	// serving is closed when the application has accepted a connection.
+	serving chan struct{}
 }
 
 // auditFile is the audit log inside DataDir.
@@ -53,7 +56,7 @@ const auditFile = "audit.jsonl"
 // serve runs the sidecar, and the application when one is given, until a
 // signal, until the application ends, or until a part fails.
 func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Writer) (err error) {
-	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges()}
+	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), serving: make(chan struct{})}
 	f, ok := stderr.(*os.File)
 	s.log, s.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
 	if err := s.open(); err != nil {
@@ -125,7 +128,7 @@ func (s *sidecar) open() error {
 	}
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Use: s.use,
+		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use,
 		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
 	return err
@@ -272,6 +275,31 @@ func anyMember(td spiffeid.TrustDomain) func(spiffeid.ID) error {
 
 const readyDoors = "listeners"
 
+// appEvery is how often an application that starts is looked at.
+const appEvery = 20 * time.Millisecond
+
+// awaitApp waits until the application accepts connections, if it takes any:
+// only then are peers told of it, and only then is the sidecar ready.
+func (s *sidecar) awaitApp(ground context.Context, self spiffeid.ID) {
+	for s.cfg.Inbound.Listen != "" {
+		var d net.Dialer
+		c, err := d.DialContext(ground, "tcp", s.cfg.Inbound.App.String())
+		if err == nil {
+			c.Close()
+			break
+		}
+		s.ready.Set(readyDoors, fmt.Errorf("the application does not accept connections yet: %w", err))
+		daemon.Pause(ground, appEvery)
+		if ground.Err() != nil {
+			return
+		}
+	}
+	close(s.serving)
+	s.ready.Set(readyDoors, nil)
+	s.log.Info("sidecar ready", "identity", self.String(), "policy_revision", s.agent.Snapshot().PolicyRevision)
+	_ = daemon.Notify("READY=1")
+}
+
 // live waits for identity and policy, opens the doors, starts the application
 // and stays until one of them ends; then it closes the doors in order: first
 // the way in, then the application, last the way out.
@@ -306,9 +334,10 @@ func (s *sidecar) live(stop, now, ground context.Context, g *errgroup.Group, app
 	if err != nil {
 		return err
 	}
-	s.ready.Set(readyDoors, nil)
-	s.log.Info("sidecar ready", "identity", self.String(), "policy_revision", s.agent.Snapshot().PolicyRevision)
-	_ = daemon.Notify("READY=1")
+	g.Go(func() error {
+		s.awaitApp(either(stop, ground), self)
+		return nil
+	})
 	select {
 	case <-stop.Done():
 	case <-done:

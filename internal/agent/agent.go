@@ -77,6 +77,9 @@ type Config struct {
 	// Inbound is announced as the endpoint of the services of this identity.
 	// Without it nothing is announced.
 	Inbound netip.AddrPort
+	// Serving, when set, holds the announcement back until it is closed: what
+	// is behind Inbound does not answer before.
+	Serving <-chan struct{}
 	// Use puts a new snapshot in force, wholly or not at all; an error keeps
 	// the former one and is told to the issuer. Required.
 	Use func(*mesh.Snapshot) error

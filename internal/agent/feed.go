@@ -138,7 +138,7 @@ func (a *Agent) expires() time.Time {
 // endpoints are those of the services that self serves, by the policy in force.
 func (a *Agent) endpoints(self svid.Identity) (out []mesh.Endpoint) {
 	s := a.Snapshot()
-	if s == nil || !a.cfg.Inbound.IsValid() {
+	if s == nil || !a.cfg.Inbound.IsValid() || a.unserved() != nil {
 		return nil
 	}
 	for _, svc := range s.Services {
@@ -149,10 +149,20 @@ func (a *Agent) endpoints(self svid.Identity) (out []mesh.Endpoint) {
 	return out
 }
 
+// unserved is Serving while it is open, nil when nothing has to be waited for.
+func (a *Agent) unserved() <-chan struct{} {
+	select {
+	case <-a.cfg.Serving:
+		return nil
+	default:
+		return a.cfg.Serving
+	}
+}
+
 // untilOther returns when the identity or its endpoints are others.
 func (a *Agent) untilOther(ctx context.Context, self svid.Identity, eps []mesh.Endpoint) {
 	for {
-		changed, news := a.held.Changed(), a.news()
+		changed, news, serving := a.held.Changed(), a.news(), a.unserved()
 		if now, err := a.Self(); err != nil || now.ID != self.ID || !slices.Equal(a.endpoints(self), eps) {
 			return
 		}
@@ -161,6 +171,7 @@ func (a *Agent) untilOther(ctx context.Context, self svid.Identity, eps []mesh.E
 			return
 		case <-changed:
 		case <-news:
+		case <-serving:
 		}
 	}
 }
