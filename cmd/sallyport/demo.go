@@ -128,17 +128,33 @@ func (d *demo) start(ctx context.Context) (err error) {
 	if err := d.startProxy(ctx, "gateway", d.gatewayConfig, "gateway", "run"); err != nil {
 		return err
 	}
-	for _, w := range demoWorkloads {
-		argv := []string{"sidecar", "run"}
-		if err := d.startProxy(ctx, w.name, d.sidecarConfig, argv...); err != nil {
-			return err
+	// Those who are called first: a caller that is earlier than its service is
+	// told so, and the demo is about what comes after.
+	for _, serves := range []bool{true, false} {
+		for _, w := range demoWorkloads {
+			if w.serves != serves {
+				continue
+			}
+			if err := d.startProxy(ctx, w.name, d.sidecarConfig, "sidecar", "run"); err != nil {
+				return err
+			}
+		}
+		for _, w := range demoWorkloads {
+			if w.serves != serves {
+				continue
+			}
+			if err := d.awaitReady(ctx, w.name); err != nil {
+				return err
+			}
 		}
 	}
-	for _, name := range d.proxies() {
-		if err := d.awaitReady(ctx, name); err != nil {
-			return err
-		}
+	if err := d.awaitReady(ctx, "gateway"); err != nil {
+		return err
 	}
+	if !d.rec.await("web buy", 1, demoReadyWithin) {
+		return fmt.Errorf("no purchase came through within %s: %+v", demoReadyWithin, d.rec.failures("web buy"))
+	}
+	d.rec.begin()
 	return d.startAttacker()
 }
 

@@ -25,6 +25,14 @@ func newRecorder() *recorder {
 	return &recorder{tally: map[string]*probeTally{}, wake: make(chan struct{})}
 }
 
+// begin forgets what was said while the mesh came up.
+func (r *recorder) begin() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	clear(r.tally)
+	r.failed = nil
+}
+
 // event is the sink of every process.
 func (r *recorder) event(e demoEvent) {
 	r.mu.Lock()
