@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -171,7 +172,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 		return refuse(t.why(), "the tunnel was ended while it was opened")
 	}
 	t.mu.Lock()
-	t.addr = to.Addr().Unmap()
+	t.to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	t.mu.Unlock()
 	if !g.rejudge(t) { // now that Rejudge can see where it leads
 		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
@@ -217,7 +218,7 @@ func (g *Gateway) recordClose(t *tunnel) {
 	rec.Reason = string(t.why())
 	rec.BytesUp, rec.BytesDown = t.up.Load(), t.down.Load()
 	rec.Duration = time.Since(t.start)
-	rec.Detail = "to " + t.addr.String()
+	rec.Detail = "to " + t.to.Addr().String()
 	if err := g.cfg.Audit.Append(rec); err != nil {
 		g.cfg.Log.Error("end of a tunnel was not recorded", "decision", t.id, "err", err)
 	}
@@ -284,8 +285,15 @@ func (g *Gateway) nameless(t *tunnel) error {
 	t.mu.Unlock()
 	call := t.call
 	call.SNI, call.Now = "", time.Time{}
-	_, err := g.cfg.Judge.Judge(&call)
-	return err
+	if _, err := g.cfg.Judge.Judge(&call); err != nil {
+		return err
+	}
+	// The destination may have come to ask for the name since t was opened,
+	// when the name that t was bound to send was still taken for sent.
+	if !g.rejudge(t) {
+		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	}
+	return nil
 }
 
 // The TLS alerts (RFC 8446, 6.2) that tell a caller why its tunnel ends.

@@ -32,6 +32,8 @@ type Recorder interface {
 type Limits struct {
 	// Conns is how many connections are open at once. Default 8192.
 	Conns int
+	// ConnsPerCaller is the same for one SPIFFE ID. Default 1024.
+	ConnsPerCaller int
 	// Handshakes is how many of them may be without identity. Default 256.
 	Handshakes int
 	// HandshakeTimeout is the time from accept to identity. Default 5 s.
@@ -56,6 +58,7 @@ type Limits struct {
 
 func (l Limits) filled() Limits {
 	l.Conns = cmp.Or(l.Conns, 8192)
+	l.ConnsPerCaller = cmp.Or(l.ConnsPerCaller, 1024)
 	l.Handshakes = cmp.Or(l.Handshakes, 256)
 	l.HandshakeTimeout = cmp.Or(l.HandshakeTimeout, 5*time.Second)
 	l.HelloTimeout = cmp.Or(l.HelloTimeout, 5*time.Second)
@@ -71,7 +74,7 @@ func (l Limits) filled() Limits {
 func (l Limits) validate() error {
 	var errs []error
 	for name, v := range map[string]int64{
-		"conns": int64(l.Conns), "handshakes": int64(l.Handshakes), "tunnels": int64(l.Tunnels),
+		"conns": int64(l.Conns), "conns per caller": int64(l.ConnsPerCaller), "handshakes": int64(l.Handshakes), "tunnels": int64(l.Tunnels),
 		"tunnels per caller": int64(l.TunnelsPerCaller), "streams": int64(l.Streams),
 		"handshake timeout": int64(l.HandshakeTimeout), "hello timeout": int64(l.HelloTimeout),
 		"idle": int64(l.Idle), "life": int64(l.Life), "rejudge": int64(l.Rejudge),
@@ -141,6 +144,8 @@ type Gateway struct {
 	lim     Limits
 	dialer  *Dialer
 	tunnels tunnels
+	crowd   crowd
+	flood   flood
 	hands   chan struct{} // one token per handshake
 	h2      *http.Server
 	h2conns *handover
@@ -166,6 +171,7 @@ func New(c Config) (*Gateway, error) {
 	}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
 	g.hands = make(chan struct{}, g.lim.Handshakes)
+	g.crowd.of = make(map[spiffeid.ID]int)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{"h2", "http/1.1"}
@@ -244,6 +250,7 @@ func (g *Gateway) Drain(ctx context.Context) {
 		_ = g.h2.Close()
 	}
 	<-done
+	g.refusedMore(g.flood.rest())
 }
 
 // admit gives a new connection its goroutine, unless too many are open.
@@ -318,9 +325,10 @@ type caller struct {
 func (g *Gateway) serveConn(w *wire) {
 	tc := tls.Server(w, g.cfg.TLS)
 	who, err := g.handshake(tc)
-	if err != nil {
+	if err != nil || !g.connected(who) {
 		return
 	}
+	defer g.parted(who)
 	if tc.ConnectionState().NegotiatedProtocol == "h2" {
 		g.serveHTTP2(w, tc)
 		return
@@ -343,9 +351,6 @@ func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
 		}
 	}
 	g.cfg.Metrics.TLSFailures("gateway", "handshake").Inc()
-	rec := &audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()}
-	if aerr := g.cfg.Audit.Append(rec); aerr != nil {
-		g.cfg.Log.Error("record of a failed handshake was not written", "err", aerr)
-	}
+	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
 	return nil, err
 }

@@ -1,6 +1,9 @@
 package egress
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // A Reason says why the gateway refused or closed a tunnel. The set is closed:
 // a Reason is a metric label and an audit field and never holds user data.
@@ -13,6 +16,7 @@ const (
 	ReasonNoPolicy  Reason = "no_policy"    // no snapshot is loaded
 	ReasonIdentity  Reason = "identity"     // the caller's SVID no longer holds
 	ReasonTunnelCap Reason = "tunnel_limit" // too many tunnels, of this caller or in all
+	ReasonConnCap   Reason = "conn_limit"   // too many connections of this caller
 	ReasonAddress   Reason = "address"      // an address that is never dialled: zone, multicast, unspecified
 	ReasonSpecial   Reason = "special"      // a special-purpose address
 	ReasonPrivate   Reason = "private"      // a private address that the destination does not list
@@ -62,8 +66,15 @@ func refuse(reason Reason, format string, args ...any) *Refusal {
 	return &Refusal{Reason: reason, Text: fmt.Sprintf(format, args...)}
 }
 
-// clip quotes s for an error text, at most 64 bytes of it.
+// clip quotes s for an error text, at most 64 bytes of it, without what may be
+// secret in a target: userinfo and query.
 func clip(s string) string {
+	if i := strings.IndexAny(s, "?#"); i >= 0 {
+		s = s[:i] + "?..."
+	}
+	if i := strings.LastIndexByte(s, '@'); i >= 0 {
+		s = "..." + s[i:]
+	}
 	if len(s) > 64 {
 		return fmt.Sprintf("%q...", s[:64])
 	}

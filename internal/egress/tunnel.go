@@ -26,8 +26,8 @@ type tunnel struct {
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.
-	sni  string     // what the caller sends, or is bound to send
-	addr netip.Addr // what was dialled
+	sni string         // what the caller sends, or is bound to send
+	to  netip.AddrPort // what was dialled
 }
 
 // record is the beginning of every record about t.
@@ -106,20 +106,21 @@ func (g *Gateway) Rejudge() {
 // rejudge reports whether t may go on, and ends it otherwise.
 func (g *Gateway) rejudge(t *tunnel) bool {
 	t.mu.Lock()
-	call, addr := t.call, t.addr
+	call, to := t.call, t.to
 	call.SNI = t.sni
 	t.mu.Unlock()
 	call.Now = time.Now()
 	s, set := g.cfg.Snapshot(), g.cfg.Judge.Set()
-	if s != nil && set != nil && set.Decide(&call).Allow && g.leadsThere(s, t, call.SNI, addr) {
+	if s != nil && set != nil && set.Decide(&call).Allow && g.leadsThere(s, t, call.SNI, to) {
 		return true
 	}
 	t.stop(ReasonRevoked)
 	return false
 }
 
-// leadsThere reports whether s would let t lead to addr, in the way it does.
-func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, addr netip.Addr) bool {
+// leadsThere reports whether s would let t lead to where it does, in the way
+// it does.
+func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.AddrPort) bool {
 	how, err := routeOf(s, t.host)
 	if err != nil || how.Proto != t.how.Proto {
 		return false
@@ -127,13 +128,17 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, addr netip
 	if how.Proto == protoTLS && how.SNI != sniOptional && sni == "" {
 		return false
 	}
-	if !addr.IsValid() {
+	if !to.IsValid() {
 		return true // not dialled yet
 	}
-	if len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, func(e netip.AddrPort) bool { return e.Addr().Unmap() == addr }) {
+	same := func(e netip.AddrPort) bool { return e.Port() == to.Port() && e.Addr().Unmap() == to.Addr() }
+	switch {
+	case len(how.Endpoints) == 0 && len(t.how.Endpoints) > 0:
+		return false // DNS was never asked where it leads
+	case len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, same):
 		return false
 	}
-	return g.dialer.Guard.Screen(addr, how.Private) == nil
+	return g.dialer.Guard.Screen(to.Addr(), how.Private) == nil
 }
 
 func (g *Gateway) rejudgeEvery(ctx context.Context) {
@@ -144,6 +149,7 @@ func (g *Gateway) rejudgeEvery(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+			g.refusedMore(g.flood.rest())
 			g.Rejudge()
 		}
 	}

@@ -1,0 +1,189 @@
+package egress
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+)
+
+// A tunnel was opened while its destination asked for no server name, and came
+// to ask for one before the first bytes: then a hello without one must not pass.
+func TestNameIsAskedForBeforeTheHello(t *testing.T) {
+	w := newWorld(t, nil)
+	tun, ref := dial1(w, billing, "nameless.test:443")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	s := *w.snap.Load()
+	s.Destinations = append(s.Destinations[:0:0], s.Destinations...)
+	for i := range s.Destinations {
+		if s.Destinations[i].Host == "nameless.test" {
+			s.Destinations[i].SNI = sniStrict
+		}
+	}
+	w.use(&s)
+	w.gw.Rejudge()
+	if _, err := tun.Write(records(rebuild(realHello("x.test")), 16000)); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := io.ReadAll(io.LimitReader(tun, 100)); strings.HasPrefix(string(got), "\x16") {
+		t.Errorf("the destination answered: %q", got)
+	}
+	if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonRevoked) || end.BytesUp != 0 {
+		t.Errorf("recorded %+v", end)
+	}
+}
+
+// A tunnel that leads to an endpoint ends when the destination moves to another
+// port of the same address, or has no endpoints any more.
+func TestRejudgeFollowsTheEndpoints(t *testing.T) {
+	other := netip.MustParseAddrPort("127.0.0.1:9")
+	for name, ends := range map[string][]netip.AddrPort{"another port": {other}, "none": nil} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, nil)
+			tun, ref := dial1(w, billing, "db.test:5432")
+			if ref != nil {
+				t.Fatalf("refused: %+v", ref)
+			}
+			s := *w.snap.Load()
+			s.Destinations = append(s.Destinations[:0:0], s.Destinations...)
+			for i := range s.Destinations {
+				if s.Destinations[i].Host == "db.test" {
+					s.Destinations[i].Endpoints = ends
+				}
+			}
+			w.use(&s)
+			w.gw.Rejudge()
+			if _, err := io.Copy(io.Discard, tun); err == nil {
+				t.Error("the tunnel ended in order")
+			}
+			if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonRevoked) {
+				t.Errorf("recorded %+v", end)
+			}
+		})
+	}
+}
+
+// What a caller wrote into a target by mistake, a password or a token, is not
+// kept.
+func TestTargetsAreRecordedWithoutSecrets(t *testing.T) {
+	for _, req := range []string{
+		"CONNECT alice:hunter2@api.stripe.test:443 HTTP/1.1\r\nHost: a.test\r\n\r\n",
+		"CONNECT api.stripe.test?key=hunter2:443 HTTP/1.1\r\nHost: a.test\r\n\r\n",
+		"GET http://alice:hunter2@api.stripe.test/ HTTP/1.1\r\nHost: api.stripe.test\r\n\r\n",
+		"GET http://api.stripe.test/?key=hunter2 HTTP/1.1\r\nHost: api.stripe.test\r\n\r\n",
+	} {
+		w := newWorld(t, nil)
+		c := w.open1(billing)
+		if _, err := io.WriteString(c, req); err != nil {
+			t.Fatal(err)
+		}
+		w.until(req, func(r audit.Record) bool { return r.Decision == audit.Deny })
+		if strings.Contains(w.lines(), "hunter2") {
+			t.Errorf("%q: recorded %s", req, w.lines())
+		}
+		c.Close()
+	}
+}
+
+func TestConnectionsOfOneCaller(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.ConnsPerCaller = 2 })
+	first := w.open1(billing)
+	for range 2 {
+		if _, ref := dial1(w, billing, "db.test:5432"); ref != nil {
+			w.t.Fatalf("refused: %+v", ref)
+		}
+		if w.gw.connections(billing) == 2 {
+			break
+		}
+	}
+	c := w.open1(billing)
+	_, _ = io.WriteString(c, "CONNECT db.test:5432 HTTP/1.1\r\nHost: db.test:5432\r\n\r\n")
+	if b, _ := io.ReadAll(c); len(b) > 0 {
+		t.Errorf("a third connection was answered: %q", b)
+	}
+	rec := w.until("refusal", denial(ReasonConnCap))
+	if rec.Src != billing.String() || rec.Peer == "" {
+		t.Errorf("recorded %+v", rec)
+	}
+	if _, ref := dial1(w, inventory, "db.test:5432"); ref == nil || ref.status != 403 {
+		t.Errorf("another caller got %+v", ref)
+	}
+	first.Close()
+	w.until("room again", func(audit.Record) bool { return w.gw.connections(billing) < 2 })
+	if _, ref := dial1(w, billing, "db.test:5432"); ref != nil {
+		t.Errorf("after one was closed: %+v", ref)
+	}
+}
+
+// connections is how many connections a caller has.
+func (g *Gateway) connections(id spiffeid.ID) int {
+	g.crowd.mu.Lock()
+	defer g.crowd.mu.Unlock()
+	return g.crowd.of[id]
+}
+
+// Whoever reaches the port can fail a handshake. The records of that are few,
+// and their sum is exact.
+func TestFloodOfFailedHandshakes(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.Rejudge = 20 * time.Millisecond })
+	const all = 3 * refusedBurst
+	for range all {
+		c, err := net.Dial("tcp", w.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.WriteString(c, "not TLS at all\r\n\r\n")
+		_, _ = io.Copy(io.Discard, c)
+		c.Close()
+	}
+	sum := func() (n, records int) {
+		for _, r := range w.audit.Records() {
+			if r.Kind != audit.KindTLS {
+				continue
+			}
+			records++
+			more := 1
+			if r.Reason == "flood" {
+				if _, err := fmt.Sscanf(r.Detail, "%d more", &more); err != nil {
+					t.Fatal(err)
+				}
+			}
+			n += more
+		}
+		return n, records
+	}
+	w.until("the sum", func(audit.Record) bool { n, _ := sum(); return n == all })
+	if _, n := sum(); n > all-refusedBurst/2 {
+		t.Errorf("%d records of %d refused connections", n, all)
+	}
+}
+
+func TestFlood(t *testing.T) {
+	var f flood
+	now := time.Unix(1000, 0)
+	for i := range refusedBurst {
+		if held, ok := f.take(now); !ok || held != 0 {
+			t.Fatalf("record %d: %d, %v", i, held, ok)
+		}
+	}
+	for range 7 {
+		if _, ok := f.take(now); ok {
+			t.Fatal("more than a burst at once")
+		}
+	}
+	if held, ok := f.take(now.Add(refusedEvery)); !ok || held != 7 {
+		t.Errorf("after an interval: %d, %v", held, ok)
+	}
+	if _, ok := f.take(now.Add(refusedEvery)); ok || f.rest() != 1 || f.rest() != 0 {
+		t.Error("the rest is not the one that was held")
+	}
+}

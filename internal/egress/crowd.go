@@ -1,0 +1,110 @@
+package egress
+
+import (
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+)
+
+// A crowd counts the connections of each caller, so that none can hold all.
+type crowd struct {
+	mu sync.Mutex // guards of
+	of map[spiffeid.ID]int
+}
+
+// connected counts a connection in, unless its caller has too many. What was
+// counted in is counted out by parted.
+func (g *Gateway) connected(who *caller) bool {
+	g.crowd.mu.Lock()
+	ok := g.crowd.of[who.id] < g.lim.ConnsPerCaller
+	if ok {
+		g.crowd.of[who.id]++
+	}
+	g.crowd.mu.Unlock()
+	if !ok {
+		g.refusedConn(&audit.Record{
+			Kind: audit.KindTLS, Decision: audit.Deny, Reason: string(ReasonConnCap), Dir: string(mesh.Out), Src: who.id.String(), Peer: who.peer,
+			Detail: fmt.Sprintf("%d connections are open, which is the limit of one caller", g.lim.ConnsPerCaller),
+		})
+	}
+	return ok
+}
+
+func (g *Gateway) parted(who *caller) {
+	g.crowd.mu.Lock()
+	defer g.crowd.mu.Unlock()
+	if g.crowd.of[who.id]--; g.crowd.of[who.id] <= 0 {
+		delete(g.crowd.of, who.id)
+	}
+}
+
+// How many refused connections are recorded one by one: whoever can reach the
+// port can cause them, and must not be able to fill the disk.
+const (
+	refusedBurst = 100
+	refusedEvery = 100 * time.Millisecond
+)
+
+// A flood lets a burst of records through and then one in each interval. The
+// others are counted.
+type flood struct {
+	mu   sync.Mutex // guards what follows
+	full time.Time  // when the burst will be whole again
+	held uint64
+}
+
+// take reports whether one more record may be written, and how many were not
+// since the last one that was.
+func (f *flood) take(now time.Time) (held uint64, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.full.Before(now) {
+		f.full = now
+	}
+	if f.full.Sub(now) > (refusedBurst-1)*refusedEvery {
+		f.held++
+		return 0, false
+	}
+	f.full = f.full.Add(refusedEvery)
+	held, f.held = f.held, 0
+	return held, true
+}
+
+// rest is what take has counted and nobody has recorded.
+func (f *flood) rest() uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	held := f.held
+	f.held = 0
+	return held
+}
+
+// refusedConn records a connection that was refused before it asked anything.
+// In a flood only their number is recorded.
+func (g *Gateway) refusedConn(rec *audit.Record) {
+	held, ok := g.flood.take(time.Now())
+	if !ok {
+		return
+	}
+	g.refusedMore(held)
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("record of a refused connection was not written", "err", err)
+	}
+}
+
+// refusedMore records how many connections were refused without a record of
+// their own.
+func (g *Gateway) refusedMore(n uint64) {
+	if n == 0 {
+		return
+	}
+	rec := &audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "flood", Detail: fmt.Sprintf("%d more connections were refused since the record of the last one", n)}
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("number of refused connections was not written", "n", n, "err", err)
+	}
+}
