@@ -55,15 +55,20 @@ func cut(s string, limit int) string {
 }
 
 // redact replaces what must never be kept: JSON web tokens, which start with
-// the base64 of `{"`, private keys in PEM, and the credential after "Bearer ",
-// "Basic " or "DPoP ".
+// the base64 of `{"`, private keys in PEM, the credential after "Bearer ",
+// "Basic " or "DPoP " in any case, and the userinfo of a URL.
 func redact(s string) string {
 	if len(s) < 8 {
 		return s
 	}
 	s = redactAfter(s, "eyJ", 0)
-	for _, scheme := range []string{"Bearer ", "bearer ", "Basic ", "basic ", "DPoP "} {
-		s = redactAfter(s, scheme, len(scheme))
+	if strings.IndexByte(s, ' ') >= 0 {
+		for _, scheme := range []string{"bearer ", "basic ", "dpop "} {
+			s = redactAfter(s, scheme, len(scheme))
+		}
+	}
+	if strings.Contains(s, "://") {
+		s = redactUserinfo(s)
 	}
 	if i := strings.Index(s, "-----BEGIN "); i >= 0 {
 		s = s[:i] + redacted
@@ -76,7 +81,7 @@ func redact(s string) string {
 func redactAfter(s, mark string, keep int) string {
 	from := 0
 	for {
-		i := strings.Index(s[from:], mark)
+		i := index(s[from:], mark)
 		if i < 0 {
 			return s
 		}
@@ -94,6 +99,41 @@ func redactAfter(s, mark string, keep int) string {
 		}
 		s = s[:start] + redacted + s[end:]
 		from = start + len(redacted)
+	}
+}
+
+// index is strings.Index, but a mark that ends in a blank, the name of an HTTP
+// scheme, is found in any case.
+func index(s, mark string) int {
+	if mark[len(mark)-1] != ' ' {
+		return strings.Index(s, mark)
+	}
+	for i := 0; i+len(mark) <= len(s); i++ {
+		if s[i+len(mark)-1] == ' ' && strings.EqualFold(s[i:i+len(mark)], mark) {
+			return i
+		}
+	}
+	return -1
+}
+
+// redactUserinfo replaces what stands between "://" and the last "@" of the
+// same authority.
+func redactUserinfo(s string) string {
+	for from := 0; ; {
+		i := strings.Index(s[from:], "://")
+		if i < 0 {
+			return s
+		}
+		start := from + i + len("://")
+		end := start
+		for end < len(s) && strings.IndexByte("/?# \t\"", s[end]) < 0 {
+			end++
+		}
+		from = start
+		if at := strings.LastIndexByte(s[start:end], '@'); at >= 0 {
+			s = s[:start] + redacted + s[start+at:]
+			from = start + len(redacted)
+		}
 	}
 }
 

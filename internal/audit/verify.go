@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strconv"
 	"strings"
@@ -84,9 +85,9 @@ func parseMillis(s string) (time.Duration, error) {
 		return 0, nil
 	}
 	whole, frac, ok := strings.Cut(s, ".")
-	ms, err1 := strconv.ParseUint(whole, 10, 32)
+	ms, err1 := strconv.ParseUint(whole, 10, 64)
 	us, err2 := strconv.ParseUint(frac, 10, 16)
-	if !ok || len(frac) != 3 || err1 != nil || err2 != nil {
+	if !ok || len(frac) != 3 || err1 != nil || err2 != nil || ms > math.MaxInt64/uint64(time.Millisecond) {
 		return 0, errors.New("ms is not a number like 12.345")
 	}
 	return time.Duration(ms)*time.Millisecond + time.Duration(us)*time.Microsecond, nil
