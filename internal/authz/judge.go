@@ -165,7 +165,14 @@ func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
 	if c.Now.IsZero() {
 		c.Now = j.cfg.Now()
 	}
-	var d Decision
+	d := j.decide(c, set, cn)
+	if n := j.judged.Add(1); n&(j.cfg.CheckEvery-1) == 0 && set != nil {
+		j.sample(set, c, d)
+	}
+	return j.record(c, set, d)
+}
+
+func (j *Judge) decide(c *Call, set *Set, cn *Conn) (d Decision) {
 	if cn == nil {
 		d = set.Decide(c)
 	} else {
@@ -174,10 +181,22 @@ func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
 	if set != nil && j.doubted.Load() == set {
 		d = j.stricter(set, c, d)
 	}
-	if n := j.judged.Add(1); n&(j.cfg.CheckEvery-1) == 0 && set != nil {
-		j.sample(set, c, d)
-	}
-	return j.record(c, set, d)
+	return d
+}
+
+// Allows reports whether Judge would allow the call, by the policy in force and
+// at this moment, whatever time the call says. It records nothing and grants
+// nothing: it is for what was granted before and goes on.
+func (j *Judge) Allows(c *Call) (ok bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			j.cfg.Log.Error("judging a call again panicked; it is not allowed", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			ok = false
+		}
+	}()
+	call := *c
+	call.Environment, call.Now = j.cfg.Environment, j.cfg.Now()
+	return j.decide(&call, j.set.Load(), nil).Allow
 }
 
 // record writes the decision, and only then makes the grant.
