@@ -1,6 +1,8 @@
 package egress
 
 import (
+	"bytes"
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
@@ -10,8 +12,11 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/authz"
 )
 
 // A tunnel was opened while its destination asked for no server name, and came
@@ -40,6 +45,42 @@ func TestNameIsAskedForBeforeTheHello(t *testing.T) {
 	if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonRevoked) || end.BytesUp != 0 {
 		t.Errorf("recorded %+v", end)
 	}
+}
+
+// Rows may ask for the environment of the gateway, when a tunnel is judged again
+// as when it is opened.
+func TestRejudgeKnowsTheEnvironment(t *testing.T) {
+	inProd := func(c *Config) {
+		j, err := authz.NewJudge(authz.JudgeConfig{Audit: c.Audit, Log: c.Log, Environment: "prod"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Judge = j
+	}
+	w := newWorldIn(t, inProd)
+	w.use(w.policy(strings.Replace(access, "host:db.test, *, CONNECT, -, -, allow", "host:db.test, *, CONNECT, -, env.name=prod, allow", 1), ""))
+	tun, ref := dial1(w, billing, "db.test:5432")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	const guard = "p, frozen, out, **, host:db.test, *, CONNECT, -, env.name=prod, deny\n"
+	w.use(w.policy(access+guard, ""))
+	w.gw.Rejudge()
+	if _, err := io.Copy(io.Discard, tun); err == nil {
+		t.Error("a tunnel that a row denies in this environment ended in order")
+	}
+	if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonRevoked) {
+		t.Errorf("recorded %+v", end)
+	}
+}
+
+// newWorldIn is newWorld with a judge that change puts in place.
+func newWorldIn(t *testing.T, change func(*Config)) *world {
+	var judge *authz.Judge
+	w := newWorld(t, func(c *Config) { change(c); judge = c.Judge })
+	w.judge = judge
+	w.use(w.snap.Load())
+	return w
 }
 
 // A tunnel that leads to an endpoint ends when the destination moves to another
@@ -185,5 +226,42 @@ func TestFlood(t *testing.T) {
 	}
 	if _, ok := f.take(now.Add(refusedEvery)); ok || f.rest() != 1 || f.rest() != 0 {
 		t.Error("the rest is not the one that was held")
+	}
+}
+
+// An HTTP/2 caller that opens no window for the answer must not keep the stream
+// and its goroutine: a refusal, or the alert at the end of a tunnel.
+func TestCallersThatDoNotRead(t *testing.T) {
+	hello := records(rebuild(realHello("api.stripe.test"), sniBytes("evil.test")), 16000)
+	for name, authority := range map[string]string{"a refusal": "evil.test:443", "an alert": "api.stripe.test:443"} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, func(c *Config) { c.Limits.HelloTimeout = 300 * time.Millisecond })
+			c, err := tls.Dial("tcp", w.addr, w.client(billing, "h2"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+			_, _ = io.WriteString(c, http2.ClientPreface)
+			f := http2.NewFramer(c, c)
+			var block bytes.Buffer
+			enc := hpack.NewEncoder(&block)
+			_ = enc.WriteField(hpack.HeaderField{Name: ":method", Value: "CONNECT"})
+			_ = enc.WriteField(hpack.HeaderField{Name: ":authority", Value: authority})
+			_ = f.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
+			_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+			if authority == "api.stripe.test:443" {
+				_ = f.WriteData(1, false, hello)
+			}
+			for {
+				fr, err := f.ReadFrame()
+				if err != nil {
+					t.Fatalf("the stream goes on: %v", err)
+				}
+				if _, ok := fr.(*http2.RSTStreamFrame); ok {
+					return
+				}
+			}
+		})
 	}
 }

@@ -302,6 +302,9 @@ const (
 	alertUnrecognizedName = 112
 )
 
+// alertTime is how long a caller may take to read one.
+const alertTime = time.Second
+
 // finish ends t before any byte was relayed, with a fatal TLS alert if the
 // caller speaks TLS.
 func (t *tunnel) finish(s stream, reason Reason) {
@@ -313,6 +316,9 @@ func (t *tunnel) finish(s stream, reason Reason) {
 		alert = alertDecodeError
 	}
 	if alert != 0 {
+		// A caller that does not read would keep t for ever.
+		timer := time.AfterFunc(alertTime, func() { t.stop(reason) })
+		defer timer.Stop()
 		_, _ = s.Write([]byte{21, 3, 3, 0, 2, 2, alert})
 		_ = s.CloseWrite()
 	}

@@ -39,7 +39,7 @@ type Limits struct {
 	// HandshakeTimeout is the time from accept to identity. Default 5 s.
 	HandshakeTimeout time.Duration
 	// HelloTimeout is the time from 200 to a whole ClientHello, however slowly
-	// its bytes come. Default 5 s.
+	// its bytes come; and for a caller to take a refusal. Default 5 s.
 	HelloTimeout time.Duration
 	// Tunnels is how many tunnels are open at once. Default 4096.
 	Tunnels int

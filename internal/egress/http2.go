@@ -105,6 +105,8 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	who := &caller{id: id, until: r.TLS.PeerCertificates[0].NotAfter, peer: r.RemoteAddr}
 	t, ans := g.request2(who, r)
 	if ans != nil {
+		// A caller that opens no window would keep the stream for ever.
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.lim.HelloTimeout))
 		h := w.Header()
 		h.Set("Content-Type", "application/json")
 		if ans.id != "" {

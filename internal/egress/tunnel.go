@@ -109,9 +109,8 @@ func (g *Gateway) rejudge(t *tunnel) bool {
 	call, to := t.call, t.to
 	call.SNI = t.sni
 	t.mu.Unlock()
-	call.Now = time.Now()
-	s, set := g.cfg.Snapshot(), g.cfg.Judge.Set()
-	if s != nil && set != nil && set.Decide(&call).Allow && g.leadsThere(s, t, call.SNI, to) {
+	s := g.cfg.Snapshot()
+	if s != nil && g.cfg.Judge.Allows(&call) && g.leadsThere(s, t, call.SNI, to) {
 		return true
 	}
 	t.stop(ReasonRevoked)
