@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -265,6 +266,9 @@ func TestOverloadIsRefusedBeforeItIsJudged(t *testing.T) {
 	}
 	close(leave)
 	a.answer("GET")
+	for r.inbound.inFlight.Load() != 0 { // the answer is a moment earlier than the place
+		runtime.Gosched()
+	}
 	go func() { <-enter }()
 	b.say(okRequest)
 	if resp, _ := b.answer("GET"); resp.StatusCode != 200 {
