@@ -46,9 +46,9 @@ type Config struct {
 
 // LimitsConfig bounds what callers may hold.
 type LimitsConfig struct {
-	// Tunnels in all. Default 10,000.
+	// Tunnels in all. Default 4096.
 	Tunnels int `yaml:"tunnels"`
-	// TunnelsPerWorkload bounds one caller. Default 1,000.
+	// TunnelsPerWorkload bounds one caller. Default 512.
 	TunnelsPerWorkload int `yaml:"tunnels_per_workload"`
 	// Idle closes a tunnel without bytes. Default 1 h.
 	Idle time.Duration `yaml:"idle"`
@@ -72,6 +72,9 @@ func (c *Config) Validate() error {
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
 	for field, n := range map[string]int{"limits.tunnels": c.Limits.Tunnels, "limits.tunnels_per_workload": c.Limits.TunnelsPerWorkload} {
 		need(n >= 0, field, fmt.Sprintf("%d is negative", n))
+	}
+	for field, d := range map[string]time.Duration{"limits.idle": c.Limits.Idle, "limits.life": c.Limits.Life} {
+		need(d >= 0, field, fmt.Sprintf("%s is negative", d))
 	}
 	errs = append(errs, c.Log.Validate())
 	return errors.Join(errs...)

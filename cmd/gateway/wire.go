@@ -140,9 +140,13 @@ func (gw *gateway) member(id spiffeid.ID) error {
 // use puts a snapshot in force and judges the open tunnels by it. Nothing is
 // changed before all of it is good.
 func (gw *gateway) use(snap *mesh.Snapshot) error {
-	set, err := authz.Compile(snap)
+	set, err := authz.Compile(snap) // checks the rows
 	if err != nil {
 		return err
+	}
+	ways := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Destinations: snap.Destinations}
+	if err := ways.Validate(); err != nil {
+		return fmt.Errorf("destinations: %w", err)
 	}
 	gw.judge.Use(set)
 	gw.inForce.Store(snap)
