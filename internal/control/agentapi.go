@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"time"
@@ -48,7 +49,10 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 		record.Refusal = RefusalKind
 		return a.refused(ctx, record, refuse(codes.InvalidArgument, "node attestor %.64q is not configured on this issuer", record.Type))
 	}
-	id, selectors, err := v.Verify(ctx, params.GetData().GetPayload(), key)
+	id, selectors, err, gone := a.verify(ctx, st, v, params.GetData().GetPayload(), key)
+	if gone != nil {
+		return gone
+	}
 	if err != nil {
 		why := a.s.cfg.Why(err)
 		if ctx.Err() != nil || why == RefusalNone {
@@ -63,8 +67,43 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 		return err
 	}
 	return st.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
-		Result: &agentv1.AttestAgentResponse_Result{Svid: svid, Reattestable: record.Type != "join_token"},
+		Result: &agentv1.AttestAgentResponse_Result{Svid: svid, Reattestable: reattestable(v)},
 	}})
+}
+
+// reattestable reports whether the evidence may be shown again with another
+// key. An agent then attests again instead of renewing.
+func reattestable(v NodeVerifier) bool {
+	_, ok := v.(Challenger)
+	return ok
+}
+
+// verify asks the verifier, with a challenge if its kind has one. gone is why
+// the node did not answer.
+func (a *agentAPI) verify(ctx context.Context, st grpc.BidiStreamingServer[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse], v NodeVerifier, payload []byte, key crypto.PublicKey) (id spiffeid.ID, selectors []mesh.Selector, err, gone error) {
+	c, ok := v.(Challenger)
+	if !ok {
+		id, selectors, err = v.Verify(ctx, payload, key)
+		return id, selectors, err, nil
+	}
+	id, selectors, err = c.VerifyAnswer(ctx, payload, key, func(challenge []byte) ([]byte, error) {
+		if gone = st.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: challenge}}); gone != nil {
+			return nil, gone
+		}
+		var req *agentv1.AttestAgentRequest
+		if req, gone = firstMessage(st, a.s.hello); gone != nil {
+			if errors.Is(gone, io.EOF) {
+				gone = refuse(codes.InvalidArgument, "the challenge was not answered")
+			}
+			return nil, gone
+		}
+		if _, ok := req.GetStep().(*agentv1.AttestAgentRequest_ChallengeResponse); !ok {
+			gone = refuse(codes.InvalidArgument, "want the answer to the challenge")
+			return nil, gone
+		}
+		return req.GetChallengeResponse(), nil
+	})
+	return id, selectors, err, gone
 }
 
 // admit records the agent and signs its SVID. A banned agent stays out.
@@ -166,7 +205,7 @@ func (a *agentAPI) PostStatus(context.Context, *agentv1.PostStatusRequest) (*age
 	return &agentv1.PostStatusResponse{}, nil
 }
 
-// firstMessage waits for the message that opens a stream, not for ever.
+// firstMessage waits for a message of the peer, not for ever.
 func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp], within time.Duration) (*Req, error) {
 	type first struct {
 		m   *Req
@@ -184,7 +223,7 @@ func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp], within 
 	case f := <-got:
 		return f.m, f.err
 	case <-t.C:
-		return nil, refuse(codes.DeadlineExceeded, "no message within %s of opening the stream", within)
+		return nil, refuse(codes.DeadlineExceeded, "no message within %s", within)
 	}
 }
 

@@ -42,6 +42,8 @@ const (
 	// maxAuditLine and maxAuditLines bound an AuditBatch.
 	maxAuditLine  = 64 << 10
 	maxAuditLines = 4096
+	// maxChallenges bounds the messages of an issuer before its result.
+	maxChallenges = 4
 	// entryPage is how many entries one message of SyncAuthorizedEntries holds.
 	entryPage = 500
 )

@@ -86,6 +86,14 @@ type NodeVerifier interface {
 	Verify(ctx context.Context, payload []byte, key crypto.PublicKey) (agent spiffeid.ID, selectors []mesh.Selector, err error)
 }
 
+// A Challenger is a NodeVerifier whose evidence proves something only together
+// with the answer to a fresh question, so it may be shown again. ask sends the
+// question and returns the answer; its error ends the attestation.
+type Challenger interface {
+	NodeVerifier
+	VerifyAnswer(ctx context.Context, payload []byte, key crypto.PublicKey, ask func(challenge []byte) (answer []byte, err error)) (agent spiffeid.ID, selectors []mesh.Selector, err error)
+}
+
 // An AuditSink keeps the audit lines of proxies, durably when it returns. It
 // must bear to receive a line twice.
 type AuditSink interface {
