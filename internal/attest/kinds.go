@@ -1,0 +1,117 @@
+package attest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+)
+
+// Config says which kinds of node evidence the issuer accepts beside join
+// tokens. A kind that is not written is refused.
+type Config struct {
+	X509PoP *X509PoPConfig `yaml:"x509pop"`
+}
+
+// Validate reports every mistake, by field.
+func (c *Config) Validate() error {
+	var errs []error
+	if c.X509PoP != nil {
+		errs = append(errs, c.X509PoP.validate("attestors.x509pop")...)
+	}
+	return errors.Join(errs...)
+}
+
+// NewVerifiers makes the verifier of each kind that c configures, by name.
+func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]NodeVerifier, error) {
+	out := map[string]NodeVerifier{}
+	if c.X509PoP != nil {
+		v, err := NewX509PoP(td, *c.X509PoP)
+		if err != nil {
+			return nil, err
+		}
+		out[X509PoP] = v
+	}
+	return out, nil
+}
+
+// Evidence is how a node proves itself: the other side of a NodeVerifier. It is
+// asked anew at each attestation.
+type Evidence interface {
+	// Kind is the name of the node attestor.
+	Kind() string
+	Payload(ctx context.Context) ([]byte, error)
+	// Answer answers a challenge of the issuer.
+	Answer(challenge []byte) ([]byte, error)
+}
+
+// NodeConfig says how a node proves itself. Which fields a kind needs stands
+// with it; those of other kinds are mistakes.
+type NodeConfig struct {
+	// Kind is x509pop; without it the node joins by a token.
+	Kind string `yaml:"kind"`
+	// CertificateFile and KeyFile are PEM files of the node: its certificate,
+	// with intermediates after it, and the private key. Needed for x509pop.
+	CertificateFile string `yaml:"certificate_file"`
+	KeyFile         string `yaml:"key_file"`
+}
+
+// nodeKinds lists the fields of each kind, those it needs and those it may
+// have.
+var nodeKinds = map[string]struct{ needs, may []string }{
+	X509PoP: {needs: []string{"certificate_file", "key_file"}},
+}
+
+// fields gives what is written, by name.
+func (c NodeConfig) fields() map[string]string {
+	return map[string]string{"certificate_file": c.CertificateFile, "key_file": c.KeyFile}
+}
+
+// Validate reports every mistake, by field.
+func (c NodeConfig) Validate() error {
+	have := c.fields()
+	if c.Kind == "" {
+		for _, name := range slices.Sorted(maps.Keys(have)) {
+			if have[name] != "" {
+				return fmt.Errorf("issuer.attest.kind: missing beside %s; write one of %s", name, kindNames())
+			}
+		}
+		return nil
+	}
+	kind, ok := nodeKinds[c.Kind]
+	if !ok {
+		return fmt.Errorf("issuer.attest.kind: %q is unknown%s", c.Kind, mesh.DidYouMean(c.Kind, slices.Sorted(maps.Keys(nodeKinds))))
+	}
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(have)) {
+		needed := slices.Contains(kind.needs, name)
+		switch {
+		case have[name] == "" && needed:
+			errs = append(errs, fmt.Errorf("issuer.attest.%s: missing; kind %s needs it", name, c.Kind))
+		case have[name] != "" && !needed && !slices.Contains(kind.may, name):
+			errs = append(errs, fmt.Errorf("issuer.attest.%s: has no meaning for kind %s; leave it out", name, c.Kind))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func kindNames() string { return strings.Join(slices.Sorted(maps.Keys(nodeKinds)), ", ") }
+
+// NewEvidence makes the evidence that c describes; nil when that is a join
+// token.
+func NewEvidence(c NodeConfig) (Evidence, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	switch c.Kind {
+	case X509PoP:
+		return popEvidence{certificate: c.CertificateFile, key: c.KeyFile}, nil
+	}
+	return nil, nil
+}
