@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
 )
 
@@ -30,6 +31,10 @@ type Config struct {
 	// Policies is the folder of reviewed policy files. An edit is taken within
 	// a second; one with a mistake is refused and the last good stays. Required.
 	Policies string `yaml:"policies"`
+
+	// Attestors are the kinds of node evidence that are accepted beside join
+	// tokens. Default: none.
+	Attestors attest.Config `yaml:"attestors"`
 
 	CA  CAConfig         `yaml:"ca"`
 	Log daemon.LogConfig `yaml:"log"`
@@ -74,6 +79,7 @@ func (c *Config) Validate() error {
 	}{{"ca.x509_ttl", c.CA.X509TTL}, {"ca.jwt_ttl", c.CA.JWTTTL}, {"ca.agent_ttl", c.CA.AgentTTL}} {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is below the floor of %s", t.d, floor))
 	}
+	errs = append(errs, c.Attestors.Validate())
 	return errors.Join(errs...)
 }
 

@@ -131,9 +131,13 @@ func (in *issuer) open(ctx context.Context) error {
 	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received")); err != nil {
 		return err
 	}
+	verifiers, err := nodeVerifiers(cfg, in.registry)
+	if err != nil {
+		return err
+	}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
-		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(cfg.TrustDomain, in.registry)},
+		Verifiers: verifiers,
 		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
 	})
 	return err

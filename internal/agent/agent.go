@@ -26,6 +26,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -42,9 +43,13 @@ type Join struct {
 	// the first contact; afterwards the bundle is kept fresh. Required.
 	Bundle string `yaml:"bundle"`
 	// JoinToken proves this node once. JoinTokenFile names a file that holds
-	// it. One of them is needed until the node has been attested.
+	// it. Without Attest one of them is needed until the node has been
+	// attested.
 	JoinToken     string `yaml:"join_token" secret:"true"`
 	JoinTokenFile string `yaml:"join_token_file"`
+	// Attest proves this node by what its platform gives it, instead of a
+	// token.
+	Attest attest.NodeConfig `yaml:"attest"`
 }
 
 // Validate reports every mistake, by field.
@@ -59,6 +64,10 @@ func (j Join) Validate() error {
 	if j.JoinToken != "" && j.JoinTokenFile != "" {
 		errs = append(errs, errors.New("issuer.join_token_file: given beside join_token; keep one of them"))
 	}
+	if j.Attest.Kind != "" && (j.JoinToken != "" || j.JoinTokenFile != "") {
+		errs = append(errs, errors.New("issuer.attest: given beside a join token; keep one of them"))
+	}
+	errs = append(errs, j.Attest.Validate())
 	return errors.Join(errs...)
 }
 
@@ -93,10 +102,12 @@ type Config struct {
 type Agent struct {
 	cfg    Config
 	client *control.Client
-	roots  []*x509.Certificate // of the bootstrap file
-	node   *svid.Source        // the node's own identity
-	held   *svid.Source        // the workload's
-	rot    *svid.Rotator
+	// evidence is nil when the node joins by a token.
+	evidence attest.Evidence
+	roots    []*x509.Certificate // of the bootstrap file
+	node     *svid.Source        // the node's own identity
+	held     *svid.Source        // the workload's
+	rot      *svid.Rotator
 
 	snapshot   atomic.Pointer[mesh.Snapshot]
 	entries    atomic.Pointer[[]mesh.Entry]
@@ -133,6 +144,9 @@ func Open(cfg Config) (*Agent, error) {
 	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), fresh: make(chan struct{})}
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
+	}
+	if a.evidence, err = attest.NewEvidence(cfg.Join.Attest); err != nil {
+		return nil, err
 	}
 	cfg.Ready.Expect(readySVID, readyPolicy)
 	if err := a.resume(); err != nil {

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -30,16 +31,12 @@ const (
 // attest proves this node to an issuer. An issuer that does not answer is
 // tried again until ctx ends; a refusal is final.
 func (a *Agent) attest(ctx context.Context) error {
-	token, err := a.joinToken()
-	if err != nil {
-		return err
-	}
 	key, err := a.nodeKey()
 	if err != nil {
 		return err
 	}
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
-		got, err := a.client.Attest(ctx, "join_token", []byte(token), key)
+		got, err := a.attestOnce(ctx, key)
 		if err == nil {
 			if err := a.keepNode(got, key); err != nil {
 				return err
@@ -56,6 +53,23 @@ func (a *Agent) attest(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// attestOnce gathers the evidence anew: a file may have been replaced since the
+// last attempt.
+func (a *Agent) attestOnce(ctx context.Context, key crypto.Signer) (control.AgentSVID, error) {
+	if e := a.evidence; e != nil {
+		payload, err := e.Payload(ctx)
+		if err != nil {
+			return control.AgentSVID{}, daemon.Hint(fmt.Errorf("gather %s evidence: %w", e.Kind(), err), "correct issuer.attest in the configuration")
+		}
+		return a.client.AttestAnswering(ctx, e.Kind(), payload, e.Answer, key)
+	}
+	token, err := a.joinToken()
+	if err != nil {
+		return control.AgentSVID{}, err
+	}
+	return a.client.Attest(ctx, attest.JoinToken, []byte(token), key)
 }
 
 // wait pauses; false means that ctx has ended.
