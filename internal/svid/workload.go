@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -28,8 +29,8 @@ const (
 	// program without any SVID being sent.
 	recheckEvery = 5 * time.Second
 	// Bounds on what one request may ask.
-	maxRequest   = 64 << 10 // bytes
-	maxHeaders   = 16 << 10 // bytes
+	maxRequest   = 512 << 10 // bytes; an Envoy lists all its extensions in its first
+	maxHeaders   = 16 << 10  // bytes
 	maxAudiences = 16
 	maxAudience  = 1024 // bytes each
 	maxHint      = 1024 // bytes, SPIFFE Workload API section 5.2.1
@@ -53,7 +54,7 @@ type Delivery struct {
 	// Method is the name of the call, such as "FetchX509SVID".
 	Method string
 	// IDs are the identities that the caller was given, or, for a call that
-	// gives none, has; empty when refused.
+	// gives none or only some, has; empty when refused.
 	IDs []spiffeid.ID
 	// Err is why it was refused, nil otherwise.
 	Err error
@@ -99,7 +100,8 @@ func (c WorkloadConfig) Validate() error {
 	return errors.Join(errs...)
 }
 
-// A WorkloadAPI serves the SPIFFE Workload API to local processes. Each caller
+// A WorkloadAPI serves the SPIFFE Workload API, and Envoy's SDS v3 beside it,
+// to local processes. Each caller
 // is attested at accept and again before every message; a connection that is
 // handed to another process, or whose process ends or becomes another program,
 // is closed.
@@ -136,8 +138,10 @@ func (w *WorkloadAPI) Serve(ctx context.Context, l net.Listener) error {
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.UnaryInterceptor(w.unary),
 		grpc.StreamInterceptor(w.stream),
+		grpc.WaitForHandlers(true), // each ends with its connection
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(s, w)
+	secretv3.RegisterSecretDiscoveryServiceServer(s, &sdsAPI{w: w})
 	// Streams have no end of their own, so there is no waiting for them.
 	stop := context.AfterFunc(ctx, s.Stop)
 	defer stop()
