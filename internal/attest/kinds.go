@@ -17,6 +17,7 @@ import (
 // tokens. A kind that is not written is refused.
 type Config struct {
 	X509PoP *X509PoPConfig `yaml:"x509pop"`
+	OIDC    *OIDCConfig    `yaml:"oidc"`
 }
 
 // Validate reports every mistake, by field.
@@ -24,6 +25,9 @@ func (c *Config) Validate() error {
 	var errs []error
 	if c.X509PoP != nil {
 		errs = append(errs, c.X509PoP.validate("attestors.x509pop")...)
+	}
+	if c.OIDC != nil {
+		errs = append(errs, c.OIDC.validate("attestors.oidc")...)
 	}
 	return errors.Join(errs...)
 }
@@ -37,6 +41,13 @@ func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]Node
 			return nil, err
 		}
 		out[X509PoP] = v
+	}
+	if c.OIDC != nil {
+		v, err := NewOIDC(td, *c.OIDC, seen)
+		if err != nil {
+			return nil, err
+		}
+		out[OIDC] = v
 	}
 	return out, nil
 }
@@ -54,23 +65,31 @@ type Evidence interface {
 // NodeConfig says how a node proves itself. Which fields a kind needs stands
 // with it; those of other kinds are mistakes.
 type NodeConfig struct {
-	// Kind is x509pop; without it the node joins by a token.
+	// Kind is x509pop or oidc; without it the node joins by a token.
 	Kind string `yaml:"kind"`
 	// CertificateFile and KeyFile are PEM files of the node: its certificate,
 	// with intermediates after it, and the private key. Needed for x509pop.
 	CertificateFile string `yaml:"certificate_file"`
 	KeyFile         string `yaml:"key_file"`
+	// TokenFile holds the token that the platform gave to the node. Kind oidc
+	// asks GitHub Actions for one when it is not written.
+	TokenFile string `yaml:"token_file"`
+	// Audience is what a token is asked for. Default "sallyport".
+	Audience string `yaml:"audience"`
 }
 
 // nodeKinds lists the fields of each kind, those it needs and those it may
 // have.
 var nodeKinds = map[string]struct{ needs, may []string }{
 	X509PoP: {needs: []string{"certificate_file", "key_file"}},
+	OIDC:    {may: []string{"token_file", "audience"}},
 }
 
 // fields gives what is written, by name.
 func (c NodeConfig) fields() map[string]string {
-	return map[string]string{"certificate_file": c.CertificateFile, "key_file": c.KeyFile}
+	return map[string]string{
+		"certificate_file": c.CertificateFile, "key_file": c.KeyFile, "token_file": c.TokenFile, "audience": c.Audience,
+	}
 }
 
 // Validate reports every mistake, by field.
@@ -112,6 +131,8 @@ func NewEvidence(c NodeConfig) (Evidence, error) {
 	switch c.Kind {
 	case X509PoP:
 		return popEvidence{certificate: c.CertificateFile, key: c.KeyFile}, nil
+	case OIDC:
+		return newOIDCEvidence(c)
 	}
 	return nil, nil
 }
