@@ -18,6 +18,7 @@ import (
 type Config struct {
 	X509PoP *X509PoPConfig `yaml:"x509pop"`
 	OIDC    *OIDCConfig    `yaml:"oidc"`
+	K8sPSAT *K8sPSATConfig `yaml:"k8s_psat"`
 }
 
 // Validate reports every mistake, by field.
@@ -29,25 +30,34 @@ func (c *Config) Validate() error {
 	if c.OIDC != nil {
 		errs = append(errs, c.OIDC.validate("attestors.oidc")...)
 	}
+	if c.K8sPSAT != nil {
+		errs = append(errs, c.K8sPSAT.validate("attestors.k8s_psat")...)
+	}
 	return errors.Join(errs...)
 }
 
 // NewVerifiers makes the verifier of each kind that c configures, by name.
 func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]NodeVerifier, error) {
 	out := map[string]NodeVerifier{}
+	var errs []error
+	keep := func(kind string, v NodeVerifier, err error) {
+		out[kind] = v
+		errs = append(errs, err)
+	}
 	if c.X509PoP != nil {
 		v, err := NewX509PoP(td, *c.X509PoP)
-		if err != nil {
-			return nil, err
-		}
-		out[X509PoP] = v
+		keep(X509PoP, v, err)
 	}
 	if c.OIDC != nil {
 		v, err := NewOIDC(td, *c.OIDC, seen)
-		if err != nil {
-			return nil, err
-		}
-		out[OIDC] = v
+		keep(OIDC, v, err)
+	}
+	if c.K8sPSAT != nil {
+		v, err := NewK8sPSAT(td, *c.K8sPSAT, seen)
+		keep(K8sPSAT, v, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
 	}
 	return out, nil
 }
@@ -65,17 +75,21 @@ type Evidence interface {
 // NodeConfig says how a node proves itself. Which fields a kind needs stands
 // with it; those of other kinds are mistakes.
 type NodeConfig struct {
-	// Kind is x509pop or oidc; without it the node joins by a token.
+	// Kind is x509pop, oidc or k8s_psat; without it the node joins by a token.
 	Kind string `yaml:"kind"`
 	// CertificateFile and KeyFile are PEM files of the node: its certificate,
 	// with intermediates after it, and the private key. Needed for x509pop.
 	CertificateFile string `yaml:"certificate_file"`
 	KeyFile         string `yaml:"key_file"`
-	// TokenFile holds the token that the platform gave to the node. Kind oidc
-	// asks GitHub Actions for one when it is not written.
+	// TokenFile holds the token that the platform gave to the node: for k8s_psat
+	// a projected service account token. Kind oidc asks GitHub Actions for one
+	// when it is not written.
 	TokenFile string `yaml:"token_file"`
 	// Audience is what a token is asked for. Default "sallyport".
 	Audience string `yaml:"audience"`
+	// Cluster is the name under which the issuer knows the cluster. Needed for
+	// k8s_psat.
+	Cluster string `yaml:"cluster"`
 }
 
 // nodeKinds lists the fields of each kind, those it needs and those it may
@@ -83,12 +97,13 @@ type NodeConfig struct {
 var nodeKinds = map[string]struct{ needs, may []string }{
 	X509PoP: {needs: []string{"certificate_file", "key_file"}},
 	OIDC:    {may: []string{"token_file", "audience"}},
+	K8sPSAT: {needs: []string{"cluster", "token_file"}},
 }
 
 // fields gives what is written, by name.
 func (c NodeConfig) fields() map[string]string {
 	return map[string]string{
-		"certificate_file": c.CertificateFile, "key_file": c.KeyFile, "token_file": c.TokenFile, "audience": c.Audience,
+		"certificate_file": c.CertificateFile, "key_file": c.KeyFile, "token_file": c.TokenFile, "audience": c.Audience, "cluster": c.Cluster,
 	}
 }
 
@@ -133,6 +148,8 @@ func NewEvidence(c NodeConfig) (Evidence, error) {
 		return popEvidence{certificate: c.CertificateFile, key: c.KeyFile}, nil
 	case OIDC:
 		return newOIDCEvidence(c)
+	case K8sPSAT:
+		return psatEvidence{cluster: c.Cluster, file: c.TokenFile}, nil
 	}
 	return nil, nil
 }
