@@ -88,7 +88,7 @@ func (st *State) verifyJWT(token, audience string, now time.Time) (spiffeid.ID, 
 	if err := alg.verify(key, []byte(part[0]+"."+part[1]), raw[2]); err != nil {
 		return spiffeid.ID{}, nil, err
 	}
-	claims, err := jsonObject(raw[1])
+	claims, err := JSONObject(raw[1])
 	if err != nil {
 		return spiffeid.ID{}, nil, fmt.Errorf("claims: %w", err)
 	}
@@ -113,7 +113,7 @@ func (st *State) verifyJWT(token, audience string, now time.Time) (spiffeid.ID, 
 
 // jwtHeader settles the algorithm before anything else is looked at.
 func jwtHeader(b []byte) (jwtAlg, string, error) {
-	h, err := jsonObject(b)
+	h, err := JSONObject(b)
 	if err != nil {
 		return jwtAlg{}, "", fmt.Errorf("header: %w", err)
 	}
@@ -233,8 +233,9 @@ func checkAud(v any, audience string) error {
 	return nil
 }
 
-// jsonObject decodes exactly one object without duplicate names at any depth.
-func jsonObject(b []byte) (map[string]any, error) {
+// JSONObject decodes exactly one object, without duplicate names at any depth and
+// without numbers losing digits (they are json.Number). No error quotes the text.
+func JSONObject(b []byte) (map[string]any, error) {
 	if !utf8.Valid(b) {
 		return nil, errors.New("not UTF-8")
 	}
