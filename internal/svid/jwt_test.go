@@ -173,7 +173,7 @@ func FuzzJSONObject(f *testing.F) {
 	f.Add(`{"a":{"b":[1,2.5e3,null,true,"x"]}}`)
 	f.Add(`{"a":1,"a":2}`)
 	f.Fuzz(func(t *testing.T, s string) {
-		if v, err := jsonObject([]byte(s)); err == nil {
+		if v, err := JSONObject([]byte(s)); err == nil {
 			plainNumbers(v)
 		}
 	})
