@@ -44,6 +44,7 @@ type sidecar struct {
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	child              atomic.Pointer[attest.Child]
+	kubelet            *attest.Kubelet // nil when it is not asked
 }
 
 // auditFile is the audit log inside DataDir.
@@ -102,6 +103,11 @@ func (s *sidecar) open() error {
 		return daemon.Hint(fmt.Errorf("make data_dir: %w", err), "choose a data_dir that this user may write")
 	}
 	var err error
+	if cfg.Workload.Kubelet.URL != "" {
+		if s.kubelet, err = attest.NewKubelet(cfg.Workload.Kubelet); err != nil {
+			return err
+		}
+	}
 	path := filepath.Join(cfg.DataDir, auditFile)
 	if s.audit, err = audit.Open(audit.Config{Path: path, Log: s.log}); err != nil {
 		return err

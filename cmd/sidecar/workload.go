@@ -30,8 +30,8 @@ func (s *sidecar) workloadAPI() (func(context.Context) error, error) {
 type localAttestor struct{ s *sidecar }
 
 // Attest is svid.Attestor.
-func (l localAttestor) Attest(_ context.Context, p capture.Process) ([]string, error) {
-	es, err := l.s.entriesOf(p)
+func (l localAttestor) Attest(ctx context.Context, p capture.Process) ([]string, error) {
+	es, err := l.s.entriesOf(ctx, p)
 	if err != nil {
 		return nil, err
 	}

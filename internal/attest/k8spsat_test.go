@@ -18,8 +18,8 @@ import (
 
 const (
 	clusterIssuer = "https://kubernetes.default.svc.cluster.local"
-	podUID        = "6bb01b1d-0f3b-4b3c-8c5e-1a0c8f3c1b11"
-	nodeUID       = "0a1b5c5e-76c2-4a55-9f4d-5a6b3c2d1e0f"
+	psatPod       = "6bb01b1d-0f3b-4b3c-8c5e-1a0c8f3c1b11"
+	psatNode      = "0a1b5c5e-76c2-4a55-9f4d-5a6b3c2d1e0f"
 )
 
 // psatClaims are those of a projected token since Kubernetes 1.30.
@@ -28,8 +28,8 @@ func psatClaims() map[string]any {
 	return map[string]any{
 		"aud": []string{"spire-server"}, "exp": now + 7200, "iat": now - 5, "nbf": now - 5, "iss": clusterIssuer, "jti": "a3b1",
 		"kubernetes.io": map[string]any{
-			"namespace": "spire", "node": map[string]any{"name": "worker-1", "uid": nodeUID},
-			"pod": map[string]any{"name": "spire-agent-x7k2p", "uid": podUID}, "serviceaccount": map[string]any{"name": "spire-agent", "uid": "9f8e"},
+			"namespace": "spire", "node": map[string]any{"name": "worker-1", "uid": psatNode},
+			"pod": map[string]any{"name": "spire-agent-x7k2p", "uid": psatPod}, "serviceaccount": map[string]any{"name": "spire-agent", "uid": "9f8e"},
 		},
 		"sub": "system:serviceaccount:spire:spire-agent",
 	}
@@ -67,7 +67,7 @@ func psatFixture(t *testing.T, s, other signer, v NodeVerifier) attesttest.Fixtu
 	tie := func(change ...any) []byte { return psatPayload(t, "blue", s.sign(bound(change...))) }
 	return attesttest.Fixture{
 		Verifier: v, SingleUse: true, Good: say(),
-		Agent: spiffeid.RequireFromString("spiffe://example.org/spire/agent/k8s_psat/blue/" + nodeUID),
+		Agent: spiffeid.RequireFromString("spiffe://example.org/spire/agent/k8s_psat/blue/" + psatNode),
 		Stale: [][]byte{say("exp", now-31), say("exp", nil), say("iat", nil), say("nbf", now+60), say("iat", now+60), say("exp", now+365*86400)},
 		Foreign: [][]byte{
 			psatPayload(t, "green", s.sign(psatClaims())), psatPayload(t, "", s.sign(psatClaims())),
@@ -93,7 +93,7 @@ func TestK8sPSATOffline(t *testing.T) {
 	})
 	v := newPSAT(t, K8sCluster{JWKSFile: writeFile(t, s.jwks())})
 	id, _, err := v.Verify(t.Context(), psatPayload(t, "blue", s.sign(bound("node", nil))), attesttest.Key(t))
-	if err != nil || id.Path() != "/spire/agent/k8s_psat/blue/"+podUID {
+	if err != nil || id.Path() != "/spire/agent/k8s_psat/blue/"+psatPod {
 		t.Errorf("a token that does not tell its node: %s, %v; want the pod's UID", id, err)
 	}
 }
@@ -150,7 +150,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 		pod := map[string]any{
-			"kind": "Pod", "metadata": map[string]any{"name": "spire-agent-x7k2p", "uid": podUID},
+			"kind": "Pod", "metadata": map[string]any{"name": "spire-agent-x7k2p", "uid": psatPod},
 			"spec": map[string]any{"nodeName": "worker-1"}, "status": map[string]any{"hostIP": "172.18.0.2"},
 		}
 		if a.pod != nil {
@@ -158,7 +158,7 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		jsonTo(w, pod)
 	case "GET /api/v1/nodes/worker-1":
-		jsonTo(w, map[string]any{"kind": "Node", "metadata": map[string]any{"name": "worker-1", "uid": nodeUID}})
+		jsonTo(w, map[string]any{"kind": "Node", "metadata": map[string]any{"name": "worker-1", "uid": psatNode}})
 	default:
 		http.NotFound(w, r)
 	}
@@ -174,7 +174,7 @@ func TestK8sPSATByReview(t *testing.T) {
 
 	good := psatPayload(t, "blue", s.sign(psatClaims()))
 	_, sel, err := newPSAT(t, k).Verify(t.Context(), good, attesttest.Key(t))
-	for _, want := range []string{"cluster:blue", "agent_ns:spire", "agent_sa:spire-agent", "agent_pod_name:spire-agent-x7k2p", "agent_pod_uid:" + podUID, "agent_node_ip:172.18.0.2", "agent_node_name:worker-1", "agent_node_uid:" + nodeUID} {
+	for _, want := range []string{"cluster:blue", "agent_ns:spire", "agent_sa:spire-agent", "agent_pod_name:spire-agent-x7k2p", "agent_pod_uid:" + psatPod, "agent_node_ip:172.18.0.2", "agent_node_name:worker-1", "agent_node_uid:" + psatNode} {
 		if err != nil || !slices.Contains(sel, mesh.Selector{Type: "k8s_psat", Value: want}) {
 			t.Errorf("no selector %s in %v, %v", want, sel, err)
 		}
