@@ -78,6 +78,9 @@ type Config struct {
 	// JWTTTL is the life of a JWT-SVID when the request names none. Default 5
 	// min.
 	JWTTTL time.Duration
+	// JWTIssuer is the claim iss of JWT-SVIDs, the URL where OIDC verifiers
+	// discover the keys. Without it there is no such claim.
+	JWTIssuer string
 	// AllowShort lowers the floor of every life from 1 min to 1 s, for tests
 	// and the demo.
 	AllowShort bool
