@@ -109,6 +109,11 @@ type Agent struct {
 	held     *svid.Source        // the workload's
 	rot      *svid.Rotator
 
+	// kept is the bundle of an earlier run whose SVIDs have all expired.
+	kept *x509bundle.Bundle
+	// renewNow asks for a new node SVID before its time.
+	renewNow chan struct{}
+
 	snapshot   atomic.Pointer[mesh.Snapshot]
 	entries    atomic.Pointer[[]mesh.Entry]
 	generation atomic.Uint64
@@ -141,7 +146,7 @@ func Open(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, daemon.Hint(fmt.Errorf("read issuer.bundle: %w", err), "copy bundle.pem from the issuer's data_dir")
 	}
-	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), fresh: make(chan struct{})}
+	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1)}
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
 	}
@@ -181,6 +186,9 @@ func (a *Agent) resume() error {
 				"correct trust_domain, or give this proxy an empty data_dir")
 		case err == nil:
 			err = src.Set(st)
+		}
+		if errors.Is(err, svid.ErrExpired) && (name == heldFile || a.kept == nil) {
+			a.keepBundle(a.file(name))
 		}
 		if err != nil {
 			a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
@@ -279,12 +287,16 @@ func (a *Agent) Run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// trusted are the roots that an issuer must prove by.
+// trusted are the roots that an issuer must prove by: the newest bundle, or
+// those of the bootstrap file when there is none or all its roots have expired.
 func (a *Agent) trusted() []*x509.Certificate {
 	for _, src := range []*svid.Source{a.held, a.node} {
-		if st := src.Current(); st != nil {
+		if st := src.Current(); st != nil && anyValid(st.Bundle) {
 			return st.Bundle.X509Authorities()
 		}
+	}
+	if anyValid(a.kept) {
+		return a.kept.X509Authorities()
 	}
 	return a.roots
 }

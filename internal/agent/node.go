@@ -159,10 +159,12 @@ func (a *Agent) renewNode(ctx context.Context) error {
 		if err == nil {
 			leaf := id.Chain[0]
 			half := leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2)
-			if !wait(ctx, time.Until(half)) {
+			if !a.waitNode(ctx, half) {
 				return nil
 			}
-			err = a.renewOnce(ctx)
+			if _, err = a.nodeIdentity(); err == nil {
+				err = a.renewOnce(ctx)
+			}
 		}
 		if errors.Is(err, control.ErrMustReattest) || errors.Is(err, svid.ErrExpired) || errors.Is(err, svid.ErrNoIdentity) {
 			a.cfg.Log.Warn("node must attest again", "err", err)
@@ -208,10 +210,11 @@ func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
 	if err != nil {
 		return svid.Trust{}, err
 	}
-	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), JWTKeys: map[string]crypto.PublicKey{}}
+	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), Tainted: b.Tainted, JWTKeys: map[string]crypto.PublicKey{}}
 	for _, k := range b.JWT {
 		t.JWTKeys[k.KeyID] = k.PublicKey
 	}
+	m.a.tainted(t)
 	return t, nil
 }
 

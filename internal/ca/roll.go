@@ -2,7 +2,6 @@ package ca
 
 import (
 	"context"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
 	"errors"
@@ -12,13 +11,13 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 )
 
 // RootID names a root for the rotation: hex SHA-256 of its DER form. A JWT key
 // is named by its kid.
 func RootID(root *x509.Certificate) string {
-	sum := sha256.Sum256(root.Raw)
-	return hex.EncodeToString(sum[:])
+	return mesh.RootID(root.Raw)
 }
 
 // A Root is one root of the bundle.

@@ -38,12 +38,15 @@ const (
 func (c *CA) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var changed <-chan struct{}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+		case <-changed: // an operator may have begun a rotation
 		}
+		changed = c.Changed()
 		wait := retryAfter
 		if err := c.renew(ctx); err != nil {
 			c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", c.Status().IntermediateExpires)

@@ -398,12 +398,15 @@ func (c *Client) NewJWTSVID(ctx context.Context, entryID string, audience []stri
 // A Bundle is what verifies the SVIDs of the trust domain.
 type Bundle struct {
 	X509 []*x509.Certificate
-	JWT  []JWTKey
+	// Tainted are those of X509 under which no SVID should be any more. They
+	// are trusted until they leave the bundle.
+	Tainted []*x509.Certificate
+	JWT     []JWTKey
 	// RefreshHint is how often to fetch it without a push.
 	RefreshHint time.Duration
 }
 
-// GetBundle fetches the trust domain's bundle. Tainted authorities are left out.
+// GetBundle fetches the trust domain's bundle, tainted authorities too.
 func (c *Client) GetBundle(ctx context.Context) (Bundle, error) {
 	var out Bundle
 	err := c.call(ctx, "get bundle", func(l *link) error {

@@ -229,27 +229,27 @@ func bundleFromWire(w *types.Bundle, td spiffeid.TrustDomain) (Bundle, error) {
 	}
 	b := Bundle{RefreshHint: time.Duration(min(max(w.GetRefreshHint(), 0), 24*3600)) * time.Second}
 	for i, a := range w.GetX509Authorities() {
-		if a.GetTainted() {
-			continue
-		}
 		c, err := x509.ParseCertificate(a.GetAsn1())
 		if err != nil {
 			return Bundle{}, fmt.Errorf("read authority %d of the bundle: %w", i, err)
 		}
 		b.X509 = append(b.X509, c)
+		if a.GetTainted() {
+			b.Tainted = append(b.Tainted, c)
+		}
 	}
 	if len(b.X509) == 0 {
 		return Bundle{}, errors.New("bundle has no X.509 authority")
 	}
 	for _, k := range w.GetJwtAuthorities() {
-		if k.GetTainted() || k.GetKeyId() == "" {
+		if k.GetKeyId() == "" {
 			continue
 		}
 		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
 		if err != nil {
 			return Bundle{}, fmt.Errorf("read JWT key %.64q of the bundle: %w", k.GetKeyId(), err)
 		}
-		j := JWTKey{KeyID: k.GetKeyId(), PublicKey: key}
+		j := JWTKey{KeyID: k.GetKeyId(), PublicKey: key, Tainted: k.GetTainted()}
 		if k.GetExpiresAt() > 0 {
 			j.ExpiresAt = time.Unix(k.GetExpiresAt(), 0)
 		}

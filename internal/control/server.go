@@ -78,6 +78,8 @@ type JWTKey struct {
 	KeyID     string
 	PublicKey crypto.PublicKey
 	ExpiresAt time.Time
+	// Tainted says that tokens by this key should be fetched anew.
+	Tainted bool
 }
 
 // A NodeVerifier checks the evidence of one kind of node attestation, given the
@@ -119,6 +121,8 @@ type ServerConfig struct {
 	Registry  Registry
 	Authority Authority
 	Audit     AuditSink
+	// Roots lets the operator replace the root. Default: nobody can.
+	Roots RootKeeper
 	// Verifiers by the name of the node attestor, such as "join_token".
 	Verifiers map[string]NodeVerifier
 	// Why names the reason in a Verifier's error. RefusalNone says that the

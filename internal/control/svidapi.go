@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
@@ -115,15 +116,16 @@ type bundleAPI struct {
 // reader must already trust the connection.
 func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
 	b := &types.Bundle{TrustDomain: a.s.cfg.TrustDomain.Name(), RefreshHint: bundleRefresh}
+	tainted := a.s.tainted()
 	for _, c := range a.s.cfg.Authority.X509Bundle() {
-		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw})
+		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw, Tainted: slices.ContainsFunc(tainted, c.Equal)})
 	}
 	for _, k := range a.s.cfg.Authority.JWTKeys() {
 		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
 		if err != nil {
 			return nil, fmt.Errorf("encode JWT key %s: %w", k.KeyID, err)
 		}
-		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der}
+		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der, Tainted: k.Tainted}
 		if !k.ExpiresAt.IsZero() {
 			w.ExpiresAt = k.ExpiresAt.Unix()
 		}
@@ -136,6 +138,14 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 		drop(!m.SequenceNumber, &b.SequenceNumber)
 	}
 	return b, nil
+}
+
+// tainted are the roots under which SVIDs are to be fetched anew.
+func (s *Server) tainted() []*x509.Certificate {
+	if s.cfg.Roots == nil {
+		return nil
+	}
+	return s.cfg.Roots.TaintedX509()
 }
 
 // GetFederatedBundle knows no other trust domain.

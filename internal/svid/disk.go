@@ -114,7 +114,17 @@ func Load(path string) (*State, error) {
 	return st, nil
 }
 
-func load(path string, now time.Time) (*State, error) {
+// LoadBundle reads the own bundle from what Save wrote, also when every
+// identity beside it has expired.
+func LoadBundle(path string) (*x509bundle.Bundle, error) {
+	st, err := readState(path)
+	if err != nil {
+		return nil, fmt.Errorf("load bundle from %s: %w", path, err)
+	}
+	return st.Bundle, nil
+}
+
+func readState(path string) (*State, error) {
 	b, err := readPrivate(path)
 	if err != nil {
 		return nil, err
@@ -131,7 +141,11 @@ func load(path string, now time.Time) (*State, error) {
 	if d.Version != diskVersion {
 		return nil, fmt.Errorf("file has version %d, want %d: remove it and let the proxy attest again", d.Version, diskVersion)
 	}
-	st, err := d.state()
+	return d.state()
+}
+
+func load(path string, now time.Time) (*State, error) {
+	st, err := readState(path)
 	if err != nil {
 		return nil, err
 	}

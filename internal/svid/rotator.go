@@ -39,7 +39,10 @@ const (
 
 // A Trust is what an issuer says is to be trusted.
 type Trust struct {
-	Bundle    *x509bundle.Bundle
+	Bundle *x509bundle.Bundle
+	// Tainted are roots of the bundle that are on their way out: an identity
+	// under one of them is renewed at once, and serves until then.
+	Tainted   []*x509.Certificate
 	Federated map[spiffeid.TrustDomain]*x509bundle.Bundle
 	JWTKeys   map[string]crypto.PublicKey
 }
@@ -186,7 +189,7 @@ func (r *Rotator) adopt() {
 	if st == nil {
 		return
 	}
-	r.trust = Trust{st.Bundle, st.Federated, st.JWTKeys}
+	r.trust = Trust{Bundle: st.Bundle, Federated: st.Federated, JWTKeys: st.JWTKeys}
 	for _, id := range st.Identities {
 		e := mesh.Entry{ID: id.EntryID, SPIFFEID: id.ID, Hint: id.Hint}
 		r.held[id.EntryID] = &lease{Identity: id, entry: e}
@@ -293,8 +296,17 @@ func sameTrust(a, b Trust) bool {
 	return true
 }
 
+// Taints reports whether an identity stands under a tainted root.
+func (t Trust) Taints(id Identity) bool {
+	if len(t.Tainted) == 0 {
+		return false
+	}
+	root := id.Root(t.Bundle)
+	return root != nil && slices.ContainsFunc(t.Tainted, root.Equal)
+}
+
 // renew mints for each entry that has no identity, a changed one, one that the
-// bundle no longer covers, or one that is due.
+// bundle no longer covers, one under a tainted root, or one that is due.
 func (r *Rotator) renew(ctx context.Context) error {
 	if r.trust.Bundle == nil {
 		return nil
@@ -302,7 +314,7 @@ func (r *Rotator) renew(ctx context.Context) error {
 	var errs []error
 	for _, e := range r.entries {
 		l, now := r.held[e.ID], r.cfg.now()
-		if l != nil && now.Before(l.renew) && sameEntry(l.entry, e) && r.covers(l.Identity, now) {
+		if l != nil && now.Before(l.renew) && sameEntry(l.entry, e) && r.covers(l.Identity, now) && !r.trust.Taints(l.Identity) {
 			continue
 		}
 		id, err := r.mint(ctx, e)

@@ -50,6 +50,20 @@ func (i Identity) Expires() time.Time {
 	return i.Chain[0].NotAfter
 }
 
+// Root is the authority of a bundle that signed the end of the chain, or nil.
+func (i Identity) Root(b *x509bundle.Bundle) *x509.Certificate {
+	if b == nil || len(i.Chain) == 0 {
+		return nil
+	}
+	top := i.Chain[len(i.Chain)-1]
+	for _, root := range b.X509Authorities() {
+		if top.CheckSignatureFrom(root) == nil {
+			return root
+		}
+	}
+	return nil
+}
+
 // A State is everything a process holds. It is not changed once given to
 // Source.Set. The first identity is the one shown to TLS peers.
 type State struct {
