@@ -55,7 +55,7 @@ func (a *authority) JWTKeys() []control.JWTKey {
 	keys := a.ca.Bundle().JWT
 	out := make([]control.JWTKey, len(keys))
 	for i, k := range keys {
-		out[i] = control.JWTKey{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt}
+		out[i] = control.JWTKey{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt, Tainted: k.Tainted}
 	}
 	return out
 }

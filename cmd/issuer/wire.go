@@ -40,11 +40,12 @@ type issuer struct {
 	registry *registry.Registry
 	server   *control.Server
 	received *received
+	started  time.Time
 }
 
 // serve runs the issuer until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	in := &issuer{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	in := &issuer{cfg: cfg, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
 	tty := false
 	if f, ok := stderr.(*os.File); ok {
 		tty = daemon.IsTerminal(f)
@@ -110,7 +111,7 @@ func (in *issuer) open(ctx context.Context) error {
 	in.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
 		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL,
-		Audit: in.audit, Log: in.log,
+		Audit: in.audit, Log: in.log, Holders: in.holders,
 	})
 	if err != nil {
 		return err
@@ -135,8 +136,9 @@ func (in *issuer) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	auth := &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
-		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Roots: auth, Audit: in.received,
 		Verifiers: verifiers,
 		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
 	})
