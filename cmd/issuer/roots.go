@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -112,7 +113,8 @@ func caCommand(load func() (*Config, error), stdout io.Writer) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return replaceRoot(cmd.Context(), cfg, stdout)
+			log, _ := daemon.NewLogger(cmd.ErrOrStderr(), "warn", false)
+			return replaceRoot(cmd.Context(), cfg, log, stdout)
 		},
 	}
 	rotate.Flags().BoolVar(&emergency, "emergency", false, "say that this is meant")
@@ -120,22 +122,22 @@ func caCommand(load func() (*Config, error), stdout io.Writer) *cobra.Command {
 	return cmd
 }
 
-func replaceRoot(ctx context.Context, cfg *Config, stdout io.Writer) (err error) {
+func replaceRoot(ctx context.Context, cfg *Config, log *slog.Logger, stdout io.Writer) (err error) {
 	if _, err := os.Stat(filepath.Join(cfg.DataDir, "ca", "state.json")); err != nil {
 		return daemon.Hint(fmt.Errorf("there is no CA in %s: %w", cfg.DataDir, err), "check data_dir")
 	}
-	log, err := audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl")})
+	records, err := audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: log})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, log.Sync(ctx), log.Close()) }()
+	defer func() { err = errors.Join(err, records.Sync(ctx), records.Close()) }()
 	pass, err := passphrase(cfg.CA.PassphraseFile)
 	if err != nil {
 		return err
 	}
 	c, err := ca.Replace(ctx, ca.Config{
 		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
-		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL, Audit: log,
+		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL, Audit: records, Log: log,
 	})
 	if err != nil {
 		return err
