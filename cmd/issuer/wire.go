@@ -83,6 +83,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
 	g.Go(func() error { return in.followCA(run) })
+	g.Go(func() error { return in.publishCRL(run) })
 	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
 	in.ready.Set("serving", nil)
 	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
