@@ -36,6 +36,10 @@ type Config struct {
 	// tokens. Default: none.
 	Attestors attest.Config `yaml:"attestors"`
 
+	// OIDC and BundleEndpoint publish the keys that verify our SVIDs.
+	OIDC           OIDCConfig           `yaml:"oidc"`
+	BundleEndpoint BundleEndpointConfig `yaml:"bundle_endpoint"`
+
 	CA  CAConfig         `yaml:"ca"`
 	Log daemon.LogConfig `yaml:"log"`
 }
@@ -80,6 +84,7 @@ func (c *Config) Validate() error {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is below the floor of %s", t.d, floor))
 	}
 	errs = append(errs, c.Attestors.Validate())
+	errs = append(errs, c.validatePublic())
 	return errors.Join(errs...)
 }
 

@@ -60,6 +60,11 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
+	public, err := in.publicDoors()
+	if err != nil {
+		ln.Close()
+		return err
+	}
 	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
 		ln.Close()
 		return fmt.Errorf("make run_dir: %w", err)
@@ -79,6 +84,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
+	for _, d := range public {
+		g.Go(func() error { return d.run(run) })
+	}
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
 	g.Go(func() error { return in.followCA(run) })
@@ -109,7 +117,7 @@ func (in *issuer) open(ctx context.Context) error {
 	}
 	in.ca, err = ca.Open(ctx, ca.Config{
 		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
-		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL,
+		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, JWTIssuer: cfg.OIDC.Issuer, AllowShort: cfg.CA.AllowShortTTL,
 		Audit: in.audit, Log: in.log,
 	})
 	if err != nil {
