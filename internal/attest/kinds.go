@@ -21,6 +21,7 @@ type Config struct {
 	OIDC    *OIDCConfig    `yaml:"oidc"`
 	K8sPSAT *K8sPSATConfig `yaml:"k8s_psat"`
 	AWSIID  *AWSIIDConfig  `yaml:"aws_iid"`
+	GCPIIT  *GCPIITConfig  `yaml:"gcp_iit"`
 }
 
 // Validate reports every mistake, by field.
@@ -37,6 +38,9 @@ func (c *Config) Validate() error {
 	}
 	if c.AWSIID != nil {
 		errs = append(errs, c.AWSIID.validate("attestors.aws_iid")...)
+	}
+	if c.GCPIIT != nil {
+		errs = append(errs, c.GCPIIT.validate("attestors.gcp_iit")...)
 	}
 	return errors.Join(errs...)
 }
@@ -65,6 +69,10 @@ func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]Node
 		v, err := NewAWSIID(td, *c.AWSIID, seen)
 		keep(AWSIID, v, err)
 	}
+	if c.GCPIIT != nil {
+		v, err := NewGCPIIT(td, *c.GCPIIT, seen)
+		keep(GCPIIT, v, err)
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -84,8 +92,8 @@ type Evidence interface {
 // NodeConfig says how a node proves itself. Which fields a kind needs stands
 // with it; those of other kinds are mistakes.
 type NodeConfig struct {
-	// Kind is x509pop, oidc, k8s_psat or aws_iid; without it the node joins by a
-	// token.
+	// Kind is x509pop, oidc, k8s_psat, aws_iid or gcp_iit; without it the node
+	// joins by a token.
 	Kind string `yaml:"kind"`
 	// CertificateFile and KeyFile are PEM files of the node: its certificate,
 	// with intermediates after it, and the private key. Needed for x509pop.
@@ -103,6 +111,8 @@ type NodeConfig struct {
 	// MetadataURL is the metadata service of the cloud. Default: where each
 	// cloud has it.
 	MetadataURL string `yaml:"metadata_url"`
+	// ServiceAccount of the instance, for gcp_iit. Default "default".
+	ServiceAccount string `yaml:"service_account"`
 }
 
 // nodeKinds lists the fields of each kind, those it needs and those it may
@@ -112,13 +122,14 @@ var nodeKinds = map[string]struct{ needs, may []string }{
 	OIDC:    {may: []string{"token_file", "audience"}},
 	K8sPSAT: {needs: []string{"cluster", "token_file"}},
 	AWSIID:  {may: []string{"metadata_url"}},
+	GCPIIT:  {may: []string{"metadata_url", "service_account"}},
 }
 
 // fields gives what is written, by name.
 func (c NodeConfig) fields() map[string]string {
 	return map[string]string{
 		"certificate_file": c.CertificateFile, "key_file": c.KeyFile, "token_file": c.TokenFile, "audience": c.Audience, "cluster": c.Cluster,
-		"metadata_url": c.MetadataURL,
+		"metadata_url": c.MetadataURL, "service_account": c.ServiceAccount,
 	}
 }
 
@@ -167,6 +178,8 @@ func NewEvidence(c NodeConfig) (Evidence, error) {
 		return psatEvidence{cluster: c.Cluster, file: c.TokenFile}, nil
 	case AWSIID:
 		return awsEvidence{base: cmp.Or(c.MetadataURL, awsMetadata), client: metadataClient()}, nil
+	case GCPIIT:
+		return newGCPEvidence(c), nil
 	}
 	return nil, nil
 }
