@@ -67,6 +67,8 @@ type Registry struct {
 	started time.Time
 	state   atomic.Pointer[state]
 	refusal atomic.Pointer[string]
+	// calls are the entries made by calls.
+	calls atomic.Pointer[kept]
 
 	// applying lets one set of policies be judged at a time.
 	applying sync.Mutex
@@ -140,6 +142,9 @@ func (r *Registry) Load(ctx context.Context) error {
 	if err := r.loadEndpoints(ctx); err != nil {
 		return err
 	}
+	if _, err := r.loadEntries(ctx); err != nil {
+		return err
+	}
 	// This write gives what we distribute from now on a revision above all
 	// that an earlier run may have distributed.
 	rev, err := r.write(ctx, store.Op{Kind: store.KindLease, Key: "issuer/start", Value: []byte(r.cfg.Now().UTC().Format(time.RFC3339Nano))})
@@ -161,7 +166,7 @@ func (r *Registry) Load(ctx context.Context) error {
 // mu is held.
 func (r *Registry) compile(acc *accepted) (*state, error) {
 	next := &state{accepted: acc, byAgent: make(map[spiffeid.ID][]mesh.Entry), changed: make(chan struct{})}
-	for _, e := range acc.Policies.Entries {
+	for _, e := range r.union(acc.Policies.Entries) {
 		next.byAgent[e.ParentID] = append(next.byAgent[e.ParentID], e)
 	}
 	var err error
@@ -211,18 +216,19 @@ func (r *Registry) Current() *mesh.Snapshot { return r.state.Load().snapshot }
 // change. Take the channel first and read afterwards, then no change is missed.
 func (r *Registry) Changed() <-chan struct{} { return r.state.Load().changed }
 
-// Entries returns every registration entry, in the order of the policies.
+// Entries returns every registration entry, in the order of the policies, and
+// then those made by calls.
 func (r *Registry) Entries() []mesh.Entry {
 	acc := r.state.Load().accepted
 	if acc == nil {
 		return nil
 	}
-	return slices.Clone(acc.Policies.Entries)
+	return r.union(acc.Policies.Entries)
 }
 
 // EntriesFor returns the entries whose parent is the agent.
 func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
-	return slices.Clone(r.state.Load().byAgent[agent])
+	return slices.DeleteFunc(slices.Clone(r.state.Load().byAgent[agent]), r.lapsed)
 }
 
 // Status says what is in force and why the newest edit is not, if so.
