@@ -146,7 +146,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := len(list) == 0
-	policies, keys, reports := all, all, all
+	policies, entries, keys, reports := all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
 	for _, c := range list {
 		switch c.Kind {
@@ -163,6 +163,9 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			if h := r.endpoints[e]; h == nil && !c.Deleted || h != nil && h.rev < c.Revision {
 				endpoints[e] = c.Revision
 			}
+		case store.KindEntry:
+			e, known := r.kept()[c.Key]
+			entries = entries || known == c.Deleted || e.Revision < c.Revision
 		case store.KindAuthority:
 			keys = keys || strings.HasPrefix(c.Key, jwtKeys)
 		case store.KindLease:
@@ -177,6 +180,11 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	}
 	if policies {
 		if err := r.adopt(ctx); err != nil {
+			return err
+		}
+	}
+	if entries {
+		if err := r.followEntries(ctx); err != nil {
 			return err
 		}
 	}
