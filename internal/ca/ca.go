@@ -61,6 +61,11 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Dir holds certificates and state, mode 0700. Required.
 	Dir string
+	// RootDir has root.crt and root.key of the first issuer of the trust domain,
+	// for another one that signs under the same root with an intermediate of
+	// its own. It is read once, when Dir is empty. Mode 0700. Default: the root
+	// is made.
+	RootDir string
 	// KMS says where the private keys are: empty for files in Dir, else
 	// "softkms:path=/dir", a file: URI or an absolute path of a directory.
 	KMS string

@@ -36,11 +36,14 @@ type Key struct {
 type keyring struct {
 	mu      sync.Mutex // guards the fields below
 	all     map[string]Key
+	owners  map[string]string // by key ID
 	changed chan struct{}
 }
 
 // keyRecord is a Key in the store.
 type keyRecord struct {
+	// Owner is the issuer that signs with it.
+	Owner     string    `json:"owner"`
 	PublicKey []byte    `json:"public_key"` // PKIX
 	Expires   time.Time `json:"expires"`
 }
@@ -64,13 +67,22 @@ func (r *Registry) CheckRoot(ctx context.Context, root []byte) error {
 	return nil
 }
 
-// PublishKeys lets the other issuers hand out the JWT keys of this one. When
-// it returns, each issuer that asks the store has them.
-func (r *Registry) PublishKeys(ctx context.Context, keys []Key) error {
+// PublishKeys lets the other issuers hand out the JWT keys of this one, and no
+// others of it. Owner is its name over restarts. When PublishKeys returns, each
+// issuer that asks the store has them.
+func (r *Registry) PublishKeys(ctx context.Context, owner string, keys []Key) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err := r.loadKeys(ctx); err != nil {
+		return err
+	}
 	var ops []store.Op
-	known := r.keys.get()
+	known, owners := r.keys.get()
+	for id := range known {
+		if owners[id] == owner && !slices.ContainsFunc(keys, func(k Key) bool { return k.KeyID == id }) {
+			ops = append(ops, store.Op{Kind: store.KindAuthority, Key: jwtKeys + id, Delete: true})
+		}
+	}
 	for _, k := range keys {
 		if _, told := known[k.KeyID]; told {
 			continue
@@ -79,7 +91,7 @@ func (r *Registry) PublishKeys(ctx context.Context, keys []Key) error {
 		if err != nil {
 			return fmt.Errorf("publish JWT key %s: %w", k.KeyID, err)
 		}
-		value, err := json.Marshal(keyRecord{der, k.ExpiresAt.UTC()})
+		value, err := json.Marshal(keyRecord{owner, der, k.ExpiresAt.UTC()})
 		if err != nil {
 			return fmt.Errorf("publish JWT key %s: %w", k.KeyID, err)
 		}
@@ -97,7 +109,7 @@ func (r *Registry) PublishKeys(ctx context.Context, keys []Key) error {
 // Keys returns the JWT keys of every issuer that are not past their end, by
 // key ID.
 func (r *Registry) Keys() []Key {
-	all := r.keys.get()
+	all, _ := r.keys.get()
 	now := r.cfg.Now()
 	var out []Key
 	for _, id := range slices.Sorted(maps.Keys(all)) {
@@ -116,10 +128,10 @@ func (r *Registry) KeysChanged() <-chan struct{} {
 }
 
 // get returns the keys, which the caller must not change.
-func (k *keyring) get() map[string]Key {
+func (k *keyring) get() (all map[string]Key, owners map[string]string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.all
+	return k.all, k.owners
 }
 
 // loadKeys reads the keys of all issuers. mu is held.
@@ -128,7 +140,7 @@ func (r *Registry) loadKeys(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("load JWT keys: %w", err)
 	}
-	all := make(map[string]Key, len(records))
+	all, owners := make(map[string]Key, len(records)), make(map[string]string, len(records))
 	for _, rec := range records {
 		var kr keyRecord
 		if err := json.Unmarshal(rec.Value, &kr); err != nil {
@@ -139,11 +151,16 @@ func (r *Registry) loadKeys(ctx context.Context) error {
 			return fmt.Errorf("load JWT key %q: %w", rec.Key, err)
 		}
 		id := strings.TrimPrefix(rec.Key, jwtKeys)
+		owners[id] = kr.Owner
 		all[id] = Key{KeyID: id, PublicKey: public, ExpiresAt: kr.Expires}
 	}
 	r.keys.mu.Lock()
 	defer r.keys.mu.Unlock()
-	r.keys.all = all
+	same := maps.EqualFunc(r.keys.all, all, func(a, b Key) bool { return a.ExpiresAt.Equal(b.ExpiresAt) })
+	r.keys.all, r.keys.owners = all, owners
+	if same {
+		return nil
+	}
 	close(r.keys.changed)
 	r.keys.changed = make(chan struct{})
 	return nil

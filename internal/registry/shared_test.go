@@ -356,13 +356,25 @@ func sharedKeys(f *fleet) {
 	}
 	changed := b.KeysChanged()
 	mine := registry.Key{KeyID: "jwt-1", PublicKey: key.Public(), ExpiresAt: f.now().Add(time.Hour)}
-	if err := a.PublishKeys(f.t.Context(), []registry.Key{mine}); err != nil {
+	if err := a.PublishKeys(f.t.Context(), "a", []registry.Key{mine}); err != nil {
 		f.t.Fatal(err)
 	}
 	<-changed
 	if got := b.Keys(); len(got) != 1 || got[0].KeyID != "jwt-1" || !key.PublicKey.Equal(got[0].PublicKey) {
 		f.t.Errorf("Keys = %+v", got)
 	}
+	// A key that a gives up is gone at b; what b does leaves it.
+	if err := b.PublishKeys(f.t.Context(), "b", nil); err != nil || len(b.Keys()) != 1 {
+		f.t.Errorf("PublishKeys of b: %v, keys %+v", err, b.Keys())
+	}
+	if err := a.PublishKeys(f.t.Context(), "a", nil); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("b has no key", func() bool { return len(b.Keys()) == 0 })
+	if err := a.PublishKeys(f.t.Context(), "a", []registry.Key{mine}); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("b has the key again", func() bool { return len(b.Keys()) == 1 })
 	f.ahead.Add(int64(2 * time.Hour))
 	if got := b.Keys(); len(got) != 0 {
 		f.t.Errorf("Keys after their end = %+v", got)
