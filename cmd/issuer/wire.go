@@ -155,7 +155,7 @@ func (in *issuer) open(ctx context.Context) error {
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, others: in.registry.Keys, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
 		Verifiers: verifiers,
 		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
-		Keeper: in.registry, OnAdmin: in.recordAdmin,
+		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
 	})
 	return err
 }

@@ -193,6 +193,9 @@ type Policies struct {
 	Destinations []Destination        `json:"destinations"`
 	Entries      []Entry              `json:"entries"`
 	Cases        []Case               `json:"cases"`
+	// Admin are the rows of admin.csv; without any, operators have the rights
+	// that their entries give.
+	Admin []AdminRule `json:"admin,omitempty"`
 }
 
 // A Snapshot is what one proxy acts on: immutable once made, swapped whole.
