@@ -17,11 +17,12 @@ import (
 // Config says which kinds of node evidence the issuer accepts beside join
 // tokens. A kind that is not written is refused.
 type Config struct {
-	X509PoP *X509PoPConfig `yaml:"x509pop"`
-	OIDC    *OIDCConfig    `yaml:"oidc"`
-	K8sPSAT *K8sPSATConfig `yaml:"k8s_psat"`
-	AWSIID  *AWSIIDConfig  `yaml:"aws_iid"`
-	GCPIIT  *GCPIITConfig  `yaml:"gcp_iit"`
+	X509PoP   *X509PoPConfig   `yaml:"x509pop"`
+	OIDC      *OIDCConfig      `yaml:"oidc"`
+	K8sPSAT   *K8sPSATConfig   `yaml:"k8s_psat"`
+	AWSIID    *AWSIIDConfig    `yaml:"aws_iid"`
+	GCPIIT    *GCPIITConfig    `yaml:"gcp_iit"`
+	AzureIMDS *AzureIMDSConfig `yaml:"azure_imds"`
 }
 
 // Validate reports every mistake, by field.
@@ -41,6 +42,9 @@ func (c *Config) Validate() error {
 	}
 	if c.GCPIIT != nil {
 		errs = append(errs, c.GCPIIT.validate("attestors.gcp_iit")...)
+	}
+	if c.AzureIMDS != nil {
+		errs = append(errs, c.AzureIMDS.validate("attestors.azure_imds")...)
 	}
 	return errors.Join(errs...)
 }
@@ -73,6 +77,10 @@ func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]Node
 		v, err := NewGCPIIT(td, *c.GCPIIT, seen)
 		keep(GCPIIT, v, err)
 	}
+	if c.AzureIMDS != nil {
+		v, err := NewAzureIMDS(td, *c.AzureIMDS, seen)
+		keep(AzureIMDS, v, err)
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -92,8 +100,8 @@ type Evidence interface {
 // NodeConfig says how a node proves itself. Which fields a kind needs stands
 // with it; those of other kinds are mistakes.
 type NodeConfig struct {
-	// Kind is x509pop, oidc, k8s_psat, aws_iid or gcp_iit; without it the node
-	// joins by a token.
+	// Kind is x509pop, oidc, k8s_psat, aws_iid, gcp_iit or azure_imds; without it
+	// the node joins by a token.
 	Kind string `yaml:"kind"`
 	// CertificateFile and KeyFile are PEM files of the node: its certificate,
 	// with intermediates after it, and the private key. Needed for x509pop.
@@ -118,11 +126,12 @@ type NodeConfig struct {
 // nodeKinds lists the fields of each kind, those it needs and those it may
 // have.
 var nodeKinds = map[string]struct{ needs, may []string }{
-	X509PoP: {needs: []string{"certificate_file", "key_file"}},
-	OIDC:    {may: []string{"token_file", "audience"}},
-	K8sPSAT: {needs: []string{"cluster", "token_file"}},
-	AWSIID:  {may: []string{"metadata_url"}},
-	GCPIIT:  {may: []string{"metadata_url", "service_account"}},
+	X509PoP:   {needs: []string{"certificate_file", "key_file"}},
+	OIDC:      {may: []string{"token_file", "audience"}},
+	K8sPSAT:   {needs: []string{"cluster", "token_file"}},
+	AWSIID:    {may: []string{"metadata_url"}},
+	GCPIIT:    {may: []string{"metadata_url", "service_account"}},
+	AzureIMDS: {may: []string{"metadata_url"}},
 }
 
 // fields gives what is written, by name.
@@ -180,6 +189,8 @@ func NewEvidence(c NodeConfig) (Evidence, error) {
 		return awsEvidence{base: cmp.Or(c.MetadataURL, awsMetadata), client: metadataClient()}, nil
 	case GCPIIT:
 		return newGCPEvidence(c), nil
+	case AzureIMDS:
+		return azureEvidence{base: cmp.Or(c.MetadataURL, azureMetadata), client: metadataClient()}, nil
 	}
 	return nil, nil
 }

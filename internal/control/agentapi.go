@@ -73,8 +73,9 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 // reattestable reports whether the evidence may be shown again with another
 // key. An agent then attests again instead of renewing.
 func reattestable(v NodeVerifier) bool {
-	_, ok := v.(Challenger)
-	return ok
+	_, asks := v.(Challenger)
+	o, ok := v.(interface{ Once() bool })
+	return asks && !(ok && o.Once())
 }
 
 // verify asks the verifier, with a challenge if its kind has one. gone is why

@@ -87,8 +87,9 @@ type NodeVerifier interface {
 }
 
 // A Challenger is a NodeVerifier whose evidence proves something only together
-// with the answer to a fresh question, so it may be shown again. ask sends the
-// question and returns the answer; its error ends the attestation.
+// with the answer to a fresh question, so it may be shown again, unless it has
+// a method Once that says true. ask sends the question and returns the answer;
+// its error ends the attestation.
 type Challenger interface {
 	NodeVerifier
 	VerifyAnswer(ctx context.Context, payload []byte, key crypto.PublicKey, ask func(challenge []byte) (answer []byte, err error)) (agent spiffeid.ID, selectors []mesh.Selector, err error)
