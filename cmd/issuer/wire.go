@@ -35,12 +35,16 @@ type issuer struct {
 	ready    *daemon.Ready
 	metrics  *telemetry.Registry
 	audit    *audit.Log
-	store    *store.SQLite
+	store    store.Store
 	ca       *ca.CA
 	registry *registry.Registry
 	server   *control.Server
 	received *received
 	started  time.Time
+
+	// name is this issuer's over restarts, instance that of this start; both
+	// are empty unless the store is shared.
+	name, instance string
 }
 
 // serve runs the issuer until a signal, or until a part of it fails.
@@ -61,6 +65,11 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
+	public, err := in.publicDoors()
+	if err != nil {
+		ln.Close()
+		return err
+	}
 	if err := os.MkdirAll(cfg.RunDir, 0o700); err != nil {
 		ln.Close()
 		return fmt.Errorf("make run_dir: %w", err)
@@ -80,10 +89,14 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
+	for _, d := range public {
+		g.Go(func() error { return d.run(run) })
+	}
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
 	g.Go(func() error { return in.followCA(run) })
 	g.Go(func() error { return in.publishCRL(run) })
+	g.Go(func() error { return in.followIssuers(run) })
 	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
 	in.ready.Set("serving", nil)
 	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
@@ -102,7 +115,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
 		return err
 	}
-	if in.store, err = store.OpenSQLite(ctx, filepath.Join(cfg.DataDir, "issuer.db")); err != nil {
+	if err := in.openStore(ctx); err != nil {
 		return err
 	}
 	pass, err := passphrase(cfg.CA.PassphraseFile)
@@ -110,9 +123,9 @@ func (in *issuer) open(ctx context.Context) error {
 		return err
 	}
 	in.ca, err = ca.Open(ctx, ca.Config{
-		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
-		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL,
-		Audit: in.audit, Log: in.log, Holders: in.holders,
+		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), RootDir: cfg.CA.RootDir, Passphrase: pass, KMS: cfg.CA.KMS,
+		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, JWTIssuer: cfg.OIDC.Issuer, AllowShort: cfg.CA.AllowShortTTL,
+		Audit: in.audit, Log: in.log, Holders: in.holders, SharedRoot: in.name != "" || cfg.CA.RootDir != "",
 	})
 	if err != nil {
 		return err
@@ -120,11 +133,14 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.writeBundle(); err != nil {
 		return err
 	}
-	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red})
+	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance})
 	if err != nil {
 		return err
 	}
 	if err := in.registry.Load(ctx); err != nil {
+		return err
+	}
+	if err := in.joinIssuers(ctx); err != nil {
 		return err
 	}
 	if err := in.firstPolicies(ctx); err != nil {
@@ -137,11 +153,12 @@ func (in *issuer) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	auth := &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
+	auth := &authority{ca: in.ca, others: in.registry.Keys, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Roots: auth, Audit: in.received,
 		Verifiers: verifiers,
 		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
+		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
 	})
 	return err
 }
@@ -158,6 +175,7 @@ func (in *issuer) followCA(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+			in.publishKeys(ctx)
 			in.server.SyncNow()
 		}
 	}

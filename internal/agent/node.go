@@ -42,6 +42,9 @@ func (a *Agent) attest(ctx context.Context) error {
 				return err
 			}
 			a.cfg.Log.Info("node attested", "agent", got.ID.String())
+			if a.evidence != nil {
+				return nil // the issuer may have tied the evidence to this key
+			}
 			return a.dropNodeKey()
 		}
 		if !errors.Is(err, control.ErrUnreachable) || ctx.Err() != nil {

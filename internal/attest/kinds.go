@@ -1,6 +1,7 @@
 package attest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,9 +17,12 @@ import (
 // Config says which kinds of node evidence the issuer accepts beside join
 // tokens. A kind that is not written is refused.
 type Config struct {
-	X509PoP *X509PoPConfig `yaml:"x509pop"`
-	OIDC    *OIDCConfig    `yaml:"oidc"`
-	K8sPSAT *K8sPSATConfig `yaml:"k8s_psat"`
+	X509PoP   *X509PoPConfig   `yaml:"x509pop"`
+	OIDC      *OIDCConfig      `yaml:"oidc"`
+	K8sPSAT   *K8sPSATConfig   `yaml:"k8s_psat"`
+	AWSIID    *AWSIIDConfig    `yaml:"aws_iid"`
+	GCPIIT    *GCPIITConfig    `yaml:"gcp_iit"`
+	AzureIMDS *AzureIMDSConfig `yaml:"azure_imds"`
 }
 
 // Validate reports every mistake, by field.
@@ -32,6 +36,15 @@ func (c *Config) Validate() error {
 	}
 	if c.K8sPSAT != nil {
 		errs = append(errs, c.K8sPSAT.validate("attestors.k8s_psat")...)
+	}
+	if c.AWSIID != nil {
+		errs = append(errs, c.AWSIID.validate("attestors.aws_iid")...)
+	}
+	if c.GCPIIT != nil {
+		errs = append(errs, c.GCPIIT.validate("attestors.gcp_iit")...)
+	}
+	if c.AzureIMDS != nil {
+		errs = append(errs, c.AzureIMDS.validate("attestors.azure_imds")...)
 	}
 	return errors.Join(errs...)
 }
@@ -56,6 +69,18 @@ func NewVerifiers(td spiffeid.TrustDomain, c Config, seen Seen) (map[string]Node
 		v, err := NewK8sPSAT(td, *c.K8sPSAT, seen)
 		keep(K8sPSAT, v, err)
 	}
+	if c.AWSIID != nil {
+		v, err := NewAWSIID(td, *c.AWSIID, seen)
+		keep(AWSIID, v, err)
+	}
+	if c.GCPIIT != nil {
+		v, err := NewGCPIIT(td, *c.GCPIIT, seen)
+		keep(GCPIIT, v, err)
+	}
+	if c.AzureIMDS != nil {
+		v, err := NewAzureIMDS(td, *c.AzureIMDS, seen)
+		keep(AzureIMDS, v, err)
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
@@ -75,7 +100,8 @@ type Evidence interface {
 // NodeConfig says how a node proves itself. Which fields a kind needs stands
 // with it; those of other kinds are mistakes.
 type NodeConfig struct {
-	// Kind is x509pop, oidc or k8s_psat; without it the node joins by a token.
+	// Kind is x509pop, oidc, k8s_psat, aws_iid, gcp_iit or azure_imds; without it
+	// the node joins by a token.
 	Kind string `yaml:"kind"`
 	// CertificateFile and KeyFile are PEM files of the node: its certificate,
 	// with intermediates after it, and the private key. Needed for x509pop.
@@ -90,20 +116,29 @@ type NodeConfig struct {
 	// Cluster is the name under which the issuer knows the cluster. Needed for
 	// k8s_psat.
 	Cluster string `yaml:"cluster"`
+	// MetadataURL is the metadata service of the cloud. Default: where each
+	// cloud has it.
+	MetadataURL string `yaml:"metadata_url"`
+	// ServiceAccount of the instance, for gcp_iit. Default "default".
+	ServiceAccount string `yaml:"service_account"`
 }
 
 // nodeKinds lists the fields of each kind, those it needs and those it may
 // have.
 var nodeKinds = map[string]struct{ needs, may []string }{
-	X509PoP: {needs: []string{"certificate_file", "key_file"}},
-	OIDC:    {may: []string{"token_file", "audience"}},
-	K8sPSAT: {needs: []string{"cluster", "token_file"}},
+	X509PoP:   {needs: []string{"certificate_file", "key_file"}},
+	OIDC:      {may: []string{"token_file", "audience"}},
+	K8sPSAT:   {needs: []string{"cluster", "token_file"}},
+	AWSIID:    {may: []string{"metadata_url"}},
+	GCPIIT:    {may: []string{"metadata_url", "service_account"}},
+	AzureIMDS: {may: []string{"metadata_url"}},
 }
 
 // fields gives what is written, by name.
 func (c NodeConfig) fields() map[string]string {
 	return map[string]string{
 		"certificate_file": c.CertificateFile, "key_file": c.KeyFile, "token_file": c.TokenFile, "audience": c.Audience, "cluster": c.Cluster,
+		"metadata_url": c.MetadataURL, "service_account": c.ServiceAccount,
 	}
 }
 
@@ -150,6 +185,12 @@ func NewEvidence(c NodeConfig) (Evidence, error) {
 		return newOIDCEvidence(c)
 	case K8sPSAT:
 		return psatEvidence{cluster: c.Cluster, file: c.TokenFile}, nil
+	case AWSIID:
+		return awsEvidence{base: cmp.Or(c.MetadataURL, awsMetadata), client: metadataClient()}, nil
+	case GCPIIT:
+		return newGCPEvidence(c), nil
+	case AzureIMDS:
+		return azureEvidence{base: cmp.Or(c.MetadataURL, azureMetadata), client: metadataClient()}, nil
 	}
 	return nil, nil
 }

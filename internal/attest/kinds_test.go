@@ -15,6 +15,7 @@ func TestNodeConfigNamesEveryMistake(t *testing.T) {
 		{"a field without a kind", NodeConfig{KeyFile: "k"}, []string{"issuer.attest.kind: missing beside key_file"}},
 		{"an unknown kind", NodeConfig{Kind: "x509pot"}, []string{`"x509pot" is unknown`, `did you mean "x509pop"?`}},
 		{"fields that are missing", NodeConfig{Kind: X509PoP}, []string{"issuer.attest.certificate_file: missing", "issuer.attest.key_file: missing"}},
+		{"a field of another kind", NodeConfig{Kind: AWSIID, TokenFile: "t"}, []string{"issuer.attest.token_file: has no meaning for kind aws_iid"}},
 		{"all that is needed", NodeConfig{Kind: X509PoP, CertificateFile: "c", KeyFile: "k"}, nil},
 	} {
 		err := c.c.Validate()
@@ -31,11 +32,31 @@ func TestNodeConfigNamesEveryMistake(t *testing.T) {
 }
 
 func TestConfigNamesEveryMistake(t *testing.T) {
-	err := (&Config{X509PoP: &X509PoPConfig{}}).Validate()
-	for _, want := range []string{"attestors.x509pop.ca_file: missing"} {
+	c := &Config{
+		X509PoP: &X509PoPConfig{},
+		OIDC: &OIDCConfig{Issuers: map[string]OIDCIssuer{
+			"a b": {Issuer: "http://x", JWKSFile: "f", JWKSURL: "http://x"},
+			"c":   {Issuer: "https://same", Audience: "a", Require: map[string]string{"x": "y"}},
+			"d":   {Issuer: "https://same", Audience: "a", Require: map[string]string{"x": "y"}},
+		}},
+		K8sPSAT:   &K8sPSATConfig{Clusters: map[string]K8sCluster{"blue": {ServiceAccounts: []string{"nobody"}, JWKSFile: "f", APIServer: "http://x"}}},
+		AWSIID:    &AWSIIDConfig{},
+		GCPIIT:    &GCPIITConfig{},
+		AzureIMDS: &AzureIMDSConfig{Subscriptions: map[string]string{"x": "y"}},
+	}
+	err := c.Validate()
+	for _, want := range []string{
+		"attestors.x509pop.ca_file: missing", `attestors.oidc.issuers.a b: "a b" cannot be`, "issuers.a b.issuer: missing or not", "issuers.a b.audience: missing",
+		"issuers.a b.require: missing", "issuers.a b.jwks_file: given beside", "issuers.a b.jwks_url: is not", "issuers.d.issuer: is that of c too",
+		"clusters.blue.issuer: missing", `service_accounts[0]: "nobody" is not`, "clusters.blue.jwks_file: write one of", "api_server: is not", "token_file: belongs to",
+		"aws_iid.accounts: missing", "aws_iid.certificates: missing", "gcp_iit.projects: missing", "azure_imds.subscriptions.x: want", "azure_imds.ca_file: missing",
+	} {
 		if err == nil || !strings.Contains(err.Error(), want) {
-			t.Errorf("%v does not say %q", err, want)
+			t.Errorf("no mistake %q in:\n%v", want, err)
 		}
+	}
+	if err := (&Config{}).Validate(); err != nil {
+		t.Errorf("no attestors: %v", err)
 	}
 	if _, err := NewVerifiers(td, Config{X509PoP: &X509PoPConfig{CAFile: "/nowhere"}}, nil); err == nil {
 		t.Error("a file that is not there is no mistake")

@@ -79,6 +79,10 @@ func pemFile(t testing.TB, certs ...*x509.Certificate) string {
 	return writeFile(t, b)
 }
 
+func pemBlock(kind string, der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+}
+
 func writeFile(t testing.TB, b []byte) string {
 	t.Helper()
 	f := filepath.Join(t.TempDir(), "file")

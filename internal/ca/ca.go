@@ -61,6 +61,11 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Dir holds certificates and state, mode 0700. Required.
 	Dir string
+	// RootDir has root.crt and root.key of the first issuer of the trust domain,
+	// for another one that signs under the same root with an intermediate of
+	// its own. It is read once, when Dir is empty. Mode 0700. Default: the root
+	// is made.
+	RootDir string
 	// KMS says where the private keys are: empty for files in Dir, else
 	// "softkms:path=/dir", a file: URI or an absolute path of a directory.
 	KMS string
@@ -84,6 +89,10 @@ type Config struct {
 	// AllowShort lowers the floor of every life from 1 min to 1 s, for tests
 	// and the demo.
 	AllowShort bool
+	// SharedRoot says that other issuers sign under the same root. Each would
+	// make another one, so then the root is replaced by force alone, while the
+	// others are stopped.
+	SharedRoot bool
 	// Holders returns the live proxies and what they trust and show, and false
 	// while that is not known. A rotation of the root waits for them; without
 	// Holders it goes on only when forced.

@@ -64,6 +64,7 @@ func (c *CA) Rotation() Rotation {
 	out.Gate = c.gate(s, forward[out.Phase])
 	plan := c.schedule(s)
 	switch {
+	case c.cfg.SharedRoot:
 	case out.Phase == Steady:
 		out.Due = plan.prepare
 	case out.Phase == Prepared && out.Pace != AtOnce:
@@ -111,6 +112,9 @@ func idsOf(roots []*x509.Certificate) (out []string) {
 // rollOn takes the step that is due, if its gate is open. The caller holds c.mu.
 func (c *CA) rollOn(ctx context.Context, s *signing, now time.Time) error {
 	step, forced := c.schedule(s).due(c.state.Rotation, now)
+	if c.cfg.SharedRoot {
+		step = ""
+	}
 	if step != "" && (forced || c.gate(s, step).Open(now) == nil) {
 		if forced {
 			c.cfg.Log.Warn("root is near its end: the next one signs, whoever trusts it", "root_expires", s.root.NotAfter)
@@ -140,6 +144,9 @@ func (c *CA) lookWhoLags() {
 // follow by themselves, each through its gate.
 func (c *CA) Rotate(ctx context.Context, pace Pace, force bool) (Rotation, error) {
 	err := c.operate(func(s *signing, now time.Time) error {
+		if c.cfg.SharedRoot && !force {
+			return errShared()
+		}
 		phase := c.state.Rotation.phase()
 		step := forward[phase]
 		if err := c.gate(s, step).Open(now); err != nil && !force {
@@ -175,8 +182,18 @@ func (c *CA) Rollback(ctx context.Context) (Rotation, error) {
 // fetch the new trust over the connection they have, so peers that have not
 // yet refuse those that have, for about a second.
 func (c *CA) Emergency(ctx context.Context) (Rotation, error) {
-	err := c.operate(func(s *signing, now time.Time) error { return c.emergency(ctx, s, now) })
+	err := c.operate(func(s *signing, now time.Time) error {
+		if c.cfg.SharedRoot {
+			return errShared()
+		}
+		return c.emergency(ctx, s, now)
+	})
 	return c.Rotation(), err
+}
+
+func errShared() error {
+	return daemon.Hint(fmt.Errorf("%w: other issuers sign under this root and would not know the new one", ErrGate),
+		"stop the others, run sallyport ca rotate --force until the phase is steady again, and give the others the new root by ca.root_dir and an empty directory ca")
 }
 
 // operate runs what an operator asked for.

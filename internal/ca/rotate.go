@@ -325,7 +325,11 @@ func (c *CA) sweep() {
 // the state that names them.
 func (c *CA) create(ctx context.Context) error {
 	now := c.cfg.Now()
-	root, key, err := c.newRoot(ctx, rootName, now)
+	made := c.newRoot
+	if c.cfg.RootDir != "" {
+		made = c.importRoot
+	}
+	root, key, err := made(ctx, rootName, now)
 	if err != nil {
 		return err
 	}

@@ -288,6 +288,27 @@ func TestRotationByTime(t *testing.T) {
 	})
 }
 
+func TestASharedRootIsReplacedByForceAlone(t *testing.T) {
+	cfg, now := inFleet(config(t), new(fleet)), time.Now()
+	cfg.Now, cfg.SharedRoot = func() time.Time { return now }, true
+	c := open(t, cfg)
+	refused(t, c, "other issuers sign under this root", "; next: stop the others")
+	if _, err := c.Emergency(t.Context()); !errors.Is(err, ErrGate) {
+		t.Errorf("emergency: %v", err)
+	}
+	now = now.Add(360 * 24 * time.Hour)
+	if err := c.renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	phase(t, c, Steady, 1, 0)
+	for _, want := range []Phase{Prepared, Activated, Tainted, Steady} {
+		rotateNow(t, c, true)
+		if got := c.Rotation().Phase; got != want {
+			t.Fatalf("phase %s, want %s", got, want)
+		}
+	}
+}
+
 func TestSchedule(t *testing.T) {
 	at := func(days int) time.Time { return time.Unix(0, 0).Add(time.Duration(days) * 24 * time.Hour) }
 	s := scheduleOf(at(0), at(360), 7*24*time.Hour, time.Hour)

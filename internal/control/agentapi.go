@@ -16,12 +16,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/proto"
 
 	"sallyport/internal/mesh"
 )
 
-// agentAPI is spire.api.server.agent.v1 as an agent uses it.
+// agentAPI is spire.api.server.agent.v1.
 type agentAPI struct {
 	agentv1.UnimplementedAgentServer
 	s *Server
@@ -74,8 +73,9 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 // reattestable reports whether the evidence may be shown again with another
 // key. An agent then attests again instead of renewing.
 func reattestable(v NodeVerifier) bool {
-	_, ok := v.(Challenger)
-	return ok
+	_, asks := v.(Challenger)
+	o, ok := v.(interface{ Once() bool })
+	return asks && !(ok && o.Once())
 }
 
 // verify asks the verifier, with a challenge if its kind has one. gone is why
@@ -232,60 +232,4 @@ func remote(ctx context.Context) string {
 		return p.Addr.String()
 	}
 	return ""
-}
-
-// agentAdminAPI is spire.api.server.agent.v1 as the operator uses it, on the
-// admin socket.
-type agentAdminAPI struct {
-	agentv1.UnimplementedAgentServer
-	a *adminAPI
-}
-
-// CreateJoinToken makes a token for the agent that agent_id names, or for a
-// fresh name.
-func (a *agentAdminAPI) CreateJoinToken(ctx context.Context, req *agentv1.CreateJoinTokenRequest) (*types.JoinToken, error) {
-	if req.GetToken() != "" {
-		return nil, refuse(codes.InvalidArgument, "a token's value is chosen by the issuer: leave it out")
-	}
-	name := freshName()
-	if req.GetAgentId() != nil {
-		id, err := idFromWire(req.GetAgentId())
-		if err != nil {
-			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
-		}
-		if name, err = agentName(id, a.a.s.cfg.TrustDomain); err != nil {
-			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
-		}
-	}
-	token, expires, err := a.a.createToken(ctx, name, time.Duration(req.GetTtl())*time.Second)
-	if err != nil {
-		return nil, err
-	}
-	return &types.JoinToken{Value: token, ExpiresAt: expires.Unix()}, nil
-}
-
-// ListAgents returns every agent in one page. Filters are not offered: it is
-// better to refuse than to return what was filtered out.
-func (a *agentAdminAPI) ListAgents(ctx context.Context, req *agentv1.ListAgentsRequest) (*agentv1.ListAgentsResponse, error) {
-	if proto.Size(req.GetFilter()) > 0 || req.GetPageToken() != "" {
-		return nil, refuse(codes.Unimplemented, "filters and pages of agents are not offered: list all")
-	}
-	agents, err := a.a.s.cfg.Registry.ListAgents(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list agents: %w", err)
-	}
-	resp := &agentv1.ListAgentsResponse{}
-	for _, ag := range agents {
-		resp.Agents = append(resp.Agents, agentToWire(ag))
-	}
-	return resp, nil
-}
-
-// agentName is the inverse of AgentID.
-func agentName(id spiffeid.ID, td spiffeid.TrustDomain) (string, error) {
-	name, ok := strings.CutPrefix(id.Path(), joinPrefix)
-	if !ok || !id.MemberOf(td) || strings.Contains(name, "/") {
-		return "", fmt.Errorf("%s is not of the form spiffe://%s%s<name>", id, td, joinPrefix)
-	}
-	return name, nil
 }

@@ -35,6 +35,21 @@ func (riddle) VerifyAnswer(_ context.Context, payload []byte, _ crypto.PublicKey
 	return id, []mesh.Selector{{Type: "riddle", Value: "solved:yes"}}, err
 }
 
+type onceRiddle struct{ riddle }
+
+func (onceRiddle) Once() bool { return true }
+
+func TestOnlyEvidenceForAnyKeyIsReattestable(t *testing.T) {
+	for _, c := range []struct {
+		v    NodeVerifier
+		want bool
+	}{{tokens{}, false}, {riddle{}, true}, {onceRiddle{}, false}} {
+		if got := reattestable(c.v); got != c.want {
+			t.Errorf("%T: %t, want %t", c.v, got, c.want)
+		}
+	}
+}
+
 func TestAChallengeIsAnswered(t *testing.T) {
 	r := newRig(t, newCA(t, td), func(c *ServerConfig) { c.Verifiers["riddle"] = riddle{} })
 	c := r.client(&holder{})

@@ -108,7 +108,26 @@ func entryToWire(e mesh.Entry, revision int64) *types.Entry {
 		DnsNames:       e.DNSNames,
 		Hint:           e.Hint,
 		RevisionNumber: revision,
+		Admin:          e.Admin,
+		Downstream:     e.Downstream,
+		ExpiresAt:      unix(e.ExpiresAt),
+		CreatedAt:      unix(e.CreatedAt),
 	}
+}
+
+// unix is 0 for the zero time.
+func unix(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.Unix()
+}
+
+func timeOfUnix(s int64) time.Time {
+	if s <= 0 || s > maxUnix {
+		return time.Time{}
+	}
+	return time.Unix(s, 0).UTC()
 }
 
 func entryFromWire(w *types.Entry) (mesh.Entry, error) {
@@ -132,6 +151,11 @@ func entryFromWire(w *types.Entry) (mesh.Entry, error) {
 		JWTTTL:    time.Duration(w.JwtSvidTtl) * time.Second,
 		DNSNames:  w.DnsNames,
 		Hint:      w.Hint,
+
+		Admin:      w.Admin,
+		Downstream: w.Downstream,
+		ExpiresAt:  timeOfUnix(w.ExpiresAt),
+		CreatedAt:  timeOfUnix(w.CreatedAt),
 	}, nil
 }
 

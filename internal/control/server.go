@@ -89,8 +89,9 @@ type NodeVerifier interface {
 }
 
 // A Challenger is a NodeVerifier whose evidence proves something only together
-// with the answer to a fresh question, so it may be shown again. ask sends the
-// question and returns the answer; its error ends the attestation.
+// with the answer to a fresh question, so it may be shown again, unless it has
+// a method Once that says true. ask sends the question and returns the answer;
+// its error ends the attestation.
 type Challenger interface {
 	NodeVerifier
 	VerifyAnswer(ctx context.Context, payload []byte, key crypto.PublicKey, ask func(challenge []byte) (answer []byte, err error)) (agent spiffeid.ID, selectors []mesh.Selector, err error)
@@ -132,6 +133,14 @@ type ServerConfig struct {
 	// OnAttest is told of each attestation, before its answer. An error
 	// refuses it: what cannot be recorded does not happen. Default none.
 	OnAttest func(context.Context, Attestation) error
+	// Keeper changes what operators change by calls. Default: such calls are
+	// refused.
+	Keeper Keeper
+	// Admins makes an operator's right finer. Default: as SPIRE has it.
+	Admins AdminJudge
+	// OnAdmin is told of each operator's call before it is made, and of each
+	// identity that it changes. An error refuses it. Default none.
+	OnAdmin func(context.Context, AdminCall) error
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
 	// AttestsAtOnce bounds unauthenticated calls in flight. Default 64.
@@ -179,7 +188,8 @@ type Server struct {
 	// message of a stream.
 	lease, hello time.Duration
 	// agents serialises changes of one agent's record.
-	agents keyedLocks
+	agents    keyedLocks
+	evictions evictions
 
 	// mu guards what stands below it. It is taken after a lock of agents.
 	mu sync.Mutex
@@ -243,13 +253,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // this process's own user and root are served.
 func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	g := grpc.NewServer(append(s.options(),
-		grpc.ChainUnaryInterceptor(s.recoverUnary),
-		grpc.ChainStreamInterceptor(s.recoverStream))...)
-	a := &adminAPI{s: s}
-	meshpb.RegisterAdminServer(g, a)
-	agentv1.RegisterAgentServer(g, &agentAdminAPI{a: a})
-	entryv1.RegisterEntryServer(g, &entryAdminAPI{a: a})
+		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardLocalUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream, s.guardLocalStream))...)
+	meshpb.RegisterAdminServer(g, &adminAPI{s: s})
+	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
+	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
+	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, &ownListener{UnixListener: l, log: s.cfg.Log})
 }

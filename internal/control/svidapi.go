@@ -19,7 +19,7 @@ import (
 // bundle again, seconds.
 const bundleRefresh = 60
 
-// svidAPI is spire.api.server.svid.v1 as an agent uses it.
+// svidAPI is spire.api.server.svid.v1.
 type svidAPI struct {
 	svidv1.UnimplementedSVIDServer
 	s *Server
@@ -81,13 +81,8 @@ func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry
 
 // NewJWTSVID signs a token for an entry and audiences that the agent names.
 func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
-	if n := len(req.GetAudience()); n == 0 || n > 32 {
-		return nil, refuse(codes.InvalidArgument, "%d audiences, want 1 to 32", n)
-	}
-	for _, aud := range req.GetAudience() {
-		if aud == "" || len(aud) > maxID {
-			return nil, refuse(codes.InvalidArgument, "an audience has %d bytes, want 1 to %d", len(aud), maxID)
-		}
+	if err := checkAudience(req.GetAudience()); err != nil {
+		return nil, err
 	}
 	entries, err := a.entries(ctx)
 	if err != nil {

@@ -37,6 +37,7 @@ func (v *validator) run() Errors {
 	v.destinations()
 	v.entries()
 	v.cases()
+	v.adminRules()
 	if !v.valuesOnly {
 		v.groups()
 	}
