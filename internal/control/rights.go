@@ -88,6 +88,8 @@ var rights = map[string]right{
 	meshpb.Admin_Status_FullMethodName:          toLocal,
 	meshpb.Admin_Proxies_FullMethodName:         toLocal,
 	meshpb.Admin_Edges_FullMethodName:           toLocal,
+	meshpb.Admin_Roots_FullMethodName:           toLocal,
+	meshpb.Admin_MoveRoots_FullMethodName:       toLocal,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,
