@@ -132,8 +132,3 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 	}
 	return b, nil
 }
-
-// GetFederatedBundle knows no other trust domain.
-func (a *bundleAPI) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
-	return nil, refuse(codes.NotFound, "this issuer holds no bundle of %.255q", req.GetTrustDomain())
-}
