@@ -39,6 +39,8 @@ type Config struct {
 	// OIDC and BundleEndpoint publish the keys that verify our SVIDs.
 	OIDC           OIDCConfig           `yaml:"oidc"`
 	BundleEndpoint BundleEndpointConfig `yaml:"bundle_endpoint"`
+	// Federation are the trust domains whose SVIDs our workloads may verify.
+	Federation []FederationConfig `yaml:"federation"`
 
 	// Database is PostgreSQL, for several issuers at once. Default: SQLite in
 	// DataDir, for one.
@@ -100,7 +102,7 @@ func (c *Config) Validate() error {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is below the floor of %s", t.d, floor))
 	}
 	errs = append(errs, c.Attestors.Validate())
-	errs = append(errs, c.validatePublic())
+	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)
 }
 

@@ -10,6 +10,8 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -141,6 +143,18 @@ func (in *issuer) bundleDocument() *federation.Bundle {
 	for _, k := range b.JWT {
 		out.JWT = append(out.JWT, federation.Key{ID: k.KeyID, Public: k.PublicKey})
 	}
+	if in.name == "" {
+		return out
+	}
+	// Issuers that share a store publish each other's keys. Each counts its
+	// own changes, so a sequence number would mean nothing.
+	out.Sequence = 0
+	for _, k := range in.registry.Keys() {
+		if !slices.ContainsFunc(out.JWT, func(own federation.Key) bool { return own.ID == k.KeyID }) {
+			out.JWT = append(out.JWT, federation.Key{ID: k.KeyID, Public: k.PublicKey})
+		}
+	}
+	slices.SortFunc(out.JWT, func(a, b federation.Key) int { return strings.Compare(a.ID, b.ID) })
 	return out
 }
 

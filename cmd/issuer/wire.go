@@ -21,6 +21,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
+	"sallyport/internal/federation"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
 	"sallyport/internal/store"
@@ -41,6 +42,7 @@ type issuer struct {
 	server   *control.Server
 	received *received
 	started  time.Time
+	follower *federation.Follower
 
 	// name is this issuer's over restarts, instance that of this start; both
 	// are empty unless the store is shared.
@@ -89,6 +91,8 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
+	g.Go(func() error { return in.follower.Run(run) })
+	g.Go(func() error { return in.followFederation(run) })
 	for _, d := range public {
 		g.Go(func() error { return d.run(run) })
 	}
@@ -153,11 +157,14 @@ func (in *issuer) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := in.openFederation(); err != nil {
+		return err
+	}
 	auth := &authority{ca: in.ca, others: in.registry.Keys, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Roots: auth, Audit: in.received,
-		Verifiers: verifiers,
-		Why:       whyRefused, OnAttest: in.recordAttest, Log: in.log,
+		Verifiers: verifiers, Federated: in.federated,
+		Why: whyRefused, OnAttest: in.recordAttest, Log: in.log,
 		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
 	})
 	return err

@@ -16,6 +16,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/attest"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
@@ -205,7 +208,11 @@ func (a *Agent) renewOnce(ctx context.Context) error {
 type minter struct{ a *Agent }
 
 func (m minter) Entries(ctx context.Context) ([]mesh.Entry, error) {
-	return m.a.client.SyncEntries(ctx)
+	es, err := m.a.client.SyncEntries(ctx)
+	if err == nil {
+		m.a.entries.Store(&es) // Trust follows, and depends on them
+	}
+	return es, err
 }
 
 func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
@@ -218,7 +225,35 @@ func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
 		t.JWTKeys[k.KeyID] = k.PublicKey
 	}
 	m.a.tainted(t)
-	return t, nil
+	return t, m.federated(ctx, &t)
+}
+
+// federated adds the bundles of the trust domains that entries name. One that
+// the issuer does not have is left out: nobody of it is trusted.
+func (m minter) federated(ctx context.Context, t *svid.Trust) error {
+	t.Federated = map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+	t.FederatedJWT = map[spiffeid.TrustDomain]map[string]crypto.PublicKey{}
+	for _, e := range m.a.Entries() {
+		for _, td := range e.FederatesWith {
+			if t.Federated[td] != nil {
+				continue
+			}
+			b, err := m.a.client.GetFederatedBundle(ctx, td)
+			if errors.Is(err, control.ErrRefused) {
+				m.a.cfg.Log.Warn("the issuer has no bundle of a trust domain that an entry federates with", "trust_domain", td.Name(), "err", err)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			t.Federated[td] = x509bundle.FromX509Authorities(td, b.X509)
+			t.FederatedJWT[td] = map[string]crypto.PublicKey{}
+			for _, k := range b.JWT {
+				t.FederatedJWT[td][k.KeyID] = k.PublicKey
+			}
+		}
+	}
+	return nil
 }
 
 func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {

@@ -161,7 +161,7 @@ func (v *awsIID) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 	if now.Sub(at) > v.cfg.MaxAge {
 		return id, nil, refused("aws_iid: the instance was launched more than %s ago", v.cfg.MaxAge)
 	}
-	return id, awsSelectors(d), claim(ctx, v.seen, AWSIID, account+"/"+region+"/"+instance, keyHash, time.Time{})
+	return id, awsSelectors(d), claimMachine(ctx, v.seen, id, keyHash)
 }
 
 func parseAWSPayload(payload []byte) ([]byte, *signedData, error) {

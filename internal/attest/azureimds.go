@@ -145,7 +145,7 @@ func (v *azureIMDS) verify(ctx context.Context, payload []byte, key crypto.Publi
 		return id, nil, refused("azure_imds: the machine cannot be part of an agent's ID")
 	}
 	sel = []mesh.Selector{{Type: AzureIMDS, Value: "subscription-id:" + subscription}, {Type: AzureIMDS, Value: "vm-id:" + vm}}
-	return id, sel, claim(ctx, v.seen, AzureIMDS, subscription+"/"+vm, keyHash, time.Time{})
+	return id, sel, claimMachine(ctx, v.seen, id, keyHash)
 }
 
 func (v *azureIMDS) checkTime(stamp object) error {

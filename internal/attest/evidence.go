@@ -17,6 +17,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 const (
@@ -39,14 +41,28 @@ type Seen interface {
 	Claim(ctx context.Context, what, key [32]byte, until time.Time) error
 }
 
-// claim ties evidence of a kind to a public key.
-func claim(ctx context.Context, s Seen, kind, what string, key [32]byte, until time.Time) error {
-	err := s.Claim(ctx, sha256.Sum256([]byte(kind+"\x00"+what)), key, until)
+// MachineClaim is what ties a machine that counts once to its key: it is known
+// by the agent that it became. Whoever forgets the agent forgets the claim too.
+func MachineClaim(agent spiffeid.ID) [32]byte {
+	return sha256.Sum256([]byte("machine\x00" + agent.String()))
+}
+
+// claimToken ties a signed token to a public key, claimMachine a machine.
+func claimToken(ctx context.Context, s Seen, t *token, key [32]byte, until time.Time) error {
+	return claim(ctx, s, sha256.Sum256([]byte("token\x00"+t.signed)), key, until)
+}
+
+func claimMachine(ctx context.Context, s Seen, agent spiffeid.ID, key [32]byte) error {
+	return claim(ctx, s, MachineClaim(agent), key, time.Time{})
+}
+
+func claim(ctx context.Context, s Seen, what, key [32]byte, until time.Time) error {
+	err := s.Claim(ctx, what, key, until)
 	if errors.Is(err, ErrSeen) {
 		return fmt.Errorf("%w: %w", ErrEvidence, err)
 	}
 	if err != nil {
-		return fmt.Errorf("remember %s evidence: %w", kind, err)
+		return fmt.Errorf("remember the evidence: %w", err)
 	}
 	return nil
 }

@@ -111,7 +111,7 @@ func (v *gcpIIT) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 			sel = append(sel, mesh.Selector{Type: GCPIIT, Value: s[0] + ":" + value})
 		}
 	}
-	return id, sel, claim(ctx, v.seen, GCPIIT, project+"/"+instance, keyHash, time.Time{})
+	return id, sel, claimMachine(ctx, v.seen, id, keyHash)
 }
 
 // gcpEvidence is the node's side: the metadata server.

@@ -191,7 +191,7 @@ func (v *k8sPSAT) verify(ctx context.Context, payload []byte, key crypto.PublicK
 	if err != nil {
 		return id, nil, refused("k8s_psat cluster %s: the UID cannot be part of an agent's ID", c.name)
 	}
-	return id, c.selectors(who), claim(ctx, v.seen, K8sPSAT, t.signed, keyHash, until)
+	return id, c.selectors(who), claimToken(ctx, v.seen, t, keyHash, until)
 }
 
 // pod reads who the token is bound to, and refuses one that is bound to no

@@ -169,7 +169,7 @@ func (v *oidc) verify(ctx context.Context, payload []byte, key crypto.PublicKey)
 			sel = append(sel, mesh.Selector{Type: OIDC, Value: i.name + ":" + name + ":" + value})
 		}
 	}
-	return id, sel, claim(ctx, v.seen, OIDC, t.signed, keyHash, until)
+	return id, sel, claimToken(ctx, v.seen, t, keyHash, until)
 }
 
 // agent names the agent by the chosen claim, or by the hash of the subject.

@@ -107,6 +107,7 @@ func entryToWire(e mesh.Entry, revision int64) *types.Entry {
 		JwtSvidTtl:     seconds(e.JWTTTL),
 		DnsNames:       e.DNSNames,
 		Hint:           e.Hint,
+		FederatesWith:  domainsToWire(e.FederatesWith),
 		RevisionNumber: revision,
 		Admin:          e.Admin,
 		Downstream:     e.Downstream,
@@ -142,6 +143,10 @@ func entryFromWire(w *types.Entry) (mesh.Entry, error) {
 	if err != nil {
 		return mesh.Entry{}, fmt.Errorf("entry %q: parent: %w", w.Id, err)
 	}
+	federates, err := domainsFromWire(w.FederatesWith)
+	if err != nil {
+		return mesh.Entry{}, fmt.Errorf("entry %q: federates with: %w", w.Id, err)
+	}
 	return mesh.Entry{
 		ID:        w.Id,
 		SPIFFEID:  id,
@@ -152,10 +157,11 @@ func entryFromWire(w *types.Entry) (mesh.Entry, error) {
 		DNSNames:  w.DnsNames,
 		Hint:      w.Hint,
 
-		Admin:      w.Admin,
-		Downstream: w.Downstream,
-		ExpiresAt:  timeOfUnix(w.ExpiresAt),
-		CreatedAt:  timeOfUnix(w.CreatedAt),
+		Admin:         w.Admin,
+		Downstream:    w.Downstream,
+		ExpiresAt:     timeOfUnix(w.ExpiresAt),
+		CreatedAt:     timeOfUnix(w.CreatedAt),
+		FederatesWith: federates,
 	}, nil
 }
 

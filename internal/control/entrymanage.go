@@ -82,11 +82,11 @@ func (a *entryAPI) filtered(ctx context.Context, f entryFilter) ([]mesh.Entry, e
 		keep = append(keep, func(e mesh.Entry) bool { return match(e.Selectors) })
 	}
 	if m := f.GetByFederatesWith(); m != nil {
-		if len(m.GetTrustDomains()) == 0 {
-			return nil, refuse(codes.InvalidArgument, "filter.by_federates_with.trust_domains: missing")
+		match, err := domainMatch("filter.by_federates_with", m)
+		if err != nil {
+			return nil, err
 		}
-		// No entry here federates with anybody.
-		keep = append(keep, func(mesh.Entry) bool { return false })
+		keep = append(keep, func(e mesh.Entry) bool { return match(e.FederatesWith) })
 	}
 	if h := f.GetByHint(); h != nil {
 		keep = append(keep, func(e mesh.Entry) bool { return e.Hint == h.GetValue() })
@@ -354,13 +354,14 @@ func change(e *mesh.Entry, w *types.Entry, m *types.EntryMask) error {
 		return refuse(codes.InvalidArgument, "entry: missing")
 	}
 	all := m == nil
-	if len(w.GetFederatesWith()) > 0 && (all || m.FederatesWith) {
-		return refuse(codes.InvalidArgument, "entry.federates_with: entries of this issuer get every federated bundle, leave it out")
+	federates, err := domainsFromWire(w.GetFederatesWith())
+	if err != nil {
+		return refuse(codes.InvalidArgument, "entry.federates_with: want names of trust domains")
 	}
+	put(all || m.GetFederatesWith(), &e.FederatesWith, federates)
 	if w.GetStoreSvid() && (all || m.StoreSvid) {
 		return refuse(codes.InvalidArgument, "entry.store_svid: SVIDs are not put into stores here, leave it out")
 	}
-	var err error
 	if all || m.SpiffeId {
 		if e.SPIFFEID, err = idFromWire(w.GetSpiffeId()); err != nil {
 			return refuse(codes.InvalidArgument, "entry.spiffe_id: %v", err)

@@ -229,7 +229,7 @@ func TestEntriesAreManagedByCalls(t *testing.T) {
 					wireEntry(payment, "node-a", "uid:1000"),
 					nil,
 					bad(func(e *types.Entry) { e.SpiffeId = nil }),
-					bad(func(e *types.Entry) { e.FederatesWith = []string{"x"} }),
+					bad(func(e *types.Entry) { e.FederatesWith = []string{"not a name"} }),
 					bad(func(e *types.Entry) { e.Selectors = []*types.Selector{{Type: "unix", Value: "path:/bin/x"}} }),
 					bad(func(e *types.Entry) { e.X509SvidTtl = -1 }),
 					bad(func(e *types.Entry) { e.ExpiresAt = 1 << 62 }),

@@ -126,6 +126,9 @@ type ServerConfig struct {
 	Roots RootKeeper
 	// Verifiers by the name of the node attestor, such as "join_token".
 	Verifiers map[string]NodeVerifier
+	// Federated gives the bundle of another trust domain, false when there is
+	// none. Default: there is never one.
+	Federated func(spiffeid.TrustDomain) (FederatedBundle, bool)
 	// Why names the reason in a Verifier's error. RefusalNone says that the
 	// verifier itself failed: the node may try again. Default: every error is
 	// RefusalEvidence.

@@ -142,8 +142,3 @@ func (s *Server) tainted() []*x509.Certificate {
 	}
 	return s.cfg.Roots.TaintedX509()
 }
-
-// GetFederatedBundle knows no other trust domain.
-func (a *bundleAPI) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
-	return nil, refuse(codes.NotFound, "this issuer holds no bundle of %.255q", req.GetTrustDomain())
-}

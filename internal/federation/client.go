@@ -276,13 +276,14 @@ func (f *Follower) Refresh(ctx context.Context, r Relationship) error {
 }
 
 // keep makes b the newest. A document with a lower sequence number is one from
-// the past: somebody plays it back, or a cache does.
+// the past: somebody plays it back, or a cache does. One without number, which
+// may be left out, is the newest by its arrival.
 func (f *Follower) keep(b *Bundle) (fresh bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	old := f.held[b.TrustDomain]
 	if old != nil {
-		if b.Sequence < old.Sequence {
+		if b.Sequence != 0 && b.Sequence < old.Sequence {
 			return false, fmt.Errorf("bundle of %s: sequence %d is lower than %d, which is already known", b.TrustDomain, b.Sequence, old.Sequence)
 		}
 		was, werr := old.Encode()

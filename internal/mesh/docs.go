@@ -70,6 +70,8 @@ type entryDoc struct {
 	WeakSelectors weakSelectors `yaml:"weak_selectors"`
 	Admin         bool          `yaml:"admin"`
 	Downstream    bool          `yaml:"downstream"`
+
+	FederatesWith []spiffeid.TrustDomain `yaml:"federates_with"`
 }
 
 // weakSelectors is the word "allow", and nothing else.
@@ -107,6 +109,7 @@ func (d entriesDoc) nouns() []Entry {
 		n := Entry{
 			ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID, Selectors: selectors,
 			X509TTL: e.X509TTL, JWTTTL: e.JWTTTL, DNSNames: e.DNSNames, Hint: e.Hint,
+			FederatesWith: slices.DeleteFunc(e.FederatesWith, spiffeid.TrustDomain.IsZero),
 			WeakSelectors: bool(e.WeakSelectors), Admin: e.Admin, Downstream: e.Downstream, Origin: e.origin,
 		}
 		if n.ID == "" {

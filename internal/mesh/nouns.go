@@ -138,6 +138,8 @@ type Entry struct {
 	JWTTTL   time.Duration `json:"jwt_ttl,omitempty"`
 	DNSNames []string      `json:"dns_names,omitempty"`
 	Hint     string        `json:"hint,omitempty"`
+	// FederatesWith are other trust domains whose bundles the workload gets.
+	FederatesWith []spiffeid.TrustDomain `json:"federates_with,omitempty"`
 	// WeakSelectors accepts path or sha256 selectors that stand alone.
 	WeakSelectors bool `json:"weak_selectors,omitempty"`
 	// Admin lets the identity call what operators call, Downstream what an

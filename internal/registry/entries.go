@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/mesh"
 	"sallyport/internal/store"
 )
@@ -269,7 +270,8 @@ func (b *entryBatch) ops() ([]store.Op, error) {
 func (r *Registry) DeleteAgent(ctx context.Context, id spiffeid.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if _, err := r.write(ctx, store.Op{Kind: store.KindAgent, Key: id.String(), Delete: true}); err != nil {
+	ops := []store.Op{{Kind: store.KindAgent, Key: id.String(), Delete: true}, {Kind: store.KindToken, Key: seenKey(attest.MachineClaim(id)), Delete: true}}
+	if _, err := r.write(ctx, ops...); err != nil {
 		return fmt.Errorf("delete agent: %w", err)
 	}
 	var over []mesh.Endpoint

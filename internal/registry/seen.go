@@ -15,7 +15,7 @@ import (
 // ever. It is attest.Seen: the error is attest.ErrSeen for another key, or the
 // store's.
 func (r *Registry) Claim(ctx context.Context, what, key [32]byte, until time.Time) error {
-	name, mine := "seen/"+hex.EncodeToString(what[:]), hex.EncodeToString(key[:])
+	name, mine := seenKey(what), hex.EncodeToString(key[:])
 	for {
 		rec, err := r.cfg.Store.Get(ctx, store.KindToken, name)
 		switch {
@@ -37,3 +37,5 @@ func (r *Registry) Claim(ctx context.Context, what, key [32]byte, until time.Tim
 		// Another key, or the same twice, was faster; the next round says.
 	}
 }
+
+func seenKey(what [32]byte) string { return "seen/" + hex.EncodeToString(what[:]) }

@@ -45,3 +45,22 @@ func TestEvidenceCountsForOneKey(t *testing.T) {
 		t.Errorf("%d keys claimed the same evidence, want 1", len(won))
 	}
 }
+
+func TestAForgottenMachineMayJoinWithAnotherKey(t *testing.T) {
+	in := start(t)
+	ctx := t.Context()
+	vm := id("/spire/agent/aws_iid/123456789012/us-west-2/i-1234567890abcdef0")
+	what := attest.MachineClaim(vm)
+	if err := in.Claim(ctx, what, [32]byte{1}, time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Claim(ctx, what, [32]byte{2}, time.Time{}); !errors.Is(err, attest.ErrSeen) {
+		t.Errorf("another key: %v", err)
+	}
+	if err := in.DeleteAgent(ctx, vm); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Claim(ctx, what, [32]byte{2}, time.Time{}); err != nil {
+		t.Errorf("after it was forgotten: %v", err)
+	}
+}

@@ -148,8 +148,11 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	all := len(list) == 0
 	policies, entries, keys, reports := all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
+	var agents []string
 	for _, c := range list {
 		switch c.Kind {
+		case store.KindAgent:
+			agents = append(agents, c.Key)
 		case store.KindPolicy:
 			acc := r.state.Load().accepted
 			policies = policies || acc == nil || acc.stored < c.Revision
@@ -187,6 +190,9 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 		if err := r.followEntries(ctx); err != nil {
 			return err
 		}
+	}
+	if err := r.followAgents(ctx, agents); err != nil {
+		return err
 	}
 	if keys {
 		if err := r.loadKeys(ctx); err != nil {

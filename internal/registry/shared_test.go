@@ -131,6 +131,8 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"the endpoints of a dead issuer end after a lease", deadIssuer},
 		{"an issuer that only slept keeps its endpoints", slowIssuer},
 		{"a ban ends endpoints everywhere", sharedBan},
+		{"a forgotten agent wakes every issuer", sharedEviction},
+		{"entries made by calls are known to all", sharedEntries},
 		{"every issuer knows every proxy", sharedProxies},
 		{"keys are known to all, and there is one root", sharedKeys},
 	} {
@@ -320,6 +322,42 @@ func sharedBan(f *fleet) {
 	if got, err := a.GetAgent(f.t.Context(), e.Agent); err != nil || !got.Banned {
 		f.t.Errorf("a does not know of the ban: %+v, %v", got, err)
 	}
+}
+
+func sharedEviction(f *fleet) {
+	a, b := f.join("a", true), f.join("b", true)
+	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: agent("pay-1"), Serial: "1"}); err != nil {
+		f.t.Fatal(err)
+	}
+	woken := a.Changed()
+	if err := b.DeleteAgent(f.t.Context(), agent("pay-1")); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("a is woken", func() bool {
+		select {
+		case <-woken:
+			return true
+		default:
+			return false
+		}
+	})
+}
+
+func sharedEntries(f *fleet) {
+	a, b := f.join("a", true), f.join("b", true)
+	if _, err := a.ApplyPolicies(f.t.Context(), policies("pay")); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("b has the policies", func() bool { return b.Current() != nil })
+	made, err := b.EditEntries(f.t.Context(), []mesh.EntryEdit{create(entryOf("cron", "/cron", "node-c", "unix:uid:7"))})
+	if err != nil || made[0].Err != nil {
+		f.t.Fatal(made, err)
+	}
+	f.eventually("a has the entry", func() bool { return len(a.EntriesFor(agent("node-c"))) == 1 })
+	if gone, err := a.EditEntries(f.t.Context(), []mesh.EntryEdit{{ID: "cron", Delete: true}}); err != nil || gone[0].Err != nil {
+		f.t.Fatal(gone, err)
+	}
+	f.eventually("b has it no more", func() bool { return len(b.EntriesFor(agent("node-c"))) == 0 })
 }
 
 func sharedProxies(f *fleet) {

@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/pem"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -82,6 +83,10 @@ func federate(t *testing.T, s served) *testCA {
 	far := newCA(t, spiffeid.RequireTrustDomainFromString("example.net"))
 	st := *s.src.Current()
 	st.Federated = map[spiffeid.TrustDomain]*x509bundle.Bundle{far.td: far.bundle()}
+	st.Identities = slices.Clone(st.Identities)
+	for i := range st.Identities {
+		st.Identities[i].FederatesWith = []spiffeid.TrustDomain{far.td}
+	}
 	if err := s.src.Set(&st); err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +236,9 @@ func TestSDSStreamFollowsTheState(t *testing.T) {
 	rotate := func() {
 		t.Helper()
 		st := *s.src.Current()
-		st.Identities = []Identity{s.ca.identity(id("/a"), time.Hour)}
+		next := s.ca.identity(id("/a"), time.Hour)
+		next.FederatesWith = st.Identities[0].FederatesWith
+		st.Identities = []Identity{next}
 		if err := s.src.Set(&st); err != nil {
 			t.Fatal(err)
 		}

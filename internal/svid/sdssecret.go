@@ -103,7 +103,7 @@ func (m secretMaker) one(name string) (secret, bool, error) {
 // bundles are the own one, then the federated ones by name.
 func (m secretMaker) bundles() []*x509bundle.Bundle {
 	out := []*x509bundle.Bundle{m.g.state.Bundle}
-	for _, b := range m.g.state.Federated {
+	for _, b := range m.g.federated() {
 		out = append(out, b)
 	}
 	slices.SortFunc(out[1:], func(a, b *x509bundle.Bundle) int {

@@ -40,6 +40,9 @@ type Identity struct {
 	Hint string
 	// EntryID is the registration entry that the identity follows from.
 	EntryID string
+	// FederatesWith are the trust domains whose bundles go to the workload
+	// beside the own one.
+	FederatesWith []spiffeid.TrustDomain
 }
 
 // Expires is the end of the leaf's validity.
@@ -74,6 +77,8 @@ type State struct {
 	Federated map[spiffeid.TrustDomain]*x509bundle.Bundle
 	// JWTKeys verify JWT-SVIDs of the own trust domain, by key ID.
 	JWTKeys map[string]crypto.PublicKey
+	// FederatedJWT verify those of other trust domains.
+	FederatedJWT map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 
 	roots map[spiffeid.TrustDomain]*x509.CertPool // set by prepare
 }
@@ -93,6 +98,7 @@ func (st *State) prepare(now time.Time) (*State, error) {
 	c.Identities = slices.Clone(st.Identities)
 	c.Federated = maps.Clone(st.Federated)
 	c.JWTKeys = maps.Clone(st.JWTKeys)
+	c.FederatedJWT = maps.Clone(st.FederatedJWT)
 	c.roots = make(map[spiffeid.TrustDomain]*x509.CertPool, 1+len(c.Federated))
 	c.roots[c.Bundle.TrustDomain()] = poolOf(c.Bundle)
 	var errs []error
@@ -105,6 +111,9 @@ func (st *State) prepare(now time.Time) (*State, error) {
 		default:
 			c.roots[td] = poolOf(b)
 		}
+	}
+	if _, own := c.FederatedJWT[c.Bundle.TrustDomain()]; own {
+		errs = append(errs, fmt.Errorf("federated JWT keys %s: is the own trust domain", c.Bundle.TrustDomain()))
 	}
 	for _, id := range c.Identities {
 		if err := c.checkIdentity(id, now); err != nil {

@@ -3,6 +3,7 @@ package svid
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -215,6 +216,20 @@ func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer, only spiffeid.
 	return g, nil
 }
 
+// federated are the bundles of other trust domains that the caller's entries
+// name.
+func (g *grant) federated() map[spiffeid.TrustDomain]*x509bundle.Bundle {
+	out := map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+	for _, id := range g.ids {
+		for _, td := range id.FederatesWith {
+			if b := g.state.Federated[td]; b != nil {
+				out[td] = b
+			}
+		}
+	}
+	return out
+}
+
 // follow sends the state at once and after each change, until the caller is
 // gone or is no longer entitled.
 func (w *WorkloadAPI) follow(ctx context.Context, method string, send func(*grant) error) error {
@@ -265,7 +280,7 @@ func (w *WorkloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest, s workload.Spif
 				Bundle: bundleDER(g.state.Bundle), Hint: uniqueHint(hints, id.Hint),
 			})
 		}
-		for td, b := range g.state.Federated {
+		for td, b := range g.federated() {
 			resp.FederatedBundles[td.IDString()] = bundleDER(b)
 		}
 		return s.Send(resp)
@@ -296,7 +311,7 @@ func (w *WorkloadAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s workloa
 		resp := &workload.X509BundlesResponse{Bundles: map[string][]byte{
 			g.state.Bundle.TrustDomain().IDString(): bundleDER(g.state.Bundle),
 		}}
-		for td, b := range g.state.Federated {
+		for td, b := range g.federated() {
 			resp.Bundles[td.IDString()] = bundleDER(b)
 		}
 		return s.Send(resp)
@@ -306,12 +321,19 @@ func (w *WorkloadAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s workloa
 // FetchJWTBundles streams the keys that verify JWT-SVIDs, as JWK sets.
 func (w *WorkloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest, s workload.SpiffeWorkloadAPI_FetchJWTBundlesServer) error {
 	return w.follow(s.Context(), "FetchJWTBundles", func(g *grant) error {
-		td := g.state.Bundle.TrustDomain()
-		doc, err := jwtbundle.FromJWTAuthorities(td, g.state.JWTKeys).Marshal()
-		if err != nil {
-			return status.Error(codes.Internal, "JWT bundle cannot be encoded")
+		keys := map[spiffeid.TrustDomain]map[string]crypto.PublicKey{g.state.Bundle.TrustDomain(): g.state.JWTKeys}
+		for td := range g.federated() {
+			keys[td] = g.state.FederatedJWT[td]
 		}
-		return s.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{td.IDString(): doc}})
+		resp := &workload.JWTBundlesResponse{Bundles: map[string][]byte{}}
+		for td, k := range keys {
+			doc, err := jwtbundle.FromJWTAuthorities(td, k).Marshal()
+			if err != nil {
+				return status.Error(codes.Internal, "JWT bundle cannot be encoded")
+			}
+			resp.Bundles[td.IDString()] = doc
+		}
+		return s.Send(resp)
 	})
 }
 
