@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -29,7 +29,7 @@ var floors = [][]string{
 // beside lists what stands next to the house. The suites and the test network
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
-	"internal/meshtest", "internal/store/storetest", "internal/attest/attesttest",
+	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest",
 	"bench", "test",
 }
 
@@ -48,6 +48,7 @@ var rooms = map[string][]string{
 	"github.com/smallstep/certificates":          {"internal/ca"},
 	"go.step.sm/crypto":                          {"internal/ca"},
 	"modernc.org/sqlite":                         {"internal/store"},
+	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},
 	"github.com/pressly/goose/v3":                {"internal/store"},
 	"github.com/prometheus/client_golang":        {"internal/telemetry"},
 	"github.com/goccy/go-yaml":                   {"internal/mesh"},
@@ -56,6 +57,7 @@ var rooms = map[string][]string{
 	"github.com/spiffe/go-spiffe/v2/spiffetls":   {},
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
 	"github.com/spiffe/spire-api-sdk":            {"internal/control"},
+	"github.com/envoyproxy/go-control-plane":     {"internal/svid"},
 	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid"},
 	"unsafe":                                     {"internal/capture", "internal/control/meshpb"},
 }

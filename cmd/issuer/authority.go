@@ -7,12 +7,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/ca"
 	"sallyport/internal/control"
+	"sallyport/internal/registry"
 )
 
 // authority is the CA as the control server sees it.
@@ -20,6 +22,8 @@ type authority struct {
 	ca       *ca.CA
 	server   *ca.Server
 	agentTTL time.Duration
+	// others returns the JWT keys of all issuers that share the store.
+	others func() []registry.Key
 }
 
 // sign redeems a draft that was made without error.
@@ -55,7 +59,12 @@ func (a *authority) JWTKeys() []control.JWTKey {
 	keys := a.ca.Bundle().JWT
 	out := make([]control.JWTKey, len(keys))
 	for i, k := range keys {
-		out[i] = control.JWTKey{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt}
+		out[i] = control.JWTKey{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt, Tainted: k.Tainted}
+	}
+	for _, k := range a.others() {
+		if !slices.ContainsFunc(out, func(own control.JWTKey) bool { return own.KeyID == k.KeyID }) {
+			out = append(out, control.JWTKey{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt})
+		}
 	}
 	return out
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
 )
 
@@ -31,12 +32,38 @@ type Config struct {
 	// a second; one with a mistake is refused and the last good stays. Required.
 	Policies string `yaml:"policies"`
 
+	// Attestors are the kinds of node evidence that are accepted beside join
+	// tokens. Default: none.
+	Attestors attest.Config `yaml:"attestors"`
+
+	// OIDC and BundleEndpoint publish the keys that verify our SVIDs.
+	OIDC           OIDCConfig           `yaml:"oidc"`
+	BundleEndpoint BundleEndpointConfig `yaml:"bundle_endpoint"`
+	// Federation are the trust domains whose SVIDs our workloads may verify.
+	Federation []FederationConfig `yaml:"federation"`
+
+	// Database is PostgreSQL, for several issuers at once. Default: SQLite in
+	// DataDir, for one.
+	Database DatabaseConfig `yaml:"database"`
+
 	CA  CAConfig         `yaml:"ca"`
 	Log daemon.LogConfig `yaml:"log"`
 }
 
+// DatabaseConfig says where state is that several issuers share.
+type DatabaseConfig struct {
+	// URL names a PostgreSQL database that is there already:
+	// postgres://user:password@host:5432/name?sslmode=verify-full. The
+	// environment is the place for it: SALLYPORT_DATABASE_URL.
+	URL string `yaml:"url" secret:"true"`
+}
+
 // CAConfig is about what is signed and for how long.
 type CAConfig struct {
+	// RootDir has root.crt and root.key from the directory ca of the first
+	// issuer, mode 0700. An issuer that joins a database needs it for its first
+	// start; afterwards it may go. Default: a root of its own.
+	RootDir string `yaml:"root_dir"`
 	// PassphraseFile holds the passphrase that encrypts the CA keys at rest.
 	// Without it the keys are plain PKCS#8, mode 0600.
 	PassphraseFile string `yaml:"passphrase_file"`
@@ -76,6 +103,8 @@ func (c *Config) Validate() error {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is too short; write at least %s", t.d, floor))
 	}
 	errs = append(errs, c.Log.Validate())
+	errs = append(errs, c.Attestors.Validate())
+	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)
 }
 

@@ -46,8 +46,11 @@ func (in *issuer) applyFolder(ctx context.Context) error {
 	}
 	if err != nil {
 		in.registry.Refuse(err)
-	} else {
-		_, err = in.registry.ApplyPolicies(ctx, p)
+	} else if !in.sawFolder(p) {
+		hash := p.Hash()
+		if _, err = in.registry.ApplyPolicies(ctx, p); err == nil {
+			in.rememberFolder(hash)
+		}
 	}
 	st := in.registry.Status()
 	if err != nil {

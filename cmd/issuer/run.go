@@ -66,7 +66,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			return daemon.Show(stdout, c)
 		},
 	})
-	root.AddCommand(runCmd, config)
+	root.AddCommand(runCmd, config, caCommand(load, stdout))
 	root.SetArgs(args)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -22,6 +22,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
+	"sallyport/internal/federation"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
 	"sallyport/internal/store"
@@ -36,16 +37,22 @@ type issuer struct {
 	ready    *daemon.Ready
 	metrics  *telemetry.Registry
 	audit    *audit.Log
-	store    *store.SQLite
+	store    store.Store
 	ca       *ca.CA
 	registry *registry.Registry
 	server   *control.Server
 	received *received
+	started  time.Time
+	follower *federation.Follower
+
+	// name is this issuer's over restarts, instance that of this start; both
+	// are empty unless the store is shared.
+	name, instance string
 }
 
 // serve runs the issuer until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	in := &issuer{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	in := &issuer{cfg: cfg, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
 	tty := false
 	if f, ok := stderr.(*os.File); ok {
 		tty = daemon.IsTerminal(f)
@@ -60,6 +67,11 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	ln, err := net.Listen("tcp", cfg.Listen)
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
+	}
+	public, err := in.publicDoors()
+	if err != nil {
+		ln.Close()
+		return err
 	}
 	if err := daemon.OwnDir("run_dir", cfg.RunDir); err != nil {
 		ln.Close()
@@ -80,9 +92,16 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
+	g.Go(func() error { return in.follower.Run(run) })
+	g.Go(func() error { return in.followFederation(run) })
+	for _, d := range public {
+		g.Go(func() error { return d.run(run) })
+	}
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
 	g.Go(func() error { return in.followCA(run) })
+	g.Go(func() error { return in.publishCRL(run) })
+	g.Go(func() error { return in.followIssuers(run) })
 	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
 	in.ready.Set("serving", nil)
 	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
@@ -101,7 +120,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
 		return err
 	}
-	if in.store, err = store.OpenSQLite(ctx, filepath.Join(cfg.DataDir, "issuer.db")); err != nil {
+	if err := in.openStore(ctx); err != nil {
 		return err
 	}
 	pass, err := passphrase(cfg.CA.PassphraseFile)
@@ -109,9 +128,9 @@ func (in *issuer) open(ctx context.Context) error {
 		return err
 	}
 	in.ca, err = ca.Open(ctx, ca.Config{
-		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), Passphrase: pass, KMS: cfg.CA.KMS,
-		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, AllowShort: cfg.CA.AllowShortTTL,
-		Audit: in.audit, Log: in.log,
+		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), RootDir: cfg.CA.RootDir, Passphrase: pass, KMS: cfg.CA.KMS,
+		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, JWTIssuer: cfg.OIDC.Issuer, AllowShort: cfg.CA.AllowShortTTL,
+		Audit: in.audit, Log: in.log, Holders: in.holders, SharedRoot: in.name != "" || cfg.CA.RootDir != "",
 	})
 	if err != nil {
 		return err
@@ -119,11 +138,14 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.writeBundle(); err != nil {
 		return err
 	}
-	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red})
+	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance})
 	if err != nil {
 		return err
 	}
 	if err := in.registry.Load(ctx); err != nil {
+		return err
+	}
+	if err := in.joinIssuers(ctx); err != nil {
 		return err
 	}
 	if err := in.firstPolicies(ctx); err != nil {
@@ -132,10 +154,19 @@ func (in *issuer) open(ctx context.Context) error {
 	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received"), in.log, in.audit.Append); err != nil {
 		return err
 	}
+	verifiers, err := nodeVerifiers(cfg, in.registry)
+	if err != nil {
+		return err
+	}
+	if err := in.openFederation(); err != nil {
+		return err
+	}
+	auth := &authority{ca: in.ca, others: in.registry.Keys, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
-		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: &authority{ca: in.ca, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}, Audit: in.received,
-		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(cfg.TrustDomain, in.registry)},
-		Why:       whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Roots: auth, Audit: in.received,
+		Verifiers: verifiers, Federated: in.federated,
+		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
+		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
 	})
 	return err
 }
@@ -152,6 +183,7 @@ func (in *issuer) followCA(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
+			in.publishKeys(ctx)
 			in.server.SyncNow()
 		}
 	}

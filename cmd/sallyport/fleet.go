@@ -149,6 +149,6 @@ func (c *cli) entry() *cobra.Command {
 			}
 			return c.emit(es, []string{"IDENTITY", "PARENT", "SELECTORS", "ENTRY"}, rows)
 		},
-	})
+	}, c.entryShow(), c.entryCreate(), c.entryDelete())
 	return cmd
 }

@@ -105,10 +105,15 @@ func (s *sidecar) tree() attest.ChildTree {
 }
 
 // entriesOf are the entries that a local process satisfies.
-func (s *sidecar) entriesOf(p capture.Process) ([]mesh.Entry, error) {
+func (s *sidecar) entriesOf(ctx context.Context, p capture.Process) ([]mesh.Entry, error) {
 	have, err := attest.Gather(p, s.tree())
 	if err != nil {
 		return nil, err
+	}
+	if s.kubelet != nil {
+		if have, err = s.kubelet.Selectors(ctx, have); err != nil {
+			return nil, err
+		}
 	}
 	return attest.Match(s.agent.Entries(), have), nil
 }
@@ -133,7 +138,7 @@ func (s *sidecar) isWorkload(c net.Conn) error {
 	if err != nil {
 		return err
 	}
-	got, err := s.entriesOf(p)
+	got, err := s.entriesOf(context.Background(), p)
 	if err != nil {
 		return err
 	}

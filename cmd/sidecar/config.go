@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/agent"
+	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
 )
@@ -46,6 +47,9 @@ type WorkloadConfig struct {
 	Identity spiffeid.ID `yaml:"identity"`
 	// Socket of the SPIFFE Workload API. Default: "workload.sock" in RunDir.
 	Socket string `yaml:"socket"`
+	// Kubelet tells which pod a process belongs to, for the selectors k8s:ns,
+	// k8s:sa, k8s:pod-name and k8s:pod-label.
+	Kubelet attest.KubeletConfig `yaml:"kubelet"`
 }
 
 // InboundConfig is the mTLS listener for callers. Without Listen there is none.
@@ -92,7 +96,7 @@ func (c *Config) Validate() error {
 	}
 	need(!c.TrustDomain.IsZero(), "trust_domain", `missing; write the name of your trust domain, such as "corp.example"`)
 	need(c.DataDir != "", "data_dir", `missing; write a directory of the sidecar's own, such as "/var/lib/sallyport/sidecar"`)
-	errs = append(errs, c.Issuer.Validate())
+	errs = append(errs, c.Issuer.Validate(), c.Workload.Kubelet.Validate())
 	id := c.Workload.Identity
 	need(id.IsZero() || id.MemberOf(c.TrustDomain), "workload.identity", fmt.Sprintf("%s is not in trust domain %s", id, c.TrustDomain))
 	if c.Inbound.Listen != "" {

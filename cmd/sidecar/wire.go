@@ -48,6 +48,7 @@ type sidecar struct {
 	child              atomic.Pointer[attest.Child]
 	// serving is closed when the application has accepted a connection.
 	serving chan struct{}
+	kubelet *attest.Kubelet // nil when it is not asked
 }
 
 // auditFile is the audit log inside DataDir.
@@ -106,6 +107,11 @@ func (s *sidecar) open() error {
 		return err
 	}
 	var err error
+	if cfg.Workload.Kubelet.URL != "" {
+		if s.kubelet, err = attest.NewKubelet(cfg.Workload.Kubelet); err != nil {
+			return err
+		}
+	}
 	path := filepath.Join(cfg.DataDir, auditFile)
 	if s.audit, err = audit.Open(audit.Config{Path: path, Log: s.log}); err != nil {
 		return err

@@ -13,7 +13,7 @@ import (
 // workloadAPI opens the socket of the Workload API and returns what serves it.
 func (s *sidecar) workloadAPI() (func(context.Context) error, error) {
 	w, err := svid.NewWorkloadAPI(svid.WorkloadConfig{
-		Source: s.agent.Source(), Attest: localAttestor{s}, JWT: s.agent, Audit: s.recordDelivery, Log: s.log,
+		Source: s.agent.Source(), Attest: localAttestor{s}, JWT: svid.NewJWTCache(s.agent, s.agent.Source()), Audit: s.recordDelivery, Log: s.log,
 	})
 	if err != nil {
 		return nil, err
@@ -30,8 +30,8 @@ func (s *sidecar) workloadAPI() (func(context.Context) error, error) {
 type localAttestor struct{ s *sidecar }
 
 // Attest is svid.Attestor.
-func (l localAttestor) Attest(_ context.Context, p capture.Process) ([]string, error) {
-	es, err := l.s.entriesOf(p)
+func (l localAttestor) Attest(ctx context.Context, p capture.Process) ([]string, error) {
+	es, err := l.s.entriesOf(ctx, p)
 	if err != nil {
 		return nil, err
 	}

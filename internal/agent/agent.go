@@ -27,6 +27,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
+	"sallyport/internal/attest"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -43,9 +44,13 @@ type Join struct {
 	// the first contact; afterwards the bundle is kept fresh. Required.
 	Bundle string `yaml:"bundle"`
 	// JoinToken proves this node once. JoinTokenFile names a file that holds
-	// it. One of them is needed until the node has been attested.
+	// it. Without Attest one of them is needed until the node has been
+	// attested.
 	JoinToken     string `yaml:"join_token" secret:"true"`
 	JoinTokenFile string `yaml:"join_token_file"`
+	// Attest proves this node by what its platform gives it, instead of a
+	// token.
+	Attest attest.NodeConfig `yaml:"attest"`
 }
 
 // Validate reports every mistake, by field.
@@ -60,6 +65,10 @@ func (j Join) Validate() error {
 	if j.JoinToken != "" && j.JoinTokenFile != "" {
 		errs = append(errs, errors.New("issuer.join_token_file: given beside join_token; keep one of them"))
 	}
+	if j.Attest.Kind != "" && (j.JoinToken != "" || j.JoinTokenFile != "") {
+		errs = append(errs, errors.New("issuer.attest: given beside a join token; keep one of them"))
+	}
+	errs = append(errs, j.Attest.Validate())
 	return errors.Join(errs...)
 }
 
@@ -121,10 +130,17 @@ func (c Config) validate() error {
 type Agent struct {
 	cfg    Config
 	client *control.Client
-	roots  []*x509.Certificate // of the bootstrap file
-	node   *svid.Source        // the node's own identity
-	held   *svid.Source        // the workload's
-	rot    *svid.Rotator
+	// evidence is nil when the node joins by a token.
+	evidence attest.Evidence
+	roots    []*x509.Certificate // of the bootstrap file
+	node     *svid.Source        // the node's own identity
+	held     *svid.Source        // the workload's
+	rot      *svid.Rotator
+
+	// kept is the bundle of an earlier run whose SVIDs have all expired.
+	kept *x509bundle.Bundle
+	// renewNow asks for a new node SVID before its time.
+	renewNow chan struct{}
 
 	snapshot   atomic.Pointer[mesh.Snapshot]
 	entries    atomic.Pointer[[]mesh.Entry]
@@ -172,9 +188,15 @@ func Open(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, daemon.Hint(fmt.Errorf("read issuer.bundle: %w", err), "copy bundle.pem from the issuer's data_dir")
 	}
-	a := &Agent{cfg: cfg, node: svid.NewSource(), held: svid.NewSource(), must: make(chan struct{}, 1), fresh: make(chan struct{})}
+	a := &Agent{
+		cfg: cfg, node: svid.NewSource(), held: svid.NewSource(),
+		must: make(chan struct{}, 1), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1),
+	}
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
+	}
+	if a.evidence, err = attest.NewEvidence(cfg.Join.Attest); err != nil {
+		return nil, err
 	}
 	cfg.Ready.Expect(readySVID, readyPolicy)
 	if err := a.resume(); err != nil {
@@ -219,6 +241,9 @@ func (a *Agent) resume() error {
 				a.choose(st)
 			}
 			err = src.Set(st)
+		}
+		if errors.Is(err, svid.ErrExpired) && (name == heldFile || a.kept == nil) {
+			a.keepBundle(a.file(name))
 		}
 		if err != nil {
 			a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
@@ -343,16 +368,13 @@ func (a *Agent) Run(ctx context.Context) error {
 // sent, unless all of them have ended. Then those that the operator gave count
 // again, so that a proxy that slept for long finds back.
 func (a *Agent) trusted() []*x509.Certificate {
-	now := time.Now()
 	for _, src := range []*svid.Source{a.held, a.node} {
-		st := src.Current()
-		if st == nil {
-			continue
+		if st := src.Current(); st != nil && anyValid(st.Bundle) {
+			return st.Bundle.X509Authorities()
 		}
-		roots := st.Bundle.X509Authorities()
-		if slices.ContainsFunc(roots, func(c *x509.Certificate) bool { return now.Before(c.NotAfter) }) {
-			return roots
-		}
+	}
+	if anyValid(a.kept) {
+		return a.kept.X509Authorities()
 	}
 	return a.roots
 }

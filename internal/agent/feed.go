@@ -89,8 +89,8 @@ func (a *Agent) follow(ctx context.Context) error {
 			a.untilOther(sub, self, eps)
 		})
 		err = a.client.Subscribe(sub, control.Hello{
-			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), SVIDExpires: a.expires, Changed: a.held.Changed,
-			OnState: a.onState,
+			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), SVIDExpires: a.expires,
+			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState,
 		}, a)
 		cancel()
 		watch.Wait()

@@ -16,6 +16,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/attest"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -52,22 +56,21 @@ func (a *Agent) noticed(err error) {
 // attest proves this node to an issuer. An issuer that does not answer, or that
 // fails, is tried again until ctx ends; a refusal is final.
 func (a *Agent) attest(ctx context.Context) error {
-	token, err := a.joinToken()
-	if err != nil {
-		return err
-	}
 	key, err := a.nodeKey()
 	if err != nil {
 		return err
 	}
 	for pause := retryMin; ; pause = min(2*pause, retryMax) {
-		got, err := a.client.Attest(ctx, "join_token", []byte(token), key)
+		got, err := a.attestOnce(ctx, key)
 		if err == nil {
 			if err := a.keepNode(got, key); err != nil {
 				return err
 			}
 			a.attested.Store(time.Now().UnixNano())
 			a.cfg.Log.Info("node attested", "agent", got.ID.String())
+			if a.evidence != nil {
+				return nil // the issuer may have tied the evidence to this key
+			}
 			return a.dropNodeKey()
 		}
 		if !again(err) || ctx.Err() != nil {
@@ -81,6 +84,23 @@ func (a *Agent) attest(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// attestOnce gathers the evidence anew: a file may have been replaced since the
+// last attempt.
+func (a *Agent) attestOnce(ctx context.Context, key crypto.Signer) (control.AgentSVID, error) {
+	if e := a.evidence; e != nil {
+		payload, err := e.Payload(ctx)
+		if err != nil {
+			return control.AgentSVID{}, daemon.Hint(fmt.Errorf("gather %s evidence: %w", e.Kind(), err), "correct issuer.attest in the configuration")
+		}
+		return a.client.AttestAnswering(ctx, e.Kind(), payload, e.Answer, key)
+	}
+	token, err := a.joinToken()
+	if err != nil {
+		return control.AgentSVID{}, err
+	}
+	return a.client.Attest(ctx, attest.JoinToken, []byte(token), key)
 }
 
 // wait pauses; false means that ctx has ended.
@@ -213,6 +233,9 @@ func (a *Agent) untilRenewal(ctx context.Context, at time.Time) error {
 		case <-a.must:
 			timer.Stop()
 			return control.ErrMustReattest
+		case <-a.renewNow:
+			timer.Stop()
+			return nil
 		case <-timer.C:
 		}
 	}
@@ -236,6 +259,9 @@ type minter struct{ a *Agent }
 func (m minter) Entries(ctx context.Context) ([]mesh.Entry, error) {
 	es, err := m.a.client.SyncEntries(ctx)
 	m.a.noticed(err)
+	if err == nil {
+		m.a.entries.Store(&es) // Trust follows, and depends on them
+	}
 	return es, err
 }
 
@@ -245,11 +271,40 @@ func (m minter) Trust(ctx context.Context) (svid.Trust, error) {
 		m.a.noticed(err)
 		return svid.Trust{}, err
 	}
-	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), JWTKeys: map[string]crypto.PublicKey{}}
+	t := svid.Trust{Bundle: m.a.bundleOf(b.X509), Tainted: b.Tainted, JWTKeys: map[string]crypto.PublicKey{}}
 	for _, k := range b.JWT {
 		t.JWTKeys[k.KeyID] = k.PublicKey
 	}
-	return t, nil
+	m.a.tainted(t)
+	return t, m.federated(ctx, &t)
+}
+
+// federated adds the bundles of the trust domains that entries name. One that
+// the issuer does not have is left out: nobody of it is trusted.
+func (m minter) federated(ctx context.Context, t *svid.Trust) error {
+	t.Federated = map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+	t.FederatedJWT = map[spiffeid.TrustDomain]map[string]crypto.PublicKey{}
+	for _, e := range m.a.Entries() {
+		for _, td := range e.FederatesWith {
+			if t.Federated[td] != nil {
+				continue
+			}
+			b, err := m.a.client.GetFederatedBundle(ctx, td)
+			if errors.Is(err, control.ErrRefused) {
+				m.a.cfg.Log.Warn("the issuer has no bundle of a trust domain that an entry federates with", "trust_domain", td.Name(), "err", err)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			t.Federated[td] = x509bundle.FromX509Authorities(td, b.X509)
+			t.FederatedJWT[td] = map[string]crypto.PublicKey{}
+			for _, k := range b.JWT {
+				t.FederatedJWT[td][k.KeyID] = k.PublicKey
+			}
+		}
+	}
+	return nil
 }
 
 func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {

@@ -49,6 +49,9 @@ type ChildTree interface {
 //
 //	unix:uid:N unix:gid:N unix:supplementary_gid:N unix:path:/x unix:sha256:HEX
 //	cgroup:path:/x child:true child:sha256:HEX self:true
+//	systemd:unit:NAME systemd:invocation:ID
+//	container:id:ID docker:id:ID podman:id:ID containerd:id:ID
+//	k8s:pod-uid:UID k8s:container-id:ID
 //
 // unix:path is left out when the path means another file here than to p.
 func Gather(p capture.Process, tree ChildTree) ([]mesh.Selector, error) {
@@ -69,6 +72,11 @@ func Gather(p capture.Process, tree ChildTree) ([]mesh.Selector, error) {
 	s = append(s, mesh.Selector{Type: "unix", Value: "sha256:" + hex.EncodeToString(sum[:])})
 	if p.Cgroup != "" {
 		s = append(s, mesh.Selector{Type: "cgroup", Value: "path:" + p.Cgroup})
+		unit, err := systemdSelectors(p.Cgroup, unitLinks)
+		if err != nil {
+			return nil, fmt.Errorf("attest pid %d: systemd unit: %w", p.PID, err)
+		}
+		s = append(append(s, unit...), containerSelectors(p.Cgroup)...)
 	}
 	if tree != nil && tree.Contains(p.PID) {
 		h := tree.Hash()

@@ -3,8 +3,8 @@
 //
 // A certificate takes three steps: Prepare lints what would be signed, the
 // Draft proves it, Sign records the intent and redeems the Draft once. Whom to
-// sign for is decided elsewhere. Run renews the intermediate and owns no other
-// goroutine; signing takes no lock.
+// sign for is decided elsewhere. Run renews the intermediate, moves a rotation
+// of the root on, and owns no other goroutine; signing takes no lock.
 package ca
 
 import (
@@ -14,6 +14,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"sync"
@@ -24,6 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/daemon"
 )
 
 var (
@@ -32,6 +34,8 @@ var (
 	// ErrDraft is returned for a Draft that this CA did not make, or made and
 	// signed before, or made too long ago.
 	ErrDraft = errors.New("draft is not good for a signature")
+	// ErrRootExpired is returned by Open; Replace makes another root.
+	ErrRootExpired = errors.New("the root certificate expired")
 	// ErrExpired is returned while no intermediate is valid.
 	ErrExpired = errors.New("no intermediate certificate is valid now")
 )
@@ -57,6 +61,11 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Dir holds certificates and state, mode 0700. Required.
 	Dir string
+	// RootDir has root.crt and root.key of the first issuer of the trust domain,
+	// for another one that signs under the same root with an intermediate of
+	// its own. It is read once, when Dir is empty. Mode 0700. Default: the root
+	// is made.
+	RootDir string
 	// KMS says where the private keys are: empty for files in Dir, else
 	// "softkms:path=/dir", a file: URI or an absolute path of a directory.
 	KMS string
@@ -74,9 +83,20 @@ type Config struct {
 	// JWTTTL is the life of a JWT-SVID when the request names none. Default 5
 	// min.
 	JWTTTL time.Duration
+	// JWTIssuer is the claim iss of JWT-SVIDs, the URL where OIDC verifiers
+	// discover the keys. Without it there is no such claim.
+	JWTIssuer string
 	// AllowShort lowers the floor of every life from 1 min to 1 s, for tests
 	// and the demo.
 	AllowShort bool
+	// SharedRoot says that other issuers sign under the same root. Each would
+	// make another one, so then the root is replaced by force alone, while the
+	// others are stopped.
+	SharedRoot bool
+	// Holders returns the live proxies and what they trust and show, and false
+	// while that is not known. A rotation of the root waits for them; without
+	// Holders it goes on only when forced.
+	Holders func() ([]Holder, bool)
 	// Audit receives an intent before and a result after each signature.
 	// Required.
 	Audit Recorder
@@ -96,6 +116,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.Now == nil {
 		c.Now = time.Now
+	}
+	if c.Holders == nil {
+		c.Holders = func() ([]Holder, bool) { return nil, false }
 	}
 	return c
 }
@@ -150,12 +173,18 @@ type JWTKey struct {
 	PublicKey crypto.PublicKey
 	// ExpiresAt is when the key leaves the bundle.
 	ExpiresAt time.Time
+	// Tainted says that tokens by this key should be fetched anew.
+	Tainted bool
 }
 
 // A Bundle is what others need to verify what this CA signed.
 type Bundle struct {
-	// X509 holds the roots. Intermediates travel in the chain.
+	// X509 holds the roots, the signing one first; during a rotation there is
+	// more than one. Intermediates travel in the chain.
 	X509 []*x509.Certificate
+	// Tainted are those of X509 under which SVIDs should be fetched anew. They
+	// are trusted still.
+	Tainted []*x509.Certificate
 	// JWT holds the keys in use, the next one before its first use, and those
 	// retired while a token may still be valid.
 	JWT []JWTKey
@@ -183,6 +212,11 @@ type signing struct {
 	root         *x509.Certificate
 	jwt          jwtKey
 	bundle       Bundle
+	// others are the roots that do not sign, as in rotation.Others.
+	others []*x509.Certificate
+	// former signs for the issuer's own connection while a proxy may not trust
+	// root yet; nil outside of such a time.
+	former *signing
 	// own are the DER public keys of the CA itself: nobody else may have them.
 	own map[string]bool
 }
@@ -193,6 +227,12 @@ type CA struct {
 	dir     *os.File // locked while the CA is open
 	keys    keyStore
 	current atomic.Pointer[signing]
+
+	// lagging says that a proxy may not trust the root that signs.
+	lagging atomic.Bool
+
+	// write is how certificates and state reach the disk; tests kill it.
+	write func(path string, data []byte, perm fs.FileMode) error
 
 	// mu guards renewal: state, changed and the files in Dir.
 	mu      sync.Mutex
@@ -208,16 +248,25 @@ func Open(ctx context.Context, cfg Config) (*CA, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
+	return openWith(ctx, cfg, daemon.WriteFile)
+}
+
+func openWith(ctx context.Context, cfg Config, write func(string, []byte, fs.FileMode) error) (*CA, error) {
 	cfg = cfg.withDefaults()
-	c := &CA{cfg: cfg, changed: make(chan struct{})}
-	if err := c.open(ctx); err != nil {
+	c := &CA{cfg: cfg, changed: make(chan struct{}), write: write}
+	err := c.openDir(ctx)
+	if err == nil {
+		err = c.open(ctx)
+	}
+	if err != nil {
 		c.Close()
 		return nil, fmt.Errorf("open CA in %s: %w", cfg.Dir, err)
 	}
 	return c, nil
 }
 
-func (c *CA) open(ctx context.Context) error {
+// openDir locks the directory and finds the keys.
+func (c *CA) openDir(ctx context.Context) error {
 	var err error
 	if c.dir, err = lockDir(c.cfg.Dir); err != nil {
 		return err
@@ -236,6 +285,11 @@ func (c *CA) open(ctx context.Context) error {
 	if c.keys, err = newKeyStore(ctx, at, c.cfg.Passphrase); err != nil {
 		return err
 	}
+	c.keys.write = c.write
+	return nil
+}
+
+func (c *CA) open(ctx context.Context) error {
 	fresh, err := c.loadState()
 	if err != nil {
 		return err
@@ -250,6 +304,7 @@ func (c *CA) open(ctx context.Context) error {
 		return err
 	}
 	c.current.Store(s)
+	c.sweep()
 	return c.renew(ctx)
 }
 

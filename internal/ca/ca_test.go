@@ -610,19 +610,21 @@ func TestIntermediateThatExpiredWhileDownIsRenewedOnOpen(t *testing.T) {
 	}
 }
 
-func TestIntermediateEndsWithTheRoot(t *testing.T) {
+func TestRootThatNearsItsEndIsReplacedThoughNobodyConfirms(t *testing.T) {
 	cfg := config(t)
 	open(t, cfg).Close()
 	now := time.Now().Add(363 * 24 * time.Hour)
 	cfg.Now = func() time.Time { return now }
 	c := open(t, cfg)
 	s := c.Status()
-	if !s.IntermediateExpires.Equal(s.RootExpires) {
-		t.Errorf("got %+v", s)
+	if !s.IntermediateExpires.Equal(s.RootExpires) || c.Rotation().Phase != Prepared {
+		t.Errorf("got %+v, %s: want an intermediate that ends with the root, and the next root prepared", s, c.Rotation().Phase)
 	}
-	now = now.Add(47 * time.Hour)
-	if err := c.renew(t.Context()); err != nil || c.Status().IntermediateSerial != s.IntermediateSerial {
-		t.Errorf("renewed in vain: %v", err)
+	if err := c.renew(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if got := c.Status(); c.Rotation().Phase != Activated || !got.RootExpires.After(now.Add(364*24*time.Hour)) || got.IntermediateExpires.Before(now.Add(6*24*time.Hour)) {
+		t.Errorf("got %+v, %s", got, c.Rotation().Phase)
 	}
 }
 

@@ -48,6 +48,7 @@ func (c *CA) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl
 		return fail(fmt.Errorf("sign JWT: key %s expired at %s", s.jwt.id, utc(s.jwt.expires)))
 	}
 	t := jwt.NewWithClaims(jwt.SigningMethodES256, jwt.RegisteredClaims{
+		Issuer:    c.cfg.JWTIssuer,
 		Subject:   id.String(),
 		Audience:  slices.Clone(audience),
 		IssuedAt:  jwt.NewNumericDate(issued),

@@ -111,6 +111,7 @@ type keyStore struct {
 	kms        apiv1.KeyManager
 	dir        string
 	passphrase []byte
+	write      func(path string, data []byte, perm fs.FileMode) error
 }
 
 func newKeyStore(ctx context.Context, dir string, passphrase []byte) (keyStore, error) {
@@ -118,7 +119,7 @@ func newKeyStore(ctx context.Context, dir string, passphrase []byte) (keyStore, 
 	if err != nil {
 		return keyStore{}, fmt.Errorf("open key store: %w", err)
 	}
-	return keyStore{kms: m, dir: dir, passphrase: passphrase}, nil
+	return keyStore{kms: m, dir: dir, passphrase: passphrase, write: daemon.WriteFile}, nil
 }
 
 func (k keyStore) path(name string) string { return filepath.Join(k.dir, name+".key") }
@@ -136,7 +137,7 @@ func (k keyStore) save(name string, key crypto.PrivateKey) error {
 			return fmt.Errorf("encrypt key %s: %w", name, err)
 		}
 	}
-	return daemon.WriteFile(k.path(name), pem.EncodeToMemory(block), 0o600)
+	return k.write(k.path(name), pem.EncodeToMemory(block), 0o600)
 }
 
 // load reads a key and checks that nobody else could.

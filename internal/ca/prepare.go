@@ -91,7 +91,29 @@ func (c *CA) DraftServer(key crypto.PublicKey, ttl time.Duration, dns ...string)
 	if err != nil {
 		return Draft{}, fmt.Errorf("name server: %w", err)
 	}
-	return c.prepare(X509Request{ID: id, PublicKey: key, TTL: ttl, DNSNames: dns})
+	now := c.cfg.Now()
+	s, err := c.active(now)
+	if err != nil {
+		return Draft{}, err
+	}
+	return c.draft(X509Request{ID: id, PublicKey: key, TTL: ttl, DNSNames: dns}, c.serverSigning(s, now), now)
+}
+
+// serverSigning is what signs for the issuer itself: a proxy that does not
+// trust the new root yet must be able to fetch it.
+func (c *CA) serverSigning(s *signing, now time.Time) *signing {
+	if f := s.former; f != nil && c.lagging.Load() && now.Before(f.intermediate.NotAfter) {
+		return f
+	}
+	return s
+}
+
+// serverRoot is the root above the issuer's own certificate.
+func (c *CA) serverRoot(now time.Time) *x509.Certificate {
+	if s := c.current.Load(); s != nil {
+		return c.serverSigning(s, now).root
+	}
+	return nil
 }
 
 func reserved(id spiffeid.ID) bool {
@@ -104,6 +126,10 @@ func (c *CA) prepare(req X509Request) (Draft, error) {
 	if err != nil {
 		return Draft{}, err
 	}
+	return c.draft(req, s, now)
+}
+
+func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
 	key, der, err := copyKey(req.PublicKey)
 	if err == nil {
 		err = c.check(req, s, der)

@@ -13,7 +13,9 @@ import (
 	"math/big"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/smallstep/certificates/cas/apiv1"
@@ -26,6 +28,8 @@ const (
 	// seen.
 	lookAtLeast = time.Minute
 	retryAfter  = 5 * time.Second
+	// gatePoll is how often a rotation under way asks what the proxies confirm.
+	gatePoll = time.Second
 )
 
 // Run renews: at half of the intermediate's life it publishes the next JWT
@@ -34,12 +38,15 @@ const (
 func (c *CA) Run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var changed <-chan struct{}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
+		case <-changed: // an operator may have begun a rotation
 		}
+		changed = c.Changed()
 		wait := retryAfter
 		if err := c.renew(ctx); err != nil {
 			c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", c.Status().IntermediateExpires)
@@ -71,6 +78,13 @@ func (c *CA) nextStep() time.Time {
 	for _, k := range s.bundle.JWT {
 		steps = append(steps, k.ExpiresAt)
 	}
+	c.mu.Lock()
+	steps = append(steps, c.schedule(s).next(c.state.Rotation)...)
+	if c.state.Rotation != nil {
+		// Proxies confirm without telling the CA.
+		next = now.Add(gatePoll)
+	}
+	c.mu.Unlock()
 	for _, t := range steps {
 		if t.After(now) && t.Before(next) {
 			next = t
@@ -88,7 +102,15 @@ func (c *CA) renew(ctx context.Context) error {
 		return errors.New("CA is closed")
 	}
 	now := c.cfg.Now()
+	if err := c.rollOn(ctx, s, now); err != nil {
+		return err
+	}
+	s = c.current.Load()
 	publish, activate := times(s.intermediate)
+	if c.state.Rotation.phase() == Prepared {
+		// The next root starts together with the next JWT key.
+		publish = now
+	}
 	// Nothing is gained by a new intermediate that ends with the root as this
 	// one does, while this one is valid.
 	last := !s.intermediate.NotAfter.Before(s.root.NotAfter)
@@ -96,9 +118,9 @@ func (c *CA) renew(ctx context.Context) error {
 	case !now.Before(activate) && !last:
 		return c.rotate(ctx, s, now)
 	case !now.Before(publish) && !slices.ContainsFunc(c.state.JWT, isNext):
-		return c.publishNext(ctx, s, now)
+		return c.publishNext(ctx, now)
 	case slices.ContainsFunc(c.state.JWT, func(r jwtKeyRecord) bool { return r.spent(now) }):
-		return c.prune(ctx, s, now)
+		return c.change(ctx, func(st *state) error { st.prune(now); return nil })
 	}
 	return nil
 }
@@ -108,23 +130,14 @@ func (r jwtKeyRecord) spent(now time.Time) bool {
 	return r.Role != roleActive && !r.Expires.After(now)
 }
 
-// prune takes spent JWT keys out of the bundle. The caller holds c.mu.
-func (c *CA) prune(ctx context.Context, s *signing, now time.Time) error {
-	before, st := c.state, c.state
-	st.Sequence++
-	st.JWT = slices.DeleteFunc(slices.Clone(st.JWT), func(r jwtKeyRecord) bool { return r.spent(now) })
-	key, err := c.keys.load(st.Intermediate)
-	if err != nil {
-		return err
-	}
-	if err := c.adopt(ctx, st, s.root, s.intermediate, key); err != nil {
-		return err
-	}
-	c.forget(before, st)
-	return nil
+// prune takes spent JWT keys out of the bundle.
+func (s *state) prune(now time.Time) {
+	s.JWT = slices.DeleteFunc(s.JWT, func(r jwtKeyRecord) bool { return r.spent(now) })
 }
 
 func isNext(r jwtKeyRecord) bool { return r.Role == roleNext }
+
+func isActive(r jwtKeyRecord) bool { return r.Role == roleActive }
 
 // jwtLife covers a key from its publication through its use to the end of the
 // last token it signed.
@@ -144,46 +157,59 @@ func (c *CA) newJWTKey(role jwtRole, now time.Time) (jwtKeyRecord, error) {
 
 // publishNext puts the next JWT key into the bundle before its first use, as
 // the federation specification demands. The caller holds c.mu.
-func (c *CA) publishNext(ctx context.Context, s *signing, now time.Time) error {
+func (c *CA) publishNext(ctx context.Context, now time.Time) error {
+	return c.change(ctx, func(st *state) error { return c.addNext(st, now) })
+}
+
+// addNext makes the next JWT key, if there is none.
+func (c *CA) addNext(st *state, now time.Time) error {
+	if slices.ContainsFunc(st.JWT, isNext) {
+		return nil
+	}
 	r, err := c.newJWTKey(roleNext, now)
 	if err != nil {
 		return err
 	}
-	st := c.state
-	st.Sequence++
-	st.JWT = append(slices.Clone(st.JWT), r)
-	key, err := c.keys.load(st.Intermediate)
-	if err != nil {
-		return err
+	if st.Rotation.phase() == Prepared {
+		// It may wait for a whole intermediate before it is used.
+		r.Expires = r.Expires.Add(c.cfg.IntermediateTTL / 2)
 	}
-	return c.adopt(ctx, st, s.root, s.intermediate, key)
+	st.JWT = append(st.JWT, r)
+	return nil
 }
 
-// rotate makes a new intermediate and lets the next JWT key sign. Without a
-// published one, after an outage, a new key signs at once: late is better than
-// with a key that expires. The caller holds c.mu.
+// rotate makes a new intermediate and lets the next JWT key sign. The caller
+// holds c.mu.
 func (c *CA) rotate(ctx context.Context, s *signing, now time.Time) error {
-	rootKey, err := c.keys.load(rootName)
-	if err != nil {
-		return err
-	}
-	name, cert, key, err := c.newIntermediate(ctx, s.root, rootKey, now)
-	if err != nil {
-		return err
-	}
-	before := c.state
-	st := before
-	st.Intermediate = name
-	// What this attempt made is removed when it fails, or retries on a full
-	// disk would pile up keys.
-	defer func() {
-		// The state may have reached the disk although writing it failed.
-		onDisk, err := os.ReadFile(c.file(stateFile))
-		if err == nil && c.state.Intermediate != name && !bytes.Contains(onDisk, []byte(name)) {
-			c.forget(st, before)
+	err := c.change(ctx, func(st *state) error {
+		if err := c.replaceIntermediate(ctx, st, s.root, now); err != nil {
+			return err
 		}
-	}()
-	st.Sequence++
+		return c.activateJWT(st, now)
+	})
+	if err == nil {
+		cert := c.current.Load().intermediate
+		c.cfg.Log.Info("intermediate renewed", "serial", cert.SerialNumber.String(), "expires", cert.NotAfter, "kid", c.current.Load().jwt.id)
+	}
+	return err
+}
+
+// replaceIntermediate makes one under the root that st.Root names.
+func (c *CA) replaceIntermediate(ctx context.Context, st *state, root *x509.Certificate, now time.Time) error {
+	key, err := c.keys.load(st.root())
+	if err != nil {
+		return err
+	}
+	name, _, _, err := c.newIntermediate(ctx, root, key, now)
+	if err == nil {
+		st.Intermediate = name
+	}
+	return err
+}
+
+// activateJWT lets the next JWT key sign. Without a published one, after an
+// outage, a new key signs at once: late is better than with a key that expires.
+func (c *CA) activateJWT(st *state, now time.Time) error {
 	old := st.JWT
 	st.JWT = nil
 	for _, r := range old {
@@ -197,56 +223,100 @@ func (c *CA) rotate(ctx context.Context, s *signing, now time.Time) error {
 	}
 	if i := slices.IndexFunc(st.JWT, isNext); i >= 0 {
 		st.JWT[i].Role = roleActive
-	} else {
-		r, err := c.newJWTKey(roleActive, now)
-		if err != nil {
-			return err
-		}
+		return nil
+	}
+	r, err := c.newJWTKey(roleActive, now)
+	if err == nil {
 		st.JWT = append(st.JWT, r)
 	}
-	if err := c.adopt(ctx, st, s.root, cert, key); err != nil {
-		return err
-	}
-	c.forget(before, st)
-	c.cfg.Log.Info("intermediate renewed", "serial", cert.SerialNumber.String(), "expires", cert.NotAfter, "kid", c.current.Load().jwt.id)
-	return nil
+	return err
 }
 
-// adopt writes the state and lets it sign. The caller holds c.mu.
-func (c *CA) adopt(ctx context.Context, st state, root, cert *x509.Certificate, key crypto.Signer) error {
-	s, err := c.assemble(ctx, st, root, cert, key)
-	if err != nil {
-		return err
+// change edits a copy of the state, writes it and lets it sign. Whatever edit
+// makes it names in the state, so that nothing stays of an attempt that fails:
+// retries on a full disk would pile up keys. The caller holds c.mu.
+func (c *CA) change(ctx context.Context, edit func(*state) error) error {
+	before, st := c.state, c.state
+	st.JWT = slices.Clone(st.JWT)
+	if r := st.Rotation; r != nil {
+		own := *r
+		own.Others = slices.Clone(r.Others)
+		st.Rotation = &own
 	}
-	if err := c.saveState(st); err != nil {
+	st.Sequence++
+	var s *signing
+	err := edit(&st)
+	if err == nil {
+		s, err = c.assemble(ctx, st)
+	}
+	var data []byte
+	if err == nil {
+		data, err = encodeState(st)
+	}
+	if err == nil {
+		err = c.write(c.file(stateFile), data, 0o600)
+	}
+	if err != nil {
+		// The state may have reached the disk although writing it failed.
+		if onDisk, readErr := os.ReadFile(c.file(stateFile)); readErr == nil && (data == nil || !bytes.Equal(onDisk, data)) {
+			c.forget(st, before)
+		}
 		return err
 	}
 	c.state = st
 	c.current.Store(s)
 	close(c.changed)
 	c.changed = make(chan struct{})
+	c.forget(before, st)
 	return nil
 }
 
 // forget removes the files that no state names any more. A file that stays
 // because of an error is of no consequence but to a tidy mind, so it is logged.
 func (c *CA) forget(before, now state) {
-	keep := map[string]bool{now.Intermediate: true}
+	keep := map[string]bool{}
+	for _, name := range now.certificates() {
+		keep[name] = true
+	}
 	for _, r := range now.JWT {
 		keep[r.KeyID] = true
 	}
 	var gone []string
-	if !keep[before.Intermediate] {
-		gone = append(gone, c.file(before.Intermediate+".crt"), c.keys.path(before.Intermediate))
+	for _, name := range before.certificates() {
+		if !keep[name] {
+			keep[name] = true
+			gone = append(gone, c.file(name+".crt"), c.keys.path(name))
+		}
 	}
 	for _, r := range before.JWT {
 		if !keep[r.KeyID] {
 			gone = append(gone, c.keys.path(r.KeyID))
 		}
 	}
-	for _, path := range gone {
+	c.remove(gone)
+}
+
+func (c *CA) remove(paths []string) {
+	for _, path := range paths {
 		if err := os.Remove(path); err != nil {
 			c.cfg.Log.Warn("retired file stays", "path", path, "err", err)
+		}
+	}
+}
+
+// sweep removes the certificates, with their keys, that a crash left behind
+// before any state named them.
+func (c *CA) sweep() {
+	keep := map[string]bool{}
+	for _, name := range c.state.certificates() {
+		keep[name] = true
+	}
+	for _, pattern := range []string{"root-*.crt", "intermediate-*.crt"} {
+		found, _ := filepath.Glob(c.file(pattern)) // the patterns are well formed
+		for _, path := range found {
+			if name := strings.TrimSuffix(filepath.Base(path), ".crt"); !keep[name] {
+				c.remove([]string{c.keys.path(name), path})
+			}
 		}
 	}
 }
@@ -255,30 +325,15 @@ func (c *CA) forget(before, now state) {
 // the state that names them.
 func (c *CA) create(ctx context.Context) error {
 	now := c.cfg.Now()
-	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
-	if err != nil {
-		return fmt.Errorf("open creator: %w", err)
+	made := c.newRoot
+	if c.cfg.RootDir != "" {
+		made = c.importRoot
 	}
-	template, err := c.caTemplate("root", 1, now, now.Add(c.cfg.RootTTL))
+	root, key, err := made(ctx, rootName, now)
 	if err != nil {
 		return err
 	}
-	root, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
-		Type: apiv1.RootCA, Template: template, Lifetime: c.cfg.RootTTL, CreateKey: p256(),
-	})
-	if err != nil {
-		return fmt.Errorf("make root: %w", err)
-	}
-	if err := lintCA(root.Certificate, c.cfg.TrustDomain, 1); err != nil {
-		return fmt.Errorf("make root: %w", err)
-	}
-	if err := c.keys.save(rootName, root.PrivateKey); err != nil {
-		return err
-	}
-	if err := c.saveCert(rootName, root.Certificate); err != nil {
-		return err
-	}
-	name, _, _, err := c.newIntermediate(ctx, root.Certificate, root.Signer, now)
+	name, _, _, err := c.newIntermediate(ctx, root, key, now)
 	if err != nil {
 		return err
 	}
@@ -287,12 +342,47 @@ func (c *CA) create(ctx context.Context) error {
 		return err
 	}
 	st := state{Version: 1, TrustDomain: c.cfg.TrustDomain.Name(), Intermediate: name, Sequence: 1, JWT: []jwtKeyRecord{jwt}}
-	if err := c.saveState(st); err != nil {
+	data, err := encodeState(st)
+	if err != nil {
+		return err
+	}
+	if err := c.write(c.file(stateFile), data, 0o600); err != nil {
 		return err
 	}
 	c.state = st
-	c.cfg.Log.Info("CA created", "trust_domain", st.TrustDomain, "root_expires", root.Certificate.NotAfter)
+	c.cfg.Log.Info("CA created", "trust_domain", st.TrustDomain, "root_expires", root.NotAfter)
 	return nil
+}
+
+// newRoot makes a root and stores it with its key.
+func (c *CA) newRoot(ctx context.Context, name string, now time.Time) (*x509.Certificate, crypto.Signer, error) {
+	fail := func(err error) (*x509.Certificate, crypto.Signer, error) {
+		return nil, nil, fmt.Errorf("make root: %w", err)
+	}
+	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
+	if err != nil {
+		return fail(err)
+	}
+	template, err := c.caTemplate("root", 1, now, now.Add(c.cfg.RootTTL))
+	if err != nil {
+		return fail(err)
+	}
+	root, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
+		Type: apiv1.RootCA, Template: template, Lifetime: c.cfg.RootTTL, CreateKey: p256(),
+	})
+	if err != nil {
+		return fail(err)
+	}
+	if err := lintCA(root.Certificate, c.cfg.TrustDomain, 1); err != nil {
+		return fail(err)
+	}
+	if err := c.keys.save(name, root.PrivateKey); err != nil {
+		return fail(err)
+	}
+	if err := c.saveCert(name, root.Certificate); err != nil {
+		return fail(err)
+	}
+	return root.Certificate, root.Signer, nil
 }
 
 func p256() *apiv1.CreateKeyRequest {

@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"sync"
 	"time"
@@ -18,8 +19,9 @@ type Server struct {
 	ca  *CA
 	dns []string
 
-	mu    sync.Mutex // guards cert and renew
+	mu    sync.Mutex // guards the fields below
 	cert  *tls.Certificate
+	root  *x509.Certificate // above cert
 	renew time.Time
 }
 
@@ -29,17 +31,19 @@ func (c *CA) NewServer(dns ...string) *Server { return &Server{ca: c, dns: dns} 
 
 // Certificate returns the certificate with its key. At half of its life it is
 // replaced, with a new key; while that fails the old one serves until it
-// expires.
+// expires. It is replaced at once when another root is to show; that is the
+// former one as long as a live proxy may trust no other.
 func (s *Server) Certificate(ctx context.Context) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := s.ca.cfg.Now()
-	if s.cert != nil && now.Before(s.renew) && !now.Before(s.cert.Leaf.NotBefore) {
+	root := s.ca.serverRoot(now)
+	if s.cert != nil && now.Before(s.renew) && !now.Before(s.cert.Leaf.NotBefore) && s.root.Equal(root) {
 		return s.cert, nil
 	}
 	fresh, err := s.issue(ctx)
 	if err == nil {
-		s.cert = fresh
+		s.cert, s.root = fresh, root
 		s.renew = now.Add(fresh.Leaf.NotAfter.Sub(now) / 2)
 		return fresh, nil
 	}

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -31,11 +32,29 @@ const (
 // state says which files in the directory count. It is written last, so that
 // a crash in between leaves the CA as it was.
 type state struct {
-	Version      int            `json:"version"`
-	TrustDomain  string         `json:"trust_domain"`
+	Version     int    `json:"version"`
+	TrustDomain string `json:"trust_domain"`
+	// Root is that which signs; empty is the first one, "root".
+	Root         string         `json:"root,omitempty"`
 	Intermediate string         `json:"intermediate"`
 	Sequence     uint64         `json:"sequence"`
 	JWT          []jwtKeyRecord `json:"jwt_keys"`
+	// Rotation is nil while none is under way.
+	Rotation *rotation `json:"rotation,omitempty"`
+}
+
+func (s state) root() string { return cmp.Or(s.Root, rootName) }
+
+// certificates are the names of all roots and intermediates.
+func (s state) certificates() []string {
+	names := []string{s.root(), s.Intermediate}
+	if r := s.Rotation; r != nil {
+		names = append(names, r.Others...)
+		if r.Intermediate != "" {
+			names = append(names, r.Intermediate)
+		}
+	}
+	return names
 }
 
 // A jwtKeyRecord is one JWT key: next before its first use, then active, then
@@ -44,6 +63,8 @@ type jwtKeyRecord struct {
 	KeyID   string    `json:"kid"`
 	Role    jwtRole   `json:"role"`
 	Expires time.Time `json:"expires"`
+	// Tainted is set on a retired key that a rotation of the root replaced.
+	Tainted bool `json:"tainted,omitempty"`
 }
 
 type jwtRole string
@@ -92,7 +113,7 @@ func (c *CA) loadState() (fresh bool, err error) {
 		return false, daemon.Hint(fmt.Errorf("the CA there is of trust domain %q, not of %q", c.state.TrustDomain, c.cfg.TrustDomain.Name()),
 			"set trust_domain to "+c.state.TrustDomain+", or name another directory")
 	}
-	names := []string{c.state.Intermediate}
+	names := c.state.certificates()
 	for _, k := range c.state.JWT {
 		names = append(names, k.KeyID)
 	}
@@ -101,19 +122,22 @@ func (c *CA) loadState() (fresh bool, err error) {
 			return false, daemon.Hint(fmt.Errorf("%s is damaged: %q is not a name", stateFile, n), "restore it from a backup")
 		}
 	}
+	if r := c.state.Rotation; r != nil && (forward[r.Phase] == "" || r.Phase == Steady || len(r.Others) == 0) {
+		return false, daemon.Hint(fmt.Errorf("%s is damaged: no rotation is %q with %d other roots", stateFile, r.Phase, len(r.Others)), "restore it from a backup")
+	}
 	return false, nil
 }
 
-func (c *CA) saveState(s state) error {
+func encodeState(s state) ([]byte, error) {
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
-		return fmt.Errorf("encode state: %w", err)
+		return nil, fmt.Errorf("encode state: %w", err)
 	}
-	return daemon.WriteFile(c.file(stateFile), append(data, '\n'), 0o600)
+	return append(data, '\n'), nil
 }
 
 func (c *CA) saveCert(name string, cert *x509.Certificate) error {
-	return daemon.WriteFile(c.file(name+".crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), 0o644)
+	return c.write(c.file(name+".crt"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), 0o644)
 }
 
 func (c *CA) loadCert(name string) (*x509.Certificate, error) {
@@ -159,7 +183,7 @@ func (c *CA) pair(name string, pathLen int) (*x509.Certificate, crypto.Signer, e
 
 // load reads all that the state names and checks it against the clock.
 func (c *CA) load(ctx context.Context) (*signing, error) {
-	root, _, err := c.pair(rootName, 1)
+	root, _, err := c.pair(c.state.root(), 1)
 	if err != nil {
 		return nil, err
 	}
@@ -168,39 +192,44 @@ func (c *CA) load(ctx context.Context) (*signing, error) {
 	case root.CheckSignatureFrom(root) != nil:
 		return nil, daemon.Hint(errors.New("the root certificate is not signed by its own key"), "restore it from a backup")
 	case now.After(root.NotAfter):
-		return nil, daemon.Hint(fmt.Errorf("the root certificate expired at %s and the clock says %s", utc(root.NotAfter), utc(now)),
-			"check the clock; if it is right, start a new CA in an empty directory and bootstrap every proxy again")
+		return nil, daemon.Hint(fmt.Errorf("%w at %s and the clock says %s", ErrRootExpired, utc(root.NotAfter), utc(now)),
+			"check the clock; if it is right, stop the issuer and run: issuer ca rotate --emergency --config FILE")
 	case now.Before(root.NotBefore):
 		return nil, daemon.Hint(fmt.Errorf("the clock says %s, which is before the root certificate begins at %s", utc(now), utc(root.NotBefore)),
 			"set the clock")
 	}
-	cert, key, err := c.pair(c.state.Intermediate, 0)
+	cert, _, err := c.pair(c.state.Intermediate, 0)
 	if err != nil {
 		return nil, err
-	}
-	if err := cert.CheckSignatureFrom(root); err != nil {
-		return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
 	}
 	if now.Before(cert.NotBefore) {
 		return nil, daemon.Hint(fmt.Errorf("the clock says %s, which is before the intermediate certificate begins at %s", utc(now), utc(cert.NotBefore)),
 			"set the clock; if it is right now and was ahead before, wait until then or restore a backup")
 	}
-	return c.assemble(ctx, c.state, root, cert, key)
+	if r := c.state.Rotation; r != nil {
+		for _, name := range r.Others {
+			if _, _, err := c.pair(name, 1); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return c.assemble(ctx, c.state)
 }
 
-// assemble makes the signing value for a state, reading the JWT keys.
-func (c *CA) assemble(ctx context.Context, st state, root, cert *x509.Certificate, key crypto.Signer) (*signing, error) {
-	service, err := softcas.New(ctx, apiv1.Options{
-		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key, KeyManager: c.keys.kms,
-	})
+// assemble makes the signing value for a state, reading what it names.
+func (c *CA) assemble(ctx context.Context, st state) (*signing, error) {
+	root, err := c.loadCert(st.root())
 	if err != nil {
-		return nil, fmt.Errorf("open signer: %w", err)
+		return nil, err
 	}
-	s := &signing{service: service, intermediate: cert, root: root, own: map[string]bool{
-		string(publicDER(root.PublicKey)): true,
-		string(publicDER(cert.PublicKey)): true,
-	}}
+	s, err := c.signer(ctx, st.Intermediate, root)
+	if err != nil {
+		return nil, err
+	}
 	s.bundle = Bundle{X509: []*x509.Certificate{root}, Sequence: st.Sequence, RefreshHint: c.refreshHint()}
+	if err := c.addOthers(ctx, s, st.Rotation); err != nil {
+		return nil, err
+	}
 	for _, r := range st.JWT {
 		signer, err := c.keys.load(r.KeyID)
 		if err != nil {
@@ -211,7 +240,7 @@ func (c *CA) assemble(ctx context.Context, st state, root, cert *x509.Certificat
 			return nil, daemon.Hint(fmt.Errorf("private key %s is not an EC P-256 key", c.keys.path(r.KeyID)), "restore it from a backup")
 		}
 		s.own[string(publicDER(k.Public()))] = true
-		s.bundle.JWT = append(s.bundle.JWT, JWTKey{KeyID: r.KeyID, PublicKey: k.Public(), ExpiresAt: r.Expires})
+		s.bundle.JWT = append(s.bundle.JWT, JWTKey{KeyID: r.KeyID, PublicKey: k.Public(), ExpiresAt: r.Expires, Tainted: r.Tainted})
 		if r.Role == roleActive {
 			s.jwt = jwtKey{r.KeyID, k, r.Expires}
 		}
@@ -220,6 +249,59 @@ func (c *CA) assemble(ctx context.Context, st state, root, cert *x509.Certificat
 		return nil, daemon.Hint(fmt.Errorf("%s names no active JWT key", stateFile), "restore it from a backup")
 	}
 	return s, nil
+}
+
+// signer opens an intermediate under a root.
+func (c *CA) signer(ctx context.Context, name string, root *x509.Certificate) (*signing, error) {
+	cert, key, err := c.pair(name, 0)
+	if err != nil {
+		return nil, err
+	}
+	if err := cert.CheckSignatureFrom(root); err != nil {
+		return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
+	}
+	service, err := softcas.New(ctx, apiv1.Options{
+		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key, KeyManager: c.keys.kms,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open signer: %w", err)
+	}
+	return &signing{service: service, intermediate: cert, root: root, own: map[string]bool{
+		string(publicDER(root.PublicKey)): true,
+		string(publicDER(cert.PublicKey)): true,
+	}}, nil
+}
+
+// addOthers puts the roots that do not sign into the bundle.
+func (c *CA) addOthers(ctx context.Context, s *signing, r *rotation) error {
+	if r == nil {
+		return nil
+	}
+	for _, name := range r.Others {
+		other, err := c.loadCert(name)
+		if err != nil {
+			return err
+		}
+		s.others = append(s.others, other)
+		s.bundle.X509 = append(s.bundle.X509, other)
+		s.own[string(publicDER(other.PublicKey))] = true
+	}
+	if r.Phase == Tainted || r.Phase == Withdrawn {
+		s.bundle.Tainted = s.others
+	}
+	if r.Intermediate == "" {
+		return nil
+	}
+	former, err := c.signer(ctx, r.Intermediate, s.others[len(s.others)-1])
+	if err != nil {
+		return err
+	}
+	for key := range former.own {
+		s.own[key] = true
+	}
+	former.own = s.own
+	s.former = former
+	return nil
 }
 
 // refreshHint lets everybody see a new JWT key several times before its first

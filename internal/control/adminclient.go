@@ -8,6 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -62,20 +63,32 @@ func (a *Admin) CreateJoinToken(ctx context.Context, agentName string, ttl time.
 
 // Agents lists the nodes that were attested.
 func (a *Admin) Agents(ctx context.Context) ([]mesh.Agent, error) {
-	resp, err := agentv1.NewAgentClient(a.cc).ListAgents(ctx, &agentv1.ListAgentsRequest{})
-	if err != nil {
-		return nil, a.explain("list agents", err)
+	var all []*types.Agent
+	for token := ""; ; {
+		resp, err := agentv1.NewAgentClient(a.cc).ListAgents(ctx, &agentv1.ListAgentsRequest{PageToken: token})
+		if err != nil {
+			return nil, a.explain("list agents", err)
+		}
+		all = append(all, resp.GetAgents()...)
+		if token = resp.GetNextPageToken(); token == "" {
+			return convert("list agents", all, agentFromWire)
+		}
 	}
-	return convert("list agents", resp.GetAgents(), agentFromWire)
 }
 
 // Entries lists who gets which identity. Origins are not carried.
 func (a *Admin) Entries(ctx context.Context) ([]mesh.Entry, error) {
-	resp, err := entryv1.NewEntryClient(a.cc).ListEntries(ctx, &entryv1.ListEntriesRequest{})
-	if err != nil {
-		return nil, a.explain("list entries", err)
+	var all []*types.Entry
+	for token := ""; ; {
+		resp, err := entryv1.NewEntryClient(a.cc).ListEntries(ctx, &entryv1.ListEntriesRequest{PageToken: token})
+		if err != nil {
+			return nil, a.explain("list entries", err)
+		}
+		all = append(all, resp.GetEntries()...)
+		if token = resp.GetNextPageToken(); token == "" {
+			return convert("list entries", all, entryFromWire)
+		}
 	}
-	return convert("list entries", resp.GetEntries(), entryFromWire)
 }
 
 // Status says what the issuer acts on.

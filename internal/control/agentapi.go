@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"time"
@@ -15,12 +16,11 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/peer"
-	"google.golang.org/protobuf/proto"
 
 	"sallyport/internal/mesh"
 )
 
-// agentAPI is spire.api.server.agent.v1 as an agent uses it.
+// agentAPI is spire.api.server.agent.v1.
 type agentAPI struct {
 	agentv1.UnimplementedAgentServer
 	s *Server
@@ -58,7 +58,10 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 		record.Refusal = RefusalKind
 		return a.refused(ctx, record, refuse(codes.InvalidArgument, "node attestor %.64q is not configured on this issuer", record.Type))
 	}
-	id, selectors, err := v.Verify(ctx, params.GetData().GetPayload(), key)
+	id, selectors, err, gone := a.verify(ctx, st, v, params.GetData().GetPayload(), key)
+	if gone != nil {
+		return gone
+	}
 	if err != nil {
 		why := a.s.cfg.Why(err)
 		if ctx.Err() != nil || why == RefusalNone {
@@ -73,8 +76,44 @@ func (a *agentAPI) AttestAgent(st grpc.BidiStreamingServer[agentv1.AttestAgentRe
 		return err
 	}
 	return st.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
-		Result: &agentv1.AttestAgentResponse_Result{Svid: svid, Reattestable: record.Type != "join_token"},
+		Result: &agentv1.AttestAgentResponse_Result{Svid: svid, Reattestable: reattestable(v)},
 	}})
+}
+
+// reattestable reports whether the evidence may be shown again with another
+// key. An agent then attests again instead of renewing.
+func reattestable(v NodeVerifier) bool {
+	_, asks := v.(Challenger)
+	o, ok := v.(interface{ Once() bool })
+	return asks && !(ok && o.Once())
+}
+
+// verify asks the verifier, with a challenge if its kind has one. gone is why
+// the node did not answer.
+func (a *agentAPI) verify(ctx context.Context, st grpc.BidiStreamingServer[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse], v NodeVerifier, payload []byte, key crypto.PublicKey) (id spiffeid.ID, selectors []mesh.Selector, err, gone error) {
+	c, ok := v.(Challenger)
+	if !ok {
+		id, selectors, err = v.Verify(ctx, payload, key)
+		return id, selectors, err, nil
+	}
+	id, selectors, err = c.VerifyAnswer(ctx, payload, key, func(challenge []byte) ([]byte, error) {
+		if gone = st.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Challenge{Challenge: challenge}}); gone != nil {
+			return nil, gone
+		}
+		var req *agentv1.AttestAgentRequest
+		if req, gone = firstMessage(st, a.s.hello); gone != nil {
+			if errors.Is(gone, io.EOF) {
+				gone = refuse(codes.InvalidArgument, "the challenge was not answered")
+			}
+			return nil, gone
+		}
+		if _, ok := req.GetStep().(*agentv1.AttestAgentRequest_ChallengeResponse); !ok {
+			gone = refuse(codes.InvalidArgument, "want the answer to the challenge")
+			return nil, gone
+		}
+		return req.GetChallengeResponse(), nil
+	})
+	return id, selectors, err, gone
 }
 
 // admit records the agent and signs its SVID. A banned agent stays out.
@@ -183,7 +222,7 @@ func (a *agentAPI) PostStatus(context.Context, *agentv1.PostStatusRequest) (*age
 	return &agentv1.PostStatusResponse{}, nil
 }
 
-// firstMessage waits for the message that opens a stream, not for ever.
+// firstMessage waits for a message of the peer, not for ever.
 func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp], within time.Duration) (*Req, error) {
 	type first struct {
 		m   *Req
@@ -201,7 +240,7 @@ func firstMessage[Req, Resp any](st grpc.BidiStreamingServer[Req, Resp], within 
 	case f := <-got:
 		return f.m, f.err
 	case <-t.C:
-		return nil, refuse(codes.DeadlineExceeded, "no message within %s of opening the stream", within)
+		return nil, refuse(codes.DeadlineExceeded, "no message within %s", within)
 	}
 }
 
@@ -210,60 +249,4 @@ func remote(ctx context.Context) string {
 		return p.Addr.String()
 	}
 	return ""
-}
-
-// agentAdminAPI is spire.api.server.agent.v1 as the operator uses it, on the
-// admin socket.
-type agentAdminAPI struct {
-	agentv1.UnimplementedAgentServer
-	a *adminAPI
-}
-
-// CreateJoinToken makes a token for the agent that agent_id names, or for a
-// fresh name.
-func (a *agentAdminAPI) CreateJoinToken(ctx context.Context, req *agentv1.CreateJoinTokenRequest) (*types.JoinToken, error) {
-	if req.GetToken() != "" {
-		return nil, refuse(codes.InvalidArgument, "a token's value is chosen by the issuer: leave it out")
-	}
-	name := freshName()
-	if req.GetAgentId() != nil {
-		id, err := idFromWire(req.GetAgentId())
-		if err != nil {
-			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
-		}
-		if name, err = agentName(id, a.a.s.cfg.TrustDomain); err != nil {
-			return nil, refuse(codes.InvalidArgument, "agent_id: %v", err)
-		}
-	}
-	token, expires, err := a.a.createToken(ctx, name, time.Duration(req.GetTtl())*time.Second)
-	if err != nil {
-		return nil, err
-	}
-	return &types.JoinToken{Value: token, ExpiresAt: expires.Unix()}, nil
-}
-
-// ListAgents returns every agent in one page. Filters are not offered: it is
-// better to refuse than to return what was filtered out.
-func (a *agentAdminAPI) ListAgents(ctx context.Context, req *agentv1.ListAgentsRequest) (*agentv1.ListAgentsResponse, error) {
-	if proto.Size(req.GetFilter()) > 0 || req.GetPageToken() != "" {
-		return nil, refuse(codes.Unimplemented, "filters and pages of agents are not offered: list all")
-	}
-	agents, err := a.a.s.cfg.Registry.ListAgents(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list agents: %w", err)
-	}
-	resp := &agentv1.ListAgentsResponse{}
-	for _, ag := range agents {
-		resp.Agents = append(resp.Agents, agentToWire(ag))
-	}
-	return resp, nil
-}
-
-// agentName is the inverse of AgentID.
-func agentName(id spiffeid.ID, td spiffeid.TrustDomain) (string, error) {
-	name, ok := strings.CutPrefix(id.Path(), joinPrefix)
-	if !ok || !id.MemberOf(td) || strings.Contains(name, "/") {
-		return "", fmt.Errorf("%s is not of the form spiffe://%s%s<name>", id, td, joinPrefix)
-	}
-	return name, nil
 }

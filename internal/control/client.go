@@ -150,6 +150,12 @@ type AgentSVID struct {
 // a lost reply the same call with the same key succeeds within the issuer's
 // grace window.
 func (c *Client) Attest(ctx context.Context, kind string, payload []byte, key crypto.Signer) (AgentSVID, error) {
+	return c.AttestAnswering(ctx, kind, payload, nil, key)
+}
+
+// AttestAnswering is Attest for evidence about which the issuer asks a
+// question: answer gives what the node has to say to it.
+func (c *Client) AttestAnswering(ctx context.Context, kind string, payload []byte, answer func(challenge []byte) ([]byte, error), key crypto.Signer) (AgentSVID, error) {
 	csr, err := request(key)
 	if err != nil {
 		return AgentSVID{}, err
@@ -163,23 +169,38 @@ func (c *Client) Attest(ctx context.Context, kind string, payload []byte, key cr
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	st, err := agentv1.NewAgentClient(l.cc).AttestAgent(ctx)
-	if err == nil {
-		// The reply tells more than an error in sending.
-		_ = st.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
-			Data:   &types.AttestationData{Type: kind, Payload: payload},
-			Params: &agentv1.AgentX509SVIDParams{Csr: csr},
-		}}})
-		var resp *agentv1.AttestAgentResponse
-		if resp, err = st.Recv(); err == nil {
+	if err != nil {
+		return AgentSVID{}, c.explain(ctx, "attest", l, err)
+	}
+	// The reply tells more than an error in sending.
+	_ = st.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
+		Data:   &types.AttestationData{Type: kind, Payload: payload},
+		Params: &agentv1.AgentX509SVIDParams{Csr: csr},
+	}}})
+	for range maxChallenges {
+		resp, err := st.Recv()
+		if err != nil {
+			return AgentSVID{}, c.explain(ctx, "attest", l, err)
+		}
+		challenge, ok := resp.GetStep().(*agentv1.AttestAgentResponse_Challenge)
+		if !ok {
 			return c.attested(resp, key)
 		}
+		if answer == nil {
+			return AgentSVID{}, errors.New("attest: issuer asks for a challenge, which this kind of evidence does not answer")
+		}
+		a, err := answer(challenge.Challenge)
+		if err != nil {
+			return AgentSVID{}, fmt.Errorf("attest: answer the challenge: %w", err)
+		}
+		_ = st.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_ChallengeResponse{ChallengeResponse: a}})
 	}
-	return AgentSVID{}, c.explain(ctx, "attest", l, err)
+	return AgentSVID{}, fmt.Errorf("attest: issuer asks for more than %d challenges", maxChallenges-1)
 }
 
 func (c *Client) attested(resp *agentv1.AttestAgentResponse, key crypto.Signer) (AgentSVID, error) {
 	if resp.GetResult() == nil {
-		return AgentSVID{}, errors.New("attest: issuer asks for a challenge, which this kind of evidence does not answer")
+		return AgentSVID{}, errors.New("attest: issuer answers with neither an SVID nor a challenge")
 	}
 	chain, err := chainFromWire(resp.GetResult().GetSvid(), spiffeid.ID{}, key.Public())
 	if err != nil {
@@ -377,12 +398,15 @@ func (c *Client) NewJWTSVID(ctx context.Context, entryID string, audience []stri
 // A Bundle is what verifies the SVIDs of the trust domain.
 type Bundle struct {
 	X509 []*x509.Certificate
-	JWT  []JWTKey
+	// Tainted are those of X509 under which no SVID should be any more. They
+	// are trusted until they leave the bundle.
+	Tainted []*x509.Certificate
+	JWT     []JWTKey
 	// RefreshHint is how often to fetch it without a push.
 	RefreshHint time.Duration
 }
 
-// GetBundle fetches the trust domain's bundle. Tainted authorities are left out.
+// GetBundle fetches the trust domain's bundle, tainted authorities too.
 func (c *Client) GetBundle(ctx context.Context) (Bundle, error) {
 	var out Bundle
 	err := c.call(ctx, "get bundle", func(l *link) error {

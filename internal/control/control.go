@@ -46,6 +46,8 @@ const (
 	// log is longer, however much of it is escaped.
 	maxAuditLine  = 72 << 10
 	maxAuditLines = 4096
+	// maxChallenges bounds the messages of an issuer before its result.
+	maxChallenges = 4
 	// entryPage is how many entries one message of SyncAuthorizedEntries holds.
 	entryPage = 500
 )

@@ -107,8 +107,28 @@ func entryToWire(e mesh.Entry, revision int64) *types.Entry {
 		JwtSvidTtl:     seconds(e.JWTTTL),
 		DnsNames:       e.DNSNames,
 		Hint:           e.Hint,
+		FederatesWith:  domainsToWire(e.FederatesWith),
 		RevisionNumber: revision,
+		Admin:          e.Admin,
+		Downstream:     e.Downstream,
+		ExpiresAt:      unix(e.ExpiresAt),
+		CreatedAt:      unix(e.CreatedAt),
 	}
+}
+
+// unix is 0 for the zero time.
+func unix(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.Unix()
+}
+
+func timeOfUnix(s int64) time.Time {
+	if s <= 0 || s > maxUnix {
+		return time.Time{}
+	}
+	return time.Unix(s, 0).UTC()
 }
 
 func entryFromWire(w *types.Entry) (mesh.Entry, error) {
@@ -123,6 +143,10 @@ func entryFromWire(w *types.Entry) (mesh.Entry, error) {
 	if err != nil {
 		return mesh.Entry{}, fmt.Errorf("entry %q: parent: %w", w.Id, err)
 	}
+	federates, err := domainsFromWire(w.FederatesWith)
+	if err != nil {
+		return mesh.Entry{}, fmt.Errorf("entry %q: federates with: %w", w.Id, err)
+	}
 	return mesh.Entry{
 		ID:        w.Id,
 		SPIFFEID:  id,
@@ -132,6 +156,12 @@ func entryFromWire(w *types.Entry) (mesh.Entry, error) {
 		JWTTTL:    time.Duration(w.JwtSvidTtl) * time.Second,
 		DNSNames:  w.DnsNames,
 		Hint:      w.Hint,
+
+		Admin:         w.Admin,
+		Downstream:    w.Downstream,
+		ExpiresAt:     timeOfUnix(w.ExpiresAt),
+		CreatedAt:     timeOfUnix(w.CreatedAt),
+		FederatesWith: federates,
 	}, nil
 }
 
@@ -229,27 +259,27 @@ func bundleFromWire(w *types.Bundle, td spiffeid.TrustDomain) (Bundle, error) {
 	}
 	b := Bundle{RefreshHint: time.Duration(min(max(w.GetRefreshHint(), 0), 24*3600)) * time.Second}
 	for i, a := range w.GetX509Authorities() {
-		if a.GetTainted() {
-			continue
-		}
 		c, err := x509.ParseCertificate(a.GetAsn1())
 		if err != nil {
 			return Bundle{}, fmt.Errorf("read authority %d of the bundle: %w", i, err)
 		}
 		b.X509 = append(b.X509, c)
+		if a.GetTainted() {
+			b.Tainted = append(b.Tainted, c)
+		}
 	}
 	if len(b.X509) == 0 {
 		return Bundle{}, errors.New("bundle has no X.509 authority")
 	}
 	for _, k := range w.GetJwtAuthorities() {
-		if k.GetTainted() || k.GetKeyId() == "" {
+		if k.GetKeyId() == "" {
 			continue
 		}
 		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
 		if err != nil {
 			return Bundle{}, fmt.Errorf("read JWT key %.64q of the bundle: %w", k.GetKeyId(), err)
 		}
-		j := JWTKey{KeyID: k.GetKeyId(), PublicKey: key}
+		j := JWTKey{KeyID: k.GetKeyId(), PublicKey: key, Tainted: k.GetTainted()}
 		if k.GetExpiresAt() > 0 {
 			j.ExpiresAt = time.Unix(k.GetExpiresAt(), 0)
 		}

@@ -155,7 +155,7 @@ func (s *Server) tap(ctx context.Context, info *tap.Info) (context.Context, erro
 			return nil, refuse(codes.ResourceExhausted, "agent %s has %d calls open: wait for one to end", c.id, agentCalls)
 		}
 		context.AfterFunc(ctx, func() { s.agentCalls.leave(who) })
-	case !anyone[info.FullMethodName]:
+	case rights[info.FullMethodName]&toAnyone == 0:
 		return nil, err
 	default:
 		who := addressOf(ctx)

@@ -12,12 +12,11 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/protobuf/proto"
 
 	"sallyport/internal/mesh"
 )
 
-// entryAPI is spire.api.server.entry.v1 as an agent uses it.
+// entryAPI is spire.api.server.entry.v1.
 type entryAPI struct {
 	entryv1.UnimplementedEntryServer
 	s *Server
@@ -37,7 +36,7 @@ type entryState struct {
 }
 
 // of returns the revision of e. A state first seen takes the policy revision,
-// which survives a restart and never falls.
+// or that of an entry made by a call: both survive a restart and never fall.
 func (r *entryRevisions) of(e mesh.Entry, policyRevision uint64) int64 {
 	content := fingerprint(e)
 	r.mu.Lock()
@@ -49,7 +48,7 @@ func (r *entryRevisions) of(e mesh.Entry, policyRevision uint64) int64 {
 	if ok && old.content == content {
 		return old.revision
 	}
-	rev := max(int64(policyRevision), 1)
+	rev := max(int64(policyRevision), e.Revision, 1)
 	if ok {
 		rev = max(rev, old.revision+1)
 	}
@@ -194,6 +193,10 @@ func applyEntryMask(e *types.Entry, m *types.EntryMask) {
 	drop(!m.DnsNames, &e.DnsNames)
 	drop(!m.Hint, &e.Hint)
 	drop(!m.RevisionNumber, &e.RevisionNumber)
+	drop(!m.Admin, &e.Admin)
+	drop(!m.Downstream, &e.Downstream)
+	drop(!m.ExpiresAt, &e.ExpiresAt)
+	drop(!m.CreatedAt, &e.CreatedAt)
 }
 
 func drop[T any](yes bool, field *T) {
@@ -201,23 +204,4 @@ func drop[T any](yes bool, field *T) {
 		var zero T
 		*field = zero
 	}
-}
-
-// entryAdminAPI is spire.api.server.entry.v1 as the operator uses it, on the
-// admin socket. Entries are changed in the reviewed files only.
-type entryAdminAPI struct {
-	entryv1.UnimplementedEntryServer
-	a *adminAPI
-}
-
-// ListEntries returns every entry. Filters are refused, not ignored.
-func (a *entryAdminAPI) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
-	if proto.Size(req.GetFilter()) > 0 || req.GetPageToken() != "" {
-		return nil, refuse(codes.Unimplemented, "filters and pages of entries are not offered: list all")
-	}
-	entries := a.a.s.wireEntries(a.a.s.cfg.Registry.Entries())
-	for _, e := range entries {
-		applyEntryMask(e, req.GetOutputMask())
-	}
-	return &entryv1.ListEntriesResponse{Entries: entries}, nil
 }

@@ -10,30 +10,18 @@ import (
 	"net"
 	"os"
 	"runtime/debug"
-	"strings"
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/peer"
 
 	"sallyport/internal/capture"
 	"sallyport/internal/mesh"
 )
-
-// anyone lists what needs no agent SVID; all else does. The bundle is public.
-var anyone = map[string]bool{
-	agentv1.Agent_AttestAgent_FullMethodName:          true,
-	bundlev1.Bundle_GetBundle_FullMethodName:          true,
-	bundlev1.Bundle_GetFederatedBundle_FullMethodName: true,
-	healthpb.Health_Check_FullMethodName:              true,
-}
 
 // A caller is the agent that the TLS certificate of a call proves.
 type caller struct {
@@ -68,8 +56,8 @@ func (s *Server) authenticate(ctx context.Context) (caller, error) {
 	if err != nil {
 		return caller{}, refuse(codes.PermissionDenied, "caller's certificate is no agent SVID")
 	}
-	if !id.MemberOf(s.cfg.TrustDomain) || !strings.HasPrefix(id.Path(), agentPrefix) {
-		return caller{}, refuse(codes.PermissionDenied, "%s is not an agent: its path does not begin with %s", id, agentPrefix)
+	if !id.MemberOf(s.cfg.TrustDomain) {
+		return caller{}, refuse(codes.PermissionDenied, "%s is not a member of %s", id, s.cfg.TrustDomain)
 	}
 	return caller{id: id, leaf: leaf}, nil
 }
@@ -124,32 +112,29 @@ func agentError(id spiffeid.ID, err error) error {
 }
 
 func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	if anyone[info.FullMethod] {
-		return next(ctx, req)
-	}
-	c, err := s.authenticate(ctx)
+	ctx, err := s.guard(ctx, info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
-	if err := s.authorize(ctx, c); err != nil {
-		return nil, err
+	if c, err := callerOf(ctx); err == nil {
+		if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
+			return nil, err
+		}
 	}
-	if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
-		return nil, err
-	}
-	return next(context.WithValue(ctx, callerKey{}, c), req)
+	return next(ctx, req)
 }
 
 func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	if anyone[info.FullMethod] {
+	if rights[info.FullMethod]&toAnyone != 0 {
 		return next(srv, st)
 	}
-	c, err := s.authenticate(st.Context())
+	ctx, err := s.guard(st.Context(), info.FullMethod)
 	if err != nil {
 		return err
 	}
-	if err := s.authorize(st.Context(), c); err != nil {
-		return err
+	c, err := callerOf(ctx)
+	if err != nil {
+		return next(srv, &agentStream{ServerStream: st, ctx: ctx})
 	}
 	if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
 		return err
@@ -158,7 +143,13 @@ func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamSer
 		return refuse(codes.ResourceExhausted, "agent %s has %d streams open: close one first", c.id, s.cfg.StreamsPerAgent)
 	}
 	defer s.leave(c.id)
-	return next(srv, &agentStream{ServerStream: st, ctx: context.WithValue(st.Context(), callerKey{}, c)})
+	ctx, leave := s.evictions.watch(ctx, c.id)
+	defer leave()
+	err = next(srv, &agentStream{ServerStream: st, ctx: ctx})
+	if why := context.Cause(ctx); why != nil && st.Context().Err() == nil {
+		return why
+	}
+	return err
 }
 
 type agentStream struct {
@@ -167,6 +158,14 @@ type agentStream struct {
 }
 
 func (s *agentStream) Context() context.Context { return s.ctx }
+
+// RecvMsg gives nothing of an agent that was evicted meanwhile.
+func (s *agentStream) RecvMsg(m any) error {
+	if err := s.ServerStream.RecvMsg(m); err != nil {
+		return err
+	}
+	return s.ctx.Err()
+}
 
 func (s *Server) enter(id spiffeid.ID) bool {
 	s.mu.Lock()

@@ -127,6 +127,7 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	sub.proxy = mesh.Proxy{
 		Agent: who.id, Workload: workload, Kind: h.GetKind(),
 		SVIDExpires: timeFromWire(h.GetSvidExpires()), Connected: true,
+		Authorities: authoritiesFromWire(h.GetAuthorities()),
 	}
 	s.mu.Lock()
 	s.subs[sub.key]++
@@ -291,6 +292,9 @@ func (sub *subscription) syncNow() error {
 	for _, c := range sub.s.cfg.Authority.X509Bundle() {
 		h.Write(c.Raw)
 	}
+	for _, c := range sub.s.tainted() {
+		h.Write(c.Raw)
+	}
 	for _, k := range sub.s.cfg.Authority.JWTKeys() {
 		io.WriteString(h, k.KeyID)
 	}
@@ -326,9 +330,9 @@ func (sub *subscription) push(snap *mesh.Snapshot) error {
 // answer takes what the proxy says of a snapshot, or says again.
 func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	ack, nack := m.GetAck(), m.GetNack()
-	revision, expires := ack.GetRevision(), ack.GetSvidExpires()
+	revision, expires, authorities := ack.GetRevision(), ack.GetSvidExpires(), ack.GetAuthorities()
 	if nack != nil {
-		revision, expires = nack.GetRevision(), nack.GetSvidExpires()
+		revision, expires, authorities = nack.GetRevision(), nack.GetSvidExpires(), nack.GetAuthorities()
 	}
 	switch {
 	case ack == nil && nack == nil:
@@ -351,6 +355,7 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	if t := timeFromWire(expires); !t.IsZero() {
 		sub.proxy.SVIDExpires = t
 	}
+	sub.proxy.Authorities = authoritiesFromWire(authorities)
 	sub.report()
 	return nil
 }

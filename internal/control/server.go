@@ -78,12 +78,23 @@ type JWTKey struct {
 	KeyID     string
 	PublicKey crypto.PublicKey
 	ExpiresAt time.Time
+	// Tainted says that tokens by this key should be fetched anew.
+	Tainted bool
 }
 
 // A NodeVerifier checks the evidence of one kind of node attestation, given the
 // key that the node asks to have certified. It names the agent.
 type NodeVerifier interface {
 	Verify(ctx context.Context, payload []byte, key crypto.PublicKey) (agent spiffeid.ID, selectors []mesh.Selector, err error)
+}
+
+// A Challenger is a NodeVerifier whose evidence proves something only together
+// with the answer to a fresh question, so it may be shown again, unless it has
+// a method Once that says true. ask sends the question and returns the answer;
+// its error ends the attestation.
+type Challenger interface {
+	NodeVerifier
+	VerifyAnswer(ctx context.Context, payload []byte, key crypto.PublicKey, ask func(challenge []byte) (answer []byte, err error)) (agent spiffeid.ID, selectors []mesh.Selector, err error)
 }
 
 // An AuditSink keeps the audit lines of proxies, durably when it returns. It
@@ -113,8 +124,13 @@ type ServerConfig struct {
 	Registry  Registry
 	Authority Authority
 	Audit     AuditSink
+	// Roots lets the operator replace the root. Default: nobody can.
+	Roots RootKeeper
 	// Verifiers by the name of the node attestor, such as "join_token".
 	Verifiers map[string]NodeVerifier
+	// Federated gives the bundle of another trust domain, false when there is
+	// none. Default: there is never one.
+	Federated func(spiffeid.TrustDomain) (FederatedBundle, bool)
 	// Why names the reason in a Verifier's error. RefusalNone says that the
 	// verifier itself failed: the node may try again. Default: every error is
 	// RefusalEvidence.
@@ -126,6 +142,14 @@ type ServerConfig struct {
 	// was by, before the token is given out. An error withholds it. Default
 	// none.
 	OnToken func(ctx context.Context, agent spiffeid.ID, expires time.Time, by string) error
+	// Keeper changes what operators change by calls. Default: such calls are
+	// refused.
+	Keeper Keeper
+	// Admins makes an operator's right finer. Default: as SPIRE has it.
+	Admins AdminJudge
+	// OnAdmin is told of each operator's call before it is made, and of each
+	// identity that it changes. An error refuses it. Default none.
+	OnAdmin func(context.Context, AdminCall) error
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
 	// AttestsAtOnce bounds the attestations that are judged at once. Default 64.
@@ -177,7 +201,8 @@ type Server struct {
 	// message of a stream.
 	lease, hello time.Duration
 	// agents serialises changes of one agent's record.
-	agents keyedLocks
+	agents    keyedLocks
+	evictions evictions
 
 	// mu guards what stands below it. It is taken after a lock of agents.
 	mu sync.Mutex
@@ -246,13 +271,13 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	g := grpc.NewServer(append(s.options(),
 		grpc.MaxSendMsgSize(maxAdminMessage),
-		grpc.ChainUnaryInterceptor(s.recoverUnary),
-		grpc.ChainStreamInterceptor(s.recoverStream))...)
-	a := &adminAPI{s: s}
-	meshpb.RegisterAdminServer(g, a)
-	agentv1.RegisterAgentServer(g, &agentAdminAPI{a: a})
-	entryv1.RegisterEntryServer(g, &entryAdminAPI{a: a})
+		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardLocalUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream, s.guardLocalStream))...)
+	meshpb.RegisterAdminServer(g, &adminAPI{s: s})
+	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
+	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
+	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, &ownListener{UnixListener: l, log: s.cfg.Log})
 }

@@ -37,8 +37,11 @@ type Hello struct {
 	Have *mesh.Snapshot
 	// SVIDExpires, when set, is asked with each answer for the operator's table.
 	SVIDExpires func() time.Time
-	// Changed, when set, returns a channel that is closed when SVIDExpires has
-	// another answer; the last answer is then repeated at once.
+	// Authorities, when set, is asked with each answer: what the proxy trusts
+	// and shows. Without it the proxy holds up a replacement of the root.
+	Authorities func() *mesh.Authorities
+	// Changed, when set, returns a channel that is closed when SVIDExpires or
+	// Authorities has another answer; the last answer is then repeated at once.
 	Changed func() <-chan struct{}
 	// OnState, when set, is told nil when connected and why when not.
 	OnState func(error)
@@ -182,7 +185,7 @@ func accepted(st grpc.ClientStream, cancel func()) error {
 }
 
 func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
-	h := &meshpb.Hello{Kind: s.hello.Kind, Workload: s.hello.Workload.String(), SvidExpires: s.expires()}
+	h := &meshpb.Hello{Kind: s.hello.Kind, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities()}
 	for _, e := range s.hello.Endpoints {
 		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String()})
 	}
@@ -207,6 +210,13 @@ func (s *subscriberState) expires() *timestamppb.Timestamp {
 		return nil
 	}
 	return timeToWire(s.hello.SVIDExpires())
+}
+
+func (s *subscriberState) authorities() *meshpb.Authorities {
+	if s.hello.Authorities == nil {
+		return nil
+	}
+	return authoritiesToWire(s.hello.Authorities())
 }
 
 // take acts on one message and reports whether it wants an answer.
@@ -292,11 +302,11 @@ func (s *subscriberState) answer() *meshpb.SubscribeRequest {
 	}
 	if s.rejected != "" {
 		return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Nack{Nack: &meshpb.Nack{
-			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(),
+			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(),
 		}}}
 	}
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
-		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(),
+		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(),
 	}}}
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"log/slog"
+	"slices"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
@@ -18,7 +19,7 @@ import (
 // bundle again, seconds.
 const bundleRefresh = 60
 
-// svidAPI is spire.api.server.svid.v1 as an agent uses it.
+// svidAPI is spire.api.server.svid.v1.
 type svidAPI struct {
 	svidv1.UnimplementedSVIDServer
 	s *Server
@@ -92,13 +93,8 @@ func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry
 
 // NewJWTSVID signs a token for an entry and audiences that the agent names.
 func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
-	if n := len(req.GetAudience()); n == 0 || n > 32 {
-		return nil, refuse(codes.InvalidArgument, "%d audiences, want 1 to 32", n)
-	}
-	for _, aud := range req.GetAudience() {
-		if aud == "" || len(aud) > maxID {
-			return nil, refuse(codes.InvalidArgument, "an audience has %d bytes, want 1 to %d", len(aud), maxID)
-		}
+	if err := checkAudience(req.GetAudience()); err != nil {
+		return nil, err
 	}
 	entries, err := a.entries(ctx)
 	if err != nil {
@@ -130,15 +126,16 @@ type bundleAPI struct {
 // reader must already trust the connection.
 func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
 	b := &types.Bundle{TrustDomain: a.s.cfg.TrustDomain.Name(), RefreshHint: bundleRefresh}
+	tainted := a.s.tainted()
 	for _, c := range a.s.cfg.Authority.X509Bundle() {
-		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw})
+		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw, Tainted: slices.ContainsFunc(tainted, c.Equal)})
 	}
 	for _, k := range a.s.cfg.Authority.JWTKeys() {
 		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
 		if err != nil {
 			return nil, fmt.Errorf("encode JWT key %s: %w", k.KeyID, err)
 		}
-		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der}
+		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der, Tainted: k.Tainted}
 		if !k.ExpiresAt.IsZero() {
 			w.ExpiresAt = k.ExpiresAt.Unix()
 		}
@@ -153,7 +150,10 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 	return b, nil
 }
 
-// GetFederatedBundle knows no other trust domain.
-func (a *bundleAPI) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
-	return nil, refuse(codes.NotFound, "this issuer holds no bundle of %.255q", req.GetTrustDomain())
+// tainted are the roots under which SVIDs are to be fetched anew.
+func (s *Server) tainted() []*x509.Certificate {
+	if s.cfg.Roots == nil {
+		return nil
+	}
+	return s.cfg.Roots.TaintedX509()
 }

@@ -80,6 +80,9 @@ func (p *Policies) Hash() string {
 		Cases: sorted(without(p.Cases, func(c *Case) { c.Origin = Origin{} }), func(a, b Case) int {
 			return cmp.Compare(a.Name, b.Name)
 		}),
+		Admin: sorted(without(p.Admin, func(r *AdminRule) { r.Origin = Origin{} }), func(a, b AdminRule) int {
+			return cmp.Compare(a.ID, b.ID)
+		}),
 	}
 	return hashJSON(c)
 }

@@ -68,6 +68,10 @@ type entryDoc struct {
 	DNSNames      []string      `yaml:"dns_names"`
 	Hint          string        `yaml:"hint"`
 	WeakSelectors weakSelectors `yaml:"weak_selectors"`
+	Admin         bool          `yaml:"admin"`
+	Downstream    bool          `yaml:"downstream"`
+
+	FederatesWith []spiffeid.TrustDomain `yaml:"federates_with"`
 }
 
 // weakSelectors is the word "allow", and nothing else.
@@ -105,7 +109,8 @@ func (d entriesDoc) nouns() []Entry {
 		n := Entry{
 			ID: e.ID, SPIFFEID: e.SPIFFEID, ParentID: e.ParentID, Selectors: selectors,
 			X509TTL: e.X509TTL, JWTTTL: e.JWTTTL, DNSNames: e.DNSNames, Hint: e.Hint,
-			WeakSelectors: bool(e.WeakSelectors), Origin: e.origin,
+			FederatesWith: slices.DeleteFunc(e.FederatesWith, spiffeid.TrustDomain.IsZero),
+			WeakSelectors: bool(e.WeakSelectors), Admin: e.Admin, Downstream: e.Downstream, Origin: e.origin,
 		}
 		if n.ID == "" {
 			n.ID = entryID(n)

@@ -1,6 +1,8 @@
 package mesh
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -46,6 +48,24 @@ type Proxy struct {
 	Reason    string    `json:"reason,omitempty"`
 	Connected bool      `json:"connected"`
 	LastSeen  time.Time `json:"last_seen"`
+	// Authorities is nil when the proxy does not say what it trusts.
+	Authorities *Authorities `json:"authorities,omitempty"`
+}
+
+// Authorities are what a proxy acts on while the roots of the trust domain
+// change: roots by RootID, JWT keys by their kid.
+type Authorities struct {
+	// Trusts are those in its bundle.
+	Trusts []string `json:"trusts"`
+	// Shows are the roots above the SVIDs it holds, the node's and the
+	// workload's.
+	Shows []string `json:"shows"`
+}
+
+// RootID names a root certificate, given in DER: hex SHA-256.
+func RootID(der []byte) string {
+	sum := sha256.Sum256(der)
+	return hex.EncodeToString(sum[:])
 }
 
 // An Edge counts the calls from one identity to another since the last report.

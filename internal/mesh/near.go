@@ -1,5 +1,9 @@
 package mesh
 
+// DidYouMean goes on from a sentence about an unknown word: with the known one
+// that it is likely a slip of, or with all of them.
+func DidYouMean(s string, known []string) string { return didYouMean(s, known) }
+
 // nearest returns the candidate that s is most likely a slip of, or "" when
 // none is near: at most one edit for up to three bytes, two up to seven, then
 // three. A swap of neighbours is one edit.

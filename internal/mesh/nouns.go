@@ -138,9 +138,20 @@ type Entry struct {
 	JWTTTL   time.Duration `json:"jwt_ttl,omitempty"`
 	DNSNames []string      `json:"dns_names,omitempty"`
 	Hint     string        `json:"hint,omitempty"`
+	// FederatesWith are other trust domains whose bundles the workload gets.
+	FederatesWith []spiffeid.TrustDomain `json:"federates_with,omitempty"`
 	// WeakSelectors accepts path or sha256 selectors that stand alone.
-	WeakSelectors bool   `json:"weak_selectors,omitempty"`
-	Origin        Origin `json:"origin"`
+	WeakSelectors bool `json:"weak_selectors,omitempty"`
+	// Admin lets the identity call what operators call, Downstream what an
+	// issuer below this one calls.
+	Admin      bool `json:"admin,omitempty"`
+	Downstream bool `json:"downstream,omitempty"`
+	// ExpiresAt ends the entry; zero means never. CreatedAt and Revision, which
+	// rises with every change, are those of an entry made by a call.
+	ExpiresAt time.Time `json:"expires_at,omitzero"`
+	CreatedAt time.Time `json:"created_at,omitzero"`
+	Revision  int64     `json:"revision,omitempty"`
+	Origin    Origin    `json:"origin"`
 }
 
 // A Case is one expectation of policies/tests: a call and its decision.
@@ -184,6 +195,9 @@ type Policies struct {
 	Destinations []Destination        `json:"destinations"`
 	Entries      []Entry              `json:"entries"`
 	Cases        []Case               `json:"cases"`
+	// Admin are the rows of admin.csv; without any, operators have the rights
+	// that their entries give.
+	Admin []AdminRule `json:"admin,omitempty"`
 }
 
 // A Snapshot is what one proxy acts on: immutable once made, swapped whole.

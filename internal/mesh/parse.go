@@ -27,7 +27,7 @@ const (
 	testExtension = ".yaml"
 )
 
-var knownFiles = []string{accessFile, guardFile, servicesFile, entriesFile, egressFile, testsFolder}
+var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, testsFolder}
 
 // beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
@@ -58,7 +58,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 	if err := r.checkNames(); err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}
-	err := errors.Join(r.rows(p, accessFile), r.rows(p, guardFile), r.documents(p))
+	err := errors.Join(r.rows(p, accessFile), r.rows(p, guardFile), r.admin(p), r.documents(p))
 	if err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}
@@ -139,6 +139,18 @@ func (r *reader) rows(p *Policies, name string) error {
 	rules, members, errs := parseRows(name, b, name == guardFile)
 	p.Rules = append(p.Rules, rules...)
 	p.Memberships = append(p.Memberships, members...)
+	r.errs = append(r.errs, errs...)
+	return nil
+}
+
+// admin reads the rows for operators, if there are any.
+func (r *reader) admin(p *Policies) error {
+	b, err := r.read(adminFile)
+	if err != nil {
+		return err
+	}
+	rules, errs := parseAdmin(b)
+	p.Admin = rules
 	r.errs = append(r.errs, errs...)
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -23,7 +24,30 @@ var selectorKinds = map[string]func(string) error{
 	"child":                  checkTrue,
 	"child:sha256":           checkSHA256,
 	"self":                   checkTrue,
+	"systemd:unit":           checkUnit,
+	"systemd:invocation":     checkInvocation,
+	"container:id":           checkSHA256,
+	"docker:id":              checkSHA256,
+	"podman:id":              checkSHA256,
+	"containerd:id":          checkSHA256,
+	"k8s:container-id":       checkSHA256,
+	"k8s:pod-uid":            checkPodUID,
+	"k8s:ns":                 checkKubeName,
+	"k8s:sa":                 checkKubeName,
+	"k8s:pod-name":           checkKubeName,
+	"k8s:node-name":          checkKubeName,
+	"k8s:container-name":     checkKubeName,
+	"k8s:container-image":    checkWords,
+	"k8s:pod-label":          checkPodLabel,
 }
+
+var (
+	unitName   = regexp.MustCompile(`^[A-Za-z0-9:_.\\@-]{1,240}\.(?:service|scope|socket|mount|swap)$`)
+	invocation = regexp.MustCompile(`^[0-9a-f]{32}$`)
+	podUID     = regexp.MustCompile(`^(?:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{32})$`)
+	kubeName   = regexp.MustCompile(`^[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?$`)
+	kubeLabel  = regexp.MustCompile(`^(?:[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?:(?:[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$`)
+)
 
 // ParseSelector reads "type:value", such as "unix:uid:1000", "child:true" or
 // "self:true". The type is what stands before the first colon.
@@ -107,6 +131,48 @@ func checkSHA256(v string) error {
 func checkTrue(v string) error {
 	if v != "true" {
 		return errors.New(`only "true" is possible`)
+	}
+	return nil
+}
+
+func checkUnit(v string) error {
+	if !unitName.MatchString(v) {
+		return fmt.Errorf("%q is not a unit such as payment.service", clip(v))
+	}
+	return nil
+}
+
+func checkInvocation(v string) error {
+	if !invocation.MatchString(v) {
+		return errors.New("want 32 lower-case hex digits")
+	}
+	return nil
+}
+
+func checkPodUID(v string) error {
+	if !podUID.MatchString(v) {
+		return fmt.Errorf("%q is not the UID of a pod, with dashes", clip(v))
+	}
+	return nil
+}
+
+func checkKubeName(v string) error {
+	if !kubeName.MatchString(v) {
+		return fmt.Errorf("%q is not a name in Kubernetes: lower-case letters, digits, and . -", clip(v))
+	}
+	return nil
+}
+
+func checkPodLabel(v string) error {
+	if !kubeLabel.MatchString(v) {
+		return fmt.Errorf("%q is not a label, written key:value", clip(v))
+	}
+	return nil
+}
+
+func checkWords(v string) error {
+	if v == "" || strings.ContainsAny(v, " \t") {
+		return fmt.Errorf("%q has blanks", clip(v))
 	}
 	return nil
 }

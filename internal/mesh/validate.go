@@ -37,6 +37,7 @@ func (v *validator) run() Errors {
 	v.destinations()
 	v.entries()
 	v.cases()
+	v.adminRules()
 	if !v.valuesOnly {
 		v.groups()
 	}
@@ -196,6 +197,7 @@ func (v *validator) entries() {
 			}
 			twice(v, names, n, e.Origin, "DNS name")
 		}
+		v.federatesWith(e)
 		if len(e.Hint) > 64 {
 			v.item(e.Origin, "hint:", "hint has %d characters, more than 64", len(e.Hint))
 		}
@@ -207,6 +209,17 @@ func (v *validator) entries() {
 			v.item(e.Origin, "", "entry is written twice, first at %s: same parent, identity and selectors, or same id", first)
 		}
 		seen[e.ID] = e.Origin
+	}
+}
+
+func (v *validator) federatesWith(e Entry) {
+	domains := map[spiffeid.TrustDomain]Origin{}
+	for _, td := range e.FederatesWith {
+		if td == v.p.TrustDomain {
+			v.item(e.Origin, "federates_with:", "federates_with %q is this trust domain: its bundle needs no mention", td.Name())
+			continue
+		}
+		twice(v, domains, td, e.Origin, "trust domain")
 	}
 }
 

@@ -5,4 +5,8 @@ import (
 	"sallyport/internal/registry"
 )
 
-var _ control.Registry = (*registry.Registry)(nil)
+var (
+	_ control.Registry   = (*registry.Registry)(nil)
+	_ control.Keeper     = (*registry.Registry)(nil)
+	_ control.AdminJudge = (*registry.Registry)(nil)
+)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -31,11 +32,14 @@ var ErrBadEndpoint = errors.New("endpoint refused")
 // held is how long an endpoint is kept.
 type held struct {
 	lease time.Duration
-	// until is when it ends. In a run of the issuer it is measured by the
-	// monotonic clock, so that a step of the wall clock ends nothing.
+	// until is when it ends, zero while another issuer sees to that. In a run
+	// of the issuer it is measured by the monotonic clock, so that a step of
+	// the wall clock ends nothing.
 	until time.Time
-	// order counts announcements: the latest wins an address.
-	order uint64
+	// rev is the revision of its record: the latest wins an address.
+	rev int64
+	// owner is the instance that the proxy announced it to.
+	owner string
 	// left says that its proxy has gone and was not heard of since.
 	left bool
 }
@@ -50,6 +54,17 @@ type endpointRecord struct {
 	Endpoint mesh.Endpoint `json:"endpoint"`
 	// Lease is in nanoseconds.
 	Lease time.Duration `json:"lease"`
+	// Issuer is the instance that it was announced to.
+	Issuer string `json:"issuer,omitempty"`
+}
+
+// endpointOp keeps an endpoint that was announced here.
+func (r *Registry) endpointOp(e mesh.Endpoint, lease time.Duration) (store.Op, error) {
+	value, err := json.Marshal(endpointRecord{e, lease, r.cfg.Instance})
+	if err != nil {
+		return store.Op{}, fmt.Errorf("announce endpoint: %w", err)
+	}
+	return store.Op{Kind: store.KindEndpoint, Key: keyOf(e), Value: value}, nil
 }
 
 // Announce says that an agent's sidecar serves a service at an address. The
@@ -70,15 +85,15 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	e.Address = netip.AddrPortFrom(e.Address.Addr().Unmap(), e.Address.Port())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if old := r.endpoints[e]; old != nil && old.lease == lease {
+	if old := r.endpoints[e]; old != nil && old.lease == lease && old.owner == r.cfg.Instance {
 		old.until, old.left = r.cfg.Now().Add(lease), false
 		return nil
 	}
-	value, err := json.Marshal(endpointRecord{e, lease})
+	op, err := r.endpointOp(e, lease)
 	if err != nil {
-		return fmt.Errorf("announce endpoint: %w", err)
+		return err
 	}
-	ops := []store.Op{{Kind: store.KindEndpoint, Key: keyOf(e), Value: value}}
+	var ops []store.Op
 	known, moved := 0, []mesh.Endpoint(nil)
 	for other, h := range r.endpoints {
 		switch {
@@ -93,15 +108,15 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	if known >= maxPerAgent {
 		return fmt.Errorf("%w: agent %s already announced %d", ErrBadEndpoint, e.Agent, maxPerAgent)
 	}
-	rev, err := r.write(ctx, ops...)
+	// The endpoint comes last: the revision is then its own.
+	rev, err := r.write(ctx, append(ops, op)...)
 	if err != nil {
 		return fmt.Errorf("announce endpoint: %w", err)
 	}
 	for _, other := range moved {
 		delete(r.endpoints, other)
 	}
-	r.announced++
-	r.endpoints[e] = &held{lease: lease, until: r.cfg.Now().Add(lease), order: r.announced}
+	r.endpoints[e] = &held{lease: lease, until: r.cfg.Now().Add(lease), rev: rev, owner: r.cfg.Instance}
 	r.rouse()
 	if !entitled(r.state.Load(), e) {
 		r.cfg.Log.Warn("endpoint not distributed: no service and entry name the agent", "agent", e.Agent, "service", e.Service, "address", e.Address)
@@ -132,15 +147,23 @@ func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
 	defer r.mu.Unlock()
 	now := r.cfg.Now()
 	for e, h := range r.endpoints {
-		if e.Agent == agent {
+		// One that it announced to another issuer since stays as it is.
+		if e.Agent == agent && h.owner == r.cfg.Instance {
 			h.until, h.left = now.Add(h.lease), true
 		}
 	}
 	return nil
 }
 
-// Run ends leases in time. It returns nil when ctx ends.
+// Run ends leases in time and, in a shared store, takes part with the other
+// issuers. It returns nil when ctx ends.
 func (r *Registry) Run(ctx context.Context) error {
+	if r.shared() {
+		var others sync.WaitGroup
+		defer others.Wait()
+		others.Go(func() { r.follow(ctx) })
+		others.Go(func() { r.attend(ctx) })
+	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -174,6 +197,7 @@ func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
 	var over []mesh.Endpoint
 	for e, h := range r.endpoints {
 		switch {
+		case h.until.IsZero():
 		case !h.until.After(now):
 			over = append(over, e)
 		case next.IsZero() || h.until.Before(next):
@@ -191,9 +215,13 @@ func (r *Registry) drop(ctx context.Context, over []mesh.Endpoint) error {
 	slices.SortFunc(over, compare)
 	ops := make([]store.Op, len(over))
 	for i, e := range over {
-		ops[i] = store.Op{Kind: store.KindEndpoint, Key: keyOf(e), Delete: true}
+		ops[i] = store.Op{Kind: store.KindEndpoint, Key: keyOf(e), Delete: true, IfRevision: &r.endpoints[e].rev}
 	}
 	rev, err := r.write(ctx, ops...)
+	if errors.Is(err, store.ErrConflict) {
+		// Another issuer ended one of them, or has its proxy now.
+		return r.reread(ctx, over)
+	}
 	if err != nil {
 		return fmt.Errorf("end endpoints: %w", err)
 	}
@@ -248,7 +276,7 @@ func (r *Registry) eligible(p *mesh.Policies, byAgent map[spiffeid.ID][]mesh.Ent
 			continue
 		}
 		at := spot{e.Service, e.Address}
-		if other, taken := latest[at]; !taken || r.endpoints[other].order < h.order {
+		if other, taken := latest[at]; !taken || r.endpoints[other].rev < h.rev {
 			latest[at] = e
 		}
 	}
@@ -288,20 +316,29 @@ func (r *Registry) loadEndpoints(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("load endpoints: %w", err)
 	}
-	// Of agents at one address, the one written last is the latest.
-	slices.SortFunc(records, func(a, b store.Record) int { return cmp.Compare(a.Revision, b.Revision) })
-	now := r.cfg.Now()
 	for _, rec := range records {
-		var er endpointRecord
-		if err := json.Unmarshal(rec.Value, &er); err != nil {
-			return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
+		if err := r.hold(rec); err != nil {
+			return err
 		}
-		if err := r.checkEndpoint(er.Endpoint, er.Lease); err != nil {
-			return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
-		}
-		r.announced++
-		r.endpoints[er.Endpoint] = &held{lease: er.Lease, until: now.Add(er.Lease), order: r.announced, left: true}
 	}
 	r.rouse()
+	return nil
+}
+
+// hold takes an endpoint from the store. The issuer that it was announced to
+// ends it, until renew finds that one gone. mu is held.
+func (r *Registry) hold(rec store.Record) error {
+	var er endpointRecord
+	if err := json.Unmarshal(rec.Value, &er); err != nil {
+		return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
+	}
+	if err := r.checkEndpoint(er.Endpoint, er.Lease); err != nil {
+		return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
+	}
+	h := &held{lease: er.Lease, rev: rec.Revision, owner: er.Issuer}
+	if er.Issuer == "" || !r.shared() {
+		h.until, h.left = r.cfg.Now().Add(er.Lease), true
+	}
+	r.endpoints[er.Endpoint] = h
 	return nil
 }

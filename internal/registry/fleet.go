@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -33,6 +35,13 @@ type fleet struct {
 	mu      sync.Mutex // guards the fields below
 	proxies map[proxyKey]proxy
 	edges   map[edgeKey]mesh.Edge
+	// unsaid are the proxies whose report the other issuers do not have yet.
+	unsaid map[proxyKey]bool
+	// elsewhere is what proxies last said to other issuers.
+	elsewhere map[proxyKey]proxy
+
+	// behind says that elsewhere is to be read anew.
+	behind atomic.Bool
 }
 
 type proxyKey struct{ agent, workload spiffeid.ID }
@@ -72,14 +81,19 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if !a.Banned {
 		return nil
 	}
-	var over []mesh.Endpoint
-	for e := range r.endpoints {
-		if e.Agent == a.ID {
-			over = append(over, e)
+	defer r.wakeAll() // also when no endpoint ends: streams of the agent must
+	for {
+		var over []mesh.Endpoint
+		for e := range r.endpoints {
+			if e.Agent == a.ID {
+				over = append(over, e)
+			}
+		}
+		// What another issuer wrote meanwhile is still there.
+		if err := r.drop(ctx, over); err != nil || len(over) == 0 {
+			return err
 		}
 	}
-	defer r.wakeAll() // also when no endpoint ends: streams of the agent must
-	return r.drop(ctx, over)
 }
 
 // GetAgent returns an agent, expired ones too; mesh.ErrNotFound if none has
@@ -145,6 +159,12 @@ func (r *Registry) ReportProxy(p mesh.Proxy) {
 		f.proxies = make(map[proxyKey]proxy)
 	}
 	_, known := f.proxies[key]
+	if old := f.proxies[key]; r.shared() && (old.Kind == "" || differs(old, in)) {
+		if f.unsaid == nil {
+			f.unsaid = make(map[proxyKey]bool)
+		}
+		f.unsaid[key] = true
+	}
 	f.proxies[key] = in
 	if known {
 		return // each of thousands says so every few seconds
@@ -164,8 +184,17 @@ func (r *Registry) Proxies() []mesh.Proxy {
 	f := &r.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	out := make([]mesh.Proxy, 0, len(f.proxies))
-	for _, p := range f.proxies {
+	all := f.proxies
+	if len(f.elsewhere) > 0 {
+		all = maps.Clone(f.elsewhere)
+		for key, p := range f.proxies {
+			if other, known := all[key]; !known || newer(p, other) {
+				all[key] = p
+			}
+		}
+	}
+	out := make([]mesh.Proxy, 0, len(all))
+	for _, p := range all {
 		if !p.Connected && now.Sub(p.LastSeen) > keepProxy {
 			continue
 		}

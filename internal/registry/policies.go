@@ -20,6 +20,8 @@ type accepted struct {
 	Revision uint64
 	Hash     string
 	Policies *mesh.Policies
+	// stored is the revision of the record that holds it.
+	stored int64
 }
 
 // policyRecord is an accepted set in the store.
@@ -54,12 +56,9 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	if p.TrustDomain != r.cfg.TrustDomain {
 		return 0, fmt.Errorf("apply policies: they are written for trust domain %q, this issuer serves %q; check trust_domain in both", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
-	acc := &accepted{Revision: 1, Hash: p.Hash(), Policies: p}
-	if old := r.state.Load().accepted; old != nil {
-		if old.Hash == acc.Hash {
-			return old.Revision, nil
-		}
-		acc.Revision = old.Revision + 1
+	hash := p.Hash()
+	if old := r.state.Load().accepted; old != nil && old.Hash == hash {
+		return old.Revision, nil
 	}
 	if err := p.Validate(); err != nil {
 		return 0, err
@@ -67,23 +66,71 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	if err := r.cfg.Check(p); err != nil {
 		return 0, err
 	}
-	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), p.Encode()})
-	if err != nil {
-		return 0, fmt.Errorf("apply policies: encode: %w", err)
-	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	for {
+		acc := &accepted{Revision: 1, Hash: hash, Policies: p}
+		old := r.state.Load().accepted
+		if old != nil {
+			if old.Hash == hash {
+				return old.Revision, nil
+			}
+			acc.Revision = old.Revision + 1
+		}
+		err := r.accept(ctx, acc, old)
+		switch {
+		case err == nil:
+			return acc.Revision, nil
+		case !errors.Is(err, store.ErrConflict):
+			return 0, err
+		}
+		// Another issuer was faster; ours comes after its.
+		if err := r.adopt(ctx); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// accept stores and publishes a set that follows on old. mu is held.
+func (r *Registry) accept(ctx context.Context, acc, old *accepted) error {
+	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), acc.Policies.Encode()})
+	if err != nil {
+		return fmt.Errorf("apply policies: encode: %w", err)
+	}
 	next, err := r.compile(acc)
 	if err != nil {
-		return 0, fmt.Errorf("apply policies: compile: %w", err)
+		return fmt.Errorf("apply policies: compile: %w", err)
 	}
-	rev, err := r.write(ctx, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value})
+	at := int64(0)
+	if old != nil {
+		at = old.stored
+	}
+	rev, err := r.write(ctx, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value, IfRevision: &at})
 	if err != nil {
-		return 0, fmt.Errorf("apply policies: %w", err)
+		return fmt.Errorf("apply policies: %w", err)
 	}
+	acc.stored = rev
 	r.publish(next, rev)
 	r.cfg.Log.Info("policies accepted", "policy_revision", acc.Revision, "revision", rev, "hash", acc.Hash)
-	return acc.Revision, nil
+	return nil
+}
+
+// adopt puts in force what another issuer accepted. mu is held.
+func (r *Registry) adopt(ctx context.Context) error {
+	acc, err := r.loadPolicies(ctx)
+	if err != nil || acc == nil {
+		return err
+	}
+	if old := r.state.Load().accepted; old != nil && old.stored >= acc.stored {
+		return nil
+	}
+	next, err := r.compile(acc)
+	if err != nil {
+		return fmt.Errorf("compile the policies that another issuer accepted: %w", err)
+	}
+	r.publish(next, acc.stored)
+	r.cfg.Log.Info("policies of another issuer in force", "policy_revision", acc.Revision, "hash", acc.Hash)
+	return nil
 }
 
 // loadPolicies reads the last accepted set, nil if there is none.
@@ -108,7 +155,7 @@ func (r *Registry) loadPolicies(ctx context.Context) (*accepted, error) {
 		return nil, fmt.Errorf("load policies: the store belongs to trust domain %q, this issuer serves %q; set trust_domain back or give another store", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
 	// Hashed anew: another version may hash another form of the same set.
-	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p}, nil
+	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p, stored: rec.Revision}, nil
 }
 
 func unreadable(err error) error {

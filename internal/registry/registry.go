@@ -3,9 +3,10 @@
 // each proxy.
 //
 // What must survive a restart is in the store before a call returns; the rest
-// is in memory. It reads no policy file and speaks no protocol. Run owns the
-// only background work, the end of endpoint leases. Lock order: applying
-// before mu; fleet.mu is never held together with another.
+// is in memory. Several issuers may share a store: each follows what the others
+// write. It reads no policy file and speaks no protocol. Run owns all
+// background work. Lock order: applying before mu; those of fleet and keys come
+// last.
 package registry
 
 import (
@@ -36,6 +37,10 @@ type Config struct {
 	// Check is asked before policies are accepted and says what is wrong with
 	// them: the tests that reviewers wrote. Default: nothing is wrong.
 	Check func(*mesh.Policies) error
+	// Instance names this process among those that share the store: unique,
+	// and another one at each start. Empty when the store is this process's
+	// alone.
+	Instance string
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -62,6 +67,8 @@ type Registry struct {
 	started time.Time
 	state   atomic.Pointer[state]
 	refusal atomic.Pointer[string]
+	// calls are the entries made by calls.
+	calls atomic.Pointer[kept]
 
 	// applying lets one set of policies be judged at a time.
 	applying sync.Mutex
@@ -69,11 +76,21 @@ type Registry struct {
 	// mu orders every change of state, with its write to the store.
 	mu        sync.Mutex
 	endpoints map[mesh.Endpoint]*held
-	announced uint64
+	// alive are the instances that share the store.
+	alive map[string]bool
 	// wake tells Run that the next end of a lease may be another.
 	wake chan struct{}
 
+	// seen is the revision up to which the changes of other issuers are known,
+	// lease says to them that this one is alive. After Load, only follow and
+	// only attend use them.
+	seen  int64
+	lease *store.Lease
+	// recount says that an issuer came or went.
+	recount atomic.Bool
+
 	fleet fleet
+	keys  keyring
 }
 
 // A state is everything that is read together. It is immutable.
@@ -102,6 +119,7 @@ func New(cfg Config) (*Registry, error) {
 		wake:      make(chan struct{}, 1),
 	}
 	r.state.Store(&state{changed: make(chan struct{})})
+	r.keys.changed = make(chan struct{})
 	return r, nil
 }
 
@@ -112,11 +130,19 @@ func New(cfg Config) (*Registry, error) {
 func (r *Registry) Load(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.shared() {
+		if err := r.join(ctx); err != nil {
+			return err
+		}
+	}
 	acc, err := r.loadPolicies(ctx)
 	if err != nil {
 		return err
 	}
 	if err := r.loadEndpoints(ctx); err != nil {
+		return err
+	}
+	if _, err := r.loadEntries(ctx); err != nil {
 		return err
 	}
 	// This write gives what we distribute from now on a revision above all
@@ -140,7 +166,7 @@ func (r *Registry) Load(ctx context.Context) error {
 // mu is held.
 func (r *Registry) compile(acc *accepted) (*state, error) {
 	next := &state{accepted: acc, byAgent: make(map[spiffeid.ID][]mesh.Entry), changed: make(chan struct{})}
-	for _, e := range acc.Policies.Entries {
+	for _, e := range r.union(acc.Policies.Entries) {
 		next.byAgent[e.ParentID] = append(next.byAgent[e.ParentID], e)
 	}
 	var err error
@@ -148,9 +174,13 @@ func (r *Registry) compile(acc *accepted) (*state, error) {
 	return next, err
 }
 
-// publish puts a state in force under a revision. mu is held.
+// publish puts a state in force under a revision, or a greater one: what is
+// distributed here never goes back. mu is held.
 func (r *Registry) publish(next *state, rev int64) {
 	next.snapshot.Revision = uint64(rev)
+	if now := r.Current(); now != nil {
+		next.snapshot.Revision = max(next.snapshot.Revision, now.Revision+1)
+	}
 	close(r.state.Swap(next).changed)
 }
 
@@ -193,18 +223,19 @@ func (r *Registry) Current() *mesh.Snapshot { return r.state.Load().snapshot }
 // change. Take the channel first and read afterwards, then no change is missed.
 func (r *Registry) Changed() <-chan struct{} { return r.state.Load().changed }
 
-// Entries returns every registration entry, in the order of the policies.
+// Entries returns every registration entry, in the order of the policies, and
+// then those made by calls.
 func (r *Registry) Entries() []mesh.Entry {
 	acc := r.state.Load().accepted
 	if acc == nil {
 		return nil
 	}
-	return slices.Clone(acc.Policies.Entries)
+	return r.union(acc.Policies.Entries)
 }
 
 // EntriesFor returns the entries whose parent is the agent.
 func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
-	return slices.Clone(r.state.Load().byAgent[agent])
+	return slices.DeleteFunc(slices.Clone(r.state.Load().byAgent[agent]), r.lapsed)
 }
 
 // Status says what is in force and why the newest edit is not, if so.

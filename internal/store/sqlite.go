@@ -41,6 +41,11 @@ type SQLite struct {
 	mu     sync.RWMutex
 	closed bool
 
+	// bell is closed and replaced by each commit. It has its own lock, since a
+	// Watch must not keep Close waiting.
+	bellMu sync.Mutex
+	bell   chan struct{}
+
 	find, put, remove, note *sql.Stmt // on write
 	get, list, head, since  *sql.Stmt // on read
 }
@@ -183,7 +188,44 @@ func (s *SQLite) Write(ctx context.Context, ops ...Op) (int64, error) {
 	if err := tx.Commit(); err != nil {
 		return 0, s.explain("commit", err)
 	}
+	s.ring()
 	return rev, nil
+}
+
+// ring wakes everyone who watches.
+func (s *SQLite) ring() {
+	s.bellMu.Lock()
+	defer s.bellMu.Unlock()
+	if s.bell != nil {
+		close(s.bell)
+	}
+	s.bell = nil
+}
+
+// next returns a channel that the next ring closes.
+func (s *SQLite) next() <-chan struct{} {
+	s.bellMu.Lock()
+	defer s.bellMu.Unlock()
+	if s.bell == nil {
+		s.bell = make(chan struct{})
+	}
+	return s.bell
+}
+
+// Watch implements Store. The file is ours alone, so that every write is seen
+// at once.
+func (s *SQLite) Watch(ctx context.Context, after int64) (int64, error) {
+	for {
+		rung := s.next()
+		if rev, err := s.Revision(ctx); err != nil || rev > after {
+			return rev, err
+		}
+		select {
+		case <-rung:
+		case <-ctx.Done():
+			return 0, fmt.Errorf("watch store %s: %w", s.path, ctx.Err())
+		}
+	}
 }
 
 // apply runs one op inside a transaction and says if it changed anything.
@@ -240,6 +282,7 @@ func (s *SQLite) Close() error {
 		return nil
 	}
 	s.closed = true
+	s.ring()
 	// The writer closes last: the last connection out folds the WAL into the
 	// file and removes it.
 	var errs []error

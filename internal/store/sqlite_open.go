@@ -19,7 +19,7 @@ import (
 	"modernc.org/sqlite"
 )
 
-//go:embed migrations/sqlite/*.sql
+//go:embed migrations/*/*.sql
 var migrations embed.FS
 
 const (

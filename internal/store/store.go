@@ -2,8 +2,8 @@
 // and the list of changes that orders every write.
 //
 // It knows nothing of what the records mean. Each backend passes the suite in
-// storetest. A store holds no goroutine of its own; expiry is read from the
-// clock when a call asks.
+// storetest. A store at rest holds no goroutine; expiry is read from the clock
+// when a call asks.
 package store
 
 import (
@@ -136,7 +136,13 @@ type Store interface {
 	// the error is ErrCompacted.
 	Changes(ctx context.Context, after int64, limit int) ([]Change, error)
 
-	// Close waits for calls under way and releases everything. Every later
+	// Watch blocks until the revision is greater than after and returns it: at
+	// once if it is already. It sees the writes of every process, those of
+	// others within two seconds. Who asks again with what was returned, and
+	// reads Changes in between, misses none.
+	Watch(ctx context.Context, after int64) (revision int64, err error)
+
+	// Close ends each Watch, waits for calls under way and releases everything. Every later
 	// call returns ErrClosed, but Close itself may be called again.
 	Close() error
 }

@@ -31,8 +31,9 @@ type diskState struct {
 }
 
 type diskBundle struct {
-	TrustDomain string   `json:"trust_domain"`
-	Bundle      [][]byte `json:"bundle"`
+	TrustDomain string            `json:"trust_domain"`
+	Bundle      [][]byte          `json:"bundle"`
+	JWTKeys     map[string][]byte `json:"jwt_keys,omitempty"`
 }
 
 type diskIdentity struct {
@@ -41,29 +42,36 @@ type diskIdentity struct {
 	Hint    string   `json:"hint,omitempty"`
 	Chain   [][]byte `json:"chain"`
 	Key     []byte   `json:"key"` // PKCS #8
+	// FederatesWith are names of trust domains.
+	FederatesWith []string `json:"federates_with,omitempty"`
 }
 
 // Save writes the state to path so that a restart can serve through an outage
 // of the issuer. The file holds private keys and has mode 0600; it is replaced
 // whole and durable when Save returns.
 func (st *State) Save(path string) error {
-	d := diskState{Version: diskVersion, TrustDomain: st.Bundle.TrustDomain().Name(), Bundle: ders(st.Bundle.X509Authorities()), JWTKeys: map[string][]byte{}}
+	d := diskState{Version: diskVersion, TrustDomain: st.Bundle.TrustDomain().Name(), Bundle: ders(st.Bundle.X509Authorities())}
 	for td, b := range st.Federated {
-		d.Federated = append(d.Federated, diskBundle{td.Name(), ders(b.X509Authorities())})
-	}
-	for kid, k := range st.JWTKeys {
-		der, err := x509.MarshalPKIXPublicKey(k)
+		keys, err := keyDERs(st.FederatedJWT[td])
 		if err != nil {
-			return fmt.Errorf("save identity: key %s: %w", kid, err)
+			return fmt.Errorf("save identity: keys of %s: %w", td, err)
 		}
-		d.JWTKeys[kid] = der
+		d.Federated = append(d.Federated, diskBundle{td.Name(), ders(b.X509Authorities()), keys})
+	}
+	var err error
+	if d.JWTKeys, err = keyDERs(st.JWTKeys); err != nil {
+		return fmt.Errorf("save identity: %w", err)
 	}
 	for _, id := range st.Identities {
 		key, err := x509.MarshalPKCS8PrivateKey(id.Key)
 		if err != nil {
 			return fmt.Errorf("save identity %s: %w", id.ID, err)
 		}
-		d.Identities = append(d.Identities, diskIdentity{id.ID.String(), id.EntryID, id.Hint, ders(id.Chain), key})
+		i := diskIdentity{ID: id.ID.String(), EntryID: id.EntryID, Hint: id.Hint, Chain: ders(id.Chain), Key: key}
+		for _, td := range id.FederatesWith {
+			i.FederatesWith = append(i.FederatesWith, td.Name())
+		}
+		d.Identities = append(d.Identities, i)
 	}
 	b, err := json.Marshal(d)
 	if err != nil {
@@ -73,6 +81,30 @@ func (st *State) Save(path string) error {
 		return fmt.Errorf("save identity: %w", err)
 	}
 	return nil
+}
+
+func keyDERs(keys map[string]crypto.PublicKey) (map[string][]byte, error) {
+	out := make(map[string][]byte, len(keys))
+	for kid, k := range keys {
+		der, err := x509.MarshalPKIXPublicKey(k)
+		if err != nil {
+			return nil, fmt.Errorf("key %s: %w", kid, err)
+		}
+		out[kid] = der
+	}
+	return out, nil
+}
+
+func parseKeys(in map[string][]byte) (map[string]crypto.PublicKey, error) {
+	out := make(map[string]crypto.PublicKey, len(in))
+	for kid, der := range in {
+		k, err := x509.ParsePKIXPublicKey(der)
+		if err != nil {
+			return nil, fmt.Errorf("JWT key %q: %w", kid, err)
+		}
+		out[kid] = k
+	}
+	return out, nil
 }
 
 func ders(cs []*x509.Certificate) (out [][]byte) {
@@ -114,7 +146,17 @@ func Load(path string) (*State, error) {
 	return st, nil
 }
 
-func load(path string, now time.Time) (*State, error) {
+// LoadBundle reads the own bundle from what Save wrote, also when every
+// identity beside it has expired.
+func LoadBundle(path string) (*x509bundle.Bundle, error) {
+	st, err := readState(path)
+	if err != nil {
+		return nil, fmt.Errorf("load bundle from %s: %w", path, err)
+	}
+	return st.Bundle, nil
+}
+
+func readState(path string) (*State, error) {
 	b, err := readPrivate(path)
 	if err != nil {
 		return nil, err
@@ -131,7 +173,11 @@ func load(path string, now time.Time) (*State, error) {
 	if d.Version != diskVersion {
 		return nil, fmt.Errorf("file has version %d, want %d: remove it and let the proxy attest again", d.Version, diskVersion)
 	}
-	st, err := d.state()
+	return d.state()
+}
+
+func load(path string, now time.Time) (*State, error) {
+	st, err := readState(path)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +211,7 @@ func readPrivate(path string) ([]byte, error) {
 }
 
 func (d *diskState) state() (*State, error) {
-	st := &State{Federated: map[spiffeid.TrustDomain]*x509bundle.Bundle{}, JWTKeys: map[string]crypto.PublicKey{}}
+	st := &State{Federated: map[spiffeid.TrustDomain]*x509bundle.Bundle{}, FederatedJWT: map[spiffeid.TrustDomain]map[string]crypto.PublicKey{}}
 	var err error
 	if st.Bundle, err = parseBundle(d.TrustDomain, d.Bundle); err != nil {
 		return nil, err
@@ -179,11 +225,12 @@ func (d *diskState) state() (*State, error) {
 			return nil, fmt.Errorf("bundle of %s stands twice", b.TrustDomain())
 		}
 		st.Federated[b.TrustDomain()] = b
-	}
-	for kid, der := range d.JWTKeys {
-		if st.JWTKeys[kid], err = x509.ParsePKIXPublicKey(der); err != nil {
-			return nil, fmt.Errorf("JWT key %q: %w", kid, err)
+		if st.FederatedJWT[b.TrustDomain()], err = parseKeys(f.JWTKeys); err != nil {
+			return nil, fmt.Errorf("bundle of %s: %w", b.TrustDomain(), err)
 		}
+	}
+	if st.JWTKeys, err = parseKeys(d.JWTKeys); err != nil {
+		return nil, err
 	}
 	for _, i := range d.Identities {
 		id, err := spiffeid.FromString(i.ID)
@@ -202,7 +249,15 @@ func (d *diskState) state() (*State, error) {
 		if !ok {
 			return nil, fmt.Errorf("identity %s: private key cannot sign", id)
 		}
-		st.Identities = append(st.Identities, Identity{ID: id, Chain: chain, Key: signer, Hint: i.Hint, EntryID: i.EntryID})
+		var federates []spiffeid.TrustDomain
+		for _, name := range i.FederatesWith {
+			td, err := spiffeid.TrustDomainFromString(name)
+			if err != nil {
+				return nil, fmt.Errorf("identity %s: federates with: %w", id, err)
+			}
+			federates = append(federates, td)
+		}
+		st.Identities = append(st.Identities, Identity{ID: id, Chain: chain, Key: signer, Hint: i.Hint, EntryID: i.EntryID, FederatesWith: federates})
 	}
 	return st, nil
 }

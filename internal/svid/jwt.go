@@ -45,8 +45,9 @@ var jwtAlgs = map[string]jwtAlg{
 	"PS256": {"PS", crypto.SHA256, 0}, "PS384": {"PS", crypto.SHA384, 0}, "PS512": {"PS", crypto.SHA512, 0},
 }
 
-// VerifyJWT checks a JWT-SVID of the state's trust domain, addressed to
-// audience, and gives its subject and claims. It refuses more than go-spiffe
+// VerifyJWT checks a JWT-SVID of the state's trust domain or a federated one,
+// addressed to audience, and gives its subject and claims. Only keys of the
+// subject's own trust domain count. It refuses more than go-spiffe
 // does: any header beside alg, kid and typ, duplicate names, a token without
 // audience whoever asks, a subject without path, numbers that overflow time.
 func (st *State) VerifyJWT(token, audience string, now time.Time) (spiffeid.ID, map[string]any, error) {
@@ -81,16 +82,28 @@ func (st *State) verifyJWT(token, audience string, now time.Time) (spiffeid.ID, 
 	if err != nil {
 		return spiffeid.ID{}, nil, err
 	}
-	key, ok := st.JWTKeys[kid]
+	claims, err := JSONObject(raw[1])
+	if err != nil {
+		return spiffeid.ID{}, nil, fmt.Errorf("claims: %w", err)
+	}
+	// The subject is not believed yet: it only chooses the keys.
+	sub, _ := claims["sub"].(string)
+	id, err := spiffeid.FromString(sub)
+	if err != nil {
+		return spiffeid.ID{}, nil, errors.New("sub is not a SPIFFE ID")
+	}
+	keys := st.JWTKeys
+	if id.TrustDomain() != st.Bundle.TrustDomain() {
+		if keys = st.FederatedJWT[id.TrustDomain()]; len(keys) == 0 {
+			return spiffeid.ID{}, nil, fmt.Errorf("no bundle for trust domain %s", id.TrustDomain())
+		}
+	}
+	key, ok := keys[kid]
 	if !ok {
 		return spiffeid.ID{}, nil, errors.New("no key of the bundle has this key ID")
 	}
 	if err := alg.verify(key, []byte(part[0]+"."+part[1]), raw[2]); err != nil {
 		return spiffeid.ID{}, nil, err
-	}
-	claims, err := jsonObject(raw[1])
-	if err != nil {
-		return spiffeid.ID{}, nil, fmt.Errorf("claims: %w", err)
 	}
 	if err := checkTimes(claims, now); err != nil {
 		return spiffeid.ID{}, nil, err
@@ -98,14 +111,7 @@ func (st *State) verifyJWT(token, audience string, now time.Time) (spiffeid.ID, 
 	if err := checkAud(claims["aud"], audience); err != nil {
 		return spiffeid.ID{}, nil, err
 	}
-	sub, _ := claims["sub"].(string)
-	id, err := spiffeid.FromString(sub)
-	switch {
-	case err != nil:
-		return spiffeid.ID{}, nil, errors.New("sub is not a SPIFFE ID")
-	case id.TrustDomain() != st.Bundle.TrustDomain():
-		return spiffeid.ID{}, nil, fmt.Errorf("no bundle for trust domain %s", id.TrustDomain())
-	case id.Path() == "" || len(sub) > maxID:
+	if id.Path() == "" || len(sub) > maxID {
 		return spiffeid.ID{}, nil, errors.New("sub has no path or is too long")
 	}
 	return id, claims, nil
@@ -113,7 +119,7 @@ func (st *State) verifyJWT(token, audience string, now time.Time) (spiffeid.ID, 
 
 // jwtHeader settles the algorithm before anything else is looked at.
 func jwtHeader(b []byte) (jwtAlg, string, error) {
-	h, err := jsonObject(b)
+	h, err := JSONObject(b)
 	if err != nil {
 		return jwtAlg{}, "", fmt.Errorf("header: %w", err)
 	}
@@ -233,8 +239,9 @@ func checkAud(v any, audience string) error {
 	return nil
 }
 
-// jsonObject decodes exactly one object without duplicate names at any depth.
-func jsonObject(b []byte) (map[string]any, error) {
+// JSONObject decodes exactly one object, without duplicate names at any depth and
+// without numbers losing digits (they are json.Number). No error quotes the text.
+func JSONObject(b []byte) (map[string]any, error) {
 	if !utf8.Valid(b) {
 		return nil, errors.New("not UTF-8")
 	}
@@ -309,6 +316,9 @@ func (w *WorkloadAPI) ValidateJWTSVID(ctx context.Context, r *workload.ValidateJ
 	id, claims, err := g.state.VerifyJWT(r.Svid, r.Audience, w.cfg.Source.now())
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	if td := id.TrustDomain(); td != g.state.Bundle.TrustDomain() && g.federated()[td] == nil {
+		return nil, status.Errorf(codes.InvalidArgument, "verify JWT-SVID: no bundle for trust domain %s", td)
 	}
 	s, err := structpb.NewStruct(plainNumbers(claims).(map[string]any))
 	if err != nil {

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 func b64(s string) string { return base64.RawURLEncoding.EncodeToString([]byte(s)) }
@@ -173,8 +175,30 @@ func FuzzJSONObject(f *testing.F) {
 	f.Add(`{"a":{"b":[1,2.5e3,null,true,"x"]}}`)
 	f.Add(`{"a":1,"a":2}`)
 	f.Fuzz(func(t *testing.T, s string) {
-		if v, err := jsonObject([]byte(s)); err == nil {
+		if v, err := JSONObject([]byte(s)); err == nil {
 			plainNumbers(v)
 		}
 	})
+}
+
+func TestVerifyJWTOfAnotherTrustDomain(t *testing.T) {
+	ca, own, theirs := newCA(t, td), newKey(t), newKey(t)
+	far := spiffeid.RequireTrustDomainFromString("example.net")
+	st := &State{Bundle: ca.bundle(), JWTKeys: map[string]crypto.PublicKey{"k": own.Public()}, FederatedJWT: map[spiffeid.TrustDomain]map[string]crypto.PublicKey{far: {"k": theirs.Public()}}}
+	now := time.Unix(1_800_000_000, 0)
+	token := func(key crypto.Signer, sub string) string {
+		return signJWT(t, "ES256", key, `{"alg":"ES256","kid":"k"}`, fmt.Sprintf(`{"sub":%q,"aud":"a","exp":%d}`, sub, now.Add(time.Minute).Unix()))
+	}
+	if got, _, err := st.VerifyJWT(token(theirs, "spiffe://example.net/x"), "a", now); err != nil || got.TrustDomain() != far {
+		t.Errorf("federated: %s, %v", got, err)
+	}
+	for name, tok := range map[string]string{
+		"55 their key for our subject": token(theirs, "spiffe://example.org/x"),
+		"55 our key for their subject": token(own, "spiffe://example.net/x"),
+		"55 a stranger":                token(theirs, "spiffe://example.com/x"),
+	} {
+		if got, _, err := st.VerifyJWT(tok, "a", now); err == nil {
+			t.Errorf("%s: accepted as %s", name, got)
+		}
+	}
 }

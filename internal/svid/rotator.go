@@ -39,9 +39,14 @@ const (
 
 // A Trust is what an issuer says is to be trusted.
 type Trust struct {
-	Bundle    *x509bundle.Bundle
+	Bundle *x509bundle.Bundle
+	// Tainted are roots of the bundle that are on their way out: an identity
+	// under one of them is renewed at once, and serves until then.
+	Tainted   []*x509.Certificate
 	Federated map[spiffeid.TrustDomain]*x509bundle.Bundle
 	JWTKeys   map[string]crypto.PublicKey
+	// FederatedJWT are the keys of the other trust domains.
+	FederatedJWT map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 }
 
 // A Minter is the issuer as the Rotator sees it. The Rotator retries; calls
@@ -50,7 +55,8 @@ type Minter interface {
 	// Entries gives all entries that this agent may serve. An empty list
 	// without error withdraws every identity.
 	Entries(ctx context.Context) ([]mesh.Entry, error)
-	// Trust gives the bundles in force.
+	// Trust gives the bundles in force; it is asked after Entries, which say
+	// which other trust domains matter.
 	Trust(ctx context.Context) (Trust, error)
 	// MintX509 has the key, whose possession it proves, certified for the
 	// entry. The identity follows from the entry.
@@ -186,9 +192,9 @@ func (r *Rotator) adopt() {
 	if st == nil {
 		return
 	}
-	r.trust = Trust{st.Bundle, st.Federated, st.JWTKeys}
+	r.trust = Trust{Bundle: st.Bundle, Federated: st.Federated, JWTKeys: st.JWTKeys, FederatedJWT: st.FederatedJWT}
 	for _, id := range st.Identities {
-		e := mesh.Entry{ID: id.EntryID, SPIFFEID: id.ID, Hint: id.Hint}
+		e := mesh.Entry{ID: id.EntryID, SPIFFEID: id.ID, Hint: id.Hint, FederatesWith: id.FederatesWith}
 		r.held[id.EntryID] = &lease{Identity: id, entry: e}
 		r.entries = append(r.entries, e)
 	}
@@ -263,6 +269,10 @@ func (r *Rotator) patience(now time.Time) time.Duration {
 
 // fetch asks for entries and bundles.
 func (r *Rotator) fetch(ctx context.Context) error {
+	entries, err := r.cfg.Minter.Entries(ctx)
+	if err != nil {
+		return fmt.Errorf("fetch entries: %w", err)
+	}
 	trust, err := r.cfg.Minter.Trust(ctx)
 	if err != nil {
 		return fmt.Errorf("fetch bundles: %w", err)
@@ -270,19 +280,17 @@ func (r *Rotator) fetch(ctx context.Context) error {
 	if trust.Bundle == nil || trust.Bundle.Empty() {
 		return errors.New("fetch bundles: the bundle of the own trust domain is empty")
 	}
-	entries, err := r.cfg.Minter.Entries(ctx)
-	if err != nil {
-		return fmt.Errorf("fetch entries: %w", err)
-	}
 	matched := r.cfg.Match(entries)
-	order := slices.EqualFunc(r.entries, matched, func(a, b mesh.Entry) bool { return a.ID == b.ID })
+	order := slices.EqualFunc(r.entries, matched, func(a, b mesh.Entry) bool {
+		return a.ID == b.ID && slices.Equal(a.FederatesWith, b.FederatesWith)
+	})
 	r.dirty = r.dirty || !order || !sameTrust(r.trust, trust)
 	r.trust, r.entries = trust, matched
 	return nil
 }
 
 func sameTrust(a, b Trust) bool {
-	if a.Bundle == nil || !a.Bundle.Equal(b.Bundle) || len(a.Federated) != len(b.Federated) || !reflect.DeepEqual(a.JWTKeys, b.JWTKeys) {
+	if a.Bundle == nil || !a.Bundle.Equal(b.Bundle) || len(a.Federated) != len(b.Federated) || !reflect.DeepEqual(a.JWTKeys, b.JWTKeys) || !reflect.DeepEqual(a.FederatedJWT, b.FederatedJWT) {
 		return false
 	}
 	for td, x := range a.Federated {
@@ -293,8 +301,17 @@ func sameTrust(a, b Trust) bool {
 	return true
 }
 
+// Taints reports whether an identity stands under a tainted root.
+func (t Trust) Taints(id Identity) bool {
+	if len(t.Tainted) == 0 {
+		return false
+	}
+	root := id.Root(t.Bundle)
+	return root != nil && slices.ContainsFunc(t.Tainted, root.Equal)
+}
+
 // renew mints for each entry that has no identity, a changed one, one that the
-// bundle no longer covers, or one that is due.
+// bundle no longer covers, one under a tainted root, or one that is due.
 func (r *Rotator) renew(ctx context.Context) error {
 	if r.trust.Bundle == nil {
 		return nil
@@ -302,7 +319,7 @@ func (r *Rotator) renew(ctx context.Context) error {
 	var errs []error
 	for _, e := range r.entries {
 		l, now := r.held[e.ID], r.cfg.now()
-		if l != nil && now.Before(l.renew) && sameEntry(l.entry, e) && r.covers(l.Identity, now) {
+		if l != nil && now.Before(l.renew) && sameEntry(l.entry, e) && r.covers(l.Identity, now) && !r.trust.Taints(l.Identity) {
 			continue
 		}
 		id, err := r.mint(ctx, e)
@@ -368,10 +385,12 @@ func (r *Rotator) publish() error {
 	if r.trust.Bundle == nil {
 		return nil
 	}
-	st := &State{Bundle: r.trust.Bundle, Federated: r.trust.Federated, JWTKeys: r.trust.JWTKeys}
+	st := &State{Bundle: r.trust.Bundle, Federated: r.trust.Federated, JWTKeys: r.trust.JWTKeys, FederatedJWT: r.trust.FederatedJWT}
 	for _, e := range r.entries {
 		if l := r.held[e.ID]; l != nil {
-			st.Identities = append(st.Identities, l.Identity)
+			id := l.Identity
+			id.FederatesWith = e.FederatesWith // may change without a new SVID
+			st.Identities = append(st.Identities, id)
 		}
 	}
 	if err := r.cfg.Source.Set(st); err != nil {

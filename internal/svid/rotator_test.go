@@ -31,6 +31,8 @@ type fakeIssuer struct {
 	times   []time.Time // of each call to Trust
 	keys    map[string]bool
 	offset  time.Duration // of the issuer's clock
+	old     *testCA       // trusted still; tainted when taint says so
+	taint   bool
 }
 
 func entry(name string) mesh.Entry { return mesh.Entry{ID: name, SPIFFEID: id("/" + name)} }
@@ -57,7 +59,17 @@ func (f *fakeIssuer) Trust(ctx context.Context) (Trust, error) {
 		f.mu.Lock()
 		return Trust{}, ctx.Err()
 	}
-	return Trust{Bundle: f.ca.bundle()}, f.down
+	t := Trust{Bundle: f.ca.bundle()}
+	if f.old != nil {
+		roots := f.old.bundle().X509Authorities()
+		for _, c := range roots {
+			t.Bundle.AddX509Authority(c)
+		}
+		if f.taint {
+			t.Tainted = roots
+		}
+	}
+	return t, f.down
 }
 
 func (f *fakeIssuer) Entries(context.Context) ([]mesh.Entry, error) {
@@ -249,6 +261,34 @@ func TestRotatorRenewsUnderANewRoot(t *testing.T) {
 		synctest.Wait()
 		if got := ids(s); !slices.Equal(got, []string{"/a"}) || !s.Current().Bundle.Equal(f.ca.bundle()) || f.count("a") != 2 {
 			t.Errorf("identities %v, %d SVIDs", got, f.count("a"))
+		}
+	})
+}
+
+func TestRotatorRenewsUnderATaintedRootAtOnceAndOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newIssuer(t, time.Hour, "a")
+		s, r := rotate(t, f, nil)
+		f.set(func() { f.old, f.ca = f.ca, newCA(t, td) })
+		r.Sync()
+		synctest.Wait()
+		if n := f.count("a"); n != 1 {
+			t.Errorf("a second root alone: %d SVIDs, want the first one only", n)
+		}
+		f.set(func() { f.taint, f.down = true, errors.New("down") })
+		r.Sync()
+		synctest.Wait()
+		if len(ids(s)) != 1 {
+			t.Error("the SVID was dropped before there is another")
+		}
+		f.set(func() { f.down = nil })
+		r.Sync()
+		pass(5 * time.Minute)
+		if n := f.count("a"); n != 2 {
+			t.Errorf("after the taint: %d SVIDs, want 2", n)
+		}
+		if root := s.Current().Identities[0].Root(s.Current().Bundle); !f.ca.bundle().HasX509Authority(root) {
+			t.Error("the SVID stands under the tainted root")
 		}
 	})
 }

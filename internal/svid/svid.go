@@ -40,6 +40,9 @@ type Identity struct {
 	Hint string
 	// EntryID is the registration entry that the identity follows from.
 	EntryID string
+	// FederatesWith are the trust domains whose bundles go to the workload
+	// beside the own one.
+	FederatesWith []spiffeid.TrustDomain
 }
 
 // Expires is the end of the leaf's validity.
@@ -48,6 +51,20 @@ func (i Identity) Expires() time.Time {
 		return time.Time{}
 	}
 	return i.Chain[0].NotAfter
+}
+
+// Root is the authority of a bundle that signed the end of the chain, or nil.
+func (i Identity) Root(b *x509bundle.Bundle) *x509.Certificate {
+	if b == nil || len(i.Chain) == 0 {
+		return nil
+	}
+	top := i.Chain[len(i.Chain)-1]
+	for _, root := range b.X509Authorities() {
+		if top.CheckSignatureFrom(root) == nil {
+			return root
+		}
+	}
+	return nil
 }
 
 // A State is everything a process holds. It is not changed once given to
@@ -60,6 +77,8 @@ type State struct {
 	Federated map[spiffeid.TrustDomain]*x509bundle.Bundle
 	// JWTKeys verify JWT-SVIDs of the own trust domain, by key ID.
 	JWTKeys map[string]crypto.PublicKey
+	// FederatedJWT verify those of other trust domains.
+	FederatedJWT map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 
 	roots map[spiffeid.TrustDomain]*x509.CertPool // set by prepare
 }
@@ -79,6 +98,7 @@ func (st *State) prepare(now time.Time) (*State, error) {
 	c.Identities = slices.Clone(st.Identities)
 	c.Federated = maps.Clone(st.Federated)
 	c.JWTKeys = maps.Clone(st.JWTKeys)
+	c.FederatedJWT = maps.Clone(st.FederatedJWT)
 	c.roots = make(map[spiffeid.TrustDomain]*x509.CertPool, 1+len(c.Federated))
 	c.roots[c.Bundle.TrustDomain()] = poolOf(c.Bundle)
 	var errs []error
@@ -91,6 +111,9 @@ func (st *State) prepare(now time.Time) (*State, error) {
 		default:
 			c.roots[td] = poolOf(b)
 		}
+	}
+	if _, own := c.FederatedJWT[c.Bundle.TrustDomain()]; own {
+		errs = append(errs, fmt.Errorf("federated JWT keys %s: is the own trust domain", c.Bundle.TrustDomain()))
 	}
 	for _, id := range c.Identities {
 		if err := c.checkIdentity(id, now); err != nil {

@@ -3,6 +3,7 @@ package svid
 import (
 	"cmp"
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -28,8 +30,8 @@ const (
 	// program without any SVID being sent.
 	recheckEvery = 5 * time.Second
 	// Bounds on what one request may ask.
-	maxRequest   = 64 << 10 // bytes
-	maxHeaders   = 16 << 10 // bytes
+	maxRequest   = 512 << 10 // bytes; an Envoy lists all its extensions in its first
+	maxHeaders   = 16 << 10  // bytes
 	maxAudiences = 16
 	maxAudience  = 1024 // bytes each
 	maxHint      = 1024 // bytes, SPIFFE Workload API section 5.2.1
@@ -53,7 +55,7 @@ type Delivery struct {
 	// Method is the name of the call, such as "FetchX509SVID".
 	Method string
 	// IDs are the identities that the caller was given, or, for a call that
-	// gives none, has; empty when refused.
+	// gives none or only some, has; empty when refused.
 	IDs []spiffeid.ID
 	// Err is why it was refused, nil otherwise.
 	Err error
@@ -101,7 +103,8 @@ func (c WorkloadConfig) Validate() error {
 	return errors.Join(errs...)
 }
 
-// A WorkloadAPI serves the SPIFFE Workload API to local processes. Each caller
+// A WorkloadAPI serves the SPIFFE Workload API, and Envoy's SDS v3 beside it,
+// to local processes. Each caller
 // is attested at accept and again before every message; a connection that is
 // handed to another process, or whose process ends or becomes another program,
 // is closed.
@@ -140,8 +143,10 @@ func (w *WorkloadAPI) Serve(ctx context.Context, l net.Listener) error {
 		grpc.WaitForHandlers(true), // what they record must not come after the end
 		grpc.UnaryInterceptor(w.unary),
 		grpc.StreamInterceptor(w.stream),
+		grpc.WaitForHandlers(true), // each ends with its connection
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(s, w)
+	secretv3.RegisterSecretDiscoveryServiceServer(s, &sdsAPI{w: w})
 	// Streams have no end of their own, so there is no waiting for them.
 	stop := context.AfterFunc(ctx, s.Stop)
 	defer stop()
@@ -215,6 +220,20 @@ func (w *WorkloadAPI) entitled(ctx context.Context, p *localPeer, only spiffeid.
 	return g, nil
 }
 
+// federated are the bundles of other trust domains that the caller's entries
+// name.
+func (g *grant) federated() map[spiffeid.TrustDomain]*x509bundle.Bundle {
+	out := map[spiffeid.TrustDomain]*x509bundle.Bundle{}
+	for _, id := range g.ids {
+		for _, td := range id.FederatesWith {
+			if b := g.state.Federated[td]; b != nil {
+				out[td] = b
+			}
+		}
+	}
+	return out
+}
+
 // follow sends the state at once and after each change, until the caller is
 // gone or is no longer entitled.
 func (w *WorkloadAPI) follow(ctx context.Context, method string, send func(*grant) error) error {
@@ -265,7 +284,7 @@ func (w *WorkloadAPI) FetchX509SVID(_ *workload.X509SVIDRequest, s workload.Spif
 				Bundle: bundleDER(g.state.Bundle), Hint: uniqueHint(hints, id.Hint),
 			})
 		}
-		for td, b := range g.state.Federated {
+		for td, b := range g.federated() {
 			resp.FederatedBundles[td.IDString()] = bundleDER(b)
 		}
 		return s.Send(resp)
@@ -296,7 +315,7 @@ func (w *WorkloadAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s workloa
 		resp := &workload.X509BundlesResponse{Bundles: map[string][]byte{
 			g.state.Bundle.TrustDomain().IDString(): bundleDER(g.state.Bundle),
 		}}
-		for td, b := range g.state.Federated {
+		for td, b := range g.federated() {
 			resp.Bundles[td.IDString()] = bundleDER(b)
 		}
 		return s.Send(resp)
@@ -306,12 +325,19 @@ func (w *WorkloadAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s workloa
 // FetchJWTBundles streams the keys that verify JWT-SVIDs, as JWK sets.
 func (w *WorkloadAPI) FetchJWTBundles(_ *workload.JWTBundlesRequest, s workload.SpiffeWorkloadAPI_FetchJWTBundlesServer) error {
 	return w.follow(s.Context(), "FetchJWTBundles", func(g *grant) error {
-		td := g.state.Bundle.TrustDomain()
-		doc, err := jwtbundle.FromJWTAuthorities(td, g.state.JWTKeys).Marshal()
-		if err != nil {
-			return status.Error(codes.Internal, "JWT bundle cannot be encoded")
+		keys := map[spiffeid.TrustDomain]map[string]crypto.PublicKey{g.state.Bundle.TrustDomain(): g.state.JWTKeys}
+		for td := range g.federated() {
+			keys[td] = g.state.FederatedJWT[td]
 		}
-		return s.Send(&workload.JWTBundlesResponse{Bundles: map[string][]byte{td.IDString(): doc}})
+		resp := &workload.JWTBundlesResponse{Bundles: map[string][]byte{}}
+		for td, k := range keys {
+			doc, err := jwtbundle.FromJWTAuthorities(td, k).Marshal()
+			if err != nil {
+				return status.Error(codes.Internal, "JWT bundle cannot be encoded")
+			}
+			resp.Bundles[td.IDString()] = doc
+		}
+		return s.Send(resp)
 	})
 }
 

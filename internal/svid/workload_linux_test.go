@@ -243,8 +243,10 @@ func TestStreamFollowsTheState(t *testing.T) {
 	next := s.ca.identity(id("/a"), time.Hour)
 	twin := s.ca.identity(id("/a2"), time.Hour)
 	next.Hint, twin.Hint, twin.EntryID = "internal", "internal", "entry/a"
+	next.FederatesWith = []spiffeid.TrustDomain{far.td}
+	third := newCA(t, spiffeid.RequireTrustDomainFromString("third.example")) // no entry of the caller names it
 	if err := s.src.Set(&State{Bundle: s.ca.bundle(), Identities: []Identity{next, twin},
-		Federated: map[spiffeid.TrustDomain]*x509bundle.Bundle{far.td: far.bundle()}}); err != nil {
+		Federated: map[spiffeid.TrustDomain]*x509bundle.Bundle{far.td: far.bundle(), third.td: third.bundle()}}); err != nil {
 		t.Fatal(err)
 	}
 	two, err := stream.Recv()
@@ -254,7 +256,7 @@ func TestStreamFollowsTheState(t *testing.T) {
 	if two.Svids[0].Hint != "internal" || two.Svids[1].Hint != "" {
 		t.Errorf("hints %q and %q: they must be unique", two.Svids[0].Hint, two.Svids[1].Hint)
 	}
-	if string(two.FederatedBundles["spiffe://example.net"]) != string(far.root.Raw) {
+	if string(two.FederatedBundles["spiffe://example.net"]) != string(far.root.Raw) || len(two.FederatedBundles) != 1 {
 		t.Error("the federated bundle is missing")
 	}
 	if a.asked.Load() != 2 {

@@ -111,3 +111,21 @@ func (r *Registry) Rotations(result string) *Counter {
 	}
 	return r.rotations.get(labels{result})
 }
+
+// FederationFetches counts looks at the bundle endpoint of another trust
+// domain, by result "ok" or "failed".
+func (r *Registry) FederationFetches(trustDomain, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.lookups.get(labels{result, trustDomain})
+}
+
+// FederationRefreshed is when the bundle of another trust domain was last found
+// good, as Unix time in seconds; 0 when it was not since the start.
+func (r *Registry) FederationRefreshed(trustDomain string) *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.federated.get(labels{trustDomain})
+}

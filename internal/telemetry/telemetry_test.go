@@ -48,6 +48,8 @@ func use(r *Registry) {
 	down.Add(6)
 	r.Reloads("policy", "ok").Inc()
 	r.Rotations("ok").Inc()
+	r.FederationFetches("other.example", "ok").Inc()
+	r.FederationRefreshed("other.example").Set(9)
 }
 
 func TestMetricsAreNamedAndCounted(t *testing.T) {
@@ -76,6 +78,8 @@ func TestMetricsAreNamedAndCounted(t *testing.T) {
 		`sallyport_egress_bytes_total{direction="down",dst="api.stripe.test",src="billing"} 6`,
 		`sallyport_reloads_total{result="ok",what="policy"} 1`,
 		`sallyport_svid_rotations_total{result="ok"} 1`,
+		`sallyport_federation_fetches_total{result="ok",trust_domain="other.example"} 1`,
+		`sallyport_federation_refreshed_timestamp_seconds{trust_domain="other.example"} 9`,
 		`go_goroutines`, `process_open_fds`,
 	} {
 		if !strings.Contains(got, want) {

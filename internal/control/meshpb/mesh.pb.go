@@ -138,6 +138,7 @@ type Hello struct {
 	// Where the workload's services are reached.
 	Endpoints     []*Endpoint            `protobuf:"bytes,5,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
 	SvidExpires   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
+	Authorities   *Authorities           `protobuf:"bytes,7,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -214,6 +215,68 @@ func (x *Hello) GetSvidExpires() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Hello) GetAuthorities() *Authorities {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+// Authorities says what a proxy acts on while the roots change.
+type Authorities struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The roots (hex SHA-256 of the certificate) and JWT keys (kid) it trusts.
+	Trusts []string `protobuf:"bytes,1,rep,name=trusts,proto3" json:"trusts,omitempty"`
+	// The roots above the SVIDs it shows: its own and the workload's.
+	Shows         []string `protobuf:"bytes,2,rep,name=shows,proto3" json:"shows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Authorities) Reset() {
+	*x = Authorities{}
+	mi := &file_mesh_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Authorities) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Authorities) ProtoMessage() {}
+
+func (x *Authorities) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Authorities.ProtoReflect.Descriptor instead.
+func (*Authorities) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Authorities) GetTrusts() []string {
+	if x != nil {
+		return x.Trusts
+	}
+	return nil
+}
+
+func (x *Authorities) GetShows() []string {
+	if x != nil {
+		return x.Shows
+	}
+	return nil
+}
+
 type Endpoint struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Service string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
@@ -225,7 +288,7 @@ type Endpoint struct {
 
 func (x *Endpoint) Reset() {
 	*x = Endpoint{}
-	mi := &file_mesh_proto_msgTypes[2]
+	mi := &file_mesh_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -237,7 +300,7 @@ func (x *Endpoint) String() string {
 func (*Endpoint) ProtoMessage() {}
 
 func (x *Endpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[2]
+	mi := &file_mesh_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -250,7 +313,7 @@ func (x *Endpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Endpoint.ProtoReflect.Descriptor instead.
 func (*Endpoint) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{2}
+	return file_mesh_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *Endpoint) GetService() string {
@@ -272,13 +335,14 @@ type Ack struct {
 	Revision       uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	PolicyRevision uint64                 `protobuf:"varint,2,opt,name=policy_revision,json=policyRevision,proto3" json:"policy_revision,omitempty"`
 	SvidExpires    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
+	Authorities    *Authorities           `protobuf:"bytes,4,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_mesh_proto_msgTypes[3]
+	mi := &file_mesh_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -290,7 +354,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[3]
+	mi := &file_mesh_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -303,7 +367,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{3}
+	return file_mesh_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -327,6 +391,13 @@ func (x *Ack) GetSvidExpires() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Ack) GetAuthorities() *Authorities {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
 type Nack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Revision uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
@@ -334,13 +405,14 @@ type Nack struct {
 	// The policy revision that the proxy keeps.
 	PolicyRevision uint64                 `protobuf:"varint,3,opt,name=policy_revision,json=policyRevision,proto3" json:"policy_revision,omitempty"`
 	SvidExpires    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
+	Authorities    *Authorities           `protobuf:"bytes,5,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Nack) Reset() {
 	*x = Nack{}
-	mi := &file_mesh_proto_msgTypes[4]
+	mi := &file_mesh_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -352,7 +424,7 @@ func (x *Nack) String() string {
 func (*Nack) ProtoMessage() {}
 
 func (x *Nack) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[4]
+	mi := &file_mesh_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -365,7 +437,7 @@ func (x *Nack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Nack.ProtoReflect.Descriptor instead.
 func (*Nack) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{4}
+	return file_mesh_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Nack) GetRevision() uint64 {
@@ -396,6 +468,13 @@ func (x *Nack) GetSvidExpires() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Nack) GetAuthorities() *Authorities {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
 type SubscribeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -410,7 +489,7 @@ type SubscribeResponse struct {
 
 func (x *SubscribeResponse) Reset() {
 	*x = SubscribeResponse{}
-	mi := &file_mesh_proto_msgTypes[5]
+	mi := &file_mesh_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -422,7 +501,7 @@ func (x *SubscribeResponse) String() string {
 func (*SubscribeResponse) ProtoMessage() {}
 
 func (x *SubscribeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[5]
+	mi := &file_mesh_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -435,7 +514,7 @@ func (x *SubscribeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SubscribeResponse.ProtoReflect.Descriptor instead.
 func (*SubscribeResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{5}
+	return file_mesh_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SubscribeResponse) GetMessage() isSubscribeResponse_Message {
@@ -508,7 +587,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_mesh_proto_msgTypes[6]
+	mi := &file_mesh_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -520,7 +599,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[6]
+	mi := &file_mesh_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -533,7 +612,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{6}
+	return file_mesh_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Snapshot) GetRevision() uint64 {
@@ -576,7 +655,7 @@ type Same struct {
 
 func (x *Same) Reset() {
 	*x = Same{}
-	mi := &file_mesh_proto_msgTypes[7]
+	mi := &file_mesh_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -588,7 +667,7 @@ func (x *Same) String() string {
 func (*Same) ProtoMessage() {}
 
 func (x *Same) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[7]
+	mi := &file_mesh_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -601,7 +680,7 @@ func (x *Same) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Same.ProtoReflect.Descriptor instead.
 func (*Same) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{7}
+	return file_mesh_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Same) GetRevision() uint64 {
@@ -634,7 +713,7 @@ type SyncNow struct {
 
 func (x *SyncNow) Reset() {
 	*x = SyncNow{}
-	mi := &file_mesh_proto_msgTypes[8]
+	mi := &file_mesh_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +725,7 @@ func (x *SyncNow) String() string {
 func (*SyncNow) ProtoMessage() {}
 
 func (x *SyncNow) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[8]
+	mi := &file_mesh_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +738,7 @@ func (x *SyncNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNow.ProtoReflect.Descriptor instead.
 func (*SyncNow) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{8}
+	return file_mesh_proto_rawDescGZIP(), []int{9}
 }
 
 type AuditBatch struct {
@@ -676,7 +755,7 @@ type AuditBatch struct {
 
 func (x *AuditBatch) Reset() {
 	*x = AuditBatch{}
-	mi := &file_mesh_proto_msgTypes[9]
+	mi := &file_mesh_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +767,7 @@ func (x *AuditBatch) String() string {
 func (*AuditBatch) ProtoMessage() {}
 
 func (x *AuditBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[9]
+	mi := &file_mesh_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +780,7 @@ func (x *AuditBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditBatch.ProtoReflect.Descriptor instead.
 func (*AuditBatch) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{9}
+	return file_mesh_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *AuditBatch) GetWorkload() string {
@@ -735,7 +814,7 @@ type AuditAck struct {
 
 func (x *AuditAck) Reset() {
 	*x = AuditAck{}
-	mi := &file_mesh_proto_msgTypes[10]
+	mi := &file_mesh_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -747,7 +826,7 @@ func (x *AuditAck) String() string {
 func (*AuditAck) ProtoMessage() {}
 
 func (x *AuditAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[10]
+	mi := &file_mesh_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -760,7 +839,7 @@ func (x *AuditAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditAck.ProtoReflect.Descriptor instead.
 func (*AuditAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{10}
+	return file_mesh_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *AuditAck) GetLastSeq() uint64 {
@@ -779,7 +858,7 @@ type EdgeReport struct {
 
 func (x *EdgeReport) Reset() {
 	*x = EdgeReport{}
-	mi := &file_mesh_proto_msgTypes[11]
+	mi := &file_mesh_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -791,7 +870,7 @@ func (x *EdgeReport) String() string {
 func (*EdgeReport) ProtoMessage() {}
 
 func (x *EdgeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[11]
+	mi := &file_mesh_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -804,7 +883,7 @@ func (x *EdgeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeReport.ProtoReflect.Descriptor instead.
 func (*EdgeReport) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{11}
+	return file_mesh_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EdgeReport) GetEdges() []*Edge {
@@ -831,7 +910,7 @@ type Edge struct {
 
 func (x *Edge) Reset() {
 	*x = Edge{}
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -843,7 +922,7 @@ func (x *Edge) String() string {
 func (*Edge) ProtoMessage() {}
 
 func (x *Edge) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -856,7 +935,7 @@ func (x *Edge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Edge.ProtoReflect.Descriptor instead.
 func (*Edge) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{12}
+	return file_mesh_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Edge) GetSrc() string {
@@ -930,7 +1009,7 @@ type EdgeAck struct {
 
 func (x *EdgeAck) Reset() {
 	*x = EdgeAck{}
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1021,7 @@ func (x *EdgeAck) String() string {
 func (*EdgeAck) ProtoMessage() {}
 
 func (x *EdgeAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1034,7 @@ func (x *EdgeAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeAck.ProtoReflect.Descriptor instead.
 func (*EdgeAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{13}
+	return file_mesh_proto_rawDescGZIP(), []int{14}
 }
 
 // Refusal is the detail of a status: a reason from a closed set, so that the
@@ -969,7 +1048,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1060,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1073,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{14}
+	return file_mesh_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Refusal) GetReason() string {
@@ -1015,7 +1094,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1106,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1119,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{15}
+	return file_mesh_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CreateJoinTokenRequest) GetAgentName() string {
@@ -1068,7 +1147,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1080,7 +1159,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1093,7 +1172,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{16}
+	return file_mesh_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -1125,7 +1204,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +1216,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +1229,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{17}
+	return file_mesh_proto_rawDescGZIP(), []int{18}
 }
 
 type StatusResponse struct {
@@ -1167,7 +1246,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1258,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1271,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{18}
+	return file_mesh_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -1245,7 +1324,7 @@ type ProxiesRequest struct {
 
 func (x *ProxiesRequest) Reset() {
 	*x = ProxiesRequest{}
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1257,7 +1336,7 @@ func (x *ProxiesRequest) String() string {
 func (*ProxiesRequest) ProtoMessage() {}
 
 func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1270,7 +1349,7 @@ func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesRequest.ProtoReflect.Descriptor instead.
 func (*ProxiesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{19}
+	return file_mesh_proto_rawDescGZIP(), []int{20}
 }
 
 type ProxiesResponse struct {
@@ -1282,7 +1361,7 @@ type ProxiesResponse struct {
 
 func (x *ProxiesResponse) Reset() {
 	*x = ProxiesResponse{}
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1373,7 @@ func (x *ProxiesResponse) String() string {
 func (*ProxiesResponse) ProtoMessage() {}
 
 func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1386,7 @@ func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesResponse.ProtoReflect.Descriptor instead.
 func (*ProxiesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{20}
+	return file_mesh_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ProxiesResponse) GetProxies() []*Proxy {
@@ -1334,7 +1413,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1346,7 +1425,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1359,7 +1438,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{21}
+	return file_mesh_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Proxy) GetAgent() string {
@@ -1433,7 +1512,7 @@ type EdgesRequest struct {
 
 func (x *EdgesRequest) Reset() {
 	*x = EdgesRequest{}
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1524,7 @@ func (x *EdgesRequest) String() string {
 func (*EdgesRequest) ProtoMessage() {}
 
 func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1537,7 @@ func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesRequest.ProtoReflect.Descriptor instead.
 func (*EdgesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{22}
+	return file_mesh_proto_rawDescGZIP(), []int{23}
 }
 
 type EdgesResponse struct {
@@ -1470,7 +1549,7 @@ type EdgesResponse struct {
 
 func (x *EdgesResponse) Reset() {
 	*x = EdgesResponse{}
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1561,7 @@ func (x *EdgesResponse) String() string {
 func (*EdgesResponse) ProtoMessage() {}
 
 func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1574,7 @@ func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesResponse.ProtoReflect.Descriptor instead.
 func (*EdgesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{23}
+	return file_mesh_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *EdgesResponse) GetEdges() []*Edge {
@@ -1503,6 +1582,318 @@ func (x *EdgesResponse) GetEdges() []*Edge {
 		return x.Edges
 	}
 	return nil
+}
+
+type RootsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootsRequest) Reset() {
+	*x = RootsRequest{}
+	mi := &file_mesh_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootsRequest) ProtoMessage() {}
+
+func (x *RootsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
+func (*RootsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{25}
+}
+
+type MoveRootsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "rotate", "rollback" or "emergency".
+	Move string `protobuf:"bytes,1,opt,name=move,proto3" json:"move,omitempty"`
+	// Leave behind the proxies that do not confirm.
+	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// Take the steps that follow as soon as every proxy confirms.
+	Through       bool `protobuf:"varint,3,opt,name=through,proto3" json:"through,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveRootsRequest) Reset() {
+	*x = MoveRootsRequest{}
+	mi := &file_mesh_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveRootsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveRootsRequest) ProtoMessage() {}
+
+func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
+func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *MoveRootsRequest) GetMove() string {
+	if x != nil {
+		return x.Move
+	}
+	return ""
+}
+
+func (x *MoveRootsRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *MoveRootsRequest) GetThrough() bool {
+	if x != nil {
+		return x.Through
+	}
+	return false
+}
+
+type RootsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "steady", "prepared", "activated", "tainted" or "withdrawn".
+	Phase string `protobuf:"bytes,1,opt,name=phase,proto3" json:"phase,omitempty"`
+	// What moves it on: "time", "hand" or "once".
+	Pace        string                 `protobuf:"bytes,2,opt,name=pace,proto3" json:"pace,omitempty"`
+	Since       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
+	Emergency   bool                   `protobuf:"varint,4,opt,name=emergency,proto3" json:"emergency,omitempty"`
+	Authorities []*Authority           `protobuf:"bytes,5,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	// The next step, and who confirms what it needs.
+	Next       string   `protobuf:"bytes,6,opt,name=next,proto3" json:"next,omitempty"`
+	Confirmed  uint32   `protobuf:"varint,7,opt,name=confirmed,proto3" json:"confirmed,omitempty"`
+	Live       uint32   `protobuf:"varint,8,opt,name=live,proto3" json:"live,omitempty"`
+	Stragglers []string `protobuf:"bytes,9,rep,name=stragglers,proto3" json:"stragglers,omitempty"`
+	// False while the issuer cannot say which proxies live.
+	Known         bool                   `protobuf:"varint,10,opt,name=known,proto3" json:"known,omitempty"`
+	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	Due           *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=due,proto3" json:"due,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RootsResponse) Reset() {
+	*x = RootsResponse{}
+	mi := &file_mesh_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RootsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RootsResponse) ProtoMessage() {}
+
+func (x *RootsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
+func (*RootsResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *RootsResponse) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *RootsResponse) GetPace() string {
+	if x != nil {
+		return x.Pace
+	}
+	return ""
+}
+
+func (x *RootsResponse) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *RootsResponse) GetEmergency() bool {
+	if x != nil {
+		return x.Emergency
+	}
+	return false
+}
+
+func (x *RootsResponse) GetAuthorities() []*Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *RootsResponse) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+func (x *RootsResponse) GetConfirmed() uint32 {
+	if x != nil {
+		return x.Confirmed
+	}
+	return 0
+}
+
+func (x *RootsResponse) GetLive() uint32 {
+	if x != nil {
+		return x.Live
+	}
+	return 0
+}
+
+func (x *RootsResponse) GetStragglers() []string {
+	if x != nil {
+		return x.Stragglers
+	}
+	return nil
+}
+
+func (x *RootsResponse) GetKnown() bool {
+	if x != nil {
+		return x.Known
+	}
+	return false
+}
+
+func (x *RootsResponse) GetNotBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NotBefore
+	}
+	return nil
+}
+
+func (x *RootsResponse) GetDue() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Due
+	}
+	return nil
+}
+
+type Authority struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "x509" or "jwt".
+	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
+	Signs         bool                   `protobuf:"varint,4,opt,name=signs,proto3" json:"signs,omitempty"`
+	Tainted       bool                   `protobuf:"varint,5,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Authority) Reset() {
+	*x = Authority{}
+	mi := &file_mesh_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Authority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Authority) ProtoMessage() {}
+
+func (x *Authority) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Authority.ProtoReflect.Descriptor instead.
+func (*Authority) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *Authority) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Authority) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Authority) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
+func (x *Authority) GetSigns() bool {
+	if x != nil {
+		return x.Signs
+	}
+	return false
+}
+
+func (x *Authority) GetTainted() bool {
+	if x != nil {
+		return x.Tainted
+	}
+	return false
 }
 
 var File_mesh_proto protoreflect.FileDescriptor
@@ -1515,26 +1906,32 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x18.sallyport.mesh.v1.HelloH\x00R\x05hello\x12*\n" +
 	"\x03ack\x18\x02 \x01(\v2\x16.sallyport.mesh.v1.AckH\x00R\x03ack\x12-\n" +
 	"\x04nack\x18\x03 \x01(\v2\x17.sallyport.mesh.v1.NackH\x00R\x04nackB\t\n" +
-	"\amessage\"\xf3\x01\n" +
+	"\amessage\"\xb5\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12#\n" +
 	"\rhave_revision\x18\x03 \x01(\x04R\fhaveRevision\x12\x1b\n" +
 	"\thave_hash\x18\x04 \x01(\tR\bhaveHash\x129\n" +
 	"\tendpoints\x18\x05 \x03(\v2\x1b.sallyport.mesh.v1.EndpointR\tendpoints\x12=\n" +
-	"\fsvid_expires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\">\n" +
+	"\fsvid_expires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
+	"\vauthorities\x18\a \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\";\n" +
+	"\vAuthorities\x12\x16\n" +
+	"\x06trusts\x18\x01 \x03(\tR\x06trusts\x12\x14\n" +
+	"\x05shows\x18\x02 \x03(\tR\x05shows\">\n" +
 	"\bEndpoint\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x89\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xcb\x01\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12=\n" +
-	"\fsvid_expires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\"\xa2\x01\n" +
+	"\fsvid_expires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
+	"\vauthorities\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\"\xe4\x01\n" +
 	"\x04Nack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12'\n" +
 	"\x0fpolicy_revision\x18\x03 \x01(\x04R\x0epolicyRevision\x12=\n" +
-	"\fsvid_expires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\"\xc1\x01\n" +
+	"\fsvid_expires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
+	"\vauthorities\x18\x05 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\"\xc1\x01\n" +
 	"\x11SubscribeResponse\x129\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x1b.sallyport.mesh.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x04same\x18\x02 \x01(\v2\x17.sallyport.mesh.v1.SameH\x00R\x04same\x127\n" +
@@ -1607,16 +2004,46 @@ const file_mesh_proto_rawDesc = "" +
 	"\tlast_seen\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
-	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges2\xfb\x01\n" +
+	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x0e\n" +
+	"\fRootsRequest\"V\n" +
+	"\x10MoveRootsRequest\x12\x12\n" +
+	"\x04move\x18\x01 \x01(\tR\x04move\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12\x18\n" +
+	"\athrough\x18\x03 \x01(\bR\athrough\"\xae\x03\n" +
+	"\rRootsResponse\x12\x14\n" +
+	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
+	"\x04pace\x18\x02 \x01(\tR\x04pace\x120\n" +
+	"\x05since\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1c\n" +
+	"\temergency\x18\x04 \x01(\bR\temergency\x12>\n" +
+	"\vauthorities\x18\x05 \x03(\v2\x1c.sallyport.mesh.v1.AuthorityR\vauthorities\x12\x12\n" +
+	"\x04next\x18\x06 \x01(\tR\x04next\x12\x1c\n" +
+	"\tconfirmed\x18\a \x01(\rR\tconfirmed\x12\x12\n" +
+	"\x04live\x18\b \x01(\rR\x04live\x12\x1e\n" +
+	"\n" +
+	"stragglers\x18\t \x03(\tR\n" +
+	"stragglers\x12\x14\n" +
+	"\x05known\x18\n" +
+	" \x01(\bR\x05known\x129\n" +
+	"\n" +
+	"not_before\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x12,\n" +
+	"\x03due\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x03due\"\x95\x01\n" +
+	"\tAuthority\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x124\n" +
+	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x14\n" +
+	"\x05signs\x18\x04 \x01(\bR\x05signs\x12\x18\n" +
+	"\atainted\x18\x05 \x01(\bR\atainted2\xfb\x01\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xde\x02\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xfe\x03\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
 	"\aProxies\x12!.sallyport.mesh.v1.ProxiesRequest\x1a\".sallyport.mesh.v1.ProxiesResponse\x12J\n" +
-	"\x05Edges\x12\x1f.sallyport.mesh.v1.EdgesRequest\x1a .sallyport.mesh.v1.EdgesResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"\x05Edges\x12\x1f.sallyport.mesh.v1.EdgesRequest\x1a .sallyport.mesh.v1.EdgesResponse\x12J\n" +
+	"\x05Roots\x12\x1f.sallyport.mesh.v1.RootsRequest\x1a .sallyport.mesh.v1.RootsResponse\x12R\n" +
+	"\tMoveRoots\x12#.sallyport.mesh.v1.MoveRootsRequest\x1a .sallyport.mesh.v1.RootsResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -1630,73 +2057,90 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
-	(*Endpoint)(nil),                // 2: sallyport.mesh.v1.Endpoint
-	(*Ack)(nil),                     // 3: sallyport.mesh.v1.Ack
-	(*Nack)(nil),                    // 4: sallyport.mesh.v1.Nack
-	(*SubscribeResponse)(nil),       // 5: sallyport.mesh.v1.SubscribeResponse
-	(*Snapshot)(nil),                // 6: sallyport.mesh.v1.Snapshot
-	(*Same)(nil),                    // 7: sallyport.mesh.v1.Same
-	(*SyncNow)(nil),                 // 8: sallyport.mesh.v1.SyncNow
-	(*AuditBatch)(nil),              // 9: sallyport.mesh.v1.AuditBatch
-	(*AuditAck)(nil),                // 10: sallyport.mesh.v1.AuditAck
-	(*EdgeReport)(nil),              // 11: sallyport.mesh.v1.EdgeReport
-	(*Edge)(nil),                    // 12: sallyport.mesh.v1.Edge
-	(*EdgeAck)(nil),                 // 13: sallyport.mesh.v1.EdgeAck
-	(*Refusal)(nil),                 // 14: sallyport.mesh.v1.Refusal
-	(*CreateJoinTokenRequest)(nil),  // 15: sallyport.mesh.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 16: sallyport.mesh.v1.CreateJoinTokenResponse
-	(*StatusRequest)(nil),           // 17: sallyport.mesh.v1.StatusRequest
-	(*StatusResponse)(nil),          // 18: sallyport.mesh.v1.StatusResponse
-	(*ProxiesRequest)(nil),          // 19: sallyport.mesh.v1.ProxiesRequest
-	(*ProxiesResponse)(nil),         // 20: sallyport.mesh.v1.ProxiesResponse
-	(*Proxy)(nil),                   // 21: sallyport.mesh.v1.Proxy
-	(*EdgesRequest)(nil),            // 22: sallyport.mesh.v1.EdgesRequest
-	(*EdgesResponse)(nil),           // 23: sallyport.mesh.v1.EdgesResponse
-	(*timestamppb.Timestamp)(nil),   // 24: google.protobuf.Timestamp
+	(*Authorities)(nil),             // 2: sallyport.mesh.v1.Authorities
+	(*Endpoint)(nil),                // 3: sallyport.mesh.v1.Endpoint
+	(*Ack)(nil),                     // 4: sallyport.mesh.v1.Ack
+	(*Nack)(nil),                    // 5: sallyport.mesh.v1.Nack
+	(*SubscribeResponse)(nil),       // 6: sallyport.mesh.v1.SubscribeResponse
+	(*Snapshot)(nil),                // 7: sallyport.mesh.v1.Snapshot
+	(*Same)(nil),                    // 8: sallyport.mesh.v1.Same
+	(*SyncNow)(nil),                 // 9: sallyport.mesh.v1.SyncNow
+	(*AuditBatch)(nil),              // 10: sallyport.mesh.v1.AuditBatch
+	(*AuditAck)(nil),                // 11: sallyport.mesh.v1.AuditAck
+	(*EdgeReport)(nil),              // 12: sallyport.mesh.v1.EdgeReport
+	(*Edge)(nil),                    // 13: sallyport.mesh.v1.Edge
+	(*EdgeAck)(nil),                 // 14: sallyport.mesh.v1.EdgeAck
+	(*Refusal)(nil),                 // 15: sallyport.mesh.v1.Refusal
+	(*CreateJoinTokenRequest)(nil),  // 16: sallyport.mesh.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 17: sallyport.mesh.v1.CreateJoinTokenResponse
+	(*StatusRequest)(nil),           // 18: sallyport.mesh.v1.StatusRequest
+	(*StatusResponse)(nil),          // 19: sallyport.mesh.v1.StatusResponse
+	(*ProxiesRequest)(nil),          // 20: sallyport.mesh.v1.ProxiesRequest
+	(*ProxiesResponse)(nil),         // 21: sallyport.mesh.v1.ProxiesResponse
+	(*Proxy)(nil),                   // 22: sallyport.mesh.v1.Proxy
+	(*EdgesRequest)(nil),            // 23: sallyport.mesh.v1.EdgesRequest
+	(*EdgesResponse)(nil),           // 24: sallyport.mesh.v1.EdgesResponse
+	(*RootsRequest)(nil),            // 25: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 26: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 27: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 28: sallyport.mesh.v1.Authority
+	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
-	3,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
-	4,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
-	2,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	24, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
-	24, // 5: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
-	24, // 6: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
-	6,  // 7: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
-	7,  // 8: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
-	8,  // 9: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
-	12, // 10: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	24, // 11: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	24, // 12: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	24, // 13: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	24, // 14: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	21, // 15: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	24, // 16: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	24, // 17: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	12, // 18: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	0,  // 19: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	9,  // 20: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	11, // 21: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	15, // 22: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	17, // 23: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	19, // 24: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	22, // 25: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	5,  // 26: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	10, // 27: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	13, // 28: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	16, // 29: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	18, // 30: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	20, // 31: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	23, // 32: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	26, // [26:33] is the sub-list for method output_type
-	19, // [19:26] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
+	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
+	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
+	29, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
+	29, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
+	29, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
+	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
+	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
+	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
+	13, // 13: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	29, // 14: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	29, // 15: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	29, // 16: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	29, // 17: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	22, // 18: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	29, // 19: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	29, // 20: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	13, // 21: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	29, // 22: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	28, // 23: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	29, // 24: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	29, // 25: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	29, // 26: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	0,  // 27: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	10, // 28: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	12, // 29: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	16, // 30: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	18, // 31: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	20, // 32: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	23, // 33: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	25, // 34: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	26, // 35: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	6,  // 36: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	11, // 37: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	14, // 38: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	17, // 39: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	19, // 40: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	21, // 41: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	24, // 42: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	27, // 43: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	27, // 44: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	36, // [36:45] is the sub-list for method output_type
+	27, // [27:36] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -1709,7 +2153,7 @@ func file_mesh_proto_init() {
 		(*SubscribeRequest_Ack)(nil),
 		(*SubscribeRequest_Nack)(nil),
 	}
-	file_mesh_proto_msgTypes[5].OneofWrappers = []any{
+	file_mesh_proto_msgTypes[6].OneofWrappers = []any{
 		(*SubscribeResponse_Snapshot)(nil),
 		(*SubscribeResponse_Same)(nil),
 		(*SubscribeResponse_SyncNow)(nil),
@@ -1720,7 +2164,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   24,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

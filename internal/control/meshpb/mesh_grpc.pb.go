@@ -209,6 +209,8 @@ const (
 	Admin_Status_FullMethodName          = "/sallyport.mesh.v1.Admin/Status"
 	Admin_Proxies_FullMethodName         = "/sallyport.mesh.v1.Admin/Proxies"
 	Admin_Edges_FullMethodName           = "/sallyport.mesh.v1.Admin/Edges"
+	Admin_Roots_FullMethodName           = "/sallyport.mesh.v1.Admin/Roots"
+	Admin_MoveRoots_FullMethodName       = "/sallyport.mesh.v1.Admin/MoveRoots"
 )
 
 // AdminClient is the client API for Admin service.
@@ -221,6 +223,10 @@ type AdminClient interface {
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 	Proxies(ctx context.Context, in *ProxiesRequest, opts ...grpc.CallOption) (*ProxiesResponse, error)
 	Edges(ctx context.Context, in *EdgesRequest, opts ...grpc.CallOption) (*EdgesResponse, error)
+	// Roots says how the replacement of the root stands.
+	Roots(ctx context.Context, in *RootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
+	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
+	MoveRoots(ctx context.Context, in *MoveRootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
 }
 
 type adminClient struct {
@@ -271,6 +277,26 @@ func (c *adminClient) Edges(ctx context.Context, in *EdgesRequest, opts ...grpc.
 	return out, nil
 }
 
+func (c *adminClient) Roots(ctx context.Context, in *RootsRequest, opts ...grpc.CallOption) (*RootsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RootsResponse)
+	err := c.cc.Invoke(ctx, Admin_Roots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) MoveRoots(ctx context.Context, in *MoveRootsRequest, opts ...grpc.CallOption) (*RootsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RootsResponse)
+	err := c.cc.Invoke(ctx, Admin_MoveRoots_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -281,6 +307,10 @@ type AdminServer interface {
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Proxies(context.Context, *ProxiesRequest) (*ProxiesResponse, error)
 	Edges(context.Context, *EdgesRequest) (*EdgesResponse, error)
+	// Roots says how the replacement of the root stands.
+	Roots(context.Context, *RootsRequest) (*RootsResponse, error)
+	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
+	MoveRoots(context.Context, *MoveRootsRequest) (*RootsResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -302,6 +332,12 @@ func (UnimplementedAdminServer) Proxies(context.Context, *ProxiesRequest) (*Prox
 }
 func (UnimplementedAdminServer) Edges(context.Context, *EdgesRequest) (*EdgesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Edges not implemented")
+}
+func (UnimplementedAdminServer) Roots(context.Context, *RootsRequest) (*RootsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Roots not implemented")
+}
+func (UnimplementedAdminServer) MoveRoots(context.Context, *MoveRootsRequest) (*RootsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MoveRoots not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -396,6 +432,42 @@ func _Admin_Edges_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Roots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RootsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Roots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Roots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Roots(ctx, req.(*RootsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_MoveRoots_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MoveRootsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).MoveRoots(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_MoveRoots_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).MoveRoots(ctx, req.(*MoveRootsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -418,6 +490,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Edges",
 			Handler:    _Admin_Edges_Handler,
+		},
+		{
+			MethodName: "Roots",
+			Handler:    _Admin_Roots_Handler,
+		},
+		{
+			MethodName: "MoveRoots",
+			Handler:    _Admin_MoveRoots_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -48,6 +48,9 @@ func Run(t *testing.T, open Opener) {
 		{"20 writers lose no increment", increments},
 		{"a reader never sees half a write", isolation},
 		{"a cancelled call says so and writes nothing", cancelled},
+		{"a watcher is woken by a write", watching},
+		{"who follows the changes misses none", following},
+		{"a lease has one holder, and its fence only grows", leases},
 		{"a closed store refuses everything", closed},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -470,7 +473,8 @@ func closed(t *testing.T, f *fixture) {
 	_, write := f.Write(t.Context(), put("a", "2"))
 	_, revision := f.Revision(t.Context())
 	_, since := f.Changes(t.Context(), 0, 0)
-	for name, err := range map[string]error{"Get": get, "List": list, "Write": write, "Revision": revision, "Changes": since} {
+	_, watch := f.Watch(t.Context(), 0)
+	for name, err := range map[string]error{"Get": get, "List": list, "Write": write, "Revision": revision, "Changes": since, "Watch": watch} {
 		if !errors.Is(err, store.ErrClosed) {
 			t.Errorf("%s = %v, want ErrClosed", name, err)
 		}

@@ -1,0 +1,161 @@
+package test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store/postgrestest"
+	"sallyport/policies"
+)
+
+// shares lets the world's issuer keep its state in a database.
+func (w *world) shares(url, more string) {
+	w.t.Helper()
+	w.write("issuer", fmt.Sprintf(`trust_domain: %s
+data_dir: %s
+listen: %s
+policies: %s
+database: {url: %q}
+ca: {x509_ttl: 4s, agent_ttl: 1m, allow_short_ttl: true%s}
+`, trustDomain, w.path("issuer"), w.issuer, w.policy, url, more))
+}
+
+// beside makes a world for another issuer of the same trust domain.
+func (w *world) beside(name string) *world {
+	w.t.Helper()
+	o := &world{t: w.t, dir: w.path(name), issuer: freePort(w.t), policy: w.path(name, "policies")}
+	if err := os.CopyFS(o.policy, policies.FS); err != nil {
+		w.t.Fatal(err)
+	}
+	return o
+}
+
+// sees says if the issuer shows every named proxy as connected and in step.
+func (w *world) sees(revision uint64, workloads ...string) func() bool {
+	return func() bool {
+		a := w.admin()
+		defer a.Close()
+		st, err := a.Status(w.t.Context())
+		if err != nil || st.PolicyRevision != revision {
+			return false
+		}
+		list, err := a.Proxies(w.t.Context())
+		if err != nil {
+			return false
+		}
+		n := 0
+		for _, p := range list {
+			for _, name := range workloads {
+				if strings.HasSuffix(p.Workload.Path(), "/"+name) && p.Connected && p.State == mesh.Synced {
+					n++
+				}
+			}
+		}
+		return n == len(workloads)
+	}
+}
+
+// TestFailoverOfIssuers runs two issuers on one PostgreSQL, kills one of them
+// and the database, and calls through the mesh all the while.
+func TestFailoverOfIssuers(t *testing.T) {
+	t.Parallel()
+	need(t, "curl")
+	server := postgrestest.Start(t)
+	at := server.Database(t)
+	first := newWorld(t, 4*time.Second)
+	first.shares(at, "")
+	first.startIssuer()
+
+	// The second signs under the root of the first; without it, it refuses.
+	second := first.beside("second")
+	second.shares(at, "")
+	if r := command(t, filepath.Join(bin, "issuer"), "run", "--config", second.path("issuer", "config.yaml")); r.Code != 1 || !strings.Contains(r.Output, "another root") {
+		t.Errorf("an issuer with a root of its own ended with %d:\n%s", r.Code, r.Output)
+	}
+	if err := os.RemoveAll(second.path("issuer")); err != nil {
+		t.Fatal(err)
+	}
+	root := first.path("root")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"root.crt", "root.key"} {
+		data, err := os.ReadFile(first.path("issuer", "ca", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		first.put(filepath.Join(root, name), string(data))
+	}
+	second.shares(at, ", root_dir: "+root)
+	other := second.startIssuer()
+
+	// A token of one issuer is good at the other; each proxy knows both.
+	bill, pay := &node{name: "billing"}, &node{name: "payment"}
+	var caller *hand
+	for _, n := range []*node{bill, pay} {
+		n.in, n.app, n.out, n.billing = freePort(t), freePort(t), freePort(t), freePort(t)
+		conf := first.sidecarConfig(n, first.token(n.name))
+		first.write(n.name, strings.Replace(conf, fmt.Sprintf("[%q]", first.issuer), fmt.Sprintf("[%q, %q]", second.issuer, first.issuer), 1))
+		caller = first.startNode(n)
+	}
+	names := []string{"billing", "payment"}
+	first.await("see every proxy at the first issuer", first.sees(1, names...))
+	first.await("see every proxy at the second issuer", second.sees(1, names...))
+
+	// Calls go on from here to the end.
+	made, failed, stop, ended := 0, 0, make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			made++
+			if r, err := try[runReply](caller, "/run", curl("http://billing.mesh.internal/v1/charges/7")); err != nil || !strings.Contains(r.Output, " 200 ") {
+				failed++
+				t.Logf("a call failed: %v %s", err, r.Output)
+			}
+		}
+	}()
+
+	// An edit at the first is in force everywhere.
+	file := filepath.Join(first.policy, "access.csv")
+	rows, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.put(file, string(rows)+"p, another-1, in, "+id("/ns/shop/sa/payment")+", "+id("/ns/shop/sa/billing")+", 8443, GET, /v1/more, -, allow\n")
+	first.await("have the edit at the second issuer", second.sees(2, names...))
+	first.await("have the edit at the first issuer", first.sees(2, names...))
+
+	// One issuer crashes, then the database.
+	other.kill()
+	first.await("have every proxy at the issuer that is left", first.sees(2, names...))
+	server.Kill()
+	server.Run(t)
+	first.await("serve after the database crashed", first.sees(2, names...))
+	if first.token("web") == "" {
+		t.Error("no token after the database crashed")
+	}
+
+	// It comes back with a policy folder of yesterday, which changes nothing.
+	second.startIssuer()
+	first.await("serve at the issuer that came back", second.sees(2, names...))
+	if want := first.sees(2, names...); !want() {
+		t.Error("the old folder of the second issuer is in force again")
+	}
+	// SVIDs live 4 s: by now each was renewed by whoever was there.
+	close(stop)
+	<-ended
+	t.Logf("%d calls while an issuer and the database were killed, %d failed", made, failed)
+	if failed > 0 || made < 20 {
+		t.Errorf("%d of %d calls failed", failed, made)
+	}
+}

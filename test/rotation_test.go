@@ -1,0 +1,106 @@
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"sallyport/internal/control"
+)
+
+// TestRotation replaces the root of a running mesh under load: with the issuer
+// killed in between, and then in an emergency.
+func TestRotation(t *testing.T) {
+	t.Parallel()
+	need(t, "curl")
+	w := newWorld(t, 10*time.Second)
+	w.write("issuer", fmt.Sprintf(`trust_domain: %s
+data_dir: %s/issuer
+listen: %s
+policies: %s
+ca: {x509_ttl: 10s, jwt_ttl: 2s, agent_ttl: 30s, allow_short_ttl: true}
+`, trustDomain, w.dir, w.issuer, w.policy))
+	issuer := w.startIssuer()
+	pay, bill := &node{name: "payment"}, &node{name: "billing"}
+	w.join(bill)
+	w.join(pay)
+	w.startNode(bill)
+	payment := w.startNode(pay)
+	const url = "http://billing.mesh.internal/v1/charges"
+	w.awaitReach(payment, url)
+
+	first := w.roots()
+	if first.Phase != "steady" || len(first.Authorities) != 2 {
+		t.Fatalf("at first: %+v", first)
+	}
+	var made, failed atomic.Int64
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if r := ask[runReply](payment, "/run", []string{"curl", "-sS", "-f", "--max-time", "10", url}); r.Code != 0 {
+				failed.Add(1)
+				t.Errorf("a call failed: %s", r.Output)
+			}
+			made.Add(1)
+		}
+	}()
+	w.moves(t, "prepared", "ca", "rotate")
+	issuer.kill()
+	issuer = w.startIssuer()
+	if st := w.roots(); st.Phase != "prepared" {
+		t.Errorf("after the crash: %+v", st)
+	}
+	w.await("reach the next gate", func() bool { st := w.roots(); return st.Known && st.Live == 2 && st.Confirmed == 2 })
+	w.moves(t, "activated", "ca", "rotate", "--through")
+	w.awaitRoot(first)
+	close(stop)
+	<-stopped
+	t.Logf("root replaced, issuer killed once: %d requests made, %d failed", made.Load(), failed.Load())
+
+	second := w.roots()
+	w.moves(t, "tainted", "ca", "rotate", "--emergency")
+	w.awaitRoot(second)
+	w.awaitReach(payment, url)
+	if r := w.sallyport("ca", "rollback"); r.Code != 1 {
+		t.Errorf("rollback of nothing: %d %s", r.Code, r.Output)
+	}
+}
+
+func (w *world) roots() (st control.RootStatus) {
+	w.t.Helper()
+	r := w.sallyport("ca", "status", "-o", "json")
+	if r.Code != 0 {
+		w.t.Fatalf("ca status: %s", r.Output)
+	}
+	if err := json.Unmarshal([]byte(r.Output), &st); err != nil {
+		w.t.Fatalf("ca status: %v\n%s", err, r.Output)
+	}
+	return st
+}
+
+// moves runs a command that leads to a phase.
+func (w *world) moves(t *testing.T, phase string, args ...string) {
+	t.Helper()
+	r := w.sallyport(append(args, "-o", "json")...)
+	var st control.RootStatus
+	if err := json.Unmarshal([]byte(r.Output), &st); r.Code != 0 || err != nil || st.Phase != phase {
+		t.Fatalf("%v: status %d, want phase %s:\n%s", args, r.Code, phase, r.Output)
+	}
+}
+
+// awaitRoot waits until the rotation has ended with another root than before.
+func (w *world) awaitRoot(before control.RootStatus) {
+	w.t.Helper()
+	w.await("end the rotation", func() bool { return w.roots().Phase == "steady" })
+	if now := w.roots(); now.Authorities[0].ID == before.Authorities[0].ID {
+		w.t.Errorf("the root is the old one: %+v", now)
+	}
+}
