@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -58,7 +58,7 @@ var rooms = map[string][]string{
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
 	"github.com/spiffe/spire-api-sdk":            {"internal/control"},
 	"github.com/envoyproxy/go-control-plane":     {"internal/svid"},
-	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid"},
+	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform"},
 	"unsafe":                                     {"internal/capture", "internal/control/meshpb"},
 }
 

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
@@ -160,4 +162,9 @@ func (in *issuer) federated(td spiffeid.TrustDomain) (control.FederatedBundle, b
 		out.JWT = append(out.JWT, control.JWTKey{KeyID: k.ID, PublicKey: k.Public})
 	}
 	return out, true
+}
+
+// federatedDomains are the trust domains whose bundle is held.
+func (in *issuer) federatedDomains() []spiffeid.TrustDomain {
+	return slices.Collect(maps.Keys(in.follower.Bundles()))
 }

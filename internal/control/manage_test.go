@@ -515,6 +515,17 @@ func TestBundlesOfTheTrustDomainAlone(t *testing.T) {
 	if l, err := c.ListFederatedBundles(ctx, &bundlev1.ListFederatedBundlesRequest{}); err != nil || len(l.Bundles) != 0 {
 		t.Errorf("list %v, %v", l, err)
 	}
+	other := spiffeid.RequireTrustDomainFromString("b.example")
+	r.srv.cfg.FederatedDomains = func() []spiffeid.TrustDomain { return []spiffeid.TrustDomain{other} }
+	r.srv.cfg.Federated = func(td spiffeid.TrustDomain) (FederatedBundle, bool) {
+		return FederatedBundle{Sequence: 5}, td == other
+	}
+	if l, err := c.ListFederatedBundles(ctx, &bundlev1.ListFederatedBundlesRequest{PageSize: 1}); err != nil || len(l.Bundles) != 1 || l.Bundles[0].SequenceNumber != 5 {
+		t.Errorf("list %v, %v", l, err)
+	}
+	if n, err := c.CountBundles(ctx, &bundlev1.CountBundlesRequest{}); err != nil || n.Count != 2 {
+		t.Errorf("count %v, %v", n, err)
+	}
 	if _, err := c.AppendBundle(ctx, &bundlev1.AppendBundleRequest{}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("append: %v", err)
 	}

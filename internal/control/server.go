@@ -131,6 +131,8 @@ type ServerConfig struct {
 	// Federated gives the bundle of another trust domain, false when there is
 	// none. Default: there is never one.
 	Federated func(spiffeid.TrustDomain) (FederatedBundle, bool)
+	// FederatedDomains are the trust domains that Federated knows. Default none.
+	FederatedDomains func() []spiffeid.TrustDomain
 	// Why names the reason in a Verifier's error. RefusalNone says that the
 	// verifier itself failed: the node may try again. Default: every error is
 	// RefusalEvidence.

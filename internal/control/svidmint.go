@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // maxMint bounds the life of an SVID that an operator mints.
@@ -108,20 +110,46 @@ func checkAudience(audience []string) error {
 	return nil
 }
 
-// CountBundles counts the trust domain's own bundle.
+// domains are the other trust domains whose bundles are held, by name.
+func (a *bundleAPI) domains() []spiffeid.TrustDomain {
+	if a.s.cfg.FederatedDomains == nil {
+		return nil
+	}
+	out := slices.Clone(a.s.cfg.FederatedDomains())
+	slices.SortFunc(out, spiffeid.TrustDomain.Compare)
+	return out
+}
+
+// CountBundles counts the trust domain's own bundle and those of others.
 func (a *bundleAPI) CountBundles(ctx context.Context, _ *bundlev1.CountBundlesRequest) (*bundlev1.CountBundlesResponse, error) {
 	if err := a.s.may(ctx, spiffeid.ID{}); err != nil {
 		return nil, err
 	}
-	return &bundlev1.CountBundlesResponse{Count: 1}, nil
+	return &bundlev1.CountBundlesResponse{Count: 1 + int32(len(a.domains()))}, nil
 }
 
-// ListFederatedBundles lists none: this issuer knows no other trust domain.
-func (a *bundleAPI) ListFederatedBundles(ctx context.Context, _ *bundlev1.ListFederatedBundlesRequest) (*bundlev1.ListFederatedBundlesResponse, error) {
+// ListFederatedBundles lists the bundles of other trust domains, a page at a
+// time.
+func (a *bundleAPI) ListFederatedBundles(ctx context.Context, req *bundlev1.ListFederatedBundlesRequest) (*bundlev1.ListFederatedBundlesResponse, error) {
 	if err := a.s.may(ctx, spiffeid.ID{}); err != nil {
 		return nil, err
 	}
-	return &bundlev1.ListFederatedBundlesResponse{}, nil
+	page, next, err := pageOf(a.domains(), spiffeid.TrustDomain.Name, req.GetPageSize(), req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	resp := &bundlev1.ListFederatedBundlesResponse{NextPageToken: next}
+	for _, td := range page {
+		b, err := a.GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: td.Name(), OutputMask: req.GetOutputMask()})
+		if status.Code(err) == codes.NotFound {
+			continue // gone meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		resp.Bundles = append(resp.Bundles, b)
+	}
+	return resp, nil
 }
 
 // AppendBundle is refused: authorities come from the issuer's own CA alone.
