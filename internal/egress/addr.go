@@ -81,6 +81,7 @@ var metadata = map[netip.Addr]bool{
 	netip.MustParseAddr("fd00:ec2::254"):   true, // AWS over IPv6
 	netip.MustParseAddr("fd00:ec2::23"):    true, // AWS EKS pod identity over IPv6
 	netip.MustParseAddr("fd20:ce::254"):    true, // Google over IPv6
+	netip.MustParseAddr("fd00:42::42"):     true, // Scaleway over IPv6
 	netip.MustParseAddr("100.100.100.200"): true, // Alibaba
 	netip.MustParseAddr("168.63.129.16"):   true, // Azure host
 	netip.MustParseAddr("192.0.0.192"):     true, // Oracle

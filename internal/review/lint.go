@@ -86,6 +86,7 @@ func (l *linter) row(i int, now time.Time) {
 		}
 	}
 	if r.Effect != mesh.Allow {
+		l.leaky(r, conds)
 		return
 	}
 	switch {
@@ -95,6 +96,39 @@ func (l *linter) row(i int, now time.Time) {
 		l.add(Broad, r.Origin, r.ID, "row %s allows calls to every workload: name the destinations", r.ID)
 	case r.Dir == mesh.In && r.Verb == "*" && r.Path == mesh.Any:
 		l.add(Broad, r.Origin, r.ID, "row %s allows every verb on every path: name what is needed", r.ID)
+	}
+}
+
+// leaky finds deny rows that a caller can step out of, and those of a pattern
+// beside which a row allows the name itself or what is deeper below it.
+func (l *linter) leaky(r *mesh.Rule, conds []mesh.Cond) {
+	for i := range conds {
+		switch c := &conds[i]; {
+		case c.NeedsToken():
+			l.add(Leaky, r.Origin, r.ID, "row %s does not deny a caller that shows no token, by condition %s%s: allow those with the right token instead", r.ID, c.Word, c.Value)
+			return
+		case c.Word == mesh.CondSNI:
+			l.add(Leaky, r.Origin, r.ID, "row %s does not deny a caller that names no server: leave condition %s%s out", r.ID, c.Word, c.Value)
+			return
+		}
+	}
+	apex, wild := strings.CutPrefix(r.Dst, "host:*.")
+	if !wild {
+		return
+	}
+	for i := range l.p.Rules {
+		o := &l.p.Rules[i]
+		if o.Effect != mesh.Allow || o.Dir != mesh.Out {
+			continue
+		}
+		for _, dst := range l.members.patterns(o.Dst) {
+			host := strings.TrimPrefix(dst, "host:")
+			below := strings.HasSuffix(host, "."+apex) && strings.Count(host, ".") > strings.Count(apex, ".")+1
+			if host == apex || below {
+				l.add(Leaky, r.Origin, r.ID, "row %s does not deny %s, which %s at %s allows: *. stands for exactly one label", r.ID, host, o.ID, o.Origin)
+				return
+			}
+		}
 	}
 }
 

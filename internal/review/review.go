@@ -33,6 +33,8 @@ const (
 	UnusedDestination Check = "unused-destination"
 	// Broad: an allow row names no caller, or leaves everything open.
 	Broad Check = "broad"
+	// Leaky: a deny row leaves open what it seems to close.
+	Leaky Check = "leaky"
 	// Expired: the row has ended.
 	Expired Check = "expired"
 	// Untested: no test is decided by the row.

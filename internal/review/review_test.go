@@ -165,6 +165,10 @@ func TestLintFinds(t *testing.T) {
 		{"an allow to everything", "p, a, in, $web, *, 8443, GET, /v1, -, allow\n", Broad, "a"},
 		{"an allow of everything", "p, a, in, $web, $billing, 8443, *, **, -, allow\n", Broad, "a"},
 		{"a row that has ended", "p, a, in, $web, $billing, 8443, GET, /v1, until=2026-11-22T10:00:00Z, allow\n", Expired, "a"},
+		{"a deny that asks for a token", "p, d, in, $web, $billing, 8443, GET, /v1, scope~admin, deny\n", Leaky, "d"},
+		{"a deny that asks for a server name", "p, d, out, $web, host:api.stripe.test, *, CONNECT, -, env.sni=same, deny\n", Leaky, "d"},
+		{"a deny of names below that leaves the apex", "p, a, out, $web, host:stripe.test, 443, CONNECT, -, -, allow\np, d, out, **, host:*.stripe.test, *, *, **, -, deny\n", Leaky, "d"},
+		{"a deny of names below that leaves the deeper ones", "g2, host:a.b.stripe.test, hosts:x\np, a, out, $web, hosts:x, 443, CONNECT, -, -, allow\np, d, out, **, host:*.stripe.test, *, *, **, -, deny\n", Leaky, "d"},
 		{"a row without test", "p, a, in, $web, $billing, 8443, GET, /v1, -, allow\n", Untested, "a"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -211,7 +215,7 @@ func TestLintLeavesDifferentRowsAlone(t *testing.T) {
 	p := parse(t, `p, a, in, $web, $billing, 8443, GET, /v1/x, -, allow
 p, b, in, $web, $billing, 8443, GET, /v1/*/y, -, allow
 p, c, in, $web, $billing, 8443, POST, /v1/x, -, allow
-p, d, in, $web, $billing, 8443, GET, /v1/x/**, bound, deny
+p, d, in, $web, $billing, 8443, GET, /v1/x/**, env.name=prod, deny
 p, e, in, $billing, $web, 8443, GET, /v1/x, -, deny
 p, f, out, $web, host:api.stripe.test, 443, CONNECT, -, -, allow
 p, g, out, $web, host:*.stripe.test, 80, CONNECT, -, -, deny
