@@ -260,7 +260,7 @@ func (m minter) Entries(ctx context.Context) ([]mesh.Entry, error) {
 	es, err := m.a.client.SyncEntries(ctx)
 	m.a.noticed(err)
 	if err == nil {
-		m.a.entries.Store(&es) // Trust follows, and depends on them
+		m.a.keepEntries(es) // Trust follows, and depends on them
 	}
 	return es, err
 }

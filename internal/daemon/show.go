@@ -125,6 +125,9 @@ func structTree(v reflect.Value) node {
 		if name == "" {
 			continue
 		}
+		if f := v.Field(i); f.Kind() == reflect.Pointer && f.IsNil() {
+			continue // a section that is not there is not shown, so that what is shown loads
+		}
 		child := tree(v.Field(i), sf.Tag.Get("secret") == "true")
 		if sf.Anonymous && child.kind == 'm' {
 			n.items = append(n.items, child.items...)
