@@ -22,6 +22,7 @@ import (
 // startApp starts the application. The channel is closed when it has ended;
 // without an application it never is.
 func (s *sidecar) startApp(ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) (<-chan struct{}, error) {
+	defer close(s.started)
 	if len(app) == 0 {
 		return nil, nil
 	}
@@ -96,8 +97,10 @@ func (s *sidecar) killChild() {
 	}
 }
 
-// tree is the application's process tree, for attestation.
+// tree is the application's process tree, for attestation. The application may
+// ask for its identity before we have heard that it runs.
 func (s *sidecar) tree() attest.ChildTree {
+	<-s.started
 	if c := s.child.Load(); c != nil {
 		return c
 	}

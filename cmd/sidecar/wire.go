@@ -46,6 +46,8 @@ type sidecar struct {
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	child              atomic.Pointer[attest.Child]
+	// started is closed when the application has been started, if there is one.
+	started chan struct{}
 	// serving is closed when the application has accepted a connection.
 	serving chan struct{}
 	kubelet *attest.Kubelet // nil when it is not asked
@@ -57,7 +59,7 @@ const auditFile = "audit.jsonl"
 // serve runs the sidecar, and the application when one is given, until a
 // signal, until the application ends, or until a part fails.
 func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Writer) (err error) {
-	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), serving: make(chan struct{})}
+	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{})}
 	f, ok := stderr.(*os.File)
 	s.log, s.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
 	if err := s.open(); err != nil {
