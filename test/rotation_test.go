@@ -54,7 +54,7 @@ ca: {x509_ttl: 10s, jwt_ttl: 2s, agent_ttl: 30s, allow_short_ttl: true}
 	}()
 	w.moves(t, "prepared", "ca", "rotate")
 	issuer.kill()
-	issuer = w.startIssuer()
+	w.startIssuer()
 	if st := w.roots(); st.Phase != "prepared" {
 		t.Errorf("after the crash: %+v", st)
 	}

@@ -122,20 +122,23 @@ func (v verifier) verify(token string) (sub string, err error) {
 	if at < 0 || head["alg"] != "ES256" || set.Keys[at]["alg"] != "ES256" || set.Keys[at]["use"] != "sig" {
 		return "", fmt.Errorf("no key for %v in %v", head, set.Keys)
 	}
-	var n [2]*big.Int
-	for i, name := range []string{"x", "y"} {
+	point := []byte{4} // uncompressed (SEC 1 section 2.3.3)
+	for _, name := range []string{"x", "y"} {
 		b, err := base64.RawURLEncoding.DecodeString(set.Keys[at][name])
 		if err != nil {
 			return "", err
 		}
-		n[i] = new(big.Int).SetBytes(b)
+		point = append(point, b...)
 	}
 	sig, err := base64.RawURLEncoding.DecodeString(part[2])
 	if err != nil || len(sig) != 64 {
 		return "", fmt.Errorf("signature of %d bytes, %v", len(sig), err)
 	}
 	sum := sha256.Sum256([]byte(part[0] + "." + part[1]))
-	key := &ecdsa.PublicKey{Curve: elliptic.P256(), X: n[0], Y: n[1]}
+	key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
+	if err != nil {
+		return "", err
+	}
 	if !ecdsa.Verify(key, sum[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {
 		return "", errors.New("signature is wrong")
 	}

@@ -75,7 +75,7 @@ func (a *Agent) OnSyncNow(context.Context) { a.rot.Sync() }
 func (a *Agent) follow(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if a.awaitIdentity(ctx) != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for
 		}
 		self, err := a.Self()
 		if err != nil {
@@ -298,7 +298,7 @@ const cursorWait = time.Second
 func (a *Agent) upload(ctx context.Context) error {
 	for ctx.Err() == nil {
 		if a.held.WaitReady(ctx) != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for
 		}
 		self, err := a.Self()
 		if err != nil {

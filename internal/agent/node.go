@@ -200,7 +200,7 @@ func (a *Agent) renewNode(ctx context.Context) error {
 			}
 		}
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // the end that was asked for
 		}
 		if err == nil {
 			pause = retryMin
