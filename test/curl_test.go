@@ -4,11 +4,13 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 func TestCurl(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)

@@ -247,17 +247,6 @@ func freePort(t *testing.T) string {
 	return ""
 }
 
-// need finds a program that a test talks to. It is missing only on a machine
-// that .ci/run has not prepared; there a test says so instead of passing.
-func need(t *testing.T, program string) string {
-	t.Helper()
-	path, err := exec.LookPath(program)
-	if err != nil {
-		t.Fatalf("%s is missing: apt-get install %s", program, program)
-	}
-	return path
-}
-
 // command runs a program to its end.
 func command(t *testing.T, name string, args ...string) runReply {
 	t.Helper()

@@ -10,6 +10,7 @@ import (
 
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 )
 
 const charges = "http://billing.mesh.internal/v1/charges"
@@ -53,7 +54,7 @@ func (w *world) awaitSynced(n int) mesh.IssuerStatus {
 
 func TestIssuerRestart(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	issuer := w.startIssuer()
 	pay, bill, payment, billing := w.pair()
@@ -88,7 +89,7 @@ func TestIssuerRestart(t *testing.T) {
 
 func TestExpiryWithoutIssuer(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, 4*time.Second)
 	issuer := w.startIssuer()
 	_, bill, payment, billing := w.pair()
@@ -181,7 +182,7 @@ func TestTokens(t *testing.T) {
 
 func TestPolicyEdit(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	w.startIssuer()
 	_, _, payment, _ := w.pair()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 	"sallyport/internal/store/postgrestest"
 	"sallyport/policies"
 )
@@ -64,7 +65,7 @@ func (w *world) sees(revision uint64, workloads ...string) func() bool {
 // and the database, and calls through the mesh all the while.
 func TestFailoverOfIssuers(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	server := postgrestest.Start(t)
 	at := server.Database(t)
 	first := newWorld(t, 4*time.Second)

@@ -6,11 +6,13 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
-	need(t, "openssl")
+	meshtest.Need(t, "openssl")
 	w := newWorld(t, time.Minute)
 	w.startIssuer()
 	pay, bill := &node{name: "payment"}, &node{name: "billing"}

@@ -8,13 +8,14 @@ import (
 	"time"
 
 	"sallyport/internal/control"
+	"sallyport/internal/meshtest"
 )
 
 // TestRotation replaces the root of a running mesh under load: with the issuer
 // killed in between, and then in an emergency.
 func TestRotation(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, 10*time.Second)
 	w.write("issuer", fmt.Sprintf(`trust_domain: %s
 data_dir: %s/issuer

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // runApp runs a program as the child of payment's sidecar.
@@ -29,7 +31,7 @@ func (p *proc) end() int {
 
 func TestSidecarRun(t *testing.T) {
 	t.Parallel()
-	need(t, "curl")
+	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	w.startIssuer()
 	pay, bill := &node{name: "payment"}, &node{name: "billing"}

@@ -22,6 +22,7 @@ import (
 
 	"sallyport/internal/attest/attesttest"
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 )
 
 func rsaKey(t testing.TB, bits int) *rsa.PrivateKey {
@@ -246,6 +247,7 @@ func TestSignedDataOfOpenSSL(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	meshtest.Need(t, "openssl")
 	doc, key, out := writeFile(t, awsDocument(t)), writeFile(t, pemBlock("PRIVATE KEY", keyDER)), filepath.Join(t.TempDir(), "out")
 	for name, args := range map[string][]string{
 		"DER": nil, "in parts": {"-stream", "-indef"}, "without attributes": {"-noattr"},

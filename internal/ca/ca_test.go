@@ -29,6 +29,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/meshtest"
 )
 
 var (
@@ -688,6 +689,7 @@ func TestOpenSSLVerifies(t *testing.T) {
 		}
 		return path
 	}
+	meshtest.Need(t, "openssl")
 	root, inter, leaf := put("root", c.Bundle().X509[0]), put("inter", chain[1]), put("leaf", chain[0])
 	for _, purpose := range []string{"sslserver", "sslclient"} {
 		out, err := exec.CommandContext(t.Context(), "openssl", "verify", "-x509_strict", "-purpose", purpose, "-CAfile", root, "-untrusted", inter, leaf).CombinedOutput()

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // TestOpenSSLFindsTheRevoked has openssl check two leaves against the list.
@@ -37,6 +39,7 @@ func TestOpenSSLFindsTheRevoked(t *testing.T) {
 	if later.Number.Cmp(list.Number) <= 0 {
 		t.Error("the number does not grow")
 	}
+	meshtest.Need(t, "openssl")
 	for name, chain := range map[string][]*x509.Certificate{"good": good, "bad": bad} {
 		out, err := exec.Command("openssl", "verify", "-x509_strict", "-crl_check",
 			"-CAfile", put("root.pem", "CERTIFICATE", c.Bundle().X509[0].Raw), "-CRLfile", put("crl.pem", "X509 CRL", crl),

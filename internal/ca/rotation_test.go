@@ -23,6 +23,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/meshtest"
 )
 
 // A fleet is some live proxies whose trust and SVIDs a test sets.
@@ -506,6 +507,7 @@ func TestOpenSSLVerifiesDuringRotation(t *testing.T) {
 		}
 		return path
 	}
+	meshtest.Need(t, "openssl")
 	check := func(chain []*x509.Certificate, good bool) {
 		t.Helper()
 		out, err := exec.Command("openssl", "verify", "-x509_strict", "-CAfile", put("roots.pem", c.Bundle().X509...),

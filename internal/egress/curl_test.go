@@ -43,9 +43,7 @@ func (w *world) pemFiles(t *testing.T) (cert, key string) {
 
 // TestCurl has a program that is not ours go through the gateway on its SVID.
 func TestCurl(t *testing.T) {
-	if _, err := exec.LookPath("curl"); err != nil {
-		t.Fatal("curl is not installed; .ci/run installs it")
-	}
+	meshtest.Need(t, "curl")
 	w := newWorld(t, nil)
 	origin := &http.Server{Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		_, _ = rw.Write([]byte("charged through " + r.Host))

@@ -25,6 +25,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"sallyport/internal/meshtest"
 )
 
 const (
@@ -88,7 +90,7 @@ func programs(t testing.TB) string {
 	}
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
 	if len(found) == 0 {
-		t.Fatal("PostgreSQL is not installed, and this test needs it; run: apt-get install --no-install-recommends postgresql")
+		meshtest.Missing(t, "postgresql")
 	}
 	return filepath.Dir(slices.MaxFunc(found, func(a, b string) int { return version(a) - version(b) }))
 }
