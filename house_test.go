@@ -53,7 +53,7 @@ var rooms = map[string][]string{
 	"github.com/prometheus/client_golang":        {"internal/telemetry"},
 	"github.com/goccy/go-yaml":                   {"internal/mesh"},
 	"github.com/fsnotify/fsnotify":               {"internal/daemon"},
-	"github.com/spf13/cobra":                     {"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
+	"github.com/spf13/cobra":                     {"internal/daemon", "cmd/issuer", "cmd/sallyport"},
 	"github.com/spiffe/go-spiffe/v2/spiffetls":   {},
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
 	"github.com/spiffe/spire-api-sdk":            {"internal/control"},

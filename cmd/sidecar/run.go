@@ -2,83 +2,16 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
-	"os"
-	"strings"
-
-	"github.com/spf13/cobra"
 
 	"sallyport/internal/daemon"
 )
 
 // run executes one command line.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
-	var file, level string
-	load := func() (*Config, error) {
-		var c Config
-		flags := map[string]string{}
-		if level != "" {
-			flags["log.level"] = level
-		}
-		if file == "" {
-			return nil, daemon.Hint(daemon.Exit(daemon.Usage, fmt.Errorf("no configuration given")), "sidecar run --config FILE -- PROGRAM ARGS")
-		}
-		if err := daemon.LoadConfig(file, os.Environ(), flags, &c); err != nil {
-			return nil, err
-		}
-		c.fill()
-		return &c, nil
-	}
-	root := &cobra.Command{Use: "sidecar", Short: "Identity and mutual TLS for the workload beside it", SilenceUsage: true, SilenceErrors: true, DisableSuggestions: true}
-	root.PersistentFlags().StringVar(&file, "config", "", "the configuration file (YAML)")
-	root.PersistentFlags().StringVar(&level, "log-level", "", "debug, info, warn or error")
-	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
-		return daemon.Hint(daemon.Exit(daemon.Usage, err), c.CommandPath()+" --help")
-	})
-	var check bool
-	runCmd := &cobra.Command{
-		Use:   "run [-- PROGRAM ARGS...]",
-		Short: "Serve until a signal ends it, or until PROGRAM ends",
-		Long: "Serve the workload. With a program after --, start it once its identity is\n" +
-			"there, with the proxy environment set; pass signals on; end with its status.",
-		RunE: func(cmd *cobra.Command, app []string) error {
-			c, err := load()
-			if err != nil {
-				return err
-			}
-			if len(app) > 0 && cmd.ArgsLenAtDash() != 0 {
-				return daemon.Hint(daemon.Exit(daemon.Usage, fmt.Errorf("unexpected argument %q", app[0])), "put the program after --: sidecar run --config FILE -- PROGRAM ARGS")
-			}
-			if check {
-				fmt.Fprintf(stdout, "%s: ok\n", file)
-				return nil
-			}
-			return serve(cmd.Context(), c, app, stdout, stderr)
-		},
-	}
-	runCmd.Flags().BoolVar(&check, "check-config", false, "validate the configuration and exit")
-	config := &cobra.Command{
-		Use: "config", Short: "About the configuration", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
-	}
-	config.AddCommand(&cobra.Command{
-		Use: "show", Short: "Print the effective configuration, secrets masked", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			c, err := load()
-			if err != nil {
-				return err
-			}
-			return daemon.Show(stdout, c)
-		},
-	})
-	root.AddCommand(runCmd, config)
-	root.SetArgs(args)
-	root.SetOut(stdout)
-	root.SetErr(stderr)
-	err := root.ExecuteContext(ctx)
-	if err != nil && strings.HasPrefix(err.Error(), "unknown command") {
-		return daemon.Hint(daemon.Exit(daemon.Usage, err), "sidecar --help")
-	}
-	return err
+	return daemon.CommandLine[Config]{
+		Name: "sidecar", Short: "Identity and mutual TLS for the workload beside it",
+		Fill: (*Config).fill, Program: true,
+		Serve: func(ctx context.Context, c *Config, app []string) error { return serve(ctx, c, app, stdout, stderr) },
+	}.Execute(ctx, args, stdout, stderr)
 }

@@ -1,0 +1,115 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+)
+
+// A CommandLine is that of a program that serves: "run" and "config show" on a
+// configuration of type C.
+type CommandLine[C any] struct {
+	// Name and Short introduce the program. Required.
+	Name, Short string
+	// Fill sets the defaults of a configuration that was read. Required.
+	Fill func(*C)
+	// Serve runs the program. program is what stood behind "--". Required.
+	Serve func(ctx context.Context, cfg *C, program []string) error
+	// Program says that run takes a program behind "--".
+	Program bool
+	// More adds commands that need the configuration.
+	More func(load func() (*C, error)) []*cobra.Command
+}
+
+// Execute runs one command line. A mistake on it has the exit code Usage.
+func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
+	var file, level string
+	load := func() (*C, error) {
+		if file == "" {
+			return nil, Hint(Exit(Usage, errors.New("no configuration given")), l.example())
+		}
+		flags := map[string]string{}
+		if level != "" {
+			flags["log.level"] = level
+		}
+		c := new(C)
+		if err := LoadConfig(file, os.Environ(), flags, c); err != nil {
+			return nil, err
+		}
+		l.Fill(c)
+		return c, nil
+	}
+	root := &cobra.Command{Use: l.Name, Short: l.Short, SilenceUsage: true, SilenceErrors: true, DisableSuggestions: true}
+	root.PersistentFlags().StringVar(&file, "config", "", "the configuration file (YAML)")
+	root.PersistentFlags().StringVar(&level, "log-level", "", "debug, info, warn or error")
+	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
+		return Hint(Exit(Usage, err), c.CommandPath()+" --help")
+	})
+	config := &cobra.Command{
+		Use: "config", Short: "About the configuration", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	config.AddCommand(&cobra.Command{
+		Use: "show", Short: "Print the effective configuration, secrets masked", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c, err := load()
+			if err != nil {
+				return err
+			}
+			return Show(stdout, c)
+		},
+	})
+	root.AddCommand(l.run(load, &file, stdout), config)
+	if l.More != nil {
+		root.AddCommand(l.More(load)...)
+	}
+	root.SetArgs(args)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	err := root.ExecuteContext(ctx)
+	if err != nil && strings.HasPrefix(err.Error(), "unknown command") {
+		return Hint(Exit(Usage, err), l.Name+" --help")
+	}
+	return err
+}
+
+func (l CommandLine[C]) example() string {
+	if l.Program {
+		return l.Name + " run --config FILE -- PROGRAM ARGS"
+	}
+	return l.Name + " run --config FILE"
+}
+
+// run is the command "run".
+func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Writer) *cobra.Command {
+	var check bool
+	cmd := &cobra.Command{
+		Use: "run", Short: "Serve until a signal ends it", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, program []string) error {
+			c, err := load()
+			if err != nil {
+				return err
+			}
+			if len(program) > 0 && cmd.ArgsLenAtDash() != 0 {
+				return Hint(Exit(Usage, fmt.Errorf("unexpected argument %q", program[0])), "put the program after --: "+l.example())
+			}
+			if check {
+				fmt.Fprintf(stdout, "%s: ok\n", *file)
+				return nil
+			}
+			return l.Serve(cmd.Context(), c, program)
+		},
+	}
+	if l.Program {
+		cmd.Use, cmd.Short, cmd.Args = "run [-- PROGRAM ARGS...]", "Serve until a signal ends it, or until PROGRAM ends", cobra.ArbitraryArgs
+		cmd.Long = "Serve the workload. With a program after --, start it once its identity is\n" +
+			"there, with the proxy environment set; pass signals on; end with its status."
+	}
+	cmd.Flags().BoolVar(&check, "check-config", false, "validate the configuration and exit")
+	return cmd
+}
