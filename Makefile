@@ -10,6 +10,7 @@ TOOL := go tool -modfile=tools/go.mod
 # The race detector needs a C compiler; without one the tests run all the same.
 RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 ARGS ?=
+N ?= 4000
 FUZZTIME ?= 60s
 
 .PHONY: help
@@ -48,6 +49,18 @@ vuln: ## govulncheck; needs to reach the Go vulnerability database
 .PHONY: bench
 bench: ## the benchmarks of the judge, the HTTP engine and the audit log
 	go test -run '^$$' -bench . -benchmem ./internal/http1 ./internal/authz ./internal/audit
+
+.PHONY: bench-issuer
+bench-issuer: ## SVIDs per second of a real issuer beside crypto/x509 alone (ARGS="-rounds 9")
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@go build -o $(BIN)/bench-issuer ./bench/issuer
+	@$(BIN)/bench-issuer -issuer $(BIN)/issuer $(ARGS)
+
+.PHONY: bench-fleet
+bench-fleet: ## N proxies on one issuer: an edit until the ack of each (N=4000)
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@go build -o $(BIN)/bench-fleet ./bench/fleet
+	@$(BIN)/bench-fleet -issuer $(BIN)/issuer -n $(N) $(ARGS)
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)

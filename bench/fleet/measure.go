@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"sallyport/bench/rig"
+	"sallyport/internal/mesh"
+)
+
+// measure brings the fleet up and edits.
+func (s settings) measure(ctx context.Context, w io.Writer, res *rig.Result) error {
+	iss, err := rig.Start(ctx, rig.Config{Program: s.program, Files: s.files()})
+	if err != nil {
+		return err
+	}
+	defer iss.Close()
+	f := &fleet{took: make(chan taken, s.n)}
+	start := time.Now()
+	if err := s.join(ctx, iss, f); err != nil {
+		return fmt.Errorf("%w\n%s", err, iss.Log())
+	}
+	res.Figures["join_s"] = time.Since(start).Seconds()
+	fmt.Fprintf(w, "joined: %d nodes in %.1f s\n", s.n, time.Since(start).Seconds())
+
+	sub, end := context.WithCancel(ctx)
+	defer f.running.Wait()
+	defer end()
+	start = time.Now()
+	slots := make(chan struct{}, dialers)
+	f.running.Go(func() {
+		for _, p := range f.proxies {
+			select {
+			case <-sub.Done():
+				return
+			case slots <- struct{}{}:
+				p.follow(sub, s, func() { <-slots })
+			}
+		}
+	})
+	up, last, err := f.collect(ctx, 0, start)
+	if err != nil {
+		return err
+	}
+	upS := time.Since(start).Seconds()
+	if err := f.confirmed(ctx, iss, last); err != nil {
+		return err
+	}
+	rss, err := iss.RSS()
+	if err != nil {
+		return err
+	}
+	res.Figures["streams_up_s"], res.Figures["rss_mb"] = upS, rss
+	res.Cases.Tried, res.Cases.Passed = int64(len(up)), int64(len(up))
+	fmt.Fprintf(w, "streams: %d up, each with its first snapshot, in %.1f s; RSS of the issuer %.0f MB\n", len(up), upS, rss)
+	for _, kind := range []struct{ figure, what string }{{"push", "every row"}, {"push_one_row", "one row"}} {
+		if last, err = s.edit(ctx, w, iss, f, res, last, kind.figure, kind.what); err != nil {
+			return err
+		}
+	}
+	if rss, err = iss.RSS(); err != nil {
+		return err
+	}
+	res.Figures["rss_after_edits_mb"], res.Figures["syncs"] = rss, float64(f.syncs.Load())
+	v := rig.Verdict{Name: "no stream was lost and no call refused", OK: f.faults.Load() == 0}
+	if e := f.fault.Load(); e != nil {
+		v.Detail = fmt.Sprintf("%d faults, the first: %v", f.faults.Load(), *e)
+	}
+	res.Verdicts = append(res.Verdicts, v)
+	fmt.Fprintf(w, "issuer: RSS %.0f MB after the edits; %d fetches of entries; %d faults\n", rss, f.syncs.Load(), f.faults.Load())
+	return nil
+}
+
+// join attests all nodes.
+func (s settings) join(ctx context.Context, iss *rig.Issuer, f *fleet) error {
+	f.proxies = make([]*proxy, s.n)
+	errs := make(chan error, joiners)
+	var wg sync.WaitGroup
+	for j := range joiners {
+		wg.Go(func() {
+			for n := j; n < s.n; n += joiners {
+				c, err := iss.Join(ctx, nodeName(n))
+				if err != nil {
+					errs <- fmt.Errorf("join %s: %w", nodeName(n), err)
+					return
+				}
+				f.proxies[n] = &proxy{n: n, client: c, fleet: f, sync: make(chan struct{}, 1)}
+			}
+		})
+	}
+	wg.Wait()
+	select {
+	case err := <-errs:
+		return err
+	default:
+		return nil
+	}
+}
+
+// collect waits until every proxy has a revision after the given one, and
+// returns how long each took, ms, and the revision.
+func (f *fleet) collect(ctx context.Context, after uint64, start time.Time) (took []float64, revision uint64, err error) {
+	seen := make([]bool, len(f.proxies))
+	for len(took) < len(f.proxies) {
+		select {
+		case <-ctx.Done():
+			return nil, 0, fmt.Errorf("%d of %d proxies have the policy: %w", len(took), len(f.proxies), ctx.Err())
+		case t := <-f.took:
+			if t.revision <= after || seen[t.proxy] {
+				continue
+			}
+			seen[t.proxy] = true
+			revision = t.revision
+			took = append(took, float64(t.at.Sub(start).Microseconds())/1000)
+		}
+	}
+	return took, revision, nil
+}
+
+// confirmed waits until the issuer has the ack of every proxy.
+func (f *fleet) confirmed(ctx context.Context, iss *rig.Issuer, revision uint64) error {
+	for {
+		all, err := iss.Admin.Proxies(ctx)
+		if err != nil {
+			return err
+		}
+		good := 0
+		for _, p := range all {
+			if p.Connected && p.State == mesh.Synced && p.PolicyRevision >= revision {
+				good++
+			}
+		}
+		if good == len(f.proxies) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the issuer has the ack of %d of %d proxies: %w", good, len(f.proxies), ctx.Err())
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// edit changes the policy files again and again. Between two edits the issuer
+// confirms that it has all acks, and the fetches of entries end.
+func (s settings) edit(ctx context.Context, w io.Writer, iss *rig.Issuer, f *fleet, res *rig.Result, last uint64, figure, what string) (uint64, error) {
+	var all, slowest []float64
+	for e := 1; e <= s.edits; e++ {
+		text := s.access(e, 0)
+		if figure != "push" {
+			text = s.access(s.edits, e)
+		}
+		fetched := f.syncs.Load()
+		start := time.Now()
+		if err := iss.WritePolicy("access.csv", text); err != nil {
+			return 0, err
+		}
+		took, revision, err := f.collect(ctx, last, start)
+		if err != nil {
+			return 0, err
+		}
+		if err := f.confirmed(ctx, iss, revision); err != nil {
+			return 0, err
+		}
+		last = revision
+		all = append(all, took...)
+		slowest = append(slowest, rig.Quantile(took, 1))
+		if s.sync {
+			if err := f.quiet(ctx, fetched+int64(s.n)); err != nil {
+				return 0, err
+			}
+		}
+	}
+	res.Cases.Tried += int64(len(all))
+	res.Cases.Passed += int64(len(all))
+	res.Figures[figure+"_p50_ms"], res.Figures[figure+"_p99_ms"] = rig.Quantile(all, 0.5), rig.Quantile(all, 0.99)
+	res.Figures[figure+"_all_ms"] = rig.Quantile(slowest, 0.5)
+	fmt.Fprintf(w, "%d edits of %s: from the write of the file to the ack of a proxy p50 %.0f ms, p99 %.0f ms; to the last ack %.0f ms (median of the edits)\n",
+		s.edits, what, rig.Quantile(all, 0.5), rig.Quantile(all, 0.99), rig.Quantile(slowest, 0.5))
+	return last, nil
+}
+
+// quiet waits until the entries were fetched so often, for 1 s at most: the
+// issuer may ask for fewer fetches than there were edits.
+func (f *fleet) quiet(ctx context.Context, want int64) error {
+	until := time.Now().Add(time.Second)
+	for f.syncs.Load() < want && time.Now().Before(until) {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	return nil
+}

@@ -1,0 +1,332 @@
+// Package rig starts a real issuer for a bench and joins nodes to it over real
+// mutual TLS. It measures nothing by itself.
+//
+// An Issuer owns the process; whoever starts it calls Close. The rig keeps no
+// goroutine but the one that waits for the process.
+package rig
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/control"
+)
+
+// TrustDomain of the benches.
+var TrustDomain = spiffeid.RequireTrustDomainFromString("bench.test")
+
+const (
+	// patience bounds the start and the end of the issuer.
+	patience = 60 * time.Second
+	// tick is the unit of CPU time in /proc, USER_HZ.
+	tick = 10 * time.Millisecond
+)
+
+// Config says which issuer to start.
+type Config struct {
+	// Program is the issuer's binary. Required.
+	Program string
+	// Database is a PostgreSQL URL. Default: SQLite.
+	Database string
+	// Files are the policy files by name. Required.
+	Files map[string]string
+}
+
+// An Issuer is a running process of cmd/issuer in a directory of its own.
+type Issuer struct {
+	cfg     Config
+	dir     string
+	address string
+	roots   []*x509.Certificate
+	log     *os.File
+	// Admin speaks to its admin socket.
+	Admin *control.Admin
+
+	cmd  *exec.Cmd
+	done chan struct{}
+}
+
+// Start starts an issuer and waits until it answers.
+func Start(ctx context.Context, cfg Config) (_ *Issuer, err error) {
+	i := &Issuer{cfg: cfg}
+	if i.dir, err = os.MkdirTemp("", "spb-"); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.Close())
+		}
+	}()
+	if i.address, err = freePort(); err != nil {
+		return nil, err
+	}
+	if err = os.Mkdir(i.policies(), 0o700); err != nil {
+		return nil, err
+	}
+	for name, text := range cfg.Files {
+		if err = i.WritePolicy(name, text); err != nil {
+			return nil, err
+		}
+	}
+	conf := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: %s\npolicies: %s\n", TrustDomain.Name(), i.path("data"), i.address, i.policies())
+	if err = os.WriteFile(i.path("config.yaml"), []byte(conf), 0o600); err != nil {
+		return nil, err
+	}
+	if i.log, err = os.Create(i.path("issuer.log")); err != nil {
+		return nil, err
+	}
+	if i.Admin, err = control.DialAdmin(i.path("data", "run", "api.sock")); err != nil {
+		return nil, err
+	}
+	if err = i.Run(ctx); err != nil {
+		return nil, err
+	}
+	text, err := os.ReadFile(i.path("data", "bundle.pem"))
+	if err != nil {
+		return nil, err
+	}
+	i.roots, err = control.ParseBundle(text)
+	return i, err
+}
+
+func (i *Issuer) path(parts ...string) string {
+	return filepath.Join(append([]string{i.dir}, parts...)...)
+}
+
+func (i *Issuer) policies() string { return i.path("policies") }
+
+// WritePolicy puts a policy file in place in one step, as an edit is made.
+func (i *Issuer) WritePolicy(name, text string) error {
+	tmp := i.path("edit-" + name)
+	if err := os.WriteFile(tmp, []byte(text), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, filepath.Join(i.policies(), name))
+}
+
+// Run starts the process, anew after Stop, and waits until it answers.
+func (i *Issuer) Run(ctx context.Context) error {
+	i.cmd = exec.Command(i.cfg.Program, "run", "--config", i.path("config.yaml"))
+	i.cmd.Env = os.Environ()
+	if i.cfg.Database != "" {
+		i.cmd.Env = append(i.cmd.Env, "SALLYPORT_DATABASE_URL="+i.cfg.Database)
+	}
+	i.cmd.Stdout, i.cmd.Stderr = i.log, i.log
+	if err := i.cmd.Start(); err != nil {
+		return err
+	}
+	i.done = make(chan struct{})
+	go func(cmd *exec.Cmd, done chan struct{}) {
+		_ = cmd.Wait() // its log says why
+		close(done)
+	}(i.cmd, i.done)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		if st, err := i.Admin.Status(ctx); err == nil && st.PolicyRevision > 0 && i.listens() {
+			return nil
+		}
+		select {
+		case <-i.done:
+			return fmt.Errorf("the issuer ended at its start:\n%s", i.Log())
+		case <-ctx.Done():
+			return fmt.Errorf("the issuer does not answer:\n%s", i.Log())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func (i *Issuer) listens() bool {
+	c, err := net.Dial("tcp", i.address)
+	if err != nil {
+		return false
+	}
+	return c.Close() == nil
+}
+
+// Log is the end of what the issuer said.
+func (i *Issuer) Log() string {
+	text, _ := os.ReadFile(i.path("issuer.log"))
+	return string(text[max(0, len(text)-4000):])
+}
+
+// Stop ends the process: in order, or by force when that takes too long.
+func (i *Issuer) Stop() {
+	if i.cmd == nil || i.cmd.Process == nil {
+		return
+	}
+	_ = i.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-i.done:
+	case <-time.After(patience):
+		_ = i.cmd.Process.Kill()
+		<-i.done
+	}
+	i.cmd = nil
+}
+
+// Kill ends the process as a crash does.
+func (i *Issuer) Kill() {
+	_ = i.cmd.Process.Kill()
+	<-i.done
+	i.cmd = nil
+}
+
+// Close stops the issuer and removes its directory.
+func (i *Issuer) Close() error {
+	i.Stop()
+	if i.Admin != nil {
+		_ = i.Admin.Close()
+	}
+	if i.log != nil {
+		_ = i.log.Close()
+	}
+	return os.RemoveAll(i.dir)
+}
+
+// CPU is the time that the issuer's process has computed, in steps of 10 ms.
+func (i *Issuer) CPU() (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", i.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	// The name in parentheses may hold blanks; utime and stime are the 12th and
+	// 13th field after it.
+	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(f) < 13 {
+		return 0, errors.New("read /proc stat: too few fields")
+	}
+	user, err1 := strconv.Atoi(f[11])
+	system, err2 := strconv.Atoi(f[12])
+	return time.Duration(user+system) * tick, errors.Join(err1, err2)
+}
+
+// RSS is the memory that the issuer's process has, MB of 10^6 bytes.
+func (i *Issuer) RSS() (float64, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", i.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if kib, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			n, err := strconv.Atoi(strings.Fields(kib)[0])
+			return float64(n) * 1024 / 1e6, err
+		}
+	}
+	return 0, errors.New("read /proc status: no VmRSS")
+}
+
+// Agent is the identity of the node of that name.
+func Agent(name string) spiffeid.ID {
+	return spiffeid.RequireFromPath(TrustDomain, "/spire/agent/join_token/"+name)
+}
+
+// Join attests a node with a fresh join token and returns its client, which
+// has connections of its own.
+func (i *Issuer) Join(ctx context.Context, name string) (*control.Client, error) {
+	token, err := i.Admin.CreateJoinToken(ctx, name, 10*time.Minute)
+	if err != nil {
+		return nil, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	var held atomic.Pointer[tls.Certificate]
+	c, err := control.Dial(control.ClientConfig{
+		Addresses: []string{i.address}, TrustDomain: TrustDomain, Log: slog.New(slog.DiscardHandler),
+		Bundle:   func() []*x509.Certificate { return i.roots },
+		Identity: func() (*tls.Certificate, error) { return held.Load(), nil },
+	})
+	if err != nil {
+		return nil, err
+	}
+	svid, err := c.Attest(ctx, "join_token", []byte(token.Value), key)
+	if err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	cert := &tls.Certificate{PrivateKey: key, Leaf: svid.Chain[0]}
+	for _, link := range svid.Chain {
+		cert.Certificate = append(cert.Certificate, link.Raw)
+	}
+	held.Store(cert)
+	return c, nil
+}
+
+func freePort() (string, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return l.Addr().String(), l.Close()
+}
+
+// Cases counts what was tried.
+type Cases struct {
+	Tried  int64 `json:"tried"`
+	Passed int64 `json:"passed"`
+	Failed int64 `json:"failed"`
+}
+
+// A Verdict is one fact that must hold.
+type Verdict struct {
+	Name   string `json:"name"`
+	OK     bool   `json:"ok"`
+	Detail string `json:"detail,omitempty"`
+}
+
+// A Result is the last line of a bench.
+type Result struct {
+	Name     string             `json:"name"`
+	OK       bool               `json:"ok"`
+	Cases    Cases              `json:"cases"`
+	Figures  map[string]float64 `json:"figures"`
+	Verdicts []Verdict          `json:"verdicts,omitempty"`
+}
+
+// Print writes the result as one line and reports whether it is good: cases
+// were tried, none failed, and every verdict holds.
+func (r *Result) Print(w io.Writer) (bool, error) {
+	bad := func(v Verdict) bool { return !v.OK }
+	r.OK = r.Cases.Tried > 0 && r.Cases.Failed == 0 && !slices.ContainsFunc(r.Verdicts, bad)
+	for k, v := range r.Figures {
+		r.Figures[k], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 4, 64), 64)
+	}
+	b, err := json.Marshal(r)
+	if err != nil {
+		return false, err
+	}
+	_, err = fmt.Fprintf(w, "%s\n", b)
+	return r.OK, err
+}
+
+// Quantile returns the value below which the part q of the list lies. It sorts
+// the list; an empty one gives 0.
+func Quantile(list []float64, q float64) float64 {
+	if len(list) == 0 {
+		return 0
+	}
+	slices.Sort(list)
+	return list[min(len(list)-1, int(q*float64(len(list))))]
+}
