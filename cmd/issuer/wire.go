@@ -87,7 +87,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 		ConfigDump: func() any { return cfg }, Level: in.level, Drain: cancel, Log: in.log,
 	}
 	g, run := errgroup.WithContext(stop)
-	context.AfterFunc(now, func() { os.Exit(daemon.Failed) })
+	// The second signal ends at once. Not when serve returns, which ends now too:
+	// then its error is to be said first.
+	defer context.AfterFunc(now, func() { os.Exit(daemon.Failed) })()
 	g.Go(func() error { return in.audit.Run(run) })
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
