@@ -23,6 +23,7 @@ func Compile(p *Policies, rev, policyRev uint64, eps []Endpoint) (*Snapshot, err
 		TrustDomain: p.TrustDomain,
 		Services:    slices.Clone(p.Services), Rules: slices.Clone(p.Rules),
 		Memberships: slices.Clone(p.Memberships), Destinations: slices.Clone(p.Destinations),
+		Tokens: p.Tokens,
 	}
 	for _, e := range eps {
 		if _, ok := s.Service(e.Service); ok {
@@ -41,6 +42,7 @@ func (s *Snapshot) canonical() {
 	s.Rules = sorted(s.Rules, compareRules)
 	s.Memberships = sorted(s.Memberships, compareMemberships)
 	s.Destinations = sorted(s.Destinations, compareDestinations)
+	s.Tokens = s.Tokens.canonical()
 }
 
 func sorted[T any](list []T, less func(a, b T) int) []T {
@@ -83,6 +85,7 @@ func (p *Policies) Hash() string {
 		Admin: sorted(without(p.Admin, func(r *AdminRule) { r.Origin = Origin{} }), func(a, b AdminRule) int {
 			return cmp.Compare(a.ID, b.ID)
 		}),
+		Tokens: p.Tokens.withoutOrigins(),
 	}
 	return hashJSON(c)
 }
@@ -161,6 +164,6 @@ func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
 // Validate reports rows and memberships that mean nothing, as Errors. A proxy
 // asks before it acts on a snapshot from the wire or from disk.
 func (s *Snapshot) Validate() error {
-	v := validator{p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations}}
+	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Tokens: s.Tokens}}
 	return v.run().orNil()
 }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 	"testing/fstest"
+	"time"
 )
 
 // seedFiles adds every test file of a kind to the corpus.
@@ -94,6 +95,7 @@ func FuzzSnapshot(f *testing.F) {
 	f.Add(demoSnapshot(f).Encode())
 	f.Add((&Snapshot{}).Encode())
 	f.Add(demoSnapshot(f).ProjectGateway().Encode())
+	f.Add((&Snapshot{Tokens: &Tokens{Issuers: []TokenIssuer{{Issuer: "https://ci.example", Profile: ProfileJWT}}, APIKeys: []APIKey{{Name: "a", Rate: Rate{Calls: 1, Per: time.Second}}}}}).Encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s, err := DecodeSnapshot(b)
 		if err != nil {

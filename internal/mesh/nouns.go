@@ -198,6 +198,8 @@ type Policies struct {
 	// Admin are the rows of admin.csv; without any, operators have the rights
 	// that their entries give.
 	Admin []AdminRule `json:"admin,omitempty"`
+	// Tokens is tokens.yaml; nil means that no token and no API key counts.
+	Tokens *Tokens `json:"tokens,omitempty"`
 }
 
 // A Snapshot is what one proxy acts on: immutable once made, swapped whole.
@@ -214,4 +216,6 @@ type Snapshot struct {
 	Rules          []Rule               `json:"rules"`
 	Memberships    []Membership         `json:"memberships"`
 	Destinations   []Destination        `json:"destinations"`
+	// Tokens is nil for a proxy that has no token to check.
+	Tokens *Tokens `json:"tokens,omitempty"`
 }

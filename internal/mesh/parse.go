@@ -27,7 +27,7 @@ const (
 	testExtension = ".yaml"
 )
 
-var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, testsFolder}
+var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, testsFolder}
 
 // beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
@@ -160,12 +160,14 @@ func (r *reader) documents(p *Policies) error {
 		services servicesDoc
 		entries  entriesDoc
 		egress   egressDoc
+		tokens   tokensDoc
 	)
-	err := errors.Join(r.yaml(servicesFile, &services), r.yaml(entriesFile, &entries), r.yaml(egressFile, &egress))
+	err := errors.Join(r.yaml(servicesFile, &services), r.yaml(entriesFile, &entries), r.yaml(egressFile, &egress), r.yaml(tokensFile, &tokens))
 	if err != nil {
 		return err
 	}
 	p.Services, p.Entries, p.Destinations = services.nouns(), entries.nouns(), egress.nouns()
+	p.Tokens = tokens.noun()
 	if !r.cases {
 		return nil
 	}

@@ -8,19 +8,22 @@ import (
 
 // Project returns what the sidecar beside the workload who needs and nothing
 // more: rules about calls to it, rules about calls and egress it may make, the
-// services it may call with their endpoints, its own service, and the members
-// of the groups in these rules.
+// services it may call with their endpoints, its own service, the members of
+// the groups in these rules, and the issuers of tokens that callers may show it.
 func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 	out := s.head()
 	id := who.String()
 	x := newGroups(s.Memberships)
 	mine := x.of(id)
-	var calls []Rule
+	var calls, served []Rule
 	for _, r := range s.Rules {
 		asCaller := !who.IsZero() && (MatchSrc(r.Src, id) || mine[r.Src])
 		asTarget := !who.IsZero() && r.Dir == In && (MatchDst(In, r.Dst, id) || mine[r.Dst])
 		if asCaller || asTarget {
 			out.Rules = append(out.Rules, r)
+		}
+		if asTarget {
+			served = append(served, r)
 		}
 		if asCaller && r.Dir == In && r.Effect == Allow {
 			calls = append(calls, r)
@@ -40,6 +43,8 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 		}
 	}
 	out.Memberships = x.below(out.Rules)
+	own, _ := s.ServiceByID(who)
+	out.Tokens = s.Tokens.project(own.Name, served)
 	out.canonical()
 	return out
 }

@@ -24,6 +24,8 @@ type validator struct {
 	// spoiled are fields that are written but could not be read, which is a
 	// mistake already reported, by item.
 	spoiled map[Origin]map[string]bool
+	// partial is true of a projection, which leaves services out.
+	partial bool
 	errs    Errors
 }
 
@@ -38,6 +40,7 @@ func (v *validator) run() Errors {
 	v.entries()
 	v.cases()
 	v.adminRules()
+	v.tokens()
 	if !v.valuesOnly {
 		v.groups()
 	}

@@ -1,0 +1,156 @@
+package mesh
+
+import (
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"testing/fstest"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+const tokenRowsCSV = `p, web-1, in, spiffe://demo.sallyport/ns/shop/sa/web, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, GET, /v1/**, -, allow
+`
+
+// withTokens parses the good tokens.yaml beside two services and these rows.
+func withTokens(t *testing.T, rows string, edit func(string) string) *Policies {
+	t.Helper()
+	b, err := os.ReadFile("testdata/good/full/tokens.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(b)
+	if edit != nil {
+		text = edit(text)
+	}
+	p, err := ParseFS(fstest.MapFS{
+		tokensFile: {Data: []byte(text)},
+		accessFile: {Data: []byte(tokenRowsCSV + rows)},
+		servicesFile: {Data: []byte(`services:
+  - {name: billing, identity: spiffe://demo.sallyport/ns/shop/sa/billing, port: 8443}
+  - {name: web, identity: spiffe://demo.sallyport/ns/shop/sa/web, port: 8443}
+`)},
+	}, demoDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// known says which issuers and keys a proxy got.
+func known(s *Snapshot) string {
+	if s.Tokens == nil {
+		return ""
+	}
+	var out []string
+	for i := range s.Tokens.Issuers {
+		out = append(out, s.Tokens.Issuers[i].Name())
+	}
+	for _, k := range s.Tokens.APIKeys {
+		out = append(out, "key "+k.Name)
+	}
+	return strings.Join(out, ", ")
+}
+
+func TestTokensGoToTheProxiesThatCheckThem(t *testing.T) {
+	const row = "p, t-1, in, **, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, POST, /v1/**, "
+	for _, tt := range []struct {
+		name, rows, billing string
+		edit                func(string) string
+	}{
+		{name: "no row asks for a token"},
+		{name: "a row names an issuer", rows: row + "iss=https://ci.example scope~pay, allow\n", billing: "https://ci.example"},
+		{name: "a row names a trust domain", rows: row + "iss=spiffe://partner.example, allow\n", billing: "spiffe://partner.example"},
+		{name: "a row asks for an API key", rows: row + "iss=apikey claim.sub=acme, allow\n", billing: "key acme, key old-batch"},
+		{name: "a row asks for a token of anybody", rows: row + "scope~pay, allow\n", billing: "https://ci.example, https://login.example, local, spiffe://partner.example, key acme, key old-batch"},
+		{name: "a deny row asks", rows: row + "iss=local, deny\n", billing: "local"},
+		{name: "the issuer names the service", billing: "https://login.example", edit: func(s string) string {
+			return strings.Replace(s, "    single_audience: true\n", "    single_audience: true\n    services: [billing]\n", 1)
+		}},
+		{name: "a key names the service", billing: "key acme", edit: func(s string) string {
+			return strings.Replace(s, "    - name: acme\n", "    - name: acme\n      services: [billing]\n", 1)
+		}},
+		{name: "a key is for another service", rows: row + "iss=apikey, allow\n", billing: "key old-batch", edit: func(s string) string {
+			return strings.Replace(s, "    - name: acme\n", "    - name: acme\n      services: [web]\n", 1)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, err := Compile(withTokens(t, tt.rows, tt.edit), 1, 1, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			billing := s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/billing"))
+			if got := known(billing); got != tt.billing {
+				t.Errorf("billing knows %q, want %q", got, tt.billing)
+			}
+			if err := billing.Validate(); err != nil {
+				t.Errorf("the projection is invalid: %v", err)
+			}
+			again, err := DecodeSnapshot(billing.Encode())
+			if diff := cmp.Diff(billing, again, cmp.AllowUnexported(spiffeid.ID{}, spiffeid.TrustDomain{}), cmpopts.EquateEmpty()); err != nil || diff != "" {
+				t.Errorf("over the wire: %v\n%s", err, diff)
+			}
+			if got := known(s.ProjectGateway()); got != "" {
+				t.Errorf("the gateway knows %q", got)
+			}
+			if got := known(s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/nobody"))); got != "" {
+				t.Errorf("a stranger knows %q", got)
+			}
+		})
+	}
+}
+
+// A set without tokens has the bytes and the hash that it always had.
+func TestNoTokensLeaveNoTrace(t *testing.T) {
+	p := withTokens(t, "", func(string) string { return "issuers: []\n" })
+	if p.Tokens != nil {
+		t.Errorf("an empty tokens.yaml gives %+v", p.Tokens)
+	}
+	s, err := Compile(p, 1, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(string(s.Encode()), "tokens") || strings.Contains(string(p.Encode()), "tokens") {
+		t.Error("a set without tokens speaks of tokens")
+	}
+}
+
+func TestHashSeesTokensButNotTheirLines(t *testing.T) {
+	was := withTokens(t, "", nil).Hash()
+	if withTokens(t, "", func(s string) string { return "# a comment\n" + s }).Hash() != was {
+		t.Error("a comment changes the hash")
+	}
+	for what, edit := range map[string][2]string{
+		"an audience": {"audiences: [billing]", "audiences: [billing2]"}, "a scope": {"orders:read", "orders:write"},
+		"a revocation": {"jti: 6c0d1c2f", "jti: 6c0d1c20"}, "a window": {"window: 30s", "window: 31s"},
+	} {
+		if withTokens(t, "", func(s string) string { return strings.Replace(s, edit[0], edit[1], 1) }).Hash() == was {
+			t.Errorf("%s does not change the hash", what)
+		}
+	}
+}
+
+func TestTokenDefaults(t *testing.T) {
+	p := withTokens(t, "", nil)
+	byName := map[string]TokenIssuer{}
+	for _, i := range p.Tokens.Issuers {
+		byName[i.Name()] = i
+	}
+	if got := slices.Sorted(maps.Keys(byName)); len(got) != 4 {
+		t.Fatalf("issuers are %q", got)
+	}
+	i := byName["local"]
+	if i.Leeway != defaultLeeway || i.MaxLifetime != defaultLifetime || i.MaxBytes != 8192 || i.MaxClaims != 64 || i.Binding != BindNone || !slices.Equal(i.Algorithms, DefaultAlgorithms) {
+		t.Errorf("defaults are %+v", i)
+	}
+	if i := byName["spiffe://partner.example"]; i.MaxLifetime != svidLifetime || slices.Contains(i.Algorithms, "EdDSA") {
+		t.Errorf("defaults of a JWT-SVID are %+v", i)
+	}
+	if r := p.Tokens.APIKeys[0].Rate; r.Calls != 50 || r.Per.Seconds() != 1 {
+		t.Errorf("rate is %+v", r)
+	}
+}
