@@ -8,11 +8,8 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"strings"
 	"testing"
 	"time"
-
-	"sallyport/policies"
 )
 
 // TestTwoTrustDomainsFederate runs two real issuers. One follows the other's
@@ -71,18 +68,7 @@ oidc: {listen: %s, issuer: "https://oidc.far.example"}
     endpoint_spiffe_id: spiffe://far.example/spire/server
     bundle: %s
 `, endpoint, w.path("far.json")))
-	entries, err := policies.FS.ReadFile("entries.yaml")
-	if err != nil {
-		t.Fatal(err)
-	}
-	const who = "    parent_id: spiffe://demo.sallyport/spire/agent/join_token/billing\n"
-	edited := strings.Replace(string(entries), who, who+"    federates_with: [far.example]\n", 1)
-	if edited == string(entries) {
-		t.Fatal("the demo has no entry for billing")
-	}
-	if err := os.WriteFile(w.path("policies", "entries.yaml"), []byte(edited), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	w.federate("billing", "far.example")
 	w.startIssuer()
 	type held struct {
 		Federated []struct {

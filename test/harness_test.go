@@ -43,7 +43,9 @@ func buildAndRun(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "build the programs:", err)
 		return 1
 	}
-	return m.Run()
+	code := m.Run()
+	conformed.print()
+	return code
 }
 
 const trustDomain = "demo.sallyport"

@@ -14,6 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"crypto/x509"
+
 	"sallyport/internal/capture"
 	"sallyport/internal/meshtest"
 	"sallyport/internal/svid"
@@ -34,7 +39,7 @@ func (m minter) MintJWT(_ context.Context, entryID string, aud []string) (string
 	b64 := base64.RawURLEncoding.EncodeToString
 	now := time.Now().Unix()
 	id := meshtest.ID(strings.TrimPrefix(entryID, "entry"))
-	text := b64([]byte(m.header)) + "." + b64(fmt.Appendf(nil, `{"sub":%q,"aud":[%q],"iat":%d,"exp":%d}`, id, aud[0], now, now+60))
+	text := b64([]byte(m.header)) + "." + b64(fmt.Appendf(nil, `{"sub":%q,"aud":["%s"],"iat":%d,"exp":%d}`, id, strings.Join(aud, `","`), now, now+60))
 	sum := sha256.Sum256([]byte(text))
 	r, s, err := ecdsa.Sign(rand.Reader, m.key, sum[:])
 	if err != nil {
@@ -46,17 +51,38 @@ func (m minter) MintJWT(_ context.Context, entryID string, aud []string) (string
 	return text + "." + b64(sig[:]), nil
 }
 
+// newDomain makes a trust domain to federate with.
+func newDomain(t *testing.T) *Domain {
+	t.Helper()
+	d, err := NewDomain(spiffeid.RequireTrustDomainFromString("conform.example"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
 // serve runs our Workload API and gives its socket.
-func serve(t *testing.T, entries everybody, header string) string {
+func serve(t *testing.T, entries everybody, header string, d *Domain) string {
 	t.Helper()
 	ca := meshtest.NewCA(t, meshtest.TD)
 	m := minter{meshtest.NewKey(t), header}
-	src := svid.NewSource()
-	err := src.Set(&svid.State{
+	a, b := meshtest.Identity(t, ca, meshtest.ID("/a")), meshtest.Identity(t, ca, meshtest.ID("/b"))
+	st := &svid.State{
 		Bundle: ca.Bundle(), JWTKeys: map[string]crypto.PublicKey{"k": m.key.Public()},
-		Identities: []svid.Identity{meshtest.Identity(t, ca, meshtest.ID("/a")), meshtest.Identity(t, ca, meshtest.ID("/b"))},
-	})
-	if err != nil {
+		Identities: []svid.Identity{a, b},
+	}
+	if d != nil {
+		for i := range st.Identities {
+			st.Identities[i].FederatesWith = []spiffeid.TrustDomain{d.td}
+		}
+		st.Federated = map[spiffeid.TrustDomain]*x509bundle.Bundle{d.td: x509bundle.FromX509Authorities(d.td, []*x509.Certificate{d.root})}
+		st.FederatedJWT = map[spiffeid.TrustDomain]map[string]crypto.PublicKey{d.td: {}}
+		for _, kid := range []string{kidES256, kidES384, kidRSA} {
+			st.FederatedJWT[d.td][kid] = d.jwt[kid].Public()
+		}
+	}
+	src := svid.NewSource()
+	if err := src.Set(st); err != nil {
 		t.Fatal(err)
 	}
 	w, err := svid.NewWorkloadAPI(svid.WorkloadConfig{Source: src, Attest: entries, JWT: m, Log: slog.New(slog.DiscardHandler)})
@@ -81,39 +107,43 @@ func serve(t *testing.T, entries everybody, header string) string {
 }
 
 func TestOursConforms(t *testing.T) {
-	got, err := WorkloadAPI(t.Context(), serve(t, everybody{"entry/a", "entry/b"}, `{"alg":"ES256","kid":"k","typ":"JWT"}`))
+	d := newDomain(t)
+	got, err := RunWorkload(t.Context(), Workload{Address: serve(t, everybody{"entry/a", "entry/b"}, `{"alg":"ES256","kid":"k","typ":"JWT"}`, d), Domain: d})
 	if err != nil {
 		t.Fatal(err)
 	}
+	passed := 0
 	for _, v := range got {
-		if v.Err != nil || v.Skipped != "" {
-			t.Errorf("%d %s: %v %s", v.Must, v.Name, v.Err, v.Skipped)
+		if v.Err != nil {
+			t.Errorf("%d %s: %v", v.Must.Number, v.Must.Says, v.Err)
 		}
+		if v.Looks > 0 {
+			passed++
+		} else if v.Skipped == "" {
+			t.Errorf("%d %s: neither looked at nor said why not", v.Must.Number, v.Must.Says)
+		}
+		t.Logf("%d %d %s", v.Must.Number, v.Looks, v.Skipped)
 	}
-	if len(got) < 25 {
-		t.Errorf("only %d demands were looked at", len(got))
+	if passed < 60 || len(got) != 134 {
+		t.Errorf("only %d demands of %d were looked at", passed, len(got))
 	}
 }
 
 func TestATokenWithAStrangeHeaderIsFound(t *testing.T) {
-	got, err := WorkloadAPI(t.Context(), serve(t, everybody{"entry/a"}, `{"alg":"ES256","kid":"k","jku":"https://x"}`))
+	got, err := RunWorkload(t.Context(), Workload{Address: serve(t, everybody{"entry/a"}, `{"alg":"ES256","kid":"k","jku":"https://x"}`, nil)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := false
-	for _, v := range got {
-		found = found || v.Must == 41 && v.Err != nil
-	}
-	if !found {
+	if got[40].Err == nil {
 		t.Error("the header jku was not noticed")
 	}
 }
 
 func TestWithoutIdentityNothingIsSaid(t *testing.T) {
-	if _, err := WorkloadAPI(t.Context(), serve(t, nil, "")); err == nil || !strings.Contains(err.Error(), "no identity issued") {
+	if _, err := RunWorkload(t.Context(), Workload{Address: serve(t, nil, "", nil)}); err == nil || !strings.Contains(err.Error(), "no identity issued") {
 		t.Errorf("got %v", err)
 	}
-	if _, err := WorkloadAPI(t.Context(), filepath.Join(t.TempDir(), "none")); err == nil {
+	if _, err := RunWorkload(t.Context(), Workload{Address: filepath.Join(t.TempDir(), "none")}); err == nil {
 		t.Error("a socket that is not there answered")
 	}
 }

@@ -98,7 +98,7 @@ func verifyChain(certs []*x509.Certificate, td spiffeid.TrustDomain, roots *x509
 // leafID reads the one URI of the subject alternative name as it was written:
 // crypto/x509 keeps a url.URL, which has already lowered the scheme.
 func leafID(c *x509.Certificate) (spiffeid.ID, error) {
-	uris, err := rawURIs(c)
+	uris, err := URINames(c)
 	if err != nil {
 		return spiffeid.ID{}, err
 	}
@@ -118,7 +118,9 @@ func leafID(c *x509.Certificate) (spiffeid.ID, error) {
 	return id, nil
 }
 
-func rawURIs(c *x509.Certificate) ([]string, error) {
+// URINames gives the URIs of the subject alternative name as they were written:
+// crypto/x509 keeps url.URL, which has already mended some faults.
+func URINames(c *x509.Certificate) ([]string, error) {
 	ext, ok := extension(c, oidSubjectAltName)
 	if !ok {
 		return nil, nil
@@ -185,7 +187,7 @@ func checkSigner(c *x509.Certificate, td spiffeid.TrustDomain) error {
 	if c.KeyUsage&x509.KeyUsageCertSign == 0 {
 		return errors.New("key usage lacks keyCertSign")
 	}
-	uris, err := rawURIs(c)
+	uris, err := URINames(c)
 	if err != nil {
 		return err
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/reflection"
 	"google.golang.org/grpc/status"
 
 	"sallyport/internal/capture"
@@ -147,6 +148,7 @@ func (w *WorkloadAPI) Serve(ctx context.Context, l net.Listener) error {
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(s, w)
 	secretv3.RegisterSecretDiscoveryServiceServer(s, &sdsAPI{w: w})
+	reflection.Register(s) // the specification says SHOULD
 	// Streams have no end of their own, so there is no waiting for them.
 	stop := context.AfterFunc(ctx, s.Stop)
 	defer stop()
