@@ -47,6 +47,7 @@ var rooms = map[string][]string{
 	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca"},
 	"github.com/smallstep/certificates":          {"internal/ca"},
 	"go.step.sm/crypto":                          {"internal/ca"},
+	"golang.org/x/crypto":                        {"internal/ca"},
 	"modernc.org/sqlite":                         {"internal/store"},
 	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},
 	"github.com/pressly/goose/v3":                {"internal/store"},

@@ -57,7 +57,6 @@ func failed(checks []check) error {
 // signature.
 func lintLeaf(cert *x509.Certificate, w want) error {
 	checks := append(lintAny(cert),
-		check{len(cert.URIs) == 1, fmt.Sprintf("it has %d URI SANs, want exactly one", len(cert.URIs))},
 		check{slices.Equal(cert.DNSNames, w.dns), "its DNS names are not those asked for"},
 		check{!cert.IsCA, "a leaf says cA"},
 		check{cert.MaxPathLen <= 0 && !cert.MaxPathLenZero, "a leaf has a path length"},
@@ -71,12 +70,14 @@ func lintLeaf(cert *x509.Certificate, w want) error {
 		check{!cert.NotAfter.After(w.issuer.NotAfter), "it outlives the intermediate"},
 		check{bytes.Equal(cert.RawSubjectPublicKeyInfo, w.key), "its public key is not the one asked for"},
 	)
-	if len(cert.URIs) == 1 {
-		id, err := spiffeid.FromURI(cert.URIs[0])
+	if len(cert.URIs) != 1 {
+		checks = append(checks, check{false, fmt.Sprintf("it has %d URI SANs, want exactly one", len(cert.URIs))})
+	} else if id, err := spiffeid.FromURI(cert.URIs[0]); err != nil {
+		checks = append(checks, check{false, fmt.Sprintf("its URI SAN is no SPIFFE ID: %v", err)})
+	} else {
 		checks = append(checks,
-			check{err == nil, fmt.Sprintf("its URI SAN is no SPIFFE ID: %v", err)},
-			check{err != nil || id == w.id && cert.URIs[0].String() == w.id.String(), "its SPIFFE ID is not the one asked for"},
-			check{err != nil || id.Path() != "", "its SPIFFE ID has no path"},
+			check{id == w.id && cert.URIs[0].String() == w.id.String(), "its SPIFFE ID is not the one asked for"},
+			check{id.Path() != "", "its SPIFFE ID has no path"},
 		)
 	}
 	if err := checkKey(cert.PublicKey); err != nil {

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
@@ -91,7 +92,7 @@ func TestLintOfLeaves(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public()})).d
 			tc.change(d.template)
-			_, err := lintDraft(d)
+			err := lintLeaf(byStdlib(t, d), d.want)
 			switch {
 			case tc.want == "" && err != nil:
 				t.Error(err)
@@ -102,12 +103,30 @@ func TestLintOfLeaves(t *testing.T) {
 	}
 }
 
+// byStdlib is the draft as crypto/x509 encodes its template, signed by a key
+// that is not the issuer's.
+func byStdlib(t testing.TB, d *draft) *x509.Certificate {
+	t.Helper()
+	key := newKey()
+	issuer, template := *d.want.issuer, *d.template
+	issuer.PublicKey = key.Public()
+	raw, err := x509.CreateCertificate(rand.Reader, &template, &issuer, d.template.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
 func TestLintNamesEveryFault(t *testing.T) {
 	c := open(t, config(t))
 	d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public()})).d
 	d.template.KeyUsage |= x509.KeyUsageCRLSign
 	d.template.DNSNames = []string{"evil.example"}
-	_, err := lintDraft(d)
+	err := lintLeaf(byStdlib(t, d), d.want)
 	if err == nil || !strings.Contains(err.Error(), "digitalSignature") || !strings.Contains(err.Error(), "DNS names") {
 		t.Errorf("got %v", err)
 	}
@@ -194,6 +213,14 @@ func (f forges) CreateCertificate(r *apiv1.CreateCertificateRequest) (*apiv1.Cre
 	return f.CertificateAuthorityService.CreateCertificate(r)
 }
 
+// slips signs with a key that is not the intermediate's.
+type slips struct {
+	apiv1.CertificateAuthoritySigner
+	apiv1.CertificateAuthorityService
+}
+
+func (slips) GetSigner() (crypto.Signer, error) { return newKey(), nil }
+
 // TestWhatIsSignedIsWhatWasLinted compares the bytes, for both ways to sign.
 func TestWhatIsSignedIsWhatWasLinted(t *testing.T) {
 	c := open(t, config(t))
@@ -201,7 +228,7 @@ func TestWhatIsSignedIsWhatWasLinted(t *testing.T) {
 	for name, service := range map[string]apiv1.CertificateAuthorityService{"the built-in service": own, "a service that keeps its key": keepsKey{own}} {
 		d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public(), DNSNames: []string{"web.corp.example"}}))
 		d.d.with.service = service
-		linted := must1(lintDraft(d.d))
+		linted := must1(assemble(d.d.linted, noSignature))
 		chain, err := c.Sign(t.Context(), d)
 		if err != nil {
 			t.Fatal(err)
@@ -221,7 +248,12 @@ func TestWhatIsSignedIsWhatWasLinted(t *testing.T) {
 	if chain, err := c.Sign(t.Context(), d); err == nil || chain != nil || !strings.Contains(err.Error(), "not the one drafted") {
 		t.Errorf("a service that signs something else: %v", err)
 	}
-	if got := c.cfg.Audit.(*records).reasons(); got != "intent done intent done intent failed" {
+	d = must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public()}))
+	d.d.with.service = slips{own.(apiv1.CertificateAuthoritySigner), own}
+	if chain, err := c.Sign(t.Context(), d); err == nil || chain != nil || !strings.Contains(err.Error(), "not that of the intermediate") {
+		t.Errorf("a service whose key is another: %v", err)
+	}
+	if got := c.cfg.Audit.(*records).reasons(); got != "intent done intent done intent failed intent failed" {
 		t.Errorf("audit has %s", got)
 	}
 }

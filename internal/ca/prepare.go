@@ -5,18 +5,14 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/asn1"
 	"errors"
 	"fmt"
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -64,8 +60,8 @@ type draft struct {
 	spent  atomic.Bool
 }
 
-// Prepare checks the request, builds the certificate and lints it as signed by
-// a throw-away key: a fault shows before the real key is touched. The error is
+// Prepare checks the request, builds the certificate and lints it before any key
+// has signed it: a fault shows before the real key is touched. The error is
 // ErrRefused when the request is at fault.
 func (c *CA) Prepare(req X509Request) (Draft, error) {
 	if reserved(req.ID) {
@@ -164,11 +160,9 @@ func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
 		SubjectKeyId:          ski[:20],
 		SignatureAlgorithm:    x509.ECDSAWithSHA256,
 	}
-	linted, err := lintDraft(d)
-	if err != nil {
+	if d.linted, err = lintDraft(d); err != nil {
 		return Draft{}, fmt.Errorf("%w: the certificate would not conform: %w", ErrRefused, err)
 	}
-	d.linted = linted.RawTBSCertificate
 	return Draft{d}, nil
 }
 
@@ -218,31 +212,21 @@ func copyKey(key crypto.PublicKey) (crypto.PublicKey, []byte, error) {
 	return own, der, nil
 }
 
-// throwAway signs certificates that only the linter sees. One serves the whole
-// process: its signatures vouch for nothing.
-var throwAway = sync.OnceValues(func() (*ecdsa.PrivateKey, error) {
-	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-})
-
-// lintDraft signs a copy of the template with the throw-away key in the name
-// of the real issuer and lints the result.
-func lintDraft(d *draft) (*x509.Certificate, error) {
-	key, err := throwAway()
-	if err != nil {
-		return nil, fmt.Errorf("make throw-away key: %w", err)
-	}
-	issuer := *d.with.intermediate
-	issuer.PublicKey = key.Public()
-	template := *d.template
-	der, err := x509.CreateCertificate(rand.Reader, &template, &issuer, d.template.PublicKey, key)
+// lintDraft lints the bytes that are to be signed, as a certificate without a
+// signature: no key signs anything that the linter has not seen.
+func lintDraft(d *draft) ([]byte, error) {
+	tbs, err := d.encode()
 	if err != nil {
 		return nil, err
 	}
-	cert, err := x509.ParseCertificate(der)
+	cert, err := assemble(tbs, noSignature)
 	if err != nil {
 		return nil, err
 	}
-	return cert, lintLeaf(cert, d.want)
+	if !bytes.Equal(cert.RawTBSCertificate, tbs) {
+		return nil, errors.New("it is read as something else than it was written")
+	}
+	return tbs, lintLeaf(cert, d.want)
 }
 
 // redeem takes the proof out of a Draft, once.
@@ -292,9 +276,7 @@ func (c *CA) Sign(ctx context.Context, p Draft) ([]*x509.Certificate, error) {
 }
 
 // sign lets the service sign. One that hands out its key, as the built-in one
-// does, signs the linted bytes as they are: that saves a second encoding and
-// the check of our own signature, half of the cost of a certificate. The
-// receiver checks the chain before it uses it.
+// does, signs the linted bytes as they are: that saves a second encoding.
 func (d *draft) sign() ([]*x509.Certificate, error) {
 	cert, err := d.signLinted()
 	if cert == nil && err == nil {
@@ -303,10 +285,14 @@ func (d *draft) sign() ([]*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	// What comes back must be, to the byte, what the linter saw: no trust in a
-	// service is needed but for the signature.
+	// What comes back must be, to the byte, what the linter saw, and signed by
+	// the intermediate: nothing of a service is trusted. A wrong signature could
+	// give away the key that made it, so none leaves.
 	if !bytes.Equal(cert.RawTBSCertificate, d.linted) {
 		return nil, errors.New("the signed certificate is not the one drafted")
+	}
+	if err := d.with.intermediate.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature); err != nil {
+		return nil, fmt.Errorf("the signature is not that of the intermediate: %w", err)
 	}
 	return []*x509.Certificate{cert, d.with.intermediate}, nil
 }
@@ -320,9 +306,6 @@ func (d *draft) signTemplate() (*x509.Certificate, error) {
 	}
 	return resp.Certificate, nil
 }
-
-// ecdsaWithSHA256 is the signature algorithm of every leaf (RFC 5758).
-var ecdsaWithSHA256 = pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}}
 
 // signLinted returns nil when the service keeps its key to itself or has one
 // that is not EC.
@@ -343,15 +326,7 @@ func (d *draft) signLinted() (*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	der, err := asn1.Marshal(struct {
-		TBS       asn1.RawValue
-		Algorithm pkix.AlgorithmIdentifier
-		Signature asn1.BitString
-	}{asn1.RawValue{FullBytes: d.linted}, ecdsaWithSHA256, asn1.BitString{Bytes: signature, BitLength: 8 * len(signature)}})
-	if err != nil {
-		return nil, fmt.Errorf("encode certificate: %w", err)
-	}
-	return x509.ParseCertificate(der)
+	return assemble(d.linted, signature)
 }
 
 func (c *CA) record(id spiffeid.ID, reason, decision, detail string) error {
