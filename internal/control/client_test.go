@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -225,6 +226,44 @@ func TestAChangeOfEntriesAsksForASync(t *testing.T) {
 	recv(t, "sync after a change of entries", w.syncs)
 	r.srv.SyncNow()
 	recv(t, "sync on demand", w.syncs)
+}
+
+// A gate holds up the looks of a subscription.
+type gate struct {
+	*memory
+	shut            atomic.Bool
+	entered, opened chan struct{}
+}
+
+func (g *gate) GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
+	if g.shut.CompareAndSwap(true, false) {
+		g.entered <- struct{}{}
+		<-g.opened
+	}
+	return g.memory.GetAgent(ctx, id)
+}
+
+// TestASyncIsNotLostBesideAChange: a subscription that finds both a change and
+// a demand to sync after a look acts on both, whichever wakes it.
+func TestASyncIsNotLostBesideAChange(t *testing.T) {
+	g := &gate{entered: make(chan struct{}), opened: make(chan struct{})}
+	r := newRig(t, newCA(t, td), func(c *ServerConfig) {
+		g.memory = c.Registry.(*memory)
+		c.Registry = g
+	})
+	c, _ := r.joined("node-b")
+	w := newWatcher()
+	subscribe(t, c, billingHello(), w)
+	recv(t, "first sync", w.syncs)
+	for range 30 {
+		g.shut.Store(true)
+		r.reg.change(func() {})
+		recv(t, "look", g.entered)
+		r.srv.SyncNow()
+		r.reg.change(func() {})
+		g.opened <- struct{}{}
+		recv(t, "sync on demand", w.syncs)
+	}
 }
 
 // TestTheStreamSurvivesTheIssuer kills the issuer and starts it again.

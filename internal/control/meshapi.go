@@ -77,8 +77,10 @@ type subscription struct {
 	// or was sent last.
 	sentRevision, sentPolicy uint64
 	hash                     string
-	// identity is the hash of the agent's entries and the bundle.
+	// identity is the hash of the agent's entries and the bundle; forced counts
+	// the calls of SyncNow that were passed on.
 	identity [32]byte
+	forced   uint64
 	proxy    mesh.Proxy
 }
 
@@ -209,7 +211,7 @@ func (sub *subscription) run(ctx context.Context) error {
 	defer refresh.Stop()
 	expiry := time.NewTimer(sub.who.leaf.NotAfter.Sub(sub.s.cfg.Now()) + time.Second)
 	defer expiry.Stop()
-	changed, sync := sub.s.cfg.Registry.Changed(), sub.s.syncRequested()
+	changed, forced := sub.s.cfg.Registry.Changed(), sub.syncForced()
 	if err := sub.step(ctx); err != nil {
 		return err
 	}
@@ -226,19 +228,29 @@ func (sub *subscription) run(ctx context.Context) error {
 			return ctx.Err()
 		case <-sub.s.stopping:
 			return refuse(codes.Unavailable, "issuer is stopping")
-		case <-sync:
-			sub.identity = [32]byte{}
+		case <-forced:
 		case <-refresh.C:
 			clear(sub.announced)
 		case <-expiry.C:
 		case <-changed:
 		}
 		// Taken before looking, so that a change during the look wakes again.
-		changed, sync = sub.s.cfg.Registry.Changed(), sub.s.syncRequested()
+		changed, forced = sub.s.cfg.Registry.Changed(), sub.syncForced()
 		if err := sub.step(ctx); err != nil {
 			return err
 		}
 	}
+}
+
+// syncForced lets the next look say SyncNow if that was asked for since the
+// last one, whatever woke this one, and returns what is closed when it is asked
+// for again.
+func (sub *subscription) syncForced() <-chan struct{} {
+	again, n := sub.s.syncRequested()
+	if n != sub.forced {
+		sub.identity, sub.forced = [32]byte{}, n
+	}
+	return again
 }
 
 // step checks that the proxy may still be here and brings it up to date.

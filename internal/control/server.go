@@ -213,8 +213,10 @@ type Server struct {
 	open map[spiffeid.ID]int
 	subs map[subscriber]int
 	live map[spiffeid.ID]int
-	// syncNow is closed and replaced when every proxy should sync.
+	// syncNow is closed and replaced when every proxy should sync; syncs counts
+	// how often that was.
 	syncNow chan struct{}
+	syncs   uint64
 }
 
 // NewServer returns a Server that serves nothing yet.
@@ -335,10 +337,11 @@ func (s *Server) SyncNow() {
 	defer s.mu.Unlock()
 	close(s.syncNow)
 	s.syncNow = make(chan struct{})
+	s.syncs++
 }
 
-func (s *Server) syncRequested() <-chan struct{} {
+func (s *Server) syncRequested() (again <-chan struct{}, n uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.syncNow
+	return s.syncNow, s.syncs
 }
