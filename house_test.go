@@ -57,7 +57,7 @@ var rooms = map[string][]string{
 	"github.com/spf13/cobra":                     {"internal/daemon", "cmd/issuer", "cmd/sallyport"},
 	"github.com/spiffe/go-spiffe/v2/spiffetls":   {},
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
-	"github.com/spiffe/spire-api-sdk":            {"internal/control"},
+	"github.com/spiffe/spire-api-sdk":            {"internal/control", "internal/conform"},
 	"github.com/envoyproxy/go-control-plane":     {"internal/svid"},
 	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform"},
 	"unsafe":                                     {"internal/capture", "internal/control/meshpb"},

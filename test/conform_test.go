@@ -69,6 +69,14 @@ func (s *conformSum) print() {
 	}
 }
 
+// byCall are the demands that conform server sees where a server takes
+// federations by call. Our issuer takes them from its file, and has the profile
+// https_spiffe here (88); docs/conformance.md names the tests that show these.
+var byCall = map[int]bool{
+	8: true, 18: true, 30: true, 31: true, 32: true, 33: true, 38: true, 39: true, 76: true, 77: true,
+	85: true, 86: true, 88: true, 91: true, 94: true, 95: true,
+}
+
 // holds reads what a run printed, and fails the test when a demand was not met,
 // or was not looked at though docs/conformance.md says that this form does.
 func holds(t *testing.T, form string, r runReply) {
@@ -87,7 +95,8 @@ func holds(t *testing.T, form string, r runReply) {
 		switch {
 		case !v.OK:
 			t.Errorf("%s: %s", v.Name, v.Detail)
-		case strings.HasPrefix(v.Detail, "not applicable: ") && m.Absent == "" && slices.Contains(m.Forms, form):
+		case strings.HasPrefix(v.Detail, "not applicable: ") && m.Absent == "" && slices.Contains(m.Forms, form) &&
+			!(byCall[m.Number] && len(m.Tests) > 0):
 			t.Errorf("%s: %s", v.Name, v.Detail)
 		}
 	}
@@ -141,4 +150,22 @@ func (w *world) federate(agent, td string) {
 	if err := os.WriteFile(filepath.Join(w.policy, "entries.yaml"), []byte(edited), 0o600); err != nil {
 		w.t.Fatal(err)
 	}
+}
+
+// TestConformServer runs the product's own check against a real issuer, with an
+// operator's rights and with an endpoint of its own that the issuer follows.
+func TestConformServer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, time.Minute)
+	public := freePort(t)
+	conf, err := os.ReadFile(w.path("issuer", "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.write("issuer", string(conf)+fmt.Sprintf(`bundle_endpoint: {listen: %s}
+oidc: {listen: %s, issuer: "https://%s"}
+`, public, public, public))
+	w.startIssuer()
+	holds(t, conform.ServerForm, w.sallyport("conform", "server", "--address", w.issuer, "--bundle", w.path("issuer", "bundle.pem"),
+		"--bundle-endpoint", "https://"+public+"/", "--oidc", "https://"+public, "--listen", freePort(t), "--json"))
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/conform"
+	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 )
 
@@ -22,7 +25,7 @@ func (c *cli) conform() *cobra.Command {
 		Use: "conform", Short: "Check an implementation against the SPIFFE specifications", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(c.conformWorkload(), c.conformDomain())
+	cmd.AddCommand(c.conformWorkload(), c.conformServer(), c.conformDomain())
 	return cmd
 }
 
@@ -65,6 +68,118 @@ func (c *cli) conformWorkload() *cobra.Command {
 	f.DurationVar(&w.Wait, "wait", 0, "how long to wait for a second message of a stream")
 	f.BoolVar(&only, "json", false, "print the last line alone")
 	return cmd
+}
+
+// conformServer is "sallyport conform server".
+func (c *cli) conformServer() *cobra.Command {
+	var f serverFlags
+	var only bool
+	cmd := &cobra.Command{
+		Use:   "server",
+		Short: "Check a SPIRE Server API and what it publishes",
+		Long: "Check a SPIRE Server API, its bundle endpoint and its OIDC provider against\n" +
+			"the 134 demands of the SPIFFE specifications, as far as a client can see them.\n\n" +
+			"With --socket (or --svid and --key) SVIDs are minted, right and wrong, and\n" +
+			"what is made for the check is taken away again: a node, an entry, federations\n" +
+			"under conform.example. With --listen the server also follows a bundle endpoint\n" +
+			"of the check's own, which lies to it.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			s, err := f.server(cmd.Flags().Changed("socket"), c.socket)
+			if err != nil {
+				return err
+			}
+			got, err := conform.RunServer(cmd.Context(), s)
+			if err != nil {
+				return daemon.Hint(&daemon.ExitError{Code: daemon.Unreachable, Err: err}, "name the server's address with --address HOST:PORT")
+			}
+			return c.printVerdicts("conform server", got, only)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().BoolVar(&only, "json", false, "print the last line alone")
+	return cmd
+}
+
+// serverFlags are those of "sallyport conform server".
+type serverFlags struct {
+	s                                              conform.Server
+	bundle, webRoots, svid, key, tokenFile, domain string
+}
+
+func (f *serverFlags) add(cmd *cobra.Command) {
+	p := cmd.Flags()
+	p.StringVar(&f.s.Address, "address", "", "host:port of the API for agents")
+	p.StringVar(&f.bundle, "bundle", "", "PEM file with the roots that verify the server; default: those it names itself")
+	p.StringVar(&f.svid, "svid", "", "PEM file with the SVID of an administrator, in place of --socket")
+	p.StringVar(&f.key, "key", "", "PEM file with its key")
+	p.StringVar(&f.tokenFile, "join-token-file", "", "file with a join token, to attest as a node without an operator's rights")
+	p.StringVar(&f.s.BundleEndpoint, "bundle-endpoint", "", "URL of the bundle document")
+	p.StringVar(&f.s.OIDC, "oidc", "", "URL of the OIDC issuer")
+	p.StringVar(&f.webRoots, "web-roots", "", "PEM file with the authorities of the two URLs; default: those of the system")
+	p.StringVar(&f.s.Listen, "listen", "", "host:port at which the server can reach this check")
+	p.StringVar(&f.domain, "domain", "", "the folder of a throw-away trust domain that the server already follows at --listen")
+}
+
+// server reads the files that the flags name.
+func (f *serverFlags) server(operator bool, socket string) (conform.Server, error) {
+	s := f.s
+	if operator {
+		s.Operator = socket
+	}
+	if err := s.Validate(); err != nil {
+		return s, usage(err)
+	}
+	if (f.svid == "") != (f.key == "") {
+		return s, usage(errors.New("--svid and --key belong together"))
+	}
+	var err error
+	if s.Domain, err = loadDomain(f.domain); err != nil {
+		return s, err
+	}
+	if f.svid != "" {
+		pair, err := tls.LoadX509KeyPair(f.svid, f.key)
+		if err != nil {
+			return s, usage(fmt.Errorf("--svid: %w", err))
+		}
+		s.Admin = &pair
+	}
+	if f.tokenFile != "" {
+		b, err := os.ReadFile(f.tokenFile)
+		if err != nil {
+			return s, usage(fmt.Errorf("--join-token-file: %w", err))
+		}
+		s.JoinToken = strings.TrimSpace(string(b))
+	}
+	if f.bundle != "" {
+		if s.Roots, err = readCertificates(f.bundle); err != nil {
+			return s, usage(fmt.Errorf("--bundle: %w", err))
+		}
+	}
+	if f.webRoots != "" {
+		certs, err := readCertificates(f.webRoots)
+		if err != nil {
+			return s, usage(fmt.Errorf("--web-roots: %w", err))
+		}
+		s.WebRoots = x509.NewCertPool()
+		for _, c := range certs {
+			s.WebRoots.AddCert(c)
+		}
+	}
+	return s, nil
+}
+
+// readCertificates reads a PEM file that has nothing but certificates.
+func readCertificates(file string) ([]*x509.Certificate, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := control.ParseBundle(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	return certs, nil
 }
 
 // conformDomain is "sallyport conform domain".

@@ -54,18 +54,25 @@ const (
 
 // NewDomain makes a trust domain, valid for 30 days.
 func NewDomain(td spiffeid.TrustDomain) (*Domain, error) {
+	d, err := quickDomain(td)
+	if err != nil {
+		return nil, err
+	}
+	d.jwt[kidRSA], err = rsa.GenerateKey(rand.Reader, 2048)
+	return d, err
+}
+
+// quickDomain makes one without an RSA key, which takes its time.
+func quickDomain(td spiffeid.TrustDomain) (*Domain, error) {
 	d := &Domain{td: td, jwt: map[string]crypto.Signer{}}
 	var err error
-	if d.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+	if d.key, err = newKey(); err != nil {
 		return nil, err
 	}
 	for kid, c := range map[string]elliptic.Curve{kidES256: elliptic.P256(), kidES384: elliptic.P384(), kidWIT: elliptic.P256(), kidNone: elliptic.P256()} {
 		if d.jwt[kid], err = ecdsa.GenerateKey(c, rand.Reader); err != nil {
 			return nil, err
 		}
-	}
-	if d.jwt[kidRSA], err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
-		return nil, err
 	}
 	d.root, err = d.sign(d.authority("root"), nil, d.key.Public(), d.key)
 	return d, err
