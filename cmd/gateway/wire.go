@@ -33,7 +33,7 @@ type gateway struct {
 	level   *slog.LevelVar
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
-	audit   *audit.Log
+	audit   *audit.Ledger
 	judge   *authz.Judge
 	agent   *agent.Agent
 	// inForce is the snapshot that the judge has the rules of.
@@ -92,7 +92,7 @@ func (gw *gateway) open() error {
 	}
 	var err error
 	path := filepath.Join(cfg.DataDir, "audit.jsonl")
-	if gw.audit, err = audit.Open(audit.Config{Path: path, Log: gw.log}); err != nil {
+	if gw.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: gw.log}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment}); err != nil {

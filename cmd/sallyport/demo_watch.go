@@ -130,6 +130,9 @@ func (p *decisionPrinter) print(line []byte) {
 	if why == "" {
 		why = r.Reason
 	}
+	if r.Kind == audit.KindRollup {
+		why = fmt.Sprintf("%s: %d %s", why, r.Count, r.Class)
+	}
 	text := fmt.Sprintf("%-5s  %-10s -> %-22s %-7s %-18s %s", r.Decision, demoName(r.Src), demoName(r.Dst), r.Verb, r.Path, why)
 	p.mu.Lock()
 	defer p.mu.Unlock()

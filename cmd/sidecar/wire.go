@@ -40,7 +40,7 @@ type sidecar struct {
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
 	edges   *telemetry.Edges
-	audit   *audit.Log
+	audit   *audit.Ledger
 	judge   *authz.Judge
 	agent   *agent.Agent
 	// services and gateways are where calls go.
@@ -115,7 +115,7 @@ func (s *sidecar) open() error {
 		}
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
-	if s.audit, err = audit.Open(audit.Config{Path: path, Log: s.log}); err != nil {
+	if s.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: s.log}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment}); err != nil {

@@ -1,10 +1,12 @@
 // Package audit keeps the record of what was decided and done: JSON lines in
 // one file, each holding the hash of the line before it.
 //
-// A record is in the file, in the kernel's hands, before Append returns; Run
-// brings it to the disk in groups. The package decides nothing and sends
-// nothing away: Tail gives the lines to whoever uploads them. It starts no
-// goroutine; the caller runs Run. Log.syncing is taken before Log.mu.
+// A Log keeps records, a Ledger keeps some and counts the others. A record is in
+// the file, in the kernel's hands, before Append returns, and a count in mapped
+// memory; Run brings both to the disk in groups. The package decides nothing
+// and sends nothing away: Tail gives the lines to whoever uploads them. What
+// works beside the callers is started by Run and ends with it. A shard's lock is
+// taken before Ledger.mu, Log.syncing before Log.mu.
 package audit
 
 import (
@@ -35,6 +37,10 @@ const (
 	KindAdmin Kind = "admin"
 	// KindGap says that records are missing here, how many and why.
 	KindGap Kind = "gap"
+	// KindError is a call that was allowed and came to nothing.
+	KindError Kind = "error"
+	// KindRollup counts the events of one kind in a stretch of time.
+	KindRollup Kind = "rollup"
 )
 
 // The values of Record.Decision.
@@ -79,8 +85,30 @@ type Record struct {
 	BytesUp, BytesDown int64
 	// Duration is written in milliseconds, to the microsecond.
 	Duration time.Duration
+	// Class is how the calls ended that a roll-up counts: "1xx" to "5xx",
+	// "none" when the caller was told nothing, "lost" when the process died
+	// first.
+	Class string
+	// Count is how many events the record stands for: those that a roll-up
+	// counts, or those that are missing at a gap.
+	Count uint64
+	// Total counts a roll-up's events since its cell was made. The id names the
+	// cell.
+	Total uint64
+	// From is the start of the stretch of time that a roll-up counts; its end
+	// is Time.
+	From time.Time
 	// Detail is one sentence for people.
 	Detail string
+
+	// Full asks a Ledger to keep the record itself, not only to count it. It
+	// is not written.
+	Full bool
+	// Open lets the call go on when the record cannot be kept. The loss is
+	// counted. It is not written.
+	Open bool
+	// Tally is set by a Ledger that counts the call: tell it how it ended.
+	Tally Tally
 }
 
 var (

@@ -32,15 +32,19 @@ func appendRecord(b []byte, r *Record, prev *hash) []byte {
 	b = appendNumber(b, `,"port":`, int64(r.Port))
 	b = appendField(b, `,"verb":`, r.Verb)
 	b = appendField(b, `,"path":`, r.Path)
-	if r.Revision != 0 {
-		b = append(b, `,"rev":`...)
-		b = strconv.AppendUint(b, r.Revision, 10)
-	}
+	b = appendCount(b, `,"rev":`, r.Revision)
 	b = appendField(b, `,"trace":`, r.Trace)
 	b = appendField(b, `,"peer":`, r.Peer)
 	b = appendNumber(b, `,"up":`, r.BytesUp)
 	b = appendNumber(b, `,"down":`, r.BytesDown)
 	b = appendMillis(b, `,"ms":`, r.Duration)
+	b = appendField(b, `,"class":`, r.Class)
+	b = appendCount(b, `,"n":`, r.Count)
+	b = appendCount(b, `,"total":`, r.Total)
+	if !r.From.IsZero() {
+		b = append(b, `,"from":"`...)
+		b = append(appendTime(b, r.From), '"')
+	}
 	b = appendField(b, `,"detail":`, r.Detail)
 	b = append(b, `,"prev":"`...)
 	b = hex.AppendEncode(b, prev[:])
@@ -61,6 +65,14 @@ func appendNumber(b []byte, key string, v int64) []byte {
 	}
 	b = append(b, key...)
 	return strconv.AppendInt(b, v, 10)
+}
+
+func appendCount(b []byte, key string, v uint64) []byte {
+	if v == 0 {
+		return b
+	}
+	b = append(b, key...)
+	return strconv.AppendUint(b, v, 10)
 }
 
 func appendMillis(b []byte, key string, d time.Duration) []byte {

@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -67,6 +68,9 @@ type Log struct {
 	// syncing is the right to call fsync: a semaphore of one.
 	syncing chan struct{}
 
+	// blocked is set while records cannot be written.
+	blocked atomic.Bool
+
 	// mu guards all that follows.
 	mu     sync.Mutex
 	file   disk
@@ -112,18 +116,23 @@ func (l *Log) Append(r *Record) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(); err != nil {
+		if l.torn {
+			return l.failed(err, !r.Open)
+		}
 		return err
 	}
 	if l.lost > 0 {
-		gap := Record{Kind: KindGap, Detail: fmt.Sprintf("%d records could not be written: %v", l.lost, l.fail)}
+		gap := Record{Kind: KindGap, Reason: "refused", Count: l.lost, Detail: fmt.Sprintf("%d records could not be written: %v", l.lost, l.fail)}
 		if err := l.write(&gap); err != nil {
-			return l.failed(err)
+			return l.failed(err, !r.Open)
 		}
-		l.lost, l.fail = 0, nil
+		l.lost = 0
 	}
 	if err := l.write(r); err != nil {
-		return l.failed(err)
+		return l.failed(err, !r.Open)
 	}
+	l.fail = nil
+	l.blocked.Store(false)
 	return nil
 }
 
@@ -137,19 +146,24 @@ func (l *Log) usable() error {
 	}
 	if l.torn {
 		if err := l.file.Truncate(l.size); err != nil {
-			return l.failed(fmt.Errorf("mend audit log: %w", err))
+			return fmt.Errorf("mend audit log: %w", err)
 		}
 		l.torn = false
 	}
 	return nil
 }
 
-func (l *Log) failed(err error) error {
-	if l.lost == 0 {
+// failed notes why a record was not written. What is refused therefore is
+// counted for the gap record; who lets a call go on counts it otherwise.
+func (l *Log) failed(err error, refused bool) error {
+	if l.fail == nil {
 		l.cfg.Log.Error("audit log cannot be written", "path", l.cfg.Path, "error", err)
 	}
 	l.fail = err
-	l.lost++
+	if refused {
+		l.lost++
+	}
+	l.blocked.Store(true)
 	return err
 }
 
@@ -264,6 +278,7 @@ func (l *Log) Sync(ctx context.Context) error {
 // die ends the use of the log, under mu.
 func (l *Log) die(err error) error {
 	l.dead = fmt.Errorf("sync audit log: %w; restart to write again", err)
+	l.blocked.Store(true)
 	l.cfg.Log.Error("audit log cannot be synced", "path", l.cfg.Path, "error", err)
 	return l.dead
 }

@@ -169,7 +169,7 @@ func (l *Log) appendLine(seq uint64, b []byte) error {
 	}
 	l.buf = append(l.buf[:0], b...)
 	if err := l.put(seq); err != nil {
-		return l.failed(err)
+		return l.failed(err, false)
 	}
 	l.lost, l.fail = 0, nil
 	return nil

@@ -15,7 +15,7 @@ const (
 
 // maxLine bounds a line of the log, in bytes: all fields full, each byte
 // escaped to six, and room for the keys.
-const maxLine = 6*(2*maxID+2*maxDetail+10*maxWord) + 1024
+const maxLine = 6*(2*maxID+2*maxDetail+11*maxWord) + 1024
 
 const redacted = "[redacted]"
 
@@ -36,9 +36,12 @@ func clean(r *Record) {
 	r.Path = cut(redact(r.Path), maxDetail)
 	r.Trace = cut(r.Trace, maxWord)
 	r.Peer = cut(r.Peer, maxWord)
+	r.Class = cut(r.Class, maxWord)
 	r.Detail = cut(redact(r.Detail), maxDetail)
-	if y := r.Time.UTC().Year(); y < 0 || y > 9999 {
-		r.Time = time.Unix(0, 0)
+	for _, t := range []*time.Time{&r.Time, &r.From} {
+		if y := t.UTC().Year(); y < 0 || y > 9999 {
+			*t = time.Unix(0, 0)
+		}
 	}
 }
 

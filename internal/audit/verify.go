@@ -38,6 +38,10 @@ type line struct {
 	Up       int64           `json:"up"`
 	Down     int64           `json:"down"`
 	MS       json.RawMessage `json:"ms"`
+	Class    string          `json:"class"`
+	Count    uint64          `json:"n"`
+	Total    uint64          `json:"total"`
+	From     string          `json:"from"`
 	Detail   string          `json:"detail"`
 	Prev     string          `json:"prev"`
 }
@@ -61,6 +65,12 @@ func ParseLine(b []byte) (Record, [32]byte, error) {
 	if err != nil {
 		return Record{}, prev, errors.New("time is not like " + timeLayout)
 	}
+	var from time.Time
+	if j.From != "" {
+		if from, err = time.Parse(timeLayout, j.From); err != nil {
+			return Record{}, prev, errors.New("from is not like " + timeLayout)
+		}
+	}
 	d, err := parseMillis(string(j.MS))
 	if err != nil {
 		return Record{}, prev, err
@@ -72,7 +82,7 @@ func ParseLine(b []byte) (Record, [32]byte, error) {
 		Seq: j.Seq, Time: t, Kind: j.Kind, ID: j.ID, Decision: j.Decision, Reason: j.Reason,
 		Rule: j.Rule, Dir: j.Dir, Src: j.Src, Dst: j.Dst, Port: j.Port, Verb: j.Verb, Path: j.Path,
 		Revision: j.Revision, Trace: j.Trace, Peer: j.Peer, BytesUp: j.Up, BytesDown: j.Down,
-		Duration: d, Detail: j.Detail,
+		Duration: d, Class: j.Class, Count: j.Count, Total: j.Total, From: from, Detail: j.Detail,
 	}
 	if !bytes.Equal(appendRecord(make([]byte, 0, len(b)), &r, &prev), b) {
 		return Record{}, prev, errors.New("record is not in the form in which it was written")

@@ -111,6 +111,7 @@ func (j *Judge) Mismatches() uint64 { return j.mismatches.Load() }
 type Grant struct {
 	id, rule, dst string
 	port          uint16
+	tally         audit.Tally
 }
 
 // Valid reports whether a Judge made the grant.
@@ -121,6 +122,11 @@ func (g Grant) ID() string { return g.id }
 
 // Rule is the id of the row that allows the call.
 func (g Grant) Rule() string { return g.rule }
+
+// Done tells the record how the call ended: the status that the caller was
+// told, 0 when it was told nothing, and the trace. It is called once for each
+// grant of a call between workloads.
+func (g Grant) Done(status int, trace string) { g.tally.Done(status, trace) }
 
 // Covers reports whether the grant was given for that destination and port.
 func (g Grant) Covers(dst string, port uint16) bool {
@@ -204,7 +210,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	r := j.records.Get().(*audit.Record)
 	*r = recordOf(c, set, d)
 	err := j.cfg.Audit.Append(r)
-	id := r.ID
+	id, tally := r.ID, r.Tally
 	j.records.Put(r)
 	switch {
 	case err != nil || id == "":
@@ -212,7 +218,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	case !d.Allow:
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
-	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port}, nil
+	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, tally: tally}, nil
 }
 
 func recordOf(c *Call, set *Set, d Decision) audit.Record {
@@ -220,7 +226,9 @@ func recordOf(c *Call, set *Set, d Decision) audit.Record {
 	if d.Allow {
 		effect = audit.Allow
 	}
+	keep := set.keeping(c.Dst)
 	return audit.Record{
+		Full: keep.full, Open: keep.open,
 		Kind: audit.KindDecision, Decision: effect, Reason: string(d.Reason), Rule: d.Rule,
 		Dir: string(c.Dir), Src: srcText(c.Src), Dst: c.Dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
 		Revision: set.Revision(), Trace: c.Trace, Peer: c.Peer,

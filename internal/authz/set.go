@@ -21,6 +21,19 @@ type Set struct {
 	groups   map[string][]string
 	in, out  *table
 	oracle   *oracle
+	keep     map[string]keeping // by destination; those that are not usual
+}
+
+// keeping is how the calls of a destination are recorded.
+type keeping struct{ full, open bool }
+
+// keeping says how calls to dst are recorded: usually counted, and refused
+// when they cannot be.
+func (s *Set) keeping(dst string) keeping {
+	if s == nil || len(s.keep) == 0 {
+		return keeping{}
+	}
+	return s.keep[dst]
 }
 
 // Compile loads the rows of a snapshot into Casbin and compiles the index. A
@@ -40,6 +53,14 @@ func Compile(snap *mesh.Snapshot) (*Set, error) {
 		groups:   expandGroups(snap.Memberships),
 		in:       newTable(),
 		out:      newTable(),
+	}
+	for _, svc := range snap.Services {
+		if k := (keeping{svc.Audit == mesh.AuditFull, svc.Fail == mesh.FailOpen}); k != (keeping{}) {
+			if s.keep == nil {
+				s.keep = map[string]keeping{}
+			}
+			s.keep[svc.ID.String()] = k
+		}
 	}
 	for i := range s.rows {
 		if err := s.add(i); err != nil {

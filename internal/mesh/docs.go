@@ -34,6 +34,8 @@ type serviceDoc struct {
 	Identity spiffeid.ID `yaml:"identity"`
 	Port     uint16      `yaml:"port"`
 	Protocol string      `yaml:"protocol"`
+	Audit    string      `yaml:"audit"`
+	Fail     string      `yaml:"fail"`
 }
 
 func (d servicesDoc) nouns() []Service {
@@ -45,9 +47,15 @@ func (d servicesDoc) nouns() []Service {
 		if s.Protocol == "" {
 			s.Protocol = "http"
 		}
+		if s.Audit == "counted" {
+			s.Audit = "" // the default, spelled out
+		}
+		if s.Fail == "closed" {
+			s.Fail = ""
+		}
 		out = append(out, Service{
 			Name: ServiceName(s.Name), ID: s.Identity, Port: s.Port,
-			Protocol: s.Protocol, Origin: s.origin,
+			Protocol: s.Protocol, Audit: s.Audit, Fail: s.Fail, Origin: s.origin,
 		})
 	}
 	return out

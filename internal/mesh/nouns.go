@@ -50,8 +50,20 @@ type Service struct {
 	Port uint16 `json:"port"`
 	// Protocol is "http". Other protocols are refused.
 	Protocol string `json:"protocol"`
-	Origin   Origin `json:"origin"`
+	// Audit is AuditFull when each call to the service has a record of its
+	// own; empty when calls that are allowed are counted.
+	Audit string `json:"audit,omitempty"`
+	// Fail is FailOpen when a call goes on that cannot be recorded; empty when
+	// it is refused.
+	Fail   string `json:"fail,omitempty"`
+	Origin Origin `json:"origin"`
 }
+
+// The values of Service.Audit and Service.Fail that are not usual.
+const (
+	AuditFull = "full"
+	FailOpen  = "open"
+)
 
 // An Endpoint is one place where a service is reached: the inbound mTLS
 // listener of the sidecar beside it.

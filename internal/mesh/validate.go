@@ -114,6 +114,15 @@ func (v *validator) services() {
 		if s.Protocol != "http" {
 			v.item(s.Origin, s.Protocol, "unknown protocol %q: only \"http\" is supported", s.Protocol)
 		}
+		if s.Audit != "" && s.Audit != AuditFull {
+			v.item(s.Origin, s.Audit, "audit: %q is neither \"counted\" nor \"full\"", s.Audit)
+		}
+		if s.Fail != "" && s.Fail != FailOpen {
+			v.item(s.Origin, s.Fail, "fail: %q is neither \"closed\" nor \"open\"", s.Fail)
+		}
+		if s.Audit == AuditFull && s.Fail == FailOpen {
+			v.item(s.Origin, s.Fail, "fail: \"open\" contradicts audit: \"full\": what must be recorded must not happen unrecorded")
+		}
 	}
 }
 

@@ -203,7 +203,24 @@ func (in *Inbound) startClock(x *call) *refusal {
 
 func (in *Inbound) count(x *call) {
 	x.observe()
+	x.grant.Done(x.status(), x.traceText())
+	if x.grant.Valid() && x.outcome() == telemetry.Errored {
+		in.failedCall(x)
+	}
 	in.Edges.Add(x.src, x.dst, "http", x.outcome(), true, x.start)
+}
+
+// failedCall records a call that was allowed and came to nothing.
+func (in *Inbound) failedCall(x *call) {
+	r := audit.Record{Kind: audit.KindError, Reason: "upstream", Rule: x.grant.Rule(), Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Duration: time.Since(x.start),
+		Class: audit.Class(x.status()), Detail: "decision " + x.grant.ID(), Open: true}
+	if x.refused != nil {
+		r.Reason = x.refused.reason
+	}
+	if err := in.Audit.Append(&r); err != nil {
+		in.Log.Error("audit record lost", "err", err)
+	}
 }
 
 // drainGate also keeps what the application says from looking like ours.
