@@ -50,6 +50,7 @@ var rooms = map[string][]string{
 	"golang.org/x/crypto":                        {"internal/ca"},
 	"modernc.org/sqlite":                         {"internal/store"},
 	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},
+	"golang.org/x/mod":                           {"internal/audit"},
 	"github.com/pressly/goose/v3":                {"internal/store"},
 	"github.com/prometheus/client_golang":        {"internal/telemetry"},
 	"github.com/goccy/go-yaml":                   {"internal/mesh"},

@@ -238,6 +238,13 @@ func (l *Log) Head() (seq uint64, sum [32]byte) {
 	return l.seq, l.prev
 }
 
+// Durable is the number of the newest record that is on the disk.
+func (l *Log) Durable() uint64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.synced
+}
+
 // Sync returns once every record appended before the call is on the disk. One
 // fsync serves all callers that wait for it. After a failed fsync the log
 // takes nothing more until it is opened again.

@@ -192,12 +192,23 @@ func (l *Log) since(after uint64, f func(*Record)) error {
 	if after >= head {
 		return nil // nothing was written, or this is another log
 	}
+	return l.lines(after, head, func(b []byte) error {
+		r, _, err := ParseLine(b)
+		if err == nil {
+			f(&r)
+		}
+		return err
+	})
+}
+
+// lines reads the lines of the records after one number up to another.
+func (l *Log) lines(after, to uint64, f func([]byte) error) error {
 	t, err := OpenTail(l.cfg.Path, after)
 	if err != nil {
 		return err
 	}
 	defer t.Close()
-	for seq := after; seq < head; {
+	for seq := after; seq < to; {
 		b, n, err := t.poll()
 		if err != nil {
 			return err
@@ -205,11 +216,9 @@ func (l *Log) since(after uint64, f func(*Record)) error {
 		if b == nil {
 			return fmt.Errorf("record %d is not there", seq+1)
 		}
-		r, _, err := ParseLine(b)
-		if err != nil {
+		if err := f(b); err != nil {
 			return fmt.Errorf("record %d: %w", n, err)
 		}
-		f(&r)
 		seq = n
 	}
 	return nil
