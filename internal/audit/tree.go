@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"time"
 
@@ -400,13 +399,3 @@ func replaceFile(path string, b []byte) error {
 
 // TreeDir is where the tree of the log at path is.
 func TreeDir(path string) string { return path + treeSuffix }
-
-// treeOf reads what a tree says of itself: its key and its newest checkpoint.
-func treeOf(path string) (key string, signed []byte, err error) {
-	b, err := os.ReadFile(filepath.Join(TreeDir(path), verifierFile))
-	if err != nil {
-		return "", nil, err
-	}
-	signed, err = os.ReadFile(filepath.Join(TreeDir(path), checkpointFile))
-	return strings.TrimSpace(string(b)), signed, err
-}

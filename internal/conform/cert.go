@@ -13,15 +13,11 @@ import (
 	"sallyport/internal/svid"
 )
 
-// leafMusts are the demands on the X.509-SVID of a workload, chainMusts those
-// on what stands above it.
-var (
-	leafMusts  = []int{15, 17, 19, 20, 23, 24, 26, 27, 28, 29}
-	chainMusts = []int{21, 23, 24, 25}
-)
+// leafMusts are the demands on the X.509-SVID of a workload.
+var leafMusts = []int{15, 17, 19, 20, 23, 24, 26, 27, 28, 29}
 
 // chain holds an X.509-SVID that the implementation made, with what it chains
-// to, to leafMusts and chainMusts. want is the ID it was said to have, if any.
+// to, to what is demanded of them. want is the ID it was said to have, if any.
 func (r *report) chain(what string, certs, roots []*x509.Certificate, want string) error {
 	if len(certs) == 0 {
 		err := errors.New("there is no certificate")
@@ -62,7 +58,7 @@ func (r *report) chain(what string, certs, roots []*x509.Certificate, want strin
 	return errors.Join(faults...)
 }
 
-// authority holds a signing certificate to chainMusts.
+// authority holds a signing certificate to 21 and 23 to 25.
 func (r *report) authority(c *x509.Certificate) error {
 	what := "the signing certificate " + c.Subject.String()
 	uris, err := svid.URINames(c)
