@@ -1,6 +1,7 @@
 package review
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 	"time"
@@ -19,7 +20,7 @@ type side struct {
 }
 
 func newSide(d dimension, terms, values, all []string) side {
-	s := side{dim: d, terms: terms, values: values, accept: map[string]bool{}}
+	s := side{dim: d, terms: slices.Clone(terms), values: values, accept: map[string]bool{}}
 	for _, v := range values {
 		s.accept[vector(d, terms, v)] = true
 	}
@@ -45,6 +46,10 @@ func (s *side) forget() {
 	if len(s.terms) > forgetful {
 		return
 	}
+	// What no accepted value satisfies goes first: "in" says more than "not out".
+	slices.SortStableFunc(s.terms, func(a, b string) int {
+		return cmp.Compare(min(s.reach(a, s.values), 1), min(s.reach(b, s.values), 1))
+	})
 	for i := 0; i < len(s.terms); {
 		less := slices.Delete(slices.Clone(s.terms), i, i+1)
 		accept := map[string]bool{}
@@ -56,6 +61,11 @@ func (s *side) forget() {
 			continue
 		}
 		s.terms, s.accept = less, accept
+	}
+	slices.Sort(s.terms)
+	s.accept = map[string]bool{}
+	for _, v := range s.values {
+		s.accept[vector(s.dim, s.terms, v)] = true
 	}
 }
 
