@@ -35,6 +35,7 @@ const (
 	leafTable   = "internal/svid TestVerifyChainRefusesTheLeaf: "
 	jwtTable    = "internal/svid TestVerifyJWT: "
 	docTable    = "internal/federation TestDecodeAccepts: "
+	peerTable   = "internal/control TestAPeerIsHeldToTheSpecification: "
 	lintTable   = "internal/ca TestLintOfLeaves: "
 	noWIT       = "we offer no WIT-SVIDs, and the calls for them are Unimplemented"
 	noBroker    = "we offer no Broker API"
@@ -67,11 +68,11 @@ var musts = []Must{
 	{16, "nothing counts but X509-, JWT- and WIT-SVIDs", api, tests(jwtTable + "typ wit+jwt"), ""},
 
 	{17, "a leaf has exactly one URI name", both, tests(lintTable + "17: no URI"), ""},
-	{18, "a leaf with more than one URI name is refused", server, tests(leafTable+"two SPIFFE URIs", leafTable+"a SPIFFE and another URI"), ""},
+	{18, "a leaf with more than one URI name is refused", server, tests(leafTable+"two SPIFFE URIs", leafTable+"a SPIFFE and another URI", peerTable+"18 two names"), ""},
 	{19, "the ID of a leaf has a path", both, tests(lintTable + "19 and 33: a root path"), ""},
 	{20, "the name is critical when the subject is empty", both, tests(leafTable + "empty subject, SAN not critical"), ""},
 	{21, "the ID of a signing certificate has no path", both, tests("internal/svid TestVerifyChainRefusesThePath: intermediate with a workload's ID"), ""},
-	{22, "a signing certificate authenticates nobody", server, tests(leafTable + "is a CA"), ""},
+	{22, "a signing certificate authenticates nobody", server, tests(leafTable+"is a CA", peerTable+"30 cA"), ""},
 	{23, "a CA has cA, a leaf has not", both, tests(lintTable + "23 and 30: a leaf that is a CA"), ""},
 	{24, "key usage is there and critical", both, tests(leafTable+"no key usage", leafTable+"key usage not critical"), ""},
 	{25, "a CA has keyCertSign", both, tests("internal/svid TestVerifyChainRefusesThePath: intermediate that may not sign"), ""},
@@ -79,10 +80,10 @@ var musts = []Must{
 	{27, "a leaf never has keyCertSign or cRLSign", both, tests(lintTable + "27 and 31: keyCertSign"), ""},
 	{28, "extended key usage, if there, has serverAuth and clientAuth", both, tests(leafTable+"only clientAuth", leafTable+"only serverAuth"), ""},
 	{29, "a path is verified as RFC 5280 says", both, tests("internal/svid TestVerifyChainRefusesThePath: signed by a leaf", leafTable+"expired"), ""},
-	{30, "a leaf with cA is refused", server, tests(leafTable + "is a CA"), ""},
-	{31, "a leaf with keyCertSign or cRLSign is refused", server, tests(leafTable+"may sign certificates", leafTable+"may sign CRLs"), ""},
-	{32, "a leaf whose URI is no SPIFFE ID is refused", server, tests(leafTable+"https scheme", leafTable+"upper-case scheme"), ""},
-	{33, "a leaf whose ID has no path is refused", server, tests(leafTable + "root path"), ""},
+	{30, "a leaf with cA is refused", server, tests(leafTable+"is a CA", peerTable+"30 cA"), ""},
+	{31, "a leaf with keyCertSign or cRLSign is refused", server, tests(leafTable+"may sign certificates", leafTable+"may sign CRLs", peerTable+"31 keyCertSign"), ""},
+	{32, "a leaf whose URI is no SPIFFE ID is refused", server, tests(leafTable+"https scheme", leafTable+"upper-case scheme", peerTable+"32 an https URI"), ""},
+	{33, "a leaf whose ID has no path is refused", server, tests(leafTable+"root path", peerTable+"33 no path"), ""},
 	{34, "a CA stands in the bundle with use x509-svid", server, tests("internal/federation TestDocumentMusts"), ""},
 	{35, "such an element has no kid", server, tests("internal/federation TestDocumentMusts"), ""},
 	{36, "its x5c is the base64 DER of the CA", server, tests("internal/federation TestDocumentMusts"), ""},

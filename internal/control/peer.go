@@ -3,8 +3,11 @@ package control
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -97,6 +100,10 @@ func leafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 		return spiffeid.ID{}, errors.New("certificate lacks key usage digitalSignature")
 	case leaf.KeyUsage&(x509.KeyUsageCertSign|x509.KeyUsageCRLSign) != 0:
 		return spiffeid.ID{}, errors.New("certificate may sign certificates, a leaf must not")
+	case !critical(leaf, 15):
+		return spiffeid.ID{}, errors.New("certificate's key usage is not critical")
+	case len(leaf.Subject.Names) == 0 && !critical(leaf, 17):
+		return spiffeid.ID{}, errors.New("certificate has an empty subject and a name that is not critical")
 	case len(leaf.URIs[0].String()) > maxID:
 		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID is longer than %d bytes", maxID)
 	}
@@ -111,6 +118,14 @@ func leafID(leaf *x509.Certificate) (spiffeid.ID, error) {
 		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID %s has no path, a leaf's must", id)
 	}
 	return id, nil
+}
+
+// critical reports whether c has an extension of id-ce (2.5.29), and it is
+// critical: 15 is the key usage, 17 the subject alternative name.
+func critical(c *x509.Certificate, last int) bool {
+	return slices.ContainsFunc(c.Extensions, func(e pkix.Extension) bool {
+		return e.Critical && e.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, last})
+	})
 }
 
 func bothUsages(have []x509.ExtKeyUsage) bool {
