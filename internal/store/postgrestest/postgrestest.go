@@ -154,9 +154,12 @@ func (s *Server) start(t testing.TB) bool {
 }
 
 // attend starts the server and waits for its end. It stays on its thread: the
-// server is told to end when that thread does.
+// server is told to end when that thread does. It gives the thread back, since
+// Go ends one that is still locked, and the kernel would then kill whatever
+// other tests had started from it.
 func (s *Server) attend(up chan<- struct{}, failed chan<- error, gone chan<- struct{}) {
 	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	cmd := s.command("postgres", "-D", s.data(), "-k", s.dir, "-c", "listen_addresses=", "-c", "shared_buffers=32MB", "-c", "max_connections=60")
 	out, err := cmd.StderrPipe()
 	if err == nil {
