@@ -94,7 +94,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
 	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery}
-	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn}
+	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
 	in.chain = in.makeChain()
 	return in, nil
@@ -121,8 +121,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 }
 
 func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
-	place := in.unproved.enter(x.conn)
-	defer in.unproved.leave(place)
+	defer in.unproved.leave(x.conn)
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	if err := tc.HandshakeContext(ctx); err != nil {
@@ -164,22 +163,23 @@ type anteroom struct {
 	here list.List  // of *conn, in the order of arrival
 }
 
-func (a *anteroom) enter(c *conn) *list.Element {
+// enter takes a connection in. The order of calls is the order of arrival: a
+// goroutine for each would mix it up, and put out who came last.
+func (a *anteroom) enter(c *conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	place := a.here.PushBack(c)
+	c.place = a.here.PushBack(c)
 	if a.here.Len() > a.max {
 		longest := a.here.Front()
 		a.here.Remove(longest)
 		longest.Value.(*conn).Close()
 	}
-	return place
 }
 
-func (a *anteroom) leave(place *list.Element) {
+func (a *anteroom) leave(c *conn) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.here.Remove(place) // does nothing when it was put out
+	a.here.Remove(c.place) // does nothing when it was put out
 }
 
 // isClosed says that the peer went away before it said anything.

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -19,6 +20,9 @@ type listener struct {
 	Shared
 	// serve handles one connection until it ends. It need not close it.
 	serve func(ctx context.Context, c *conn)
+	// arrive is told of each connection in the order of arrival, before any
+	// goroutine of its own runs. Optional.
+	arrive func(c *conn)
 
 	draining atomic.Bool
 	inFlight atomic.Int64
@@ -32,6 +36,8 @@ type listener struct {
 // A conn is one downstream connection.
 type conn struct {
 	net.Conn
+	// place is where it waits until its peer has proved an identity.
+	place *list.Element
 	// state orders the end of an idle connection against its next call.
 	state atomic.Int32
 
@@ -158,6 +164,9 @@ func (l *listener) accept(ctx context.Context, ln net.Listener, start func(*conn
 		}
 		wait = 0
 		if c := (&conn{Conn: nc}); l.admit(c) {
+			if l.arrive != nil {
+				l.arrive(c)
+			}
 			start(c)
 		} else {
 			nc.Close()
