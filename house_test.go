@@ -19,7 +19,7 @@ import (
 // floors is the law: a package imports only from lower floors, never from its
 // own. Moving a package is a design decision; the commit explains it.
 var floors = [][]string{
-	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/control/meshpb", "policies"},
+	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
 	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform"},
 	{"internal/egress", "internal/proxy", "internal/review"},
@@ -29,7 +29,7 @@ var floors = [][]string{
 // beside lists what stands next to the house. The suites and the test network
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
-	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest",
+	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest",
 	"bench", "bench/rig", "bench/issuer", "bench/fleet", "test",
 }
 

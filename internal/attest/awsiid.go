@@ -21,6 +21,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -120,7 +121,7 @@ func (v *awsIID) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 	if err != nil {
 		return id, nil, refused("aws_iid: %v", err)
 	}
-	d, err := parseObject(doc)
+	d, err := jose.ParseObject(doc)
 	if err != nil {
 		return id, nil, refused("aws_iid: document: %v", err)
 	}
@@ -152,7 +153,7 @@ func (v *awsIID) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 		return id, nil, refused("aws_iid: the account is not configured")
 	case !awsInstance.MatchString(instance):
 		return id, nil, refused("aws_iid: document: instanceId is missing or malformed")
-	case at.After(now.Add(clockSkew)):
+	case at.After(now.Add(jose.Skew)):
 		return id, nil, refused("aws_iid: the instance was launched in the future: check both clocks")
 	}
 	if id, err = spiffeid.FromSegments(v.td, "spire", "agent", AWSIID, account, region, instance); err != nil {
@@ -165,23 +166,23 @@ func (v *awsIID) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 }
 
 func parseAWSPayload(payload []byte) ([]byte, *signedData, error) {
-	o, err := parseObject(payload)
+	o, err := jose.ParseObject(payload)
 	if err == nil {
-		err = o.only("document", "signature", "rsa2048")
+		err = o.Only("document", "signature", "rsa2048")
 	}
 	if err != nil {
 		return nil, nil, err
 	}
-	doc, err := o.text("document")
+	doc, err := o.Text("document")
 	if err != nil {
 		return nil, nil, err
 	}
-	text, err := o.text("rsa2048")
+	text, err := o.Text("rsa2048")
 	if err != nil {
 		return nil, nil, err
 	}
 	// AWS breaks the lines of the signature.
-	ber, err := decode64(base64.StdEncoding, strings.ReplaceAll(text, "\n", ""))
+	ber, err := jose.Decode64(base64.StdEncoding, strings.ReplaceAll(text, "\n", ""))
 	if err != nil {
 		return nil, nil, fmt.Errorf("rsa2048: %w", err)
 	}
@@ -192,7 +193,7 @@ func parseAWSPayload(payload []byte) ([]byte, *signedData, error) {
 	return []byte(doc), sig, nil
 }
 
-func awsSelectors(d object) []mesh.Selector {
+func awsSelectors(d jose.Object) []mesh.Selector {
 	var out []mesh.Selector
 	for _, s := range [][2]string{
 		{"account", "accountId"}, {"region", "region"}, {"az", "availabilityZone"}, {"image:id", "imageId"},

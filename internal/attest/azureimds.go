@@ -21,6 +21,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -121,7 +122,7 @@ func (v *azureIMDS) verify(ctx context.Context, payload []byte, key crypto.Publi
 	if err := v.signedByAzure(sd); err != nil {
 		return id, nil, err
 	}
-	d, err := parseObject(sd.content)
+	d, err := jose.ParseObject(sd.content)
 	if err != nil {
 		return id, nil, refused("azure_imds: document: %v", err)
 	}
@@ -137,7 +138,7 @@ func (v *azureIMDS) verify(ctx context.Context, payload []byte, key crypto.Publi
 	case !uuid.MatchString(vm):
 		return id, nil, refused("azure_imds: document: vmId is missing or malformed")
 	}
-	if err := v.checkTime(d.child("timeStamp")); err != nil {
+	if err := v.checkTime(d.Child("timeStamp")); err != nil {
 		return id, nil, err
 	}
 	subscription = strings.ToLower(subscription)
@@ -148,7 +149,7 @@ func (v *azureIMDS) verify(ctx context.Context, payload []byte, key crypto.Publi
 	return id, sel, claimMachine(ctx, v.seen, id, keyHash)
 }
 
-func (v *azureIMDS) checkTime(stamp object) error {
+func (v *azureIMDS) checkTime(stamp jose.Object) error {
 	created, _ := stamp["createdOn"].(string)
 	expires, _ := stamp["expiresOn"].(string)
 	from, err1 := time.Parse(azureTime, created)
@@ -157,9 +158,9 @@ func (v *azureIMDS) checkTime(stamp object) error {
 	switch {
 	case err1 != nil || err2 != nil:
 		return refused("azure_imds: document: timeStamp is missing or malformed")
-	case now.Add(clockSkew).Before(from):
+	case now.Add(jose.Skew).Before(from):
 		return refused("azure_imds: the document is from the future: check both clocks")
-	case !now.Before(until.Add(clockSkew)):
+	case !now.Before(until.Add(jose.Skew)):
 		return refused("azure_imds: the document has expired")
 	}
 	return nil
@@ -214,25 +215,25 @@ func parseAzureAnswer(b []byte) (*signedData, error) {
 	if len(b) > maxEvidence {
 		return nil, fmt.Errorf("answer of %d bytes, want at most %d", len(b), maxEvidence)
 	}
-	o, err := parseObject(b)
+	o, err := jose.ParseObject(b)
 	if err == nil {
-		err = o.only("document", "metadata")
+		err = o.Only("document", "metadata")
 	}
 	if err != nil {
 		return nil, err
 	}
-	d := o.child("document")
-	if err := d.only("encoding", "signature"); err != nil {
+	d := o.Child("document")
+	if err := d.Only("encoding", "signature"); err != nil {
 		return nil, err
 	}
 	if d["encoding"] != "pkcs7" {
 		return nil, errors.New("the document is not in pkcs7")
 	}
-	text, err := d.text("signature")
+	text, err := d.Text("signature")
 	if err != nil {
 		return nil, err
 	}
-	ber, err := decode64(base64.StdEncoding, text)
+	ber, err := jose.Decode64(base64.StdEncoding, text)
 	if err != nil {
 		return nil, err
 	}
@@ -255,7 +256,7 @@ func (e azureEvidence) Answer(nonce []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	o, err := parseObject(b)
+	o, err := jose.ParseObject(b)
 	if err != nil {
 		return nil, fmt.Errorf("answer of the metadata service: %w", err)
 	}

@@ -81,17 +81,17 @@ func (v *gcpIIT) verify(ctx context.Context, payload []byte, key crypto.PublicKe
 	if err != nil {
 		return id, nil, err
 	}
-	t, err := parseToken(string(payload))
+	t, err := tokens.Parse(string(payload))
 	if err != nil {
 		return id, nil, refused("gcp_iit: %v", err)
 	}
-	if err := t.check(ctx, v.keys); err != nil {
+	if err := verifyToken(ctx, t, v.keys); err != nil {
 		return id, nil, fmt.Errorf("gcp_iit: %w", err)
 	}
-	if _, err := t.checkClaims(gcpIssuer, gcpAudience, v.now()); err != nil {
+	if _, err := checkClaims(t, gcpIssuer, gcpAudience, v.now()); err != nil {
 		return id, nil, fmt.Errorf("gcp_iit: %w", err)
 	}
-	e := t.claims.child("google").child("compute_engine")
+	e := t.Claims.Child("google").Child("compute_engine")
 	project, _ := e["project_id"].(string)
 	instance, _ := e["instance_id"].(string)
 	switch {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -152,9 +153,9 @@ func (v *k8sPSAT) verify(ctx context.Context, payload []byte, key crypto.PublicK
 	if err != nil {
 		return id, nil, err
 	}
-	o, err := parseObject(payload)
+	o, err := jose.ParseObject(payload)
 	if err == nil {
-		err = o.only("cluster", "token")
+		err = o.Only("cluster", "token")
 	}
 	if err != nil {
 		return id, nil, refused("k8s_psat: %v", err)
@@ -165,20 +166,20 @@ func (v *k8sPSAT) verify(ctx context.Context, payload []byte, key crypto.PublicK
 		return id, nil, refused("k8s_psat: the cluster is not configured")
 	}
 	text, _ := o["token"].(string)
-	t, err := parseToken(text)
+	t, err := tokens.Parse(text)
 	if err != nil {
 		return id, nil, refused("k8s_psat: %v", err)
 	}
 	if c.keys != nil {
-		if err := t.check(ctx, c.keys); err != nil {
+		if err := verifyToken(ctx, t, c.keys); err != nil {
 			return id, nil, fmt.Errorf("k8s_psat cluster %s: %w", c.name, err)
 		}
 	}
-	until, err := t.checkClaims(c.Issuer, c.Audience, v.now())
+	until, err := checkClaims(t, c.Issuer, c.Audience, v.now())
 	if err != nil {
 		return id, nil, fmt.Errorf("k8s_psat cluster %s: %w", c.name, err)
 	}
-	who, err := c.pod(t.claims)
+	who, err := c.pod(t.Claims)
 	if err != nil {
 		return id, nil, refused("k8s_psat cluster %s: %v", c.name, err)
 	}
@@ -196,15 +197,15 @@ func (v *k8sPSAT) verify(ctx context.Context, payload []byte, key crypto.PublicK
 
 // pod reads who the token is bound to, and refuses one that is bound to no
 // pod: it would outlive what it was given to.
-func (c *k8sCluster) pod(claims object) (podIdentity, error) {
-	k := claims.child("kubernetes.io")
+func (c *k8sCluster) pod(claims jose.Object) (podIdentity, error) {
+	k := claims.Child("kubernetes.io")
 	p := podIdentity{}
 	p.namespace, _ = k["namespace"].(string)
-	p.account, _ = k.child("serviceaccount")["name"].(string)
-	p.podName, _ = k.child("pod")["name"].(string)
-	p.podUID, _ = k.child("pod")["uid"].(string)
-	p.nodeName, _ = k.child("node")["name"].(string)
-	p.nodeUID, _ = k.child("node")["uid"].(string)
+	p.account, _ = k.Child("serviceaccount")["name"].(string)
+	p.podName, _ = k.Child("pod")["name"].(string)
+	p.podUID, _ = k.Child("pod")["uid"].(string)
+	p.nodeName, _ = k.Child("node")["name"].(string)
+	p.nodeUID, _ = k.Child("node")["uid"].(string)
 	p.subject = "system:serviceaccount:" + p.namespace + ":" + p.account
 	switch {
 	case p.namespace == "" || p.account == "":
@@ -246,10 +247,10 @@ func (c *k8sCluster) review(ctx context.Context, token string, p *podIdentity) e
 	if err != nil {
 		return fmt.Errorf("review the token: %w", err)
 	}
-	status := o.child("status")
-	user := status.child("user")
+	status := o.Child("status")
+	user := status.Child("user")
 	extra := func(name string) string {
-		if v := claimTexts(user.child("extra")["authentication.kubernetes.io/"+name]); len(v) == 1 {
+		if v := claimTexts(user.Child("extra")["authentication.kubernetes.io/"+name]); len(v) == 1 {
 			return v[0]
 		}
 		return ""
@@ -266,20 +267,20 @@ func (c *k8sCluster) review(ctx context.Context, token string, p *podIdentity) e
 	if err != nil {
 		return fmt.Errorf("get the pod: %w", gone(err))
 	}
-	node, _ := pod.child("spec")["nodeName"].(string)
-	if pod.child("metadata")["uid"] != p.podUID || node == "" || p.nodeName != "" && p.nodeName != node {
+	node, _ := pod.Child("spec")["nodeName"].(string)
+	if pod.Child("metadata")["uid"] != p.podUID || node == "" || p.nodeName != "" && p.nodeName != node {
 		return refused("the pod is gone, or runs on another node")
 	}
 	on, err := c.ask(ctx, http.MethodGet, "/api/v1/nodes/"+url.PathEscape(node), nil)
 	if err != nil {
 		return fmt.Errorf("get the node: %w", gone(err))
 	}
-	uid, _ := on.child("metadata")["uid"].(string)
+	uid, _ := on.Child("metadata")["uid"].(string)
 	if uid == "" || p.nodeUID != "" && p.nodeUID != uid {
 		return refused("the node is another")
 	}
 	p.nodeName, p.nodeUID = node, uid
-	p.nodeAddress, _ = pod.child("status")["hostIP"].(string)
+	p.nodeAddress, _ = pod.Child("status")["hostIP"].(string)
 	return nil
 }
 
@@ -292,7 +293,7 @@ func gone(err error) error {
 	return err
 }
 
-func (c *k8sCluster) ask(ctx context.Context, method, path string, body []byte) (object, error) {
+func (c *k8sCluster) ask(ctx context.Context, method, path string, body []byte) (jose.Object, error) {
 	secret, err := readToken(c.TokenFile)
 	if err != nil {
 		return nil, err
@@ -305,7 +306,7 @@ func (c *k8sCluster) ask(ctx context.Context, method, path string, body []byte) 
 	if err != nil {
 		return nil, err
 	}
-	return parseObject(b)
+	return jose.ParseObject(b)
 }
 
 // psatEvidence is the node's side: the token that the kubelet keeps fresh.

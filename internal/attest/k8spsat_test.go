@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/attest/attesttest"
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -129,13 +130,13 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			a.t.Errorf("review %+v, %v", q, err)
 		}
 		status := map[string]any{"authenticated": false, "error": "invalid bearer token"}
-		if tok, err := parseToken(q.Spec.Token); err == nil && signatures[tok.alg].verify(a.signer.key.Public(), []byte(tok.signed), tok.sig) == nil {
-			k := tok.claims.child("kubernetes.io")
+		if tok, err := tokens.Parse(q.Spec.Token); err == nil && tok.Verify(jose.Key{Public: a.signer.key.Public()}) == nil {
+			k := tok.Claims.Child("kubernetes.io")
 			status = map[string]any{
 				"authenticated": true, "audiences": q.Spec.Audiences,
 				"user": map[string]any{
-					"username": tok.claims["sub"], "uid": "9f8e", "groups": []string{"system:serviceaccounts", "system:serviceaccounts:spire", "system:authenticated"},
-					"extra": map[string]any{"authentication.kubernetes.io/pod-name": []any{k.child("pod")["name"]}, "authentication.kubernetes.io/pod-uid": []any{k.child("pod")["uid"]}},
+					"username": tok.Claims["sub"], "uid": "9f8e", "groups": []string{"system:serviceaccounts", "system:serviceaccounts:spire", "system:authenticated"},
+					"extra": map[string]any{"authentication.kubernetes.io/pod-name": []any{k.Child("pod")["name"]}, "authentication.kubernetes.io/pod-uid": []any{k.Child("pod")["uid"]}},
 				},
 			}
 		}
@@ -216,7 +217,7 @@ func FuzzK8sPSAT(f *testing.F) {
 		if id, _, err := v.Verify(t.Context(), payload, key); err == nil {
 			t.Errorf("accepted as %s", id)
 		}
-		if o, err := parseObject(payload); err == nil {
+		if o, err := jose.ParseObject(payload); err == nil {
 			_, _ = (&k8sCluster{}).pod(o)
 		}
 	})

@@ -11,6 +11,8 @@ import (
 	"net/url"
 	"strings"
 	"time"
+
+	"sallyport/internal/jose"
 )
 
 const (
@@ -26,22 +28,22 @@ const (
 // fileKeys are the keys in a file, read at each use.
 type fileKeys string
 
-func (f fileKeys) find(_ context.Context, kid string) (webKey, error) {
+func (f fileKeys) find(_ context.Context, t *jose.Token) (jose.Key, error) {
 	b, err := readSmall(string(f))
 	if err != nil {
-		return webKey{}, fmt.Errorf("read key set: %w", err)
+		return jose.Key{}, fmt.Errorf("read key set: %w", err)
 	}
-	keys, err := parseKeys(b)
+	keys, err := jose.ParseKeys(b)
 	if err != nil {
-		return webKey{}, fmt.Errorf("%s: %w", string(f), err)
+		return jose.Key{}, fmt.Errorf("%s: %w", string(f), err)
 	}
-	return pick(keys, kid)
+	return pick(keys, t)
 }
 
-func pick(keys map[string]webKey, kid string) (webKey, error) {
-	k, ok := keys[kid]
+func pick(keys jose.Keys, t *jose.Token) (jose.Key, error) {
+	k, ok := keys.Find(t)
 	if !ok {
-		return webKey{}, refused("token: its issuer has no key with this key ID")
+		return jose.Key{}, refused("token: its issuer has no key with this key ID")
 	}
 	return k, nil
 }
@@ -56,7 +58,7 @@ type pageKeys struct {
 
 	// turn holds one token; who has it may use the fields below.
 	turn  chan struct{}
-	keys  map[string]webKey
+	keys  jose.Keys
 	got   time.Time // when keys were fetched
 	asked time.Time // when last tried
 	fault error     // of that try
@@ -94,20 +96,20 @@ func httpsClient(caFile string) (*http.Client, error) {
 	}, nil
 }
 
-func (p *pageKeys) find(ctx context.Context, kid string) (webKey, error) {
+func (p *pageKeys) find(ctx context.Context, t *jose.Token) (jose.Key, error) {
 	select {
 	case p.turn <- struct{}{}:
 		defer func() { <-p.turn }()
 	case <-ctx.Done():
-		return webKey{}, ctx.Err()
+		return jose.Key{}, ctx.Err()
 	}
 	now := p.now()
-	_, known := p.keys[kid]
+	_, known := p.keys.Find(t)
 	old := now.Sub(p.got) > freshKeys || now.Before(p.got)
 	if (!known || old) && (now.Sub(p.asked) > askAgain || now.Before(p.asked)) {
 		keys, err := p.fetch(ctx)
 		if ctx.Err() != nil {
-			return webKey{}, ctx.Err()
+			return jose.Key{}, ctx.Err()
 		}
 		p.asked, p.fault = now, err
 		if err == nil {
@@ -118,29 +120,29 @@ func (p *pageKeys) find(ctx context.Context, kid string) (webKey, error) {
 		if p.fault == nil {
 			p.fault = errors.New("the keys are too old")
 		}
-		return webKey{}, fmt.Errorf("keys of the token's issuer: %w", p.fault)
+		return jose.Key{}, fmt.Errorf("keys of the token's issuer: %w", p.fault)
 	}
-	if _, known := p.keys[kid]; !known && p.fault != nil {
-		return webKey{}, fmt.Errorf("keys of the token's issuer: %w", p.fault)
+	if _, known := p.keys.Find(t); !known && p.fault != nil {
+		return jose.Key{}, fmt.Errorf("keys of the token's issuer: %w", p.fault)
 	}
-	return pick(p.keys, kid)
+	return pick(p.keys, t)
 }
 
-func (p *pageKeys) fetch(ctx context.Context) (map[string]webKey, error) {
+func (p *pageKeys) fetch(ctx context.Context) (jose.Keys, error) {
 	page := p.page
 	if page == "" {
 		b, err := get(ctx, p.client, strings.TrimSuffix(p.issuer, "/")+"/.well-known/openid-configuration", nil)
 		if err != nil {
 			return nil, err
 		}
-		o, err := parseObject(b)
+		o, err := jose.ParseObject(b)
 		if err != nil {
 			return nil, fmt.Errorf("discovery document: %w", err)
 		}
 		if o["issuer"] != p.issuer {
 			return nil, errors.New("discovery document names another issuer")
 		}
-		if page, err = o.text("jwks_uri"); err != nil {
+		if page, err = o.Text("jwks_uri"); err != nil {
 			return nil, fmt.Errorf("discovery document: %w", err)
 		}
 		if err := checkHTTPS(page); err != nil {
@@ -151,7 +153,7 @@ func (p *pageKeys) fetch(ctx context.Context) (map[string]webKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	return parseKeys(b)
+	return jose.ParseKeys(b)
 }
 
 // checkHTTPS refuses what is not a plain https URL.

@@ -19,6 +19,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -108,7 +109,7 @@ func newKeySource(issuer, file, page, caFile string, now func() time.Time) (keyS
 	if err != nil {
 		return nil, err
 	}
-	if _, err := parseKeys(b); err != nil {
+	if _, err := jose.ParseKeys(b); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
 	return fileKeys(file), nil
@@ -144,28 +145,28 @@ func (v *oidc) verify(ctx context.Context, payload []byte, key crypto.PublicKey)
 	if err != nil {
 		return id, nil, refused("oidc: %v", err)
 	}
-	iss, _ := t.claims["iss"].(string)
+	iss, _ := t.Claims["iss"].(string)
 	i := v.issuers[iss]
 	if i == nil {
 		return id, nil, refused("oidc: token is of an issuer that is not configured")
 	}
-	if err := t.check(ctx, i.keys); err != nil {
+	if err := verifyToken(ctx, t, i.keys); err != nil {
 		return id, nil, fmt.Errorf("oidc issuer %s: %w", i.name, err)
 	}
-	until, err := t.checkClaims(i.Issuer, i.Audience, v.now())
+	until, err := checkClaims(t, i.Issuer, i.Audience, v.now())
 	if err != nil {
 		return id, nil, fmt.Errorf("oidc issuer %s: %w", i.name, err)
 	}
 	for name, want := range i.Require {
-		if got := claimTexts(t.claims[name]); len(got) != 1 || got[0] != want {
+		if got := claimTexts(t.Claims[name]); len(got) != 1 || got[0] != want {
 			return id, nil, refused("oidc issuer %s: claim %s is not what is required", i.name, name)
 		}
 	}
-	if id, err = i.agent(v.td, t.claims); err != nil {
+	if id, err = i.agent(v.td, t.Claims); err != nil {
 		return id, nil, err
 	}
 	for _, name := range i.Selectors {
-		for _, value := range claimTexts(t.claims[name]) {
+		for _, value := range claimTexts(t.Claims[name]) {
 			sel = append(sel, mesh.Selector{Type: OIDC, Value: i.name + ":" + name + ":" + value})
 		}
 	}
@@ -173,8 +174,8 @@ func (v *oidc) verify(ctx context.Context, payload []byte, key crypto.PublicKey)
 }
 
 // agent names the agent by the chosen claim, or by the hash of the subject.
-func (i *oidcIssuer) agent(td spiffeid.TrustDomain, claims object) (spiffeid.ID, error) {
-	sub, err := claims.text("sub")
+func (i *oidcIssuer) agent(td spiffeid.TrustDomain, claims jose.Object) (spiffeid.ID, error) {
+	sub, err := claims.Text("sub")
 	if err != nil {
 		return spiffeid.ID{}, refused("oidc issuer %s: %v", i.name, err)
 	}
@@ -219,19 +220,19 @@ func claimTexts(v any) []string {
 }
 
 // tokenOf reads a payload that holds a token under one of its names.
-func tokenOf(payload []byte, name string, others ...string) (*token, error) {
-	o, err := parseObject(payload)
+func tokenOf(payload []byte, name string, others ...string) (*jose.Token, error) {
+	o, err := jose.ParseObject(payload)
 	if err == nil {
-		err = o.only(append(others, name)...)
+		err = o.Only(append(others, name)...)
 	}
 	if err != nil {
 		return nil, err
 	}
-	s, err := o.text(name)
+	s, err := o.Text(name)
 	if err != nil {
 		return nil, err
 	}
-	return parseToken(s)
+	return tokens.Parse(s)
 }
 
 // oidcEvidence is the node's side: a token in a file, as GitLab and most
@@ -272,11 +273,11 @@ func (e oidcEvidence) Payload(ctx context.Context) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("ask GitHub for a token: %w", err)
 	}
-	o, err := parseObject(b)
+	o, err := jose.ParseObject(b)
 	if err != nil {
 		return nil, fmt.Errorf("answer of GitHub: %w", err)
 	}
-	t, err := o.text("value")
+	t, err := o.Text("value")
 	if err != nil {
 		return nil, fmt.Errorf("answer of GitHub: %w", err)
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/mesh"
 )
 
@@ -142,9 +143,9 @@ func (v *x509PoP) trusted(chain []*x509.Certificate) ([][]*x509.Certificate, err
 
 // parsePoPPayload reads {"certificates": [base64 DER, leaf first]}.
 func parsePoPPayload(payload []byte) ([]*x509.Certificate, error) {
-	o, err := parseObject(payload)
+	o, err := jose.ParseObject(payload)
 	if err == nil {
-		err = o.only("certificates")
+		err = o.Only("certificates")
 	}
 	if err != nil {
 		return nil, err
@@ -156,7 +157,7 @@ func parsePoPPayload(payload []byte) ([]*x509.Certificate, error) {
 	out := make([]*x509.Certificate, len(list))
 	for i, e := range list {
 		s, _ := e.(string)
-		der, err := decode64(base64.StdEncoding, s)
+		der, err := jose.Decode64(base64.StdEncoding, s)
 		if err != nil {
 			return nil, fmt.Errorf("certificate %d: %w", i+1, err)
 		}
@@ -187,22 +188,22 @@ func checkPoPAnswer(key crypto.PublicKey, nonce, answer []byte) error {
 	if len(answer) > maxEvidence {
 		return fmt.Errorf("%d bytes, want at most %d", len(answer), maxEvidence)
 	}
-	o, err := parseObject(answer)
+	o, err := jose.ParseObject(answer)
 	if err == nil {
-		err = o.only("rsa_signature", "ecdsa_signature")
+		err = o.Only("rsa_signature", "ecdsa_signature")
 	}
 	if err != nil {
 		return err
 	}
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
-		a := o.child("ecdsa_signature")
+		a := o.Child("ecdsa_signature")
 		sum, err := popDigest(a, nonce)
 		if err != nil {
 			return err
 		}
-		r, err1 := a.binary("r")
-		s, err2 := a.binary("s")
+		r, err1 := binary(a, "r")
+		s, err2 := binary(a, "s")
 		size := (k.Params().BitSize + 7) / 8
 		if err1 != nil || err2 != nil || len(r) > size || len(s) > size {
 			return errors.New("r or s is missing or too long")
@@ -211,12 +212,12 @@ func checkPoPAnswer(key crypto.PublicKey, nonce, answer []byte) error {
 			return errors.New("signature is wrong")
 		}
 	case *rsa.PublicKey:
-		a := o.child("rsa_signature")
+		a := o.Child("rsa_signature")
 		sum, err := popDigest(a, nonce)
 		if err != nil {
 			return err
 		}
-		sig, err := a.binary("signature")
+		sig, err := binary(a, "signature")
 		if err != nil {
 			return err
 		}
@@ -229,8 +230,8 @@ func checkPoPAnswer(key crypto.PublicKey, nonce, answer []byte) error {
 	return nil
 }
 
-func popDigest(a object, ours []byte) ([]byte, error) {
-	theirs, err := a.binary("nonce")
+func popDigest(a jose.Object, ours []byte) ([]byte, error) {
+	theirs, err := binary(a, "nonce")
 	if err != nil {
 		return nil, err
 	}
@@ -286,14 +287,14 @@ func (e popEvidence) Answer(challenge []byte) ([]byte, error) {
 }
 
 func answerPoP(key crypto.PrivateKey, challenge []byte) ([]byte, error) {
-	o, err := parseObject(challenge)
+	o, err := jose.ParseObject(challenge)
 	if err != nil {
 		return nil, fmt.Errorf("challenge of the issuer: %w", err)
 	}
 	ours := make([]byte, nonceSize)
 	rand.Read(ours) // never fails
 	digest := func(kind string) ([]byte, error) {
-		theirs, err := o.child(kind).binary("nonce")
+		theirs, err := binary(o.Child(kind), "nonce")
 		if err != nil || len(theirs) != nonceSize {
 			return nil, fmt.Errorf("challenge of the issuer has no nonce of %d bytes for this key", nonceSize)
 		}

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"sallyport/internal/jose"
 	"sallyport/internal/svid"
 )
 
@@ -210,7 +211,7 @@ func (v *survey) tls() {
 // nothing to be read.
 func (v *survey) read(body []byte) *document {
 	const by = "the bundle document"
-	o, err := svid.JSONObject(body)
+	o, err := jose.ParseObject(body)
 	v.say(by, err, 75, 90)
 	if err != nil {
 		return nil
@@ -307,7 +308,7 @@ func (v *survey) oidc() {
 	body, chain, err := v.get(v.cfg.OIDC + "/.well-known/openid-configuration")
 	var o map[string]any
 	if err == nil {
-		o, err = svid.JSONObject(body)
+		o, err = jose.ParseObject(body)
 	}
 	v.say(by, err, 53)
 	if err != nil {
@@ -335,7 +336,7 @@ func (v *survey) oidc() {
 	}
 	body, _, err = v.get(jwks)
 	if err == nil {
-		o, err = svid.JSONObject(body)
+		o, err = jose.ParseObject(body)
 	}
 	v.say("jwks_uri", err, 53)
 	if err != nil {

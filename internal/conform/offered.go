@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/descriptorpb"
 
-	"sallyport/internal/svid"
+	"sallyport/internal/jose"
 )
 
 // witMusts are the demands on WIT-SVIDs that a workload can see.
@@ -45,7 +45,7 @@ func (p *probe) wit() {
 }
 
 func (p *probe) witKeys(doc string) (kids []string) {
-	set, err := svid.JSONObject([]byte(doc))
+	set, err := jose.ParseObject([]byte(doc))
 	keys, _ := set["keys"].([]any)
 	if err == nil && len(keys) == 0 {
 		err = errors.New("it has no keys")

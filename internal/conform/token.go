@@ -18,7 +18,7 @@ import (
 	"strings"
 	"time"
 
-	"sallyport/internal/svid"
+	"sallyport/internal/jose"
 )
 
 var algorithms = map[string]crypto.Hash{
@@ -215,7 +215,7 @@ func readToken(text string) (token, error) {
 		if err != nil {
 			return token{}, errors.New("it is not base64url")
 		}
-		if out[i], err = svid.JSONObject(b); err != nil {
+		if out[i], err = jose.ParseObject(b); err != nil {
 			return token{}, err
 		}
 	}

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
-	"sallyport/internal/svid"
+	"sallyport/internal/jose"
 )
 
 // A Workload says which Workload API is looked at, and how.
@@ -270,7 +270,7 @@ func (p *probe) jwtBundles() {
 // keySet holds a JWK set of the Workload API to the specification, and gives
 // its key IDs. The use of a key may be left out there: all are for tokens.
 func (p *probe) keySet(what string, doc []byte) (kids []string) {
-	set, err := svid.JSONObject(doc)
+	set, err := jose.ParseObject(doc)
 	keys, ok := set["keys"].([]any)
 	if err == nil && !ok {
 		err = errors.New("keys is missing")

@@ -11,7 +11,6 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/x509"
 	"encoding/base64"
@@ -26,7 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"sallyport/internal/svid"
+	"sallyport/internal/jose"
 )
 
 const (
@@ -153,7 +152,7 @@ func decode(td spiffeid.TrustDomain, doc []byte) (*Bundle, error) {
 	if len(doc) > MaxDocument {
 		return nil, fmt.Errorf("%d bytes, want at most %d", len(doc), MaxDocument)
 	}
-	o, err := svid.JSONObject(doc)
+	o, err := jose.ParseObject(doc)
 	if err != nil {
 		return nil, err
 	}
@@ -185,7 +184,7 @@ func decode(td spiffeid.TrustDomain, doc []byte) (*Bundle, error) {
 }
 
 // whole reads an optional non-negative integer.
-func whole(o map[string]any, name string) (uint64, error) {
+func whole(o jose.Object, name string) (uint64, error) {
 	v, has := o[name]
 	if !has {
 		return 0, nil
@@ -199,7 +198,7 @@ func whole(o map[string]any, name string) (uint64, error) {
 }
 
 // text reads a member that is a string when it is there.
-func text(o map[string]any, name string) (string, error) {
+func text(o jose.Object, name string) (string, error) {
 	v, has := o[name]
 	s, ok := v.(string)
 	if has && !ok {
@@ -209,10 +208,11 @@ func text(o map[string]any, name string) (string, error) {
 }
 
 func (b *Bundle) add(v any) error {
-	o, ok := v.(map[string]any)
+	m, ok := v.(map[string]any)
 	if !ok {
 		return errors.New("not a JSON object")
 	}
+	o := jose.Object(m)
 	kty, _ := o["kty"].(string)
 	use, _ := o["use"].(string)
 	if kty != "EC" && kty != "RSA" || use != useX509 && use != useJWT {
@@ -231,7 +231,7 @@ func (b *Bundle) add(v any) error {
 	if slices.ContainsFunc(b.JWT, func(k Key) bool { return k.ID == kid }) {
 		return errors.New("kid stands twice")
 	}
-	pub, err := publicKey(o, kty)
+	pub, err := publicKey(o)
 	if err != nil {
 		return err
 	}
@@ -240,7 +240,7 @@ func (b *Bundle) add(v any) error {
 }
 
 // addX509 takes the first certificate of x5c; the others do not count.
-func (b *Bundle) addX509(o map[string]any, kty string) error {
+func (b *Bundle) addX509(o jose.Object, kty string) error {
 	list, has := o["x5c"].([]any)
 	if !has && o["x5c"] != nil {
 		return errors.New("x5c is not a list")
@@ -249,7 +249,7 @@ func (b *Bundle) addX509(o map[string]any, kty string) error {
 		return nil
 	}
 	s, _ := list[0].(string)
-	der, err := base64.StdEncoding.Strict().DecodeString(s)
+	der, err := jose.Decode64(base64.StdEncoding, s)
 	if err != nil || len(der) == 0 {
 		return errors.New("x5c is not base64 (the kind with +, / and padding)")
 	}
@@ -260,7 +260,7 @@ func (b *Bundle) addX509(o map[string]any, kty string) error {
 	if !c.BasicConstraintsValid || !c.IsCA {
 		return errors.New("x5c is not a CA certificate")
 	}
-	pub, err := publicKey(o, kty)
+	pub, err := publicKey(o)
 	if err != nil {
 		return err
 	}
@@ -273,54 +273,11 @@ func (b *Bundle) addX509(o map[string]any, kty string) error {
 	return nil
 }
 
-// publicKey reads the key of an element and holds it to our floor.
-func publicKey(o map[string]any, kty string) (crypto.PublicKey, error) {
-	num := func(name string) ([]byte, error) {
-		s, err := text(o, name)
-		if err != nil {
-			return nil, err
-		}
-		b, err := base64.RawURLEncoding.Strict().DecodeString(s)
-		if err != nil || len(b) == 0 || len(b) > 1024 {
-			return nil, fmt.Errorf("%s is missing or not base64url", name)
-		}
-		return b, nil
+// publicKey reads the key of an element, which is of a kind that we know.
+func publicKey(o jose.Object) (crypto.PublicKey, error) {
+	k, err := jose.PublicKey(o)
+	if err == nil && k == nil {
+		err = errors.New("crv is not P-256, P-384 or P-521")
 	}
-	if kty == "RSA" {
-		n, err := num("n")
-		if err != nil {
-			return nil, err
-		}
-		e, err := num("e")
-		if err != nil {
-			return nil, err
-		}
-		exp := new(big.Int).SetBytes(e)
-		k := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(exp.Int64())}
-		if bits := k.N.BitLen(); bits < 2048 || bits > 8192 || k.N.Bit(0) == 0 || exp.BitLen() > 31 || k.E < 3 || k.E&1 == 0 {
-			return nil, errors.New("RSA key is not of 2048 to 8192 bits with a sound exponent")
-		}
-		return k, nil
-	}
-	crv, err := text(o, "crv")
-	if err != nil {
-		return nil, err
-	}
-	curve, ok := map[string]elliptic.Curve{"P-256": elliptic.P256(), "P-384": elliptic.P384(), "P-521": elliptic.P521()}[crv]
-	if !ok {
-		return nil, errors.New("crv is not P-256, P-384 or P-521")
-	}
-	x, err := num("x")
-	if err != nil {
-		return nil, err
-	}
-	y, err := num("y")
-	if err != nil {
-		return nil, err
-	}
-	k, err := ecdsa.ParseUncompressedPublicKey(curve, slices.Concat([]byte{4}, x, y))
-	if err != nil || len(x) != len(y) {
-		return nil, fmt.Errorf("x and y are not a point of %s", crv)
-	}
-	return k, nil
+	return k, err
 }

@@ -2,7 +2,6 @@ package svid
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"slices"
@@ -129,27 +128,16 @@ func (c *JWTCache) trusted(kid string) bool {
 
 // tokenLife reads a token of our own issuer, without checking it.
 func tokenLife(token string) (kid string, issued, end time.Time, err error) {
-	part := strings.Split(token, ".")
-	if len(part) != 3 || len(token) > maxJWT {
-		return "", issued, end, errors.New("not a compact JWT")
+	t, err := jwtSVID.Parse(token)
+	if err != nil {
+		return "", issued, end, fmt.Errorf("read JWT: %w", err)
 	}
-	var o [2]map[string]any
-	for i := range o {
-		b, err := base64.RawURLEncoding.DecodeString(part[i])
-		if err == nil {
-			o[i], err = JSONObject(b)
-		}
-		if err != nil {
-			return "", issued, end, fmt.Errorf("read JWT: %w", err)
-		}
-	}
-	kid, _ = o[0]["kid"].(string)
-	if issued, _, err = numericDate(o[1], "iat"); err != nil {
+	if issued, _, err = t.Claims.Time("iat"); err != nil {
 		return "", issued, end, err
 	}
-	end, has, err := numericDate(o[1], "exp")
+	end, has, err := t.Claims.Time("exp")
 	if err == nil && !has {
 		err = errors.New("exp is missing")
 	}
-	return kid, issued, end, err
+	return t.KeyID, issued, end, err
 }
