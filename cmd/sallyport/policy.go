@@ -27,10 +27,7 @@ func (c *cli) policy() *cobra.Command {
 	}, &cobra.Command{
 		Use: "test DIR", Short: "Decide the cases in DIR/tests and show which rows they cover", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return c.policyTest(args[0], td) },
-	}, &cobra.Command{
-		Use: "diff OLD NEW", Short: "Show exactly the calls that NEW decides otherwise than OLD", Args: cobra.ExactArgs(2),
-		RunE: func(_ *cobra.Command, args []string) error { return c.diff(args[0], args[1], td) },
-	})
+	}, c.policyDiff(&td))
 	return cmd
 }
 
@@ -57,34 +54,6 @@ func parsePolicies(dir, td string) (*mesh.Policies, error) {
 		return nil, &daemon.ExitError{Code: daemon.Failed, Err: err}
 	}
 	return p, nil
-}
-
-// diff prints the calls that NEW decides otherwise than OLD.
-func (c *cli) diff(old, new, td string) error {
-	was, err := parsePolicies(old, td)
-	if err != nil {
-		return err
-	}
-	is, err := parsePolicies(new, td)
-	if err != nil {
-		return err
-	}
-	cells, err := review.Diff(was, is, time.Now())
-	if err != nil {
-		return failed(err)
-	}
-	if c.format == "json" {
-		return c.emit(cells, nil, nil)
-	}
-	for _, x := range cells {
-		fmt.Fprintf(c.stdout, "now %-5s  %s %s -> %s port %s %s %s", x.Effect, x.Dir, x.Src, x.Dst, x.Port, x.Verb, x.Path)
-		if x.When != "" {
-			fmt.Fprintf(c.stdout, " when %s", x.When)
-		}
-		fmt.Fprintf(c.stdout, "\n           such as %s: was %s, is %s\n", x.Witness, x.Was, x.Is)
-	}
-	fmt.Fprintf(c.stdout, "%d cells changed\n", len(cells))
-	return nil
 }
 
 func (c *cli) lint(dir, td string) error {
@@ -130,14 +99,6 @@ func (c *cli) policyTest(dir, td string) error {
 	}
 	fmt.Fprintf(c.stdout, "%d cases, %d failed, %d of %d rows covered\n", len(rep.Results), len(rep.Failed()), rep.Covered(), len(rep.Rows))
 	return failed(rep.Err())
-}
-
-// failed gives a check that failed its exit code; nil stays nil.
-func failed(err error) error {
-	if err == nil {
-		return nil
-	}
-	return &daemon.ExitError{Code: daemon.Failed, Err: err}
 }
 
 // anyID finds a SPIFFE ID in any of the files.

@@ -5,11 +5,14 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"sallyport/policies"
 )
 
 func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"sallyport": main}) }
@@ -17,7 +20,11 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"sallyport": 
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"fails": fails, "taken": taken},
+		// The policy files of the demo, to edit.
+		Setup: func(e *testscript.Env) error {
+			return os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS)
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken},
 	})
 }
 
@@ -34,6 +41,16 @@ func fails(ts *testscript.TestScript, _ bool, args []string) {
 	if !strings.HasPrefix(said, args[1]+": ") || strings.Contains(said, "goroutine ") || strings.Contains(said, "panic") {
 		ts.Fatalf("%q does not say in a sentence why:\n%s", args[1:], said)
 	}
+}
+
+// edit replaces a text, which must be there once, in a file:
+// "edit FILE OLD NEW", where "\\n" begins a line.
+func edit(ts *testscript.TestScript, _ bool, args []string) {
+	text := ts.ReadFile(args[0])
+	if n := strings.Count(text, args[1]); n != 1 {
+		ts.Fatalf("%q is in %s %d times, want once", args[1], args[0], n)
+	}
+	ts.Check(write(ts.MkAbs(args[0]), strings.Replace(text, args[1], strings.ReplaceAll(args[2], `\n`, "\n"), 1)))
 }
 
 // taken listens on a port and writes a configuration with its address in it:

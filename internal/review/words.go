@@ -126,6 +126,15 @@ func (s *side) implied(t string) bool {
 	return s.dim != byTime && s.dim != byACR && slices.ContainsFunc(s.values, func(v string) bool { return v != "" && match(s.dim, v, v) && v != t })
 }
 
+// Calls writes the calls of the cell on one line.
+func (c *Cell) Calls() string {
+	s := fmt.Sprintf("%s %s -> %s port %s %s %s", c.Dir, c.Src, c.Dst, c.Port, c.Verb, c.Path)
+	if c.When != "" {
+		s += " when " + c.When
+	}
+	return s
+}
+
 // String is the call on one line.
 func (w Witness) String() string {
 	s := fmt.Sprintf("%s %s -> %s:%d %s %s", w.Dir, w.Src, w.Dst, w.Port, w.Verb, w.Path)
