@@ -20,7 +20,7 @@ import (
 // metric label, and the reason field of audit records.
 type Reason string
 
-// The reasons. ByRule is the only one of a call that is allowed.
+// The reasons. A call is allowed by ByRule, or by Observed and Warned.
 const (
 	// NoPolicy: no policy was received yet, or it has no row.
 	NoPolicy Reason = "no_policy"
@@ -36,6 +36,10 @@ const (
 	Internal Reason = "internal"
 	// Unrecorded: the decision could not be written to the audit log.
 	Unrecorded Reason = "audit"
+	// Observed and Warned: the call is allowed although it is denied, because
+	// the file that denies it is not enforced.
+	Observed Reason = "observe"
+	Warned   Reason = "warn"
 	// BadRequest: the call is not one that rows could speak of.
 	BadRequest Reason = "bad_request"
 )
@@ -88,6 +92,8 @@ type Decision struct {
 	// several rows with the same effect it is the first.
 	Rule   string
 	Reason Reason
+	// would is the reason of the denial that was not enforced.
+	would Reason
 }
 
 // speakable reports whether rows can speak of the call. What is not in one

@@ -13,7 +13,7 @@ import (
 // on. The files were checked when they were parsed, but a snapshot came over a
 // wire or from a disk.
 func checkRows(s *mesh.Snapshot) error {
-	rows := mesh.Snapshot{TrustDomain: s.TrustDomain, Rules: s.Rules, Memberships: s.Memberships}
+	rows := mesh.Snapshot{TrustDomain: s.TrustDomain, Rules: s.Rules, Memberships: s.Memberships, Modes: s.Modes}
 	if err := rows.Validate(); err != nil {
 		return err
 	}

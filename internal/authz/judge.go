@@ -111,6 +111,7 @@ func (j *Judge) Mismatches() uint64 { return j.mismatches.Load() }
 type Grant struct {
 	id, rule, dst string
 	port          uint16
+	warn          bool
 	tally         audit.Tally
 }
 
@@ -120,8 +121,13 @@ func (g Grant) Valid() bool { return g.id != "" }
 // ID is the decision id, as in the audit record.
 func (g Grant) ID() string { return g.id }
 
-// Rule is the id of the row that allows the call.
+// Rule is the id of the row that allows the call, or of the row that would deny
+// it if its file were enforced.
 func (g Grant) Rule() string { return g.rule }
+
+// Warn reports whether the call is denied by a file that only warns: the caller
+// is to be told.
+func (g Grant) Warn() bool { return g.warn }
 
 // Done tells the record how the call ended: the status that the caller was
 // told, 0 when it was told nothing, and the trace. It is called once for each
@@ -171,23 +177,28 @@ func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
 	if c.Now.IsZero() {
 		c.Now = j.cfg.Now()
 	}
-	d := j.decide(c, set, cn)
+	d, sure := j.decide(c, set, cn)
 	if n := j.judged.Add(1); n&(j.cfg.CheckEvery-1) == 0 && set != nil {
 		j.sample(set, c, d)
+	}
+	if sure {
+		d = set.soften(c, d)
 	}
 	return j.record(c, set, d)
 }
 
-func (j *Judge) decide(c *Call, set *Set, cn *Conn) (d Decision) {
+// decide answers by the rows. Sure is false of a Set that disagreed with Casbin:
+// all of its denials are enforced.
+func (j *Judge) decide(c *Call, set *Set, cn *Conn) (d Decision, sure bool) {
 	if cn == nil {
 		d = set.Decide(c)
 	} else {
 		d = cn.slice(set).Decide(c)
 	}
 	if set != nil && j.doubted.Load() == set {
-		d = j.stricter(set, c, d)
+		return j.stricter(set, c, d), false
 	}
-	return d
+	return d, true
 }
 
 // Allows reports whether Judge would allow the call, by the policy in force and
@@ -202,7 +213,12 @@ func (j *Judge) Allows(c *Call) (ok bool) {
 	}()
 	call := *c
 	call.Environment, call.Now = j.cfg.Environment, j.cfg.Now()
-	return j.decide(&call, j.set.Load(), nil).Allow
+	set := j.set.Load()
+	d, sure := j.decide(&call, set, nil)
+	if sure {
+		d = set.soften(&call, d)
+	}
+	return d.Allow
 }
 
 // record writes the decision, and only then makes the grant.
@@ -218,7 +234,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	case !d.Allow:
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
-	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, tally: tally}, nil
+	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, warn: d.Reason == Warned, tally: tally}, nil
 }
 
 func recordOf(c *Call, set *Set, d Decision) audit.Record {
@@ -228,7 +244,7 @@ func recordOf(c *Call, set *Set, d Decision) audit.Record {
 	}
 	keep := set.keeping(c.Dst)
 	return audit.Record{
-		Full: keep.full, Open: keep.open,
+		Full: keep.full || d.would != "", Open: keep.open, Detail: wouldDeny[d.would],
 		Kind: audit.KindDecision, Decision: effect, Reason: string(d.Reason), Rule: d.Rule,
 		Dir: string(c.Dir), Src: srcText(c.Src), Dst: c.Dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
 		Revision: set.Revision(), Trace: c.Trace, Peer: c.Peer,

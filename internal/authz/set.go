@@ -22,6 +22,7 @@ type Set struct {
 	in, out  *table
 	oracle   *oracle
 	keep     map[string]keeping // by destination; those that are not usual
+	lenient  *lenient           // nil when every file is enforced
 }
 
 // keeping is how the calls of a destination are recorded.
@@ -70,6 +71,9 @@ func Compile(snap *mesh.Snapshot) (*Set, error) {
 	s.in.seal()
 	s.out.seal()
 	var err error
+	if s.lenient, err = compileModes(snap); err != nil {
+		return nil, fmt.Errorf("compile policy: %w", err)
+	}
 	if s.oracle, err = newOracle(s.rows, s.groups); err != nil {
 		return nil, fmt.Errorf("compile policy: %w", err)
 	}
@@ -178,7 +182,8 @@ func (f *found) decision() Decision {
 // stack. More cost an allocation, not correctness.
 const scratch = 16
 
-// Decide answers from the index. It does not allocate.
+// Decide answers from the index, by the rows of all files as if each were
+// enforced. It does not allocate.
 func (s *Set) Decide(c *Call) Decision {
 	if s == nil || len(s.rows) == 0 {
 		return Decision{Reason: NoPolicy}

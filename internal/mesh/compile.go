@@ -23,7 +23,7 @@ func Compile(p *Policies, rev, policyRev uint64, eps []Endpoint) (*Snapshot, err
 		TrustDomain: p.TrustDomain,
 		Services:    slices.Clone(p.Services), Rules: slices.Clone(p.Rules),
 		Memberships: slices.Clone(p.Memberships), Destinations: slices.Clone(p.Destinations),
-		Tokens: p.Tokens,
+		Tokens: p.Tokens, Modes: slices.Clone(p.Modes),
 	}
 	for _, e := range eps {
 		if _, ok := s.Service(e.Service); ok {
@@ -43,6 +43,7 @@ func (s *Snapshot) canonical() {
 	s.Memberships = sorted(s.Memberships, compareMemberships)
 	s.Destinations = sorted(s.Destinations, compareDestinations)
 	s.Tokens = s.Tokens.canonical()
+	slices.SortFunc(s.Modes, compareModes)
 }
 
 func sorted[T any](list []T, less func(a, b T) int) []T {
@@ -68,12 +69,13 @@ func compareMemberships(a, b Membership) int {
 }
 
 // Hash is the SHA-256, in hex, of what the reviewed set says. Comments, blanks,
-// the order of rows and the file a row stands in do not change it.
+// the order of rows and, when every file is enforced, the file a row stands in
+// do not change it.
 func (p *Policies) Hash() string {
 	c := Policies{
 		TrustDomain:  p.TrustDomain,
 		Services:     sorted(without(p.Services, func(s *Service) { s.Origin = Origin{} }), compareServices),
-		Rules:        sorted(without(p.Rules, func(r *Rule) { r.Origin = Origin{} }), compareRules),
+		Rules:        sorted(without(p.Rules, func(r *Rule) { r.Origin = p.sameFile(r.Origin) }), compareRules),
 		Memberships:  sorted(without(p.Memberships, func(m *Membership) { m.Origin = Origin{} }), compareMemberships),
 		Destinations: sorted(without(p.Destinations, func(d *Destination) { d.Origin = Origin{} }), compareDestinations),
 		Entries: sorted(without(p.Entries, func(e *Entry) { e.Origin = Origin{} }), func(a, b Entry) int {
@@ -86,6 +88,7 @@ func (p *Policies) Hash() string {
 			return cmp.Compare(a.ID, b.ID)
 		}),
 		Tokens: p.Tokens.withoutOrigins(),
+		Modes:  withoutOrigins(p.Modes),
 	}
 	return hashJSON(c)
 }
@@ -164,6 +167,6 @@ func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
 // Validate reports rows and memberships that mean nothing, as Errors. A proxy
 // asks before it acts on a snapshot from the wire or from disk.
 func (s *Snapshot) Validate() error {
-	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Tokens: s.Tokens}}
+	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Tokens: s.Tokens, Modes: s.Modes}}
 	return v.run().orNil()
 }

@@ -212,6 +212,8 @@ type Policies struct {
 	Admin []AdminRule `json:"admin,omitempty"`
 	// Tokens is tokens.yaml; nil means that no token and no API key counts.
 	Tokens *Tokens `json:"tokens,omitempty"`
+	// Modes are the files of rows that are not enforced.
+	Modes []FileMode `json:"modes,omitempty"`
 }
 
 // A Snapshot is what one proxy acts on: immutable once made, swapped whole.
@@ -230,4 +232,6 @@ type Snapshot struct {
 	Destinations   []Destination        `json:"destinations"`
 	// Tokens is nil for a proxy that has no token to check.
 	Tokens *Tokens `json:"tokens,omitempty"`
+	// Modes are the files of rows that are not enforced.
+	Modes []FileMode `json:"modes,omitempty"`
 }

@@ -27,7 +27,7 @@ const (
 	testExtension = ".yaml"
 )
 
-var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, testsFolder}
+var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, testsFolder}
 
 // beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
@@ -161,13 +161,14 @@ func (r *reader) documents(p *Policies) error {
 		entries  entriesDoc
 		egress   egressDoc
 		tokens   tokensDoc
+		modes    modesDoc
 	)
-	err := errors.Join(r.yaml(servicesFile, &services), r.yaml(entriesFile, &entries), r.yaml(egressFile, &egress), r.yaml(tokensFile, &tokens))
+	err := errors.Join(r.yaml(servicesFile, &services), r.yaml(entriesFile, &entries), r.yaml(egressFile, &egress), r.yaml(tokensFile, &tokens), r.yaml(modesFile, &modes))
 	if err != nil {
 		return err
 	}
 	p.Services, p.Entries, p.Destinations = services.nouns(), entries.nouns(), egress.nouns()
-	p.Tokens = tokens.noun()
+	p.Tokens, p.Modes = tokens.noun(), modes.nouns()
 	if !r.cases {
 		return nil
 	}

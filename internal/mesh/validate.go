@@ -41,6 +41,7 @@ func (v *validator) run() Errors {
 	v.cases()
 	v.adminRules()
 	v.tokens()
+	v.modes()
 	if !v.valuesOnly {
 		v.groups()
 	}

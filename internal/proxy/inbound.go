@@ -301,6 +301,9 @@ func (in *Inbound) judge(x *call) *refusal {
 	g, err := x.judge.Judge(&x.judged)
 	if err == nil {
 		x.grant = g
+		if g.Warn() {
+			x.warn(g)
+		}
 		return nil
 	}
 	d := (*authz.Denial)(nil)
@@ -308,6 +311,12 @@ func (in *Inbound) judge(x *call) *refusal {
 		return unrecorded()
 	}
 	return &refusal{status: 403, reason: "policy", decision: d.ID}
+}
+
+// warn tells the caller of a denial that is not enforced yet. The answer shows
+// the decision, never the rule.
+func (x *call) warn(g authz.Grant) {
+	x.ex.ToDown.Extra = fmt.Appendf(nil, "Sallyport-Warning: denied when enforced; decision=%s\r\n", g.ID())
 }
 
 func (in *Inbound) forward(x *call) *refusal { return in.handOver(x, x.grant) }

@@ -66,6 +66,42 @@ func TestCallIsJudgedAndRecorded(t *testing.T) {
 	}
 }
 
+// What only a file denies that is not enforced passes; the caller is told of a
+// decision that is in the record, and not by the application.
+func TestDenialThatIsNotEnforced(t *testing.T) {
+	r := newRig(t, app(t, func(w http.ResponseWriter, req *http.Request) {
+		w.Header().Set("Sallyport-Warning", "forged")
+		hello(w, req)
+	}))
+	w := r.dialIn(r.web)
+	for _, c := range []struct {
+		mode   string
+		status int
+		warns  bool
+	}{{"enforce", 403, false}, {"observe", 200, false}, {"warn", 200, true}, {"enforce", 403, false}} {
+		r.modes = "access.csv: " + c.mode + "\n"
+		r.use(accessCSV)
+		w.say("GET /secret HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+		resp, body := w.answer("GET")
+		all := decisions(r.inAudit)
+		last := all[len(all)-1]
+		told := resp.Header.Values("Sallyport-Warning")
+		if resp.StatusCode != c.status || (len(told) == 1) != c.warns || len(told) > 1 {
+			t.Errorf("%s: got %d %s, warning %q", c.mode, resp.StatusCode, body, told)
+		}
+		if c.warns && !strings.HasSuffix(told[0], "decision="+last.ID) {
+			t.Errorf("warning %q, record %+v", told, last)
+		}
+		if c.status == 200 && (last.Decision != audit.Allow || last.Reason != c.mode || last.Rule != "") {
+			t.Errorf("%s: record %+v", c.mode, last)
+		}
+		w.say(okRequest)
+		if resp, _ := w.answer("GET"); resp.StatusCode != 200 || resp.Header.Get("Sallyport-Warning") != "" {
+			t.Errorf("%s: an allowed call got %s, %v", c.mode, resp.Status, resp.Header)
+		}
+	}
+}
+
 func TestRefusedCallKeepsTheConnection(t *testing.T) {
 	r := newRig(t, app(t, hello))
 	w := r.dialIn(r.web)

@@ -69,6 +69,7 @@ type rig struct {
 	web      *svid.Source
 	billing  *svid.Source
 	log      *logBuffer
+	modes    string // modes.yaml
 	services *upstream.Services
 	gateways *upstream.Services
 	gen      atomic.Uint64
@@ -198,7 +199,7 @@ func start(t testing.TB, run func(context.Context, net.Listener) error) (addr st
 func (r *rig) use(access string) {
 	r.t.Helper()
 	r.nextRevision++
-	p := meshtest.Policies(r.t, map[string]string{"services.yaml": servicesYAML, "access.csv": access})
+	p := meshtest.Policies(r.t, map[string]string{"services.yaml": servicesYAML, "access.csv": access, "modes.yaml": r.modes})
 	eps := append([]mesh.Endpoint{meshtest.Endpoint(r.t, "billing", r.inAddr)}, r.endpointsExtra...)
 	snap, err := mesh.Compile(p, r.nextRevision, r.nextRevision, eps)
 	if err != nil {

@@ -42,7 +42,7 @@ type Field struct {
 var kinds = map[string]string{
 	"services": "service", "destinations": "egress destination", "entries": "entry",
 	"cases": "test", "admin": "admin row", "issuers": "token issuer", "api_keys": "API key",
-	"revoked": "revoked token", "dpop": "DPoP", "routes": "route",
+	"revoked": "revoked token", "dpop": "DPoP", "routes": "route", "modes": "mode",
 }
 
 // judged are the lists whose meaning Diff compares.
@@ -157,7 +157,7 @@ func fieldsOf(was, is map[string]string) []Field {
 // names are the fields that tell elements of a list apart, the best first. The
 // id of an entry is a hash of all of it unless written, so that it comes after
 // the identity.
-var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "id"}
+var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "file", "id"}
 
 func nameOf(v reflect.Value) string {
 	texts := map[string]string{}

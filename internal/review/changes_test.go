@@ -44,6 +44,9 @@ func TestChanges(t *testing.T) {
 			{"API key", "ci", Added, []Field{{"hashes", "", "sha256:01234567…"}, {"name", "", "ci"}}},
 			{"tokens", "settings", Edited, []Field{{"api_key_header", "", "x-key"}}},
 		}},
+		{"a file that is not enforced any more", func(p *mesh.Policies) {
+			p.Modes = []mesh.FileMode{{File: "access.csv", Mode: mesh.Observe}}
+		}, []Change{{"mode", "access.csv", Added, []Field{{"file", "", "access.csv"}, {"mode", "", "observe"}}}}},
 		{"a test", func(p *mesh.Policies) { p.Cases = p.Cases[1:] },
 			[]Change{{"test", "billing reaches the payment provider", Removed, nil}}},
 	} {

@@ -34,6 +34,9 @@ func Lint(p *mesh.Policies, now time.Time) []Finding {
 	l.destinations()
 	l.services()
 	l.tests()
+	for _, m := range p.Modes {
+		l.add(NotEnforced, m.Origin, m.File, "%s is in mode %s: what it denies is recorded and passes", m.File, m.Mode)
+	}
 	slices.SortStableFunc(l.found, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Origin.File, b.Origin.File), cmp.Compare(a.Origin.Line, b.Origin.Line))
 	})

@@ -43,6 +43,8 @@ const (
 	NoEntry Check = "no-entry"
 	// TimeDependent: a test is decided by the present moment.
 	TimeDependent Check = "time-dependent"
+	// NotEnforced: the denials of a file let calls pass.
+	NotEnforced Check = "not-enforced"
 )
 
 // A Finding is something that is valid and probably not meant.

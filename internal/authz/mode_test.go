@@ -1,0 +1,120 @@
+package authz
+
+import (
+	"strings"
+	"testing"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+)
+
+// modeRows has pay-1 and stop-1 in access.csv and guard-1 in guardrails.csv.
+func modeRows(t *testing.T, access, guard mesh.Mode) *Set {
+	t.Helper()
+	snap := rows(t, `p, pay-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, 8443, POST, /v1/**, -, allow
+p, stop-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, 8443, POST, /v1/refunds, -, deny
+p, guard-1, in, **, spiffe://corp.example/ns/shop/sa/billing, *, *, /v1/admin/**, -, deny
+`)
+	for i := range snap.Rules {
+		snap.Rules[i].Origin.File = "access.csv"
+		if strings.HasPrefix(snap.Rules[i].ID, "guard") {
+			snap.Rules[i].Origin.File = "guardrails.csv"
+		}
+	}
+	for file, m := range map[string]mesh.Mode{"access.csv": access, "guardrails.csv": guard} {
+		if m != mesh.Enforce {
+			snap.Modes = append(snap.Modes, mesh.FileMode{File: file, Mode: m})
+		}
+	}
+	s, err := Compile(snap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func TestModes(t *testing.T) {
+	const allowed, row, none, admin = "/v1/charges", "/v1/refunds", "/v2", "/v1/admin/x"
+	for _, c := range []struct {
+		access, guard mesh.Mode
+		path          string
+		want          Reason // of an allowed call; empty: denied
+		rule          string
+	}{
+		{mesh.Enforce, mesh.Enforce, allowed, ByRule, "pay-1"},
+		{mesh.Enforce, mesh.Enforce, row, "", "stop-1"},
+		{mesh.Enforce, mesh.Enforce, admin, "", "guard-1"},
+		// Rows of access.csv are not enforced: its denials and what it leaves out pass.
+		{mesh.Observe, mesh.Enforce, allowed, ByRule, "pay-1"},
+		{mesh.Observe, mesh.Enforce, row, Observed, "stop-1"},
+		{mesh.Observe, mesh.Enforce, none, Observed, ""},
+		{mesh.Observe, mesh.Enforce, admin, "", "guard-1"},
+		{mesh.Warn, mesh.Enforce, none, Warned, ""},
+		// Guardrails are not enforced: what access.csv does not allow is denied.
+		{mesh.Enforce, mesh.Observe, admin, Observed, "guard-1"},
+		{mesh.Enforce, mesh.Observe, row, "", "stop-1"},
+		{mesh.Enforce, mesh.Observe, none, "", ""},
+		{mesh.Enforce, mesh.Warn, admin, Warned, "guard-1"},
+		// Each denial has the mode of its file.
+		{mesh.Warn, mesh.Observe, admin, Observed, "guard-1"},
+		{mesh.Warn, mesh.Observe, none, Warned, ""},
+	} {
+		var kept []audit.Record
+		keep := func(r *audit.Record) error {
+			r.ID = "x-1"
+			kept = append(kept, *r)
+			return nil
+		}
+		j := judgeWith(t, recorder(keep), modeRows(t, c.access, c.guard))
+		call := payCall()
+		call.Path = c.path
+		g, err := j.Judge(call)
+		onConn := *call
+		cg, cerr := j.Conn(mesh.In, pay, bill.String(), 8443).Judge(&onConn)
+		name := string(c.access) + " " + string(c.guard) + " " + c.path
+		if (err == nil) != (c.want != "") || (cerr == nil) != (err == nil) || j.Allows(call) != (err == nil) {
+			t.Errorf("%s: %v, on a connection %v, again %v", name, err, cerr, j.Allows(call))
+			continue
+		}
+		r := kept[0]
+		if r.Rule != c.rule || c.want != "" && (r.Reason != string(c.want) || r.Decision != audit.Allow || g.Rule() != c.rule) {
+			t.Errorf("%s: recorded %+v", name, r)
+		}
+		if soft := c.want == Observed || c.want == Warned; soft != r.Full || soft != (r.Detail != "") {
+			t.Errorf("%s: recorded %+v", name, r)
+		}
+		if g.Warn() != (c.want == Warned) || cg.Warn() != g.Warn() {
+			t.Errorf("%s: the caller is warned: %v", name, g.Warn())
+		}
+	}
+}
+
+func TestWhatIsNotACallPassesInNoMode(t *testing.T) {
+	s := modeRows(t, mesh.Observe, mesh.Observe)
+	j := judgeWith(t, audit.NewMemory(), s)
+	for _, c := range []*Call{{}, {Dir: mesh.In, Src: pay, Dst: bill.String(), Port: 8443, Verb: "GET", Path: "/a/../b"}} {
+		if g, err := j.Judge(c); denial(t, g, err).Reason != BadRequest {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	j.doubted.Store(s)
+	c := payCall()
+	c.Path = "/v2"
+	if g, err := j.Judge(c); denial(t, g, err).Reason != NoRow {
+		t.Errorf("a set that disagreed with Casbin let a denied call pass: %v", err)
+	}
+	j.Use(nil)
+	if g, err := j.Judge(payCall()); denial(t, g, err).Reason != NoPolicy {
+		t.Errorf("without a policy: %v", err)
+	}
+}
+
+func TestUnknownModeIsNoPolicy(t *testing.T) {
+	for _, m := range []mesh.FileMode{{File: "access.csv", Mode: "off"}, {File: "tokens.yaml", Mode: mesh.Observe}, {File: "access.csv"}} {
+		snap := rows(t, "")
+		snap.Modes = []mesh.FileMode{m}
+		if _, err := Compile(snap); err == nil {
+			t.Errorf("%v was compiled", m)
+		}
+	}
+}
