@@ -25,15 +25,10 @@ func (in *issuer) firstPolicies(ctx context.Context) error {
 	return nil
 }
 
-// reload takes an edit of the policy folder, or says why not.
+// reload takes an edit of the policy folder. Proxies whose entries changed with
+// it are told by their subscriptions.
 func (in *issuer) reload(ctx context.Context) {
-	before := in.registry.Status().PolicyRevision
-	if err := in.applyFolder(ctx); err != nil {
-		return
-	}
-	if st := in.registry.Status(); st.PolicyRevision != before {
-		in.server.SyncNow() // entries may have changed with the rest
-	}
+	_ = in.applyFolder(ctx) // it has said so
 }
 
 // applyFolder puts the folder in force, or keeps what is in force and makes

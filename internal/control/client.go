@@ -76,8 +76,9 @@ type Client struct {
 	cfg ClientConfig
 	// retryMin and retryMax bound the pause between attempts to connect.
 	retryMin, retryMax time.Duration
-	// alive is how often a subscriber repeats its last answer.
-	alive time.Duration
+	// alive is how often a subscriber repeats its last answer, look how often it
+	// compares its SVID with that of the connection.
+	alive, look time.Duration
 
 	// mu guards what stands below it.
 	mu     sync.Mutex
@@ -93,7 +94,7 @@ func Dial(cfg ClientConfig) (*Client, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Client{cfg: cfg, retryMin: retryMin, retryMax: retryMax, alive: alivePeriod}, nil
+	return &Client{cfg: cfg, retryMin: retryMin, retryMax: retryMax, alive: alivePeriod, look: identityPeriod}, nil
 }
 
 // Close ends the connection and the calls on it.

@@ -235,12 +235,12 @@ type gate struct {
 	entered, opened chan struct{}
 }
 
-func (g *gate) GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
+func (g *gate) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
 	if g.shut.CompareAndSwap(true, false) {
 		g.entered <- struct{}{}
 		<-g.opened
 	}
-	return g.memory.GetAgent(ctx, id)
+	return g.memory.HeldAgent(ctx, id)
 }
 
 // TestASyncIsNotLostBesideAChange: a subscription that finds both a change and

@@ -34,6 +34,11 @@ const (
 	maxMessage      = 4 << 20
 	maxRequest      = 2 << 20
 	maxAdminMessage = 64 << 20
+	// streamWindow and connWindow are what a peer may send before it is read,
+	// bytes. They are fixed: to find better ones by itself, gRPC answers every
+	// message with a ping, and a push to thousands costs as many again.
+	streamWindow = 256 << 10
+	connWindow   = 1 << 20
 	// maxStreams bounds the streams of one connection that are open at once.
 	maxStreams = 128
 	// maxHeader bounds the headers of one call, bytes.
@@ -59,8 +64,11 @@ const (
 	endpointLease = 60 * time.Second
 	// helloTimeout bounds the wait for the first message of a stream.
 	helloTimeout = 10 * time.Second
-	// alivePeriod is how often a subscriber repeats its last answer.
-	alivePeriod = 10 * time.Second
+	// alivePeriod is how often a subscriber repeats its last answer: whether it
+	// lives is known by the stream, which the keepalive below ends when it does
+	// not. identityPeriod is how often it looks whether its SVID was renewed.
+	alivePeriod    = 2 * time.Minute
+	identityPeriod = 10 * time.Second
 	// keepaliveAfter and keepaliveTimeout find a dead peer within 30 s.
 	keepaliveAfter   = 20 * time.Second
 	keepaliveTimeout = 10 * time.Second

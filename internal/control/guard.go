@@ -65,10 +65,15 @@ func (s *Server) authenticate(ctx context.Context) (caller, error) {
 // authorize checks that an agent is known, not banned and uses its current SVID.
 // The first use of a renewed SVID makes that the current one.
 func (s *Server) authorize(ctx context.Context, c caller) error {
+	return s.judge(ctx, c, s.cfg.Registry.GetAgent)
+}
+
+// judge is authorize by what find says of the agent.
+func (s *Server) judge(ctx context.Context, c caller, find func(context.Context, spiffeid.ID) (mesh.Agent, error)) error {
 	if s.cfg.Now().After(c.leaf.NotAfter) {
 		return refuseAgent(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent SVID expired at %s", stamp(c.leaf.NotAfter))
 	}
-	a, err := s.cfg.Registry.GetAgent(ctx, c.id)
+	a, err := find(ctx, c.id)
 	if err != nil {
 		return agentError(c.id, err)
 	}

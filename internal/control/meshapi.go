@@ -256,7 +256,7 @@ func (sub *subscription) syncForced() <-chan struct{} {
 // step checks that the proxy may still be here and brings it up to date.
 func (sub *subscription) step(ctx context.Context) error {
 	s := sub.s
-	if err := s.authorize(ctx, sub.who); err != nil {
+	if err := s.judge(ctx, sub.who, s.cfg.Registry.HeldAgent); err != nil {
 		return err
 	}
 	if err := s.speaksFor(sub.who.id, sub.key.workload, sub.key.kind); err != nil {

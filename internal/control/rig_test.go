@@ -222,6 +222,9 @@ func (m *memory) GetAgent(_ context.Context, id spiffeid.ID) (mesh.Agent, error)
 	}
 	return a, nil
 }
+func (m *memory) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
+	return m.GetAgent(ctx, id)
+}
 func (m *memory) ListAgents(context.Context) (out []mesh.Agent, _ error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

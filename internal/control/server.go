@@ -39,6 +39,8 @@ type Registry interface {
 	// for an agent that was never attested.
 	PutAgent(ctx context.Context, a mesh.Agent) error
 	GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error)
+	// HeldAgent is GetAgent at the price of a look into memory.
+	HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error)
 	ListAgents(ctx context.Context) ([]mesh.Agent, error)
 	// Current is nil before the first policy.
 	Current() *mesh.Snapshot
@@ -295,6 +297,9 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.ReadBufferSize(4096),
 		grpc.WriteBufferSize(4096),
+		grpc.SharedWriteBuffer(true),
+		grpc.StaticStreamWindowSize(streamWindow),
+		grpc.StaticConnWindowSize(connWindow),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			Time: keepaliveAfter, Timeout: keepaliveTimeout, MaxConnectionIdle: idleTimeout,
 		}),

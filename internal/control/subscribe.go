@@ -137,6 +137,8 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	got, ended := receiveClient(ctx, st)
 	alive := time.NewTicker(c.alive)
 	defer alive.Stop()
+	look := time.NewTicker(c.look)
+	defer look.Stop()
 	changed := s.changed()
 	for {
 		select {
@@ -155,10 +157,12 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 			if !s.take(ctx, m) {
 				continue
 			}
-		case <-alive.C:
+		case <-look.C:
 			if c.moved(l) {
 				return nil
 			}
+			continue
+		case <-alive.C:
 			if s.told == 0 {
 				continue
 			}

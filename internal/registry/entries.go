@@ -271,6 +271,7 @@ func (r *Registry) DeleteAgent(ctx context.Context, id spiffeid.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	ops := []store.Op{{Kind: store.KindAgent, Key: id.String(), Delete: true}, {Kind: store.KindToken, Key: seenKey(attest.MachineClaim(id)), Delete: true}}
+	r.agents.Delete(id)
 	if _, err := r.write(ctx, ops...); err != nil {
 		return fmt.Errorf("delete agent: %w", err)
 	}

@@ -75,6 +75,8 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	// Not held while it is written: after an error either may be true.
+	r.agents.Delete(a.ID)
 	if _, err := r.write(ctx, op); err != nil {
 		return fmt.Errorf("put agent: %w", err)
 	}

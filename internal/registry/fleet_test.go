@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -241,6 +242,46 @@ func TestAgents(t *testing.T) {
 			t.Error("an agent of another trust domain was kept")
 		}
 	})
+}
+
+// TestHeldAgent asks again after each write, and while others write.
+func TestHeldAgent(t *testing.T) {
+	in := start(t)
+	id := agent("web-1")
+	if _, err := in.HeldAgent(t.Context(), id); !errors.Is(err, mesh.ErrNotFound) {
+		t.Errorf("before it attests: %v, want ErrNotFound", err)
+	}
+	var readers sync.WaitGroup
+	done := make(chan struct{})
+	for range 4 {
+		readers.Go(func() {
+			for {
+				select {
+				case <-done:
+					return
+				default:
+					_, _ = in.HeldAgent(t.Context(), id)
+				}
+			}
+		})
+	}
+	for n := range 50 {
+		want := mesh.Agent{ID: id, Serial: strconv.Itoa(n), Banned: n%2 == 1}
+		if err := in.PutAgent(t.Context(), want); err != nil {
+			t.Fatal(err)
+		}
+		if got, err := in.HeldAgent(t.Context(), id); err != nil || got.Serial != want.Serial || got.Banned != want.Banned {
+			t.Fatalf("after write %d: %+v, %v", n, got, err)
+		}
+	}
+	close(done)
+	readers.Wait()
+	if err := in.DeleteAgent(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := in.HeldAgent(t.Context(), id); !errors.Is(err, mesh.ErrNotFound) {
+		t.Errorf("after it was forgotten: %v, want ErrNotFound", err)
+	}
 }
 
 func TestABanEndsEndpoints(t *testing.T) {

@@ -69,6 +69,8 @@ type Registry struct {
 	refusal atomic.Pointer[string]
 	// calls are the entries made by calls.
 	calls atomic.Pointer[kept]
+	// agents holds a mesh.Agent by its ID. It is written under mu.
+	agents sync.Map
 
 	// applying lets one set of policies be judged at a time.
 	applying sync.Mutex

@@ -191,6 +191,9 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			return err
 		}
 	}
+	if all {
+		r.forgetAgents()
+	}
 	if err := r.followAgents(ctx, agents); err != nil {
 		return err
 	}

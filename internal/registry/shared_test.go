@@ -315,9 +315,32 @@ func sharedBan(f *fleet) {
 	e := endpoint("pay", 1, "10.0.0.1:8000")
 	f.announce(a, e, time.Hour)
 	f.eventually("b distributes the endpoint", b.has("10.0.0.1:8000"))
+	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Serial: "1"}); err != nil {
+		f.t.Fatal(err)
+	}
+	if got, err := a.HeldAgent(f.t.Context(), e.Agent); err != nil || got.Serial != "1" {
+		f.t.Errorf("a holds %+v, %v", got, err)
+	}
+	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Serial: "2"}); err != nil {
+		f.t.Fatal(err)
+	}
+	f.eventually("a holds the renewed agent", func() bool {
+		got, err := a.HeldAgent(f.t.Context(), e.Agent)
+		return err == nil && got.Serial == "2"
+	})
+	woken := a.Changed()
 	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Banned: true}); err != nil {
 		f.t.Fatal(err)
 	}
+	f.eventually("a is woken and holds the ban", func() bool {
+		select {
+		case <-woken:
+		default:
+			return false
+		}
+		got, err := a.HeldAgent(f.t.Context(), e.Agent)
+		return err == nil && got.Banned
+	})
 	f.eventually("a distributes it no more", a.has())
 	if got, err := a.GetAgent(f.t.Context(), e.Agent); err != nil || !got.Banned {
 		f.t.Errorf("a does not know of the ban: %+v, %v", got, err)
@@ -328,6 +351,9 @@ func sharedEviction(f *fleet) {
 	a, b := f.join("a", true), f.join("b", true)
 	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: agent("pay-1"), Serial: "1"}); err != nil {
 		f.t.Fatal(err)
+	}
+	if _, err := a.HeldAgent(f.t.Context(), agent("pay-1")); err != nil {
+		f.t.Error(err)
 	}
 	woken := a.Changed()
 	if err := b.DeleteAgent(f.t.Context(), agent("pay-1")); err != nil {
@@ -340,6 +366,10 @@ func sharedEviction(f *fleet) {
 		default:
 			return false
 		}
+	})
+	f.eventually("a holds it no more", func() bool {
+		_, err := a.HeldAgent(f.t.Context(), agent("pay-1"))
+		return errors.Is(err, mesh.ErrNotFound)
 	})
 }
 

@@ -1,0 +1,69 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+	"sallyport/internal/store"
+)
+
+// HeldAgent is GetAgent from memory, for those who ask again at every change:
+// thousands of streams look at the same moment. What is written here shows at
+// once; what another issuer writes, when its change is followed.
+func (r *Registry) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error) {
+	if a, ok := r.agents.Load(id); ok {
+		return a.(mesh.Agent), nil
+	}
+	// Under the lock, so that what is kept is not older than the last write.
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a, err := r.GetAgent(ctx, id)
+	if err == nil {
+		r.agents.Store(id, a)
+	}
+	return a, err
+}
+
+// followAgents takes what other issuers wrote of some agents. It wakes who
+// waits for Changed when one was banned or forgotten, so that its streams here
+// end too. What agents do by themselves, such as renew, wakes nobody. mu is
+// held.
+func (r *Registry) followAgents(ctx context.Context, keys []string) error {
+	gone := false
+	for _, key := range keys {
+		rec, err := r.cfg.Store.Get(ctx, store.KindAgent, key)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return fmt.Errorf("follow agents: %w", err)
+		}
+		var a mesh.Agent
+		if err == nil {
+			if a, err = decodeAgent(rec); err != nil {
+				return err
+			}
+		}
+		gone = gone || a.ID.IsZero() || a.Banned
+		id, err := spiffeid.FromString(key)
+		if err != nil {
+			continue // no stream is of such an agent
+		}
+		if _, held := r.agents.Load(id); held && !a.ID.IsZero() {
+			r.agents.Store(id, a)
+		} else {
+			r.agents.Delete(id)
+		}
+	}
+	if gone {
+		r.wakeAll()
+	}
+	return nil
+}
+
+// forgetAgents has every agent read anew. mu is held.
+func (r *Registry) forgetAgents() {
+	r.agents.Clear()
+	r.wakeAll()
+}
