@@ -144,11 +144,16 @@ func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []me
 	}
 	err = a.s.cfg.Registry.PutAgent(ctx, mesh.Agent{
 		ID: id, AttestationType: record.Type, Selectors: selectors,
-		Serial: chain[0].SerialNumber.String(), ExpiresAt: chain[0].NotAfter,
+		Serial: chain[0].SerialNumber.String(), ExpiresAt: chain[0].NotAfter, Revision: old.Revision,
 	})
+	if errors.Is(err, mesh.ErrChanged) {
+		return nil, agentError(id, err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("record agent %s: %w", id, err)
 	}
+	// Whoever holds the SVID before is refused when it connects again.
+	a.s.evict(id, refuse(codes.Unavailable, "agent %s attested again: connect with its new SVID", id))
 	if !old.ID.IsZero() && old.ExpiresAt.After(a.s.cfg.Now()) {
 		// By design: so a node that was lost is replaced. It may also be a
 		// name that was given twice.
@@ -211,7 +216,11 @@ func (a *agentAPI) RenewAgent(ctx context.Context, req *agentv1.RenewAgentReques
 		return nil, err
 	}
 	agent.NextSerial = chain[0].SerialNumber.String()
-	if err := a.s.cfg.Registry.PutAgent(ctx, agent); err != nil {
+	err = a.s.cfg.Registry.PutAgent(ctx, agent)
+	if errors.Is(err, mesh.ErrChanged) {
+		return nil, agentError(c.id, err)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("record agent %s: %w", c.id, err)
 	}
 	return &agentv1.RenewAgentResponse{Svid: svid}, nil

@@ -154,13 +154,19 @@ func (a *agentAPI) BanAgent(ctx context.Context, req *agentv1.BanAgentRequest) (
 		return nil, err
 	}
 	defer a.s.agents.lock(id)()
-	g, err := a.get(ctx, id)
-	if err != nil {
-		return nil, err
-	}
-	g.Banned = true
-	if err := a.s.cfg.Registry.PutAgent(ctx, g); err != nil {
-		return nil, fmt.Errorf("ban agent %s: %w", id, err)
+	for {
+		g, err := a.get(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		g.Banned = true
+		err = a.s.cfg.Registry.PutAgent(ctx, g)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, mesh.ErrChanged) {
+			return nil, fmt.Errorf("ban agent %s: %w", id, err)
+		}
 	}
 	a.s.evict(id, refuseAgent(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", id))
 	return &emptypb.Empty{}, nil

@@ -68,8 +68,11 @@ func (s *Server) authorize(ctx context.Context, c caller) error {
 	return s.judge(ctx, c, s.cfg.Registry.GetAgent)
 }
 
+// A findAgent is Registry.GetAgent or Registry.HeldAgent.
+type findAgent func(context.Context, spiffeid.ID) (mesh.Agent, error)
+
 // judge is authorize by what find says of the agent.
-func (s *Server) judge(ctx context.Context, c caller, find func(context.Context, spiffeid.ID) (mesh.Agent, error)) error {
+func (s *Server) judge(ctx context.Context, c caller, find findAgent) error {
 	if s.cfg.Now().After(c.leaf.NotAfter) {
 		return refuseAgent(types.PermissionDeniedDetails_AGENT_EXPIRED, "agent SVID expired at %s", stamp(c.leaf.NotAfter))
 	}
@@ -95,23 +98,32 @@ func (s *Server) judge(ctx context.Context, c caller, find func(context.Context,
 // activate makes the renewed SVID the current one.
 func (s *Server) activate(ctx context.Context, c caller, serial string) (mesh.Agent, error) {
 	defer s.agents.lock(c.id)()
-	a, err := s.cfg.Registry.GetAgent(ctx, c.id)
-	if err != nil {
-		return a, agentError(c.id, err)
+	for {
+		a, err := s.cfg.Registry.GetAgent(ctx, c.id)
+		if err != nil {
+			return a, agentError(c.id, err)
+		}
+		if a.Banned || a.NextSerial != serial {
+			return a, nil
+		}
+		a.Serial, a.NextSerial, a.ExpiresAt = serial, "", c.leaf.NotAfter
+		err = s.cfg.Registry.PutAgent(ctx, a)
+		if err == nil {
+			return a, nil
+		}
+		if !errors.Is(err, mesh.ErrChanged) {
+			return a, fmt.Errorf("activate SVID of agent %s: %w", c.id, err)
+		}
+		// Another issuer was faster; the next round says with what.
 	}
-	if a.Banned || a.NextSerial != serial {
-		return a, nil
-	}
-	a.Serial, a.NextSerial, a.ExpiresAt = serial, "", c.leaf.NotAfter
-	if err := s.cfg.Registry.PutAgent(ctx, a); err != nil {
-		return a, fmt.Errorf("activate SVID of agent %s: %w", c.id, err)
-	}
-	return a, nil
 }
 
 func agentError(id spiffeid.ID, err error) error {
-	if errors.Is(err, mesh.ErrNotFound) {
+	switch {
+	case errors.Is(err, mesh.ErrNotFound):
 		return refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %s is not attested", id)
+	case errors.Is(err, mesh.ErrChanged):
+		return refuse(codes.Aborted, "agent %s was changed by another issuer meanwhile: try again", id)
 	}
 	return fmt.Errorf("look up agent %s: %w", id, err)
 }

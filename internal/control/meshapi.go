@@ -212,10 +212,12 @@ func (sub *subscription) run(ctx context.Context) error {
 	expiry := time.NewTimer(sub.who.leaf.NotAfter.Sub(sub.s.cfg.Now()) + time.Second)
 	defer expiry.Stop()
 	changed, forced := sub.s.cfg.Registry.Changed(), sub.syncForced()
-	if err := sub.step(ctx); err != nil {
+	find := sub.s.cfg.Registry.HeldAgent
+	if err := sub.step(ctx, find); err != nil {
 		return err
 	}
 	for {
+		find = sub.s.cfg.Registry.HeldAgent
 		select {
 		case m := <-answers:
 			if err := sub.answer(m); err != nil {
@@ -231,12 +233,15 @@ func (sub *subscription) run(ctx context.Context) error {
 		case <-forced:
 		case <-refresh.C:
 			clear(sub.announced)
+			// What is held is true as far as this issuer hears of the others:
+			// a proxy does not stay longer than this where it does not.
+			find = sub.s.cfg.Registry.GetAgent
 		case <-expiry.C:
 		case <-changed:
 		}
 		// Taken before looking, so that a change during the look wakes again.
 		changed, forced = sub.s.cfg.Registry.Changed(), sub.syncForced()
-		if err := sub.step(ctx); err != nil {
+		if err := sub.step(ctx, find); err != nil {
 			return err
 		}
 	}
@@ -253,10 +258,11 @@ func (sub *subscription) syncForced() <-chan struct{} {
 	return again
 }
 
-// step checks that the proxy may still be here and brings it up to date.
-func (sub *subscription) step(ctx context.Context) error {
+// step checks that the proxy may still be here, by what find says of its agent,
+// and brings it up to date.
+func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	s := sub.s
-	if err := s.judge(ctx, sub.who, s.cfg.Registry.HeldAgent); err != nil {
+	if err := s.judge(ctx, sub.who, find); err != nil {
 		return err
 	}
 	if err := s.speaksFor(sub.who.id, sub.key.workload, sub.key.kind); err != nil {

@@ -210,6 +210,10 @@ func (m *memory) CreateToken(_ context.Context, name string, ttl time.Duration) 
 func (m *memory) PutAgent(_ context.Context, a mesh.Agent) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.agents[a.ID].Revision != a.Revision {
+		return fmt.Errorf("agent %s: %w", a.ID, mesh.ErrChanged)
+	}
+	a.Revision++
 	m.agents[a.ID] = a
 	return nil
 }

@@ -35,7 +35,8 @@ type Registry interface {
 	Entries() []mesh.Entry
 	// CreateToken makes a single-use join token for an agent name.
 	CreateToken(ctx context.Context, agentName string, ttl time.Duration) (token string, expires time.Time, err error)
-	// PutAgent is durable when it returns. GetAgent returns mesh.ErrNotFound
+	// PutAgent is durable when it returns. Its error wraps mesh.ErrChanged when
+	// the agent is not at its Revision any more. GetAgent returns mesh.ErrNotFound
 	// for an agent that was never attested.
 	PutAgent(ctx context.Context, a mesh.Agent) error
 	GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error)
@@ -297,7 +298,6 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.ConnectionTimeout(helloTimeout),
 		grpc.ReadBufferSize(4096),
 		grpc.WriteBufferSize(4096),
-		grpc.SharedWriteBuffer(true),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
 		grpc.KeepaliveParams(keepalive.ServerParameters{

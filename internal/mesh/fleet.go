@@ -21,6 +21,9 @@ type Agent struct {
 	NextSerial string    `json:"next_serial,omitempty"`
 	ExpiresAt  time.Time `json:"expires_at"`
 	Banned     bool      `json:"banned,omitempty"`
+	// Revision is that of the record as it was read, 0 for a new one. An agent
+	// is kept only in the place of what was read.
+	Revision int64 `json:"-"`
 }
 
 // A ProxyState says whether a proxy acts on the newest policy.

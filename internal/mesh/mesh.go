@@ -9,3 +9,7 @@ import "errors"
 
 // ErrNotFound is returned when what was asked for does not exist.
 var ErrNotFound = errors.New("not found")
+
+// ErrChanged is returned when what was to be replaced is no longer what the
+// caller read.
+var ErrChanged = errors.New("changed meanwhile")

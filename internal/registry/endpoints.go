@@ -145,6 +145,7 @@ func (r *Registry) checkEndpoint(e mesh.Endpoint, lease time.Duration) error {
 func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.agents.Delete(agent)
 	now := r.cfg.Now()
 	for e, h := range r.endpoints {
 		// One that it announced to another issuer since stays as it is.

@@ -59,7 +59,9 @@ type edgeKey struct {
 	mtls            bool
 }
 
-// PutAgent keeps an agent. To ban it ends its endpoints at once, and wakes
+// PutAgent keeps an agent in the place of the one of its Revision; the error
+// wraps mesh.ErrChanged when that is not there any more, so that no issuer
+// undoes the ban of another. To ban it ends its endpoints at once, and wakes
 // whoever waits for Changed, so that its streams end too.
 func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if !a.ID.MemberOf(r.cfg.TrustDomain) {
@@ -69,7 +71,7 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if err != nil {
 		return fmt.Errorf("put agent: %w", err)
 	}
-	op := store.Op{Kind: store.KindAgent, Key: a.ID.String(), Value: value}
+	op := store.Op{Kind: store.KindAgent, Key: a.ID.String(), Value: value, IfRevision: &a.Revision}
 	if !a.Banned && !a.ExpiresAt.IsZero() {
 		op.Expires = a.ExpiresAt.Add(keepAgent)
 	}
@@ -77,7 +79,9 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	defer r.mu.Unlock()
 	// Not held while it is written: after an error either may be true.
 	r.agents.Delete(a.ID)
-	if _, err := r.write(ctx, op); err != nil {
+	if _, err := r.write(ctx, op); errors.Is(err, store.ErrConflict) {
+		return fmt.Errorf("put agent %s: %w", a.ID, mesh.ErrChanged)
+	} else if err != nil {
 		return fmt.Errorf("put agent: %w", err)
 	}
 	if !a.Banned {
@@ -136,6 +140,7 @@ func decodeAgent(rec store.Record) (mesh.Agent, error) {
 	if err := json.Unmarshal(rec.Value, &a); err != nil {
 		return mesh.Agent{}, fmt.Errorf("decode agent %s: %w", rec.Key, err)
 	}
+	a.Revision = rec.Revision
 	return a, nil
 }
 

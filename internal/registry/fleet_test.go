@@ -205,6 +205,10 @@ func TestAgents(t *testing.T) {
 		}
 		in.restart()
 		got, err := in.GetAgent(t.Context(), a.ID)
+		if got.Revision == 0 {
+			t.Error("an agent that was read has no revision")
+		}
+		got.Revision = 0
 		if diff := cmp.Diff(a, got, cmp.Comparer(func(a, b spiffeid.ID) bool { return a == b }), cmpopts.EquateApproxTime(0)); diff != "" || err != nil {
 			t.Errorf("GetAgent = %v, -want +got:\n%s", err, diff)
 		}
@@ -267,9 +271,7 @@ func TestHeldAgent(t *testing.T) {
 	}
 	for n := range 50 {
 		want := mesh.Agent{ID: id, Serial: strconv.Itoa(n), Banned: n%2 == 1}
-		if err := in.PutAgent(t.Context(), want); err != nil {
-			t.Fatal(err)
-		}
+		putAgent(t, in.Registry, want)
 		if got, err := in.HeldAgent(t.Context(), id); err != nil || got.Serial != want.Serial || got.Banned != want.Banned {
 			t.Fatalf("after write %d: %+v, %v", n, got, err)
 		}
@@ -281,6 +283,48 @@ func TestHeldAgent(t *testing.T) {
 	}
 	if _, err := in.HeldAgent(t.Context(), id); !errors.Is(err, mesh.ErrNotFound) {
 		t.Errorf("after it was forgotten: %v, want ErrNotFound", err)
+	}
+}
+
+// TestPutAgentReplacesOnlyWhatWasRead: a renewal under way undoes neither the
+// ban nor the removal of its agent.
+func TestPutAgentReplacesOnlyWhatWasRead(t *testing.T) {
+	in := start(t)
+	id := agent("web-1")
+	putAgent(t, in.Registry, mesh.Agent{ID: id, Serial: "1"})
+	renewal, err := in.GetAgent(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	putAgent(t, in.Registry, mesh.Agent{ID: id, Serial: "1", Banned: true})
+	renewal.NextSerial = "2"
+	if err := in.PutAgent(t.Context(), renewal); !errors.Is(err, mesh.ErrChanged) {
+		t.Errorf("a renewal in the place of a ban: %v, want ErrChanged", err)
+	}
+	if got, err := in.HeldAgent(t.Context(), id); err != nil || !got.Banned {
+		t.Errorf("after the renewal: %+v, %v, want the ban", got, err)
+	}
+	if err := in.DeleteAgent(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.PutAgent(t.Context(), renewal); !errors.Is(err, mesh.ErrChanged) {
+		t.Errorf("a renewal of who was removed: %v, want ErrChanged", err)
+	}
+	if _, err := in.HeldAgent(t.Context(), id); !errors.Is(err, mesh.ErrNotFound) {
+		t.Errorf("after it was removed: %v, want ErrNotFound", err)
+	}
+}
+
+// TestHeldAgentFailsWithTheStore: what is not held is not guessed.
+func TestHeldAgentFailsWithTheStore(t *testing.T) {
+	in := start(t)
+	id := agent("web-1")
+	putAgent(t, in.Registry, mesh.Agent{ID: id, Serial: "1"})
+	if err := in.store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if a, err := in.HeldAgent(t.Context(), id); !errors.Is(err, store.ErrClosed) || !a.ID.IsZero() {
+		t.Errorf("without a store: %+v, %v, want ErrClosed", a, err)
 	}
 }
 
@@ -300,9 +344,7 @@ func TestABanWakesWhoeverWaits(t *testing.T) {
 	in := start(t)
 	for _, when := range []string{"before the first policies", "with policies"} {
 		changed, before := in.Changed(), in.Current()
-		if err := in.PutAgent(t.Context(), mesh.Agent{ID: agent("billing-1"), Serial: when, Banned: true}); err != nil {
-			t.Fatal(err)
-		}
+		putAgent(t, in.Registry, mesh.Agent{ID: agent("billing-1"), Serial: when, Banned: true})
 		select {
 		case <-changed:
 		default:

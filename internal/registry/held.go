@@ -18,7 +18,8 @@ func (r *Registry) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, e
 	if a, ok := r.agents.Load(id); ok {
 		return a.(mesh.Agent), nil
 	}
-	// Under the lock, so that what is kept is not older than the last write.
+	// Under the lock, so that what is kept is not older than the last write here;
+	// a later one of another issuer is followed after this.
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a, err := r.GetAgent(ctx, id)
@@ -35,6 +36,10 @@ func (r *Registry) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, e
 func (r *Registry) followAgents(ctx context.Context, keys []string) error {
 	gone := false
 	for _, key := range keys {
+		id, err := spiffeid.FromString(key)
+		if err != nil {
+			continue // no stream is of such an agent
+		}
 		rec, err := r.cfg.Store.Get(ctx, store.KindAgent, key)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return fmt.Errorf("follow agents: %w", err)
@@ -42,14 +47,12 @@ func (r *Registry) followAgents(ctx context.Context, keys []string) error {
 		var a mesh.Agent
 		if err == nil {
 			if a, err = decodeAgent(rec); err != nil {
-				return err
+				// Its streams end when they look; the other changes count.
+				r.cfg.Log.Error("agent written by another issuer not understood", "agent", id, "error", err)
+				a = mesh.Agent{}
 			}
 		}
 		gone = gone || a.ID.IsZero() || a.Banned
-		id, err := spiffeid.FromString(key)
-		if err != nil {
-			continue // no stream is of such an agent
-		}
 		if _, held := r.agents.Load(id); held && !a.ID.IsZero() {
 			r.agents.Store(id, a)
 		} else {

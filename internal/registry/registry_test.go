@@ -110,6 +110,19 @@ func (in *issuer) apply(p *mesh.Policies) uint64 {
 	return rev
 }
 
+// putAgent keeps an agent in the place of whatever is there.
+func putAgent(t *testing.T, r *registry.Registry, a mesh.Agent) {
+	t.Helper()
+	old, err := r.GetAgent(t.Context(), a.ID)
+	if err != nil && !errors.Is(err, mesh.ErrNotFound) {
+		t.Fatal(err)
+	}
+	a.Revision = old.Revision
+	if err := r.PutAgent(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (in *issuer) announce(e mesh.Endpoint) {
 	in.t.Helper()
 	if err := in.Announce(context.Background(), e, time.Minute); err != nil {

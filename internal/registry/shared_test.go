@@ -315,22 +315,23 @@ func sharedBan(f *fleet) {
 	e := endpoint("pay", 1, "10.0.0.1:8000")
 	f.announce(a, e, time.Hour)
 	f.eventually("b distributes the endpoint", b.has("10.0.0.1:8000"))
-	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Serial: "1"}); err != nil {
-		f.t.Fatal(err)
-	}
+	putAgent(f.t, b.Registry, mesh.Agent{ID: e.Agent, Serial: "1"})
 	if got, err := a.HeldAgent(f.t.Context(), e.Agent); err != nil || got.Serial != "1" {
 		f.t.Errorf("a holds %+v, %v", got, err)
 	}
-	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Serial: "2"}); err != nil {
-		f.t.Fatal(err)
-	}
+	putAgent(f.t, b.Registry, mesh.Agent{ID: e.Agent, Serial: "2"})
 	f.eventually("a holds the renewed agent", func() bool {
 		got, err := a.HeldAgent(f.t.Context(), e.Agent)
 		return err == nil && got.Serial == "2"
 	})
-	woken := a.Changed()
-	if err := b.PutAgent(f.t.Context(), mesh.Agent{ID: e.Agent, Banned: true}); err != nil {
+	renewal, err := a.GetAgent(f.t.Context(), e.Agent)
+	if err != nil {
 		f.t.Fatal(err)
+	}
+	woken := a.Changed()
+	putAgent(f.t, b.Registry, mesh.Agent{ID: e.Agent, Banned: true})
+	if err := a.PutAgent(f.t.Context(), renewal); !errors.Is(err, mesh.ErrChanged) {
+		f.t.Errorf("a renewal here undid the ban there: %v", err)
 	}
 	f.eventually("a is woken and holds the ban", func() bool {
 		select {
@@ -354,6 +355,14 @@ func sharedEviction(f *fleet) {
 	}
 	if _, err := a.HeldAgent(f.t.Context(), agent("pay-1")); err != nil {
 		f.t.Error(err)
+	}
+	// What a does not understand keeps it from nothing that follows.
+	garbled := store.Op{Kind: store.KindAgent, Key: agent("pay-2").String(), Value: []byte("{")}
+	if _, err := b.store.Write(f.t.Context(), garbled); err != nil {
+		f.t.Fatal(err)
+	}
+	if got, err := a.HeldAgent(f.t.Context(), agent("pay-2")); err == nil {
+		f.t.Errorf("a garbled agent is %+v", got)
 	}
 	woken := a.Changed()
 	if err := b.DeleteAgent(f.t.Context(), agent("pay-1")); err != nil {
