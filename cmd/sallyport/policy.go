@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,10 +26,7 @@ func (c *cli) policy() *cobra.Command {
 	cmd.AddCommand(&cobra.Command{
 		Use: "lint DIR", Short: "Find mistakes and rows that do not do what they seem to", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return c.lint(args[0], td) },
-	}, &cobra.Command{
-		Use: "test DIR", Short: "Decide the cases in DIR/tests and show which rows they cover", Args: cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error { return c.policyTest(args[0], td) },
-	}, c.policyDiff(&td))
+	}, c.policyTest(&td), c.policyDiff(&td), c.policyExplain(&td), c.policyWhoCan(&td), c.policyCanReach(&td))
 	return cmd
 }
 
@@ -72,17 +71,34 @@ func (c *cli) lint(dir, td string) error {
 	return nil
 }
 
-func (c *cli) policyTest(dir, td string) error {
-	p, err := parsePolicies(dir, td)
-	if err != nil {
-		return err
+// policyTest is "sallyport policy test".
+func (c *cli) policyTest(td *string) *cobra.Command {
+	var least percent
+	cmd := &cobra.Command{
+		Use: "test DIR", Short: "Decide the cases in DIR/tests and show which rows and conditions they cover", Args: cobra.ExactArgs(1),
+		Long: "Decide the cases in DIR/tests and show which rows and conditions they cover. A\n" +
+			"row is covered when it decides a case, a condition when it alone keeps its row\n" +
+			"from fitting a case.",
+		RunE: func(_ *cobra.Command, args []string) error {
+			p, err := parsePolicies(args[0], *td)
+			if err != nil {
+				return err
+			}
+			return c.tested(review.Test(p), int(least))
+		},
 	}
-	rep := review.Test(p)
+	cmd.Flags().Var(&least, "coverage", "fail when the cases cover less of rows and conditions, such as 90%")
+	return cmd
+}
+
+// tested prints a report; it fails when a case does or too little is covered.
+func (c *cli) tested(rep review.Report, least int) error {
+	err := rep.Err()
+	if got := rep.Coverage(); err == nil && got < least {
+		err = fmt.Errorf("the cases cover %d%% of rows and conditions, less than %d%%", got, least)
+	}
 	if c.format == "json" {
-		if err := c.emit(rep, nil, nil); err != nil {
-			return err
-		}
-		return failed(rep.Err())
+		return errors.Join(c.emit(rep, nil, nil), failed(err))
 	}
 	for _, r := range rep.Results {
 		if r.OK {
@@ -96,9 +112,32 @@ func (c *cli) policyTest(dir, td string) error {
 		if row.Cases == 0 {
 			fmt.Fprintf(c.stdout, "row   %s: %s is decided by no case\n", row.Origin, row.ID)
 		}
+		for _, cond := range row.Conds {
+			if cond.Cases == 0 {
+				fmt.Fprintf(c.stdout, "cond  %s: %s: no case shows what %s is for\n", row.Origin, row.ID, cond.Cond)
+			}
+		}
 	}
-	fmt.Fprintf(c.stdout, "%d cases, %d failed, %d of %d rows covered\n", len(rep.Results), len(rep.Failed()), rep.Covered(), len(rep.Rows))
-	return failed(rep.Err())
+	conds, all := rep.CoveredConds()
+	fmt.Fprintf(c.stdout, "%d cases, %d failed, %d of %d rows and %d of %d conditions covered: %d%%\n",
+		len(rep.Results), len(rep.Failed()), rep.Covered(), len(rep.Rows), conds, all, rep.Coverage())
+	return failed(err)
+}
+
+// percent is a flag such as 90%.
+type percent int
+
+func (p *percent) String() string { return fmt.Sprintf("%d%%", int(*p)) }
+
+func (p *percent) Type() string { return "percent" }
+
+func (p *percent) Set(s string) error {
+	n, err := strconv.Atoi(strings.TrimSuffix(s, "%"))
+	if err != nil || n < 0 || n > 100 {
+		return errors.New("write a number from 0 to 100, such as 90%")
+	}
+	*p = percent(n)
+	return nil
 }
 
 // anyID finds a SPIFFE ID in any of the files.

@@ -1,6 +1,14 @@
 package authz
 
 import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/mesh"
 )
 
@@ -94,4 +102,52 @@ func condText(w *mesh.Cond) string {
 		return string(w.Word) + w.Key + "=" + w.Value
 	}
 	return string(w.Word) + w.Value
+}
+
+// ErrNoRow is returned by RowFor when a row could not help.
+var ErrNoRow = errors.New("no new row helps")
+
+// RowFor is the row that would allow the call and nothing else, or why there is
+// none. Conditions are not among it: who adds it decides on them.
+func (s *Set) RowFor(c *Call) (mesh.Rule, error) {
+	return s.rowFor(c, s.Explain(c))
+}
+
+func (s *Set) rowFor(c *Call, x Explanation) (mesh.Rule, error) {
+	d := x.Decision
+	cond := slices.IndexFunc(x.Tried, func(t Trial) bool { return t.Rule.Effect == mesh.Allow && t.Field == FieldCond })
+	switch {
+	case d.Allow:
+		return mesh.Rule{}, fmt.Errorf("%w: row %s allows it", ErrNoRow, d.Rule)
+	case d.Rule != "":
+		return mesh.Rule{}, fmt.Errorf("%w: row %s denies it, and a deny beats every allow", ErrNoRow, d.Rule)
+	case d.Reason == BadRequest:
+		return mesh.Rule{}, fmt.Errorf("%w: such a call is refused before rows are asked", ErrNoRow)
+	case cond >= 0:
+		return mesh.Rule{}, fmt.Errorf("%w: row %s allows it when %s holds", ErrNoRow, x.Tried[cond].Rule.ID, x.Tried[cond].Want)
+	}
+	if err := mesh.Literal(c.Path); err != nil {
+		return mesh.Rule{}, fmt.Errorf("%w: %w", ErrNoRow, err)
+	}
+	r := mesh.Rule{
+		Dir: c.Dir, Src: c.Src.String(), Dst: c.Dst, Port: strconv.Itoa(int(c.Port)),
+		Verb: c.Verb, Path: c.Path, Cond: "-", Effect: mesh.Allow,
+	}
+	if host, ok := strings.CutPrefix(c.Dst, "host:"); ok && c.SNI == host {
+		r.Cond = string(mesh.CondSNI) + "same"
+	}
+	r.ID = mesh.RuleID(&r, s.has)
+	td := c.Src.TrustDomain()
+	if dst, err := spiffeid.FromString(c.Dst); err == nil {
+		td = dst.TrustDomain()
+	}
+	if err := r.Writable(td); err != nil {
+		return mesh.Rule{}, fmt.Errorf("%w: %w", ErrNoRow, err)
+	}
+	return r, nil
+}
+
+// has reports whether a row has the id.
+func (s *Set) has(id string) bool {
+	return s != nil && slices.ContainsFunc(s.rows, func(r mesh.Rule) bool { return r.ID == id })
 }

@@ -1,6 +1,7 @@
 package authz
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -343,5 +344,60 @@ p, top,  in, **, spiffe://corp.example/*,        *, GET, **, -, allow
 		if d := decide(t, s, c); d.Allow {
 			t.Errorf("%q: %+v", c.Dst, d)
 		}
+	}
+}
+
+// The row that RowFor gives allows the call, and no other one.
+func TestRowForAllowsExactlyTheCall(t *testing.T) {
+	s := compile(t, shop)
+	call := Call{Dir: mesh.In, Src: pay, Dst: bill.String(), Port: 8443, Verb: "DELETE", Path: "/v1/charges/1", Now: mon}
+	row, err := s.RowFor(&call)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := "p, payment-billing-1, in, " + pay.String() + ", " + bill.String() + ", 8443, DELETE, /v1/charges/1, -, allow"; row.Row() != want {
+		t.Errorf("got  %s\nwant %s", row.Row(), want)
+	}
+	after := compile(t, shop+"\n"+row.Row()+"\n")
+	if d := after.Decide(&call); d.Rule != row.ID {
+		t.Errorf("with the row: %+v", d)
+	}
+	for _, edit := range []func(*Call){
+		func(c *Call) { c.Src = ci }, func(c *Call) { c.Dst = dep.String() }, func(c *Call) { c.Port++ },
+		func(c *Call) { c.Verb = "PUT" }, func(c *Call) { c.Path = "/v1/charges/2" }, func(c *Call) { c.Path += "/" },
+	} {
+		other := call
+		edit(&other)
+		if b, a := s.Decide(&other), after.Decide(&other); b.Allow != a.Allow {
+			t.Errorf("the row changes %+v, too", other)
+		}
+	}
+}
+
+func TestRowForWhenNoRowHelps(t *testing.T) {
+	s := compile(t, shop)
+	base := Call{Dir: mesh.In, Src: pay, Dst: bill.String(), Port: 8443, Verb: "DELETE", Path: "/v1/charges/1", Now: mon}
+	for _, tt := range []struct {
+		name, want string
+		edit       func(*Call)
+	}{
+		{"it is allowed", "row pay-bill-1 allows it", func(c *Call) { c.Verb = "GET" }},
+		{"a row denies it", "row guard-admin denies it", func(c *Call) { c.Path = "/admin/x" }},
+		{"a condition does not hold", "row ci-deploy-1 allows it when scope~deploy holds", func(c *Call) {
+			*c = Call{Dir: mesh.In, Src: ci, Dst: dep.String(), Port: 8443, Verb: "POST", Path: "/v1/deploy", Now: mon, Token: ciToken("read")}
+		}},
+		{"no row speaks of such a path", "refused before rows are asked", func(c *Call) { c.Path = "/a/../b" }},
+		{"a segment that is a pattern", `segment "*"`, func(c *Call) { c.Path = "/a/*" }},
+		{"a comma", "','", func(c *Call) { c.Path = "/a,b" }},
+		{"a verb that rows cannot name", "unknown verb", func(c *Call) { c.Verb = "PROPFIND" }},
+	} {
+		c := base
+		tt.edit(&c)
+		if row, err := s.RowFor(&c); !errors.Is(err, ErrNoRow) || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%s: got row %q, error %v, want %q", tt.name, row.Row(), err, tt.want)
+		}
+	}
+	if row, err := (*Set)(nil).RowFor(&base); err != nil || row.ID == "" {
+		t.Errorf("without a policy: %+v, %v", row, err)
 	}
 }

@@ -199,7 +199,7 @@ func witness(pick map[dimension][]string, verb, path string, now time.Time) Witn
 
 // tokenOf makes the token that the picked values describe.
 func tokenOf(pick map[dimension][]string) (*authz.Token, []string) {
-	t := &authz.Token{Scopes: map[string]bool{}, Claims: map[string]string{}}
+	t := newToken()
 	var text []string
 	dims := make([]dimension, 0, len(pick))
 	for d := range pick {
@@ -216,25 +216,37 @@ func tokenOf(pick map[dimension][]string) (*authz.Token, []string) {
 		if err != nil || len(cs) != 1 {
 			continue
 		}
-		switch c := cs[0]; c.Word {
-		case mesh.CondIssuer:
-			t.Issuer = c.Value
-		case mesh.CondAudience:
-			t.Audience = append(t.Audience, c.Value)
-		case mesh.CondScope:
-			t.Scopes[c.Value] = true
-		case mesh.CondClaim:
-			t.Claims[c.Key] = c.Value
-		case mesh.CondACR:
-			t.ACR = c.Level
-		case mesh.CondBound:
-			t.Bound = true
-		}
+		say(t, &cs[0])
 	}
 	if len(text) == 0 {
-		text = []string{"a token of none of the kinds that rows name"}
+		text = []string{noneOfThem}
 	}
 	return t, text
+}
+
+// noneOfThem is a token for which no condition of any row holds.
+const noneOfThem = "a token of none of the kinds that rows name"
+
+func newToken() *authz.Token {
+	return &authz.Token{Scopes: map[string]bool{}, Claims: map[string]string{}}
+}
+
+// say makes the token one for which the condition holds.
+func say(t *authz.Token, c *mesh.Cond) {
+	switch c.Word {
+	case mesh.CondIssuer:
+		t.Issuer = c.Value
+	case mesh.CondAudience:
+		t.Audience = append(t.Audience, c.Value)
+	case mesh.CondScope:
+		t.Scopes[c.Value] = true
+	case mesh.CondClaim:
+		t.Claims[c.Key] = c.Value
+	case mesh.CondACR:
+		t.ACR = c.Level
+	case mesh.CondBound:
+		t.Bound = true
+	}
 }
 
 // Covers reports whether a call is in the cell.

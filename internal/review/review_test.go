@@ -255,3 +255,39 @@ func TestCoversIsSound(t *testing.T) {
 		}
 	}
 }
+
+func TestCoverageOfConditions(t *testing.T) {
+	const rows = "p, a, in, $web, $billing, 8443, GET, /a, iss=i scope~s, allow\np, b, in, $web, $billing, 8443, GET, /b, unless.src=$td/x, allow\n"
+	header := "tests:\n  - {name: one, from: web, to: billing, verb: GET, path: /a, token: {iss: i, scope: [s]}, want: allow}\n"
+	for _, tt := range []struct {
+		name, cases string
+		want        []int // of iss=i, scope~s, unless.src
+		coverage    int
+	}{
+		{"nothing fails", "", []int{0, 0, 0}, 20},
+		{"one condition alone fails", "  - {name: two, from: web, to: billing, verb: GET, path: /a, token: {iss: i}, want: deny}\n", []int{0, 1, 0}, 40},
+		{"two fail at once, which shows neither", "  - {name: two, from: web, to: billing, verb: GET, path: /a, want: deny}\n", []int{0, 0, 0}, 20},
+		{"another column fails too", "  - {name: two, from: web, to: billing, verb: POST, path: /a, token: {iss: i}, want: deny}\n", []int{0, 0, 0}, 20},
+		{"the other issuer", "  - {name: two, from: web, to: billing, verb: GET, path: /a, token: {iss: j, scope: [s]}, want: deny}\n", []int{1, 0, 0}, 40},
+		{"another row", "  - {name: two, from: web, to: billing, verb: GET, path: /b, want: allow}\n", []int{0, 0, 0}, 40},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			rep := Test(parse(t, rows, header+tt.cases))
+			if err := rep.Err(); err != nil {
+				t.Fatal(err)
+			}
+			var got []int
+			for _, row := range rep.Rows {
+				for _, c := range row.Conds {
+					got = append(got, c.Cases)
+				}
+			}
+			if d := cmp.Diff(tt.want, got); d != "" {
+				t.Error(d)
+			}
+			if got := rep.Coverage(); got != tt.coverage {
+				t.Errorf("coverage %d%%, want %d%%", got, tt.coverage)
+			}
+		})
+	}
+}

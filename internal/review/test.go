@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
@@ -31,6 +32,15 @@ type Row struct {
 	ID     string      `json:"id"`
 	Origin mesh.Origin `json:"origin"`
 	Cases  int         `json:"cases"`
+	// Conds are the conditions of the row.
+	Conds []CondCoverage `json:"conds,omitempty"`
+}
+
+// A CondCoverage is a condition of a row and how many cases show that it is
+// needed: all of the row fits the call but this condition.
+type CondCoverage struct {
+	Cond  string `json:"cond"`
+	Cases int    `json:"cases"`
 }
 
 // A Report is the outcome of the cases in policies/tests.
@@ -56,6 +66,29 @@ func (r Report) Covered() int {
 		}
 	}
 	return n
+}
+
+// CoveredConds counts the conditions that a case shows to be needed, and all.
+func (r Report) CoveredConds() (covered, all int) {
+	for _, row := range r.Rows {
+		for _, c := range row.Conds {
+			if all++; c.Cases > 0 {
+				covered++
+			}
+		}
+	}
+	return covered, all
+}
+
+// Coverage is how much of rows and conditions the cases cover, in percent;
+// rounded down, so that 100 means all.
+func (r Report) Coverage() int {
+	covered, all := r.CoveredConds()
+	covered, all = covered+r.Covered(), all+len(r.Rows)
+	if all == 0 {
+		return 100
+	}
+	return 100 * covered / all
 }
 
 // Err joins all failures; nil when every case is as wanted.
@@ -88,7 +121,13 @@ func Test(p *mesh.Policies) Report {
 	at := map[string]int{}
 	for _, r := range p.Rules {
 		at[r.ID] = len(rep.Rows)
-		rep.Rows = append(rep.Rows, Row{ID: r.ID, Origin: r.Origin})
+		row := Row{ID: r.ID, Origin: r.Origin}
+		if r.Cond != "-" {
+			for _, w := range strings.Fields(r.Cond) {
+				row.Conds = append(row.Conds, CondCoverage{Cond: w})
+			}
+		}
+		rep.Rows = append(rep.Rows, row)
 	}
 	t := tester{p: p, set: set, members: membersOf(p.Memberships)}
 	for _, c := range p.Cases {
@@ -97,6 +136,7 @@ func Test(p *mesh.Policies) Report {
 			rep.Rows[i].Cases++
 		}
 		rep.Results = append(rep.Results, res)
+		t.needed(c, rep.Rows)
 	}
 	return rep
 }
@@ -132,6 +172,56 @@ func (t *tester) run(c mesh.Case) Result {
 		res.OK = true
 	}
 	return res
+}
+
+// needed counts the conditions that alone keep a row from fitting the case.
+func (t *tester) needed(c mesh.Case, rows []Row) {
+	call, err := callOf(t.p, c)
+	if err != nil {
+		return
+	}
+	if call.Now.IsZero() {
+		call.Now = time.Now()
+	}
+	facts := factsOf(call)
+	for i := range rows {
+		r := &t.p.Rules[i]
+		if len(rows[i].Conds) == 0 || r.Dir != call.Dir {
+			continue
+		}
+		if _, cost := t.differences(r, call); cost > 0 {
+			continue
+		}
+		conds, err := mesh.ParseCond(r.Cond)
+		if err != nil {
+			continue // the policies compiled
+		}
+		failed := -1
+		for j := range conds {
+			if !condHolds(&conds[j], facts) {
+				if failed >= 0 {
+					failed = -1
+					break
+				}
+				failed = j
+			}
+		}
+		if failed >= 0 {
+			rows[i].Conds[failed].Cases++
+		}
+	}
+}
+
+// condHolds asks one condition about a call.
+func condHolds(c *mesh.Cond, f *callFacts) bool {
+	if c.Word == mesh.CondUnlessSrc {
+		return !mesh.MatchSrc(c.Value, f.Src.String())
+	}
+	if c.NeedsToken() && f.Token == nil {
+		return false
+	}
+	d, term := condTerm(c)
+	return match(d, term, valueOf(d, f))
 }
 
 // callOf is the call that a case describes.

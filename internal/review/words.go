@@ -62,13 +62,15 @@ func (s *side) verbs() string {
 	}
 	unnamed := func(v string) bool { return !slices.Contains(named, v) }
 	if slices.ContainsFunc(s.values, unnamed) {
-		not := slices.DeleteFunc(slices.Clone(s.others), unnamed)
+		not := slices.Concat(slices.DeleteFunc(slices.Clone(s.others), unnamed),
+			slices.DeleteFunc(slices.Clone(named), func(v string) bool { return v == "*" || s.covers(v) }))
 		slices.Sort(not)
-		return "any except " + strings.Join(not, "|")
+		return "any except " + strings.Join(slices.Compact(not), "|")
 	}
-	vs := slices.Clone(s.values)
+	// One value stands for all verbs that rows do not tell apart.
+	vs := slices.Concat(s.values, slices.DeleteFunc(named, func(v string) bool { return v == "*" || !s.covers(v) }))
 	slices.Sort(vs)
-	return strings.Join(vs, "|")
+	return strings.Join(slices.Compact(vs), "|")
 }
 
 // atom writes the values that satisfy the same terms as v does.
