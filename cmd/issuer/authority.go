@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"slices"
 	"time"
 
@@ -14,6 +15,8 @@ import (
 
 	"sallyport/internal/ca"
 	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 	"sallyport/internal/registry"
 )
 
@@ -22,16 +25,30 @@ type authority struct {
 	ca       *ca.CA
 	server   *ca.Server
 	agentTTL time.Duration
-	// others returns the JWT keys of all issuers that share the store.
-	others func() []registry.Key
+	// others returns the JWT keys of all issuers that share the store, and of
+	// those below them; publish adds one of the latter.
+	others  func() []registry.Key
+	publish func(ctx context.Context, owner string, k registry.Key) error
 }
 
 // sign redeems a draft that was made without error.
 func (a *authority) sign(ctx context.Context, d ca.Draft, err error) ([]*x509.Certificate, error) {
 	if err != nil {
-		return nil, err
+		return nil, told(err)
 	}
 	return a.ca.Sign(ctx, d)
+}
+
+// told lets the caller know why nothing is signed, when it lies with the
+// request.
+func told(err error) error {
+	switch {
+	case errors.Is(err, ca.ErrRefused):
+		return control.Unfit(err)
+	case errors.Is(err, ca.ErrNoDepth):
+		return control.Unready(daemon.Hint(err, "replace the root: sallyport ca rotate"))
+	}
+	return err
 }
 
 // SignX509 is control.Authority.
@@ -48,7 +65,29 @@ func (a *authority) SignAgent(ctx context.Context, id spiffeid.ID, key crypto.Pu
 
 // SignJWT is control.Authority.
 func (a *authority) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl time.Duration) (token string, issued, expires time.Time, err error) {
-	return a.ca.SignJWT(ctx, id, audience, ttl)
+	token, issued, expires, err = a.ca.SignJWT(ctx, id, audience, ttl)
+	if err != nil {
+		err = told(err)
+	}
+	return token, issued, expires, err
+}
+
+// SignDownstream is control.Downstream.
+func (a *authority) SignDownstream(ctx context.Context, id spiffeid.ID, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
+	d, err := a.ca.DraftDownstream(ca.DownstreamRequest{ID: id, PublicKey: key, TTL: ttl})
+	return a.sign(ctx, d, err)
+}
+
+// PublishJWTKey is control.Downstream.
+func (a *authority) PublishJWTKey(ctx context.Context, id spiffeid.ID, k control.JWTKey) error {
+	if slices.ContainsFunc(a.ca.Bundle().JWT, func(own ca.JWTKey) bool { return own.KeyID == k.KeyID }) {
+		return mesh.ErrExists
+	}
+	err := a.publish(ctx, id.String(), registry.Key{KeyID: k.KeyID, PublicKey: k.PublicKey, ExpiresAt: k.ExpiresAt})
+	if errors.Is(err, registry.ErrManyKeys) {
+		return control.Unready(err)
+	}
+	return err
 }
 
 // X509Bundle is control.Authority.

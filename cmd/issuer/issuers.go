@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"sallyport/internal/daemon"
@@ -97,25 +98,25 @@ func (in *issuer) publishKeys(ctx context.Context) {
 	}
 }
 
-// followIssuers lets the proxies fetch what another issuer changed.
+// followIssuers lets the proxies fetch what another issuer changed, and keys of
+// issuers below this one.
 func (in *issuer) followIssuers(ctx context.Context) error {
-	if in.instance == "" {
-		return nil
-	}
-	revision := in.registry.Status().PolicyRevision
+	revision, known := in.registry.Status().PolicyRevision, in.registry.Keys()
 	for {
 		changed, keys := in.registry.Changed(), in.registry.KeysChanged()
-		if now := in.registry.Status().PolicyRevision; now != revision {
-			revision = now
+		now, have := in.registry.Status().PolicyRevision, in.registry.Keys()
+		if now != revision && in.instance != "" {
 			in.metrics.PolicyRevision().Set(float64(now))
 			in.server.SyncNow()
+		} else if !slices.EqualFunc(known, have, func(a, b registry.Key) bool { return a.KeyID == b.KeyID }) {
+			in.server.SyncNow()
 		}
+		revision, known = now, have
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
 		case <-keys:
-			in.server.SyncNow()
 		}
 	}
 }

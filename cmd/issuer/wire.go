@@ -163,9 +163,9 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.openFederation(); err != nil {
 		return err
 	}
-	auth := &authority{ca: in.ca, others: in.registry.Keys, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
+	auth := &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
-		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Roots: auth, Audit: in.received,
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,

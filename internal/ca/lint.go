@@ -24,6 +24,7 @@ var (
 	oidKeyUsage         = asn1.ObjectIdentifier{2, 5, 29, 15}
 	oidSAN              = asn1.ObjectIdentifier{2, 5, 29, 17}
 	oidBasicConstraints = asn1.ObjectIdentifier{2, 5, 29, 19}
+	oidNameConstraints  = asn1.ObjectIdentifier{2, 5, 29, 30}
 	oidAKI              = asn1.ObjectIdentifier{2, 5, 29, 35}
 	oidEKU              = asn1.ObjectIdentifier{2, 5, 29, 37}
 )
@@ -86,11 +87,12 @@ func lintLeaf(cert *x509.Certificate, w want) error {
 	return failed(checks)
 }
 
-// lintCA checks a root or an intermediate.
+// lintCA checks a root or an intermediate. Those made before issuers could
+// stand below this one have the path length given, others one more.
 func lintCA(cert *x509.Certificate, td spiffeid.TrustDomain, pathLen int) error {
 	checks := append(lintAny(cert),
 		check{cert.IsCA, "it does not say cA"},
-		check{cert.MaxPathLen == pathLen, fmt.Sprintf("its path length is %d, want %d", cert.MaxPathLen, pathLen)},
+		check{cert.MaxPathLen == pathLen || cert.MaxPathLen == pathLen+1, fmt.Sprintf("its path length is %d, want %d or %d", cert.MaxPathLen, pathLen, pathLen+1)},
 		check{cert.KeyUsage == x509.KeyUsageCertSign|x509.KeyUsageCRLSign, "its key usage is not keyCertSign and cRLSign"},
 		check{len(cert.ExtKeyUsage) == 0 && len(cert.UnknownExtKeyUsage) == 0, "it has an extended key usage"},
 		check{len(cert.DNSNames) == 0, "it has DNS names"},

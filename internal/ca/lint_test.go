@@ -162,7 +162,7 @@ func TestLintOfAuthorities(t *testing.T) {
 		"25: no keyCertSign":    {func(x *x509.Certificate) { x.KeyUsage = x509.KeyUsageCRLSign }, "keyCertSign"},
 		"a right to sign more":  {func(x *x509.Certificate) { x.KeyUsage |= x509.KeyUsageDigitalSignature }, "keyCertSign"},
 		"an extended key usage": {func(x *x509.Certificate) { x.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }, "extended key usage"},
-		"a longer path":         {func(x *x509.Certificate) { x.MaxPathLen, x.MaxPathLenZero = 1, false }, "path length"},
+		"a longer path":         {func(x *x509.Certificate) { x.MaxPathLen, x.MaxPathLenZero = 2, false }, "path length"},
 		"no bound of the path":  {func(x *x509.Certificate) { x.MaxPathLen, x.MaxPathLenZero = -1, false }, "path length"},
 		"a DNS name":            {func(x *x509.Certificate) { x.DNSNames = []string{"a"} }, "DNS names"},
 		"an empty subject":      {func(x *x509.Certificate) { x.Subject = pkix.Name{} }, "subject is empty"},

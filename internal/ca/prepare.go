@@ -57,7 +57,9 @@ type draft struct {
 	// linted is what the linter saw, the part of a certificate that is signed.
 	linted []byte
 	made   time.Time
-	spent  atomic.Bool
+	// kind is for the audit: "x509" or "x509 downstream CA".
+	kind  string
+	spent atomic.Bool
 }
 
 // Prepare checks the request, builds the certificate and lints it before any key
@@ -146,7 +148,7 @@ func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
 		return Draft{}, err
 	}
 	ski := sha256.Sum256(der)
-	d := &draft{ca: c, with: s, made: now, want: want{id: req.ID, key: der, dns: slices.Clone(req.DNSNames), issuer: s.intermediate}}
+	d := &draft{ca: c, with: s, made: now, kind: "x509", want: want{id: req.ID, key: der, dns: slices.Clone(req.DNSNames), issuer: s.intermediate}}
 	d.template = &x509.Certificate{
 		SerialNumber:          serial,
 		PublicKey:             key,
@@ -260,7 +262,7 @@ func (c *CA) Sign(ctx context.Context, p Draft) ([]*x509.Certificate, error) {
 	if c.current.Load() == nil {
 		return nil, errors.New("sign: CA is closed")
 	}
-	detail := fmt.Sprintf("x509 serial %x until %s", d.template.SerialNumber, utc(d.template.NotAfter))
+	detail := fmt.Sprintf("%s serial %x until %s", d.kind, d.template.SerialNumber, utc(d.template.NotAfter))
 	if err := c.record(d.want.id, "intent", "", detail); err != nil {
 		return nil, fmt.Errorf("sign: record intent: %w", err)
 	}

@@ -363,7 +363,7 @@ func (c *CA) newRoot(ctx context.Context, name string, now time.Time) (*x509.Cer
 	if err != nil {
 		return fail(err)
 	}
-	template, err := c.caTemplate("root", 1, now, now.Add(c.cfg.RootTTL))
+	template, err := c.caTemplate("root", 2, now, now.Add(c.cfg.RootTTL))
 	if err != nil {
 		return fail(err)
 	}
@@ -403,7 +403,7 @@ func (c *CA) newIntermediate(ctx context.Context, root *x509.Certificate, rootKe
 	if !end.After(now) {
 		return fail(fmt.Errorf("the root expired at %s", utc(root.NotAfter)))
 	}
-	template, err := c.caTemplate("intermediate", 0, now, end)
+	template, err := c.caTemplate("intermediate", max(root.MaxPathLen-1, 0), now, end)
 	if err != nil {
 		return fail(err)
 	}

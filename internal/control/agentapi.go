@@ -136,7 +136,7 @@ func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []me
 	}
 	chain, err := a.s.cfg.Authority.SignAgent(ctx, id, key)
 	if err != nil {
-		return nil, fmt.Errorf("sign SVID of agent %s: %w", id, err)
+		return nil, during(err, "sign SVID of agent", id)
 	}
 	svid, err := chainToWire(id, chain)
 	if err != nil {
@@ -209,7 +209,7 @@ func (a *agentAPI) RenewAgent(ctx context.Context, req *agentv1.RenewAgentReques
 	}
 	chain, err := a.s.cfg.Authority.SignAgent(ctx, c.id, key)
 	if err != nil {
-		return nil, fmt.Errorf("sign SVID of agent %s: %w", c.id, err)
+		return nil, during(err, "sign SVID of agent", c.id)
 	}
 	svid, err := chainToWire(c.id, chain)
 	if err != nil {

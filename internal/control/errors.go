@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -87,6 +88,21 @@ func detailed(c codes.Code, d protoadapt.MessageV1, format string, args ...any) 
 		st = with
 	}
 	return st.Err()
+}
+
+// Unfit makes an error of an Authority, or of what else answers a call, that is
+// told to the caller: no such request is ever answered otherwise.
+func Unfit(err error) error { return refuse(codes.InvalidArgument, "%s", plain(err.Error())) }
+
+// Unready is Unfit for what the state of the issuer forbids.
+func Unready(err error) error { return refuse(codes.FailedPrecondition, "%s", plain(err.Error())) }
+
+// during says what failed and for whom, unless the caller is to be told.
+func during(err error, doing string, id spiffeid.ID) error {
+	if known, ok := crosses(err); ok {
+		return known
+	}
+	return fmt.Errorf("%s %s: %w", doing, id, err)
 }
 
 // crosses reports whether err may cross the wire as it is: a refusal of ours,

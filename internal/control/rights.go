@@ -109,7 +109,8 @@ type AdminJudge interface {
 	MayAdmin(caller spiffeid.ID, method string) bool
 }
 
-// An AdminCall is something an operator did or wanted to do, for the audit.
+// An AdminCall is something an operator or a downstream issuer did or wanted to
+// do, for the audit.
 type AdminCall struct {
 	// Caller is zero for the user of the admin socket.
 	Caller spiffeid.ID
@@ -170,7 +171,10 @@ func (s *Server) guard(ctx context.Context, method string) (context.Context, err
 	case r&toAdmins != 0 && (admin || s.cfg.Admins != nil && s.cfg.Admins.MayAdmin(c.id, short)):
 		return s.operate(ctx, operator{id: c.id, method: short, flagged: admin})
 	case r&toDownstream != 0 && downstream:
-		return ctx, nil
+		if err := s.recordAdmin(ctx, AdminCall{Caller: c.id, Method: short, On: c.id, Allowed: true}); err != nil {
+			return nil, err
+		}
+		return context.WithValue(ctx, downstreamKey{}, c.id), nil
 	case r&toAdmins == 0 && r&toAgents != 0:
 		return nil, refuse(codes.PermissionDenied, "%s is not an agent: its path does not begin with %s", c.id, agentPrefix)
 	}
@@ -206,8 +210,9 @@ func (s *Server) guardLocalStream(srv any, st grpc.ServerStream, info *grpc.Stre
 
 // roles are what the entries of an identity say of it.
 func (s *Server) roles(id spiffeid.ID) (admin, downstream bool) {
+	now := s.cfg.Now()
 	for _, e := range s.cfg.Registry.Entries() {
-		if e.SPIFFEID == id {
+		if e.SPIFFEID == id && (e.ExpiresAt.IsZero() || now.Before(e.ExpiresAt)) {
 			admin, downstream = admin || e.Admin, downstream || e.Downstream
 		}
 	}
@@ -215,9 +220,9 @@ func (s *Server) roles(id spiffeid.ID) (admin, downstream bool) {
 }
 
 // denied refuses a call that the caller has no right to, and records it when
-// it is an operator's.
+// it is an operator's or a downstream issuer's.
 func (s *Server) denied(ctx context.Context, id spiffeid.ID, method string) error {
-	if rights[method]&toOperators != 0 {
+	if rights[method]&(toOperators|toDownstream) != 0 {
 		if err := s.recordAdmin(ctx, AdminCall{Caller: id, Method: shortMethod(method)}); err != nil {
 			return err
 		}

@@ -129,6 +129,8 @@ type ServerConfig struct {
 	Audit     AuditSink
 	// Roots lets the operator replace the root. Default: nobody can.
 	Roots RootKeeper
+	// Downstream serves issuers below this one. Default: there are none.
+	Downstream Downstream
 	// Verifiers by the name of the node attestor, such as "join_token".
 	Verifiers map[string]NodeVerifier
 	// Federated gives the bundle of another trust domain, false when there is

@@ -11,6 +11,7 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"sallyport/internal/mesh"
 )
@@ -87,6 +88,9 @@ func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry
 			return svid, &types.Status{Code: int32(codes.OK), Message: "OK"}
 		}
 	}
+	if known, ok := crosses(err); ok {
+		return no(status.Code(known), "%s", status.Convert(known).Message())
+	}
 	a.s.cfg.Log.Error("sign SVID failed", slog.String("id", e.SPIFFEID.String()), slog.String("entry", e.ID), slog.Any("err", err))
 	return no(codes.Internal, "internal")
 }
@@ -109,7 +113,7 @@ func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest)
 	}
 	token, issued, expires, err := a.s.cfg.Authority.SignJWT(ctx, e.SPIFFEID, req.GetAudience(), e.JWTTTL)
 	if err != nil {
-		return nil, fmt.Errorf("sign token of %s: %w", e.SPIFFEID, err)
+		return nil, during(err, "sign token of", e.SPIFFEID)
 	}
 	return &svidv1.NewJWTSVIDResponse{Svid: &types.JWTSVID{
 		Token: token, Id: idToWire(e.SPIFFEID), IssuedAt: issued.Unix(), ExpiresAt: expires.Unix(), Hint: e.Hint,
@@ -130,16 +134,9 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 	for _, c := range a.s.cfg.Authority.X509Bundle() {
 		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: c.Raw, Tainted: slices.ContainsFunc(tainted, c.Equal)})
 	}
-	for _, k := range a.s.cfg.Authority.JWTKeys() {
-		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
-		if err != nil {
-			return nil, fmt.Errorf("encode JWT key %s: %w", k.KeyID, err)
-		}
-		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der, Tainted: k.Tainted}
-		if !k.ExpiresAt.IsZero() {
-			w.ExpiresAt = k.ExpiresAt.Unix()
-		}
-		b.JwtAuthorities = append(b.JwtAuthorities, w)
+	var err error
+	if b.JwtAuthorities, err = jwtKeysToWire(a.s.cfg.Authority.JWTKeys()); err != nil {
+		return nil, err
 	}
 	if m := req.GetOutputMask(); m != nil {
 		drop(!m.X509Authorities, &b.X509Authorities)
@@ -148,6 +145,21 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 		drop(!m.SequenceNumber, &b.SequenceNumber)
 	}
 	return b, nil
+}
+
+func jwtKeysToWire(keys []JWTKey) (out []*types.JWTKey, err error) {
+	for _, k := range keys {
+		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
+		if err != nil {
+			return nil, fmt.Errorf("encode JWT key %s: %w", k.KeyID, err)
+		}
+		w := &types.JWTKey{KeyId: k.KeyID, PublicKey: der, Tainted: k.Tainted}
+		if !k.ExpiresAt.IsZero() {
+			w.ExpiresAt = k.ExpiresAt.Unix()
+		}
+		out = append(out, w)
+	}
+	return out, nil
 }
 
 // tainted are the roots under which SVIDs are to be fetched anew.

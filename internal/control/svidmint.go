@@ -3,7 +3,6 @@ package control
 import (
 	"context"
 	"crypto/x509"
-	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -65,7 +64,7 @@ func (a *svidAPI) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequ
 	}
 	chain, err := a.s.cfg.Authority.SignX509(ctx, id, key, ttl, csr.DNSNames)
 	if err != nil {
-		return nil, fmt.Errorf("mint SVID of %s: %w", id, err)
+		return nil, during(err, "mint SVID of", id)
 	}
 	svid, err := chainToWire(id, chain)
 	if err != nil {
@@ -93,7 +92,7 @@ func (a *svidAPI) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDReques
 	}
 	token, issued, expires, err := a.s.cfg.Authority.SignJWT(ctx, id, req.GetAudience(), ttl)
 	if err != nil {
-		return nil, fmt.Errorf("mint token of %s: %w", id, err)
+		return nil, during(err, "mint token of", id)
 	}
 	return &svidv1.MintJWTSVIDResponse{Svid: &types.JWTSVID{Token: token, Id: idToWire(id), IssuedAt: issued.Unix(), ExpiresAt: expires.Unix()}}, nil
 }
@@ -158,9 +157,4 @@ func (a *bundleAPI) AppendBundle(ctx context.Context, _ *bundlev1.AppendBundleRe
 		return nil, err
 	}
 	return nil, refuse(codes.FailedPrecondition, "the bundle holds the authorities of this issuer's CA and no others: rotate the CA to change it")
-}
-
-// PublishJWTAuthority is refused for the same reason.
-func (a *bundleAPI) PublishJWTAuthority(context.Context, *bundlev1.PublishJWTAuthorityRequest) (*bundlev1.PublishJWTAuthorityResponse, error) {
-	return nil, refuse(codes.FailedPrecondition, "this issuer publishes its own JWT authorities and no others: validate tokens of a downstream issuer against that issuer")
 }

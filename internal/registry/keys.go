@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 	"sallyport/internal/store"
 )
 
@@ -23,6 +24,9 @@ const rootsKey = "x509"
 
 // ErrOtherRoot says that the issuers of a store have not one root.
 var ErrOtherRoot = errors.New("this issuer has another root than the trust domain")
+
+// ErrManyKeys says that a downstream issuer has as many keys as it may.
+var ErrManyKeys = errors.New("too many JWT keys")
 
 // A Key verifies the JWT-SVIDs of one issuer.
 type Key struct {
@@ -106,19 +110,77 @@ func (r *Registry) PublishKeys(ctx context.Context, owner string, keys []Key) er
 	return r.loadKeys(ctx)
 }
 
+// maxOwnedKeys bounds the keys of one downstream issuer.
+const maxOwnedKeys = 16
+
+// AddKey publishes one more key of a downstream issuer, durably. The owner is
+// its SPIFFE ID: that tells it from the names of the issuers of this store. The
+// error is mesh.ErrExists when the key ID is another key's.
+func (r *Registry) AddKey(ctx context.Context, owner string, k Key) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.loadKeys(ctx); err != nil {
+		return err
+	}
+	der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
+	if err != nil {
+		return fmt.Errorf("publish JWT key %s: %w", k.KeyID, err)
+	}
+	known, owners := r.keys.get()
+	n := 0
+	for id, of := range owners {
+		if of == owner && known[id].ExpiresAt.After(r.cfg.Now()) {
+			n++
+		}
+	}
+	old, there := known[k.KeyID]
+	switch {
+	case there && (owners[k.KeyID] != owner || !samePublic(old.PublicKey, der)):
+		return fmt.Errorf("JWT key %s %w", k.KeyID, mesh.ErrExists)
+	case there && old.ExpiresAt.Equal(k.ExpiresAt):
+		return nil
+	case !there && n >= maxOwnedKeys:
+		return fmt.Errorf("%w: %s has %d", ErrManyKeys, owner, n)
+	}
+	value, err := json.Marshal(keyRecord{owner, der, k.ExpiresAt.UTC()})
+	if err != nil {
+		return fmt.Errorf("publish JWT key %s: %w", k.KeyID, err)
+	}
+	if _, err := r.write(ctx, store.Op{Kind: store.KindAuthority, Key: jwtKeys + k.KeyID, Value: value, Expires: k.ExpiresAt}); err != nil {
+		return fmt.Errorf("publish JWT key %s: %w", k.KeyID, err)
+	}
+	return r.loadKeys(ctx)
+}
+
+func samePublic(key crypto.PublicKey, der []byte) bool {
+	have, err := x509.MarshalPKIXPublicKey(key)
+	return err == nil && bytes.Equal(have, der)
+}
+
 // Keys returns the JWT keys of every issuer that are not past their end, by
-// key ID.
+// key ID. One of a downstream issuer counts while an entry says that it is one.
 func (r *Registry) Keys() []Key {
-	all, _ := r.keys.get()
+	all, owners := r.keys.get()
 	now := r.cfg.Now()
+	downstream := map[string]bool{}
+	if slices.ContainsFunc(slices.Collect(maps.Values(owners)), isID) {
+		for _, e := range r.Entries() {
+			if e.Downstream && !r.lapsed(e) {
+				downstream[e.SPIFFEID.String()] = true
+			}
+		}
+	}
 	var out []Key
 	for _, id := range slices.Sorted(maps.Keys(all)) {
-		if k := all[id]; k.ExpiresAt.After(now) {
+		if k := all[id]; k.ExpiresAt.After(now) && (!isID(owners[id]) || downstream[owners[id]]) {
 			out = append(out, k)
 		}
 	}
 	return out
 }
+
+// isID tells the owner of a key that is a downstream issuer.
+func isID(owner string) bool { return strings.HasPrefix(owner, "spiffe://") }
 
 // KeysChanged returns a channel that is closed when Keys next change.
 func (r *Registry) KeysChanged() <-chan struct{} {

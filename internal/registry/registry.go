@@ -137,6 +137,9 @@ func (r *Registry) Load(ctx context.Context) error {
 			return err
 		}
 	}
+	if err := r.loadKeys(ctx); err != nil {
+		return err
+	}
 	acc, err := r.loadPolicies(ctx)
 	if err != nil {
 		return err

@@ -48,9 +48,6 @@ func (r *Registry) join(ctx context.Context) error {
 	if err == nil {
 		r.alive, err = r.living(ctx)
 	}
-	if err == nil {
-		err = r.loadKeys(ctx)
-	}
 	if err != nil {
 		return fmt.Errorf("join the other issuers: %w", err)
 	}
