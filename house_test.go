@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/keyset"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -47,7 +47,7 @@ var rooms = map[string][]string{
 	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca"},
 	"github.com/smallstep/certificates":          {"internal/ca"},
 	"go.step.sm/crypto":                          {"internal/ca"},
-	"golang.org/x/crypto":                        {"internal/ca"},
+	"golang.org/x/crypto":                        {"internal/authz", "internal/ca"},
 	"modernc.org/sqlite":                         {"internal/store"},
 	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},
 	"golang.org/x/mod":                           {"internal/audit"},

@@ -331,8 +331,9 @@ func CheckKeyHash(h string) error {
 		}
 		return nil
 	}
-	if strings.HasPrefix(h, Argon2Prefix) && strings.Count(h, "$") == 5 {
-		return nil
+	if strings.HasPrefix(h, Argon2Prefix) {
+		_, err := ParseArgon2(h)
+		return err
 	}
 	return fmt.Errorf("a hash starts with neither %q nor %q: make one with sallyport apikey create or hash", SHA256Prefix, Argon2Prefix)
 }
