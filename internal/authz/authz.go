@@ -47,20 +47,6 @@ const (
 // reasonMismatch marks the audit record of an index that disagrees with Casbin.
 const reasonMismatch = "oracle_mismatch"
 
-// A Token is what a verified token says of the caller. Who makes one has
-// verified it: no condition on tokens holds without it.
-type Token struct {
-	Issuer, Subject string
-	Audience        []string
-	Scopes          map[string]bool
-	Claims          map[string]string
-	// Bound means that the token is bound to the key that the caller has just
-	// proved to hold (RFC 8705, RFC 9449).
-	Bound bool
-	// ACR is the authentication context class, as a number.
-	ACR int
-}
-
 // A Call is what is judged.
 type Call struct {
 	Dir mesh.Direction

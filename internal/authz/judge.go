@@ -244,11 +244,20 @@ func recordOf(c *Call, set *Set, d Decision) audit.Record {
 	}
 	keep := set.keeping(c.Dst)
 	return audit.Record{
-		Full: keep.full || d.would != "", Open: keep.open, Detail: wouldDeny[d.would],
+		Full: keep.full || d.would != "", Open: keep.open, Detail: detailOf(c, d),
 		Kind: audit.KindDecision, Decision: effect, Reason: string(d.Reason), Rule: d.Rule,
 		Dir: string(c.Dir), Src: srcText(c.Src), Dst: c.Dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
 		Revision: set.Revision(), Trace: c.Trace, Peer: c.Peer,
 	}
+}
+
+// detailOf says what was not enforced, and by which token the caller came.
+func detailOf(c *Call, d Decision) string {
+	would, token := wouldDeny[d.would], c.Token.detail()
+	if would != "" && token != "" {
+		return would + "; " + token
+	}
+	return would + token
 }
 
 func srcText(id spiffeid.ID) string {

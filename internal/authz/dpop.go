@@ -1,0 +1,232 @@
+package authz
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/hmac"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"sync"
+	"time"
+
+	"sallyport/internal/http1"
+	"sallyport/internal/jose"
+	"sallyport/internal/mesh"
+)
+
+// proofs says what a DPoP proof may look like (RFC 9449 section 4.2).
+var proofs = jose.Profile{Algs: mesh.DefaultAlgorithms, Types: []string{"dpop+jwt"}, Header: []string{"jwk"}, MaxBytes: 4 << 10}
+
+// proof checks that the caller holds the key that the token is bound to, for
+// this request and this token, once.
+func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, sum [32]byte, now time.Time) *Fault {
+	if c.Proof == nil {
+		return fault(FaultProof, "token is bound to a key, and there is no proof")
+	}
+	t, err := proofs.Parse(string(c.Proof))
+	if err != nil {
+		return fault(FaultProof, err.Error())
+	}
+	key, err := publicOnly(t.Header.Child("jwk"))
+	if err != nil {
+		return fault(FaultProof, err.Error())
+	}
+	if subtle.ConstantTimeCompare([]byte(Thumbprint(key)), []byte(e.cnf.jkt)) != 1 {
+		return fault(FaultBinding, "proof is by another key than the token is bound to")
+	}
+	if err := t.Verify(jose.Key{Public: key}); err != nil {
+		return fault(FaultProof, err.Error())
+	}
+	jti, err := st.proofClaims(t, c, sum, now)
+	if err != nil {
+		return fault(FaultProof, err.Error())
+	}
+	if nonce, _ := t.Claims["nonce"].(string); st.nonce && !v.nonces.good(nonce, now, st.window) {
+		return &Fault{Code: FaultNonce, Detail: "proof is without a nonce of ours, or with an old one", nonce: v.nonces.at(now, st.window)}
+	}
+	switch v.replays.use(e.cnf.jkt, jti, now, st.window) {
+	case usedBefore:
+		return fault(FaultReplay, "proof was used before")
+	case tooMany:
+		return fault(FaultUnavailable, "more proofs than can be remembered")
+	}
+	return nil
+}
+
+// proofClaims checks what the proof is for.
+func (st *verifierState) proofClaims(t *jose.Token, c *Credential, sum [32]byte, now time.Time) (jti string, err error) {
+	if jti, err = t.Claims.Text("jti"); err != nil || len(jti) > 256 {
+		return "", errors.New("jti is missing or too long")
+	}
+	if htm, _ := t.Claims["htm"].(string); htm != c.Method {
+		return "", errors.New("proof is for another method")
+	}
+	htu, _ := t.Claims["htu"].(string)
+	if !st.isHere(htu, c) {
+		return "", errors.New("proof is for another place")
+	}
+	ath, _ := t.Claims["ath"].(string)
+	if ath != base64.RawURLEncoding.EncodeToString(sum[:]) {
+		return "", errors.New("proof is for another token")
+	}
+	iat, has, err := t.Claims.Time("iat")
+	if err != nil || !has || now.Sub(iat).Abs() > st.window {
+		return "", errors.New("proof is not of this moment: check both clocks")
+	}
+	return jti, nil
+}
+
+// isHere compares htu with what we are called and the path of the request,
+// without query and fragment. The Host of the request has no say: a proof that
+// was made for another service would come with that service's name.
+func (st *verifierState) isHere(htu string, c *Credential) bool {
+	u, err := url.Parse(htu)
+	if err != nil || u.Host == "" || u.User != nil || u.Opaque != "" {
+		return false
+	}
+	origin := normalHost(u.Scheme, u.Host)
+	ours := st.origins[origin] || c.Host != "" && (origin == "http://"+c.Host || origin == "https://"+c.Host)
+	path := u.EscapedPath()
+	if path == "" {
+		path = "/"
+	}
+	clean, err := http1.CleanPath(nil, []byte(path), true)
+	return ours && err == nil && string(clean) == c.Path
+}
+
+// publicOnly reads the key in the header of a proof.
+func publicOnly(o jose.Object) (crypto.PublicKey, error) {
+	for _, secret := range []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"} {
+		if _, has := o[secret]; has {
+			return nil, errors.New("jwk of the proof holds a secret")
+		}
+	}
+	key, err := jose.PublicKey(o)
+	if err != nil {
+		return nil, fmt.Errorf("jwk of the proof: %w", err)
+	}
+	if key == nil {
+		return nil, errors.New("jwk of the proof is missing or of an unknown kind")
+	}
+	return key, nil
+}
+
+// Thumbprint is the name of a public key that tokens are bound to by cnf.jkt
+// (RFC 7638): empty for a kind of key that tokens cannot be bound to.
+func Thumbprint(key crypto.PublicKey) string {
+	e := base64.RawURLEncoding.EncodeToString
+	var text string
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		b, err := k.Bytes()
+		if err != nil {
+			return ""
+		}
+		half := len(b) / 2
+		text = fmt.Sprintf(`{"crv":%q,"kty":"EC","x":%q,"y":%q}`, k.Params().Name, e(b[1:1+half]), e(b[1+half:]))
+	case *rsa.PublicKey:
+		text = fmt.Sprintf(`{"e":%q,"kty":"RSA","n":%q}`, e(big.NewInt(int64(k.E)).Bytes()), e(k.N.Bytes()))
+	case ed25519.PublicKey:
+		text = fmt.Sprintf(`{"crv":"Ed25519","kty":"OKP","x":%q}`, e(k))
+	default:
+		return ""
+	}
+	sum := sha256.Sum256([]byte(text))
+	return e(sum[:])
+}
+
+// nonces are values that show that a proof was made a moment ago. They are
+// derived from the time, so that none has to be kept; another process has
+// others, and answers with its own.
+type nonces struct {
+	secret [32]byte
+}
+
+func (n *nonces) of(turn int64) string {
+	m := hmac.New(sha256.New, n.secret[:])
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], uint64(turn))
+	m.Write(b[:])
+	return base64.RawURLEncoding.EncodeToString(m.Sum(nil)[:18])
+}
+
+func (n *nonces) at(now time.Time, window time.Duration) string {
+	return n.of(now.UnixNano() / int64(window))
+}
+
+// good accepts the nonce of this window and of the one before.
+func (n *nonces) good(s string, now time.Time, window time.Duration) bool {
+	turn := now.UnixNano() / int64(window)
+	this, last := n.of(turn), n.of(turn-1)
+	return subtle.ConstantTimeCompare([]byte(s), []byte(this))|subtle.ConstantTimeCompare([]byte(s), []byte(last)) == 1
+}
+
+// Bounds of what is remembered of proofs, in each of two generations: 25 MB
+// when both are full. With a window of one minute, one key can prove 546 calls
+// a second.
+const (
+	mostProofs     = 1 << 18
+	mostProofsEach = 1 << 16 // of one key
+)
+
+// replays remembers proofs for as long as they could be used again. When there
+// are too many, no more are taken: forgetting would let one be used twice.
+type replays struct {
+	mu        sync.Mutex // guards the rest
+	now, last map[[32]byte]struct{}
+	of        map[string]int // proofs in now, by key
+	turned    time.Time
+	// most and mostEach are fields for tests.
+	most, mostEach int
+}
+
+func newReplays() *replays {
+	return &replays{most: mostProofs, mostEach: mostProofsEach, now: map[[32]byte]struct{}{}, last: map[[32]byte]struct{}{}, of: map[string]int{}}
+}
+
+type replayVerdict int
+
+const (
+	firstUse replayVerdict = iota
+	usedBefore
+	tooMany
+)
+
+// use notes a proof. A proof counts from window before its iat to window after
+// it, so that what is older than two windows cannot come again.
+func (r *replays) use(jkt, jti string, now time.Time, window time.Duration) replayVerdict {
+	key := sha256.Sum256([]byte(jkt + "\x00" + jti))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch age := now.Sub(r.turned); {
+	case age >= 4*window:
+		clear(r.now)
+		clear(r.last)
+		clear(r.of)
+		r.turned = now
+	case age >= 2*window:
+		r.now, r.last = r.last, r.now
+		clear(r.now)
+		clear(r.of)
+		r.turned = now
+	}
+	_, a := r.now[key]
+	_, b := r.last[key]
+	switch {
+	case a || b:
+		return usedBefore
+	case len(r.now) >= r.most || r.of[jkt] >= r.mostEach:
+		return tooMany
+	}
+	r.now[key] = struct{}{}
+	r.of[jkt]++
+	return firstUse
+}
