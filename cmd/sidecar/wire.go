@@ -25,6 +25,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/http1"
+	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
 	"sallyport/internal/svid"
@@ -42,6 +43,8 @@ type sidecar struct {
 	edges   *telemetry.Edges
 	audit   *audit.Ledger
 	judge   *authz.Judge
+	keys    *keyset.Keeper
+	tokens  *authz.Verifier
 	agent   *agent.Agent
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
@@ -85,6 +88,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
+	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error {
 		defer end()
 		if err := s.agent.Join(either(stop, ground)); err != nil {
@@ -134,6 +138,9 @@ func (s *sidecar) open() error {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
+	if err = s.openTokens(); err != nil {
+		return err
+	}
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use,
@@ -170,7 +177,15 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
+	tokens, err := authz.CompileTokens(snap.Tokens)
+	if err != nil {
+		return err
+	}
+	if err := s.keys.Use(tokens.Issuers()); err != nil {
+		return err
+	}
 	s.judge.Use(set)
+	s.tokens.Use(tokens)
 	s.services.Use(snap)
 	return nil
 }
@@ -243,7 +258,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
-			Judge: s.judge, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
+			Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
 		})
 		if e != nil {
 			return nil, nil, e

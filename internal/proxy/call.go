@@ -49,13 +49,18 @@ type call struct {
 	peer      spiffeid.ID
 	tls       tls.ConnectionState
 	peerUntil time.Time
-	verified  time.Time // when the proof was last looked at
-	port      uint16    // of the rules
-	judge     *authz.Conn
-	judged    authz.Call
-	grant     authz.Grant
-	caller    []byte // the field line that tells the application
-	host      ownHost
+	// thumbprint is of the peer's certificate, shown and token what the request
+	// shows beside it and what that says, once verified.
+	thumbprint [32]byte
+	shown      authz.Credential
+	token      *authz.Token
+	verified   time.Time // when the proof was last looked at
+	port       uint16    // of the rules
+	judge      *authz.Conn
+	judged     authz.Call
+	grant      authz.Grant
+	caller     []byte // the field line that tells the application
+	host       ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
 	// service meant.
@@ -95,6 +100,7 @@ type refusal struct {
 	reason   string // from a closed set, also the metric's flag
 	decision string
 	detail   string // for the caller; never tells about rules
+	told     string // the same, also beside a decision
 	head     string // a further field line
 }
 
@@ -106,7 +112,11 @@ func (x *call) refuse(r *refusal) {
 	if r.decision != "" {
 		head = append(append(append(head, "Sallyport-Decision: "...), r.decision...), "\r\n"...)
 	}
-	x.answer(r.status, head, errorBody(r.detail, r.decision))
+	body := errorBody(r.detail, r.decision)
+	if r.told != "" {
+		body = refusalBody(r.told, r.decision)
+	}
+	x.answer(r.status, head, body)
 }
 
 // answer writes an answer of our own. The client learns whether the connection
@@ -125,6 +135,10 @@ func errorBody(detail, decision string) []byte {
 	if decision != "" {
 		detail = "denied by policy"
 	}
+	return refusalBody(detail, decision)
+}
+
+func refusalBody(detail, decision string) []byte {
 	b, err := json.Marshal(struct {
 		Error    string `json:"error"`
 		Decision string `json:"decision,omitempty"`

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"container/list"
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -50,6 +51,9 @@ type InboundConfig struct {
 	TLS *tls.Config
 	// PeerID reads the verified identity of a peer. Required.
 	PeerID func(tls.ConnectionState) (spiffeid.ID, error)
+	// Tokens checks what calls show beside their certificate. Nil: nothing of
+	// that counts.
+	Tokens *authz.Verifier
 	// Judge decides each call. Required.
 	Judge *authz.Judge
 	// App lends connections to the application. Required.
@@ -84,6 +88,7 @@ type Inbound struct {
 	chain    chain
 	self     string
 	unproved anteroom
+	drops    dropSets
 	// verifyEvery is a field for tests.
 	verifyEvery time.Duration
 }
@@ -133,6 +138,7 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 		return err
 	}
 	x.peer, x.src = id, id.String()
+	x.thumbprint = sha256.Sum256(x.tls.PeerCertificates[0].Raw)
 	for _, c := range x.tls.PeerCertificates {
 		if x.peerUntil.IsZero() || c.NotAfter.Before(x.peerUntil) {
 			x.peerUntil = c.NotAfter
@@ -278,15 +284,22 @@ func (in *Inbound) target(x *call) *refusal {
 
 // ownHost is the Host that the application sees, made once for a name.
 type ownHost struct {
-	name mesh.ServiceName
-	text []byte
+	name  mesh.ServiceName
+	text  string
+	bytes []byte
+}
+
+func (h *ownHost) textOf(name mesh.ServiceName) string {
+	if h.name != name {
+		h.name, h.text = name, fmt.Sprintf("%s.%s", name, mesh.Domain)
+		h.bytes = []byte(h.text)
+	}
+	return h.text
 }
 
 func (h *ownHost) of(name mesh.ServiceName) []byte {
-	if h.name != name {
-		h.name, h.text = name, fmt.Appendf(nil, "%s.%s", name, mesh.Domain)
-	}
-	return h.text
+	h.textOf(name)
+	return h.bytes
 }
 
 func (in *Inbound) judge(x *call) *refusal {
@@ -297,6 +310,7 @@ func (in *Inbound) judge(x *call) *refusal {
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,
 		Verb: x.req.Verb(), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
+		Token: x.token,
 	}
 	g, err := x.judge.Judge(&x.judged)
 	if err == nil {
@@ -309,6 +323,9 @@ func (in *Inbound) judge(x *call) *refusal {
 	d := (*authz.Denial)(nil)
 	if !errors.As(err, &d) || d.Reason == authz.Unrecorded || d.ID == "" || d.ID == "unrecorded" {
 		return unrecorded()
+	}
+	if d.Reason == authz.FailedToken {
+		return in.lacking(x, d.ID)
 	}
 	return &refusal{status: 403, reason: "policy", decision: d.ID}
 }

@@ -2,9 +2,12 @@ package proxy
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
+	"time"
 
 	"sallyport/internal/http1"
 	"sallyport/internal/upstream"
@@ -113,4 +116,34 @@ func isDecision(b []byte) bool {
 		}
 	}
 	return len(b) > 0 && len(b) <= 64
+}
+
+// DialThrough opens a tunnel to address through a gateway, for what this
+// process itself needs from outside of the mesh.
+func DialThrough(ctx context.Context, gateways *upstream.Services, address string) (net.Conn, error) {
+	up, err := gateways.Get(ctx, GatewayName, true)
+	if err != nil {
+		return nil, fmt.Errorf("reach the gateway: %w", err)
+	}
+	// The tunnel's owner sets deadlines of its own; until then ctx ends it.
+	stop := context.AfterFunc(ctx, func() { up.Close() })
+	defer stop()
+	if _, err := fmt.Fprintf(up, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", address, address); err != nil {
+		up.Discard()
+		return nil, fmt.Errorf("ask the gateway: %w", err)
+	}
+	resp, err := gatewayAnswer(up)
+	if err == nil && (resp.Status/100 != 2 || up.Buffered() > 0) {
+		err = fmt.Errorf("status %d", resp.Status)
+		if id := resp.Get("Sallyport-Decision"); isDecision(id) {
+			err = fmt.Errorf("status %d, decision %s: a row out must let this workload reach %s", resp.Status, id, address)
+		}
+	}
+	if err != nil {
+		up.Discard()
+		return nil, fmt.Errorf("gateway answered CONNECT: %w", err)
+	}
+	c := up.NetConn()
+	up.Release()
+	return c, c.SetDeadline(time.Time{})
 }

@@ -112,6 +112,15 @@ func (r *Registry) Rotations(result string) *Counter {
 	return r.rotations.get(labels{result})
 }
 
+// TokenKeyFetches counts looks at the keys of an issuer of tokens, by result
+// "ok", "unchanged" or "error".
+func (r *Registry) TokenKeyFetches(issuer, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.tokenKeys.get(labels{result, issuer})
+}
+
 // FederationFetches counts looks at the bundle endpoint of another trust
 // domain, by result "ok" or "failed".
 func (r *Registry) FederationFetches(trustDomain, result string) *Counter {

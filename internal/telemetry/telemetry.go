@@ -148,6 +148,7 @@ type Registry struct {
 	rotations *family[*Counter]
 	federated *family[*Gauge]
 	lookups   *family[*Counter]
+	tokenKeys *family[*Counter]
 	revision  *Gauge
 	rejected  *Counter
 	mismatch  *Counter
@@ -181,6 +182,7 @@ func NewRegistry() *Registry {
 	r.reloads = counters(r, 1, "sallyport_reloads_total", "Reloads of files, by result.", "result", "what")
 	r.rotations = counters(r, 0, "sallyport_svid_rotations_total", "Attempts to renew an SVID, by result.", "result")
 	r.federated = gauges(r, 0, "sallyport_federation_refreshed_timestamp_seconds", "When the bundle of another trust domain was last found good, as Unix time.", "trust_domain")
+	r.tokenKeys = counters(r, 1, "sallyport_token_key_fetches_total", "Looks at the keys of issuers of tokens, by result.", "result", "issuer")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 

@@ -49,6 +49,7 @@ func use(r *Registry) {
 	r.Reloads("policy", "ok").Inc()
 	r.Rotations("ok").Inc()
 	r.FederationFetches("other.example", "ok").Inc()
+	r.TokenKeyFetches("https://ci.example", "ok").Inc()
 	r.FederationRefreshed("other.example").Set(9)
 }
 
@@ -79,6 +80,7 @@ func TestMetricsAreNamedAndCounted(t *testing.T) {
 		`sallyport_reloads_total{result="ok",what="policy"} 1`,
 		`sallyport_svid_rotations_total{result="ok"} 1`,
 		`sallyport_federation_fetches_total{result="ok",trust_domain="other.example"} 1`,
+		`sallyport_token_key_fetches_total{issuer="https://ci.example",result="ok"} 1`,
 		`sallyport_federation_refreshed_timestamp_seconds{trust_domain="other.example"} 9`,
 		`go_goroutines`, `process_open_fds`,
 	} {
