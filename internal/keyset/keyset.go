@@ -33,8 +33,10 @@ var errUnknown = errors.New("issuer has no such key")
 const (
 	fetchTimeout = 3 * time.Second
 	// askEvery is how often an issuer is asked because of unknown key IDs or
-	// while it fails.
-	askEvery = 30 * time.Second
+	// while it fails. One of which no key is known is asked after firstAgain,
+	// then after twice that, and so on.
+	askEvery   = 30 * time.Second
+	firstAgain = time.Second
 	// staleAfter ends keys that could not be refreshed.
 	staleAfter = 24 * time.Hour
 	// defaultAge is the life of an answer that does not say; minAge and maxAge
@@ -192,7 +194,7 @@ type set struct {
 	mu     sync.Mutex // guards what follows
 	flight *flight    // the fetch that is under way
 	asked  time.Time  // when the last fetch began
-	failed bool       // the last one failed, which was logged
+	failed int        // how often it failed in a row; the first time was logged
 	// unknown are key IDs that the issuer did not have when it was asked.
 	unknown map[string]time.Time
 }
@@ -314,7 +316,7 @@ func (s *set) ask(ctx context.Context, now time.Time) error {
 			return ctx.Err()
 		}
 	}
-	if since := now.Sub(s.asked); since >= 0 && since < s.every() {
+	if since := now.Sub(s.asked); since >= 0 && since < s.every(now) {
 		s.mu.Unlock()
 		return errAskedLately
 	}
@@ -350,15 +352,18 @@ func (s *set) read(ctx context.Context, now time.Time) error {
 	s.cfg.Result(s.issuer, result)
 	s.mu.Lock()
 	was := s.failed
-	s.failed = err != nil
+	s.failed++
+	if err == nil {
+		s.failed = 0
+	}
 	s.mu.Unlock()
 	if err != nil {
-		if !was {
+		if was == 0 {
 			s.cfg.Log.Warn("keys of an issuer of tokens cannot be read; those that are known stay in use for a day", "issuer", s.issuer, "err", err)
 		}
 		return err
 	}
-	if was {
+	if was > 0 {
 		s.cfg.Log.Info("keys of an issuer of tokens are read again", "issuer", s.issuer)
 	}
 	s.take(next)
@@ -408,19 +413,22 @@ func (s *set) run(ctx context.Context) {
 // due is how long to wait before the source is read again.
 func (s *set) due(now time.Time) time.Duration {
 	s.mu.Lock()
-	asked, failed := s.asked, s.failed
+	wait, failed := s.every(now)-now.Sub(s.asked), s.failed > 0
 	s.mu.Unlock()
-	wait := s.every() - now.Sub(asked)
 	if h := s.cur.Load(); h != nil && !failed {
 		wait = max(wait, h.next.Sub(now))
 	}
 	return wait
 }
 
-// every is how often the source is read at most.
-func (s *set) every() time.Duration {
-	if s.source.File != "" {
+// every is how often the source is read at most. It is called with the lock
+// held.
+func (s *set) every(now time.Time) time.Duration {
+	switch {
+	case s.source.File != "":
 		return fileEvery
+	case s.failed > 0 && !s.cur.Load().fresh(now):
+		return min(firstAgain<<min(s.failed-1, 8), askEvery)
 	}
 	return askEvery
 }

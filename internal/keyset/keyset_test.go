@@ -147,21 +147,34 @@ func TestKeysAreFetchedOnceAndKept(t *testing.T) {
 }
 
 func TestNoKeyWasEverSeen(t *testing.T) {
-	is, src := serve(t)
-	is.say(func(w http.ResponseWriter, r *http.Request) { http.Error(w, "down", http.StatusServiceUnavailable) })
-	k := keeper(t, "", src)
-	for range 5 {
-		find(t, k, "a", ErrUnavailable)
-	}
-	if n := is.asked.Load(); n != 1 {
-		t.Errorf("an issuer that is down was asked %d times", n)
-	}
-	if g := k.Generation(name); g != 0 {
-		t.Errorf("generation %d without keys", g)
-	}
-	if _, _, err := k.Find(t.Context(), "https://other.example", named("a")); !errors.Is(err, ErrUnavailable) {
-		t.Errorf("an issuer that nobody named: %v", err)
-	}
+	synctest.Test(t, func(t *testing.T) {
+		asked, up := 0, false
+		doc := keys(jwk(t, "a"))
+		k, _ := stubbed(t, "", func(*http.Request) (int, string) {
+			if asked++; up {
+				return http.StatusOK, doc
+			}
+			return http.StatusServiceUnavailable, "down"
+		})
+		// It is asked again after a second, two, four and so on.
+		for want := 1; want <= 4; want++ {
+			for range 5 {
+				find(t, k, "a", ErrUnavailable)
+			}
+			if asked != want {
+				t.Errorf("an issuer that is down was asked %d times, want %d", asked, want)
+			}
+			time.Sleep(firstAgain << (want - 1))
+		}
+		if g := k.Generation(name); g != 0 {
+			t.Errorf("generation %d without keys", g)
+		}
+		if _, _, err := k.Find(t.Context(), "https://other.example", named("a")); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("an issuer that nobody named: %v", err)
+		}
+		up = true
+		find(t, k, "a", nil)
+	})
 }
 
 func TestUnusableAnswersDoNotReplaceKeys(t *testing.T) {
