@@ -70,6 +70,11 @@ type outside struct {
 
 func (w *world) startOutside(host string) *outside {
 	w.t.Helper()
+	return w.serveOutside(host, http.HandlerFunc(echo))
+}
+
+func (w *world) serveOutside(host string, h http.Handler) *outside {
+	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		w.t.Fatal(err)
@@ -88,7 +93,7 @@ func (w *world) startOutside(host string) *outside {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	o := &outside{Server: httptest.NewUnstartedServer(http.HandlerFunc(echo)), ca: w.path(host + ".pem")}
+	o := &outside{Server: httptest.NewUnstartedServer(h), ca: w.path(host + ".pem")}
 	o.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
 	o.StartTLS()
 	w.t.Cleanup(o.Close)

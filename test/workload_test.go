@@ -19,6 +19,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -81,6 +82,7 @@ func (w *workload) run() error {
 	answer(mux, "/run", w.exec)
 	answer(mux, "/env", func(context.Context, struct{}) ([]string, error) { return os.Environ(), nil })
 	answer(mux, "/svid", w.svid)
+	answer(mux, "/jwt", w.jwt)
 	answer(mux, "/rotation", w.rotation)
 	answer(mux, "/serve", w.serve)
 	answer(mux, "/dial", w.dial)
@@ -100,7 +102,7 @@ func echo(rw http.ResponseWriter, r *http.Request) {
 	rw.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(rw).Encode(map[string]any{
 		"method": r.Method, "path": r.URL.Path, "host": r.Host, "body": string(body),
-		"caller": r.Header.Get("X-Forwarded-Client-Cert"),
+		"caller": r.Header.Get("X-Forwarded-Client-Cert"), "user": r.Header.Get("X-User"), "authorization": r.Header.Get("Authorization"),
 	})
 }
 
@@ -155,6 +157,15 @@ func (w *workload) svid(ctx context.Context, _ struct{}) (r svidReply, err error
 		Key:       string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})),
 		BundlePEM: certsPEM(roots...), BundleSize: len(roots),
 	}, nil
+}
+
+// jwt fetches a JWT-SVID for an audience.
+func (w *workload) jwt(ctx context.Context, audience string) (string, error) {
+	s, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: audience})
+	if err != nil {
+		return "", err
+	}
+	return s.Marshal(), nil
 }
 
 func certsPEM(cs ...*x509.Certificate) string {

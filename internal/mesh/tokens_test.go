@@ -154,3 +154,30 @@ func TestTokenDefaults(t *testing.T) {
 		t.Errorf("rate is %+v", r)
 	}
 }
+
+// What docs/tokens.md shows is what a reader copies.
+func TestTokensPageParses(t *testing.T) {
+	page, err := os.ReadFile("../../docs/tokens.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := func(lang string) string {
+		_, rest, ok := strings.Cut(string(page), "```"+lang+"\n")
+		text, _, ends := strings.Cut(rest, "```")
+		if !ok || !ends {
+			t.Fatalf("the page has no block of %s", lang)
+		}
+		return text
+	}
+	p := withTokens(t, block("csv"), func(string) string { return block("yaml") })
+	if len(p.Tokens.Issuers) != 2 || len(p.Tokens.APIKeys) != 1 || len(p.Tokens.Revoked) != 2 {
+		t.Errorf("the page gives %+v", p.Tokens)
+	}
+	s, err := Compile(p, 1, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := known(s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/billing"))); got != "https://login.example, key acme" {
+		t.Errorf("billing knows %q", got)
+	}
+}
