@@ -34,6 +34,8 @@ type gateway struct {
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
 	audit   *audit.Ledger
+	// checked is the tree over the audit log.
+	checked *audit.Tree
 	judge   *authz.Judge
 	agent   *agent.Agent
 	// inForce is the snapshot that the judge has the rules of.
@@ -64,6 +66,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })
+	g.Go(func() error { return gw.checked.Run(ground) })
 	g.Go(func() error { return gw.judge.Run(ground) })
 	g.Go(func() error {
 		defer end()
@@ -95,6 +98,9 @@ func (gw *gateway) open() error {
 	if gw.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: gw.log}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
+	if gw.checked, err = gw.audit.Tree(); err != nil {
+		return errors.Join(err, gw.audit.Close())
+	}
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment}); err != nil {
 		return err
 	}
@@ -109,7 +115,7 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Identity, Use: gw.use, Audit: path, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Identity: cfg.Identity, Use: gw.use, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err

@@ -42,6 +42,7 @@ type issuer struct {
 	registry *registry.Registry
 	server   *control.Server
 	received *received
+	witness  *witness
 	started  time.Time
 	follower *federation.Follower
 
@@ -91,6 +92,8 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	// then its error is to be said first.
 	defer context.AfterFunc(now, func() { os.Exit(daemon.Failed) })()
 	g.Go(func() error { return in.audit.Run(run) })
+	g.Go(func() error { return in.witness.tree.Run(run) })
+	g.Go(func() error { return in.witness.Run(run) })
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
@@ -163,9 +166,13 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.openFederation(); err != nil {
 		return err
 	}
+	if err := in.openWitness(ctx); err != nil {
+		return err
+	}
 	auth := &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
+		Witness:   in.witness,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,

@@ -42,6 +42,8 @@ type sidecar struct {
 	metrics *telemetry.Registry
 	edges   *telemetry.Edges
 	audit   *audit.Ledger
+	// checked is the tree over the audit log.
+	checked *audit.Tree
 	judge   *authz.Judge
 	keys    *keyset.Keeper
 	tokens  *authz.Verifier
@@ -87,6 +89,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })
+	g.Go(func() error { return s.checked.Run(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error {
@@ -122,6 +125,9 @@ func (s *sidecar) open() error {
 	if s.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: s.log}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
+	if s.checked, err = s.audit.Tree(); err != nil {
+		return errors.Join(err, s.audit.Close())
+	}
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment}); err != nil {
 		return err
 	}
@@ -144,7 +150,7 @@ func (s *sidecar) open() error {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use,
-		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
+		Audit: path, Tree: s.checked, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
 	return err
 }

@@ -28,6 +28,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/attest"
+	"sallyport/internal/audit"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -94,6 +95,9 @@ type Config struct {
 	Use func(*mesh.Snapshot) error
 	// Audit is the path of the log that is sent to the issuer. Required.
 	Audit string
+	// Tree is the tree over that log, whose checkpoints the issuer is to sign.
+	// Default: none are.
+	Tree *audit.Tree
 	// Edges are reported to the issuer. Required.
 	Edges *telemetry.Edges
 	// Metrics and Ready say how things are. Required.
@@ -360,6 +364,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.watchIdentity(ctx) })
 	g.Go(func() error { return a.follow(ctx) })
 	g.Go(func() error { return a.upload(ctx) })
+	g.Go(func() error { return a.cosign(ctx) })
 	g.Go(func() error { return a.reportEdges(ctx) })
 	return g.Wait()
 }

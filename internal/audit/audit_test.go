@@ -54,7 +54,7 @@ func mustAppend(t testing.TB, l *Log, n int) {
 
 func mustVerify(t testing.TB, path string, records uint64) Report {
 	t.Helper()
-	rep, err := VerifyFile(path)
+	rep, err := VerifyFile(path, Trust{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +229,7 @@ func TestTornEndIsMovedAway(t *testing.T) {
 			if err := os.WriteFile(path, tc.edit(b), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := VerifyFile(path); !errors.Is(err, ErrBroken) {
+			if _, err := VerifyFile(path, Trust{}); !errors.Is(err, ErrBroken) {
 				t.Fatalf("the torn log verifies: %v", err)
 			}
 			l = openAt(t, path)
@@ -394,7 +394,7 @@ func TestFilesArePutAside(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	rep, _ := VerifyFile(path)
+	rep, _ := VerifyFile(path, Trust{})
 	l = openAt(t, path)
 	mustAppend(t, l, 1)
 	mustVerify(t, path, rep.Records+1)
@@ -548,8 +548,8 @@ func TestVerifyTellsWhatIsWrong(t *testing.T) {
 			if got := [3]int{rep.Integrity.Line, rep.Completeness.Line, rep.Time.Line}; got != [3]int{tc.integrity, tc.completeness, tc.time} {
 				t.Errorf("lines %v, want %v: %+v", got, [3]int{tc.integrity, tc.completeness, tc.time}, rep)
 			}
-			if bad := tc.integrity+tc.completeness+tc.time > 0; bad != errors.Is(err, ErrBroken) || bad == rep.OK() {
-				t.Errorf("error %v, report ok %v", err, rep.OK())
+			if bad := tc.integrity+tc.completeness+tc.time > 0; bad != errors.Is(err, ErrBroken) || bad != (rep.Err() != nil) {
+				t.Errorf("error %v, report %v", err, rep.Err())
 			}
 		})
 	}
@@ -619,7 +619,7 @@ func TestSurvivesKill(t *testing.T) {
 	}
 	l := openAt(t, path) // mends the end if the last kill tore it
 	mustAppend(t, l, 1)
-	if rep, err := VerifyFile(path); err != nil {
+	if rep, err := VerifyFile(path, Trust{}); err != nil {
 		t.Fatalf("%+v %v", rep, err)
 	}
 	have := map[string]bool{}

@@ -1,7 +1,6 @@
 package audit
 
 import (
-	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
@@ -122,6 +121,11 @@ type noteKey struct {
 
 func (k *noteKey) Name() string { return k.name }
 
+// named is the same key under another name.
+func (k *noteKey) named(name string) *noteKey {
+	return &noteKey{name: name, alg: k.alg, key: k.key, now: k.now}
+}
+
 func (k *noteKey) public() []byte {
 	return append([]byte{k.alg}, k.key.Public().(ed25519.PublicKey)...) //nolint:forcetypeassert // always is
 }
@@ -134,9 +138,13 @@ func noteHash(name string, public []byte) uint32 {
 }
 
 // verifier is the text by which others know the key.
-func (k *noteKey) verifier() string {
-	return fmt.Sprintf("%s+%08x+%s", k.name, k.KeyHash(), base64.StdEncoding.EncodeToString(k.public()))
+func (k *noteKey) verifier() string { return verifierText(k.name, k.public()) }
+
+func verifierText(name string, public []byte) string {
+	return fmt.Sprintf("%s+%08x+%s", name, noteHash(name, public), base64.StdEncoding.EncodeToString(public))
 }
+
+func decodeKey(data string) ([]byte, error) { return base64.StdEncoding.DecodeString(data) }
 
 func (k *noteKey) Sign(msg []byte) ([]byte, error) {
 	if k.alg == algEd25519 {
@@ -198,25 +206,22 @@ func OpenCosigned(signed []byte, key string, witnesses []string) (c Checkpoint, 
 		if err != nil {
 			return c, at, err
 		}
-		if _, err := note.Open(signed, note.VerifierList(w)); err == nil && w.at.After(at) {
+		_, err = note.Open(signed, note.VerifierList(w))
+		var bad *note.InvalidSignatureError
+		if errors.As(err, &bad) {
+			return c, at, fmt.Errorf("checkpoint: %w", err)
+		}
+		if err == nil && w.at.After(at) {
 			at = w.at
 		}
 	}
 	if at.IsZero() {
-		err = errors.New("checkpoint: no witness whose key is known has signed it")
+		return c, at, errNoWitness
 	}
-	return c, at, err
+	return c, at, nil
 }
 
-// addSignatures joins the signature lines of another copy of the same note.
-func addSignatures(signed, lines []byte) []byte {
-	for line := range bytes.Lines(lines) {
-		if bytes.HasPrefix(line, []byte("— ")) && !bytes.Contains(signed, line) {
-			signed = append(signed[:len(signed):len(signed)], line...)
-		}
-	}
-	return signed
-}
+var errNoWitness = errors.New("checkpoint: no witness whose key is known has signed it")
 
 // hashes puts proofs into the form of the wire.
 func hashes[P ~[]tlog.Hash](p P) [][]byte {

@@ -375,6 +375,9 @@ func (l *Ledger) at(index int) *cell {
 	return c
 }
 
+// Tree opens the tree over the records.
+func (l *Ledger) Tree() (*Tree, error) { return OpenTree(l.log) }
+
 // Run brings records to the disk in groups, and the counts every second, and
 // tells what was counted every Window, until ctx ends and once more then.
 func (l *Ledger) Run(ctx context.Context) error {

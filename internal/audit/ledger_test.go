@@ -382,7 +382,7 @@ func TestLedgerSurvivesKill(t *testing.T) {
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if rep, err := VerifyFile(path); err != nil {
+	if rep, err := VerifyFile(path, Trust{}); err != nil {
 		t.Fatalf("%+v %v", rep, err)
 	}
 	sums, full := counted(readRecords(t, path))

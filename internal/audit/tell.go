@@ -203,7 +203,12 @@ func (l *Log) since(after uint64, f func(*Record)) error {
 
 // lines reads the lines of the records after one number up to another.
 func (l *Log) lines(after, to uint64, f func([]byte) error) error {
-	t, err := OpenTail(l.cfg.Path, after)
+	return readLines(l.cfg.Path, after, to, f)
+}
+
+// readLines reads the lines of the records after one number up to another.
+func readLines(path string, after, to uint64, f func([]byte) error) error {
+	t, err := OpenTail(path, after)
 	if err != nil {
 		return err
 	}

@@ -47,6 +47,8 @@ type Tree struct {
 	tail   *Tail
 	signed []byte // the newest checkpoint
 	size   uint64 // of signed
+	// signedRoot is the root of signed.
+	signedRoot tlog.Hash
 }
 
 // edge is the right side of a tree: at each level the hashes of the tile that
@@ -124,8 +126,7 @@ func OpenTree(log *Log) (*Tree, error) {
 	if err := t.resume(); err != nil {
 		return nil, fmt.Errorf("open audit tree %s: %w", t.dir, err)
 	}
-	t.tail, err = OpenTail(log.cfg.Path, t.edge.size)
-	return t, err
+	return t, t.seek()
 }
 
 // Key is the verifier key of the log, in the form of package note.
@@ -159,7 +160,8 @@ func (t *Tree) resume() error {
 		e.levels = append(e.levels, append(make([]tlog.Hash, 0, tileWidth), hs...))
 	}
 	if e.size == c.Size && [32]byte(e.root()) == c.Root {
-		t.edge, t.signed, t.size = e, signed, c.Size
+		t.edge = e
+		t.signed, t.size, t.signedRoot = signed, c.Size, c.Root
 		return nil
 	}
 	t.log.cfg.Log.Warn("tiles of the audit tree are damaged; they are made again", "dir", t.dir)
@@ -180,25 +182,29 @@ func (t *Tree) rebuild(c Checkpoint) error {
 }
 
 // Run signs a checkpoint every second in which there were records, or after
-// 4,096 of them, until ctx ends and once more then.
+// 4,096 of them, until ctx ends and once more then. What keeps it from signing
+// is logged, and tried again: the records themselves do not depend on it.
 func (t *Tree) Run(ctx context.Context) error {
 	tick := time.NewTicker(signEvery / 20)
 	defer tick.Stop()
-	last := time.Now()
-	for {
+	last, failed := time.Now(), false
+	for ended := false; !ended; {
 		select {
 		case <-ctx.Done():
-			return t.Update()
+			ended = true
 		case <-tick.C:
 		}
-		if time.Since(last) < signEvery && t.log.Durable() < t.Size()+signAfter {
+		if !ended && time.Since(last) < signEvery && (failed || t.log.Durable() < t.Size()+signAfter) {
 			continue
 		}
 		last = time.Now()
-		if err := t.Update(); err != nil {
-			return err
+		err := t.Update()
+		if err != nil && !failed {
+			t.log.cfg.Log.Error("audit log has no new checkpoint; trying again", "dir", t.dir, "err", err)
 		}
+		failed = err != nil
 	}
+	return nil
 }
 
 // Size is how many records the newest checkpoint speaks of.
@@ -208,7 +214,8 @@ func (t *Tree) Size() uint64 {
 	return t.size
 }
 
-// Update adds the records that are on the disk and signs a checkpoint.
+// Update adds the records that are on the disk and signs a checkpoint. After an
+// error the tree stands where its checkpoint stands.
 func (t *Tree) Update() error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -216,6 +223,23 @@ func (t *Tree) Update() error {
 	if want <= t.size {
 		return nil
 	}
+	err := t.follow(want)
+	if err == nil {
+		err = t.sign()
+	}
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("audit tree: %w", err)
+	t.edge, t.size = edge{}, 0
+	if again := t.resume(); again != nil {
+		return errors.Join(err, again)
+	}
+	return errors.Join(err, t.seek())
+}
+
+// follow adds the records up to a number, under mu.
+func (t *Tree) follow(want uint64) error {
 	for t.edge.size < want {
 		b, seq, err := t.tail.poll()
 		if err == nil && (b == nil || seq != t.edge.size+1) {
@@ -225,13 +249,20 @@ func (t *Tree) Update() error {
 			err = t.edge.add(tlog.RecordHash(b), t.writeTile)
 		}
 		if err != nil {
-			return fmt.Errorf("audit tree: %w", err)
+			return err
 		}
 	}
-	if err := t.sign(); err != nil {
-		return fmt.Errorf("audit tree: %w", err)
-	}
 	return nil
+}
+
+// seek reads the log from behind the tree on, under mu.
+func (t *Tree) seek() error {
+	if t.tail != nil {
+		t.tail.Close()
+	}
+	var err error
+	t.tail, err = OpenTail(t.log.cfg.Path, t.edge.size)
+	return err
 }
 
 // sign writes the tiles that are not full and a checkpoint, under mu.
@@ -256,7 +287,7 @@ func (t *Tree) sign() error {
 	if err := replaceFile(filepath.Join(t.dir, checkpointFile), signed); err != nil {
 		return err
 	}
-	t.signed, t.size = signed, c.Size
+	t.signed, t.size, t.signedRoot = signed, c.Size, c.Root
 	return nil
 }
 
@@ -356,29 +387,43 @@ func (d tiles) ReadTiles(ts []tlog.Tile) ([][]byte, error) {
 
 func (d tiles) SaveTiles([]tlog.Tile, [][]byte) {}
 
-// Since returns the newest checkpoint and the proof that the log of the size
-// given is its beginning. No proof is needed from 0 on.
-func (t *Tree) Since(old uint64) (signed []byte, proof [][]byte, err error) {
+// Ask makes the request for a witness's signature: the newest checkpoint, signed
+// under the name that the witness knows the log by, and the proof that the log
+// of the size given is its beginning. The size is 0 for who knows nothing of
+// the log yet. It reports false when there is no record yet.
+func (t *Tree) Ask(name string, old uint64) (q CosignRequest, ok bool, err error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.size == 0 || old > t.size {
-		return t.signed, nil, nil
+	if t.size == 0 {
+		return q, false, nil
 	}
-	if old == 0 || old == t.size {
-		return t.signed, nil, nil
-	}
-	r := tlog.TileHashReader(tlog.Tree{N: int64(t.size), Hash: t.edge.root()}, tiles(t.dir)) //nolint:gosec // counts records
-	p, err := tlog.ProveTree(int64(t.size), int64(old), r)                                   //nolint:gosec // as above
+	root := t.signedRoot
+	key := t.key.named(name)
+	c := Checkpoint{Origin: name, Size: t.size, Root: root}
+	signed, err := note.Sign(&note.Note{Text: c.text()}, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("prove audit log: %w", err)
+		return q, false, fmt.Errorf("sign audit log as %s: %w", name, err)
 	}
-	return t.signed, hashes(p), nil
+	q = CosignRequest{Key: key.verifier(), Checkpoint: signed, OldSize: old}
+	if old == 0 || old >= t.size {
+		return q, true, nil
+	}
+	r := tlog.TileHashReader(tlog.Tree{N: int64(t.size), Hash: root}, tiles(t.dir)) //nolint:gosec // counts records
+	p, err := tlog.ProveTree(int64(t.size), int64(old), r)                          //nolint:gosec // as above
+	if err != nil {
+		return q, false, fmt.Errorf("prove audit log: %w", err)
+	}
+	q.Proof = hashes(p)
+	return q, true, nil
 }
 
-// Cosigned keeps the newest checkpoint together with what a witness signed.
-func (t *Tree) Cosigned(signed, cosignature []byte) error {
-	b := addSignatures(signed, cosignature)
-	if err := replaceFile(filepath.Join(t.dir, cosignedFile), b); err != nil {
+// Cosigned keeps a checkpoint that a witness has signed. What is not a
+// checkpoint of this log is refused.
+func (t *Tree) Cosigned(name string, signed []byte) error {
+	if _, err := OpenCheckpoint(signed, t.key.named(name).verifier()); err != nil {
+		return fmt.Errorf("keep cosigned checkpoint: %w", err)
+	}
+	if err := replaceFile(filepath.Join(t.dir, cosignedFile), signed); err != nil {
 		return fmt.Errorf("keep cosigned checkpoint: %w", err)
 	}
 	return nil

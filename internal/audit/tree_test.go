@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/mod/sumdb/note"
 	"golang.org/x/mod/sumdb/tlog"
@@ -114,11 +115,11 @@ func TestTreeFollowsTheLog(t *testing.T) {
 			}
 		}
 	}
-	signed, _, err := tree.Since(0)
+	q, _, err := tree.Ask("me", 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	now, err := OpenCheckpoint(signed, tree.Key())
+	now, err := OpenCheckpoint(q.Checkpoint, q.Key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,11 +132,11 @@ func TestTreeFollowsTheLog(t *testing.T) {
 		t.Fatalf("root of %d records is %x, want %v", n, now.Root, want)
 	}
 	for _, old := range sizes {
-		_, proof, err := tree.Since(old)
+		q, _, err := tree.Ask("me", old)
 		if err != nil {
 			t.Fatal(err)
 		}
-		p, _ := parseHashes(proof)
+		p, _ := parseHashes(q.Proof)
 		root, _ := tlog.TreeHash(int64(old), &ref)
 		if old < now.Size {
 			if err := tlog.CheckTree(p, n, tlog.Hash(now.Root), int64(old), root); err != nil {
@@ -155,7 +156,7 @@ func TestTreeMendsItsTiles(t *testing.T) {
 	tree := treeAt(t, log)
 	mustAppend(t, log, 300)
 	mustUpdate(t, log, tree)
-	want, _, _ := tree.Since(0)
+	want := mustRead(t, filepath.Join(tree.dir, checkpointFile))
 	name := filepath.Join(tree.dir, "tile/0/001.p/44")
 	b, err := os.ReadFile(name)
 	if err != nil {
@@ -172,7 +173,7 @@ func TestTreeMendsItsTiles(t *testing.T) {
 		again := treeAt(t, log)
 		mustAppend(t, log, 1)
 		mustUpdate(t, log, again)
-		if _, _, err := again.Since(300); err != nil {
+		if _, _, err := again.Ask("me", 300); err != nil {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
@@ -246,11 +247,11 @@ func (h *memHeads) Save(_ context.Context, name string, b []byte, rev int64) (bo
 
 func ask(t testing.TB, w *Witness, tree *Tree, old uint64) (signed []byte, have uint64, err error) {
 	t.Helper()
-	cp, proof, err := tree.Since(old)
+	q, _, err := tree.Ask("billing", old)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return w.Cosign(t.Context(), "billing", CosignRequest{Key: tree.Key(), Checkpoint: cp, OldSize: old, Proof: proof})
+	return w.Cosign(t.Context(), "billing", q)
 }
 
 func TestWitness(t *testing.T) {
@@ -273,14 +274,15 @@ func TestWitness(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	key := tree.key.named("billing").verifier()
 	signed, have, err := ask(t, w, tree, 0)
 	if err != nil || have != 300 || signed == nil {
 		t.Fatal(have, err)
 	}
-	if c, at, err := OpenCosigned(signed, tree.Key(), []string{other.Key(), w.Key()}); err != nil || c.Size != 300 || at.IsZero() {
+	if c, at, err := OpenCosigned(signed, key, []string{other.Key(), w.Key()}); err != nil || c.Size != 300 || at.IsZero() {
 		t.Errorf("%+v %v %v", c, at, err)
 	}
-	if _, _, err := OpenCosigned(signed, tree.Key(), []string{other.Key()}); err == nil {
+	if _, _, err := OpenCosigned(signed, key, []string{other.Key()}); err == nil {
 		t.Error("signed by a witness that has not")
 	}
 	mustAppend(t, log, 400)
@@ -311,7 +313,10 @@ func TestWitness(t *testing.T) {
 		return forged
 	}
 	cut := forge(fork)
-	if _, _, err := ask(t, w, cut, 0); !errors.Is(err, ErrCut) {
+	if signed, have, err := ask(t, w, cut, 0); signed != nil || have != 700 || err != nil {
+		t.Errorf("a log that was cut, by who does not say what it knows: %q %d %v", signed, have, err)
+	}
+	if _, _, err := ask(t, w, cut, 700); !errors.Is(err, ErrCut) {
 		t.Errorf("a log that was cut: %v", err)
 	}
 	for cut.Size() < 700 {
@@ -331,12 +336,22 @@ func TestWitness(t *testing.T) {
 	wiped := treeAt(t, fresh)
 	mustAppend(t, fresh, 3)
 	mustUpdate(t, fresh, wiped)
+	if signed, _, err := ask(t, w, wiped, 0); !errors.Is(err, ErrTooSoon) || signed != nil {
+		t.Errorf("a new log a moment after the one before: %v", err)
+	}
+	later := func() time.Time { return time.Now().Add(logsApart + time.Second) }
+	w.key.now, other.key.now = later, later
 	if signed, _, err := ask(t, w, wiped, 0); !errors.Is(err, ErrOtherLog) || signed == nil {
 		t.Errorf("a new log in the place of one: %v", err)
 	}
 	if signed, have, err := ask(t, w, wiped, 3); err != nil || signed == nil {
 		t.Errorf("the new log again: %d %v", have, err)
 	}
+	q, _, _ := tree.Ask("payment", 0)
+	if signed, _, err := w.Cosign(t.Context(), "billing", q); !errors.Is(err, ErrWrongName) || signed != nil {
+		t.Errorf("the log of another: %v", err)
+	}
+	w.key.now = func() time.Time { return time.Now().Add(3 * logsApart) }
 	if _, _, err := ask(t, w, cut, 700); !errors.Is(err, ErrForked) {
 		t.Errorf("the earlier log, forked, after another came between: %v", err)
 	}
@@ -347,7 +362,7 @@ func TestCheckpointsThatAreRefused(t *testing.T) {
 	tree := treeAt(t, log)
 	mustAppend(t, log, 3)
 	mustUpdate(t, log, tree)
-	good, _, _ := tree.Since(0)
+	good := mustRead(t, filepath.Join(tree.dir, checkpointFile))
 	sign := func(text string) []byte {
 		b, err := note.Sign(&note.Note{Text: text}, tree.key)
 		if err != nil {

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -106,15 +105,29 @@ func parseMillis(s string) (time.Duration, error) {
 // A Verdict is the answer to one question about a log.
 type Verdict struct {
 	OK bool `json:"ok"`
-	// Line is the first line that is wrong, from 1; 0 when none is.
+	// Unconfirmed: nothing is wrong, but nothing outside of the log says that
+	// it is right, either.
+	Unconfirmed bool `json:"unconfirmed,omitempty"`
+	// Line is the first line that is wrong, from 1; 0 when no line is.
 	Line int `json:"line,omitempty"`
-	// Detail says what is wrong with it.
+	// Detail says what is wrong, or what was confirmed.
 	Detail string `json:"detail,omitempty"`
 }
 
+// failed says that the answer is no.
+func (v *Verdict) failed() bool { return !v.OK && !v.Unconfirmed }
+
+// fail keeps the first thing that is wrong.
 func (v *Verdict) fail(line int, format string, args ...any) {
-	if v.Line == 0 {
+	if !v.failed() {
 		*v = Verdict{Line: line, Detail: fmt.Sprintf(format, args...)}
+	}
+}
+
+// doubt says what is not confirmed, unless something is wrong.
+func (v *Verdict) doubt(format string, args ...any) {
+	if v.OK {
+		*v = Verdict{Unconfirmed: true, Detail: fmt.Sprintf(format, args...)}
 	}
 }
 
@@ -126,42 +139,59 @@ type Report struct {
 	// First and Last are the numbers of the first and last record.
 	First uint64 `json:"first"`
 	Last  uint64 `json:"last"`
-	// Head is the hash of the last line in hex. A chain cannot show that its
-	// end was cut off: compare Last and Head with a copy kept elsewhere.
+	// Head is the hash of the last line in hex. A chain alone cannot show that
+	// its end was cut off.
 	Head string `json:"head"`
-	// Integrity: each line is a record and holds the hash of the line before.
+	// Integrity: each line is a record and holds the hash of the line before,
+	// and the tree over them is the one that was signed.
 	Integrity Verdict `json:"integrity"`
-	// Completeness: the log starts with record 1, no number is missing, and
-	// the last line is whole.
+	// Completeness: the log starts with record 1, no number is missing, the
+	// last line is whole, and no less is there than was signed.
 	Completeness Verdict `json:"completeness"`
-	// Time: no record is more than clockSlack earlier than the one before.
+	// Identity: whose log it is, as a witness has signed it.
+	Identity Verdict `json:"identity"`
+	// Time: no record is more than clockSlack earlier than the one before, nor
+	// later than when a witness signed it.
 	Time Verdict `json:"time"`
 }
 
 // clockSlack is how far a clock may be set back without a word.
 const clockSlack = time.Second
 
-// OK reports whether all verdicts are good.
-func (r *Report) OK() bool { return r.Integrity.OK && r.Completeness.OK && r.Time.OK }
-
-// Err is nil when all verdicts are good, and otherwise ErrBroken with the first
-// that is not.
+// Err is ErrBroken with the first verdict that is bad, if one is.
 func (r *Report) Err() error {
 	for _, v := range []struct {
 		name string
 		Verdict
-	}{{"integrity", r.Integrity}, {"completeness", r.Completeness}, {"time", r.Time}} {
-		if !v.OK {
+	}{{"integrity", r.Integrity}, {"completeness", r.Completeness}, {"identity", r.Identity}, {"time", r.Time}} {
+		switch {
+		case !v.failed():
+		case v.Line > 0:
 			return fmt.Errorf("%w: %s: line %d: %s", ErrBroken, v.name, v.Line, v.Detail)
+		default:
+			return fmt.Errorf("%w: %s: %s", ErrBroken, v.name, v.Detail)
 		}
 	}
 	return nil
 }
 
-// Verify reads a whole log. The error is ErrBroken when a verdict is bad, or
-// what kept it from reading; the Report is filled as far as it came.
+// Confirmed reports whether every verdict is good, none only for want of
+// knowledge.
+func (r *Report) Confirmed() bool {
+	return r.Integrity.OK && r.Completeness.OK && r.Identity.OK && r.Time.OK
+}
+
+// Verify reads a whole log and judges it by itself. The error is ErrBroken when a
+// verdict is bad, or what kept it from reading; the Report is filled as far as
+// it came.
 func Verify(r io.Reader) (Report, error) {
-	v := verifier{rep: Report{Integrity: Verdict{OK: true}, Completeness: Verdict{OK: true}, Time: Verdict{OK: true}}}
+	v := verifier{each: func([]byte, *Record) {}}
+	return v.read(r)
+}
+
+func (v *verifier) read(r io.Reader) (Report, error) {
+	yes := Verdict{OK: true}
+	v.rep = Report{Integrity: yes, Completeness: yes, Time: yes, Identity: Verdict{Unconfirmed: true, Detail: "a log does not show by itself whose it is"}}
 	br := bufio.NewReaderSize(r, maxLine+1)
 	for n := 1; ; n++ {
 		b, err := br.ReadSlice('\n')
@@ -189,30 +219,14 @@ func Verify(r io.Reader) (Report, error) {
 	}
 }
 
-// VerifyFile verifies all files of the log at path as one chain.
-func VerifyFile(path string) (Report, error) {
-	names, err := Segments(path)
-	if err != nil {
-		return Report{}, err
-	}
-	var rs []io.Reader
-	for _, name := range names {
-		f, err := os.Open(name)
-		if err != nil {
-			return Report{}, fmt.Errorf("open audit log: %w", err)
-		}
-		defer f.Close()
-		rs = append(rs, f)
-	}
-	return Verify(io.MultiReader(rs...))
-}
-
 // verifier holds what one line must agree with.
 type verifier struct {
 	rep    Report
 	prev   hash
 	at     time.Time
 	broken bool // the line before was no record: its successor cannot be judged
+	// each is told every whole line, and its record if it is one.
+	each func([]byte, *Record)
 }
 
 func (v *verifier) line(n int, b []byte) {
@@ -221,8 +235,10 @@ func (v *verifier) line(n int, b []byte) {
 	v.prev, v.broken = sha256.Sum256(b), err != nil
 	if err != nil {
 		v.rep.Integrity.fail(n, "%v", err)
+		v.each(b, nil)
 		return
 	}
+	v.each(b, &r)
 	v.rep.Records++
 	if r.Kind == KindGap {
 		v.rep.Gaps++

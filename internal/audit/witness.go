@@ -18,6 +18,12 @@ var (
 	ErrForked = errors.New("audit log was changed: its tree does not continue what was cosigned")
 	// ErrCut is returned for a log that is shorter than what was cosigned.
 	ErrCut = errors.New("audit log was cut: it is shorter than what was cosigned")
+	// ErrWrongName is returned for a checkpoint that is not signed under the
+	// name of who asks: the log of another, or an attempt to pass for it.
+	ErrWrongName = errors.New("audit log is signed under another name than that of who asks")
+	// ErrTooSoon is returned for a log with another key while the one before was
+	// signed less than logsApart ago.
+	ErrTooSoon = errors.New("another audit log takes the place of one that was cosigned a moment ago; ask again later")
 	// ErrOtherLog is returned when a log with another key takes the place of
 	// one. It is kept beside the other from then on.
 	ErrOtherLog = errors.New("another audit log has taken the place of one that was cosigned")
@@ -51,6 +57,11 @@ type Head struct {
 // keepHeads bounds the heads of earlier logs: who wipes its log again and again
 // fills nothing.
 const keepHeads = 8
+
+// logsApart is the least time between two logs of one name: whoever makes one
+// after the other to have the first forgotten needs keepHeads times as long, and
+// every time is told.
+const logsApart = time.Minute
 
 // ParseHead reads a head as a Witness saved it.
 func ParseHead(b []byte) (h Head, err error) {
@@ -92,17 +103,21 @@ type CosignRequest struct {
 // maxProof bounds the hashes of a proof: twice the height of the highest tree.
 const maxProof = 128
 
-// Cosign signs the checkpoint of the log with a name when it continues the one
+// Cosign signs the checkpoint of the log with a name, which the checkpoint must
+// have as its origin, when it continues the one
 // signed last. have is the size signed last: when it is not the OldSize of the
 // request, there is no signature and the request is to be made again with it.
 // ErrOtherLog comes together with a signature.
 func (w *Witness) Cosign(ctx context.Context, name string, q CosignRequest) (cosignature []byte, have uint64, err error) {
-	if len(q.Proof) > maxProof || len(q.Key) > 512 {
+	if len(q.Proof) > maxProof || len(q.Key) > 4<<10 {
 		return nil, 0, errors.New("cosign: the request is too large")
 	}
 	c, err := OpenCheckpoint(q.Checkpoint, q.Key)
 	if err != nil {
 		return nil, 0, fmt.Errorf("cosign: %w", err)
+	}
+	if c.Origin != name {
+		return nil, 0, fmt.Errorf("%w: %s, not %s", ErrWrongName, cut(c.Origin, 300), name)
 	}
 	raw, revision, err := w.heads.Load(ctx, name)
 	if err != nil {
@@ -115,8 +130,13 @@ func (w *Witness) Cosign(ctx context.Context, name string, q CosignRequest) (cos
 		}
 	}
 	next, other := head.under(q.Key)
-	if q.OldSize != next.Size && c.Size >= next.Size {
+	switch {
+	case q.OldSize != next.Size:
+		// Not yet a contradiction, even if the checkpoint is the smaller one:
+		// a request that was slow is overtaken by the one after it.
 		return nil, next.Size, nil
+	case other && head.Time.After(w.key.now().Add(-logsApart)):
+		return nil, next.Size, ErrTooSoon
 	}
 	if err := next.continued(c, q.Proof); err != nil {
 		return nil, next.Size, err

@@ -51,6 +51,7 @@ var workOf = map[string]float64{
 	meshpb.Mesh_Subscribe_FullMethodName:    20, // may announce endpoints to all
 	meshpb.Mesh_UploadAudit_FullMethodName:  20,
 	meshpb.Mesh_ReportEdges_FullMethodName:  10,
+	meshpb.Mesh_Cosign_FullMethodName:       10, // writes durably
 	agentv1.Agent_RenewAgent_FullMethodName: 10, // writes durably
 }
 

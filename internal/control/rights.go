@@ -83,6 +83,7 @@ var rights = map[string]right{
 	meshpb.Mesh_Subscribe_FullMethodName:   toAgents,
 	meshpb.Mesh_UploadAudit_FullMethodName: toAgents,
 	meshpb.Mesh_ReportEdges_FullMethodName: toAgents,
+	meshpb.Mesh_Cosign_FullMethodName:      toAgents,
 
 	meshpb.Admin_CreateJoinToken_FullMethodName: toLocal,
 	meshpb.Admin_Status_FullMethodName:          toLocal,
@@ -90,6 +91,7 @@ var rights = map[string]right{
 	meshpb.Admin_Edges_FullMethodName:           toLocal,
 	meshpb.Admin_Roots_FullMethodName:           toLocal,
 	meshpb.Admin_MoveRoots_FullMethodName:       toLocal,
+	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,

@@ -108,6 +108,14 @@ type AuditSink interface {
 	Receive(ctx context.Context, agent, workload spiffeid.ID, lines [][]byte) error
 }
 
+// A Witness signs checkpoints of the audit logs of proxies, and remembers what
+// it signed.
+type Witness interface {
+	Cosign(ctx context.Context, agent, workload spiffeid.ID, q CosignRequest) (CosignReply, error)
+	// Heads returns the keys of those who sign, and what was signed last.
+	Heads(ctx context.Context) (AuditHeads, error)
+}
+
 // An Attestation is one attempt to attest, for the audit.
 type Attestation struct {
 	// Agent is zero when the evidence named none.
@@ -127,6 +135,8 @@ type ServerConfig struct {
 	Registry  Registry
 	Authority Authority
 	Audit     AuditSink
+	// Witness cosigns audit logs. Default: nobody does.
+	Witness Witness
 	// Roots lets the operator replace the root. Default: nobody can.
 	Roots RootKeeper
 	// Downstream serves issuers below this one. Default: there are none.

@@ -29,6 +29,8 @@ const (
 	KindAgent     Kind = "agent"
 	KindLease     Kind = "lease"
 	KindRollout   Kind = "rollout"
+	// KindAuditHead is the newest state of an audit log that was cosigned.
+	KindAuditHead Kind = "audithead"
 )
 
 // Limits that every backend holds to.

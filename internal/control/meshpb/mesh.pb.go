@@ -849,6 +849,149 @@ func (x *AuditAck) GetLastSeq() uint64 {
 	return 0
 }
 
+type CosignRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE ID of the workload whose proxy keeps the log.
+	Workload string `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	// The verifier key of the log, and a checkpoint that it has signed. Both name
+	// the workload and the agent.
+	Key        string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	Checkpoint []byte `protobuf:"bytes,3,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
+	// Hashes which show that the log of old_size records is its beginning.
+	OldSize       uint64   `protobuf:"varint,4,opt,name=old_size,json=oldSize,proto3" json:"old_size,omitempty"`
+	Proof         [][]byte `protobuf:"bytes,5,rep,name=proof,proto3" json:"proof,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CosignRequest) Reset() {
+	*x = CosignRequest{}
+	mi := &file_mesh_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CosignRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CosignRequest) ProtoMessage() {}
+
+func (x *CosignRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
+func (*CosignRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *CosignRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *CosignRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+func (x *CosignRequest) GetCheckpoint() []byte {
+	if x != nil {
+		return x.Checkpoint
+	}
+	return nil
+}
+
+func (x *CosignRequest) GetOldSize() uint64 {
+	if x != nil {
+		return x.OldSize
+	}
+	return 0
+}
+
+func (x *CosignRequest) GetProof() [][]byte {
+	if x != nil {
+		return x.Proof
+	}
+	return nil
+}
+
+type CosignReply struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The checkpoint with the signature of the witness; empty when there is none.
+	Signed []byte `protobuf:"bytes,1,opt,name=signed,proto3" json:"signed,omitempty"`
+	// The size signed last. If it is not old_size, ask again with it.
+	Have uint64 `protobuf:"varint,2,opt,name=have,proto3" json:"have,omitempty"`
+	// "cut", "forked", "other" or "foreign" when the log contradicts what was signed.
+	Contradiction string `protobuf:"bytes,3,opt,name=contradiction,proto3" json:"contradiction,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CosignReply) Reset() {
+	*x = CosignReply{}
+	mi := &file_mesh_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CosignReply) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CosignReply) ProtoMessage() {}
+
+func (x *CosignReply) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CosignReply.ProtoReflect.Descriptor instead.
+func (*CosignReply) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *CosignReply) GetSigned() []byte {
+	if x != nil {
+		return x.Signed
+	}
+	return nil
+}
+
+func (x *CosignReply) GetHave() uint64 {
+	if x != nil {
+		return x.Have
+	}
+	return 0
+}
+
+func (x *CosignReply) GetContradiction() string {
+	if x != nil {
+		return x.Contradiction
+	}
+	return ""
+}
+
 type EdgeReport struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Edges         []*Edge                `protobuf:"bytes,1,rep,name=edges,proto3" json:"edges,omitempty"`
@@ -858,7 +1001,7 @@ type EdgeReport struct {
 
 func (x *EdgeReport) Reset() {
 	*x = EdgeReport{}
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -870,7 +1013,7 @@ func (x *EdgeReport) String() string {
 func (*EdgeReport) ProtoMessage() {}
 
 func (x *EdgeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -883,7 +1026,7 @@ func (x *EdgeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeReport.ProtoReflect.Descriptor instead.
 func (*EdgeReport) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{12}
+	return file_mesh_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *EdgeReport) GetEdges() []*Edge {
@@ -910,7 +1053,7 @@ type Edge struct {
 
 func (x *Edge) Reset() {
 	*x = Edge{}
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -922,7 +1065,7 @@ func (x *Edge) String() string {
 func (*Edge) ProtoMessage() {}
 
 func (x *Edge) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -935,7 +1078,7 @@ func (x *Edge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Edge.ProtoReflect.Descriptor instead.
 func (*Edge) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{13}
+	return file_mesh_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Edge) GetSrc() string {
@@ -1009,7 +1152,7 @@ type EdgeAck struct {
 
 func (x *EdgeAck) Reset() {
 	*x = EdgeAck{}
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1021,7 +1164,7 @@ func (x *EdgeAck) String() string {
 func (*EdgeAck) ProtoMessage() {}
 
 func (x *EdgeAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1034,7 +1177,7 @@ func (x *EdgeAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeAck.ProtoReflect.Descriptor instead.
 func (*EdgeAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{14}
+	return file_mesh_proto_rawDescGZIP(), []int{16}
 }
 
 // Refusal is the detail of a status: a reason from a closed set, so that the
@@ -1048,7 +1191,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1060,7 +1203,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1073,7 +1216,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{15}
+	return file_mesh_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Refusal) GetReason() string {
@@ -1094,7 +1237,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1249,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1262,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{16}
+	return file_mesh_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CreateJoinTokenRequest) GetAgentName() string {
@@ -1147,7 +1290,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1302,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1315,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{17}
+	return file_mesh_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -1204,7 +1347,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1216,7 +1359,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1229,7 +1372,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{18}
+	return file_mesh_proto_rawDescGZIP(), []int{20}
 }
 
 type StatusResponse struct {
@@ -1246,7 +1389,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1258,7 +1401,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1271,7 +1414,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{19}
+	return file_mesh_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -1324,7 +1467,7 @@ type ProxiesRequest struct {
 
 func (x *ProxiesRequest) Reset() {
 	*x = ProxiesRequest{}
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1336,7 +1479,7 @@ func (x *ProxiesRequest) String() string {
 func (*ProxiesRequest) ProtoMessage() {}
 
 func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1349,7 +1492,7 @@ func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesRequest.ProtoReflect.Descriptor instead.
 func (*ProxiesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{20}
+	return file_mesh_proto_rawDescGZIP(), []int{22}
 }
 
 type ProxiesResponse struct {
@@ -1361,7 +1504,7 @@ type ProxiesResponse struct {
 
 func (x *ProxiesResponse) Reset() {
 	*x = ProxiesResponse{}
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1373,7 +1516,7 @@ func (x *ProxiesResponse) String() string {
 func (*ProxiesResponse) ProtoMessage() {}
 
 func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1386,7 +1529,7 @@ func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesResponse.ProtoReflect.Descriptor instead.
 func (*ProxiesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{21}
+	return file_mesh_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ProxiesResponse) GetProxies() []*Proxy {
@@ -1413,7 +1556,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1425,7 +1568,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1438,7 +1581,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{22}
+	return file_mesh_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Proxy) GetAgent() string {
@@ -1512,7 +1655,7 @@ type EdgesRequest struct {
 
 func (x *EdgesRequest) Reset() {
 	*x = EdgesRequest{}
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1524,7 +1667,7 @@ func (x *EdgesRequest) String() string {
 func (*EdgesRequest) ProtoMessage() {}
 
 func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1537,7 +1680,7 @@ func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesRequest.ProtoReflect.Descriptor instead.
 func (*EdgesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{23}
+	return file_mesh_proto_rawDescGZIP(), []int{25}
 }
 
 type EdgesResponse struct {
@@ -1549,7 +1692,7 @@ type EdgesResponse struct {
 
 func (x *EdgesResponse) Reset() {
 	*x = EdgesResponse{}
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1561,7 +1704,7 @@ func (x *EdgesResponse) String() string {
 func (*EdgesResponse) ProtoMessage() {}
 
 func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1574,12 +1717,102 @@ func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesResponse.ProtoReflect.Descriptor instead.
 func (*EdgesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{24}
+	return file_mesh_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *EdgesResponse) GetEdges() []*Edge {
 	if x != nil {
 		return x.Edges
+	}
+	return nil
+}
+
+type AuditHeadsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditHeadsRequest) Reset() {
+	*x = AuditHeadsRequest{}
+	mi := &file_mesh_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditHeadsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditHeadsRequest) ProtoMessage() {}
+
+func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditHeadsRequest.ProtoReflect.Descriptor instead.
+func (*AuditHeadsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{27}
+}
+
+type AuditHeadsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The verifier keys of the issuers that cosign.
+	Witnesses []string `protobuf:"bytes,1,rep,name=witnesses,proto3" json:"witnesses,omitempty"`
+	// Each is JSON as the issuer keeps it.
+	Heads         [][]byte `protobuf:"bytes,2,rep,name=heads,proto3" json:"heads,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditHeadsResponse) Reset() {
+	*x = AuditHeadsResponse{}
+	mi := &file_mesh_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditHeadsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditHeadsResponse) ProtoMessage() {}
+
+func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditHeadsResponse.ProtoReflect.Descriptor instead.
+func (*AuditHeadsResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *AuditHeadsResponse) GetWitnesses() []string {
+	if x != nil {
+		return x.Witnesses
+	}
+	return nil
+}
+
+func (x *AuditHeadsResponse) GetHeads() [][]byte {
+	if x != nil {
+		return x.Heads
 	}
 	return nil
 }
@@ -1592,7 +1825,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1604,7 +1837,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1617,7 +1850,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{25}
+	return file_mesh_proto_rawDescGZIP(), []int{29}
 }
 
 type MoveRootsRequest struct {
@@ -1634,7 +1867,7 @@ type MoveRootsRequest struct {
 
 func (x *MoveRootsRequest) Reset() {
 	*x = MoveRootsRequest{}
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1646,7 +1879,7 @@ func (x *MoveRootsRequest) String() string {
 func (*MoveRootsRequest) ProtoMessage() {}
 
 func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1659,7 +1892,7 @@ func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
 func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{26}
+	return file_mesh_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MoveRootsRequest) GetMove() string {
@@ -1707,7 +1940,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1952,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1965,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{27}
+	return file_mesh_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *RootsResponse) GetPhase() string {
@@ -1833,7 +2066,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1845,7 +2078,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1858,7 +2091,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{28}
+	return file_mesh_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Authority) GetId() string {
@@ -1954,7 +2187,19 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05lines\x18\x02 \x03(\fR\x05lines\x12\x19\n" +
 	"\blast_seq\x18\x03 \x01(\x04R\alastSeq\"%\n" +
 	"\bAuditAck\x12\x19\n" +
-	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\";\n" +
+	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\"\x8e\x01\n" +
+	"\rCosignRequest\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\x12\x1e\n" +
+	"\n" +
+	"checkpoint\x18\x03 \x01(\fR\n" +
+	"checkpoint\x12\x19\n" +
+	"\bold_size\x18\x04 \x01(\x04R\aoldSize\x12\x14\n" +
+	"\x05proof\x18\x05 \x03(\fR\x05proof\"_\n" +
+	"\vCosignReply\x12\x16\n" +
+	"\x06signed\x18\x01 \x01(\fR\x06signed\x12\x12\n" +
+	"\x04have\x18\x02 \x01(\x04R\x04have\x12$\n" +
+	"\rcontradiction\x18\x03 \x01(\tR\rcontradiction\";\n" +
 	"\n" +
 	"EdgeReport\x12-\n" +
 	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x80\x02\n" +
@@ -2004,7 +2249,11 @@ const file_mesh_proto_rawDesc = "" +
 	"\tlast_seen\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
-	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x0e\n" +
+	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x13\n" +
+	"\x11AuditHeadsRequest\"H\n" +
+	"\x12AuditHeadsResponse\x12\x1c\n" +
+	"\twitnesses\x18\x01 \x03(\tR\twitnesses\x12\x14\n" +
+	"\x05heads\x18\x02 \x03(\fR\x05heads\"\x0e\n" +
 	"\fRootsRequest\"V\n" +
 	"\x10MoveRootsRequest\x12\x12\n" +
 	"\x04move\x18\x01 \x01(\tR\x04move\x12\x14\n" +
@@ -2032,18 +2281,21 @@ const file_mesh_proto_rawDesc = "" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x124\n" +
 	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x14\n" +
 	"\x05signs\x18\x04 \x01(\bR\x05signs\x12\x18\n" +
-	"\atainted\x18\x05 \x01(\bR\atainted2\xfb\x01\n" +
+	"\atainted\x18\x05 \x01(\bR\atainted2\xc7\x02\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
-	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xfe\x03\n" +
+	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
+	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12H\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xd9\x04\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
 	"\aProxies\x12!.sallyport.mesh.v1.ProxiesRequest\x1a\".sallyport.mesh.v1.ProxiesResponse\x12J\n" +
 	"\x05Edges\x12\x1f.sallyport.mesh.v1.EdgesRequest\x1a .sallyport.mesh.v1.EdgesResponse\x12J\n" +
 	"\x05Roots\x12\x1f.sallyport.mesh.v1.RootsRequest\x1a .sallyport.mesh.v1.RootsResponse\x12R\n" +
-	"\tMoveRoots\x12#.sallyport.mesh.v1.MoveRootsRequest\x1a .sallyport.mesh.v1.RootsResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"\tMoveRoots\x12#.sallyport.mesh.v1.MoveRootsRequest\x1a .sallyport.mesh.v1.RootsResponse\x12Y\n" +
+	"\n" +
+	"AuditHeads\x12$.sallyport.mesh.v1.AuditHeadsRequest\x1a%.sallyport.mesh.v1.AuditHeadsResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -2057,7 +2309,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 33)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -2071,73 +2323,81 @@ var file_mesh_proto_goTypes = []any{
 	(*SyncNow)(nil),                 // 9: sallyport.mesh.v1.SyncNow
 	(*AuditBatch)(nil),              // 10: sallyport.mesh.v1.AuditBatch
 	(*AuditAck)(nil),                // 11: sallyport.mesh.v1.AuditAck
-	(*EdgeReport)(nil),              // 12: sallyport.mesh.v1.EdgeReport
-	(*Edge)(nil),                    // 13: sallyport.mesh.v1.Edge
-	(*EdgeAck)(nil),                 // 14: sallyport.mesh.v1.EdgeAck
-	(*Refusal)(nil),                 // 15: sallyport.mesh.v1.Refusal
-	(*CreateJoinTokenRequest)(nil),  // 16: sallyport.mesh.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 17: sallyport.mesh.v1.CreateJoinTokenResponse
-	(*StatusRequest)(nil),           // 18: sallyport.mesh.v1.StatusRequest
-	(*StatusResponse)(nil),          // 19: sallyport.mesh.v1.StatusResponse
-	(*ProxiesRequest)(nil),          // 20: sallyport.mesh.v1.ProxiesRequest
-	(*ProxiesResponse)(nil),         // 21: sallyport.mesh.v1.ProxiesResponse
-	(*Proxy)(nil),                   // 22: sallyport.mesh.v1.Proxy
-	(*EdgesRequest)(nil),            // 23: sallyport.mesh.v1.EdgesRequest
-	(*EdgesResponse)(nil),           // 24: sallyport.mesh.v1.EdgesResponse
-	(*RootsRequest)(nil),            // 25: sallyport.mesh.v1.RootsRequest
-	(*MoveRootsRequest)(nil),        // 26: sallyport.mesh.v1.MoveRootsRequest
-	(*RootsResponse)(nil),           // 27: sallyport.mesh.v1.RootsResponse
-	(*Authority)(nil),               // 28: sallyport.mesh.v1.Authority
-	(*timestamppb.Timestamp)(nil),   // 29: google.protobuf.Timestamp
+	(*CosignRequest)(nil),           // 12: sallyport.mesh.v1.CosignRequest
+	(*CosignReply)(nil),             // 13: sallyport.mesh.v1.CosignReply
+	(*EdgeReport)(nil),              // 14: sallyport.mesh.v1.EdgeReport
+	(*Edge)(nil),                    // 15: sallyport.mesh.v1.Edge
+	(*EdgeAck)(nil),                 // 16: sallyport.mesh.v1.EdgeAck
+	(*Refusal)(nil),                 // 17: sallyport.mesh.v1.Refusal
+	(*CreateJoinTokenRequest)(nil),  // 18: sallyport.mesh.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 19: sallyport.mesh.v1.CreateJoinTokenResponse
+	(*StatusRequest)(nil),           // 20: sallyport.mesh.v1.StatusRequest
+	(*StatusResponse)(nil),          // 21: sallyport.mesh.v1.StatusResponse
+	(*ProxiesRequest)(nil),          // 22: sallyport.mesh.v1.ProxiesRequest
+	(*ProxiesResponse)(nil),         // 23: sallyport.mesh.v1.ProxiesResponse
+	(*Proxy)(nil),                   // 24: sallyport.mesh.v1.Proxy
+	(*EdgesRequest)(nil),            // 25: sallyport.mesh.v1.EdgesRequest
+	(*EdgesResponse)(nil),           // 26: sallyport.mesh.v1.EdgesResponse
+	(*AuditHeadsRequest)(nil),       // 27: sallyport.mesh.v1.AuditHeadsRequest
+	(*AuditHeadsResponse)(nil),      // 28: sallyport.mesh.v1.AuditHeadsResponse
+	(*RootsRequest)(nil),            // 29: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 30: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 31: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 32: sallyport.mesh.v1.Authority
+	(*timestamppb.Timestamp)(nil),   // 33: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	29, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	33, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	29, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	33, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	29, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	33, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
 	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
-	13, // 13: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	29, // 14: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	29, // 15: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	29, // 16: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	29, // 17: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	22, // 18: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	29, // 19: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	29, // 20: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	13, // 21: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	29, // 22: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	28, // 23: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	29, // 24: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	29, // 25: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	29, // 26: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	15, // 13: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	33, // 14: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	33, // 15: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	33, // 16: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	33, // 17: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	24, // 18: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	33, // 19: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	33, // 20: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	15, // 21: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	33, // 22: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	32, // 23: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	33, // 24: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	33, // 25: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	33, // 26: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
 	0,  // 27: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
 	10, // 28: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	12, // 29: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	16, // 30: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	18, // 31: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	20, // 32: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	23, // 33: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	25, // 34: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	26, // 35: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	6,  // 36: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	11, // 37: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	14, // 38: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	17, // 39: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	19, // 40: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	21, // 41: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	24, // 42: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	27, // 43: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	27, // 44: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	36, // [36:45] is the sub-list for method output_type
-	27, // [27:36] is the sub-list for method input_type
+	12, // 29: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 30: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	18, // 31: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	20, // 32: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	22, // 33: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	25, // 34: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	29, // 35: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	30, // 36: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	27, // 37: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	6,  // 38: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	11, // 39: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	13, // 40: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	16, // 41: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	19, // 42: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	21, // 43: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	23, // 44: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	26, // 45: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	31, // 46: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	31, // 47: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	28, // 48: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	38, // [38:49] is the sub-list for method output_type
+	27, // [27:38] is the sub-list for method input_type
 	27, // [27:27] is the sub-list for extension type_name
 	27, // [27:27] is the sub-list for extension extendee
 	0,  // [0:27] is the sub-list for field type_name
@@ -2164,7 +2424,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   33,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

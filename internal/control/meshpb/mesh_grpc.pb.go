@@ -26,6 +26,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Mesh_Subscribe_FullMethodName   = "/sallyport.mesh.v1.Mesh/Subscribe"
 	Mesh_UploadAudit_FullMethodName = "/sallyport.mesh.v1.Mesh/UploadAudit"
+	Mesh_Cosign_FullMethodName      = "/sallyport.mesh.v1.Mesh/Cosign"
 	Mesh_ReportEdges_FullMethodName = "/sallyport.mesh.v1.Mesh/ReportEdges"
 )
 
@@ -41,6 +42,9 @@ type MeshClient interface {
 	Subscribe(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[SubscribeRequest, SubscribeResponse], error)
 	// UploadAudit keeps audit lines. An acknowledged batch is durable.
 	UploadAudit(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[AuditBatch, AuditAck], error)
+	// Cosign signs a checkpoint of an audit log that continues what was signed
+	// before.
+	Cosign(ctx context.Context, in *CosignRequest, opts ...grpc.CallOption) (*CosignReply, error)
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(ctx context.Context, in *EdgeReport, opts ...grpc.CallOption) (*EdgeAck, error)
 }
@@ -79,6 +83,16 @@ func (c *meshClient) UploadAudit(ctx context.Context, opts ...grpc.CallOption) (
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Mesh_UploadAuditClient = grpc.BidiStreamingClient[AuditBatch, AuditAck]
 
+func (c *meshClient) Cosign(ctx context.Context, in *CosignRequest, opts ...grpc.CallOption) (*CosignReply, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CosignReply)
+	err := c.cc.Invoke(ctx, Mesh_Cosign_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *meshClient) ReportEdges(ctx context.Context, in *EdgeReport, opts ...grpc.CallOption) (*EdgeAck, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EdgeAck)
@@ -101,6 +115,9 @@ type MeshServer interface {
 	Subscribe(grpc.BidiStreamingServer[SubscribeRequest, SubscribeResponse]) error
 	// UploadAudit keeps audit lines. An acknowledged batch is durable.
 	UploadAudit(grpc.BidiStreamingServer[AuditBatch, AuditAck]) error
+	// Cosign signs a checkpoint of an audit log that continues what was signed
+	// before.
+	Cosign(context.Context, *CosignRequest) (*CosignReply, error)
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error)
 	mustEmbedUnimplementedMeshServer()
@@ -118,6 +135,9 @@ func (UnimplementedMeshServer) Subscribe(grpc.BidiStreamingServer[SubscribeReque
 }
 func (UnimplementedMeshServer) UploadAudit(grpc.BidiStreamingServer[AuditBatch, AuditAck]) error {
 	return status.Error(codes.Unimplemented, "method UploadAudit not implemented")
+}
+func (UnimplementedMeshServer) Cosign(context.Context, *CosignRequest) (*CosignReply, error) {
+	return nil, status.Error(codes.Unimplemented, "method Cosign not implemented")
 }
 func (UnimplementedMeshServer) ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportEdges not implemented")
@@ -157,6 +177,24 @@ func _Mesh_UploadAudit_Handler(srv interface{}, stream grpc.ServerStream) error 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Mesh_UploadAuditServer = grpc.BidiStreamingServer[AuditBatch, AuditAck]
 
+func _Mesh_Cosign_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CosignRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MeshServer).Cosign(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Mesh_Cosign_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MeshServer).Cosign(ctx, req.(*CosignRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Mesh_ReportEdges_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(EdgeReport)
 	if err := dec(in); err != nil {
@@ -182,6 +220,10 @@ var Mesh_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "sallyport.mesh.v1.Mesh",
 	HandlerType: (*MeshServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Cosign",
+			Handler:    _Mesh_Cosign_Handler,
+		},
 		{
 			MethodName: "ReportEdges",
 			Handler:    _Mesh_ReportEdges_Handler,
@@ -211,6 +253,7 @@ const (
 	Admin_Edges_FullMethodName           = "/sallyport.mesh.v1.Admin/Edges"
 	Admin_Roots_FullMethodName           = "/sallyport.mesh.v1.Admin/Roots"
 	Admin_MoveRoots_FullMethodName       = "/sallyport.mesh.v1.Admin/MoveRoots"
+	Admin_AuditHeads_FullMethodName      = "/sallyport.mesh.v1.Admin/AuditHeads"
 )
 
 // AdminClient is the client API for Admin service.
@@ -227,6 +270,8 @@ type AdminClient interface {
 	Roots(ctx context.Context, in *RootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
 	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
 	MoveRoots(ctx context.Context, in *MoveRootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
+	// AuditHeads says how far the audit logs of proxies were cosigned.
+	AuditHeads(ctx context.Context, in *AuditHeadsRequest, opts ...grpc.CallOption) (*AuditHeadsResponse, error)
 }
 
 type adminClient struct {
@@ -297,6 +342,16 @@ func (c *adminClient) MoveRoots(ctx context.Context, in *MoveRootsRequest, opts 
 	return out, nil
 }
 
+func (c *adminClient) AuditHeads(ctx context.Context, in *AuditHeadsRequest, opts ...grpc.CallOption) (*AuditHeadsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AuditHeadsResponse)
+	err := c.cc.Invoke(ctx, Admin_AuditHeads_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -311,6 +366,8 @@ type AdminServer interface {
 	Roots(context.Context, *RootsRequest) (*RootsResponse, error)
 	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
 	MoveRoots(context.Context, *MoveRootsRequest) (*RootsResponse, error)
+	// AuditHeads says how far the audit logs of proxies were cosigned.
+	AuditHeads(context.Context, *AuditHeadsRequest) (*AuditHeadsResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -338,6 +395,9 @@ func (UnimplementedAdminServer) Roots(context.Context, *RootsRequest) (*RootsRes
 }
 func (UnimplementedAdminServer) MoveRoots(context.Context, *MoveRootsRequest) (*RootsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method MoveRoots not implemented")
+}
+func (UnimplementedAdminServer) AuditHeads(context.Context, *AuditHeadsRequest) (*AuditHeadsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AuditHeads not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -468,6 +528,24 @@ func _Admin_MoveRoots_Handler(srv interface{}, ctx context.Context, dec func(int
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_AuditHeads_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AuditHeadsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).AuditHeads(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_AuditHeads_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).AuditHeads(ctx, req.(*AuditHeadsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -498,6 +576,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "MoveRoots",
 			Handler:    _Admin_MoveRoots_Handler,
+		},
+		{
+			MethodName: "AuditHeads",
+			Handler:    _Admin_AuditHeads_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,256 @@
+package audit
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/mod/sumdb/note"
+	"golang.org/x/mod/sumdb/tlog"
+)
+
+// Trust is what VerifyFile believes beside the log. With the zero Trust a log
+// can be found broken, but not confirmed.
+type Trust struct {
+	// Witnesses are the verifier keys of those who cosign logs.
+	Witnesses []string
+	// Heads are what they have signed last. They are checked, too.
+	Heads []Head
+	// Workload is whose log it must be. Default: anybody's.
+	Workload spiffeid.ID
+}
+
+// signedSlack is how far the clock of a machine may be ahead of a witness's.
+const signedSlack = time.Minute
+
+// A claim is what somebody has signed of a log.
+type claim struct {
+	Checkpoint
+	who string
+	// at is when a witness signed it; zero when none has.
+	at time.Time
+	// outside of the machine: what is on it may be put back as a whole.
+	outside bool
+
+	// What the log has there.
+	seen bool
+	root tlog.Hash
+	time time.Time
+}
+
+// A confirmer holds a log against what was signed of it.
+type confirmer struct {
+	trust  Trust
+	claims []*claim
+	edge   edge
+	// keyed: the key of the log is known.
+	keyed bool
+	// refusal is why a signature was not good, unknown why there is no claim of
+	// a witness.
+	refusal, unknown string
+}
+
+// VerifyFile verifies all files of the log at path as one chain, with its
+// checkpoints, and holds it against what witnesses have signed.
+func VerifyFile(path string, trust Trust) (Report, error) {
+	names, err := Segments(path)
+	if err != nil {
+		return Report{}, err
+	}
+	c := confirmer{trust: trust}
+	if err := c.gather(TreeDir(path)); err != nil {
+		return Report{}, err
+	}
+	var rs []io.Reader
+	for _, name := range names {
+		f, err := os.Open(name)
+		if err != nil {
+			return Report{}, fmt.Errorf("open audit log: %w", err)
+		}
+		defer f.Close()
+		rs = append(rs, f)
+	}
+	v := verifier{each: c.line}
+	rep, err := v.read(io.MultiReader(rs...))
+	if err != nil && !errors.Is(err, ErrBroken) {
+		return rep, err
+	}
+	c.judge(&rep)
+	return rep, rep.Err()
+}
+
+// gather reads the checkpoints beside the log, and finds the heads that speak
+// of it.
+func (c *confirmer) gather(dir string) error {
+	for _, k := range c.trust.Witnesses {
+		if _, err := parseWitnessKey(k); err != nil {
+			return err
+		}
+	}
+	key, err := os.ReadFile(filepath.Join(dir, verifierFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return c.heads(nil)
+	}
+	if err != nil {
+		return fmt.Errorf("read audit tree: %w", err)
+	}
+	own := strings.TrimSpace(string(key))
+	public, err := publicKey(own)
+	if err != nil {
+		return fmt.Errorf("%s: %w", filepath.Join(dir, verifierFile), err)
+	}
+	c.keyed = true
+	for file, who := range map[string]string{checkpointFile: "the checkpoint", cosignedFile: "the cosigned checkpoint"} {
+		b, err := os.ReadFile(filepath.Join(dir, file))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read audit tree: %w", err)
+		}
+		k := own
+		if file == cosignedFile {
+			name, _, _ := strings.Cut(string(b), "\n")
+			k = verifierText(name, public)
+		}
+		c.add(b, k, who, file == cosignedFile, false)
+	}
+	return c.heads(public)
+}
+
+// add takes a signed checkpoint for a claim, or notes what is wrong with it.
+func (c *confirmer) add(signed []byte, key, who string, wantWitness, outside bool) {
+	cp, at, err := OpenCosigned(signed, key, c.trust.Witnesses)
+	switch {
+	case errors.Is(err, errNoWitness) && !wantWitness:
+	case errors.Is(err, errNoWitness):
+		c.unknown = who + " is not signed by a witness whose key was given"
+	case err != nil:
+		c.refusal = who + ": " + err.Error()
+		return
+	}
+	c.claims = append(c.claims, &claim{Checkpoint: cp, who: who, at: at, outside: outside && !at.IsZero()})
+}
+
+// heads takes what witnesses have signed of the log with this key; of any log
+// when there is none.
+func (c *confirmer) heads(public []byte) error {
+	for _, newest := range c.trust.Heads {
+		for _, h := range append([]Head{newest}, newest.Before...) {
+			p, err := publicKey(h.Key)
+			if err != nil {
+				return fmt.Errorf("head of %s: %w", h.Name, err)
+			}
+			if public != nil && !bytes.Equal(p, public) {
+				continue
+			}
+			if o, ok := ParseLogName(h.Name); !c.trust.Workload.IsZero() && (!ok || o.Workload != c.trust.Workload) {
+				continue
+			}
+			c.add(h.Note, h.Key, "the issuer's head of "+h.Name, true, true)
+		}
+	}
+	slices.SortStableFunc(c.claims, func(a, b *claim) int { return compare64(a.Size, b.Size) })
+	return nil
+}
+
+func compare64(a, b uint64) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+// line adds one line to the tree and notes how it stands at each claim.
+func (c *confirmer) line(b []byte, r *Record) {
+	_ = c.edge.add(tlog.RecordHash(b), func(int, uint64, []tlog.Hash) error { return nil })
+	i, _ := slices.BinarySearchFunc(c.claims, c.edge.size, func(a *claim, n uint64) int { return compare64(a.Size, n) })
+	for ; i < len(c.claims) && c.claims[i].Size == c.edge.size; i++ {
+		c.claims[i].seen, c.claims[i].root = true, c.edge.root()
+		if r != nil {
+			c.claims[i].time = r.Time
+		}
+	}
+}
+
+// judge adds to the verdicts what the claims say.
+func (c *confirmer) judge(rep *Report) {
+	if !c.keyed && c.trust.Workload.IsZero() {
+		// A copy without a tree: only the head that fits speaks of it.
+		c.claims = slices.DeleteFunc(c.claims, func(a *claim) bool { return !a.seen || a.root != tlog.Hash(a.Root) })
+	}
+	var best *claim
+	outside := false
+	for _, a := range c.claims {
+		switch {
+		case !a.seen:
+			rep.Completeness.fail(0, "%s speaks of %d records, the log has %d: its end was cut off", a.who, a.Size, c.edge.size)
+		case a.root != tlog.Hash(a.Root):
+			rep.Integrity.fail(0, "the tree over the first %d records is not what %s says: records were changed", a.Size, a.who)
+		}
+		if !a.at.IsZero() {
+			best, outside = a, outside || a.outside
+		}
+	}
+	if rep.Identity = (Verdict{OK: true}); c.refusal != "" {
+		rep.Identity.fail(0, "%s", c.refusal)
+	}
+	if best == nil {
+		why := c.unknown
+		switch {
+		case len(c.trust.Witnesses) == 0:
+			why = "no key of a witness was given"
+		case why == "":
+			why = "no witness has signed this log, as far as is known here"
+		}
+		rep.Completeness.doubt("nothing missing in between, but %s: the end may have been cut off", why)
+		rep.Identity.doubt("%s", why)
+		rep.Time.doubt("in order, but %s", why)
+		return
+	}
+	c.confirm(rep, best, outside)
+}
+
+// confirm says what the newest claim of a witness shows.
+func (c *confirmer) confirm(rep *Report, best *claim, outside bool) {
+	at := best.at.UTC().Format(time.RFC3339)
+	owner, ok := ParseLogName(best.Origin)
+	switch {
+	case !ok:
+		rep.Identity.fail(0, "a witness has signed it under the name %q, which names nobody", cut(best.Origin, 120))
+	case !c.trust.Workload.IsZero() && owner.Workload != c.trust.Workload:
+		rep.Identity.fail(0, "it is the log of %s, not of %s", owner, c.trust.Workload)
+	case rep.Identity.OK:
+		rep.Identity.Detail = owner.String()
+	}
+	if best.seen && best.time.After(best.at.Add(signedSlack)) {
+		rep.Time.fail(0, "record %d is of %s, a witness signed it at %s", best.Size, best.time.UTC().Format(time.RFC3339), at)
+	}
+	if !outside {
+		rep.Completeness.doubt("complete up to record %d as it was at %s; ask the issuer whether it has signed more since", best.Size, at)
+	}
+	if rep.Completeness.OK {
+		rep.Completeness.Detail = fmt.Sprintf("up to record %d, signed at %s; %d came after", best.Size, at, c.edge.size-best.Size)
+	}
+}
+
+// publicKey is the key in the text of a verifier.
+func publicKey(text string) ([]byte, error) {
+	if _, err := note.NewVerifier(text); err != nil {
+		return nil, fmt.Errorf("key of an audit log: %w", err)
+	}
+	_, rest, _ := strings.Cut(text, "+")
+	_, data, _ := strings.Cut(rest, "+")
+	return decodeKey(data)
+}

@@ -1,0 +1,106 @@
+package audit
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+)
+
+// A Filter picks records. Empty fields pick all. A text that ends in '*' picks
+// what begins with the rest.
+type Filter struct {
+	Kind, ID, Decision, Reason, Rule, Src, Dst, Verb, Path, Trace string
+	// Since and Until bound the time; Until is not included.
+	Since, Until time.Time
+}
+
+// Match reports whether the filter picks a record.
+func (f *Filter) Match(r *Record) bool {
+	for _, t := range [...][2]string{
+		{f.Kind, string(r.Kind)}, {f.ID, r.ID}, {f.Decision, r.Decision}, {f.Reason, r.Reason}, {f.Rule, r.Rule},
+		{f.Src, r.Src}, {f.Dst, r.Dst}, {f.Verb, r.Verb}, {f.Path, r.Path}, {f.Trace, r.Trace},
+	} {
+		begin, open := strings.CutSuffix(t[0], "*")
+		if t[0] != "" && t[0] != t[1] && (!open || !strings.HasPrefix(t[1], begin)) {
+			return false
+		}
+	}
+	return (f.Since.IsZero() || !r.Time.Before(f.Since)) && (f.Until.IsZero() || r.Time.Before(f.Until))
+}
+
+// ErrStop ends Each without an error.
+var ErrStop = errors.New("stop")
+
+// Each calls fn with each line of the log at path and its record, oldest first,
+// as far as the log is written now. The line is valid during the call.
+func Each(path string, fn func(line []byte, r *Record) error) error {
+	names, err := Segments(path)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := eachOf(name, fn); err != nil {
+			if errors.Is(err, ErrStop) {
+				return nil
+			}
+			return fmt.Errorf("%s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+func eachOf(name string, fn func([]byte, *Record) error) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	br := bufio.NewReaderSize(f, maxLine+1)
+	for n := 1; ; n++ {
+		b, err := br.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			return nil // a line that is being written is no record yet
+		}
+		if err != nil {
+			return fmt.Errorf("line %d: %w", n, err)
+		}
+		r, _, err := ParseLine(b)
+		if err != nil {
+			return fmt.Errorf("line %d: %w; run audit verify", n, err)
+		}
+		if err := fn(b, &r); err != nil {
+			return err
+		}
+	}
+}
+
+// LastSeq is the number of the newest record in the log at path, 0 when there is
+// none.
+func LastSeq(path string) (uint64, error) {
+	names, err := Segments(path)
+	if err != nil {
+		return 0, err
+	}
+	for i := len(names) - 1; i >= 0; i-- {
+		f, err := os.Open(names[i])
+		if err != nil {
+			return 0, err
+		}
+		st, err := f.Stat()
+		var last lineEnd
+		if err == nil {
+			last, err = lastRecord(f, st.Size())
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			return 0, fmt.Errorf("%s: %w", names[i], err)
+		}
+		if last.seq > 0 {
+			return last.seq, nil
+		}
+	}
+	return 0, nil
+}
