@@ -73,7 +73,17 @@ func (in *issuer) joinIssuers(ctx context.Context) error {
 	if in.instance == "" {
 		return nil
 	}
-	if err := in.registry.CheckRoot(ctx, in.ca.Bundle().X509[0].Raw); err != nil {
+	plan, err := in.registry.RootPlan(ctx)
+	if err == nil && plan == nil {
+		err = in.registry.CheckRoot(ctx, in.ca.Bundle().X509[0].Raw)
+	}
+	if err == nil {
+		err = in.ca.Join(ctx, in.name, in.registry)
+	}
+	if err == nil {
+		err = in.writeBundle() // the roots may have been replaced meanwhile
+	}
+	if err != nil {
 		return err
 	}
 	return in.registry.PublishKeys(ctx, in.name, in.ownKeys())

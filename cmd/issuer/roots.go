@@ -84,6 +84,7 @@ func rootStatus(r ca.Rotation) control.RootStatus {
 	st := control.RootStatus{
 		Phase: string(r.Phase), Pace: string(r.Pace), Since: r.Since, Emergency: r.Emergency,
 		Next: string(r.Gate.Step), Confirmed: r.Gate.Confirmed, Live: r.Gate.Live, Stragglers: r.Gate.Stragglers,
+		IssuersConfirmed: r.Gate.IssuersConfirmed, IssuersLive: r.Gate.IssuersLive,
 		Known: r.Gate.Known, NotBefore: r.Gate.NotBefore, Due: r.Due,
 	}
 	for _, x := range r.Roots {

@@ -117,6 +117,9 @@ func rootSummary(st control.RootStatus, now time.Time) string {
 		b.WriteString("the issuer started a moment ago: it does not know yet which proxies live\n")
 	}
 	fmt.Fprintf(&b, "%d of %d confirm\n", st.Confirmed, st.Live)
+	if st.IssuersLive > 0 {
+		fmt.Fprintf(&b, "%d of %d issuers confirm\n", st.IssuersConfirmed, st.IssuersLive)
+	}
 	for _, name := range st.Stragglers {
 		fmt.Fprintf(&b, "  not yet: %s\n", name)
 	}

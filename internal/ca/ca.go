@@ -91,7 +91,7 @@ type Config struct {
 	AllowShort bool
 	// SharedRoot says that other issuers sign under the same root. Each would
 	// make another one, so then the root is replaced by force alone, while the
-	// others are stopped.
+	// others are stopped; unless the CA has joined them.
 	SharedRoot bool
 	// Holders returns the live proxies and what they trust and show, and false
 	// while that is not known. A rotation of the root waits for them; without
@@ -234,10 +234,16 @@ type CA struct {
 	// write is how certificates and state reach the disk; tests kill it.
 	write func(path string, data []byte, perm fs.FileMode) error
 
-	// mu guards renewal: state, changed and the files in Dir.
+	// moving orders what is agreed with other issuers. It comes before mu.
+	moving sync.Mutex
+
+	// mu guards renewal: state, changed and the files in Dir; and who the others
+	// are that share the root, nil for none.
 	mu      sync.Mutex
 	state   state
 	changed chan struct{}
+	company *company
+	council council
 }
 
 // Open loads the CA in cfg.Dir, or makes a root and an intermediate when the

@@ -64,7 +64,7 @@ func (c *CA) Rotation() Rotation {
 	out.Gate = c.gate(s, forward[out.Phase])
 	plan := c.schedule(s)
 	switch {
-	case c.cfg.SharedRoot:
+	case c.cfg.SharedRoot && c.company == nil:
 	case out.Phase == Steady:
 		out.Due = plan.prepare
 	case out.Phase == Prepared && out.Pace != AtOnce:
@@ -84,7 +84,9 @@ func (c *CA) gate(s *signing, step Step) Gate {
 	var d demand
 	switch step {
 	case StepPrepare:
-		return Gate{Step: step, Known: true}
+		g := Gate{Step: step, Known: true}
+		c.countIssuers(&g, s)
+		return g
 	case StepActivate:
 		d.trusts = idsOf(s.others)
 		i := slices.IndexFunc(c.state.JWT, isNext)
@@ -98,8 +100,11 @@ func (c *CA) gate(s *signing, step Step) Gate {
 		d.trusts, d.notShown = []string{RootID(s.root)}, idsOf(s.others)
 		d.notBefore = c.state.Rotation.Since.Add(c.cfg.JWTTTL)
 	}
+	d.trusts = append(d.trusts, c.keysOfIssuers(step)...)
 	holders, known := c.cfg.Holders()
-	return d.count(step, holders, known)
+	g := d.count(step, holders, known)
+	c.countIssuers(&g, s)
+	return g
 }
 
 func idsOf(roots []*x509.Certificate) (out []string) {
@@ -109,12 +114,53 @@ func idsOf(roots []*x509.Certificate) (out []string) {
 	return out
 }
 
+// keysOfIssuers are the JWT keys of the issuers that share the root which every
+// proxy must have before a step. The caller holds c.mu.
+func (c *CA) keysOfIssuers(step Step) (kids []string) {
+	for _, r := range c.council.reports {
+		switch {
+		case r == nil:
+		case step == StepActivate && r.NextKey != "":
+			kids = append(kids, r.NextKey)
+		case step == StepTaint:
+			kids = append(kids, r.Key)
+		}
+	}
+	return kids
+}
+
+// countIssuers adds to a gate what the issuers that share the root confirm:
+// that they are where this one is, and for a root that is to sign that they can
+// sign under it. The caller holds c.mu.
+func (c *CA) countIssuers(g *Gate, s *signing) {
+	if c.company == nil {
+		return
+	}
+	g.Known = g.Known && c.council.known(c.cfg.Now())
+	var late []string
+	for name, r := range c.council.reports {
+		g.IssuersLive++
+		ok := r != nil && r.Number == c.state.Number && r.Signs == RootID(s.root)
+		if ok && g.Step == StepActivate {
+			ok = r.Ready == RootID(s.others[len(s.others)-1]) && r.NextKey != ""
+		}
+		if ok {
+			g.IssuersConfirmed++
+		} else {
+			late = append(late, "issuer "+name)
+		}
+	}
+	slices.Sort(late)
+	g.Stragglers = append(late, g.Stragglers...)
+}
+
 // rollOn takes the step that is due, if its gate is open. The caller holds c.mu.
 func (c *CA) rollOn(ctx context.Context, s *signing, now time.Time) error {
-	step, forced := c.schedule(s).due(c.state.Rotation, now)
 	if c.cfg.SharedRoot {
-		step = ""
+		c.lookWhoLags()
+		return nil // meet does it, once the others are known
 	}
+	step, forced := c.schedule(s).due(c.state.Rotation, now)
 	if step != "" && (forced || c.gate(s, step).Open(now) == nil) {
 		if forced {
 			c.cfg.Log.Warn("root is near its end: the next one signs, whoever trusts it", "root_expires", s.root.NotAfter)
@@ -143,6 +189,10 @@ func (c *CA) lookWhoLags() {
 // step needs, unless it is forced. At the pace AtOnce the steps after this one
 // follow by themselves, each through its gate.
 func (c *CA) Rotate(ctx context.Context, pace Pace, force bool) (Rotation, error) {
+	if co := c.sharing(); co != nil {
+		err := c.rotateShared(ctx, co, pace, force)
+		return c.Rotation(), err
+	}
 	err := c.operate(func(s *signing, now time.Time) error {
 		if c.cfg.SharedRoot && !force {
 			return errShared()
@@ -165,16 +215,29 @@ func (c *CA) Rotate(ctx context.Context, pace Pace, force bool) (Rotation, error
 // after the new root has signed, the old one signs again and the new one is
 // tainted, until no live proxy shows it any more.
 func (c *CA) Rollback(ctx context.Context) (Rotation, error) {
+	if co := c.sharing(); co != nil {
+		err := c.together(ctx, co, func(phase Phase, _ Gate, _ time.Time) (Step, Pace, error) {
+			return StepRollback, ByTime, rollsBack(phase)
+		})
+		return c.Rotation(), err
+	}
 	err := c.operate(func(_ *signing, now time.Time) error {
-		switch c.state.Rotation.phase() {
-		case Steady:
-			return daemon.Hint(errors.New("no rotation is under way"), "sallyport ca status; what was revoked does not come back")
-		case Withdrawn:
-			return daemon.Hint(errors.New("the rotation was rolled back already"), "sallyport ca status shows who still uses the new root")
+		if err := rollsBack(c.state.Rotation.phase()); err != nil {
+			return err
 		}
 		return c.take(ctx, StepRollback, c.state.Rotation.Pace, now)
 	})
 	return c.Rotation(), err
+}
+
+func rollsBack(phase Phase) error {
+	switch phase {
+	case Steady:
+		return daemon.Hint(errors.New("no rotation is under way"), "sallyport ca status; what was revoked does not come back")
+	case Withdrawn:
+		return daemon.Hint(errors.New("the rotation was rolled back already"), "sallyport ca status shows who still uses the new root")
+	}
+	return nil
 }
 
 // Emergency replaces the root and the JWT keys at once: a new root signs, all
@@ -182,6 +245,10 @@ func (c *CA) Rollback(ctx context.Context) (Rotation, error) {
 // fetch the new trust over the connection they have, so peers that have not
 // yet refuse those that have, for about a second.
 func (c *CA) Emergency(ctx context.Context) (Rotation, error) {
+	if co := c.sharing(); co != nil {
+		err := c.together(ctx, co, func(Phase, Gate, time.Time) (Step, Pace, error) { return stepEmergency, AtOnce, nil })
+		return c.Rotation(), err
+	}
 	err := c.operate(func(s *signing, now time.Time) error {
 		if c.cfg.SharedRoot {
 			return errShared()

@@ -48,6 +48,14 @@ func (c *CA) Run(ctx context.Context) error {
 		}
 		changed = c.Changed()
 		wait := retryAfter
+		if co := c.sharing(); co != nil {
+			c.moving.Lock()
+			err := c.meet(ctx, co)
+			c.moving.Unlock()
+			if err != nil && ctx.Err() == nil {
+				c.cfg.Log.Error("the other issuers are not followed", "err", err)
+			}
+		}
 		if err := c.renew(ctx); err != nil {
 			c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", c.Status().IntermediateExpires)
 		} else {
@@ -80,8 +88,8 @@ func (c *CA) nextStep() time.Time {
 	}
 	c.mu.Lock()
 	steps = append(steps, c.schedule(s).next(c.state.Rotation)...)
-	if c.state.Rotation != nil {
-		// Proxies confirm without telling the CA.
+	if c.state.Rotation != nil || c.company != nil {
+		// Proxies and other issuers go on without telling the CA.
 		next = now.Add(gatePoll)
 	}
 	c.mu.Unlock()

@@ -69,7 +69,10 @@ type rotation struct {
 	// Intermediate is one under the last of Others. It signs for the issuer's
 	// own connection alone, and only while a proxy may not trust the new root.
 	Intermediate string `json:"intermediate,omitempty"`
-	Emergency    bool   `json:"emergency,omitempty"`
+	// Ready is one under the next root, made before it may sign. Only issuers
+	// that share the root make it so early: it shows that they have the key.
+	Ready     string `json:"ready,omitempty"`
+	Emergency bool   `json:"emergency,omitempty"`
 }
 
 func (r *rotation) phase() Phase {
@@ -96,6 +99,9 @@ type Gate struct {
 	// others.
 	Confirmed, Live int
 	Stragglers      []string
+	// IssuersConfirmed of the IssuersLive that share the root are ready, this
+	// one among them; both are 0 of one that shares it with none.
+	IssuersConfirmed, IssuersLive int
 	// Known is false while the issuer cannot say which proxies live.
 	Known bool
 	// NotBefore is when the last token under a key that the step removes has
@@ -136,20 +142,26 @@ func (d demand) count(step Step, holders []Holder, known bool) Gate {
 }
 
 // everyone says that each live proxy confirms.
-func (g Gate) everyone() bool { return g.Known && g.Confirmed == g.Live }
+func (g Gate) everyone() bool {
+	return g.Known && g.Confirmed == g.Live && g.IssuersConfirmed == g.IssuersLive
+}
 
 // Open returns nil when the step may be taken, else ErrGate and why not.
 func (g Gate) Open(now time.Time) error {
 	switch {
 	case !g.Known:
 		return fmt.Errorf("%w: the issuer started a moment ago and does not know yet which proxies live", ErrGate)
-	case g.Confirmed < g.Live:
+	case g.Confirmed < g.Live || g.IssuersConfirmed < g.IssuersLive:
 		const most = 10
 		names := strings.Join(g.Stragglers[:min(most, len(g.Stragglers))], ", ")
 		if more := len(g.Stragglers) - most; more > 0 {
 			names += fmt.Sprintf(" and %d more", more)
 		}
-		return fmt.Errorf("%w: %d of %d proxies confirm, not yet %s", ErrGate, g.Confirmed, g.Live, names)
+		issuers := ""
+		if g.IssuersLive > 0 {
+			issuers = fmt.Sprintf(" and %d of %d issuers", g.IssuersConfirmed, g.IssuersLive)
+		}
+		return fmt.Errorf("%w: %d of %d proxies%s confirm, not yet %s", ErrGate, g.Confirmed, g.Live, issuers, names)
 	case now.Before(g.NotBefore):
 		return fmt.Errorf("%w: tokens under the old key are valid until %s", ErrGate, utc(g.NotBefore))
 	}

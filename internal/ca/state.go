@@ -39,6 +39,9 @@ type state struct {
 	Intermediate string         `json:"intermediate"`
 	Sequence     uint64         `json:"sequence"`
 	JWT          []jwtKeyRecord `json:"jwt_keys"`
+	// Number is that of the plan which issuers that share the root follow; 0 of
+	// one that has joined none.
+	Number uint64 `json:"number,omitempty"`
 	// Rotation is nil while none is under way.
 	Rotation *rotation `json:"rotation,omitempty"`
 }
@@ -50,8 +53,10 @@ func (s state) certificates() []string {
 	names := []string{s.root(), s.Intermediate}
 	if r := s.Rotation; r != nil {
 		names = append(names, r.Others...)
-		if r.Intermediate != "" {
-			names = append(names, r.Intermediate)
+		for _, name := range []string{r.Intermediate, r.Ready} {
+			if name != "" {
+				names = append(names, name)
+			}
 		}
 	}
 	return names

@@ -45,10 +45,14 @@ type RootStatus struct {
 	Emergency   bool              `json:"emergency,omitempty"`
 	Authorities []AuthorityStatus `json:"authorities"`
 	// Next is the step to come; Confirmed of Live proxies have what it needs.
-	Next       string   `json:"next"`
-	Confirmed  int      `json:"confirmed"`
-	Live       int      `json:"live"`
-	Stragglers []string `json:"stragglers,omitempty"`
+	Next      string `json:"next"`
+	Confirmed int    `json:"confirmed"`
+	Live      int    `json:"live"`
+	// IssuersConfirmed of IssuersLive that share the root are ready for it; both
+	// are 0 of an issuer alone.
+	IssuersConfirmed int      `json:"issuers_confirmed,omitempty"`
+	IssuersLive      int      `json:"issuers_live,omitempty"`
+	Stragglers       []string `json:"stragglers,omitempty"`
 	// Known is false while the issuer cannot say which proxies live.
 	Known     bool      `json:"known"`
 	NotBefore time.Time `json:"not_before,omitzero"`
@@ -134,6 +138,7 @@ func rootsToWire(st RootStatus) *meshpb.RootsResponse {
 		Phase: st.Phase, Pace: st.Pace, Since: timeToWire(st.Since), Emergency: st.Emergency,
 		Next: st.Next, Confirmed: uint32(st.Confirmed), Live: uint32(st.Live), Stragglers: st.Stragglers,
 		Known: st.Known, NotBefore: timeToWire(st.NotBefore), Due: timeToWire(st.Due),
+		IssuersConfirmed: uint32(st.IssuersConfirmed), IssuersLive: uint32(st.IssuersLive),
 	}
 	for _, a := range st.Authorities {
 		w.Authorities = append(w.Authorities, &meshpb.Authority{Id: a.ID, Kind: a.Kind, Expires: timeToWire(a.Expires), Signs: a.Signs, Tainted: a.Tainted})
@@ -146,6 +151,7 @@ func rootsFromWire(w *meshpb.RootsResponse) RootStatus {
 		Phase: w.GetPhase(), Pace: w.GetPace(), Since: timeFromWire(w.GetSince()), Emergency: w.GetEmergency(),
 		Next: w.GetNext(), Confirmed: int(w.GetConfirmed()), Live: int(w.GetLive()), Stragglers: w.GetStragglers(),
 		Known: w.GetKnown(), NotBefore: timeFromWire(w.GetNotBefore()), Due: timeFromWire(w.GetDue()),
+		IssuersConfirmed: int(w.GetIssuersConfirmed()), IssuersLive: int(w.GetIssuersLive()),
 	}
 	for _, a := range w.GetAuthorities() {
 		st.Authorities = append(st.Authorities, AuthorityStatus{ID: a.GetId(), Kind: a.GetKind(), Expires: timeFromWire(a.GetExpires()), Signs: a.GetSigns(), Tainted: a.GetTainted()})

@@ -33,7 +33,7 @@ func TestTheOperatorMovesTheRoot(t *testing.T) {
 	k := &mover{status: RootStatus{
 		Phase: "tainted", Pace: "once", Since: time.Unix(1e9, 0).UTC(), Emergency: true, Next: "revoke",
 		Authorities: []AuthorityStatus{{ID: "ab", Kind: "x509", Expires: time.Unix(2e9, 0).UTC(), Signs: true}, {ID: "k1", Kind: "jwt", Tainted: true}},
-		Confirmed:   1, Live: 2, Stragglers: []string{"spiffe://x/y"}, Known: true, NotBefore: time.Unix(3e9, 0).UTC(), Due: time.Unix(4e9, 0).UTC(),
+		Confirmed:   1, Live: 2, IssuersConfirmed: 1, IssuersLive: 3, Stragglers: []string{"spiffe://x/y"}, Known: true, NotBefore: time.Unix(3e9, 0).UTC(), Due: time.Unix(4e9, 0).UTC(),
 	}}
 	r := newRig(t, newCA(t, td), func(c *ServerConfig) { c.Roots = k })
 	a := r.admin()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -398,6 +399,9 @@ type proxyRecord struct {
 
 // differs says that a report has news. LastSeen is news once a minute.
 func differs(old, p proxy) bool {
+	if a, b := old.Authorities, p.Authorities; a != nil && b != nil && slices.Equal(a.Trusts, b.Trusts) && slices.Equal(a.Shows, b.Shows) {
+		p.Authorities = a
+	}
 	if p.LastSeen.Sub(old.LastSeen) < time.Minute {
 		p.LastSeen = old.LastSeen
 	}

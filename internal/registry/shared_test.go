@@ -135,6 +135,9 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"entries made by calls are known to all", sharedEntries},
 		{"every issuer knows every proxy", sharedProxies},
 		{"keys are known to all, and there is one root", sharedKeys},
+		{"one issuer at a time edits the plan of the roots", sharedRoots},
+		{"an issuer that slept in an edit writes nothing", sleepyEditor},
+		{"live issuers are heard, dead ones are not", issuersSpeak},
 	} {
 		t.Run(c.name+"/postgres", func(t *testing.T) {
 			at := server.Database(t)

@@ -1931,11 +1931,14 @@ type RootsResponse struct {
 	Live       uint32   `protobuf:"varint,8,opt,name=live,proto3" json:"live,omitempty"`
 	Stragglers []string `protobuf:"bytes,9,rep,name=stragglers,proto3" json:"stragglers,omitempty"`
 	// False while the issuer cannot say which proxies live.
-	Known         bool                   `protobuf:"varint,10,opt,name=known,proto3" json:"known,omitempty"`
-	NotBefore     *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	Due           *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=due,proto3" json:"due,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Known     bool                   `protobuf:"varint,10,opt,name=known,proto3" json:"known,omitempty"`
+	NotBefore *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	Due       *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=due,proto3" json:"due,omitempty"`
+	// Of the issuers that share the root; both are 0 when there is one alone.
+	IssuersConfirmed uint32 `protobuf:"varint,13,opt,name=issuers_confirmed,json=issuersConfirmed,proto3" json:"issuers_confirmed,omitempty"`
+	IssuersLive      uint32 `protobuf:"varint,14,opt,name=issuers_live,json=issuersLive,proto3" json:"issuers_live,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *RootsResponse) Reset() {
@@ -2050,6 +2053,20 @@ func (x *RootsResponse) GetDue() *timestamppb.Timestamp {
 		return x.Due
 	}
 	return nil
+}
+
+func (x *RootsResponse) GetIssuersConfirmed() uint32 {
+	if x != nil {
+		return x.IssuersConfirmed
+	}
+	return 0
+}
+
+func (x *RootsResponse) GetIssuersLive() uint32 {
+	if x != nil {
+		return x.IssuersLive
+	}
+	return 0
 }
 
 type Authority struct {
@@ -2258,7 +2275,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x10MoveRootsRequest\x12\x12\n" +
 	"\x04move\x18\x01 \x01(\tR\x04move\x12\x14\n" +
 	"\x05force\x18\x02 \x01(\bR\x05force\x12\x18\n" +
-	"\athrough\x18\x03 \x01(\bR\athrough\"\xae\x03\n" +
+	"\athrough\x18\x03 \x01(\bR\athrough\"\xfe\x03\n" +
 	"\rRootsResponse\x12\x14\n" +
 	"\x05phase\x18\x01 \x01(\tR\x05phase\x12\x12\n" +
 	"\x04pace\x18\x02 \x01(\tR\x04pace\x120\n" +
@@ -2275,7 +2292,9 @@ const file_mesh_proto_rawDesc = "" +
 	" \x01(\bR\x05known\x129\n" +
 	"\n" +
 	"not_before\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x12,\n" +
-	"\x03due\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x03due\"\x95\x01\n" +
+	"\x03due\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x03due\x12+\n" +
+	"\x11issuers_confirmed\x18\r \x01(\rR\x10issuersConfirmed\x12!\n" +
+	"\fissuers_live\x18\x0e \x01(\rR\vissuersLive\"\x95\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x124\n" +
