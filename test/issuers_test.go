@@ -15,7 +15,7 @@ import (
 )
 
 // shares lets the world's issuer keep its state in a database.
-func (w *world) shares(url, more string) {
+func (w *world) shares(url string, life time.Duration, more string) {
 	w.t.Helper()
 	w.write("issuer", fmt.Sprintf(`trust_domain: %s
 data_dir: %s
@@ -23,7 +23,7 @@ listen: %s
 policies: %s
 database: {url: %q}
 ca: {x509_ttl: %s, agent_ttl: 1m, allow_short_ttl: true%s}
-`, trustDomain, w.path("issuer"), w.issuer, w.policy, url, outageLife, more))
+`, trustDomain, w.path("issuer"), w.issuer, w.policy, url, life, more))
 }
 
 // beside makes a world for another issuer of the same trust domain.
@@ -34,6 +34,37 @@ func (w *world) beside(name string) *world {
 		w.t.Fatal(err)
 	}
 	return o
+}
+
+// copyRoot copies the root of the world's issuer, as an operator does for
+// another one, and returns the directory.
+func (w *world) copyRoot() string {
+	w.t.Helper()
+	dir := w.path("root")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		w.t.Fatal(err)
+	}
+	for _, name := range []string{"root.crt", "root.key"} {
+		data, err := os.ReadFile(w.path("issuer", "ca", name))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		w.put(filepath.Join(dir, name), string(data))
+	}
+	return dir
+}
+
+// twoIssuersPair starts billing and payment, which calls it. A token of one
+// issuer is good at the other; each proxy knows both.
+func (w *world) twoIssuersPair(second *world) (payment *hand) {
+	w.t.Helper()
+	for _, name := range []string{"billing", "payment"} {
+		n := &node{name: name, in: freePort(w.t), app: freePort(w.t), out: freePort(w.t), billing: freePort(w.t)}
+		conf := w.sidecarConfig(n, w.token(name))
+		w.write(name, strings.Replace(conf, fmt.Sprintf("[%q]", w.issuer), fmt.Sprintf("[%q, %q]", second.issuer, w.issuer), 1))
+		payment = w.startNode(n)
+	}
+	return payment
 }
 
 // sees says if the issuer shows every named proxy as connected and in step.
@@ -97,41 +128,21 @@ func TestFailoverOfIssuers(t *testing.T) {
 	// outlast what lets none be issued for 40 % of it: here 4 s, in which a
 	// database that crashed recovers. With 4 s in all it did so by luck.
 	first := newWorld(t, outageLife)
-	first.shares(at, "")
+	first.shares(at, outageLife, "")
 	first.startIssuer()
 
 	// The second signs under the root of the first; without it, it refuses.
 	second := first.beside("second")
-	second.shares(at, "")
+	second.shares(at, outageLife, "")
 	if r := command(t, filepath.Join(bin, "issuer"), "run", "--config", second.path("issuer", "config.yaml")); r.Code != 1 || !strings.Contains(r.Output, "another root") {
 		t.Errorf("an issuer with a root of its own ended with %d:\n%s", r.Code, r.Output)
 	}
 	if err := os.RemoveAll(second.path("issuer")); err != nil {
 		t.Fatal(err)
 	}
-	root := first.path("root")
-	if err := os.Mkdir(root, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"root.crt", "root.key"} {
-		data, err := os.ReadFile(first.path("issuer", "ca", name))
-		if err != nil {
-			t.Fatal(err)
-		}
-		first.put(filepath.Join(root, name), string(data))
-	}
-	second.shares(at, ", root_dir: "+root)
+	second.shares(at, outageLife, ", root_dir: "+first.copyRoot())
 	other := second.startIssuer()
-
-	// A token of one issuer is good at the other; each proxy knows both.
-	bill, pay := &node{name: "billing"}, &node{name: "payment"}
-	var caller *hand
-	for _, n := range []*node{bill, pay} {
-		n.in, n.app, n.out, n.billing = freePort(t), freePort(t), freePort(t), freePort(t)
-		conf := first.sidecarConfig(n, first.token(n.name))
-		first.write(n.name, strings.Replace(conf, fmt.Sprintf("[%q]", first.issuer), fmt.Sprintf("[%q, %q]", second.issuer, first.issuer), 1))
-		caller = first.startNode(n)
-	}
+	caller := first.twoIssuersPair(second)
 	names := []string{"billing", "payment"}
 	first.await("see every proxy at the first issuer", first.sees(1, names...))
 	first.await("see every proxy at the second issuer", second.sees(1, names...))
