@@ -179,8 +179,8 @@ func (r *Registry) Run(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			r.cfg.Log.Error("endpoints not ended; trying again in 5s", "error", err)
-			timer.Reset(5 * time.Second)
+			r.cfg.Log.Error("endpoints not ended, or revocations not made; trying again in 1s", "error", err)
+			timer.Reset(time.Second)
 		case next.IsZero():
 			timer.Stop()
 		default:
@@ -194,6 +194,9 @@ func (r *Registry) Run(ctx context.Context) error {
 func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err := r.settleLost(ctx); err != nil {
+		return time.Time{}, err
+	}
 	now := r.cfg.Now()
 	var over []mesh.Endpoint
 	for e, h := range r.endpoints {

@@ -101,7 +101,9 @@ func (r *Registry) republish(rev int64) {
 	}
 	snapshot := *now.snapshot
 	snapshot.Endpoints = r.eligible(now.accepted.Policies, byAgent)
-	r.publish(&state{accepted: now.accepted, snapshot: &snapshot, byAgent: byAgent, changed: make(chan struct{})}, rev)
+	next := &state{accepted: now.accepted, snapshot: &snapshot, byAgent: byAgent, changed: make(chan struct{})}
+	r.lose(now, next)
+	r.publish(next, rev)
 }
 
 // EditEntries changes entries that are kept beside the reviewed files. What is
@@ -170,7 +172,7 @@ func (r *Registry) editEntries(ctx context.Context, edits []mesh.EntryEdit) ([]m
 	}
 	r.calls.Store(&b.next)
 	r.republish(rev)
-	return results, nil
+	return results, r.settleLost(ctx)
 }
 
 // An entryBatch is what a batch of edits makes of the entries.
@@ -266,7 +268,8 @@ func (b *entryBatch) ops() ([]store.Op, error) {
 	return ops, nil
 }
 
-// DeleteAgent forgets an agent and ends its endpoints. It may attest again.
+// DeleteAgent forgets an agent, ends its endpoints and revokes what it holds. It
+// may attest again.
 func (r *Registry) DeleteAgent(ctx context.Context, id spiffeid.ID) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -275,14 +278,12 @@ func (r *Registry) DeleteAgent(ctx context.Context, id spiffeid.ID) error {
 	if _, err := r.write(ctx, ops...); err != nil {
 		return fmt.Errorf("delete agent: %w", err)
 	}
+	r.lost = true
 	var over []mesh.Endpoint
 	for e := range r.endpoints {
 		if e.Agent == id {
 			over = append(over, e)
 		}
 	}
-	if len(over) == 0 {
-		return nil
-	}
-	return r.drop(ctx, over)
+	return errors.Join(r.settleLost(ctx), r.drop(ctx, over))
 }

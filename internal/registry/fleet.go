@@ -61,8 +61,9 @@ type edgeKey struct {
 
 // PutAgent keeps an agent in the place of the one of its Revision; the error
 // wraps mesh.ErrChanged when that is not there any more, so that no issuer
-// undoes the ban of another. To ban it ends its endpoints at once, and wakes
-// whoever waits for Changed, so that its streams end too.
+// undoes the ban of another. To ban it revokes what it holds and ends its
+// endpoints at once, and wakes whoever waits for Changed, so that its streams
+// end too.
 func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if !a.ID.MemberOf(r.cfg.TrustDomain) {
 		return fmt.Errorf("put agent: %q is not of trust domain %s", a.ID, r.cfg.TrustDomain.Name())
@@ -88,6 +89,10 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 		return nil
 	}
 	defer r.wakeAll() // also when no endpoint ends: streams of the agent must
+	r.lost = true
+	if err := r.settleLost(ctx); err != nil {
+		return fmt.Errorf("put agent: %w", err)
+	}
 	for {
 		var over []mesh.Endpoint
 		for e := range r.endpoints {

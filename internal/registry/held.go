@@ -31,7 +31,7 @@ func (r *Registry) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, e
 
 // followAgents takes what other issuers wrote of some agents. It wakes who
 // waits for Changed when one was banned or forgotten, so that its streams here
-// end too. What agents do by themselves, such as renew, wakes nobody. mu is
+// end too, and revokes what was given to it here meanwhile. What agents do by themselves, such as renew, wakes nobody. mu is
 // held.
 func (r *Registry) followAgents(ctx context.Context, keys []string) error {
 	gone := false
@@ -59,10 +59,12 @@ func (r *Registry) followAgents(ctx context.Context, keys []string) error {
 			r.agents.Delete(id)
 		}
 	}
-	if gone {
-		r.wakeAll()
+	if !gone {
+		return nil
 	}
-	return nil
+	r.wakeAll()
+	r.lost = true
+	return r.settleLost(ctx)
 }
 
 // forgetAgents has every agent read anew. mu is held.

@@ -80,6 +80,9 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 		err := r.accept(ctx, acc, old)
 		switch {
 		case err == nil:
+			if err := r.settleLost(ctx); err != nil {
+				r.cfg.Log.Error("policies accepted, but not yet revoked what they withdraw", "error", err)
+			}
 			return acc.Revision, nil
 		case !errors.Is(err, store.ErrConflict):
 			return 0, err
@@ -110,6 +113,7 @@ func (r *Registry) accept(ctx context.Context, acc, old *accepted) error {
 		return fmt.Errorf("apply policies: %w", err)
 	}
 	acc.stored = rev
+	r.lose(r.state.Load(), next)
 	r.publish(next, rev)
 	r.cfg.Log.Info("policies accepted", "policy_revision", acc.Revision, "revision", rev, "hash", acc.Hash)
 	return nil
@@ -128,6 +132,7 @@ func (r *Registry) adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("compile the policies that another issuer accepted: %w", err)
 	}
+	r.lose(r.state.Load(), next)
 	r.publish(next, acc.stored)
 	r.cfg.Log.Info("policies of another issuer in force", "policy_revision", acc.Revision, "hash", acc.Hash)
 	return nil

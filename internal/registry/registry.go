@@ -5,8 +5,8 @@
 // What must survive a restart is in the store before a call returns; the rest
 // is in memory. Several issuers may share a store: each follows what the others
 // write. It reads no policy file and speaks no protocol. Run owns all
-// background work. Lock order: applying before mu; those of fleet and keys come
-// last.
+// background work. Lock order: applying before mu; those of fleet, keys and the
+// ledger come last.
 package registry
 
 import (
@@ -41,6 +41,9 @@ type Config struct {
 	// and another one at each start. Empty when the store is this process's
 	// alone.
 	Instance string
+	// OnRevoke is told of what is revoked here, once it is durable.
+	// It does not call back. Default none.
+	OnRevoke func([]mesh.RevokedSVID)
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -82,6 +85,11 @@ type Registry struct {
 	alive map[string]bool
 	// wake tells Run that the next end of a lease may be another.
 	wake chan struct{}
+	// lost says that something was withdrawn and may not be revoked yet.
+	lost bool
+
+	ledger  ledger
+	revoked atomic.Pointer[mesh.RevokedSVIDs]
 
 	// seen is the revision up to which the changes of other issuers are known,
 	// lease says to them that this one is alive. After Load, only follow and
@@ -156,14 +164,17 @@ func (r *Registry) Load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("load registry: %w", err)
 	}
-	if acc == nil {
-		return nil
+	if acc != nil {
+		next, err := r.compile(acc)
+		if err != nil {
+			return fmt.Errorf("load registry: compile the accepted policies: %w", err)
+		}
+		r.publish(next, rev)
 	}
-	next, err := r.compile(acc)
-	if err != nil {
-		return fmt.Errorf("load registry: compile the accepted policies: %w", err)
+	// An issuer that was killed may have withdrawn what it did not revoke.
+	if err := r.revokeGone(ctx); err != nil {
+		return fmt.Errorf("load registry: %w", err)
 	}
-	r.publish(next, rev)
 	return nil
 }
 

@@ -144,13 +144,15 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := len(list) == 0
-	policies, entries, keys, reports := all, all, all, all
+	policies, entries, keys, reports, revocations := all, all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
 	var agents []string
 	for _, c := range list {
 		switch c.Kind {
 		case store.KindAgent:
 			agents = append(agents, c.Key)
+		case store.KindRevocation:
+			revocations = revocations || r.Revocations().Revision < uint64(c.Revision)
 		case store.KindPolicy:
 			acc := r.state.Load().accepted
 			policies = policies || acc == nil || acc.stored < c.Revision
@@ -191,6 +193,17 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	}
 	if all {
 		r.forgetAgents()
+		r.lost = true
+	}
+	// What was signed here since is revoked too: the other issuer may not have
+	// seen it.
+	if err := r.settleLost(ctx); err != nil {
+		return err
+	}
+	if revocations {
+		if err := r.loadRevocations(ctx); err != nil {
+			return err
+		}
 	}
 	if err := r.followAgents(ctx, agents); err != nil {
 		return err
@@ -203,11 +216,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	if all || len(endpoints) > manyKeys {
 		return r.rereadAll(ctx)
 	}
-	over := make([]mesh.Endpoint, 0, len(endpoints))
-	for e := range endpoints {
-		over = append(over, e)
-	}
-	return r.reread(ctx, over)
+	return r.reread(ctx, slices.Collect(maps.Keys(endpoints)))
 }
 
 // parseKey is the reverse of keyOf.

@@ -133,6 +133,7 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"a ban ends endpoints everywhere", sharedBan},
 		{"a forgotten agent wakes every issuer", sharedEviction},
 		{"entries made by calls are known to all", sharedEntries},
+		{"what one revokes is revoked by all", sharedRevocations},
 		{"every issuer knows every proxy", sharedProxies},
 		{"keys are known to all, and there is one root", sharedKeys},
 		{"one issuer at a time edits the plan of the roots", sharedRoots},

@@ -31,6 +31,9 @@ const (
 	KindRollout   Kind = "rollout"
 	// KindAuditHead is the newest state of an audit log that was cosigned.
 	KindAuditHead Kind = "audithead"
+	// KindIssued is what was given out, KindRevocation what was taken back.
+	KindIssued     Kind = "issued"
+	KindRevocation Kind = "revocation"
 )
 
 // Limits that every backend holds to.
