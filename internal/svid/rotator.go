@@ -311,7 +311,8 @@ func (t Trust) Taints(id Identity) bool {
 }
 
 // renew mints for each entry that has no identity, a changed one, one that the
-// bundle no longer covers, one under a tainted root, or one that is due.
+// bundle no longer covers, one under a tainted root, one that was revoked, or
+// one that is due.
 func (r *Rotator) renew(ctx context.Context) error {
 	if r.trust.Bundle == nil {
 		return nil
@@ -342,7 +343,7 @@ func sameEntry(a, b mesh.Entry) bool {
 
 func (r *Rotator) covers(id Identity, now time.Time) bool {
 	st := State{Bundle: r.trust.Bundle}
-	return st.checkIdentity(id, now) == nil
+	return st.checkIdentity(id, now) == nil && r.cfg.Source.checkRevoked(id.Chain[0]) == nil
 }
 
 func (r *Rotator) mint(ctx context.Context, e mesh.Entry) (Identity, error) {
@@ -362,8 +363,8 @@ func (r *Rotator) mint(ctx context.Context, e mesh.Entry) (Identity, error) {
 	return id, nil
 }
 
-// drop lets go of identities whose entry is gone or that have expired, or that
-// the bundle no longer covers.
+// drop lets go of identities whose entry is gone, that have expired or were
+// revoked, or that the bundle no longer covers.
 func (r *Rotator) drop() {
 	wanted := map[string]bool{}
 	for _, e := range r.entries {

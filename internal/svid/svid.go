@@ -21,6 +21,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
 )
 
 var (
@@ -162,9 +164,11 @@ func poolOf(b *x509bundle.Bundle) *x509.CertPool {
 // safe for concurrent use.
 type Source struct {
 	state atomic.Pointer[State]
-	now   func() time.Time
+	// revoked is by serial number. A map is not changed once it is in here.
+	revoked atomic.Pointer[map[string]mesh.RevokedSVID]
+	now     func() time.Time
 
-	mu      sync.Mutex    // guards changed, and orders Set
+	mu      sync.Mutex    // guards changed, and orders Set and Revoke
 	changed chan struct{} // closed and replaced by each Set
 }
 
@@ -222,6 +226,9 @@ func (s *Source) identity() (Identity, error) {
 	id := st.Identities[0]
 	if !s.now().Before(id.Expires()) {
 		return Identity{}, fmt.Errorf("%s: %w", id.ID, ErrExpired)
+	}
+	if err := s.checkRevoked(id.Chain[0]); err != nil {
+		return Identity{}, fmt.Errorf("%s: %w", id.ID, err)
 	}
 	return id, nil
 }

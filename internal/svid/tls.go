@@ -53,6 +53,9 @@ func base(s *Source, authorize func(spiffeid.ID) error, alpn []string) *tls.Conf
 			if err != nil {
 				return err
 			}
+			if err := s.checkRevoked(cs.PeerCertificates[0]); err != nil {
+				return fmt.Errorf("peer %s: %w", id, err)
+			}
 			if authorize == nil {
 				return fmt.Errorf("peer %s: nobody is authorized here", id)
 			}
