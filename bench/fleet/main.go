@@ -179,6 +179,9 @@ func (p *proxy) OnSyncNow(context.Context) {
 	}
 }
 
+// OnRevoked has nothing to close.
+func (p *proxy) OnRevoked(context.Context, []mesh.RevokedSVID) {}
+
 // follow is subscribed until ctx ends; up is called once when it is.
 func (p *proxy) follow(ctx context.Context, s settings, up func()) {
 	up = sync.OnceFunc(up)

@@ -115,14 +115,15 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Identity, Use: gw.use, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Identity: cfg.Identity, Use: gw.use, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err
 	}
 	gw.egress, err = egress.New(egress.Config{
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
-		Names: names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
+		Standing: gw.agent.Source().Standing,
+		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
 		Limits: egress.Limits{
 			Tunnels: cfg.Limits.Tunnels, TunnelsPerCaller: cfg.Limits.TunnelsPerWorkload,
 			Idle: cfg.Limits.Idle, Life: cfg.Limits.Life,
@@ -156,10 +157,15 @@ func (gw *gateway) use(snap *mesh.Snapshot) error {
 	}
 	gw.judge.Use(set)
 	gw.inForce.Store(snap)
+	gw.rejudge()
+	return nil
+}
+
+// rejudge ends what may not go on.
+func (gw *gateway) rejudge() {
 	if gw.egress != nil { // nil while the state of an earlier run is taken over
 		gw.egress.Rejudge()
 	}
-	return nil
 }
 
 // live serves until it is told to stop, then lets the tunnels end.

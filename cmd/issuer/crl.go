@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"maps"
 	"math/big"
 	"path/filepath"
 	"time"
@@ -16,56 +15,33 @@ import (
 const (
 	// crlLife is how long a list is good; it is signed anew at a third of it.
 	crlLife = 15 * time.Minute
-	// crlPoll is how soon a ban is in the list.
+	// crlPoll is how soon a list that is due is signed.
 	crlPoll = 15 * time.Second
 )
 
-// A crl is the list of revoked certificates at data_dir/crl.der.
+// A crl is the list of revoked certificates at data_dir/crl.der: what proxies
+// are told over their streams, for everybody else.
 type crl struct {
-	since map[string]time.Time // by serial number, decimal
-	made  time.Time
+	revision uint64
+	entries  int
+	made     time.Time
 }
 
-// revokedOf are the serial numbers of banned agents whose SVIDs have not
-// expired.
-func revokedOf(agents []mesh.Agent, now time.Time) []string {
-	var out []string
-	for _, a := range agents {
-		if !a.Banned || !now.Before(a.ExpiresAt) {
-			continue
-		}
-		for _, serial := range []string{a.Serial, a.NextSerial} {
-			if serial != "" {
-				out = append(out, serial)
-			}
-		}
-	}
-	return out
+// due reports whether the list must be signed: what it holds has changed, by a
+// revocation or because one has ended, or it is old.
+func (l *crl) due(revision uint64, entries int, now time.Time) bool {
+	return l.made.IsZero() || revision != l.revision || entries != l.entries || now.Sub(l.made) >= crlLife/3 || now.Before(l.made)
 }
 
-// take puts the serial numbers in the list and reports whether it must be
-// signed: when it changed, or is due.
-func (l *crl) take(serials []string, now time.Time) bool {
-	next := make(map[string]time.Time, len(serials))
-	for _, s := range serials {
-		next[s] = now
-		if at, ok := l.since[s]; ok {
-			next[s] = at
-		}
-	}
-	same := maps.Equal(next, l.since)
-	l.since = next
-	return !same || now.Sub(l.made) >= crlLife/3 || now.Before(l.made)
-}
-
-func (l *crl) revoked() ([]ca.Revoked, error) {
-	out := make([]ca.Revoked, 0, len(l.since))
-	for s, at := range l.since {
-		n, ok := new(big.Int).SetString(s, 10)
+// crlEntries puts revocations into the form of the list.
+func crlEntries(list []mesh.RevokedSVID) ([]ca.Revoked, error) {
+	out := make([]ca.Revoked, 0, len(list))
+	for _, r := range list {
+		n, ok := new(big.Int).SetString(r.Serial, 16)
 		if !ok {
-			return nil, fmt.Errorf("serial number %.64q of an agent is not decimal", s)
+			return nil, fmt.Errorf("serial number %.64q of a revocation is not hex", r.Serial)
 		}
-		out = append(out, ca.Revoked{Serial: n, At: at})
+		out = append(out, ca.Revoked{Serial: n, At: r.At})
 	}
 	return out, nil
 }
@@ -76,40 +52,38 @@ func (in *issuer) publishCRL(ctx context.Context) error {
 	defer tick.Stop()
 	var l crl
 	for {
-		changed := in.ca.Changed()
-		if err := in.writeCRL(ctx, &l); err != nil && ctx.Err() == nil {
+		changed, revoked := in.ca.Changed(), in.registry.Changed()
+		if err := in.writeCRL(&l); err != nil && ctx.Err() == nil {
 			in.log.Error("list of revoked certificates not written", "err", err)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		case <-revoked:
 		case <-changed:
 			l.made = time.Time{} // the intermediate may be another
 		}
 	}
 }
 
-func (in *issuer) writeCRL(ctx context.Context, l *crl) error {
-	agents, err := in.registry.ListAgents(ctx)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	if !l.take(revokedOf(agents, now), now) {
+func (in *issuer) writeCRL(l *crl) error {
+	now, known := time.Now(), in.registry.Revocations()
+	list := known.After(0, now)
+	if !l.due(known.Revision, len(list), now) {
 		return nil
 	}
-	revoked, err := l.revoked()
+	entries, err := crlEntries(list)
 	if err != nil {
 		return err
 	}
-	der, err := in.ca.CRL(revoked, crlLife)
+	der, err := in.ca.CRL(entries, crlLife)
 	if err != nil {
 		return err
 	}
 	if err := daemon.WriteFile(filepath.Join(in.cfg.DataDir, "crl.der"), der, 0o644); err != nil {
 		return err
 	}
-	l.made = now
+	*l = crl{revision: known.Revision, entries: len(list), made: now}
 	return nil
 }

@@ -2,9 +2,13 @@ package main
 
 import (
 	"context"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/control"
+	"sallyport/internal/mesh"
 )
 
 // recordAdmin writes down what an operator does, before it is done.
@@ -20,4 +24,25 @@ func (in *issuer) recordAdmin(_ context.Context, c control.AdminCall) error {
 		r.Dst = c.On.String()
 	}
 	return in.audit.Append(&r)
+}
+
+// recordsAtOnce bounds the records that wait for the disk together.
+const recordsAtOnce = 64
+
+// recordRevoked writes down what was revoked. It is in force already: a record
+// that fails is said, and takes nothing back.
+func (in *issuer) recordRevoked(list []mesh.RevokedSVID) {
+	var g errgroup.Group
+	g.SetLimit(recordsAtOnce)
+	for _, v := range list {
+		g.Go(func() error {
+			return in.audit.Append(&audit.Record{
+				Kind: audit.KindIssue, Decision: audit.Deny, Reason: v.Why, Dst: v.ID.String(), Verb: "revoke",
+				Detail: "serial " + v.Serial + ", would have ended " + v.Until.UTC().Format(time.RFC3339),
+			})
+		})
+	}
+	if err := g.Wait(); err != nil {
+		in.log.Error("revocation not recorded", "err", err)
+	}
 }

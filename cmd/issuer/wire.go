@@ -143,7 +143,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.writeBundle(); err != nil {
 		return err
 	}
-	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance})
+	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked})
 	if err != nil {
 		return err
 	}

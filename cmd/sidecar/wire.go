@@ -50,7 +50,10 @@ type sidecar struct {
 	agent   *agent.Agent
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
-	child              atomic.Pointer[attest.Child]
+	// inbound and outbound are nil before there is an identity.
+	inbound  atomic.Pointer[proxy.Inbound]
+	outbound atomic.Pointer[proxy.Outbound]
+	child    atomic.Pointer[attest.Child]
 	// started is closed when the application has been started, if there is one.
 	started chan struct{}
 	// serving is closed when the application has accepted a connection.
@@ -134,6 +137,7 @@ func (s *sidecar) open() error {
 	up := upstream.Config{
 		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(s.agent.Source(), want, "http/1.1") },
 		Generation: func() uint64 { return s.agent.Generation() },
+		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
 	}
 	if s.services, err = upstream.New(up); err != nil {
 		return err
@@ -149,7 +153,7 @@ func (s *sidecar) open() error {
 	}
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use,
+		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use, Rejudge: s.rejudge,
 		Audit: path, Tree: s.checked, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
 	return err
@@ -193,7 +197,20 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	s.judge.Use(set)
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
+	if in := s.inbound.Load(); in != nil {
+		in.Rejudge()
+	}
 	return nil
+}
+
+// rejudge closes what is open to peers that are not believed any more.
+func (s *sidecar) rejudge() {
+	if in := s.inbound.Load(); in != nil {
+		in.Rejudge()
+	}
+	if out := s.outbound.Load(); out != nil {
+		out.Rejudge()
+	}
 }
 
 // port is the port that rules name for the workload's service.
@@ -264,20 +281,22 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
-			Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
+			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
 		})
 		if e != nil {
 			return nil, nil, e
 		}
+		s.inbound.Store(inbound)
 		in = append(in, door{at("inbound.listen", s.cfg.Inbound.Listen), inbound.Run})
 	}
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
-		Services: s.services, Gateways: s.gateways,
+		Services: s.services, Gateways: s.gateways, Standing: s.agent.Source().Standing,
 	})
 	if e != nil {
 		return nil, nil, e
 	}
+	s.outbound.Store(outbound)
 	if a := s.cfg.Outbound.Listen; a.IsValid() {
 		out = append(out, door{at("outbound.listen", a.String()), outbound.Run})
 	}

@@ -93,6 +93,9 @@ type Config struct {
 	// Use puts a new snapshot in force, wholly or not at all; an error keeps
 	// the former one and is told to the issuer. Required.
 	Use func(*mesh.Snapshot) error
+	// Rejudge is called once Source believes fewer peers than before: what is
+	// open to those that are revoked must be closed when it returns. Required.
+	Rejudge func()
 	// Audit is the path of the log that is sent to the issuer. Required.
 	Audit string
 	// Tree is the tree over that log, whose checkpoints the issuer is to sign.
@@ -117,7 +120,7 @@ func (c Config) validate() error {
 		missing bool
 	}{
 		{"trust domain", c.TrustDomain.IsZero()}, {"kind", c.Kind == ""}, {"data dir", c.DataDir == ""},
-		{"use", c.Use == nil}, {"audit", c.Audit == ""}, {"edges", c.Edges == nil},
+		{"use", c.Use == nil}, {"rejudge", c.Rejudge == nil}, {"audit", c.Audit == ""}, {"edges", c.Edges == nil},
 		{"metrics", c.Metrics == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
 	} {
 		if f.missing {
@@ -169,6 +172,7 @@ const (
 	heldFile     = "svids.json"
 	snapshotFile = "snapshot.json"
 	entriesFile  = "entries.json"
+	revokedFile  = "revoked.json"
 	cursorFile   = "audit.cursor"
 	keyFile      = "node.key"
 )
@@ -229,6 +233,9 @@ func (a *Agent) file(name string) string { return filepath.Join(a.cfg.DataDir, n
 // resume takes over the state on disk. A file that is damaged or past its time
 // is no reason not to start: it is fetched anew, and said so.
 func (a *Agent) resume() error {
+	if err := a.resumeRevoked(); err != nil {
+		return err
+	}
 	for name, src := range map[string]*svid.Source{nodeFile: a.node, heldFile: a.held} {
 		st, err := svid.Load(a.file(name))
 		switch {

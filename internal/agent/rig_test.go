@@ -214,7 +214,9 @@ type proxy struct {
 	used  chan *mesh.Snapshot
 	// refuse, when set, is why no snapshot is taken.
 	refuse atomic.Pointer[error]
-	stop   func()
+	// rejudged counts the calls of Rejudge.
+	rejudged atomic.Int32
+	stop     func()
 }
 
 type logBuffer struct {
@@ -244,6 +246,7 @@ func (is *issuer) newProxy(dir, token string, change ...func(*Config)) *proxy {
 		Join:    Join{Addresses: []string{is.addr}, Bundle: is.bundle, JoinToken: token},
 		Inbound: netip.MustParseAddrPort("10.0.0.2:15006"), Audit: filepath.Join(dir, "audit.jsonl"),
 		Edges: p.edges, Metrics: telemetry.NewRegistry(), Ready: p.ready, Log: slog.New(slog.NewTextHandler(p.log, nil)),
+		Rejudge: func() { p.rejudged.Add(1) },
 		Use: func(s *mesh.Snapshot) error {
 			if e := p.refuse.Load(); e != nil {
 				return *e

@@ -152,6 +152,9 @@ func (a *agentAPI) admit(ctx context.Context, record Attestation, selectors []me
 	if err != nil {
 		return nil, fmt.Errorf("record agent %s: %w", id, err)
 	}
+	if err := a.s.giveAgent(ctx, id, chain[0]); err != nil {
+		return nil, err
+	}
 	// Whoever holds the SVID before is refused when it connects again.
 	a.s.evict(id, refuse(codes.Unavailable, "agent %s attested again: connect with its new SVID", id))
 	if !old.ID.IsZero() && old.ExpiresAt.After(a.s.cfg.Now()) {
@@ -222,6 +225,9 @@ func (a *agentAPI) RenewAgent(ctx context.Context, req *agentv1.RenewAgentReques
 	}
 	if err != nil {
 		return nil, fmt.Errorf("record agent %s: %w", c.id, err)
+	}
+	if err := a.s.giveAgent(ctx, c.id, chain[0]); err != nil {
+		return nil, err
 	}
 	return &agentv1.RenewAgentResponse{Svid: svid}, nil
 }

@@ -41,6 +41,8 @@ type watcher struct {
 	syncs chan struct{}
 	// refuse, when it returns an error, rejects a snapshot.
 	refuse func(*mesh.Snapshot) error
+	// revoked, when set, is given what is revoked.
+	revoked chan []mesh.RevokedSVID
 }
 
 func (w *watcher) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
@@ -54,6 +56,12 @@ func (w *watcher) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
 }
 
 func (w *watcher) OnSyncNow(context.Context) { w.syncs <- struct{}{} }
+
+func (w *watcher) OnRevoked(_ context.Context, list []mesh.RevokedSVID) {
+	if w.revoked != nil {
+		w.revoked <- list
+	}
+}
 
 func newWatcher() *watcher {
 	return &watcher{snaps: make(chan *mesh.Snapshot, 64), syncs: make(chan struct{}, 64)}

@@ -34,6 +34,9 @@ type Keeper interface {
 	EditEntries(ctx context.Context, edits []mesh.EntryEdit) ([]mesh.EntryResult, error)
 	// DeleteAgent forgets an agent, which may attest again.
 	DeleteAgent(ctx context.Context, id spiffeid.ID) error
+	// Revoke is durable when it returns; mesh.ErrNotFound when the order names
+	// nothing that holds.
+	Revoke(ctx context.Context, o mesh.RevokeOrder) (mesh.RevokeResult, error)
 }
 
 func (s *Server) keeper() (Keeper, error) {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"testing"
+	"time"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/proto"
@@ -25,13 +26,18 @@ func wire(f *testing.F, m proto.Message) []byte {
 }
 
 // keeper is a Handler that keeps what it is told.
-type keeper struct{ last *mesh.Snapshot }
+type keeper struct {
+	last    *mesh.Snapshot
+	revoked []mesh.RevokedSVID
+}
 
 func (k *keeper) OnSnapshot(_ context.Context, s *mesh.Snapshot) error { k.last = s; return nil }
 func (k *keeper) OnSyncNow(context.Context)                            {}
+func (k *keeper) OnRevoked(_ context.Context, list []mesh.RevokedSVID) { k.revoked = list }
 
 // FuzzSubscriber feeds a subscriber what an issuer might say. It never puts in
-// force what its hash does not cover, and an answer always names what was told.
+// force what its hash does not cover, an answer always names what was told, and
+// nothing is confirmed as revoked beside what was not understood.
 func FuzzSubscriber(f *testing.F) {
 	snap := snapshot(f, 10, 3, "GET")
 	m, err := project(snap, projectionKey{kind: KindSidecar, workload: billing})
@@ -41,6 +47,9 @@ func FuzzSubscriber(f *testing.F) {
 	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}),
 		wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{Revision: 11, PolicyRevision: 4, PolicyHash: "x"}}}))
 	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_SyncNow{SyncNow: &meshpb.SyncNow{}}}), []byte{})
+	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Revocations{Revocations: &meshpb.Revocations{
+		Revision: 4, Revoked: []*meshpb.Revoked{{Serial: "ff", Until: timeToWire(time.Unix(4e9, 0)), Why: mesh.WhyBanned}},
+	}}}), []byte{})
 	f.Fuzz(func(t *testing.T, first, second []byte) {
 		k := &keeper{}
 		s := &subscriberState{hello: Hello{Kind: KindSidecar, Workload: billing}, handler: k}
@@ -49,6 +58,15 @@ func FuzzSubscriber(f *testing.F) {
 			var m meshpb.SubscribeResponse
 			if proto.Unmarshal(b, &m) != nil {
 				continue
+			}
+			before := s.revoked
+			if err := s.distrust(t.Context(), m.GetRevocations()); err != nil && s.revoked != before {
+				t.Fatalf("confirmed %d beside %v", s.revoked, err)
+			}
+			for _, r := range k.revoked {
+				if err := r.Validate(); err != nil {
+					t.Fatal(err)
+				}
 			}
 			if !s.take(t.Context(), &m) {
 				continue

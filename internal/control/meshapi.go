@@ -77,6 +77,8 @@ type subscription struct {
 	// or was sent last.
 	sentRevision, sentPolicy uint64
 	hash                     string
+	// revoked is the revision of the revocations told last.
+	revoked uint64
 	// identity is the hash of the agent's entries and the bundle; forced counts
 	// the calls of SyncNow that were passed on.
 	identity [32]byte
@@ -268,6 +270,9 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if err := s.speaksFor(sub.who.id, sub.key.workload, sub.key.kind); err != nil {
 		return err
 	}
+	if err := sub.revoke(); err != nil {
+		return err
+	}
 	snap := s.cfg.Registry.Current()
 	if err := sub.announce(ctx, snap); err != nil {
 		return err
@@ -348,9 +353,9 @@ func (sub *subscription) push(snap *mesh.Snapshot) error {
 // answer takes what the proxy says of a snapshot, or says again.
 func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	ack, nack := m.GetAck(), m.GetNack()
-	revision, expires, authorities := ack.GetRevision(), ack.GetSvidExpires(), ack.GetAuthorities()
+	revision, revoked, expires, authorities := ack.GetRevision(), ack.GetRevoked(), ack.GetSvidExpires(), ack.GetAuthorities()
 	if nack != nil {
-		revision, expires, authorities = nack.GetRevision(), nack.GetSvidExpires(), nack.GetAuthorities()
+		revision, revoked, expires, authorities = nack.GetRevision(), nack.GetRevoked(), nack.GetSvidExpires(), nack.GetAuthorities()
 	}
 	switch {
 	case ack == nil && nack == nil:
@@ -374,6 +379,7 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 		sub.proxy.SVIDExpires = t
 	}
 	sub.proxy.Authorities = authoritiesFromWire(authorities)
+	sub.proxy.Revoked = min(revoked, sub.revoked)
 	sub.report()
 	return nil
 }

@@ -169,11 +169,16 @@ type memory struct {
 	withdrawn chan spiffeid.ID
 	reported  chan mesh.Proxy
 	edges     []mesh.Edge
+	issued    []mesh.Issued
+	revoked   *mesh.RevokedSVIDs
+	// onIssued, when set, is called while something is recorded.
+	onIssued func() error
 }
 
 func newMemory() *memory {
 	return &memory{
-		agents: map[spiffeid.ID]mesh.Agent{}, changed: make(chan struct{}), proxies: map[spiffeid.ID]mesh.Proxy{},
+		revoked: &mesh.RevokedSVIDs{},
+		agents:  map[spiffeid.ID]mesh.Agent{}, changed: make(chan struct{}), proxies: map[spiffeid.ID]mesh.Proxy{},
 		announced: map[mesh.Endpoint]int{}, withdrawn: make(chan spiffeid.ID, 64), reported: make(chan mesh.Proxy, 1024), announces: make(chan time.Duration, 1024),
 	}
 }
@@ -236,6 +241,19 @@ func (m *memory) ListAgents(context.Context) (out []mesh.Agent, _ error) {
 		out = append(out, a)
 	}
 	return out, nil
+}
+func (m *memory) RecordIssued(_ context.Context, list []mesh.Issued) error {
+	m.mu.Lock()
+	m.issued = append(m.issued, list...)
+	f := m.onIssued
+	m.mu.Unlock()
+	if f != nil {
+		return f()
+	}
+	return nil
+}
+func (m *memory) Revocations() *mesh.RevokedSVIDs {
+	return read(m, func() *mesh.RevokedSVIDs { return m.revoked })
 }
 func (m *memory) Current() *mesh.Snapshot {
 	return read(m, func() *mesh.Snapshot { return m.snap })

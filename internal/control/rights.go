@@ -92,6 +92,7 @@ var rights = map[string]right{
 	meshpb.Admin_Roots_FullMethodName:           toLocal,
 	meshpb.Admin_MoveRoots_FullMethodName:       toLocal,
 	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,
+	meshpb.Admin_Revoke_FullMethodName:          toLocal,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,

@@ -43,6 +43,10 @@ type Registry interface {
 	// HeldAgent is GetAgent at the price of a look into memory.
 	HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, error)
 	ListAgents(ctx context.Context) ([]mesh.Agent, error)
+	// RecordIssued is durable when it returns. Changed is closed when
+	// Revocations has another answer.
+	RecordIssued(ctx context.Context, list []mesh.Issued) error
+	Revocations() *mesh.RevokedSVIDs
 	// Current is nil before the first policy.
 	Current() *mesh.Snapshot
 	// Changed is closed at the next change of Current or Entries.

@@ -56,6 +56,9 @@ type Handler interface {
 	// OnSyncNow is called when entries, bundle and SVIDs should be fetched;
 	// always once after connecting.
 	OnSyncNow(ctx context.Context)
+	// OnRevoked adds to the X.509-SVIDs that are not to be believed any more.
+	// It is called again with what it was told before.
+	OnRevoked(ctx context.Context, list []mesh.RevokedSVID)
 }
 
 // subscriberState is what outlives a stream.
@@ -68,6 +71,10 @@ type subscriberState struct {
 	rejected string
 	// told is the revision answered last.
 	told uint64
+	// revoked is the revision of the revocations in force; spoiled says that
+	// some were not understood, so that nothing more is confirmed.
+	revoked uint64
+	spoiled bool
 }
 
 // Subscribe keeps the handler on the newest snapshot until ctx ends, over every
@@ -154,6 +161,9 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 			}
 			return c.explain(ctx, verb, l, err)
 		case m := <-got:
+			if err := s.distrust(ctx, m.GetRevocations()); err != nil {
+				c.cfg.Log.Error("revocations not understood, nothing more is confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
+			}
 			if !s.take(ctx, m) {
 				continue
 			}
@@ -198,6 +208,8 @@ func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 	}
 	// What was rejected is offered again on a new stream.
 	s.rejected, s.told = "", 0
+	// Another issuer's store may count otherwise.
+	s.revoked, s.spoiled = 0, false
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
 }
 
@@ -229,6 +241,8 @@ func (s *subscriberState) take(ctx context.Context, m *meshpb.SubscribeResponse)
 	case m.GetSyncNow() != nil:
 		s.handler.OnSyncNow(ctx)
 		return false
+	case m.GetRevocations() != nil:
+		return s.told > 0 // otherwise the answer to a snapshot says it
 	case m.GetSnapshot() != nil:
 		s.told = m.GetSnapshot().GetRevision()
 		s.use(ctx, m.GetSnapshot())
@@ -306,11 +320,11 @@ func (s *subscriberState) answer() *meshpb.SubscribeRequest {
 	}
 	if s.rejected != "" {
 		return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Nack{Nack: &meshpb.Nack{
-			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(),
+			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
 		}}}
 	}
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
-		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(),
+		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
 	}}}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -52,13 +53,43 @@ func (a *svidAPI) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509
 	if err := a.charge(ctx, len(req.GetParams())); err != nil {
 		return nil, err
 	}
-	resp := &svidv1.BatchNewX509SVIDResponse{}
-	for _, p := range req.GetParams() {
-		svid, st := a.newX509SVID(ctx, entries, p)
-		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Svid: svid, Status: st})
+	c, err := callerOf(ctx)
+	if err != nil {
+		return nil, err
 	}
-	return resp, nil
+	resp := &svidv1.BatchNewX509SVIDResponse{}
+	var issued []mesh.Issued
+	for _, p := range req.GetParams() {
+		svid, leaf, st := a.newX509SVID(ctx, entries, p)
+		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{Svid: svid, Status: st})
+		if leaf != nil {
+			issued = append(issued, mesh.IssuedOf(leaf, entries[p.GetEntryId()].SPIFFEID, p.GetEntryId(), c.id))
+		}
+	}
+	if err := a.s.give(ctx, issued...); err != nil {
+		return nil, err
+	}
+	return resp, a.withhold(ctx, c.id, entries, req, resp)
 }
+
+// withhold takes back what was signed for an entry that is gone meanwhile: who
+// withdrew it has not revoked what was not yet recorded.
+func (a *svidAPI) withhold(ctx context.Context, agent spiffeid.ID, entries map[string]mesh.Entry, req *svidv1.BatchNewX509SVIDRequest, resp *svidv1.BatchNewX509SVIDResponse) error {
+	still, err := a.s.still(ctx, agent)
+	if err != nil {
+		return err
+	}
+	for i, res := range resp.Results {
+		id := entries[req.GetParams()[i].GetEntryId()].SPIFFEID
+		if res.GetSvid() == nil || slices.ContainsFunc(still, func(e mesh.Entry) bool { return e.SPIFFEID == id }) {
+			continue
+		}
+		resp.Results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: &types.Status{Code: int32(codes.NotFound), Message: noEntry}}
+	}
+	return nil
+}
+
+const noEntry = "entry not found or not this agent's"
 
 // charge makes the caller account for signatures.
 func (a *svidAPI) charge(ctx context.Context, n int) error {
@@ -69,13 +100,13 @@ func (a *svidAPI) charge(ctx context.Context, n int) error {
 	return a.s.spend(c.id, float64(n))
 }
 
-func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry, p *svidv1.NewX509SVIDParams) (*types.X509SVID, *types.Status) {
-	no := func(c codes.Code, format string, args ...any) (*types.X509SVID, *types.Status) {
-		return nil, &types.Status{Code: int32(c), Message: fmt.Sprintf(format, args...)}
+func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry, p *svidv1.NewX509SVIDParams) (*types.X509SVID, *x509.Certificate, *types.Status) {
+	no := func(c codes.Code, format string, args ...any) (*types.X509SVID, *x509.Certificate, *types.Status) {
+		return nil, nil, &types.Status{Code: int32(c), Message: fmt.Sprintf(format, args...)}
 	}
 	e, ok := entries[p.GetEntryId()]
 	if !ok {
-		return no(codes.NotFound, "entry not found or not this agent's")
+		return no(codes.NotFound, noEntry)
 	}
 	key, err := requestKey(p.GetCsr())
 	if err != nil {
@@ -85,7 +116,7 @@ func (a *svidAPI) newX509SVID(ctx context.Context, entries map[string]mesh.Entry
 	if err == nil {
 		var svid *types.X509SVID
 		if svid, err = chainToWire(e.SPIFFEID, chain); err == nil {
-			return svid, &types.Status{Code: int32(codes.OK), Message: "OK"}
+			return svid, chain[0], &types.Status{Code: int32(codes.OK), Message: "OK"}
 		}
 	}
 	if known, ok := crosses(err); ok {
@@ -106,7 +137,7 @@ func (a *svidAPI) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest)
 	}
 	e, ok := entries[req.GetEntryId()]
 	if !ok {
-		return nil, refuse(codes.NotFound, "entry not found or not this agent's")
+		return nil, refuse(codes.NotFound, noEntry)
 	}
 	if err := a.charge(ctx, 1); err != nil {
 		return nil, err

@@ -13,6 +13,8 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"sallyport/internal/mesh"
 )
 
 // maxMint bounds the life of an SVID that an operator mints.
@@ -68,6 +70,9 @@ func (a *svidAPI) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequ
 	}
 	svid, err := chainToWire(id, chain)
 	if err != nil {
+		return nil, err
+	}
+	if err := a.s.give(ctx, mesh.IssuedOf(chain[0], id, "", spiffeid.ID{})); err != nil {
 		return nil, err
 	}
 	return &svidv1.MintX509SVIDResponse{Svid: svid}, nil

@@ -87,7 +87,7 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, trace string
 	if err != nil {
 		return nil, g.denyRequest(who, http.MethodConnect, err)
 	}
-	t := &tunnel{host: host, call: authz.Call{
+	t := &tunnel{who: who, host: host, call: authz.Call{
 		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
 		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: trace,
 	}}
@@ -154,14 +154,16 @@ func (g *Gateway) denied(t *tunnel, err error) *answer {
 func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error {
 	// The policy may have changed since the judgement, before the registry
 	// knew of t.
-	if !g.rejudge(t) {
-		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	if err := g.rejudge(t); err != nil {
+		return err
 	}
 	conn, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how})
 	if err != nil {
 		switch t.why() {
 		case ReasonRevoked:
 			return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+		case ReasonSVIDRevoked, ReasonSVIDEnded:
+			return errIdentity(t.why())
 		case ReasonShutdown:
 			return refuse(ReasonShutdown, "the gateway is stopping")
 		}
@@ -174,8 +176,8 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	t.mu.Lock()
 	t.to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
 	t.mu.Unlock()
-	if !g.rejudge(t) { // now that Rejudge can see where it leads
-		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	if err := g.rejudge(t); err != nil { // now that Rejudge can see where it leads
+		return err
 	}
 	rec := t.record(audit.KindEgressOpen)
 	rec.Decision = audit.Allow
@@ -207,6 +209,9 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	}
 	life := time.AfterFunc(t.life, func() { t.stop(ReasonLife) })
 	defer life.Stop()
+	// A clock that is set meanwhile is noticed by the next Rejudge.
+	svid := time.AfterFunc(time.Until(t.who.until), func() { t.stop(ReasonSVIDEnded) })
+	defer svid.Stop()
 	if t.how.Proto == protoTLS && !g.greet(t, s) {
 		return
 	}
@@ -290,8 +295,8 @@ func (g *Gateway) nameless(t *tunnel) error {
 	}
 	// The destination may have come to ask for the name since t was opened,
 	// when the name that t was bound to send was still taken for sent.
-	if !g.rejudge(t) {
-		return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+	if err := g.rejudge(t); err != nil {
+		return err
 	}
 	return nil
 }

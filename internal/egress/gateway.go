@@ -96,6 +96,9 @@ type Config struct {
 	// Snapshot gives the snapshot in force, which is the one that Judge has
 	// the rules of; nil while there is none, and then all is denied. Required.
 	Snapshot func() *mesh.Snapshot
+	// Standing looks again at what a caller has proved in its handshake: an
+	// error wraps svid.ErrRevoked or svid.ErrExpired. It is quick. Required.
+	Standing func(tls.ConnectionState) error
 	// Names resolves destinations without endpoints. Without it those are
 	// refused.
 	Names Names
@@ -128,6 +131,9 @@ func (c Config) Validate() error {
 	}
 	if c.Snapshot == nil {
 		errs = append(errs, errors.New("snapshot: missing"))
+	}
+	if c.Standing == nil {
+		errs = append(errs, errors.New("standing: missing"))
 	}
 	if c.Audit == nil {
 		errs = append(errs, errors.New("audit: missing"))
@@ -317,8 +323,23 @@ func (g *Gateway) setIdle(w *wire, idle bool) bool {
 // A caller is the workload at the other end of one connection.
 type caller struct {
 	id    spiffeid.ID
-	until time.Time // when its SVID ends
+	until time.Time // when its SVID, or what signed that, ends
 	peer  string    // its address
+	state tls.ConnectionState
+}
+
+func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
+	id, err := svid.PeerID(cs)
+	if err != nil {
+		return nil, err
+	}
+	who := &caller{id: id, until: cs.PeerCertificates[0].NotAfter, peer: addr, state: cs}
+	for _, c := range cs.PeerCertificates[1:] {
+		if c.NotAfter.Before(who.until) {
+			who.until = c.NotAfter
+		}
+	}
+	return who, nil
 }
 
 // serveConn makes the handshake and serves the protocol agreed on.
@@ -329,6 +350,9 @@ func (g *Gateway) serveConn(w *wire) {
 		return
 	}
 	defer g.parted(who)
+	if !g.proved(w, who) {
+		return
+	}
 	if tc.ConnectionState().NegotiatedProtocol == "h2" {
 		g.serveHTTP2(w, tc)
 		return
@@ -344,10 +368,9 @@ func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
 	peer := tc.RemoteAddr().String()
 	err := tc.HandshakeContext(ctx)
 	if err == nil {
-		state := tc.ConnectionState()
-		var id spiffeid.ID
-		if id, err = svid.PeerID(state); err == nil {
-			return &caller{id: id, until: state.PeerCertificates[0].NotAfter, peer: peer}, nil
+		var who *caller
+		if who, err = callerOf(tc.ConnectionState(), peer); err == nil {
+			return who, nil
 		}
 	}
 	g.cfg.Metrics.TLSFailures("gateway", "handshake").Inc()

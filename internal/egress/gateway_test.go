@@ -58,6 +58,8 @@ p, metadata, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:169.254.169.2
 type world struct {
 	t        testing.TB
 	ca       *meshtest.CA
+	source   *svid.Source // of the gateway
+	caller   *svid.Source // of who was made last
 	gw       *Gateway
 	addr     string
 	audit    *audit.Log
@@ -144,8 +146,10 @@ func newWorld(t testing.TB, change func(*Config)) *world {
 	if w.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: w.audit, Log: log}); err != nil {
 		t.Fatal(err)
 	}
+	w.source = meshtest.Source(t, w.ca, gatewayID)
 	cfg := Config{
-		TLS:      svid.ServerTLS(meshtest.Source(t, w.ca, gatewayID), func(spiffeid.ID) error { return nil }),
+		TLS:      svid.ServerTLS(w.source, func(spiffeid.ID) error { return nil }),
+		Standing: w.source.Standing,
 		Judge:    w.judge,
 		Snapshot: w.snap.Load,
 		Names:    w.dns.resolver(t, ResolverConfig{}),
@@ -270,7 +274,8 @@ func serve(t testing.TB, handle func(net.Conn)) string {
 }
 
 func (w *world) client(id spiffeid.ID, alpn ...string) *tls.Config {
-	return svid.ClientTLS(meshtest.Source(w.t, w.ca, id), gatewayID, alpn...)
+	w.caller = meshtest.Source(w.t, w.ca, id)
+	return svid.ClientTLS(w.caller, gatewayID, alpn...)
 }
 
 // tunnel is the client's end, over HTTP/1.1 or HTTP/2.
@@ -1203,7 +1208,7 @@ func TestOddStreams(t *testing.T) {
 
 func TestConfigMistakes(t *testing.T) {
 	_, err := New(Config{TLS: &tls.Config{}, Limits: Limits{Tunnels: -1}})
-	for _, want := range []string{"tls:", "judge:", "snapshot:", "audit:", "log:", "limits: tunnels:"} {
+	for _, want := range []string{"tls:", "judge:", "snapshot:", "standing:", "audit:", "log:", "limits: tunnels:"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v does not name %s", err, want)
 		}

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 )
 
@@ -97,12 +96,11 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // resets the stream, in silence
 		}
 	}()
-	id, err := svid.PeerID(*r.TLS)
+	who, err := callerOf(*r.TLS, r.RemoteAddr)
 	if err != nil {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here
 		return
 	}
-	who := &caller{id: id, until: r.TLS.PeerCertificates[0].NotAfter, peer: r.RemoteAddr}
 	t, ans := g.request2(who, r)
 	if ans != nil {
 		// A caller that opens no window would keep the stream for ever.

@@ -44,11 +44,15 @@ const (
 
 // The reasons an open tunnel ends.
 const (
-	ReasonDone     Reason = "done"     // both sides ended
-	ReasonReset    Reason = "reset"    // one side broke off
-	ReasonIdle     Reason = "idle"     // no byte for the idle limit
-	ReasonLife     Reason = "life"     // older than the life limit
-	ReasonRevoked  Reason = "revoked"  // the policy in force no longer allows it
+	ReasonDone    Reason = "done"    // both sides ended
+	ReasonReset   Reason = "reset"   // one side broke off
+	ReasonIdle    Reason = "idle"    // no byte for the idle limit
+	ReasonLife    Reason = "life"    // older than the life limit
+	ReasonRevoked Reason = "revoked" // the policy in force no longer allows it
+
+	ReasonSVIDRevoked Reason = "svid_revoked" // the caller's SVID was revoked
+	ReasonSVIDEnded   Reason = "svid_expired" // the caller's SVID has ended
+
 	ReasonShutdown Reason = "shutdown" // the gateway stops
 	ReasonInternal Reason = "internal" // the gateway failed; the cause is in its log
 )

@@ -1,11 +1,9 @@
 package egress
 
 import (
-	"context"
 	"net/netip"
 	"slices"
 	"sync"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -17,6 +15,7 @@ import (
 // A tunnel is one CONNECT from its first judgement to its close record.
 type tunnel struct {
 	relay
+	who      *caller
 	call     authz.Call // as judged first
 	host     Host
 	how      mesh.Destination
@@ -94,29 +93,6 @@ func (g *Gateway) Tunnels() int {
 	return len(g.tunnels.live)
 }
 
-// Rejudge judges every live tunnel by the policy now in force and ends those
-// that it does not allow, or would not lead to where they lead. Their close
-// records have the reason "revoked". It is called after each change of policy.
-func (g *Gateway) Rejudge() {
-	for _, t := range g.tunnels.all() {
-		g.rejudge(t)
-	}
-}
-
-// rejudge reports whether t may go on, and ends it otherwise.
-func (g *Gateway) rejudge(t *tunnel) bool {
-	t.mu.Lock()
-	call, to := t.call, t.to
-	call.SNI = t.sni
-	t.mu.Unlock()
-	s := g.cfg.Snapshot()
-	if s != nil && g.cfg.Judge.Allows(&call) && g.leadsThere(s, t, call.SNI, to) {
-		return true
-	}
-	t.stop(ReasonRevoked)
-	return false
-}
-
 // leadsThere reports whether s would let t lead to where it does, in the way
 // it does.
 func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.AddrPort) bool {
@@ -138,18 +114,4 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.A
 		return false
 	}
 	return g.dialer.Guard.Screen(to.Addr(), how.Private) == nil
-}
-
-func (g *Gateway) rejudgeEvery(ctx context.Context) {
-	tick := time.NewTicker(g.lim.Rejudge)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			g.refusedMore(g.flood.rest())
-			g.Rejudge()
-		}
-	}
 }

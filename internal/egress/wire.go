@@ -9,7 +9,11 @@ import (
 // large write, which TLS cuts into records of 16 KiB, costs one system call.
 type wire struct {
 	net.Conn
-	idle   bool          // guarded by Gateway.mu
+	// These are guarded by Gateway.mu.
+	idle bool
+	who  *caller // once it has proved who it is
+	over bool    // it was closed because that holds no more
+
 	closed chan struct{} // closed by Close
 	once   sync.Once
 

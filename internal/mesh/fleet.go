@@ -53,6 +53,8 @@ type Proxy struct {
 	LastSeen  time.Time `json:"last_seen"`
 	// Authorities is nil when the proxy does not say what it trusts.
 	Authorities *Authorities `json:"authorities,omitempty"`
+	// Revoked is the revision of the newest revocations that it acts on.
+	Revoked uint64 `json:"revoked,omitempty"`
 }
 
 // Authorities are what a proxy acts on while the roots of the trust domain

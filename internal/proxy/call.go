@@ -55,12 +55,15 @@ type call struct {
 	shown      authz.Credential
 	token      *authz.Token
 	verified   time.Time // when the proof was last looked at
-	port       uint16    // of the rules
-	judge      *authz.Conn
-	judged     authz.Call
-	grant      authz.Grant
-	caller     []byte // the field line that tells the application
-	host       ownHost
+	epoch      uint64    // of the Rejudge that has seen it
+	// again, when set, looks at the call once more after a Rejudge.
+	again  func() bool
+	port   uint16 // of the rules
+	judge  *authz.Conn
+	judged authz.Call
+	grant  authz.Grant
+	caller []byte // the field line that tells the application
+	host   ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
 	// service meant.
@@ -220,6 +223,11 @@ func (x *call) exchange() *refusal {
 			x.broken = true
 			return nil
 		}
+		if up.Stands() != nil && !fresh {
+			x.conn.bind(nil)
+			up.Discard()
+			continue // the next handshake says why
+		}
 		x.res, x.err = x.ex.Run()
 		x.conn.bind(nil)
 		if x.err == nil {
@@ -295,9 +303,11 @@ func (x *call) finish(up *upstream.Conn) {
 // relay ties both connections together until they end.
 func (x *call) relay(up *upstream.Conn) {
 	x.tunnel, x.keep = true, false
-	if !x.conn.bind(up.NetConn()) {
+	stop, ok := x.lasting(up)
+	if !ok {
 		return
 	}
+	defer stop()
 	sent, got, err := http1.Relay(x.down, up.Conn, relayIdle)
 	x.conn.bind(nil)
 	x.res.ReqBytes += sent

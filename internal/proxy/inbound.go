@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -54,6 +55,9 @@ type InboundConfig struct {
 	// Tokens checks what calls show beside their certificate. Nil: nothing of
 	// that counts.
 	Tokens *authz.Verifier
+	// Standing looks again at what a peer has proved: an error wraps
+	// svid.ErrRevoked or svid.ErrExpired. It is quick. Required.
+	Standing func(tls.ConnectionState) error
 	// Judge decides each call. Required.
 	Judge *authz.Judge
 	// App lends connections to the application. Required.
@@ -67,7 +71,7 @@ type InboundConfig struct {
 func (c InboundConfig) validate() error {
 	errs := []error{c.Shared.validate()}
 	for name, missing := range map[string]bool{
-		"self": c.Self.IsZero(), "port": c.Port == nil, "tls": c.TLS == nil,
+		"self": c.Self.IsZero(), "port": c.Port == nil, "tls": c.TLS == nil, "standing": c.Standing == nil,
 		"peer id": c.PeerID == nil, "judge": c.Judge == nil, "app": c.App == nil,
 	} {
 		if missing {
@@ -89,6 +93,8 @@ type Inbound struct {
 	self     string
 	unproved anteroom
 	drops    dropSets
+	// epoch counts the calls of Rejudge.
+	epoch atomic.Uint64
 	// verifyEvery is a field for tests.
 	verifyEvery time.Duration
 }
@@ -107,12 +113,20 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 
 // Run serves ln until ctx ends and the calls in flight are done, and closes it.
 // An Inbound runs once.
-func (in *Inbound) Run(ctx context.Context, ln net.Listener) error { return in.run(ctx, ln) }
+func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	looking, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop() // connections in flight are looked at while they drain
+	wg.Go(func() { every(looking, rejudgeEvery, in.Rejudge) })
+	return in.run(ctx, ln)
+}
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	tc := tls.Server(c.Conn, in.cfg.TLS)
 	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: c.RemoteAddr().String()}
+	x.again = func() bool { reason, _ := in.stands(x); return reason == "" }
 	if err := in.handshake(ctx, tc, x); err != nil {
 		in.refusedHandshake(x, err)
 		return
@@ -129,6 +143,7 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 	defer in.unproved.leave(x.conn)
 	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
+	x.epoch = in.epoch.Load()
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return err
 	}
@@ -143,6 +158,10 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 		if x.peerUntil.IsZero() || c.NotAfter.Before(x.peerUntil) {
 			x.peerUntil = c.NotAfter
 		}
+	}
+	x.conn.proved(&peer{id, x.tls})
+	if reason, detail := in.stands(x); reason != "" {
+		return fmt.Errorf("%s: %s", reason, detail)
 	}
 	return nil
 }
@@ -241,22 +260,26 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	var cause error
 	switch {
 	case !x.start.Before(x.peerUntil):
-		reason = "svid_expired"
+		reason = reasonExpired
 	case x.start.Sub(x.verified) >= in.verifyEvery:
 		if cause = in.cfg.TLS.VerifyConnection(x.tls); cause != nil {
 			reason = "svid_invalid"
 		}
 		x.verified = x.start
 	}
+	detail := ""
+	if cause != nil {
+		detail = cause.Error()
+	}
+	if reason == "" {
+		reason, detail = in.stands(x)
+	}
 	if reason == "" {
 		return nil
 	}
 	x.ex.ToDown.Close = true
 	r := audit.Record{Reason: reason, Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText()}
-	if cause != nil {
-		r.Detail = cause.Error()
-	}
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Detail: detail}
 	return in.deny(r)
 }
 

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 )
 
@@ -41,9 +42,12 @@ type conn struct {
 	// state orders the end of an idle connection against its next call.
 	state atomic.Int32
 
-	mu  sync.Mutex // guards the fields below
-	up  net.Conn   // what the call in flight talks to
-	cut bool
+	mu     sync.Mutex // guards the fields below
+	up     net.Conn   // what the call in flight talks to
+	cut    bool
+	who    *peer       // the peer of an inbound connection, once it is known
+	tunnel bool        // it was upgraded, or leads through a gateway
+	call   *authz.Call // what an upgraded inbound connection was judged by
 }
 
 // The states of a conn.

@@ -3,9 +3,12 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -30,6 +33,9 @@ type OutboundConfig struct {
 	Snapshot func() *mesh.Snapshot
 	// Services lends connections to the endpoints of services. Required.
 	Services *upstream.Services
+	// Standing looks again at what a peer has proved: an error wraps
+	// svid.ErrRevoked or svid.ErrExpired. It is quick. Required.
+	Standing func(tls.ConnectionState) error
 	// Gateways lends connections to the gateways under the name "gateway".
 	// Without it nothing leads out of the mesh.
 	Gateways *upstream.Services
@@ -41,7 +47,7 @@ const GatewayName mesh.ServiceName = "gateway"
 func (c OutboundConfig) validate() error {
 	errs := []error{c.Shared.validate()}
 	for name, missing := range map[string]bool{
-		"self": c.Self.IsZero(), "local": c.Local == nil, "snapshot": c.Snapshot == nil, "services": c.Services == nil,
+		"self": c.Self.IsZero(), "local": c.Local == nil, "snapshot": c.Snapshot == nil, "services": c.Services == nil, "standing": c.Standing == nil,
 	} {
 		if missing {
 			errs = append(errs, errors.New(name+": missing"))
@@ -55,6 +61,9 @@ func (c OutboundConfig) validate() error {
 type Outbound struct {
 	cfg  OutboundConfig
 	self string
+
+	mu    sync.Mutex // guards doors
+	doors []*door    // those that are served
 }
 
 // NewOutbound checks the configuration; Run does the work.
@@ -73,8 +82,21 @@ func (o *Outbound) Run(ctx context.Context, ln net.Listener) error {
 
 // RunFor is Run for a listener whose every request is for one service.
 func (o *Outbound) RunFor(ctx context.Context, ln net.Listener, service mesh.ServiceName) error {
-	door := newDoor(o, service)
-	return door.run(ctx, ln)
+	d := newDoor(o, service)
+	o.mu.Lock()
+	o.doors = append(o.doors, d)
+	o.mu.Unlock()
+	defer func() {
+		o.mu.Lock()
+		o.doors = slices.DeleteFunc(o.doors, func(x *door) bool { return x == d })
+		o.mu.Unlock()
+	}()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	looking, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	wg.Go(func() { every(looking, rejudgeEvery, func() { o.cfg.closed(d.rejudge()...) }) })
+	return d.run(ctx, ln)
 }
 
 // A door is one listener of the way out.

@@ -4,8 +4,9 @@
 //
 // What happens to a call is the chain of its direction, a list in chain.go. A
 // connection has one goroutine, which also drives the upstream connection; Run
-// owns them all and returns when they have ended. An upgraded connection and a
-// tunnel are judged when they open, and not again.
+// owns them all and returns when they have ended. Rejudge closes at once what
+// is open to a peer whose SVID was revoked; an upgraded connection is judged
+// again by each policy, and neither it nor a tunnel outlives the peer's SVID.
 package proxy
 
 import (

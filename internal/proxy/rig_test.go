@@ -131,6 +131,7 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	up := upstream.Config{
 		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(r.web, want, "http/1.1") },
 		Generation: r.gen.Load,
+		Standing:   r.web.Standing,
 	}
 	if r.services, err = upstream.New(up); err != nil {
 		t.Fatal(err)
@@ -149,10 +150,11 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	r.inCfg = InboundConfig{
 		Shared: shared("inbound", r.inAudit), Self: billing, Port: func() uint16 { return 8443 },
 		TLS:    svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, "http/1.1"),
-		PeerID: svid.PeerID, Judge: r.judge, App: local,
+		PeerID: svid.PeerID, Standing: r.billing.Standing, Judge: r.judge, App: local,
 	}
 	r.outCfg = OutboundConfig{
 		Shared: shared("outbound", r.outAudit), Self: web, Snapshot: r.snap.Load, Services: r.services, Gateways: r.gateways,
+		Standing: r.web.Standing,
 		Local: func(net.Conn) error {
 			r.locals.Add(1)
 			if e := r.stranger.Load(); e != nil {

@@ -34,7 +34,7 @@ func (d *door) connect(x *call) *refusal {
 		return x.noGateway(err, "the gateway cannot be reached")
 	}
 	defer up.Discard()
-	if !x.conn.bind(up.NetConn()) {
+	if !x.tie(up) {
 		x.broken = true
 		return nil
 	}

@@ -19,9 +19,10 @@ import (
 )
 
 // fakeGateway proves the gateway's identity and has serve answer.
-func fakeGateway(t *testing.T, r *rig, serve func(c net.Conn, br *bufio.Reader, connect *http.Request)) {
+func fakeGateway(t *testing.T, r *rig, serve func(c net.Conn, br *bufio.Reader, connect *http.Request)) *svid.Source {
 	t.Helper()
-	cfg := svid.ServerTLS(meshtest.Source(t, r.ca, gateway), func(id spiffeID) error {
+	src := meshtest.Source(t, r.ca, gateway)
+	cfg := svid.ServerTLS(src, func(id spiffeID) error {
 		if id != web {
 			return fmt.Errorf("%s is not web", id)
 		}
@@ -41,6 +42,7 @@ func fakeGateway(t *testing.T, r *rig, serve func(c net.Conn, br *bufio.Reader, 
 		serve(tc, br, req)
 	})
 	useGateway(r, addr)
+	return src
 }
 
 func useGateway(r *rig, addr string) {

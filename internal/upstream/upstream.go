@@ -48,6 +48,9 @@ type Config struct {
 	// Generation counts the identities held so far. A kept connection that was
 	// made under an older one is not used again. Required.
 	Generation func() uint64
+	// Standing looks again at what a peer has proved in its handshake; an error
+	// says that it holds no more. It is asked after each Recheck. Required.
+	Standing func(tls.ConnectionState) error
 	// Limits bound what an upstream may answer. Zero means http1's defaults.
 	Limits http1.Limits
 	// ConnectTimeout bounds TCP and TLS together. Default 5 s.
@@ -66,6 +69,9 @@ func (c Config) validate() error {
 	}
 	if c.Generation == nil {
 		errs = append(errs, errors.New("generation: missing"))
+	}
+	if c.Standing == nil {
+		errs = append(errs, errors.New("standing: missing"))
 	}
 	return errors.Join(errs...)
 }
@@ -88,6 +94,8 @@ func (c Config) withDefaults() Config {
 type Services struct {
 	cfg   Config
 	table atomic.Pointer[map[mesh.ServiceName]*group]
+	// epoch counts the calls of Recheck.
+	epoch atomic.Uint64
 
 	mu    sync.Mutex // guards the fields below
 	pools map[target]*Pool
@@ -142,6 +150,7 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 			}
 			if p == nil {
 				p = newPool(s.cfg, t)
+				p.epoch = &s.epoch
 				p.closed = s.closed
 			}
 			live[t] = p
@@ -205,6 +214,27 @@ func (g *group) get(ctx context.Context, fresh bool) (*Conn, error) {
 	return nil, last
 }
 
+// A Peer is who was at the other end of a connection.
+type Peer struct {
+	ID   spiffeid.ID
+	Addr netip.AddrPort
+	Err  error // why what it proved holds no more
+}
+
+// Recheck closes the idle connections whose peer's proof holds no more, and
+// says whose they were. One that is lent is its borrower's to close: Stands
+// says so.
+func (s *Services) Recheck() (gone []Peer) {
+	s.epoch.Add(1)
+	s.mu.Lock()
+	pools := slices.Collect(maps.Values(s.pools))
+	s.mu.Unlock()
+	for _, p := range pools {
+		gone = append(gone, p.recheck()...)
+	}
+	return gone
+}
+
 // Close closes every idle connection. Lent ones are closed when they come back.
 func (s *Services) Close() {
 	s.mu.Lock()
@@ -221,6 +251,8 @@ func (s *Services) Close() {
 type Pool struct {
 	cfg Config
 	t   target
+	// epoch is that of the Services; nil for the local application.
+	epoch *atomic.Uint64
 	// restUntil is when an endpoint that refused a connection is tried again
 	// before the others, in Unix nanoseconds.
 	restUntil atomic.Int64
@@ -253,12 +285,37 @@ type Conn struct {
 	// more. Zero for a plain connection.
 	until time.Time
 	idle  time.Time
+	// tls is nil for a plain connection; epoch is when its peer's proof was
+	// last looked at.
+	tls   *tls.Conn
+	epoch uint64
+}
+
+// Until is when the peer's certificates end; zero for a plain connection.
+func (c *Conn) Until() time.Time { return c.until }
+
+// Stands is an error when what the peer proved holds no more. The borrower
+// asks after it has made the connection known to whoever closes such, so that
+// a Recheck meanwhile passes none by.
+func (c *Conn) Stands() error {
+	if c.tls == nil {
+		return nil
+	}
+	e := c.pool.epoch.Load()
+	if e == c.epoch {
+		return nil
+	}
+	if err := c.pool.cfg.Standing(c.tls.ConnectionState()); err != nil {
+		return err
+	}
+	c.epoch = e
+	return nil
 }
 
 // usable says whether a kept connection may carry another call.
 func (c *Conn) usable(gen uint64, now time.Time) bool {
 	return c.gen == gen && now.Sub(c.idle) < c.pool.cfg.MaxIdleTime &&
-		(c.until.IsZero() || now.Before(c.until)) && !c.Stale()
+		(c.until.IsZero() || now.Before(c.until)) && !c.Stale() && c.Stands() == nil
 }
 
 // Get lends the connection that was used last, or dials.
@@ -275,6 +332,10 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 		}
 		c.Discard()
 	}
+	var epoch uint64
+	if p.epoch != nil {
+		epoch = p.epoch.Load() // before the handshake looks
+	}
 	nc, until, err := p.dial(ctx)
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
@@ -283,7 +344,8 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 	}
 	p.failures.Store(0)
 	p.restUntil.Store(0)
-	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen, until: until}, nil
+	tc, _ := nc.(*tls.Conn)
+	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen, until: until, tls: tc, epoch: epoch}, nil
 }
 
 func (p *Pool) pop() *Conn {
@@ -332,7 +394,7 @@ func (c *Conn) Put() {
 	p.mu.Lock()
 	var out *Conn
 	switch {
-	case p.closed:
+	case p.closed, c.Stands() != nil:
 		out = c
 	case len(p.idle) >= p.cfg.MaxIdle:
 		out = p.idle[0]
@@ -347,6 +409,26 @@ func (c *Conn) Put() {
 	if out != nil {
 		out.Discard()
 	}
+}
+
+// recheck closes the idle connections that do not stand. Put looks under the
+// same lock, so that none comes back unseen.
+func (p *Pool) recheck() (gone []Peer) {
+	p.mu.Lock()
+	var out []*Conn
+	p.idle = slices.DeleteFunc(p.idle, func(c *Conn) bool {
+		err := c.Stands()
+		if err != nil {
+			out = append(out, c)
+			gone = append(gone, Peer{ID: p.t.id, Addr: p.t.addr, Err: err})
+		}
+		return err != nil
+	})
+	p.mu.Unlock()
+	for _, c := range out {
+		c.Discard()
+	}
+	return gone
 }
 
 // sweep closes what has been idle for too long. The pool is used from the

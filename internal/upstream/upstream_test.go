@@ -147,6 +147,7 @@ func services(t *testing.T, eps ...netip.AddrPort) *Services {
 			return &tls.Config{InsecureSkipVerify: true, VerifyConnection: func(tls.ConnectionState) error { return errors.New("no") }}
 		},
 		Generation:     func() uint64 { return 0 },
+		Standing:       func(tls.ConnectionState) error { return nil },
 		ConnectTimeout: time.Second,
 	})
 	if err != nil {
@@ -204,7 +205,7 @@ func TestUseKeepsThePoolsThatStay(t *testing.T) {
 
 func TestNewNamesWhatIsMissing(t *testing.T) {
 	_, err := New(Config{})
-	if err == nil || err.Error() != "upstream: tls: missing\ngeneration: missing" {
+	if err == nil || err.Error() != "upstream: tls: missing\ngeneration: missing\nstanding: missing" {
 		t.Errorf("got %v", err)
 	}
 }

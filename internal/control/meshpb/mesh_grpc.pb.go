@@ -254,6 +254,7 @@ const (
 	Admin_Roots_FullMethodName           = "/sallyport.mesh.v1.Admin/Roots"
 	Admin_MoveRoots_FullMethodName       = "/sallyport.mesh.v1.Admin/MoveRoots"
 	Admin_AuditHeads_FullMethodName      = "/sallyport.mesh.v1.Admin/AuditHeads"
+	Admin_Revoke_FullMethodName          = "/sallyport.mesh.v1.Admin/Revoke"
 )
 
 // AdminClient is the client API for Admin service.
@@ -272,6 +273,8 @@ type AdminClient interface {
 	MoveRoots(ctx context.Context, in *MoveRootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
 	// AuditHeads says how far the audit logs of proxies were cosigned.
 	AuditHeads(ctx context.Context, in *AuditHeadsRequest, opts ...grpc.CallOption) (*AuditHeadsResponse, error)
+	// Revoke ends X.509-SVIDs before their time. NOT_FOUND when none is meant.
+	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 }
 
 type adminClient struct {
@@ -352,6 +355,16 @@ func (c *adminClient) AuditHeads(ctx context.Context, in *AuditHeadsRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeResponse)
+	err := c.cc.Invoke(ctx, Admin_Revoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -368,6 +381,8 @@ type AdminServer interface {
 	MoveRoots(context.Context, *MoveRootsRequest) (*RootsResponse, error)
 	// AuditHeads says how far the audit logs of proxies were cosigned.
 	AuditHeads(context.Context, *AuditHeadsRequest) (*AuditHeadsResponse, error)
+	// Revoke ends X.509-SVIDs before their time. NOT_FOUND when none is meant.
+	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -398,6 +413,9 @@ func (UnimplementedAdminServer) MoveRoots(context.Context, *MoveRootsRequest) (*
 }
 func (UnimplementedAdminServer) AuditHeads(context.Context, *AuditHeadsRequest) (*AuditHeadsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AuditHeads not implemented")
+}
+func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -546,6 +564,24 @@ func _Admin_AuditHeads_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Revoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Revoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Revoke(ctx, req.(*RevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -580,6 +616,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AuditHeads",
 			Handler:    _Admin_AuditHeads_Handler,
+		},
+		{
+			MethodName: "Revoke",
+			Handler:    _Admin_Revoke_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,241 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+	"sallyport/internal/svid"
+	"sallyport/internal/upstream"
+)
+
+// rejudgeEvery is how often what is open is looked at again on account of
+// time: the end of SVIDs, the until= and when= of rules.
+const rejudgeEvery = 15 * time.Second
+
+// Why a connection was closed, or a call on it refused.
+const (
+	reasonRevoked = "svid_revoked" // the peer's SVID was revoked
+	reasonExpired = "svid_expired" // a tunnel has come to the end of the peer's SVID
+	reasonPolicy  = "revoked"      // the policy in force does not allow a tunnel any more
+)
+
+// A peer is who has proved an identity on a connection.
+type peer struct {
+	id  spiffeid.ID
+	tls tls.ConnectionState
+}
+
+// A look is what a connection carries, for who judges it again.
+type look struct {
+	who    *peer       // the peer of an inbound connection, once it is known
+	up     net.Conn    // what the call in flight talks to
+	tunnel bool        // it was upgraded, or leads through a gateway
+	call   *authz.Call // what an upgraded inbound connection was judged by
+}
+
+func (c *conn) look() look {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return look{c.who, c.up, c.tunnel, c.call}
+}
+
+// proved says whose the connection is.
+func (c *conn) proved(p *peer) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.who = p
+}
+
+// carry says that the connection is a tunnel from now on.
+func (c *conn) carry(call *authz.Call) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.tunnel, c.call = true, call
+}
+
+// every looks again now and then until ctx ends.
+func every(ctx context.Context, d time.Duration, rejudge func()) {
+	tick := time.NewTicker(d)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			rejudge()
+		}
+	}
+}
+
+// conns are the open connections.
+func (l *listener) conns() []*conn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	out := make([]*conn, 0, len(l.open))
+	for c := range l.open {
+		out = append(out, c)
+	}
+	return out
+}
+
+// whyNot names what Standing said.
+func whyNot(err error) string {
+	switch {
+	case errors.Is(err, svid.ErrRevoked):
+		return reasonRevoked
+	case errors.Is(err, svid.ErrExpired):
+		return reasonExpired
+	}
+	return "svid_invalid"
+}
+
+// closed records that connections were closed, once all of them are.
+func (s Shared) closed(list ...audit.Record) {
+	for _, r := range list {
+		r.Kind, r.Decision = audit.KindTLS, audit.Deny
+		if err := s.Audit.Append(&r); err != nil {
+			s.Log.Error("audit record lost", "err", err)
+		}
+	}
+}
+
+// Rejudge looks at every open connection again and closes those whose peer's
+// SVID was revoked, and the upgraded ones whose peer's SVID has ended or that
+// the policy in force does not allow. It is called after each revocation and
+// each change of policy; when it returns they are closed and recorded.
+func (in *Inbound) Rejudge() {
+	in.epoch.Add(1)
+	var over []audit.Record
+	for _, c := range in.conns() {
+		v := c.look()
+		if v.who == nil {
+			continue // it looks once it has proved an identity
+		}
+		if reason, detail := in.standing(v); reason != "" {
+			c.sever()
+			over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: c.RemoteAddr().String(), Detail: detail})
+		}
+	}
+	in.closed(over...)
+}
+
+// standing says why a connection may not go on; empty when it may.
+func (in *Inbound) standing(v look) (reason, detail string) {
+	if err := in.cfg.Standing(v.who.tls); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
+		return whyNot(err), err.Error()
+	}
+	if v.call != nil && !in.cfg.Judge.Allows(v.call) {
+		return reasonPolicy, "the policy in force does not allow the upgraded connection"
+	}
+	return "", ""
+}
+
+// stands looks whether a Rejudge has come since x was looked at last, and if so
+// at what that would not have seen.
+func (in *Inbound) stands(x *call) (reason, detail string) {
+	e := in.epoch.Load()
+	if e == x.epoch {
+		return "", ""
+	}
+	if reason, detail = in.standing(x.conn.look()); reason == "" {
+		x.epoch = e
+	}
+	return reason, detail
+}
+
+// Rejudge looks at every connection that the workload has open to a peer or a
+// gateway and closes those whose peer's SVID was revoked, and the tunnels and
+// upgraded ones whose peer's SVID has ended. It is called after each
+// revocation; when it returns they are closed and recorded.
+func (o *Outbound) Rejudge() {
+	gone := o.cfg.Services.Recheck()
+	if o.cfg.Gateways != nil {
+		gone = append(gone, o.cfg.Gateways.Recheck()...)
+	}
+	var over []audit.Record
+	for _, p := range gone {
+		if errors.Is(p.Err, svid.ErrRevoked) { // of others nobody would have heard
+			over = append(over, o.lost(p.ID.String(), p.Addr.String(), p.Err))
+		}
+	}
+	o.mu.Lock()
+	doors := slices.Clone(o.doors)
+	o.mu.Unlock()
+	for _, d := range doors {
+		over = append(over, d.rejudge()...)
+	}
+	o.cfg.closed(over...)
+}
+
+// rejudge is Rejudge for one door.
+func (d *door) rejudge() (over []audit.Record) {
+	for _, c := range d.conns() {
+		v := c.look()
+		tc, ok := v.up.(*tls.Conn)
+		if !ok {
+			continue
+		}
+		cs := tc.ConnectionState()
+		if err := d.cfg.Standing(cs); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
+			c.sever()
+			over = append(over, d.lost(idOf(cs), tc.RemoteAddr().String(), err))
+		}
+	}
+	return over
+}
+
+// lost is the record of a connection to a peer that was closed.
+func (o *Outbound) lost(dst, addr string, err error) audit.Record {
+	return audit.Record{Reason: whyNot(err), Dir: string(mesh.Out), Src: o.self, Dst: dst, Peer: addr, Detail: err.Error()}
+}
+
+func idOf(cs tls.ConnectionState) string {
+	id, err := svid.PeerID(cs)
+	if err != nil {
+		return ""
+	}
+	return id.String()
+}
+
+// tie makes what the call talks to known to Rejudge, and looks whether it still
+// stands: a Rejudge that came before has not seen it.
+func (x *call) tie(up *upstream.Conn) bool {
+	return x.conn.bind(up.NetConn()) && up.Stands() == nil
+}
+
+// lasting has an upgraded connection or a tunnel end with the SVID by which its
+// peer was let in, and be judged again meanwhile. It reports whether it may
+// begin; stop is called at its end.
+func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
+	var call *authz.Call
+	dir, until := mesh.Out, up.Until()
+	if x.grant.Valid() {
+		judged := x.judged
+		dir, call, until = mesh.In, &judged, x.peerUntil
+	}
+	x.conn.carry(call)
+	if !x.tie(up) || x.again != nil && !x.again() {
+		return nil, false
+	}
+	if until.IsZero() {
+		return func() {}, true
+	}
+	c, on := x.conn, x.on
+	r := audit.Record{Reason: reasonExpired, Dir: string(dir), Src: x.src, Dst: x.dst, Port: x.port, Peer: x.remote, Trace: x.traceText(),
+		Detail: "the SVID of the peer ended at " + until.UTC().Format(time.RFC3339)}
+	// A clock that is set meanwhile is noticed by the next Rejudge.
+	t := time.AfterFunc(time.Until(until), func() {
+		c.sever()
+		on.closed(r)
+	})
+	return func() { t.Stop() }, true
+}

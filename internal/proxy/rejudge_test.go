@@ -1,0 +1,259 @@
+package proxy
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
+	"sallyport/internal/svid"
+)
+
+// revocationOf is a revocation of what a source shows.
+func revocationOf(s *svid.Source) []mesh.RevokedSVID {
+	leaf := s.Current().Identities[0].Chain[0]
+	return []mesh.RevokedSVID{{Serial: mesh.SerialText(leaf.SerialNumber), Until: leaf.NotAfter, Why: mesh.WhyBanned}}
+}
+
+// closedFor are the records of connections that were closed for a reason.
+func closedFor(l *audit.Log, reason string) (out []audit.Record) {
+	for _, r := range l.Records() {
+		if r.Kind == audit.KindTLS && r.Reason == reason {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// severed waits until the other end breaks the connection off.
+func severed(t *testing.T, w *wire, what string) {
+	t.Helper()
+	if b, err := w.r.ReadByte(); err == nil {
+		t.Errorf("%s: got %q, want that it is closed", what, b)
+	} else if ne, ok := err.(net.Error); ok && ne.Timeout() {
+		t.Errorf("%s: it is still open", what)
+	}
+}
+
+const wsRequest = "GET /ok/ws HTTP/1.1\r\nHost: billing.mesh.internal\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+// echoApp upgrades and then gives back what it gets; a call for /ok/slow is
+// answered in part and then waits.
+func echoApp(t *testing.T) string {
+	return rawApp(t, func(c net.Conn, br *bufioReader) {
+		for {
+			req, err := http.ReadRequest(br)
+			if err != nil {
+				return
+			}
+			switch {
+			case req.Header.Get("Upgrade") != "":
+				fmt.Fprint(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+				_, _ = io.Copy(c, br)
+				return
+			case strings.HasSuffix(req.URL.Path, "/slow"):
+				fmt.Fprint(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
+			default:
+				fmt.Fprint(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+			}
+		}
+	})
+}
+
+// upgraded makes of w an open upgraded connection.
+func (w *wire) upgraded(request string) {
+	w.t.Helper()
+	w.say(request)
+	resp, err := http.ReadResponse(w.r, &http.Request{Method: "GET"})
+	if err != nil || resp.StatusCode != 101 {
+		w.t.Fatalf("got %v, %v", resp, err)
+	}
+	w.echo()
+}
+
+func (w *wire) echo() {
+	w.t.Helper()
+	w.say("ping")
+	got := make([]byte, 4)
+	if _, err := io.ReadFull(w.r, got); err != nil || string(got) != "ping" {
+		w.t.Fatalf("got %q, %v", got, err)
+	}
+}
+
+func TestARevokedCallerIsCutOffWhateverItDoes(t *testing.T) {
+	r := newRig(t, echoApp(t))
+	thief := meshtest.Source(t, r.ca, web)
+	idle, slow, ws, bare := r.dialIn(thief), r.dialIn(thief), r.dialIn(thief), r.dialIn(thief)
+	idle.say(okRequest)
+	idle.answer("GET")
+	slow.say(strings.Replace(okRequest, "/ok/1", "/ok/slow", 1))
+	if resp, err := http.ReadResponse(slow.r, nil); err != nil || resp.StatusCode != 200 {
+		t.Fatal(resp, err)
+	}
+	if _, err := io.ReadFull(slow.r, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+	ws.upgraded(wsRequest)
+	honest := r.dialIn(r.web) // the same identity by another SVID
+	honest.upgraded(wsRequest)
+	await(t, func() bool { return known(r.inbound) == 5 })
+	r.billing.Revoke(revocationOf(thief))
+	r.inbound.Rejudge()
+	for name, w := range map[string]*wire{"idle": idle, "a call in flight": slow, "upgraded": ws, "without a call yet": bare} {
+		severed(t, w, name)
+	}
+	honest.echo()
+	if got := closedFor(r.inAudit, "svid_revoked"); len(got) != 4 || got[0].Src != web.String() || got[0].Dst != billing.String() {
+		t.Errorf("recorded %+v", got)
+	}
+	c, err := net.Dial("tcp", r.inAddr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &wire{t: t, Conn: c}
+	defer c.Close()
+	if w.refusedHandshake(thief) == nil {
+		t.Error("a new handshake by a revoked SVID was taken")
+	}
+}
+
+// known counts the connections whose peer has proved an identity.
+func known(in *Inbound) (n int) {
+	for _, c := range in.conns() {
+		if c.look().who != nil {
+			n++
+		}
+	}
+	return n
+}
+
+// refusedHandshake says why a peer does not get in.
+func (w *wire) refusedHandshake(s *svid.Source) error {
+	_ = w.SetDeadline(time.Now().Add(30 * time.Second))
+	tc := tls.Client(w.Conn, svid.ClientTLS(s, billing, "http/1.1"))
+	if err := tc.Handshake(); err != nil {
+		return err
+	}
+	_, err := tc.Read(make([]byte, 1)) // TLS 1.3: the refusal comes afterwards
+	return err
+}
+
+func TestAHandshakeBesideARevocationIsSeen(t *testing.T) {
+	r := newRig(t, echoApp(t))
+	// The revocation comes while the handshake is being made: it has passed
+	// the check, and no Rejudge knows of it yet.
+	thief := meshtest.Source(t, r.ca, web)
+	x := &call{conn: &conn{}, epoch: r.inbound.epoch.Load()}
+	w := r.dialIn(thief)
+	await(t, func() bool { return known(r.inbound) == 1 })
+	x.conn.proved(r.inbound.conns()[0].look().who)
+	r.billing.Revoke(revocationOf(thief))
+	if reason, _ := r.inbound.stands(x); reason != "" {
+		t.Errorf("without a Rejudge nobody looks, got %s", reason)
+	}
+	r.inbound.Rejudge()
+	if reason, _ := r.inbound.stands(x); reason != reasonRevoked {
+		t.Errorf("after it got %q", reason)
+	}
+	severed(t, w, "the connection")
+}
+
+func TestPolicyEndsAnUpgradedConnection(t *testing.T) {
+	r := newRig(t, echoApp(t))
+	w := r.dialIn(r.web)
+	w.upgraded(wsRequest)
+	r.inbound.Rejudge()
+	w.echo()
+	r.use("")
+	r.inbound.Rejudge()
+	severed(t, w, "an upgraded connection that is not allowed any more")
+	if got := closedFor(r.inAudit, "revoked"); len(got) != 1 {
+		t.Errorf("recorded %+v", got)
+	}
+}
+
+func TestARevokedServiceIsLeft(t *testing.T) {
+	r := newRig(t, echoApp(t))
+	idle, ws := r.dial(), r.dial()
+	idle.say(proxied)
+	idle.answer("GET")
+	ws.upgraded(strings.Replace(wsRequest, "/ok/ws", "http://billing.mesh.internal/ok/ws", 1))
+	idle.say(proxied) // the connection that the upgrade took is not the idle one
+	idle.answer("GET")
+	r.web.Revoke(revocationOf(r.billing))
+	r.outbound.Rejudge()
+	severed(t, ws, "an upgraded connection")
+	if got := closedFor(r.outAudit, "svid_revoked"); len(got) != 2 || got[0].Src != web.String() || got[0].Dst != billing.String() || got[0].Peer != r.inAddr {
+		t.Errorf("recorded %+v, want the idle connection and the upgraded one", got)
+	}
+	await(t, func() bool { return known(r.inbound) == 0 }) // both ends are closed
+	idle.say(proxied)
+	if resp, body := idle.answer("GET"); resp.StatusCode != 503 {
+		t.Errorf("a call to a revoked service got %d %s", resp.StatusCode, body)
+	}
+}
+
+func TestARevokedGatewayIsLeft(t *testing.T) {
+	r := newRig(t, "127.0.0.1:1")
+	gw := fakeGateway(t, r, func(c net.Conn, br *bufio.Reader, _ *http.Request) {
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		_, _ = io.Copy(c, br)
+	})
+	w := r.dial()
+	w.say(connectStripe + "\r\n")
+	if resp, err := http.ReadResponse(w.r, &http.Request{Method: "CONNECT"}); err != nil || resp.StatusCode != 200 {
+		t.Fatal(resp, err)
+	}
+	w.echo()
+	r.web.Revoke(revocationOf(gw))
+	r.outbound.Rejudge()
+	severed(t, w, "a tunnel")
+	if got := closedFor(r.outAudit, "svid_revoked"); len(got) != 1 || got[0].Dst != gateway.String() {
+		t.Errorf("recorded %+v", got)
+	}
+}
+
+func TestAnUpgradedConnectionEndsWithTheSVIDOfItsPeer(t *testing.T) {
+	for _, end := range []string{"caller", "service"} {
+		t.Run(end, func(t *testing.T) {
+			t.Parallel() // most of it is waiting
+			r := newRig(t, echoApp(t))
+			short, log := r.web, r.inAudit
+			id := web
+			if end == "service" {
+				short, log, id = r.billing, r.outAudit, billing
+			}
+			st := *short.Current()
+			st.Identities = []svid.Identity{r.ca.Issue(t, id, 8*time.Second)}
+			if err := short.Set(&st); err != nil {
+				t.Fatal(err)
+			}
+			w := r.dial()
+			w.upgraded(strings.Replace(wsRequest, "/ok/ws", "http://billing.mesh.internal/ok/ws", 1))
+			severed(t, w, "the upgraded connection")
+			await(t, func() bool { return len(closedFor(log, "svid_expired")) == 1 })
+		})
+	}
+}
+
+func TestEveryLooksUntilItsContextEnds(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	n := 0
+	every(ctx, time.Millisecond, func() {
+		if n++; n == 3 {
+			cancel()
+		}
+	})
+	if n < 3 {
+		t.Errorf("looked %d times", n)
+	}
+}
