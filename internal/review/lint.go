@@ -92,6 +92,7 @@ func (l *linter) row(i int, now time.Time) {
 		l.leaky(r, conds)
 		return
 	}
+	l.token(r, conds)
 	switch {
 	case r.Src == mesh.Any:
 		l.add(Broad, r.Origin, r.ID, "row %s allows every identity, of other trust domains too: name the callers", r.ID)
@@ -99,6 +100,30 @@ func (l *linter) row(i int, now time.Time) {
 		l.add(Broad, r.Origin, r.ID, "row %s allows calls to every workload: name the destinations", r.ID)
 	case r.Dir == mesh.In && r.Verb == "*" && r.Path == mesh.Any:
 		l.add(Broad, r.Origin, r.ID, "row %s allows every verb on every path: name what is needed", r.ID)
+	}
+}
+
+// token finds allow rows that no token can fulfil, and those that take one of
+// any issuer.
+func (l *linter) token(r *mesh.Rule, conds []mesh.Cond) {
+	needs, issuer := false, ""
+	for i := range conds {
+		needs = needs || conds[i].NeedsToken()
+		if conds[i].Word == mesh.CondIssuer {
+			issuer = conds[i].Value
+		}
+	}
+	t := l.p.Tokens
+	switch {
+	case !needs:
+	case t.Empty():
+		l.add(Unreachable, r.Origin, r.ID, "row %s asks for a token, and tokens.yaml names no issuer", r.ID)
+	case issuer == mesh.APIKeyIssuer && len(t.APIKeys) == 0:
+		l.add(Unreachable, r.Origin, r.ID, "row %s asks for an API key, and tokens.yaml has none", r.ID)
+	case issuer == "":
+		l.add(Broad, r.Origin, r.ID, "row %s takes a token of any issuer in tokens.yaml: say iss=", r.ID)
+	case issuer != mesh.APIKeyIssuer && !slices.ContainsFunc(t.Issuers, func(i mesh.TokenIssuer) bool { return i.Name() == issuer }):
+		l.add(Unreachable, r.Origin, r.ID, "row %s asks for a token of %s, which tokens.yaml does not name", r.ID, issuer)
 	}
 }
 

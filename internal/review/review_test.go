@@ -2,6 +2,7 @@ package review
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"testing/fstest"
@@ -169,6 +170,7 @@ func TestLintFinds(t *testing.T) {
 		{"a deny that asks for a server name", "p, d, out, $web, host:api.stripe.test, *, CONNECT, -, env.sni=same, deny\n", Leaky, "d"},
 		{"a deny of names below that leaves the apex", "p, a, out, $web, host:stripe.test, 443, CONNECT, -, -, allow\np, d, out, **, host:*.stripe.test, *, *, **, -, deny\n", Leaky, "d"},
 		{"a deny of names below that leaves the deeper ones", "g2, host:a.b.stripe.test, hosts:x\np, a, out, $web, hosts:x, 443, CONNECT, -, -, allow\np, d, out, **, host:*.stripe.test, *, *, **, -, deny\n", Leaky, "d"},
+		{"a row for tokens without an issuer", "p, a, in, $web, $billing, 8443, GET, /v1, iss=https://ci.example, allow\n", Unreachable, "a"},
 		{"a row without test", "p, a, in, $web, $billing, 8443, GET, /v1, -, allow\n", Untested, "a"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -181,6 +183,27 @@ func TestLintFinds(t *testing.T) {
 			}
 			t.Errorf("no finding %s about %s in:\n%s", c.check, c.subject, strings.Join(all, "\n"))
 		})
+	}
+}
+
+func TestLintFindsRowsThatNoTokenFulfils(t *testing.T) {
+	for cond, want := range map[string]Check{
+		"iss=https://ci.example": "", "iss=apikey": Unreachable, "iss=https://ci.example/": Unreachable, "scope~pay": Broad, "until=2036-11-22T10:00:00Z": "",
+	} {
+		p := parse(t, "p, a, in, $web, $billing, 8443, GET, /v1, "+cond+", allow\n", "")
+		p.Tokens = &mesh.Tokens{Issuers: []mesh.TokenIssuer{{
+			Issuer: "https://ci.example", Profile: mesh.ProfileJWT, Audiences: []string{"billing"}, Algorithms: []string{"ES256"}, Keys: mesh.KeySet{File: "/keys"},
+			MaxLifetime: time.Hour, MaxBytes: 8192, MaxClaims: 64, Binding: mesh.BindNone,
+		}}}
+		var got []Check
+		for _, f := range Lint(p, now) {
+			if f.Subject == "a" && f.Check != Untested {
+				got = append(got, f.Check)
+			}
+		}
+		if want == "" && len(got) > 0 || want != "" && !slices.Equal(got, []Check{want}) {
+			t.Errorf("%s: %v, want %s", cond, got, want)
+		}
 	}
 }
 
