@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/url"
 	"slices"
+	"strings"
 	"sync/atomic"
 
 	"sallyport/internal/audit"
@@ -62,7 +63,7 @@ func (in *Inbound) shown(x *call, keyField string) {
 
 // is compares a field name with a lower-case one.
 func is(name []byte, want string) bool {
-	return len(name) == len(want) && string(bytes.ToLower(name)) == want
+	return len(name) == len(want) && strings.EqualFold(string(name), want)
 }
 
 // tokenInQuery finds a token where it would end up in logs (RFC 6750 section
