@@ -3,6 +3,10 @@ package audit
 // maxTemplate bounds a path template, in bytes.
 const maxTemplate = 160
 
+// Template is the shape of a path as roll-ups have it: "{}" stands for one
+// segment, "**" at the end for what was too long.
+func Template(path string) string { return string(appendTemplate(nil, path)) }
+
 // appendTemplate writes the shape of a path: what looks like the name of one
 // thing among many becomes "{}", so that the calls for each of them are
 // counted together. A query is left out, and what is too long ends in "**".
