@@ -36,6 +36,9 @@ const (
 // playRole is main for such a process. The only role there is is a workload
 // that does what it is asked on its control socket.
 func playRole(role string) int {
+	if role == roleCrash {
+		return writeUntilKilled()
+	}
 	if role != "workload" {
 		fmt.Fprintf(os.Stderr, "no role %q\n", role)
 		return 2

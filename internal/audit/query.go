@@ -21,7 +21,7 @@ type Filter struct {
 // Match reports whether the filter picks a record.
 func (f *Filter) Match(r *Record) bool {
 	for _, t := range [...][2]string{
-		{f.Kind, string(r.Kind)}, {f.ID, r.ID}, {f.Decision, r.Decision}, {f.Reason, r.Reason}, {f.Rule, r.Rule},
+		{f.Kind, string(r.Kind)}, {f.Decision, r.Decision}, {f.Reason, r.Reason}, {f.Rule, r.Rule},
 		{f.Src, r.Src}, {f.Dst, r.Dst}, {f.Verb, r.Verb}, {f.Path, r.Path}, {f.Trace, r.Trace},
 	} {
 		begin, open := strings.CutSuffix(t[0], "*")
@@ -29,7 +29,18 @@ func (f *Filter) Match(r *Record) bool {
 			return false
 		}
 	}
+	if f.ID != "" && f.ID != r.ID && !sameCell(f.ID, r.ID) {
+		return false
+	}
 	return (f.Since.IsZero() || !r.Time.Before(f.Since)) && (f.Until.IsZero() || r.Time.Before(f.Until))
+}
+
+// sameCell says that two ids name the same count: a restart changes what stands
+// before it, and the caller was told what stood there then.
+func sameCell(a, b string) bool {
+	i, gen, ok := cellOf(a)
+	j, other, too := cellOf(b)
+	return ok && too && i == j && gen == other
 }
 
 // ErrStop ends Each without an error.
