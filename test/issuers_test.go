@@ -93,7 +93,7 @@ func (w *world) sees(revision uint64, workloads ...string) func() bool {
 }
 
 // outageLife is how long SVIDs live where the database crashes.
-const outageLife = 10 * time.Second
+const outageLife = 20 * time.Second
 
 // renewedSince says if each named proxy has an SVID that was issued after a
 // moment. Validity ends at a whole second.
@@ -125,7 +125,7 @@ func TestFailoverOfIssuers(t *testing.T) {
 	server := postgrestest.Start(t)
 	at := server.Database(t)
 	// An SVID is renewed at 40 to 60 % of its life, so calls are promised to
-	// outlast what lets none be issued for 40 % of it: here 4 s, in which a
+	// outlast what lets none be issued for 40 % of it: here 8 s, in which a
 	// database that crashed recovers. With 4 s in all it did so by luck.
 	first := newWorld(t, outageLife)
 	first.shares(at, outageLife, "")
