@@ -17,6 +17,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/federation"
+	"sallyport/internal/registry"
 )
 
 // FederationConfig is one other trust domain. Its bundle goes to the workloads
@@ -101,6 +102,8 @@ func (in *issuer) openFederation() error {
 	if err != nil {
 		return daemon.Exit(daemon.Usage, err)
 	}
+	in.federations = &federations{in: in, applied: map[spiffeid.TrustDomain]registry.Federation{}}
+	in.federations.apply()
 	return nil
 }
 
@@ -121,32 +124,47 @@ func (in *issuer) firstBundle(f FederationConfig) (*federation.Bundle, error) {
 			at = info.ModTime()
 		}
 	}
-	path := in.keptBundle(f.TrustDomain)
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && given != nil && at.After(info.ModTime()) {
-		return given, nil
+	if kept, when := in.lastFetched(f.TrustDomain); kept != nil && (given == nil || !at.After(when)) {
+		return kept, nil
 	}
-	doc, err := os.ReadFile(path)
+	return given, nil
+}
+
+// lastFetched is the bundle that an earlier run or look has kept, and when; nil
+// when there is none. A damaged one is fetched anew.
+func (in *issuer) lastFetched(td spiffeid.TrustDomain) (*federation.Bundle, time.Time) {
+	path := in.keptBundle(td)
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, time.Time{}
+	}
+	var doc []byte
+	if err == nil {
+		doc, err = os.ReadFile(path)
+	}
 	var kept *federation.Bundle
 	if err == nil {
-		kept, err = federation.Decode(f.TrustDomain, doc)
+		kept, err = federation.Decode(td, doc)
 	}
 	if err != nil {
 		in.log.Warn("kept bundle is of no use, fetching it anew", "file", path, "err", err)
-		return given, nil
+		return nil, time.Time{}
 	}
-	return kept, nil
+	return kept, info.ModTime()
 }
 
-// followFederation tells the proxies of each change.
+// followFederation tells the proxies of each change, and follows what calls,
+// here or at another issuer, made known.
 func (in *issuer) followFederation(ctx context.Context) error {
 	for {
-		changed := in.follower.Changed()
+		changed, calls := in.follower.Changed(), in.registry.FederationsChanged()
+		in.federations.apply()
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-changed:
 			in.server.SyncNow()
+		case <-calls:
 		}
 	}
 }

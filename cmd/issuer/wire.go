@@ -45,6 +45,8 @@ type issuer struct {
 	witness  *witness
 	started  time.Time
 	follower *federation.Follower
+	// federations are those of the configuration and those made by calls.
+	federations *federations
 
 	// name is this issuer's over restarts, instance that of this start; both
 	// are empty unless the store is shared.
@@ -173,7 +175,7 @@ func (in *issuer) open(ctx context.Context) error {
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
 		Witness:   in.witness,
-		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains,
+		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
 	})

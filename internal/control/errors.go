@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/protoadapt"
 
 	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
 )
 
 // What a caller of a Client decides on. Each arrives wrapped in a sentence that
@@ -96,6 +97,16 @@ func Unfit(err error) error { return refuse(codes.InvalidArgument, "%s", plain(e
 
 // Unready is Unfit for what the state of the issuer forbids.
 func Unready(err error) error { return refuse(codes.FailedPrecondition, "%s", plain(err.Error())) }
+
+// notHeld says that there is no bundle of a trust domain: mesh.ErrNotFound, and
+// told to the caller.
+type notHeld struct{ td spiffeid.TrustDomain }
+
+func (e notHeld) Error() string { return e.GRPCStatus().Message() }
+func (e notHeld) Unwrap() error { return mesh.ErrNotFound }
+func (e notHeld) GRPCStatus() *status.Status {
+	return status.Newf(codes.NotFound, "this issuer holds no bundle of %.255q", e.td.Name())
+}
 
 // during says what failed and for whom, unless the caller is to be told.
 func during(err error, doing string, id spiffeid.ID) error {

@@ -3,7 +3,6 @@ package control
 import (
 	"context"
 	"crypto/x509"
-	"fmt"
 	"slices"
 	"time"
 
@@ -31,32 +30,7 @@ func (a *bundleAPI) GetFederatedBundle(_ context.Context, req *bundlev1.GetFeder
 	if td == a.s.cfg.TrustDomain {
 		return nil, refuse(codes.InvalidArgument, "%s is the trust domain of this issuer: call GetBundle", td)
 	}
-	var b FederatedBundle
-	ok := false
-	if a.s.cfg.Federated != nil {
-		b, ok = a.s.cfg.Federated(td)
-	}
-	if !ok {
-		return nil, refuse(codes.NotFound, "this issuer holds no bundle of %.255q", td.Name())
-	}
-	w := &types.Bundle{TrustDomain: td.Name(), RefreshHint: int64(b.RefreshHint / time.Second), SequenceNumber: b.Sequence}
-	for _, c := range b.X509 {
-		w.X509Authorities = append(w.X509Authorities, &types.X509Certificate{Asn1: c.Raw})
-	}
-	for _, k := range b.JWT {
-		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
-		if err != nil {
-			return nil, fmt.Errorf("encode JWT key %s of %s: %w", k.KeyID, td, err)
-		}
-		w.JwtAuthorities = append(w.JwtAuthorities, &types.JWTKey{KeyId: k.KeyID, PublicKey: der})
-	}
-	if m := req.GetOutputMask(); m != nil {
-		drop(!m.X509Authorities, &w.X509Authorities)
-		drop(!m.JwtAuthorities, &w.JwtAuthorities)
-		drop(!m.RefreshHint, &w.RefreshHint)
-		drop(!m.SequenceNumber, &w.SequenceNumber)
-	}
-	return w, nil
+	return a.s.heldBundle(td, req.GetOutputMask())
 }
 
 // GetFederatedBundle fetches the bundle of another trust domain. Without any

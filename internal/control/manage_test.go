@@ -19,6 +19,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -172,7 +173,7 @@ func TestWhoMayCallWhat(t *testing.T) {
 		"admin": r.as(boss), "downstream": r.as(down), "local": r.admin().cc,
 	}
 	services := []grpc.ServiceDesc{
-		agentv1.Agent_ServiceDesc, entryv1.Entry_ServiceDesc, svidv1.SVID_ServiceDesc, bundlev1.Bundle_ServiceDesc, meshpb.Admin_ServiceDesc,
+		agentv1.Agent_ServiceDesc, entryv1.Entry_ServiceDesc, svidv1.SVID_ServiceDesc, bundlev1.Bundle_ServiceDesc, trustdomainv1.TrustDomain_ServiceDesc, meshpb.Admin_ServiceDesc,
 	}
 	listed := map[string]bool{}
 	for _, d := range services {

@@ -12,6 +12,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
@@ -79,6 +80,13 @@ var rights = map[string]right{
 	bundlev1.Bundle_BatchUpdateFederatedBundle_FullMethodName: toOperators,
 	bundlev1.Bundle_BatchSetFederatedBundle_FullMethodName:    toOperators,
 	bundlev1.Bundle_BatchDeleteFederatedBundle_FullMethodName: toOperators,
+
+	trustdomainv1.TrustDomain_ListFederationRelationships_FullMethodName:       toOperators,
+	trustdomainv1.TrustDomain_GetFederationRelationship_FullMethodName:         toOperators,
+	trustdomainv1.TrustDomain_BatchCreateFederationRelationship_FullMethodName: toOperators,
+	trustdomainv1.TrustDomain_BatchUpdateFederationRelationship_FullMethodName: toOperators,
+	trustdomainv1.TrustDomain_BatchDeleteFederationRelationship_FullMethodName: toOperators,
+	trustdomainv1.TrustDomain_RefreshBundle_FullMethodName:                     toOperators,
 
 	meshpb.Mesh_Subscribe_FullMethodName:   toAgents,
 	meshpb.Mesh_UploadAudit_FullMethodName: toAgents,

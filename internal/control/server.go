@@ -17,6 +17,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/health"
@@ -152,6 +153,8 @@ type ServerConfig struct {
 	Federated func(spiffeid.TrustDomain) (FederatedBundle, bool)
 	// FederatedDomains are the trust domains that Federated knows. Default none.
 	FederatedDomains func() []spiffeid.TrustDomain
+	// Federator lets operators federate by calls. Default: nobody can.
+	Federator Federator
 	// Why names the reason in a Verifier's error. RefusalNone says that the
 	// verifier itself failed: the node may try again. Default: every error is
 	// RefusalEvidence.
@@ -284,6 +287,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
 	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
 	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
+	trustdomainv1.RegisterTrustDomainServer(g, &trustDomainAPI{s: s})
 	meshpb.RegisterMeshServer(g, &meshAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, l)
@@ -301,6 +305,7 @@ func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
 	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
 	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
+	trustdomainv1.RegisterTrustDomainServer(g, &trustDomainAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, &ownListener{UnixListener: l, log: s.cfg.Log})
 }

@@ -169,12 +169,7 @@ func (a *bundleAPI) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest)
 	if b.JwtAuthorities, err = jwtKeysToWire(a.s.cfg.Authority.JWTKeys()); err != nil {
 		return nil, err
 	}
-	if m := req.GetOutputMask(); m != nil {
-		drop(!m.X509Authorities, &b.X509Authorities)
-		drop(!m.JwtAuthorities, &b.JwtAuthorities)
-		drop(!m.RefreshHint, &b.RefreshHint)
-		drop(!m.SequenceNumber, &b.SequenceNumber)
-	}
+	maskBundle(b, req.GetOutputMask())
 	return b, nil
 }
 

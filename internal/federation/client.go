@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -90,6 +91,7 @@ func checkURL(s string) error {
 
 // FollowerConfig says whose bundles a Follower keeps.
 type FollowerConfig struct {
+	// Relationships at the start; Follow replaces them.
 	Relationships []Relationship
 	// Own is the trust domain here. Required. It cannot be followed.
 	Own spiffeid.TrustDomain
@@ -150,9 +152,11 @@ type Follower struct {
 	cfg FollowerConfig
 	now func() time.Time
 
-	mu      sync.Mutex // guards what stands below
-	held    map[spiffeid.TrustDomain]*Bundle
-	changed chan struct{} // closed and replaced at each change
+	mu       sync.Mutex // guards what stands below
+	followed []Relationship
+	refollow chan struct{} // closed and replaced when followed is
+	held     map[spiffeid.TrustDomain]*Bundle
+	changed  chan struct{} // closed and replaced at each change of held
 }
 
 // NewFollower checks the configuration.
@@ -160,7 +164,10 @@ func NewFollower(cfg FollowerConfig) (*Follower, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	f := &Follower{cfg: cfg, now: time.Now, held: map[spiffeid.TrustDomain]*Bundle{}, changed: make(chan struct{})}
+	f := &Follower{
+		cfg: cfg, now: time.Now, held: map[spiffeid.TrustDomain]*Bundle{}, changed: make(chan struct{}),
+		followed: slices.Clone(cfg.Relationships), refollow: make(chan struct{}),
+	}
 	for _, r := range cfg.Relationships {
 		if b := cfg.Start[r.TrustDomain]; b != nil {
 			f.held[r.TrustDomain] = b
@@ -190,15 +197,76 @@ func (f *Follower) Changed() <-chan struct{} {
 	return f.changed
 }
 
-// Run looks at every endpoint as often as its document asks for, until ctx
-// ends.
+// Follow looks from now on at the endpoints of rs and at no others. Each is
+// valid, and no trust domain stands there twice. Bundles that are held stay:
+// Forget drops one.
+func (f *Follower) Follow(rs []Relationship) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.followed = slices.Clone(rs)
+	close(f.refollow)
+	f.refollow = make(chan struct{})
+}
+
+// Hold makes b the bundle of its trust domain, whatever its sequence number: an
+// operator gave it.
+func (f *Follower) Hold(b *Bundle) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.put(b)
+}
+
+// Forget drops the bundle of a trust domain, whose SVIDs nobody verifies then.
+func (f *Follower) Forget(td spiffeid.TrustDomain) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.held[td] == nil {
+		return
+	}
+	delete(f.held, td)
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// put holds b and wakes who waits for it. mu is held.
+func (f *Follower) put(b *Bundle) {
+	f.held[b.TrustDomain] = b
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+// Run looks at every endpoint that is followed as often as its document asks
+// for, until ctx ends.
 func (f *Follower) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	for _, r := range f.cfg.Relationships {
-		wg.Go(func() { f.follow(ctx, r) })
+	defer wg.Wait()
+	running := map[Relationship]context.CancelFunc{}
+	for {
+		f.mu.Lock()
+		rs, again := f.followed, f.refollow
+		f.mu.Unlock()
+		for r, stop := range running {
+			if !slices.Contains(rs, r) {
+				stop()
+				delete(running, r)
+			}
+		}
+		for _, r := range rs {
+			if running[r] == nil {
+				one, stop := context.WithCancel(ctx)
+				running[r] = stop
+				wg.Go(func() { f.follow(one, r) })
+			}
+		}
+		select {
+		case <-ctx.Done():
+			for _, stop := range running {
+				stop()
+			}
+			return nil
+		case <-again:
+		}
 	}
-	wg.Wait()
-	return nil
 }
 
 func (f *Follower) follow(ctx context.Context, r Relationship) {
@@ -262,7 +330,7 @@ func (f *Follower) Refresh(ctx context.Context, r Relationship) error {
 	if err != nil {
 		return fmt.Errorf("fetch %s: %w", r.URL, err)
 	}
-	fresh, err := f.keep(b)
+	fresh, err := f.keep(r, b)
 	if err != nil || !fresh {
 		return err
 	}
@@ -275,12 +343,15 @@ func (f *Follower) Refresh(ctx context.Context, r Relationship) error {
 	return nil
 }
 
-// keep makes b the newest. A document with a lower sequence number is one from
+// keep makes b the newest, unless its endpoint is followed no more. A document with a lower sequence number is one from
 // the past: somebody plays it back, or a cache does. One without number, which
 // may be left out, is the newest by its arrival.
-func (f *Follower) keep(b *Bundle) (fresh bool, err error) {
+func (f *Follower) keep(r Relationship, b *Bundle) (fresh bool, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !slices.Contains(f.followed, r) {
+		return false, fmt.Errorf("%s is followed no more at %s", r.TrustDomain, r.URL)
+	}
 	old := f.held[b.TrustDomain]
 	if old != nil {
 		if b.Sequence != 0 && b.Sequence < old.Sequence {
@@ -292,9 +363,7 @@ func (f *Follower) keep(b *Bundle) (fresh bool, err error) {
 			return false, nil
 		}
 	}
-	f.held[b.TrustDomain] = b
-	close(f.changed)
-	f.changed = make(chan struct{})
+	f.put(b)
 	return true, nil
 }
 

@@ -5,8 +5,8 @@
 // What must survive a restart is in the store before a call returns; the rest
 // is in memory. Several issuers may share a store: each follows what the others
 // write. It reads no policy file and speaks no protocol. Run owns all
-// background work. Lock order: applying before mu; those of fleet, keys and the
-// ledger come last.
+// background work. Lock order: applying before mu; those of fleet, keys,
+// federations and the ledger come last.
 package registry
 
 import (
@@ -99,8 +99,9 @@ type Registry struct {
 	// recount says that an issuer came or went.
 	recount atomic.Bool
 
-	fleet fleet
-	keys  keyring
+	fleet       fleet
+	keys        keyring
+	federations federations
 }
 
 // A state is everything that is read together. It is immutable.
@@ -129,7 +130,7 @@ func New(cfg Config) (*Registry, error) {
 		wake:      make(chan struct{}, 1),
 	}
 	r.state.Store(&state{changed: make(chan struct{})})
-	r.keys.changed = make(chan struct{})
+	r.keys.changed, r.federations.changed = make(chan struct{}), make(chan struct{})
 	return r, nil
 }
 
@@ -145,7 +146,7 @@ func (r *Registry) Load(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := r.loadKeys(ctx); err != nil {
+	if err := errors.Join(r.loadKeys(ctx), r.loadFederations(ctx)); err != nil {
 		return err
 	}
 	acc, err := r.loadPolicies(ctx)

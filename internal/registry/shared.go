@@ -144,7 +144,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := len(list) == 0
-	policies, entries, keys, reports, revocations := all, all, all, all, all
+	policies, entries, keys, federations, reports, revocations := all, all, all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
 	var agents []string
 	for _, c := range list {
@@ -171,6 +171,8 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			entries = entries || known == c.Deleted || e.Revision < c.Revision
 		case store.KindAuthority:
 			keys = keys || strings.HasPrefix(c.Key, jwtKeys)
+		case store.KindBundle:
+			federations = true
 		case store.KindLease:
 			reports = reports || strings.HasPrefix(c.Key, proxies) && !strings.HasPrefix(c.Key, proxies+r.cfg.Instance+" ")
 			if name, is := strings.CutPrefix(c.Key, instances); is && r.alive[name] == c.Deleted {
@@ -208,15 +210,26 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	if err := r.followAgents(ctx, agents); err != nil {
 		return err
 	}
-	if keys {
-		if err := r.loadKeys(ctx); err != nil {
-			return err
-		}
+	if err := r.reload(ctx, keys, federations); err != nil {
+		return err
 	}
 	if all || len(endpoints) > manyKeys {
 		return r.rereadAll(ctx)
 	}
 	return r.reread(ctx, slices.Collect(maps.Keys(endpoints)))
+}
+
+// reload reads again what of these changed. mu is held.
+func (r *Registry) reload(ctx context.Context, keys, federations bool) error {
+	if keys {
+		if err := r.loadKeys(ctx); err != nil {
+			return err
+		}
+	}
+	if federations {
+		return r.loadFederations(ctx)
+	}
+	return nil
 }
 
 // parseKey is the reverse of keyOf.

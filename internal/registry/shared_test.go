@@ -139,6 +139,7 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"one issuer at a time edits the plan of the roots", sharedRoots},
 		{"an issuer that slept in an edit writes nothing", sleepyEditor},
 		{"live issuers are heard, dead ones are not", issuersSpeak},
+		{"federations are known to all", sharedFederations},
 	} {
 		t.Run(c.name+"/postgres", func(t *testing.T) {
 			at := server.Database(t)
