@@ -76,8 +76,9 @@ func (m method) call(ctx context.Context, cc *grpc.ClientConn, req proto.Message
 	return nil
 }
 
-// TestEveryCallForEveryCaller writes down what each kind of caller is answered
-// when it sends an empty request. A new method shows here, and a new right.
+// TestEveryCallForEveryCaller writes down what each kind of caller is answered by
+// SPIRE's API when it sends an empty request. A new method shows here, and a new
+// right.
 func TestEveryCallForEveryCaller(t *testing.T) {
 	r := manageRig(t, newFederates().with, func(c *ServerConfig) { c.Downstream = &below{ca: c.Authority.(*ca)} })
 	_, h := r.joined("node-a")
@@ -98,6 +99,9 @@ func TestEveryCallForEveryCaller(t *testing.T) {
 	}
 	line("method", "none", "agent", "workload", "downstream", "admin", "local")
 	for _, m := range methods() {
+		if strings.HasPrefix(m.name, "/sallyport.") {
+			continue // ours changes faster; TestWhoMayCallWhat holds it to its rights
+		}
 		cells := []string{shortMethod(m.name)}
 		for _, c := range callers {
 			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
