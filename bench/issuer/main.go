@@ -50,7 +50,7 @@ func run(ctx context.Context, w io.Writer) error {
 	var s settings
 	flag.StringVar(&s.program, "issuer", "bin/issuer", "the issuer's binary")
 	flag.IntVar(&s.agents, "agents", 40, "nodes")
-	flag.IntVar(&s.entries, "entries", 180, "entries of each node; a policy file has at most 1 MiB")
+	flag.IntVar(&s.entries, "entries", 250, "entries of each node")
 	flag.IntVar(&s.clients, "clients", 4, "nodes that ask at one time")
 	flag.IntVar(&s.batch, "batch", 180, "SVIDs asked for in one call, no more than entries")
 	flag.IntVar(&s.rounds, "rounds", 5, "rounds of each side")

@@ -46,7 +46,7 @@ func (c *CA) DraftDownstream(req DownstreamRequest) (Draft, error) {
 	if s.intermediate.MaxPathLen < 1 {
 		return Draft{}, ErrNoDepth
 	}
-	key, der, err := copyKey(req.PublicKey)
+	der, err := encodeKey(req.PublicKey)
 	if err == nil {
 		err = c.check(X509Request{ID: req.ID, PublicKey: req.PublicKey, TTL: req.TTL}, s, der)
 	}
@@ -65,6 +65,11 @@ func (c *CA) DraftDownstream(req DownstreamRequest) (Draft, error) {
 	if err != nil {
 		return Draft{}, err
 	}
+	// A key of our own: the caller keeps a pointer to the one it gave.
+	key, err := x509.ParsePKIXPublicKey(der)
+	if err != nil {
+		return Draft{}, fmt.Errorf("%w: decode public key: %w", ErrRefused, err)
+	}
 	ski := sha256.Sum256(der)
 	template.PublicKey, template.SubjectKeyId = key, ski[:20]
 	if name := c.cfg.TrustDomain.Name(); constrainable(name) {
@@ -72,7 +77,7 @@ func (c *CA) DraftDownstream(req DownstreamRequest) (Draft, error) {
 	}
 	d := &draft{ca: c, with: s, made: now, kind: "x509 downstream CA", template: template,
 		want: want{id: req.ID, key: der, issuer: s.intermediate}}
-	if d.linted, err = c.lintDownstream(d); err != nil {
+	if d.linted, d.cert, err = c.lintDownstream(d); err != nil {
 		return Draft{}, fmt.Errorf("%w: the certificate would not conform: %w", ErrRefused, err)
 	}
 	return Draft{d}, nil
@@ -87,17 +92,14 @@ func constrainable(td string) bool {
 }
 
 // lintDownstream lints the bytes that are to be signed, as lintDraft does.
-func (c *CA) lintDownstream(d *draft) ([]byte, error) {
+func (c *CA) lintDownstream(d *draft) ([]byte, *x509.Certificate, error) {
 	tbs, err := d.encodeCA()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	cert, err := assemble(tbs, noSignature)
+	cert, err := unsigned(tbs)
 	if err != nil {
-		return nil, err
-	}
-	if !bytes.Equal(cert.RawTBSCertificate, tbs) {
-		return nil, errors.New("it is read as something else than it was written")
+		return nil, nil, err
 	}
 	bare := *cert
 	bare.Extensions = slices.Clone(cert.Extensions)
@@ -111,7 +113,7 @@ func (c *CA) lintDownstream(d *draft) ([]byte, error) {
 	}
 	name, issuer := c.cfg.TrustDomain.Name(), d.want.issuer
 	permits := len(cert.PermittedURIDomains) == 1 && cert.PermittedURIDomains[0] == name && critical
-	return tbs, errors.Join(lintCA(&bare, c.cfg.TrustDomain, 0), failed([]check{
+	return tbs, cert, errors.Join(lintCA(&bare, c.cfg.TrustDomain, 0), failed([]check{
 		{cert.MaxPathLen == 0 && cert.MaxPathLenZero, "it may sign for another issuer"},
 		{permits || !constrainable(name), "its name constraints are not this trust domain, critical"},
 		{bytes.Equal(cert.AuthorityKeyId, issuer.SubjectKeyId), "its authority key ID is not that of the issuer"},

@@ -1,8 +1,9 @@
 package ca
 
 import (
-	"crypto/x509"
+	"bytes"
 	"encoding/asn1"
+	"errors"
 	"fmt"
 	"time"
 
@@ -12,14 +13,32 @@ import (
 
 // The parts that are the same in every leaf, in the order of crypto/x509.
 var (
-	// keyUsageLeaf is digitalSignature alone: seven unused bits, then bit 0.
-	keyUsageLeaf = []byte{byte(der.BIT_STRING), 2, 7, 0x80}
-	// basicConstraintsLeaf says neither cA nor a length.
-	basicConstraintsLeaf = []byte{byte(der.SEQUENCE), 0}
-	oidServerAuth        = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 1}
-	oidClientAuth        = asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 2}
-	oidECDSAWithSHA256   = asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2}
+	// usages are the extensions of what the key may do. Key usage is
+	// digitalSignature alone: seven unused bits, then bit 0. Basic constraints
+	// say neither cA nor a length.
+	usages = written(func(b *cryptobyte.Builder) {
+		addExtension(b, oidKeyUsage, true, func(b *cryptobyte.Builder) { b.AddBytes([]byte{byte(der.BIT_STRING), 2, 7, 0x80}) })
+		addExtension(b, oidEKU, false, func(b *cryptobyte.Builder) {
+			b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
+				b.AddASN1ObjectIdentifier(asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 1}) // serverAuth
+				b.AddASN1ObjectIdentifier(asn1.ObjectIdentifier{1, 3, 6, 1, 5, 5, 7, 3, 2}) // clientAuth
+			})
+		})
+		addExtension(b, oidBasicConstraints, true, func(b *cryptobyte.Builder) { b.AddBytes([]byte{byte(der.SEQUENCE), 0}) })
+	})
+	// algorithm is ECDSA with SHA-256.
+	algorithm = written(func(b *cryptobyte.Builder) {
+		b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
+			b.AddASN1ObjectIdentifier(asn1.ObjectIdentifier{1, 2, 840, 10045, 4, 3, 2})
+		})
+	})
 )
+
+func written(f cryptobyte.BuilderContinuation) []byte {
+	var b cryptobyte.Builder
+	f(&b)
+	return b.BytesOrPanic()
+}
 
 const (
 	tagDNS = der.Tag(2 | 0x80) // GeneralName dNSName
@@ -39,7 +58,7 @@ func (d *draft) encode() ([]byte, error) {
 	b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
 		b.AddASN1(der.Tag(0).ContextSpecific().Constructed(), func(b *cryptobyte.Builder) { b.AddASN1Int64(2) }) // v3
 		b.AddASN1BigInt(t.SerialNumber)
-		addAlgorithm(b)
+		b.AddBytes(algorithm)
 		b.AddBytes(d.want.issuer.RawSubject)
 		b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
 			addTime(b, t.NotBefore)
@@ -55,14 +74,7 @@ func (d *draft) encode() ([]byte, error) {
 }
 
 func (d *draft) extensions(b *cryptobyte.Builder) {
-	addExtension(b, oidKeyUsage, true, func(b *cryptobyte.Builder) { b.AddBytes(keyUsageLeaf) })
-	addExtension(b, oidEKU, false, func(b *cryptobyte.Builder) {
-		b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
-			b.AddASN1ObjectIdentifier(oidServerAuth)
-			b.AddASN1ObjectIdentifier(oidClientAuth)
-		})
-	})
-	addExtension(b, oidBasicConstraints, true, func(b *cryptobyte.Builder) { b.AddBytes(basicConstraintsLeaf) })
+	b.AddBytes(usages)
 	addExtension(b, oidSKI, false, func(b *cryptobyte.Builder) { b.AddASN1OctetString(d.template.SubjectKeyId) })
 	addExtension(b, oidAKI, false, func(b *cryptobyte.Builder) {
 		b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
@@ -100,23 +112,33 @@ func addTime(b *cryptobyte.Builder, t time.Time) {
 	}
 }
 
-func addAlgorithm(b *cryptobyte.Builder) {
-	b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) { b.AddASN1ObjectIdentifier(oidECDSAWithSHA256) })
-}
-
-// assemble makes a certificate of what is signed and a signature.
-func assemble(tbs, signature []byte) (*x509.Certificate, error) {
+// assemble writes a certificate of what is signed and a signature.
+func assemble(tbs, signature []byte) ([]byte, error) {
 	b := cryptobyte.NewBuilder(make([]byte, 0, len(tbs)+len(signature)+32))
 	b.AddASN1(der.SEQUENCE, func(b *cryptobyte.Builder) {
 		b.AddBytes(tbs)
-		addAlgorithm(b)
+		b.AddBytes(algorithm)
 		b.AddASN1BitString(signature)
 	})
 	raw, err := b.Bytes()
 	if err != nil {
 		return nil, fmt.Errorf("encode certificate: %w", err)
 	}
-	return x509.ParseCertificate(raw)
+	return raw, nil
+}
+
+// parts reads what is signed and the signature of a certificate that assemble
+// wrote.
+func parts(raw []byte) (tbs, signature []byte, err error) {
+	var inner, first, alg cryptobyte.String
+	in := cryptobyte.String(raw)
+	if !in.ReadASN1(&inner, der.SEQUENCE) || !in.Empty() ||
+		!inner.ReadASN1Element(&first, der.SEQUENCE) ||
+		!inner.ReadASN1Element(&alg, der.SEQUENCE) || !bytes.Equal(alg, algorithm) ||
+		!inner.ReadASN1BitStringAsBytes(&signature) || !inner.Empty() {
+		return nil, nil, errors.New("the signed certificate is not well formed")
+	}
+	return first, signature, nil
 }
 
 // noSignature stands where the linter's copy has no signature: the ECDSA pair

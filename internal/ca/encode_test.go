@@ -103,7 +103,7 @@ func TestEncodeRefusesASerialNumberThatIsNotPositive(t *testing.T) {
 	for _, n := range []int64{0, -1} {
 		d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public()})).d
 		d.template.SerialNumber = big.NewInt(n)
-		if _, err := lintDraft(d); err == nil {
+		if _, _, err := lintDraft(d); err == nil {
 			t.Errorf("serial number %d was encoded", n)
 		}
 	}

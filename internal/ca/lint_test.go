@@ -12,6 +12,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -228,13 +229,17 @@ func TestWhatIsSignedIsWhatWasLinted(t *testing.T) {
 	for name, service := range map[string]apiv1.CertificateAuthorityService{"the built-in service": own, "a service that keeps its key": keepsKey{own}} {
 		d := must1(c.Prepare(X509Request{ID: web, PublicKey: anyKey.Public(), DNSNames: []string{"web.corp.example"}}))
 		d.d.with.service = service
-		linted := must1(assemble(d.d.linted, noSignature))
+		linted := must1(unsigned(d.d.linted))
 		chain, err := c.Sign(t.Context(), d)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if string(chain[0].RawTBSCertificate) != string(linted.RawTBSCertificate) {
 			t.Errorf("%s: the bytes differ", name)
+		}
+		// What is handed out without being read says what a reader finds in it.
+		if read := must1(x509.ParseCertificate(chain[0].Raw)); !reflect.DeepEqual(read, chain[0]) {
+			t.Errorf("%s: it is read as\n%+v, handed out as\n%+v", name, read, chain[0])
 		}
 		if err := chain[0].CheckSignatureFrom(chain[1]); err != nil {
 			t.Errorf("%s: %v", name, err)

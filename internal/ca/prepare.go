@@ -54,8 +54,10 @@ type draft struct {
 	with     *signing
 	template *x509.Certificate
 	want     want
-	// linted is what the linter saw, the part of a certificate that is signed.
+	// linted is what the linter saw, the part of a certificate that is signed,
+	// and cert what was read from it.
 	linted []byte
+	cert   *x509.Certificate
 	made   time.Time
 	// kind is for the audit: "x509" or "x509 downstream CA".
 	kind  string
@@ -128,7 +130,7 @@ func (c *CA) prepare(req X509Request) (Draft, error) {
 }
 
 func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
-	key, der, err := copyKey(req.PublicKey)
+	der, err := encodeKey(req.PublicKey)
 	if err == nil {
 		err = c.check(req, s, der)
 	}
@@ -151,7 +153,6 @@ func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
 	d := &draft{ca: c, with: s, made: now, kind: "x509", want: want{id: req.ID, key: der, dns: slices.Clone(req.DNSNames), issuer: s.intermediate}}
 	d.template = &x509.Certificate{
 		SerialNumber:          serial,
-		PublicKey:             key,
 		URIs:                  []*url.URL{req.ID.URL()},
 		DNSNames:              slices.Clone(req.DNSNames),
 		NotBefore:             now.Add(-backdate),
@@ -162,9 +163,11 @@ func (c *CA) draft(req X509Request, s *signing, now time.Time) (Draft, error) {
 		SubjectKeyId:          ski[:20],
 		SignatureAlgorithm:    x509.ECDSAWithSHA256,
 	}
-	if d.linted, err = lintDraft(d); err != nil {
+	if d.linted, d.cert, err = lintDraft(d); err != nil {
 		return Draft{}, fmt.Errorf("%w: the certificate would not conform: %w", ErrRefused, err)
 	}
+	// A key of our own: the caller keeps a pointer to the one it gave.
+	d.template.PublicKey = d.cert.PublicKey
 	return Draft{d}, nil
 }
 
@@ -197,38 +200,47 @@ func (c *CA) check(req X509Request, s *signing, der []byte) error {
 	return nil
 }
 
-// copyKey returns a key of our own: the caller keeps a pointer to the one it
-// gave and could change it between lint and signature.
-func copyKey(key crypto.PublicKey) (crypto.PublicKey, []byte, error) {
+// encodeKey returns the bytes of a key, which the caller cannot change between
+// lint and signature as it could the key.
+func encodeKey(key crypto.PublicKey) ([]byte, error) {
 	if err := checkKey(key); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	der, err := x509.MarshalPKIXPublicKey(key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("encode public key: %w", err)
+		return nil, fmt.Errorf("encode public key: %w", err)
 	}
-	own, err := x509.ParsePKIXPublicKey(der)
-	if err != nil {
-		return nil, nil, fmt.Errorf("decode public key: %w", err)
-	}
-	return own, der, nil
+	return der, nil
 }
 
 // lintDraft lints the bytes that are to be signed, as a certificate without a
 // signature: no key signs anything that the linter has not seen.
-func lintDraft(d *draft) ([]byte, error) {
+func lintDraft(d *draft) ([]byte, *x509.Certificate, error) {
 	tbs, err := d.encode()
+	if err != nil {
+		return nil, nil, err
+	}
+	cert, err := unsigned(tbs)
+	if err != nil {
+		return nil, nil, err
+	}
+	return tbs, cert, lintLeaf(cert, d.want)
+}
+
+// unsigned reads what is to be signed.
+func unsigned(tbs []byte) (*x509.Certificate, error) {
+	raw, err := assemble(tbs, noSignature)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := assemble(tbs, noSignature)
+	cert, err := x509.ParseCertificate(raw)
 	if err != nil {
 		return nil, err
 	}
 	if !bytes.Equal(cert.RawTBSCertificate, tbs) {
 		return nil, errors.New("it is read as something else than it was written")
 	}
-	return tbs, lintLeaf(cert, d.want)
+	return cert, nil
 }
 
 // redeem takes the proof out of a Draft, once.
@@ -328,7 +340,27 @@ func (d *draft) signLinted() (*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	return assemble(d.linted, signature)
+	return d.signed(signature)
+}
+
+// signed is the linted certificate with a signature. What was read from the
+// linted bytes holds for it and is not read again; that it holds these bytes,
+// and the signature, nothing before and nothing after, is.
+func (d *draft) signed(signature []byte) (*x509.Certificate, error) {
+	raw, err := assemble(d.linted, signature)
+	if err != nil {
+		return nil, err
+	}
+	tbs, sig, err := parts(raw)
+	if err != nil {
+		return nil, err
+	}
+	if !bytes.Equal(tbs, d.cert.RawTBSCertificate) || !bytes.Equal(sig, signature) {
+		return nil, errors.New("the signed certificate is read as something else than it was written")
+	}
+	cert := *d.cert
+	cert.Raw, cert.RawTBSCertificate, cert.Signature = raw, tbs, sig
+	return &cert, nil
 }
 
 func (c *CA) record(id spiffeid.ID, reason, decision, detail string) error {

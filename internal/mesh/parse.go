@@ -90,14 +90,14 @@ func (r *reader) read(name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxRows+1))
+	b, err := io.ReadAll(io.LimitReader(f, max(maxRows, maxEntries)+1))
 	if err = errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
 	if b == nil {
 		b = []byte{}
 	}
-	if len(b) <= maxRows {
+	if len(b) <= max(maxRows, maxEntries) {
 		r.src[name] = splitLines(b)
 	}
 	return b, nil
@@ -201,7 +201,10 @@ func (r *reader) yaml(name string, v any) error {
 	if err != nil || b == nil {
 		return err
 	}
-	d := &decoder{file: name}
+	d := &decoder{file: name, limit: MaxFile}
+	if name == entriesFile {
+		d.limit = maxEntries
+	}
 	d.decode(b, reflect.ValueOf(v).Elem())
 	r.errs = append(r.errs, d.problems...)
 	maps.Copy(r.spoiled, d.spoiled)

@@ -16,8 +16,12 @@ import (
 	"github.com/goccy/go-yaml/token"
 )
 
-// MaxFile is the size of the largest YAML file that is parsed, in bytes.
-const MaxFile = 1 << 20
+const (
+	// MaxFile is the size of the largest YAML file that is parsed, in bytes.
+	MaxFile = 1 << 20
+	// maxEntries is that of the file of entries: some 50,000 workloads.
+	maxEntries = 8 << 20
+)
 
 // DecodeYAML reads one YAML document into the struct that v points to. It is
 // strict: an unknown field, a duplicate key, a value of the wrong type or none,
@@ -34,14 +38,16 @@ func DecodeYAML(file string, src []byte, v any) error {
 	if rv.Kind() != reflect.Pointer || rv.IsNil() || rv.Elem().Kind() != reflect.Struct {
 		return fmt.Errorf("decode %s: %T is not a pointer to a struct", file, v)
 	}
-	d := &decoder{file: file}
+	d := &decoder{file: file, limit: MaxFile}
 	d.decode(src, rv.Elem())
 	return d.problems.orNil()
 }
 
 // A decoder walks a document and collects mistakes.
 type decoder struct {
-	file     string
+	file string
+	// limit is the size of the largest file, bytes.
+	limit    int
 	lines    []string
 	problems Errors
 	// spoiled holds the fields of items that are written but could not be
@@ -67,8 +73,8 @@ func (d *decoder) decode(src []byte, v reflect.Value) {
 // parse returns the body of the only document, nil when there is none or when
 // the text is not acceptable YAML.
 func (d *decoder) parse(src []byte) (body ast.Node) {
-	if len(src) > MaxFile {
-		d.problems = append(d.problems, &Problem{File: d.file, Msg: fmt.Sprintf("file has more than %d bytes", MaxFile)})
+	if len(src) > d.limit {
+		d.problems = append(d.problems, &Problem{File: d.file, Msg: fmt.Sprintf("file has more than %d bytes", d.limit)})
 		return nil
 	}
 	d.lines = splitLines(src)
