@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -63,6 +64,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: gw.ready, Metrics: gw.metrics.Handler(),
 		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Log: gw.log,
+		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })

@@ -42,7 +42,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetArgs(args)
 	root.PersistentFlags().StringVar(&c.socket, "socket", defaultSocket, "the issuer's API socket")
 	root.PersistentFlags().StringVarP(&c.format, "output", "o", "table", "table or json; of policy diff also markdown")
-	root.AddCommand(c.demo(), c.demoApp(), c.status(), c.policy(), c.audit(), c.token(), c.apikey(), c.entry(), c.conform(), c.agent(), c.svid(), c.ca(), c.revoke())
+	root.AddCommand(c.demo(), c.demoApp(), c.status(), c.policy(), c.why(), c.audit(), c.token(), c.apikey(), c.entry(), c.conform(), c.agent(), c.svid(), c.ca(), c.revoke())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	noArgsAreUsage(root)
 	err := root.ExecuteContext(ctx)

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -89,6 +90,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: s.ready, Metrics: s.metrics.Handler(),
 		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Log: s.log,
+		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })

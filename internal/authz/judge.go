@@ -67,6 +67,8 @@ type Judge struct {
 	// doubted is a Set that disagreed with Casbin once. For it Casbin is asked
 	// each time, and the denial of the two counts.
 	doubted atomic.Pointer[Set]
+
+	denials denials
 }
 
 // sample is a decision to be checked.
@@ -232,6 +234,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	case err != nil || id == "":
 		return Grant{}, &Denial{Reason: Unrecorded}
 	case !d.Allow:
+		j.denials.keep(id, c, set)
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
 	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, warn: d.Reason == Warned, tally: tally}, nil
