@@ -80,6 +80,22 @@ func (a *authority) MoveRoots(ctx context.Context, m control.Move, force, throug
 	return rootStatus(r), err
 }
 
+// MoveAuthority is control.RootKeeper.
+func (a *authority) MoveAuthority(ctx context.Context, kind, step, id string) (control.RootStatus, error) {
+	move := a.ca.MoveRoot
+	if kind == control.KindJWT {
+		move = a.ca.MoveJWT
+	}
+	r, err := move(ctx, ca.Step(step), id)
+	switch {
+	case errors.Is(err, ca.ErrUnknown):
+		err = control.Unfit(err)
+	case errors.Is(err, ca.ErrGate):
+		err = control.Unready(err)
+	}
+	return rootStatus(r), err
+}
+
 func rootStatus(r ca.Rotation) control.RootStatus {
 	st := control.RootStatus{
 		Phase: string(r.Phase), Pace: string(r.Pace), Since: r.Since, Emergency: r.Emergency,
@@ -88,10 +104,11 @@ func rootStatus(r ca.Rotation) control.RootStatus {
 		Known: r.Gate.Known, NotBefore: r.Gate.NotBefore, Due: r.Due,
 	}
 	for _, x := range r.Roots {
-		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: x.ID, Kind: "x509", Expires: x.Expires, Signs: x.Signs, Tainted: x.Tainted})
+		next := r.Phase == ca.Prepared && !x.Signs
+		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: x.ID, Kind: control.KindX509, Expires: x.Expires, Signs: x.Signs, Next: next, Tainted: x.Tainted})
 	}
 	for _, k := range r.JWT {
-		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: k.KeyID, Kind: "jwt", Expires: k.ExpiresAt, Signs: k.KeyID == r.KeyID, Tainted: k.Tainted})
+		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: k.KeyID, Kind: control.KindJWT, Expires: k.ExpiresAt, Signs: k.KeyID == r.KeyID, Next: k.KeyID == r.NextKeyID, Tainted: k.Tainted})
 	}
 	return st
 }

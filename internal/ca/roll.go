@@ -37,8 +37,9 @@ type Rotation struct {
 	Emergency bool
 	Roots     []Root
 	JWT       []JWTKey
-	// KeyID is the kid that signs.
-	KeyID string
+	// KeyID is the kid that signs, NextKeyID that of the key to come, if there
+	// is one.
+	KeyID, NextKeyID string
 	// Gate is that of the next step forward.
 	Gate Gate
 	// Due is when time takes the next step; zero when the operator or the
@@ -55,6 +56,9 @@ func (c *CA) Rotation() Rotation {
 		return Rotation{}
 	}
 	out := Rotation{Phase: c.state.Rotation.phase(), Pace: ByTime, JWT: s.bundle.JWT, KeyID: s.jwt.id}
+	if i := slices.IndexFunc(c.state.JWT, isNext); i >= 0 {
+		out.NextKeyID = c.state.JWT[i].KeyID
+	}
 	for i, r := range s.bundle.X509 {
 		out.Roots = append(out.Roots, Root{ID: RootID(r), Expires: r.NotAfter, Signs: i == 0, Tainted: slices.Contains(s.bundle.Tainted, r)})
 	}

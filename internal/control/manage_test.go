@@ -18,6 +18,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -173,7 +174,8 @@ func TestWhoMayCallWhat(t *testing.T) {
 		"admin": r.as(boss), "downstream": r.as(down), "local": r.admin().cc,
 	}
 	services := []grpc.ServiceDesc{
-		agentv1.Agent_ServiceDesc, entryv1.Entry_ServiceDesc, svidv1.SVID_ServiceDesc, bundlev1.Bundle_ServiceDesc, trustdomainv1.TrustDomain_ServiceDesc, meshpb.Admin_ServiceDesc,
+		agentv1.Agent_ServiceDesc, entryv1.Entry_ServiceDesc, svidv1.SVID_ServiceDesc, bundlev1.Bundle_ServiceDesc, trustdomainv1.TrustDomain_ServiceDesc,
+		localauthorityv1.LocalAuthority_ServiceDesc, meshpb.Admin_ServiceDesc,
 	}
 	listed := map[string]bool{}
 	for _, d := range services {

@@ -11,6 +11,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
@@ -87,6 +88,24 @@ var rights = map[string]right{
 	trustdomainv1.TrustDomain_BatchUpdateFederationRelationship_FullMethodName: toOperators,
 	trustdomainv1.TrustDomain_BatchDeleteFederationRelationship_FullMethodName: toOperators,
 	trustdomainv1.TrustDomain_RefreshBundle_FullMethodName:                     toOperators,
+
+	localauthorityv1.LocalAuthority_GetX509AuthorityState_FullMethodName:       toOperators,
+	localauthorityv1.LocalAuthority_PrepareX509Authority_FullMethodName:        toOperators,
+	localauthorityv1.LocalAuthority_ActivateX509Authority_FullMethodName:       toOperators,
+	localauthorityv1.LocalAuthority_TaintX509Authority_FullMethodName:          toOperators,
+	localauthorityv1.LocalAuthority_RevokeX509Authority_FullMethodName:         toOperators,
+	localauthorityv1.LocalAuthority_TaintX509UpstreamAuthority_FullMethodName:  toOperators,
+	localauthorityv1.LocalAuthority_RevokeX509UpstreamAuthority_FullMethodName: toOperators,
+	localauthorityv1.LocalAuthority_GetJWTAuthorityState_FullMethodName:        toOperators,
+	localauthorityv1.LocalAuthority_PrepareJWTAuthority_FullMethodName:         toOperators,
+	localauthorityv1.LocalAuthority_ActivateJWTAuthority_FullMethodName:        toOperators,
+	localauthorityv1.LocalAuthority_TaintJWTAuthority_FullMethodName:           toOperators,
+	localauthorityv1.LocalAuthority_RevokeJWTAuthority_FullMethodName:          toOperators,
+	localauthorityv1.LocalAuthority_GetWITAuthorityState_FullMethodName:        toOperators,
+	localauthorityv1.LocalAuthority_PrepareWITAuthority_FullMethodName:         toOperators,
+	localauthorityv1.LocalAuthority_ActivateWITAuthority_FullMethodName:        toOperators,
+	localauthorityv1.LocalAuthority_TaintWITAuthority_FullMethodName:           toOperators,
+	localauthorityv1.LocalAuthority_RevokeWITAuthority_FullMethodName:          toOperators,
 
 	meshpb.Mesh_Subscribe_FullMethodName:   toAgents,
 	meshpb.Mesh_UploadAudit_FullMethodName: toAgents,

@@ -33,6 +33,10 @@ type RootKeeper interface {
 	// MoveRoots takes a step. Its error is a sentence for the operator, and
 	// nothing has changed then.
 	MoveRoots(ctx context.Context, m Move, force, through bool) (RootStatus, error)
+	// MoveAuthority takes one step, "prepare", "activate", "taint" or "revoke",
+	// for the authority of a kind with an ID; to prepare names none. Its error
+	// is of Unfit or Unready when the caller is to be told.
+	MoveAuthority(ctx context.Context, kind, step, id string) (RootStatus, error)
 }
 
 // RootStatus is how the replacement of the root stands.
@@ -67,7 +71,9 @@ type AuthorityStatus struct {
 	Kind    string    `json:"kind"`
 	Expires time.Time `json:"expires"`
 	Signs   bool      `json:"signs,omitempty"`
-	Tainted bool      `json:"tainted,omitempty"`
+	// Next is to sign after the one that does.
+	Next    bool `json:"next,omitempty"`
+	Tainted bool `json:"tainted,omitempty"`
 }
 
 const (
@@ -141,7 +147,7 @@ func rootsToWire(st RootStatus) *meshpb.RootsResponse {
 		IssuersConfirmed: uint32(st.IssuersConfirmed), IssuersLive: uint32(st.IssuersLive),
 	}
 	for _, a := range st.Authorities {
-		w.Authorities = append(w.Authorities, &meshpb.Authority{Id: a.ID, Kind: a.Kind, Expires: timeToWire(a.Expires), Signs: a.Signs, Tainted: a.Tainted})
+		w.Authorities = append(w.Authorities, &meshpb.Authority{Id: a.ID, Kind: a.Kind, Expires: timeToWire(a.Expires), Signs: a.Signs, Next: a.Next, Tainted: a.Tainted})
 	}
 	return w
 }
@@ -154,7 +160,7 @@ func rootsFromWire(w *meshpb.RootsResponse) RootStatus {
 		IssuersConfirmed: int(w.GetIssuersConfirmed()), IssuersLive: int(w.GetIssuersLive()),
 	}
 	for _, a := range w.GetAuthorities() {
-		st.Authorities = append(st.Authorities, AuthorityStatus{ID: a.GetId(), Kind: a.GetKind(), Expires: timeFromWire(a.GetExpires()), Signs: a.GetSigns(), Tainted: a.GetTainted()})
+		st.Authorities = append(st.Authorities, AuthorityStatus{ID: a.GetId(), Kind: a.GetKind(), Expires: timeFromWire(a.GetExpires()), Signs: a.GetSigns(), Next: a.GetNext(), Tainted: a.GetTainted()})
 	}
 	return st
 }

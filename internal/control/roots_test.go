@@ -29,10 +29,15 @@ func (k *mover) MoveRoots(_ context.Context, m Move, force, through bool) (RootS
 	return k.status, k.err
 }
 
+func (k *mover) MoveAuthority(_ context.Context, kind, step, id string) (RootStatus, error) {
+	k.moves = append(k.moves, kind+" "+step+" "+id)
+	return k.status, k.err
+}
+
 func TestTheOperatorMovesTheRoot(t *testing.T) {
 	k := &mover{status: RootStatus{
 		Phase: "tainted", Pace: "once", Since: time.Unix(1e9, 0).UTC(), Emergency: true, Next: "revoke",
-		Authorities: []AuthorityStatus{{ID: "ab", Kind: "x509", Expires: time.Unix(2e9, 0).UTC(), Signs: true}, {ID: "k1", Kind: "jwt", Tainted: true}},
+		Authorities: []AuthorityStatus{{ID: "ab", Kind: "x509", Expires: time.Unix(2e9, 0).UTC(), Signs: true}, {ID: "k1", Kind: "jwt", Next: true, Tainted: true}},
 		Confirmed:   1, Live: 2, IssuersConfirmed: 1, IssuersLive: 3, Stragglers: []string{"spiffe://x/y"}, Known: true, NotBefore: time.Unix(3e9, 0).UTC(), Due: time.Unix(4e9, 0).UTC(),
 	}}
 	r := newRig(t, newCA(t, td), func(c *ServerConfig) { c.Roots = k })

@@ -16,6 +16,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
@@ -288,6 +289,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
 	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
 	trustdomainv1.RegisterTrustDomainServer(g, &trustDomainAPI{s: s})
+	localauthorityv1.RegisterLocalAuthorityServer(g, &localAuthorityAPI{s: s})
 	meshpb.RegisterMeshServer(g, &meshAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, l)
@@ -306,6 +308,7 @@ func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	entryv1.RegisterEntryServer(g, &entryAPI{s: s})
 	svidv1.RegisterSVIDServer(g, &svidAPI{s: s})
 	trustdomainv1.RegisterTrustDomainServer(g, &trustDomainAPI{s: s})
+	localauthorityv1.RegisterLocalAuthorityServer(g, &localAuthorityAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, &ownListener{UnixListener: l, log: s.cfg.Log})
 }

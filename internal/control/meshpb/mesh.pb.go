@@ -2241,10 +2241,12 @@ type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// "x509" or "jwt".
-	Kind          string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
-	Expires       *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
-	Signs         bool                   `protobuf:"varint,4,opt,name=signs,proto3" json:"signs,omitempty"`
-	Tainted       bool                   `protobuf:"varint,5,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	Kind    string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	Expires *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
+	Signs   bool                   `protobuf:"varint,4,opt,name=signs,proto3" json:"signs,omitempty"`
+	Tainted bool                   `protobuf:"varint,5,opt,name=tainted,proto3" json:"tainted,omitempty"`
+	// It is to sign after the one that does.
+	Next          bool `protobuf:"varint,6,opt,name=next,proto3" json:"next,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2310,6 +2312,13 @@ func (x *Authority) GetSigns() bool {
 func (x *Authority) GetTainted() bool {
 	if x != nil {
 		return x.Tainted
+	}
+	return false
+}
+
+func (x *Authority) GetNext() bool {
+	if x != nil {
+		return x.Next
 	}
 	return false
 }
@@ -2631,13 +2640,14 @@ const file_mesh_proto_rawDesc = "" +
 	"not_before\x18\v \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x12,\n" +
 	"\x03due\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x03due\x12+\n" +
 	"\x11issuers_confirmed\x18\r \x01(\rR\x10issuersConfirmed\x12!\n" +
-	"\fissuers_live\x18\x0e \x01(\rR\vissuersLive\"\x95\x01\n" +
+	"\fissuers_live\x18\x0e \x01(\rR\vissuersLive\"\xa9\x01\n" +
 	"\tAuthority\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x124\n" +
 	"\aexpires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x14\n" +
 	"\x05signs\x18\x04 \x01(\bR\x05signs\x12\x18\n" +
-	"\atainted\x18\x05 \x01(\bR\atainted\"[\n" +
+	"\atainted\x18\x05 \x01(\bR\atainted\x12\x12\n" +
+	"\x04next\x18\x06 \x01(\bR\x04next\"[\n" +
 	"\rRevokeRequest\x12\x18\n" +
 	"\x06serial\x18\x01 \x01(\tH\x00R\x06serial\x12\x16\n" +
 	"\x05entry\x18\x02 \x01(\tH\x00R\x05entry\x12\x10\n" +
