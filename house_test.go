@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/keyset"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }

@@ -11,6 +11,7 @@ import (
 
 	"sallyport/internal/agent"
 	"sallyport/internal/daemon"
+	"sallyport/internal/sink"
 )
 
 // Config is the manual of the gateway. It is read from one YAML file; the
@@ -40,6 +41,7 @@ type Config struct {
 
 	Issuer agent.Join         `yaml:"issuer"`
 	Limits LimitsConfig       `yaml:"limits"`
+	Audit  sink.ListConfig    `yaml:"audit"`
 	Log    daemon.LogConfig   `yaml:"log"`
 	Drain  daemon.DrainConfig `yaml:"drain"`
 }
@@ -76,7 +78,7 @@ func (c *Config) Validate() error {
 	for field, d := range map[string]time.Duration{"limits.idle": c.Limits.Idle, "limits.life": c.Limits.Life} {
 		need(d >= 0, field, fmt.Sprintf("%s is negative", d))
 	}
-	errs = append(errs, c.Log.Validate())
+	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
 	return errors.Join(errs...)
 }
 

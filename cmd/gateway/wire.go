@@ -23,6 +23,7 @@ import (
 	"sallyport/internal/daemon"
 	"sallyport/internal/egress"
 	"sallyport/internal/mesh"
+	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 )
@@ -37,8 +38,10 @@ type gateway struct {
 	audit   *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
-	judge   *authz.Judge
-	agent   *agent.Agent
+	// sinks send the audit log to other systems.
+	sinks []*sink.Sink
+	judge *authz.Judge
+	agent *agent.Agent
 	// inForce is the snapshot that the judge has the rules of.
 	inForce atomic.Pointer[mesh.Snapshot]
 	egress  *egress.Gateway
@@ -69,6 +72,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })
 	g.Go(func() error { return gw.checked.Run(ground) })
+	for _, k := range gw.sinks {
+		g.Go(func() error { return k.Run(ground) })
+	}
 	g.Go(func() error { return gw.judge.Run(ground) })
 	g.Go(func() error {
 		defer end()
@@ -101,6 +107,9 @@ func (gw *gateway) open() error {
 		return err
 	}
 	if gw.checked, err = gw.audit.Tree(); err != nil {
+		return errors.Join(err, gw.audit.Close())
+	}
+	if gw.sinks, err = sink.NewAll(cfg.Audit, path, gw.log); err != nil {
 		return errors.Join(err, gw.audit.Close())
 	}
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment}); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
+	"sallyport/internal/sink"
 )
 
 // Config is the manual of the issuer. It is read from one YAML file; the
@@ -46,8 +47,9 @@ type Config struct {
 	// DataDir, for one.
 	Database DatabaseConfig `yaml:"database"`
 
-	CA  CAConfig         `yaml:"ca"`
-	Log daemon.LogConfig `yaml:"log"`
+	CA    CAConfig         `yaml:"ca"`
+	Audit sink.ListConfig  `yaml:"audit"`
+	Log   daemon.LogConfig `yaml:"log"`
 }
 
 // DatabaseConfig says where state is that several issuers share.
@@ -102,7 +104,7 @@ func (c *Config) Validate() error {
 	}{{"ca.x509_ttl", c.CA.X509TTL}, {"ca.jwt_ttl", c.CA.JWTTTL}, {"ca.agent_ttl", c.CA.AgentTTL}} {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is too short; write at least %s", t.d, floor))
 	}
-	errs = append(errs, c.Log.Validate())
+	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
 	errs = append(errs, c.Attestors.Validate())
 	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)

@@ -25,6 +25,7 @@ import (
 	"sallyport/internal/federation"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
+	"sallyport/internal/sink"
 	"sallyport/internal/store"
 	"sallyport/internal/telemetry"
 )
@@ -43,6 +44,7 @@ type issuer struct {
 	server   *control.Server
 	received *received
 	witness  *witness
+	sinks    []*sink.Sink
 	started  time.Time
 	follower *federation.Follower
 	// federations are those of the configuration and those made by calls.
@@ -95,6 +97,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	defer context.AfterFunc(now, func() { os.Exit(daemon.Failed) })()
 	g.Go(func() error { return in.audit.Run(run) })
 	g.Go(func() error { return in.witness.tree.Run(run) })
+	for _, k := range in.sinks {
+		g.Go(func() error { return k.Run(run) })
+	}
 	g.Go(func() error { return in.witness.Run(run) })
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
@@ -125,6 +130,9 @@ func (in *issuer) open(ctx context.Context) error {
 	}
 	var err error
 	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
+		return err
+	}
+	if in.sinks, err = sink.NewAll(cfg.Audit, filepath.Join(cfg.DataDir, "audit.jsonl"), in.log); err != nil {
 		return err
 	}
 	if err := in.openStore(ctx); err != nil {

@@ -12,6 +12,7 @@ import (
 	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
+	"sallyport/internal/sink"
 )
 
 // Config is the manual of the sidecar. It is read from one YAML file; the
@@ -36,6 +37,7 @@ type Config struct {
 	Inbound  InboundConfig      `yaml:"inbound"`
 	Outbound OutboundConfig     `yaml:"outbound"`
 	Egress   EgressConfig       `yaml:"egress"`
+	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
 	Drain    daemon.DrainConfig `yaml:"drain"`
 }
@@ -114,7 +116,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.Log.Validate())
+	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
 	return errors.Join(errs...)
 }
 

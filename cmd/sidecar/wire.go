@@ -29,6 +29,7 @@ import (
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
+	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -45,10 +46,12 @@ type sidecar struct {
 	audit   *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
-	judge   *authz.Judge
-	keys    *keyset.Keeper
-	tokens  *authz.Verifier
-	agent   *agent.Agent
+	// sinks send the audit log to other systems.
+	sinks  []*sink.Sink
+	judge  *authz.Judge
+	keys   *keyset.Keeper
+	tokens *authz.Verifier
+	agent  *agent.Agent
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	// inbound and outbound are nil before there is an identity.
@@ -95,6 +98,9 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })
 	g.Go(func() error { return s.checked.Run(ground) })
+	for _, k := range s.sinks {
+		g.Go(func() error { return k.Run(ground) })
+	}
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error {
@@ -131,6 +137,9 @@ func (s *sidecar) open() error {
 		return err
 	}
 	if s.checked, err = s.audit.Tree(); err != nil {
+		return errors.Join(err, s.audit.Close())
+	}
+	if s.sinks, err = sink.NewAll(cfg.Audit, path, s.log); err != nil {
 		return errors.Join(err, s.audit.Close())
 	}
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment}); err != nil {
