@@ -75,18 +75,20 @@ func (r *relay) end(reason Reason, abort bool) {
 	caller, dest := r.caller, r.dest
 	r.mu.Unlock()
 	r.cancel()
-	if dest != nil {
-		if abort {
+	if abort {
+		// The caller comes first: run returns when the destination is closed,
+		// and who called it then ends the caller's side in order.
+		if caller != nil {
+			caller.Abort()
+		}
+		if dest != nil {
 			_ = dest.SetLinger(0) // a reset: what was sent is not the whole
 		}
+	}
+	if dest != nil {
 		dest.Close()
 	}
-	if caller == nil {
-		return
-	}
-	if abort {
-		caller.Abort()
-	} else {
+	if !abort && caller != nil {
 		caller.CloseRead()
 	}
 }
