@@ -21,6 +21,10 @@ help: ## this list
 build: ## the four programs, in bin/
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
 
+.PHONY: issuer-pkcs11
+issuer-pkcs11: ## the issuer with PKCS#11, in bin/; needs a C compiler
+	@CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/issuer-pkcs11 ./cmd/issuer
+
 .PHONY: demo
 demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for 20s --json")
 	@echo "compiling the four programs: about a minute the first time" >&2

@@ -9,6 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/attest"
+	"sallyport/internal/ca"
 	"sallyport/internal/daemon"
 	"sallyport/internal/sink"
 )
@@ -69,8 +70,10 @@ type CAConfig struct {
 	// PassphraseFile holds the passphrase that encrypts the CA keys at rest.
 	// Without it the keys are plain PKCS#8, mode 0600.
 	PassphraseFile string `yaml:"passphrase_file"`
-	// KMS is the URI of a key store, such as "softkms:". Default: files. Such a
-	// URI may hold a PIN, so it is not shown.
+	// KMS says where the CA keys are: another directory (softkms:path=/dir), or
+	// a PKCS#11 token that they never leave
+	// (pkcs11:module-path=/hsm.so;token=NAME?pin-source=/file). Default: files
+	// in DataDir. Such a URI may hold a PIN, so it is not shown.
 	KMS string `yaml:"kms" secret:"true"`
 	// X509TTL is the life of an X.509-SVID. Default 1 h, at least 1 min.
 	X509TTL time.Duration `yaml:"x509_ttl"`
@@ -105,6 +108,10 @@ func (c *Config) Validate() error {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is too short; write at least %s", t.d, floor))
 	}
 	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
+	keys := ca.Config{Dir: c.DataDir, RootDir: c.CA.RootDir, KMS: c.CA.KMS, SharedRoot: c.Database.URL != "", Passphrase: []byte(c.CA.PassphraseFile)}
+	if err := keys.CheckKMS(); err != nil {
+		errs = append(errs, fmt.Errorf("ca.kms: %w", err))
+	}
 	errs = append(errs, c.Attestors.Validate())
 	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)

@@ -66,8 +66,9 @@ type Config struct {
 	// its own. It is read once, when Dir is empty. Mode 0700. Default: the root
 	// is made.
 	RootDir string
-	// KMS says where the private keys are: empty for files in Dir, else
-	// "softkms:path=/dir", a file: URI or an absolute path of a directory.
+	// KMS says where the private keys are: empty for files in Dir,
+	// "softkms:path=/dir", a file: URI or an absolute path for files in another
+	// directory, or a pkcs11: URI for a token that they never leave.
 	KMS string
 	// Passphrase encrypts the private keys at rest. Without it they are plain
 	// PKCS#8 of mode 0600.
@@ -141,7 +142,7 @@ func (c Config) Validate() error {
 	if d.Dir == "" {
 		bad("ca.dir: missing")
 	}
-	if _, err := keyDir(d.Dir, d.KMS); err != nil {
+	if err := d.CheckKMS(); err != nil {
 		bad("ca.kms: %w", err)
 	}
 	if d.Audit == nil {
@@ -277,21 +278,10 @@ func (c *CA) openDir(ctx context.Context) error {
 	if c.dir, err = lockDir(c.cfg.Dir); err != nil {
 		return err
 	}
-	at, err := keyDir(c.cfg.Dir, c.cfg.KMS)
+	c.keys, err = c.openKeys(ctx)
 	if err != nil {
-		return err
+		return fmt.Errorf("open ca.kms: %w", err)
 	}
-	if at != c.cfg.Dir {
-		d, err := privateDir(at)
-		if err != nil {
-			return err
-		}
-		d.Close()
-	}
-	if c.keys, err = newKeyStore(ctx, at, c.cfg.Passphrase); err != nil {
-		return err
-	}
-	c.keys.write = c.write
 	return nil
 }
 
@@ -318,10 +308,14 @@ func (c *CA) open(ctx context.Context) error {
 // afterwards.
 func (c *CA) Close() error {
 	c.current.Store(nil)
-	if c.dir == nil {
-		return nil
+	var errs []error
+	if c.keys != nil {
+		errs = append(errs, c.keys.close())
 	}
-	return c.dir.Close()
+	if c.dir != nil {
+		errs = append(errs, c.dir.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // TrustDomain returns the trust domain that the CA signs for.

@@ -54,7 +54,7 @@ func (c *CA) follow(ctx context.Context, co *company, p *plan, now time.Time) er
 // discard removes roots that were taken over for nothing.
 func (c *CA) discard(names []string) {
 	for _, name := range names {
-		c.remove([]string{c.file(name + ".crt"), c.keys.path(name)})
+		c.remove(name)
 	}
 }
 
@@ -82,7 +82,7 @@ func (c *CA) takeOver(co *company, p *plan, i int, id string, now time.Time) (st
 		return "", fmt.Errorf("the sealed key of root %.16s does not belong to it", id)
 	}
 	name := rootName + "-" + id[:16]
-	if err := c.keys.save(name, key); err != nil {
+	if err := c.keys.adopt(name, key); err != nil {
 		return "", err
 	}
 	return name, c.saveCert(name, root)

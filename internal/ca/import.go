@@ -34,7 +34,7 @@ func (c *CA) importRoot(ctx context.Context, name string, now time.Time) (*x509.
 	}
 	from := &CA{cfg: c.cfg}
 	from.cfg.Dir = c.cfg.RootDir
-	if from.keys, err = newKeyStore(ctx, c.cfg.RootDir, c.cfg.Passphrase); err != nil {
+	if from.keys, err = newKeyFiles(ctx, c.cfg.RootDir, c.cfg.Passphrase, nil); err != nil {
 		return fail(err)
 	}
 	root, key, err := from.pair(rootName, 1)
@@ -46,7 +46,7 @@ func (c *CA) importRoot(ctx context.Context, name string, now time.Time) (*x509.
 	case now.Before(root.NotBefore) || !now.Before(root.NotAfter):
 		return fail(fmt.Errorf("the root is valid from %s to %s and the clock says %s", utc(root.NotBefore), utc(root.NotAfter), utc(now)))
 	}
-	if err := c.keys.save(name, key); err != nil {
+	if err := c.keys.adopt(name, key); err != nil {
 		return fail(err)
 	}
 	if err := c.saveCert(name, root); err != nil {

@@ -2,8 +2,14 @@ package ca
 
 import (
 	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/asn1"
 	"errors"
 	"fmt"
+	"math/big"
 	"slices"
 	"time"
 
@@ -59,7 +65,7 @@ func (c *CA) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl
 	if err := c.record(id, "intent", "", detail); err != nil {
 		return fail(fmt.Errorf("sign JWT: record intent: %w", err))
 	}
-	token, err = t.SignedString(s.jwt.signer)
+	token, err = signES256(t, s.jwt.signer)
 	if err != nil {
 		err = fmt.Errorf("sign JWT: %w", err)
 		return fail(errors.Join(err, c.record(id, "failed", audit.Deny, detail)))
@@ -68,6 +74,33 @@ func (c *CA) SignJWT(ctx context.Context, id spiffeid.ID, audience []string, ttl
 		return fail(fmt.Errorf("sign JWT: record result: %w", err))
 	}
 	return token, issued, expires, nil
+}
+
+// signES256 is t.SignedString for a key that may be in a token: the library
+// takes the key itself.
+func signES256(t *jwt.Token, key crypto.Signer) (string, error) {
+	text, err := t.SigningString()
+	if err != nil {
+		return "", fmt.Errorf("encode: %w", err)
+	}
+	digest := sha256.Sum256([]byte(text))
+	der, err := key.Sign(rand.Reader, digest[:], crypto.SHA256)
+	if err != nil {
+		return "", err
+	}
+	var sig struct{ R, S *big.Int }
+	if rest, err := asn1.Unmarshal(der, &sig); err != nil || len(rest) > 0 {
+		return "", errors.New("the key gave no ECDSA signature")
+	}
+	// A wrong signature could give away the key that made it, so none leaves.
+	if public, ok := key.Public().(*ecdsa.PublicKey); !ok || !ecdsa.Verify(public, digest[:], sig.R, sig.S) {
+		return "", errors.New("the signature is not that of the key")
+	}
+	// RFC 7518 section 3.4: both numbers in 32 octets. Verify bounded them.
+	raw := make([]byte, 64)
+	sig.R.FillBytes(raw[:32])
+	sig.S.FillBytes(raw[32:])
+	return text + "." + t.EncodeSegment(raw), nil
 }
 
 func (c *CA) checkJWT(id spiffeid.ID, audience []string, ttl time.Duration) error {

@@ -3,9 +3,6 @@ package ca
 import (
 	"context"
 	"crypto"
-	"crypto/rand"
-	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,15 +12,68 @@ import (
 	"strings"
 	"syscall"
 
-	"go.step.sm/crypto/kms/apiv1"
 	"go.step.sm/crypto/kms/softkms"
-	"go.step.sm/crypto/pemutil"
 	"golang.org/x/sys/unix"
 
 	"sallyport/internal/daemon"
 )
 
-const encryptedPEM = "ENCRYPTED PRIVATE KEY"
+// A keyStore keeps the private keys of the CA, each under the
+// name that it has in the state. Safe for concurrent use.
+type keyStore interface {
+	// create makes an EC P-256 key. The name must be free.
+	create(name string) (crypto.Signer, error)
+	// adopt takes over a key that was made elsewhere.
+	adopt(name string, key crypto.Signer) error
+	load(name string) (crypto.Signer, error)
+	// has says whether a key of that name is there, usable or not.
+	has(name string) (bool, error)
+	remove(name string) error
+	// where names the place of a key for people.
+	where(name string) string
+	close() error
+}
+
+// openKeys opens the key store that Config.KMS names.
+func (c *CA) openKeys(ctx context.Context) (keyStore, error) {
+	if isPKCS11(c.cfg.KMS) {
+		return openPKCS11(ctx, c.cfg.KMS)
+	}
+	at, err := keyDir(c.cfg.Dir, c.cfg.KMS)
+	if err != nil {
+		return nil, err
+	}
+	if at != c.cfg.Dir {
+		d, err := privateDir(at)
+		if err != nil {
+			return nil, err
+		}
+		d.Close()
+	}
+	return newKeyFiles(ctx, at, c.cfg.Passphrase, c.write)
+}
+
+// CheckKMS reports a KMS setting that cannot work, before anything is opened.
+func (c Config) CheckKMS() error {
+	if !isPKCS11(c.KMS) {
+		_, err := keyDir(c.Dir, c.KMS)
+		return err
+	}
+	if _, err := parsePKCS11(c.KMS); err != nil {
+		return err
+	}
+	switch {
+	case c.RootDir != "":
+		return daemon.Hint(errors.New("a root from ca.root_dir cannot go into a PKCS#11 token"), "leave out ca.root_dir, or keep the keys in files")
+	case c.SharedRoot:
+		return daemon.Hint(errors.New("issuers that share a root hand its key on, which a PKCS#11 token does not"), "keep the keys of issuers on one database in files")
+	case len(c.Passphrase) > 0:
+		return daemon.Hint(errors.New("a passphrase encrypts key files, and there are none with a PKCS#11 token"), "leave out ca.passphrase_file; the PIN goes into the file that pin-source names")
+	}
+	return nil
+}
+
+const kmsForms = "use softkms:path=/dir, a file: URI, an absolute directory, or pkcs11:module-path=...;token=...?pin-source=..."
 
 // keyDir reads the KMS setting: the directory where the private keys are.
 func keyDir(dir, kms string) (string, error) {
@@ -51,9 +101,9 @@ func keyDir(dir, kms string) (string, error) {
 	case found:
 		// The rest of the URI may hold a PIN.
 		return "", daemon.Hint(fmt.Errorf("scheme %q is not supported", scheme),
-			"use softkms:path=/dir, a file: URI or an absolute directory")
+			kmsForms)
 	}
-	return "", daemon.Hint(errors.New("the path is not absolute"), "use softkms:path=/dir, a file: URI or an absolute directory")
+	return "", daemon.Hint(errors.New("the path is not absolute"), kmsForms)
 }
 
 // lockDir makes or checks the directory and keeps others from opening it.
@@ -104,96 +154,4 @@ func private(path string, info fs.FileInfo, next string) error {
 		return daemon.Hint(fmt.Errorf("%s has mode %04o, which lets other users in", path, info.Mode().Perm()), next)
 	}
 	return nil
-}
-
-// A keyStore keeps private keys in files of a directory.
-type keyStore struct {
-	kms        apiv1.KeyManager
-	dir        string
-	passphrase []byte
-	write      func(path string, data []byte, perm fs.FileMode) error
-}
-
-func newKeyStore(ctx context.Context, dir string, passphrase []byte) (keyStore, error) {
-	m, err := softkms.New(ctx, apiv1.Options{Type: apiv1.SoftKMS})
-	if err != nil {
-		return keyStore{}, fmt.Errorf("open key store: %w", err)
-	}
-	return keyStore{kms: m, dir: dir, passphrase: passphrase, write: daemon.WriteFile}, nil
-}
-
-func (k keyStore) path(name string) string { return filepath.Join(k.dir, name+".key") }
-
-// save writes a key as PKCS#8, encrypted (PBES2, PBKDF2-SHA-256 with 600,000
-// rounds, AES-256-CBC) when there is a passphrase.
-func (k keyStore) save(name string, key crypto.PrivateKey) error {
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return fmt.Errorf("encode key %s: %w", name, err)
-	}
-	block := &pem.Block{Type: "PRIVATE KEY", Bytes: der}
-	if len(k.passphrase) > 0 {
-		if block, err = pemutil.EncryptPKCS8PrivateKey(rand.Reader, der, k.passphrase, x509.PEMCipherAES256); err != nil {
-			return fmt.Errorf("encrypt key %s: %w", name, err)
-		}
-	}
-	return k.write(k.path(name), pem.EncodeToMemory(block), 0o600)
-}
-
-// load reads a key and checks that nobody else could.
-func (k keyStore) load(name string) (crypto.Signer, error) {
-	path := k.path(name)
-	f, err := os.Open(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, daemon.Hint(fmt.Errorf("private key %s is missing", path), "restore it from a backup")
-	case errors.Is(err, fs.ErrPermission):
-		return nil, daemon.Hint(fmt.Errorf("private key %s is not readable by uid %d", path, os.Geteuid()), "chown it, or run as its owner")
-	case err != nil:
-		return nil, fmt.Errorf("read private key: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, fmt.Errorf("read private key: %w", err)
-	}
-	if err := private("private key "+path, info, "chmod 0600 it, and treat the key as known to others if they were there"); err != nil {
-		return nil, err
-	}
-	const most = 64 << 10
-	if !info.Mode().IsRegular() || info.Size() > most {
-		return nil, daemon.Hint(fmt.Errorf("private key %s is not a key file", path), "restore it from a backup")
-	}
-	data := make([]byte, info.Size())
-	if _, err := f.ReadAt(data, 0); err != nil {
-		return nil, fmt.Errorf("read private key %s: %w", path, err)
-	}
-	return k.parse(path, data)
-}
-
-func (k keyStore) parse(path string, data []byte) (crypto.Signer, error) {
-	block, _ := pem.Decode(data)
-	switch {
-	case block == nil || block.Type != "PRIVATE KEY" && block.Type != encryptedPEM:
-		return nil, daemon.Hint(fmt.Errorf("private key %s is damaged: no PKCS#8 PEM block", path), "restore it from a backup")
-	case block.Type == encryptedPEM && len(k.passphrase) == 0:
-		return nil, daemon.Hint(fmt.Errorf("private key %s is encrypted and no passphrase is set", path), "set the passphrase of the CA")
-	case block.Type != encryptedPEM && len(k.passphrase) > 0:
-		return nil, daemon.Hint(fmt.Errorf("private key %s is not encrypted although a passphrase is set", path),
-			"encrypt it with openssl pkcs8 -topk8 -v2 aes256, or unset the passphrase")
-	}
-	req := &apiv1.CreateSignerRequest{SigningKeyPEM: data}
-	if block.Type == encryptedPEM {
-		req.Password = k.passphrase
-	}
-	signer, err := k.kms.CreateSigner(req)
-	if err != nil {
-		// The cause is left out: the library may quote what it decoded.
-		if block.Type == encryptedPEM {
-			return nil, daemon.Hint(fmt.Errorf("private key %s does not open: the passphrase is wrong or the file is damaged", path),
-				"set the passphrase it was written with")
-		}
-		return nil, daemon.Hint(fmt.Errorf("private key %s is damaged", path), "restore it from a backup")
-	}
-	return signer, nil
 }

@@ -12,9 +12,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
-	"os"
 	"slices"
 	"time"
 
@@ -108,12 +106,16 @@ var errNoKey = daemon.Hint(errors.New("no other issuer has given this one the ke
 
 // exchangeKey is what the keys of roots are sealed for.
 func (c *CA) exchangeKey() (hpke.PrivateKey, error) {
-	if _, err := os.Lstat(c.keys.path(exchangeName)); errors.Is(err, fs.ErrNotExist) {
+	found, err := c.keys.has(exchangeName)
+	if err != nil {
+		return nil, err
+	}
+	if !found {
 		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {
 			return nil, fmt.Errorf("make exchange key: %w", err)
 		}
-		if err := c.keys.save(exchangeName, key); err != nil {
+		if err := c.keys.adopt(exchangeName, key); err != nil {
 			return nil, err
 		}
 	}

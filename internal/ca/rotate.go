@@ -18,9 +18,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/smallstep/certificates/cas/apiv1"
-	"github.com/smallstep/certificates/cas/softcas"
-	kms "go.step.sm/crypto/kms/apiv1"
+	"go.step.sm/crypto/x509util"
 )
 
 const (
@@ -153,14 +151,13 @@ func (c *CA) jwtLife() time.Duration { return c.cfg.IntermediateTTL / 2 * 3 }
 
 // newJWTKey makes and stores a key. The caller holds c.mu or is alone.
 func (c *CA) newJWTKey(role jwtRole, now time.Time) (jwtKeyRecord, error) {
-	resp, err := c.keys.kms.CreateKey(&kms.CreateKeyRequest{SignatureAlgorithm: kms.ECDSAWithSHA256})
-	if err != nil {
-		return jwtKeyRecord{}, fmt.Errorf("make JWT key: %w", err)
-	}
 	var id [8]byte
 	rand.Read(id[:])
 	r := jwtKeyRecord{KeyID: "jwt-" + hex.EncodeToString(id[:]), Role: role, Expires: now.Add(c.jwtLife()).UTC().Truncate(time.Second)}
-	return r, c.keys.save(r.KeyID, resp.PrivateKey)
+	if _, err := c.keys.create(r.KeyID); err != nil {
+		return jwtKeyRecord{}, fmt.Errorf("make JWT key: %w", err)
+	}
+	return r, nil
 }
 
 // publishNext puts the next JWT key into the bundle before its first use, as
@@ -289,26 +286,31 @@ func (c *CA) forget(before, now state) {
 	for _, r := range now.JWT {
 		keep[r.KeyID] = true
 	}
-	var gone []string
 	for _, name := range before.certificates() {
 		if !keep[name] {
 			keep[name] = true
-			gone = append(gone, c.file(name+".crt"), c.keys.path(name))
+			c.remove(name)
 		}
 	}
 	for _, r := range before.JWT {
 		if !keep[r.KeyID] {
-			gone = append(gone, c.keys.path(r.KeyID))
+			c.removeKey(r.KeyID)
 		}
 	}
-	c.remove(gone)
 }
 
-func (c *CA) remove(paths []string) {
-	for _, path := range paths {
-		if err := os.Remove(path); err != nil {
-			c.cfg.Log.Warn("retired file stays", "path", path, "err", err)
-		}
+// remove takes away a certificate and its key, the key first: what a crash
+// leaves is swept by the name of the certificate.
+func (c *CA) remove(name string) {
+	c.removeKey(name)
+	if err := os.Remove(c.file(name + ".crt")); err != nil {
+		c.cfg.Log.Warn("retired certificate stays", "path", c.file(name+".crt"), "err", err)
+	}
+}
+
+func (c *CA) removeKey(name string) {
+	if err := c.keys.remove(name); err != nil {
+		c.cfg.Log.Warn("retired key stays", "key", c.keys.where(name), "err", err)
 	}
 }
 
@@ -323,7 +325,7 @@ func (c *CA) sweep() {
 		found, _ := filepath.Glob(c.file(pattern)) // the patterns are well formed
 		for _, path := range found {
 			if name := strings.TrimSuffix(filepath.Base(path), ".crt"); !keep[name] {
-				c.remove([]string{c.keys.path(name), path})
+				c.remove(name)
 			}
 		}
 	}
@@ -367,34 +369,39 @@ func (c *CA) newRoot(ctx context.Context, name string, now time.Time) (*x509.Cer
 	fail := func(err error) (*x509.Certificate, crypto.Signer, error) {
 		return nil, nil, fmt.Errorf("make root: %w", err)
 	}
-	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
-	if err != nil {
-		return fail(err)
-	}
 	template, err := c.caTemplate("root", 2, now, now.Add(c.cfg.RootTTL))
 	if err != nil {
 		return fail(err)
 	}
-	root, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
-		Type: apiv1.RootCA, Template: template, Lifetime: c.cfg.RootTTL, CreateKey: p256(),
-	})
+	key, err := c.keys.create(name)
 	if err != nil {
 		return fail(err)
 	}
-	if err := lintCA(root.Certificate, c.cfg.TrustDomain, 1); err != nil {
+	root, err := c.certify(name, template, template, key, key)
+	if err != nil {
 		return fail(err)
 	}
-	if err := c.keys.save(name, root.PrivateKey); err != nil {
-		return fail(err)
-	}
-	if err := c.saveCert(name, root.Certificate); err != nil {
-		return fail(err)
-	}
-	return root.Certificate, root.Signer, nil
+	return root, key, nil
 }
 
-func p256() *apiv1.CreateKeyRequest {
-	return &apiv1.CreateKeyRequest{SignatureAlgorithm: kms.ECDSAWithSHA256}
+// certify signs the certificate of a CA and stores it. The key that was made
+// for it goes when it fails.
+func (c *CA) certify(name string, template, parent *x509.Certificate, key, by crypto.Signer) (*x509.Certificate, error) {
+	cert, err := x509util.CreateCertificate(template, parent, key.Public(), by)
+	if err == nil {
+		err = lintCA(cert, c.cfg.TrustDomain, template.MaxPathLen)
+	}
+	if err == nil && parent != template {
+		err = cert.CheckSignatureFrom(parent)
+	}
+	if err == nil {
+		err = c.saveCert(name, cert)
+	}
+	if err != nil {
+		c.removeKey(name)
+		return nil, err
+	}
+	return cert, nil
 }
 
 // newIntermediate makes an intermediate under the root and stores it with its
@@ -415,32 +422,16 @@ func (c *CA) newIntermediate(ctx context.Context, root *x509.Certificate, rootKe
 	if err != nil {
 		return fail(err)
 	}
-	creator, err := softcas.New(ctx, apiv1.Options{Type: apiv1.SoftCAS, IsCreator: true, KeyManager: c.keys.kms})
+	name := "intermediate-" + hex.EncodeToString(template.SerialNumber.Bytes())[:12]
+	key, err := c.keys.create(name)
 	if err != nil {
 		return fail(err)
 	}
-	resp, err := creator.CreateCertificateAuthority(&apiv1.CreateCertificateAuthorityRequest{
-		Type: apiv1.IntermediateCA, Template: template, Lifetime: end.Sub(now), CreateKey: p256(),
-		Parent: &apiv1.CreateCertificateAuthorityResponse{Certificate: root, Signer: rootKey},
-	})
+	cert, err := c.certify(name, template, root, key, rootKey)
 	if err != nil {
 		return fail(err)
 	}
-	cert := resp.Certificate
-	if err := lintCA(cert, c.cfg.TrustDomain, 0); err != nil {
-		return fail(err)
-	}
-	if err := cert.CheckSignatureFrom(root); err != nil {
-		return fail(err)
-	}
-	name := "intermediate-" + hex.EncodeToString(cert.SerialNumber.Bytes())[:12]
-	if err := c.keys.save(name, resp.PrivateKey); err != nil {
-		return fail(err)
-	}
-	if err := c.saveCert(name, cert); err != nil {
-		return fail(err)
-	}
-	return name, cert, resp.Signer, nil
+	return name, cert, key, nil
 }
 
 // caTemplate is a signing certificate: the trust domain as its only URI, no

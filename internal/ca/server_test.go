@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -11,7 +12,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	kms "go.step.sm/crypto/kms/apiv1"
 
 	"sallyport/internal/audit"
 )
@@ -60,17 +60,17 @@ func TestServerCertificateInAHandshake(t *testing.T) {
 	}
 }
 
-// tires is a key manager that makes one key and then no more.
+// tires is a key store that makes one key and then no more.
 type tires struct {
-	kms.KeyManager
+	keyStore
 	made *int
 }
 
-func (k tires) CreateKey(r *kms.CreateKeyRequest) (*kms.CreateKeyResponse, error) {
+func (k tires) create(name string) (crypto.Signer, error) {
 	if *k.made++; *k.made > 1 {
 		return nil, errors.New("token is full")
 	}
-	return k.KeyManager.CreateKey(r)
+	return k.keyStore.create(name)
 }
 
 func TestFailedRenewalLeavesNothingBehind(t *testing.T) {
@@ -78,8 +78,7 @@ func TestFailedRenewalLeavesNothingBehind(t *testing.T) {
 	c := open(t, cfg)
 	files := func() []string { return must1(filepath.Glob(filepath.Join(cfg.Dir, "*"))) }
 	before, status := files(), c.Status()
-	good := c.keys.kms
-	c.keys.kms = tires{good, new(int)}
+	c.keys = tires{c.keys, new(int)}
 	c.mu.Lock()
 	err := c.rotate(t.Context(), c.current.Load(), time.Now())
 	c.mu.Unlock()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -82,7 +83,7 @@ const (
 
 type jwtKey struct {
 	id      string
-	signer  *ecdsa.PrivateKey
+	signer  crypto.Signer
 	expires time.Time
 }
 
@@ -95,13 +96,7 @@ func (c *CA) file(name string) string { return filepath.Join(c.cfg.Dir, name) }
 func (c *CA) loadState() (fresh bool, err error) {
 	data, err := os.ReadFile(c.file(stateFile))
 	if errors.Is(err, fs.ErrNotExist) {
-		for _, p := range []string{c.file(rootName + ".crt"), c.keys.path(rootName)} {
-			if _, err := os.Lstat(p); !errors.Is(err, fs.ErrNotExist) {
-				return false, daemon.Hint(fmt.Errorf("%s is there but %s is not", p, stateFile),
-					"restore "+stateFile+" from a backup, or empty the directory if this CA never signed anything")
-			}
-		}
-		return true, nil
+		return true, c.nothingThere()
 	}
 	if err != nil {
 		return false, fmt.Errorf("read state: %w", err)
@@ -131,6 +126,24 @@ func (c *CA) loadState() (fresh bool, err error) {
 		return false, daemon.Hint(fmt.Errorf("%s is damaged: no rotation is %q with %d other roots", stateFile, r.Phase, len(r.Others)), "restore it from a backup")
 	}
 	return false, nil
+}
+
+// nothingThere refuses to make a CA where there was one.
+func (c *CA) nothingThere() error {
+	found := ""
+	if ok, err := c.keys.has(rootName); err != nil {
+		return err
+	} else if ok {
+		found = c.keys.where(rootName)
+	}
+	if cert := c.file(rootName + ".crt"); found == "" {
+		if _, err := os.Lstat(cert); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		found = cert
+	}
+	return daemon.Hint(fmt.Errorf("%s is there but %s is not", found, stateFile),
+		"restore "+stateFile+" from a backup, or remove the former if this CA never signed anything")
 }
 
 func encodeState(s state) ([]byte, error) {
@@ -181,7 +194,7 @@ func (c *CA) pair(name string, pathLen int) (*x509.Certificate, crypto.Signer, e
 		return nil, nil, err
 	}
 	if !samePublicKey(cert.PublicKey, key.Public()) {
-		return nil, nil, daemon.Hint(fmt.Errorf("private key %s does not belong to its certificate", c.keys.path(name)), "restore both from one backup")
+		return nil, nil, daemon.Hint(fmt.Errorf("%s does not belong to its certificate", c.keys.where(name)), "restore both from one backup")
 	}
 	return cert, key, nil
 }
@@ -240,14 +253,14 @@ func (c *CA) assemble(ctx context.Context, st state) (*signing, error) {
 		if err != nil {
 			return nil, err
 		}
-		k, ok := signer.(*ecdsa.PrivateKey)
-		if !ok || k.Curve.Params().BitSize != 256 {
-			return nil, daemon.Hint(fmt.Errorf("private key %s is not an EC P-256 key", c.keys.path(r.KeyID)), "restore it from a backup")
+		public, ok := signer.Public().(*ecdsa.PublicKey)
+		if !ok || public.Curve != elliptic.P256() {
+			return nil, daemon.Hint(fmt.Errorf("%s is not an EC P-256 key", c.keys.where(r.KeyID)), "restore it from a backup")
 		}
-		s.own[string(publicDER(k.Public()))] = true
-		s.bundle.JWT = append(s.bundle.JWT, JWTKey{KeyID: r.KeyID, PublicKey: k.Public(), ExpiresAt: r.Expires, Tainted: r.Tainted})
+		s.own[string(publicDER(public))] = true
+		s.bundle.JWT = append(s.bundle.JWT, JWTKey{KeyID: r.KeyID, PublicKey: public, ExpiresAt: r.Expires, Tainted: r.Tainted})
 		if r.Role == roleActive {
-			s.jwt = jwtKey{r.KeyID, k, r.Expires}
+			s.jwt = jwtKey{r.KeyID, signer, r.Expires}
 		}
 	}
 	if s.jwt.signer == nil {
@@ -266,7 +279,7 @@ func (c *CA) signer(ctx context.Context, name string, root *x509.Certificate) (*
 		return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
 	}
 	service, err := softcas.New(ctx, apiv1.Options{
-		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key, KeyManager: c.keys.kms,
+		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open signer: %w", err)
