@@ -106,8 +106,8 @@ func hire(t *testing.T, first, second *world) *troupe {
 		var err error
 		p.Agent, err = agent.Open(agent.Config{
 			TrustDomain: spiffeid.RequireTrustDomainFromString(trustDomain), Kind: control.KindSidecar, DataDir: dir,
-			Join:  agent.Join{Addresses: addresses, Bundle: first.path("issuer", "bundle.pem"), JoinToken: first.token(name)},
-			Use:   func(*mesh.Snapshot) error { return nil },
+			Join: agent.Join{Addresses: addresses, Bundle: first.path("issuer", "bundle.pem"), JoinToken: first.token(name)},
+			Use:  func(*mesh.Snapshot) error { return nil }, Rejudge: func() {},
 			Audit: filepath.Join(dir, "audit.jsonl"), Edges: telemetry.NewEdges(), Metrics: telemetry.NewRegistry(), Ready: new(daemon.Ready), Log: log,
 		})
 		if err != nil {
