@@ -210,7 +210,7 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	life := time.AfterFunc(t.life, func() { t.stop(ReasonLife) })
 	defer life.Stop()
 	// A clock that is set meanwhile is noticed by the next Rejudge.
-	svid := time.AfterFunc(time.Until(t.who.until), func() { t.stop(ReasonSVIDEnded) })
+	svid := time.AfterFunc(time.Until(t.who.until.Add(mesh.Grace)), func() { t.stop(ReasonSVIDEnded) })
 	defer svid.Stop()
 	if t.how.Proto == protoTLS && !g.greet(t, s) {
 		return

@@ -29,7 +29,8 @@ type RevokedSVID struct {
 	// ID is whose it was. Proxies are not told: they see it in the certificate.
 	ID spiffeid.ID `json:"id,omitzero"`
 	At time.Time   `json:"at,omitzero"`
-	// Until is when the SVID would have ended by itself, and this with it.
+	// Until is when the last tunnel of the SVID would have ended by itself, and
+	// this with it.
 	Until time.Time `json:"until"`
 	// Why is one of the constants above.
 	Why string `json:"why"`
@@ -70,6 +71,11 @@ func (r *RevokedSVIDs) After(revision uint64, now time.Time) (out []RevokedSVID)
 	return out
 }
 
+// Grace is how long a tunnel may outlive the SVID by which its caller was let in.
+// To end with it would break off a call in the middle although the caller has a
+// new SVID by then; a revocation reaches the tunnel all the while.
+const Grace = time.Hour
+
 // An Issued is an X.509-SVID that was given out.
 type Issued struct {
 	Serial string      `json:"s"`
@@ -78,12 +84,13 @@ type Issued struct {
 	// for the SVID of an agent.
 	Entry string      `json:"e,omitempty"`
 	Agent spiffeid.ID `json:"a,omitzero"`
-	Until time.Time   `json:"u"`
+	// Until is the end of the SVID and of the grace of its tunnels.
+	Until time.Time `json:"u"`
 }
 
 // IssuedOf describes a leaf.
 func IssuedOf(leaf *x509.Certificate, id spiffeid.ID, entry string, agent spiffeid.ID) Issued {
-	return Issued{Serial: SerialText(leaf.SerialNumber), ID: id, Entry: entry, Agent: agent, Until: leaf.NotAfter.UTC()}
+	return Issued{Serial: SerialText(leaf.SerialNumber), ID: id, Entry: entry, Agent: agent, Until: leaf.NotAfter.UTC().Add(Grace)}
 }
 
 // SerialText is a serial number as revocations have it: hex, as openssl prints

@@ -212,9 +212,9 @@ func (x *call) tie(up *upstream.Conn) bool {
 	return x.conn.bind(up.NetConn()) && up.Stands() == nil
 }
 
-// lasting has an upgraded connection or a tunnel end with the SVID by which its
-// peer was let in, and be judged again meanwhile. It reports whether it may
-// begin; stop is called at its end.
+// lasting has an upgraded connection or a tunnel end mesh.Grace after the SVID by
+// which its peer was let in, and be judged again meanwhile. It reports whether it
+// may begin; stop is called at its end.
 func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
 	var call *authz.Call
 	dir, until := mesh.Out, up.Until()
@@ -233,7 +233,7 @@ func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
 	r := audit.Record{Reason: reasonExpired, Dir: string(dir), Src: x.src, Dst: x.dst, Port: x.port, Peer: x.remote, Trace: x.traceText(),
 		Detail: "the SVID of the peer ended at " + until.UTC().Format(time.RFC3339)}
 	// A clock that is set meanwhile is noticed by the next Rejudge.
-	t := time.AfterFunc(time.Until(until), func() {
+	t := time.AfterFunc(time.Until(until.Add(mesh.Grace)), func() {
 		c.sever()
 		on.closed(r)
 	})

@@ -72,8 +72,9 @@ func (s *Source) HoldsRevoked() bool {
 }
 
 // Standing looks again at what the peer of a connection has proved in its
-// handshake: an error wraps ErrRevoked or ErrExpired. It checks no signature, so
-// that many connections can be looked at at once.
+// handshake: an error wraps ErrRevoked, or ErrExpired when the SVID has ended and
+// so has mesh.Grace. It checks no signature, so that many connections can be
+// looked at at once.
 func (s *Source) Standing(cs tls.ConnectionState) error {
 	if len(cs.PeerCertificates) == 0 {
 		return errors.New("peer has shown no certificate")
@@ -83,7 +84,7 @@ func (s *Source) Standing(cs tls.ConnectionState) error {
 	}
 	now := s.now()
 	for _, c := range cs.PeerCertificates {
-		if !now.Before(c.NotAfter) {
+		if !now.Before(c.NotAfter.Add(mesh.Grace)) {
 			return fmt.Errorf("%w (valid until %s)", ErrExpired, c.NotAfter.UTC().Format(time.RFC3339))
 		}
 	}

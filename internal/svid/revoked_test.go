@@ -59,7 +59,12 @@ func TestStandingSeesTheEnd(t *testing.T) {
 	if cerr != nil || serr != nil {
 		t.Fatal(cerr, serr)
 	}
-	billing.now = func() time.Time { return ss.PeerCertificates[0].NotAfter }
+	end := ss.PeerCertificates[0].NotAfter.Add(mesh.Grace)
+	billing.now = func() time.Time { return end.Add(-time.Second) }
+	if err := billing.Standing(ss); err != nil {
+		t.Errorf("within the grace: %v", err)
+	}
+	billing.now = func() time.Time { return end }
 	if err := billing.Standing(ss); !errors.Is(err, ErrExpired) {
 		t.Errorf("got %v, want ErrExpired", err)
 	}
