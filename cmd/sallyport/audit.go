@@ -296,6 +296,14 @@ func (f *filterFlags) parse(now time.Time) error {
 	return nil
 }
 
+// recordFormat is the format that --output asks for: JSON is that of the log.
+func (c *cli) recordFormat() string {
+	if c.format == "json" {
+		return "native"
+	}
+	return c.format
+}
+
 // write writes a record in one of the formats.
 func (c *cli) write(format string, line []byte, r *audit.Record) (err error) {
 	switch format {
@@ -340,8 +348,7 @@ func (c *cli) auditQuery() *cobra.Command {
 		Short: "Show the records that the flags pick",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			format := map[string]string{"json": "native", "table": "table"}[c.format]
-			return c.pick(args[0], &f, format, limit)
+			return c.pick(args[0], &f, c.recordFormat(), limit)
 		},
 	}
 	f.add(cmd)
@@ -387,7 +394,7 @@ func (c *cli) auditTail() *cobra.Command {
 		if err := f.parse(time.Now()); err != nil {
 			return err
 		}
-		format := map[string]string{"json": "native", "table": "table"}[c.format]
+		format := c.recordFormat()
 		last, err := audit.LastSeq(args[0])
 		if err != nil {
 			return usage(err)

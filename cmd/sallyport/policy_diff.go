@@ -45,6 +45,7 @@ func (c *cli) policyDiff(td *string) *cobra.Command {
 			}
 			return nil
 		},
+		Annotations: map[string]string{alsoMarkdown: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if rev == "" {
 				return c.diff(args[0], args[1], *td)
@@ -82,11 +83,9 @@ func (c *cli) diff(old, new, td string) error {
 	case "markdown":
 		_, err := io.WriteString(c.stdout, d.markdown(was, is))
 		return err
-	case "table":
-		_, err := io.WriteString(c.stdout, d.text())
-		return err
 	}
-	return usage(fmt.Errorf("--output %q is not a format: use table, json or markdown", c.format))
+	_, err = io.WriteString(c.stdout, d.text())
+	return err
 }
 
 func (d diffed) text() string {

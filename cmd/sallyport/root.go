@@ -42,6 +42,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetArgs(args)
 	root.PersistentFlags().StringVar(&c.socket, "socket", defaultSocket, "the issuer's API socket")
 	root.PersistentFlags().StringVarP(&c.format, "output", "o", "table", "table or json; of policy diff also markdown")
+	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return c.checkFormat(cmd) }
 	root.AddCommand(c.demo(), c.demoApp(), c.status(), c.policy(), c.why(), c.audit(), c.token(), c.apikey(), c.entry(), c.conform(), c.agent(), c.svid(), c.ca(), c.revoke())
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	noArgsAreUsage(root)
@@ -98,20 +99,33 @@ func (c *cli) unreachable(err error) error {
 		"start it with: issuer run --config FILE, or name its socket with --socket")
 }
 
+// alsoMarkdown is the annotation of a command that knows a third format.
+const alsoMarkdown = "markdown"
+
+// checkFormat refuses a format that the command does not know, before it has
+// done anything.
+func (c *cli) checkFormat(cmd *cobra.Command) error {
+	_, markdown := cmd.Annotations[alsoMarkdown]
+	switch {
+	case c.format == "table" || c.format == "json" || markdown && c.format == "markdown":
+		return nil
+	case markdown:
+		return usage(fmt.Errorf("--output %q is not a format: use table, json or markdown", c.format))
+	}
+	return usage(fmt.Errorf("--output %q is not a format: use table or json", c.format))
+}
+
 // emit prints rows as a table, or v as JSON.
 func (c *cli) emit(v any, header []string, rows [][]string) error {
-	switch c.format {
-	case "json":
+	if c.format == "json" {
 		e := json.NewEncoder(c.stdout)
 		e.SetIndent("", "  ")
 		return e.Encode(v)
-	case "table":
-		w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, strings.Join(header, "\t"))
-		for _, r := range rows {
-			fmt.Fprintln(w, strings.Join(r, "\t"))
-		}
-		return w.Flush()
 	}
-	return usage(fmt.Errorf("--output %q is not a format: use table or json", c.format))
+	w := tabwriter.NewWriter(c.stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, strings.Join(header, "\t"))
+	for _, r := range rows {
+		fmt.Fprintln(w, strings.Join(r, "\t"))
+	}
+	return w.Flush()
 }

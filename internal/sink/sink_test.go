@@ -28,6 +28,8 @@ type collector struct {
 	down atomic.Bool
 	// forget keeps a batch and then fails: the sender cannot know.
 	forget atomic.Bool
+	// came is sent to when a batch has come.
+	came chan struct{}
 
 	mu    sync.Mutex
 	lines []string
@@ -35,7 +37,7 @@ type collector struct {
 }
 
 func newCollector(t *testing.T) *collector {
-	c := &collector{ca: filepath.Join(t.TempDir(), "ca.pem")}
+	c := &collector{ca: filepath.Join(t.TempDir(), "ca.pem"), came: make(chan struct{}, 1)}
 	c.Server = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		b, err := io.ReadAll(r.Body)
 		if err != nil || c.down.Load() {
@@ -46,6 +48,10 @@ func newCollector(t *testing.T) *collector {
 		defer c.mu.Unlock()
 		c.auth = r.Header.Get("Authorization")
 		c.lines = append(c.lines, strings.SplitAfter(strings.TrimSuffix(string(b), "\n"), "\n")...)
+		select {
+		case c.came <- struct{}{}:
+		default: // who waits looks at all that is there
+		}
 		if c.forget.Swap(false) {
 			w.WriteHeader(http.StatusBadGateway)
 		}
@@ -75,17 +81,22 @@ func (c *collector) seqs(t *testing.T) (out []uint64) {
 	return out
 }
 
-func (c *collector) await(t *testing.T, last uint64) []uint64 {
+// until waits for something that batches bring about.
+func (c *collector) until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		got := c.seqs(t)
-		if slices.Contains(got, last) {
-			return got
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("record %d did not come; %d did", last, len(got))
+	for late := time.After(30 * time.Second); !ok(); {
+		select {
+		case <-c.came:
+		case <-late:
+			t.Fatalf("%s did not come; %d lines did", what, len(c.seqs(t)))
 		}
 	}
+}
+
+func (c *collector) await(t *testing.T, last uint64) []uint64 {
+	t.Helper()
+	c.until(t, fmt.Sprint("record ", last), func() bool { return slices.Contains(c.seqs(t), last) })
+	return c.seqs(t)
 }
 
 func openLog(t *testing.T) (*audit.Log, string) {
@@ -160,11 +171,7 @@ func TestOutageLosesNothing(t *testing.T) {
 	n := len(got)
 	c.forget.Store(true)
 	record(t, log, 1)
-	for deadline := time.Now().Add(30 * time.Second); len(c.seqs(t)) < n+2; time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("what was not answered did not come again")
-		}
-	}
+	c.until(t, "what was not answered, again,", func() bool { return len(c.seqs(t)) >= n+2 })
 	if got := c.seqs(t)[n:]; !slices.Equal(got, []uint64{3011, 3011}) {
 		t.Errorf("after an answer that was lost came %v", got)
 	}
@@ -181,17 +188,11 @@ func TestOCSFIsDelivered(t *testing.T) {
 	log, path := openLog(t)
 	record(t, log, 1)
 	start(t, Config{Name: "o", URL: c.URL, CA: c.ca, Format: "ocsf"}, path)
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	c.until(t, "an event of class 6003", func() bool {
 		c.mu.Lock()
-		all := strings.Join(c.lines, "")
-		c.mu.Unlock()
-		if strings.Contains(all, `"class_uid":6003`) {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("came: %s", all)
-		}
-	}
+		defer c.mu.Unlock()
+		return strings.Contains(strings.Join(c.lines, ""), `"class_uid":6003`)
+	})
 }
 
 func TestMistakes(t *testing.T) {
