@@ -93,6 +93,8 @@ type apiKeys struct {
 	trying map[[32]byte]*guess
 	// next is when a peer may show another unknown key, by its certificate.
 	next map[[32]byte]time.Time
+	// guessing has the peers whose unknown key is being compared.
+	guessing map[[32]byte]bool
 }
 
 // A guess is one comparison of an unknown key, for all who show it now. Its
@@ -124,7 +126,7 @@ const (
 
 func compileKeys(t *mesh.Tokens) (*apiKeys, error) {
 	ks := &apiKeys{header: t.APIKeyHeader, random: map[[16]byte]*apiKey{}, turn: make(chan struct{}, 1),
-		known: map[[32]byte]*apiKey{}, trying: map[[32]byte]*guess{}, next: map[[32]byte]time.Time{}}
+		known: map[[32]byte]*apiKey{}, trying: map[[32]byte]*guess{}, next: map[[32]byte]time.Time{}, guessing: map[[32]byte]bool{}}
 	if ks.header == "" {
 		ks.header = mesh.DefaultAPIKeyHeader
 	}
@@ -185,7 +187,7 @@ func (v *Verifier) apiKey(ctx context.Context, st *verifierState, c *Credential)
 		m := hmac.New(sha256.New, v.secret[:])
 		m.Write(text)
 		var busy bool
-		if k, busy = st.keys.slowKey(ctx, [32]byte(m.Sum(nil)), c.Thumbprint, text, now); busy {
+		if k, busy = st.keys.slowKey(ctx, [32]byte(m.Sum(nil)), c.Thumbprint, text, v.cfg.Now); busy {
 			return nil, fault(FaultRate, "more unknown API keys than are compared in this time")
 		}
 	}
@@ -202,7 +204,8 @@ func unknownKey() *Fault { return fault(FaultAPIKey, "API key is unknown or has 
 
 // slowKey finds a key that was compared before by its name, an HMAC, or has it
 // compared: once for all who show it now, and one key of a peer at a time.
-func (ks *apiKeys) slowKey(ctx context.Context, name, peer [32]byte, text []byte, now time.Time) (k *apiKey, busy bool) {
+func (ks *apiKeys) slowKey(ctx context.Context, name, peer [32]byte, text []byte, clock func() time.Time) (k *apiKey, busy bool) {
+	now := clock()
 	ks.mu.Lock()
 	k, g := ks.known[name], ks.trying[name]
 	if k != nil {
@@ -218,30 +221,33 @@ func (ks *apiKeys) slowKey(ctx context.Context, name, peer [32]byte, text []byte
 			return nil, true
 		}
 	}
-	if now.Before(ks.next[peer]) || !ks.delay(peer, now) {
+	if ks.guessing[peer] || now.Before(ks.next[peer]) || !ks.delay(peer, now) {
 		ks.mu.Unlock()
 		return nil, true
 	}
 	g = &guess{done: make(chan struct{}), busy: true}
-	ks.trying[name] = g
+	ks.trying[name], ks.guessing[peer] = g, true
 	ks.mu.Unlock()
 	defer func() {
 		ks.mu.Lock()
 		defer ks.mu.Unlock()
 		delete(ks.trying, name)
+		delete(ks.guessing, peer)
 		if g.key != nil {
 			if len(ks.known) >= mostKnown {
 				clear(ks.known)
 			}
 			ks.known[name] = g.key
 			delete(ks.next, peer)
+		} else {
+			ks.next[peer] = clock().Add(slowEvery)
 		}
 		close(g.done)
 	}()
 	select {
 	case ks.turn <- struct{}{}:
+		defer func() { <-ks.turn }()
 		g.key, g.busy = ks.compare(text), false
-		<-ks.turn
 	case <-ctx.Done():
 	}
 	return g.key, g.busy

@@ -3,6 +3,7 @@ package authz
 import (
 	"context"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -254,5 +255,42 @@ func TestNewAPIKeysDiffer(t *testing.T) {
 		if _, err := HashAPIKey([]byte(bad), true); err == nil {
 			t.Errorf("%q is accepted", bad)
 		}
+	}
+}
+
+// A peer whose key takes long to compare cannot have more of them wait for it.
+func TestAPeerGuessesOneKeyAtATime(t *testing.T) {
+	r := newTokenRig(t, func(n *mesh.Tokens) {
+		hash, err := HashAPIKey([]byte("correct-horse-battery"), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.APIKeys = []mesh.APIKey{{Name: "human", Hashes: []string{hash}}}
+	})
+	keys := r.v.state.Load().keys
+	keys.turn <- struct{}{} // nothing is compared yet
+	first := make(chan *Fault)
+	go func() {
+		_, f := r.v.Check(t.Context(), shows("wrong-horse-battery"))
+		first <- f
+	}()
+	for waits := false; !waits; {
+		keys.mu.Lock()
+		waits = len(keys.trying) == 1
+		keys.mu.Unlock()
+		runtime.Gosched()
+	}
+	keys.mu.Lock()
+	clear(keys.next) // as if its delay were over
+	keys.mu.Unlock()
+	if _, f := r.v.Check(t.Context(), shows("wrong-horse-battery2")); f == nil || f.Code != FaultRate {
+		t.Errorf("a second guess: %+v", f)
+	}
+	<-keys.turn
+	if f := <-first; f == nil || f.Code != FaultAPIKey {
+		t.Errorf("the first guess: %+v", f)
+	}
+	if len(keys.guessing) != 0 || len(keys.next) != 1 {
+		t.Errorf("%d guess, %d wait", len(keys.guessing), len(keys.next))
 	}
 }

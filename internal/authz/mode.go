@@ -43,7 +43,7 @@ func compileModes(snap *mesh.Snapshot) (*lenient, error) {
 		}
 	}
 	var err error
-	if l.rows, err = Compile(&enforced); err != nil {
+	if l.rows, err = compileIndex(&enforced); err != nil {
 		return nil, fmt.Errorf("rows that are enforced: %w", err)
 	}
 	return l, nil

@@ -45,8 +45,23 @@ func Compile(snap *mesh.Snapshot) (*Set, error) {
 	if snap == nil {
 		return nil, errors.New("compile policy: no snapshot")
 	}
-	if err := checkRows(snap); err != nil {
+	s, err := compileIndex(snap)
+	if err == nil {
+		s.lenient, err = compileModes(snap)
+	}
+	if err == nil {
+		s.oracle, err = newOracle(s.rows, s.groups)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("compile policy: %w", err)
+	}
+	return s, nil
+}
+
+// compileIndex is Compile without Casbin and as if every file were enforced.
+func compileIndex(snap *mesh.Snapshot) (*Set, error) {
+	if err := checkRows(snap); err != nil {
+		return nil, err
 	}
 	s := &Set{
 		revision: snap.PolicyRevision,
@@ -65,18 +80,11 @@ func Compile(snap *mesh.Snapshot) (*Set, error) {
 	}
 	for i := range s.rows {
 		if err := s.add(i); err != nil {
-			return nil, fmt.Errorf("compile policy: row %s: %w", s.rows[i].ID, err)
+			return nil, fmt.Errorf("row %s: %w", s.rows[i].ID, err)
 		}
 	}
 	s.in.seal()
 	s.out.seal()
-	var err error
-	if s.lenient, err = compileModes(snap); err != nil {
-		return nil, fmt.Errorf("compile policy: %w", err)
-	}
-	if s.oracle, err = newOracle(s.rows, s.groups); err != nil {
-		return nil, fmt.Errorf("compile policy: %w", err)
-	}
 	return s, nil
 }
 

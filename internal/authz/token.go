@@ -91,18 +91,20 @@ func scopes(claims jose.Object, into map[string]bool) error {
 			into[one] = true
 		}
 	}
-	if _, has := claims["scp"]; !has {
-		return nil
+	if _, has := claims["scp"]; has {
+		list, err := claims.Texts("scp", mostScopes)
+		if err != nil {
+			return err
+		}
+		if _, one := claims["scp"].(string); one {
+			list = strings.Fields(list[0])
+		}
+		for _, one := range list {
+			into[one] = true
+		}
 	}
-	list, err := claims.Texts("scp", mostScopes)
-	if err != nil {
-		return err
-	}
-	if _, one := claims["scp"].(string); one {
-		list = strings.Fields(list[0])
-	}
-	for _, one := range list {
-		into[one] = true
+	if len(into) > mostScopes {
+		return fmt.Errorf("token has more than %d scopes", mostScopes)
 	}
 	return nil
 }

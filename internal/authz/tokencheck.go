@@ -234,8 +234,7 @@ func (c *confirmation) bound() bool { return c.cert || c.jkt != "" }
 // confirmationOf reads cnf. One that is not understood is an error: the token
 // is not for whoever bears it.
 func confirmationOf(claims jose.Object) (c confirmation, err error) {
-	v, has := claims["cnf"]
-	if !has {
+	if _, has := claims["cnf"]; !has {
 		return c, nil
 	}
 	cnf := claims.Child("cnf")
@@ -245,7 +244,7 @@ func confirmationOf(claims jose.Object) (c confirmation, err error) {
 	for name := range cnf {
 		s, err := cnf.Text(name)
 		if err != nil {
-			return c, fmt.Errorf("cnf is not understood: %T", v)
+			return c, fmt.Errorf("cnf is not understood: %w; want x5t#S256 or jkt", err)
 		}
 		b, err := jose.Decode64(base64.RawURLEncoding, s)
 		if err != nil || len(b) != len(c.x5t) {

@@ -128,7 +128,11 @@ func TestJWTRule41ClaimsToHeaders(t *testing.T) {
 			t.Errorf("%s: the token itself is forwarded", tt.name)
 		}
 	}
-	if got := strings.Join(r.v.Drop(), " "); got != "x-user x-groups x-level x-admin dpop" {
+	shown := bearer(good(nil, nil))
+	if _, f := r.v.Check(t.Context(), shown); f != nil {
+		t.Fatal(f)
+	}
+	if got := strings.Join(shown.Drop, " "); got != "x-user x-groups x-level x-admin dpop" {
 		t.Errorf("drops %q", got)
 	}
 	r.noun.Issuers[0].Forward = true

@@ -134,16 +134,6 @@ func (v *Verifier) Use(s *TokenSet) {
 	}
 }
 
-// Drop names the headers that no caller may bring past us: those that tell the
-// application of claims, and the credentials that were for us. The slice is
-// the same one until the next Use that changes something.
-func (v *Verifier) Drop() []string {
-	if st := v.state.Load(); st != nil {
-		return st.drop
-	}
-	return nil
-}
-
 // APIKeyHeader is where an API key is looked for, empty when there is none.
 func (v *Verifier) APIKeyHeader() string {
 	if st := v.state.Load(); st != nil && st.keys != nil {
@@ -171,6 +161,12 @@ type Credential struct {
 	// Thumbprint is the SHA-256 of the certificate that the peer of this
 	// connection proved to hold.
 	Thumbprint [32]byte
+
+	// Drop is filled by Check. It names the headers that no caller may bring
+	// past us: those that tell the application of claims, and the credentials
+	// that were for us. The slice is the same one until the next Use that
+	// changes something.
+	Drop []string
 }
 
 // Check verifies what the request shows. No token and no fault means that it
@@ -180,6 +176,7 @@ func (v *Verifier) Check(ctx context.Context, c *Credential) (t *Token, f *Fault
 	if st == nil {
 		return nil, nil
 	}
+	c.Drop = st.drop
 	defer func() {
 		if p := recover(); p != nil {
 			v.cfg.Log.Error("checking a credential panicked; the call was refused", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))

@@ -74,15 +74,24 @@ func ParseKeys(doc []byte) (Keys, error) {
 	return out, nil
 }
 
+// HoldsSecret reports whether a JWK has a member that must not be published
+// (RFC 7518 section 6).
+func (o Object) HoldsSecret() bool {
+	for _, name := range []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"} {
+		if _, has := o[name]; has {
+			return true
+		}
+	}
+	return false
+}
+
 // parseKey gives a Key without Public for one to pass over.
 func parseKey(o Object) (Key, error) {
 	if o == nil {
 		return Key{}, errors.New("not a JSON object")
 	}
-	for _, secret := range []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"} {
-		if _, has := o[secret]; has {
-			return Key{}, errors.New("holds a secret; whoever published it must replace that key")
-		}
+	if o.HoldsSecret() {
+		return Key{}, errors.New("holds a secret; whoever published it must replace that key")
 	}
 	if use, has := o["use"]; has && use != "sig" {
 		return Key{}, nil

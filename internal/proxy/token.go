@@ -27,7 +27,7 @@ func (in *Inbound) credential(x *call) *refusal {
 		return in.refuseCredential(x, f)
 	}
 	x.token = t
-	sets := in.drops.of(v.Drop())
+	sets := in.drops.of(x.shown.Drop)
 	x.ex.ToUp.Drop = sets.pick(x.ex.ToUp.Drop == droppedWithState, t != nil && t.Ours())
 	if t != nil {
 		x.extra = append(x.extra, t.Fields()...)
