@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -73,11 +75,15 @@ func (f *trustFlags) trust(c *cli, cmd *cobra.Command) (t audit.Trust, err error
 		t.Witnesses = nil // only those that were named
 	}
 	for _, w := range f.witnesses {
-		if b, err := os.ReadFile(w); err == nil {
+		b, err := os.ReadFile(w)
+		switch {
+		case err == nil:
 			t.Witnesses = append(t.Witnesses, strings.Fields(string(b))...)
-			continue
+		case strings.Contains(w, "+"): // as every key has it
+			t.Witnesses = append(t.Witnesses, w)
+		default:
+			return t, usage(fmt.Errorf("--witness: %q is no key of a witness, and no file of keys: %w", w, err))
 		}
-		t.Witnesses = append(t.Witnesses, w)
 	}
 	return t, nil
 }
@@ -197,9 +203,9 @@ func (c *cli) auditProve() *cobra.Command {
 		Short: "Prove that a record is in a log, for somebody who does not have the log",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
-			var seq uint64
-			if _, err := fmt.Sscan(args[0], &seq); err != nil {
-				return usage(fmt.Errorf("SEQ: %q is not the number of a record", args[0]))
+			seq, err := strconv.ParseUint(args[0], 10, 64)
+			if err != nil {
+				return usage(fmt.Errorf("SEQ: %q is not the number of a record, such as 4711", args[0]))
 			}
 			p, err := audit.Prove(log, seq)
 			if err != nil {
@@ -265,7 +271,7 @@ func (f *filterFlags) add(cmd *cobra.Command) {
 		p          *string
 		name, what string
 	}{
-		{&f.Kind, "kind", "decision, rollup, egress_open, egress_close, tls, attest, issue, policy, admin, gap or error"},
+		{&f.Kind, "kind", kindList()},
 		{&f.ID, "id", "decision id"}, {&f.Decision, "decision", "allow or deny"}, {&f.Reason, "reason", "why"},
 		{&f.Rule, "rule", "id of the policy row"}, {&f.Src, "src", "SPIFFE ID of the caller; * at the end for any end"},
 		{&f.Dst, "dst", "SPIFFE ID, or host:NAME; * at the end for any end"}, {&f.Verb, "verb", "such as GET"},
@@ -278,6 +284,12 @@ func (f *filterFlags) add(cmd *cobra.Command) {
 }
 
 func (f *filterFlags) parse(now time.Time) error {
+	if f.Decision != "" && f.Decision != audit.Allow && f.Decision != audit.Deny {
+		return usage(fmt.Errorf("--decision: %q is neither allow nor deny", f.Decision))
+	}
+	if f.Kind != "" && !slices.Contains(audit.Kinds, audit.Kind(f.Kind)) {
+		return usage(fmt.Errorf("--kind: %q is not one of %s", f.Kind, kindList()))
+	}
 	for _, t := range []struct {
 		name, text string
 		to         *time.Time
@@ -294,6 +306,15 @@ func (f *filterFlags) parse(now time.Time) error {
 		}
 	}
 	return nil
+}
+
+// kindList names the kinds of record.
+func kindList() string {
+	all := make([]string, len(audit.Kinds))
+	for i, k := range audit.Kinds {
+		all[i] = string(k)
+	}
+	return strings.Join(all, ", ")
 }
 
 // recordFormat is the format that --output asks for: JSON is that of the log.
@@ -315,8 +336,6 @@ func (c *cli) write(format string, line []byte, r *audit.Record) (err error) {
 			fmt.Sprint(r.Seq), r.Time.Format(time.RFC3339), string(r.Kind), cmp.Or(r.Decision, "-"), cmp.Or(r.Reason, "-"),
 			cmp.Or(r.Src, "-"), cmp.Or(r.Dst, "-"), strings.TrimSpace(r.Verb + " " + r.Path), r.ID,
 		}, "  ") + "\n")
-	default:
-		return usage(fmt.Errorf("--format %q is not a format: use native or ocsf", format))
 	}
 	if err == nil {
 		_, err = c.stdout.Write(line)
@@ -332,6 +351,9 @@ func (c *cli) auditExport() *cobra.Command {
 		Short: "Write the records of a log to stdout, as they are kept or in OCSF",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
+			if format != "native" && format != "ocsf" {
+				return usage(fmt.Errorf("--format %q is not a format: use native or ocsf", format))
+			}
 			return c.pick(args[0], &f, format, 0)
 		},
 	}
@@ -367,10 +389,13 @@ func (c *cli) pick(path string, f *filterFlags, format string, limit int) error 
 		if !f.Match(r) {
 			return nil
 		}
-		if n++; n == limit {
-			return errors.Join(c.write(format, line, r), audit.ErrStop)
+		if err := c.write(format, line, r); err != nil {
+			return err
 		}
-		return c.write(format, line, r)
+		if n++; n == limit {
+			return audit.ErrStop
+		}
+		return nil
 	})
 	if err != nil {
 		return usage(err)

@@ -43,6 +43,12 @@ const (
 	KindRollup Kind = "rollup"
 )
 
+// Kinds has every kind of record.
+var Kinds = []Kind{
+	KindDecision, KindRollup, KindEgressOpen, KindEgressClose, KindTLS, KindAttest,
+	KindIssue, KindPolicy, KindAdmin, KindGap, KindError,
+}
+
 // The values of Record.Decision.
 const (
 	Allow = "allow"

@@ -2,6 +2,7 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -35,6 +36,7 @@ const signedSlack = time.Minute
 type claim struct {
 	Checkpoint
 	who string
+	key string // of the log
 	// at is when a witness signed it; zero when none has.
 	at time.Time
 	// outside of the machine: what is on it may be put back as a whole.
@@ -137,7 +139,7 @@ func (c *confirmer) add(signed []byte, key, who string, wantWitness, outside boo
 		c.refusal = who + ": " + err.Error()
 		return
 	}
-	c.claims = append(c.claims, &claim{Checkpoint: cp, who: who, at: at, outside: outside && !at.IsZero()})
+	c.claims = append(c.claims, &claim{Checkpoint: cp, who: who, key: key, at: at, outside: outside && !at.IsZero()})
 }
 
 // heads takes what witnesses have signed of the log with this key; of any log
@@ -158,24 +160,14 @@ func (c *confirmer) heads(public []byte) error {
 			c.add(h.Note, h.Key, "the issuer's head of "+h.Name, true, true)
 		}
 	}
-	slices.SortStableFunc(c.claims, func(a, b *claim) int { return compare64(a.Size, b.Size) })
+	slices.SortStableFunc(c.claims, func(a, b *claim) int { return cmp.Compare(a.Size, b.Size) })
 	return nil
-}
-
-func compare64(a, b uint64) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 // line adds one line to the tree and notes how it stands at each claim.
 func (c *confirmer) line(b []byte, r *Record) {
 	_ = c.edge.add(tlog.RecordHash(b), func(int, uint64, []tlog.Hash) error { return nil })
-	i, _ := slices.BinarySearchFunc(c.claims, c.edge.size, func(a *claim, n uint64) int { return compare64(a.Size, n) })
+	i, _ := slices.BinarySearchFunc(c.claims, c.edge.size, func(a *claim, n uint64) int { return cmp.Compare(a.Size, n) })
 	for ; i < len(c.claims) && c.claims[i].Size == c.edge.size; i++ {
 		c.claims[i].seen, c.claims[i].root = true, c.edge.root()
 		if r != nil {
@@ -186,9 +178,8 @@ func (c *confirmer) line(b []byte, r *Record) {
 
 // judge adds to the verdicts what the claims say.
 func (c *confirmer) judge(rep *Report) {
-	if !c.keyed && c.trust.Workload.IsZero() {
-		// A copy without a tree: only the head that fits speaks of it.
-		c.claims = slices.DeleteFunc(c.claims, func(a *claim) bool { return !a.seen || a.root != tlog.Hash(a.Root) })
+	if !c.keyed {
+		c.onlyOurs()
 	}
 	var best *claim
 	outside := false
@@ -220,6 +211,24 @@ func (c *confirmer) judge(rep *Report) {
 		return
 	}
 	c.confirm(rep, best, outside)
+}
+
+// onlyOurs finds the claims that speak of a copy without a tree. A workload has
+// a log on each node and after each loss of one: what fits says which of them
+// this is. When nothing fits and the workload is known, all of them count.
+func (c *confirmer) onlyOurs() {
+	fits := func(a *claim) bool { return a.seen && a.root == tlog.Hash(a.Root) }
+	ours := map[string]bool{}
+	for _, a := range c.claims {
+		ours[a.key] = ours[a.key] || fits(a)
+	}
+	known := slices.ContainsFunc(c.claims, fits)
+	c.claims = slices.DeleteFunc(c.claims, func(a *claim) bool {
+		if c.trust.Workload.IsZero() {
+			return !fits(a)
+		}
+		return known && !ours[a.key]
+	})
 }
 
 // confirm says what the newest claim of a witness shows.

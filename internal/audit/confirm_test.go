@@ -294,3 +294,29 @@ func FuzzProof(f *testing.F) {
 		ParseLogName(text)
 	})
 }
+
+// A copy without a tree is held against the log that it is of, not against
+// those that the workload has on other nodes.
+func TestCopiesOfAWorkloadOnTwoNodes(t *testing.T) {
+	a, b := newSignedLog(t), newSignedLog(t)
+	b.w, b.heads = a.w, a.heads
+	b.name = LogName(billingID, spiffeid.RequireFromString(nodeID.String()+"-two"))
+	for i, s := range []*signedLog{a, b} {
+		s.grow(t, 10*(i+1))
+		s.cosign(t)
+	}
+	trust := a.trust(t)
+	trust.Workload = billingID
+	for i, s := range []*signedLog{a, b} {
+		if err := os.RemoveAll(TreeDir(s.path)); err != nil {
+			t.Fatal(err)
+		}
+		if rep, err := VerifyFile(s.path, trust); err != nil || say(rep) != "pppp" {
+			t.Errorf("log %d: %s, %v, %+v", i, say(rep), err, rep)
+		}
+		s.rewrite(t, func(b []byte) []byte { return cutLines(b, 5) })
+		if rep, err := VerifyFile(s.path, trust); err == nil || rep.Completeness.OK || rep.Completeness.Unconfirmed {
+			t.Errorf("log %d, cut: %s, %v", i, say(rep), err)
+		}
+	}
+}
