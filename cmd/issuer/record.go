@@ -38,7 +38,7 @@ func (in *issuer) recordRevoked(list []mesh.RevokedSVID) {
 		g.Go(func() error {
 			return in.audit.Append(&audit.Record{
 				Kind: audit.KindIssue, Decision: audit.Deny, Reason: v.Why, Dst: v.ID.String(), Verb: "revoke",
-				Detail: "serial " + v.Serial + ", would have ended " + v.Until.UTC().Format(time.RFC3339),
+				Detail: "serial " + v.Serial + ", would have ended " + v.Until.Add(-mesh.Grace).UTC().Format(time.RFC3339),
 			})
 		})
 	}

@@ -96,7 +96,7 @@ func (c *cli) revokeNow(ctx context.Context, a *control.Admin, o mesh.RevokeOrde
 	}
 	rows := make([][]string, 0, len(res.SVIDs))
 	for _, r := range res.SVIDs {
-		rows = append(rows, []string{r.ID.String(), r.Serial, r.Until.UTC().Format(time.RFC3339)})
+		rows = append(rows, []string{r.ID.String(), r.Serial, r.Until.Add(-mesh.Grace).UTC().Format(time.RFC3339)})
 	}
 	if err := c.emit(out, []string{"IDENTITY", "SERIAL", "WOULD HAVE ENDED"}, rows); err != nil {
 		return nil, err

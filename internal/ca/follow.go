@@ -104,6 +104,10 @@ func (c *CA) bring(ctx context.Context, st *state, p *plan, names []string, now 
 		if shows && r.Others[len(r.Others)-1] == former {
 			r.Intermediate = intermediate
 		}
+		if p.Emergency {
+			// What was prepared lay beside the key that leaked.
+			st.JWT = slices.DeleteFunc(st.JWT, isNext)
+		}
 		if p.Phase == Withdrawn {
 			st.restoreJWT(now)
 		} else if err := c.activateJWT(st, now); err != nil {
@@ -200,9 +204,10 @@ func (c *CA) takeShared(ctx context.Context, co *company, step Step, pace Pace, 
 // signs. Its key stays sealed until the plan is written.
 func (c *CA) planRoot(ctx context.Context, p *plan, emergency bool, pace Pace, here map[string]*report, now time.Time) (data, root []byte, err error) {
 	for name, is := range p.Issuers {
-		_, alive := here[name]
-		if !alive && (emergency || now.Sub(is.Seen) > forgetIssuer) {
-			// What an issuer that is gone has may be with the thief.
+		said, alive := here[name]
+		if emergency && said == nil || !alive && now.Sub(is.Seen) > forgetIssuer {
+			// What an issuer that is gone has may be with the thief, and its
+			// lease, too; a report needs the root that signs.
 			delete(p.Issuers, name)
 		}
 	}

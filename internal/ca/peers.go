@@ -214,6 +214,13 @@ func (c *CA) number() uint64 {
 	return c.state.Number
 }
 
+// inEmergency reports whether the root before was replaced as one that leaked.
+func (c *CA) inEmergency() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.state.Rotation.emergency()
+}
+
 // readPlan decodes a plan and checks that this issuer may follow it; nil for
 // none, and for one that is older than what this issuer followed before.
 func (c *CA) readPlan(data []byte) (*plan, error) {
@@ -230,6 +237,10 @@ func (c *CA) readPlan(data []byte) (*plan, error) {
 	}
 	if p.certs, err = p.vouched(c.cfg.TrustDomain, s.root, s.others); err != nil {
 		return nil, err
+	}
+	if c.inEmergency() && slices.ContainsFunc(s.others, p.certs[0].Equal) {
+		return nil, daemon.Hint(fmt.Errorf("the record of the shared roots lets root %.16s sign again, which was replaced in an emergency", p.ids()[0]),
+			"change the password of the database, restore it from a backup, and find out who wrote to it")
 	}
 	return p, nil
 }

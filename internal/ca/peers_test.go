@@ -455,6 +455,12 @@ func TestEmergencyByManyIssuers(t *testing.T) {
 	prepared := e.roots("a")[1]
 	stolen := e.cfgs["c"]
 	e.kill("c")
+	ready := map[string]bool{} // JWT keys that lay beside what leaked
+	for _, c := range e.cas {
+		for _, k := range c.state.JWT {
+			ready[k.KeyID] = ready[k.KeyID] || isNext(k)
+		}
+	}
 	if _, err := e.cas["b"].Emergency(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -464,6 +470,17 @@ func TestEmergencyByManyIssuers(t *testing.T) {
 		t.Fatal("the root that signs is not new")
 	}
 	e.all(Tainted, young, old)
+	for name, c := range e.cas {
+		for _, k := range c.state.JWT {
+			if ready[k.KeyID] {
+				t.Errorf("issuer %s: JWT key %s was prepared before and is %s", name, k.KeyID, k.Role)
+			}
+		}
+		e.thiefSigns(c, old)
+		if _, err := c.Rollback(t.Context()); err == nil || !strings.Contains(err.Error(), "emergency") {
+			t.Errorf("issuer %s rolls back: %v", name, err)
+		}
+	}
 	e.sync(true, "p")
 	e.now = e.now.Add(10 * time.Minute)
 	e.round()
@@ -488,6 +505,29 @@ func TestEmergencyByManyIssuers(t *testing.T) {
 	e.all(Steady, young)
 	e.rotate("c", false)
 	e.all(Prepared, young, e.roots("c")[1])
+}
+
+// thiefSigns writes a plan by which a root that leaked signs again.
+func (e *ensemble) thiefSigns(c *CA, leaked string) {
+	e.t.Helper()
+	keys, err := c.rootKeys()
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	p, err := decodePlan(e.hall.plan, c.cfg.TrustDomain)
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	p.Number++
+	p.Phase, p.Emergency = Withdrawn, false
+	slices.Reverse(p.Roots)
+	forged, err := p.encode(c.cfg.TrustDomain, keys[leaked])
+	if err != nil {
+		e.t.Fatal(err)
+	}
+	if _, err := c.readPlan(forged); err == nil || !strings.Contains(err.Error(), "replaced in an emergency") {
+		e.t.Errorf("a plan of the thief: %v", err)
+	}
 }
 
 func TestAnIssuerThatMissedTwoRotations(t *testing.T) {

@@ -221,12 +221,12 @@ func (c *CA) Rotate(ctx context.Context, pace Pace, force bool) (Rotation, error
 func (c *CA) Rollback(ctx context.Context) (Rotation, error) {
 	if co := c.sharing(); co != nil {
 		err := c.together(ctx, co, func(phase Phase, _ Gate, _ time.Time) (Step, Pace, error) {
-			return StepRollback, ByTime, rollsBack(phase)
+			return StepRollback, ByTime, rollsBack(phase, c.inEmergency())
 		})
 		return c.Rotation(), err
 	}
 	err := c.operate(func(_ *signing, now time.Time) error {
-		if err := rollsBack(c.state.Rotation.phase()); err != nil {
+		if err := rollsBack(c.state.Rotation.phase(), c.state.Rotation.emergency()); err != nil {
 			return err
 		}
 		return c.take(ctx, StepRollback, c.state.Rotation.Pace, now)
@@ -234,11 +234,13 @@ func (c *CA) Rollback(ctx context.Context) (Rotation, error) {
 	return c.Rotation(), err
 }
 
-func rollsBack(phase Phase) error {
-	switch phase {
-	case Steady:
+func rollsBack(phase Phase, emergency bool) error {
+	switch {
+	case emergency:
+		return daemon.Hint(errors.New("the root before was replaced in an emergency and signs no more"), "sallyport ca rotate replaces the present one in its turn, once this has ended")
+	case phase == Steady:
 		return daemon.Hint(errors.New("no rotation is under way"), "sallyport ca status; what was revoked does not come back")
-	case Withdrawn:
+	case phase == Withdrawn:
 		return daemon.Hint(errors.New("the rotation was rolled back already"), "sallyport ca status shows who still uses the new root")
 	}
 	return nil

@@ -82,6 +82,8 @@ func (r *rotation) phase() Phase {
 	return r.Phase
 }
 
+func (r *rotation) emergency() bool { return r != nil && r.Emergency }
+
 // A Holder is a live proxy and the authorities it knows.
 type Holder struct {
 	// Name is for people.

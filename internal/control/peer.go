@@ -46,6 +46,10 @@ func (s *Server) tlsConfig() *tls.Config {
 	return base
 }
 
+// ownChain is a leaf, an intermediate and a root. An issuer below this one could
+// sign any identity, those of agents and operators among them.
+const ownChain = 3
+
 // verifyPeer checks a peer's chain as X509-SVID section 5 demands, and more
 // strictly than RFC 5280 alone: one URI SAN, a path, no CA bit, KeyUsage present
 // with digitalSignature and without the two signing usages.
@@ -75,7 +79,11 @@ func verifyPeer(certs, roots []*x509.Certificate, td spiffeid.TrustDomain, now t
 	for _, c := range certs[1:] {
 		opts.Intermediates.AddCert(c)
 	}
-	if _, err = certs[0].Verify(opts); err == nil {
+	chains, err := certs[0].Verify(opts)
+	if err == nil && !slices.ContainsFunc(chains, func(c []*x509.Certificate) bool { return len(c) <= ownChain }) {
+		return id, fmt.Errorf("certificate of %s is from an issuer below this one: such count between proxies, and not here", id)
+	}
+	if err == nil {
 		return id, nil
 	}
 	var invalid x509.CertificateInvalidError

@@ -69,3 +69,14 @@ func TestAPeerIsHeldToTheSpecification(t *testing.T) {
 		t.Errorf("no certificate: %v", got)
 	}
 }
+
+// An issuer below may sign any identity. Here it counts for none.
+func TestALeafOfAnIssuerBelowIsNoPeer(t *testing.T) {
+	a := newCA(t, td)
+	key := newKey(t)
+	below := sign(t, asCA(template(a.nextSerial(), nil, time.Hour)), a.mid, key.Public(), a.midKey)
+	leaf := sign(t, template(a.nextSerial(), &payment, time.Hour), below, newKey(t).Public(), key)
+	if _, err := verifyPeer([]*x509.Certificate{leaf, below, a.mid}, a.X509Bundle(), td, time.Now()); err == nil || !strings.Contains(err.Error(), "issuer below") {
+		t.Errorf("got %v", err)
+	}
+}

@@ -11,6 +11,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"sallyport/internal/control/meshpb"
 	"sallyport/internal/mesh"
@@ -192,5 +195,24 @@ func TestTheOperatorRevokes(t *testing.T) {
 	}
 	if _, err := newRig(t, newCA(t, td)).admin().Revoke(t.Context(), mesh.RevokeOrder{Entry: "e-pay"}); !errors.Is(err, ErrRefused) {
 		t.Errorf("an issuer that keeps nothing: %v", err)
+	}
+}
+
+// A revoked SVID opens nothing here either, whatever its entry says.
+func TestARevokedOperatorHasNoRights(t *testing.T) {
+	r := manageRig(t)
+	cert := r.ca.issue(t, boss, newKey(t))
+	entries := entryv1.NewEntryClient(r.raw(cert))
+	if _, err := entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	v := revocation(1, time.Hour)
+	v.Serial = mesh.SerialText(cert.Leaf.SerialNumber)
+	r.revoke(v)
+	if _, err := entries.CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), "is revoked") {
+		t.Errorf("a call after that: %v", err)
+	}
+	if _, err := entryv1.NewEntryClient(r.as(boss)).CountEntries(t.Context(), &entryv1.CountEntriesRequest{}); err != nil {
+		t.Errorf("with a new SVID: %v", err)
 	}
 }

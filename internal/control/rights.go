@@ -195,6 +195,9 @@ func (s *Server) guard(ctx context.Context, method string) (context.Context, err
 	if s.cfg.Now().After(c.leaf.NotAfter) {
 		return nil, refuse(codes.PermissionDenied, "SVID of %s expired at %s", c.id, stamp(c.leaf.NotAfter))
 	}
+	if serial := mesh.SerialText(c.leaf.SerialNumber); s.cfg.Registry.Revocations().Has(serial) {
+		return nil, refuse(codes.PermissionDenied, "SVID %s of %s is revoked: connect with a new one", serial, c.id)
+	}
 	admin, downstream := s.roles(c.id)
 	short := shortMethod(method)
 	switch {
@@ -253,6 +256,9 @@ func (s *Server) roles(id spiffeid.ID) (admin, downstream bool) {
 // it is an operator's or a downstream issuer's.
 func (s *Server) denied(ctx context.Context, id spiffeid.ID, method string) error {
 	if rights[method]&(toOperators|toDownstream) != 0 {
+		if err := s.spend(id, 1); err != nil {
+			return err // its refusals so far are recorded
+		}
 		if err := s.recordAdmin(ctx, AdminCall{Caller: id, Method: shortMethod(method)}); err != nil {
 			return err
 		}

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"time"
 
@@ -71,9 +72,14 @@ func (r *RevokedSVIDs) After(revision uint64, now time.Time) (out []RevokedSVID)
 	return out
 }
 
+// Has reports whether the SVID of that serial number is revoked.
+func (r *RevokedSVIDs) Has(serial string) bool {
+	return slices.ContainsFunc(r.All, func(v RevokedSVID) bool { return v.Serial == serial })
+}
+
 // Grace is how long a tunnel may outlive the SVID by which its caller was let in.
 // To end with it would break off a call in the middle although the caller has a
-// new SVID by then; a revocation reaches the tunnel all the while.
+// new SVID by then. What this issuer has issued can be revoked all the while.
 const Grace = time.Hour
 
 // An Issued is an X.509-SVID that was given out.

@@ -179,6 +179,29 @@ func (r *Registry) Keys() []Key {
 	return out
 }
 
+// dropKeys forgets the JWT keys of downstream issuers that are none any more: an
+// entry that is made again is for a new key. mu is held.
+func (r *Registry) dropKeys(ctx context.Context) error {
+	if err := r.loadKeys(ctx); err != nil {
+		return err
+	}
+	below := downstreams(r.state.Load().byAgent)
+	_, owners := r.keys.get()
+	var ops []store.Op
+	for id, owner := range owners {
+		if isID(owner) && !below[owner] {
+			ops = append(ops, store.Op{Kind: store.KindAuthority, Key: jwtKeys + id, Delete: true})
+		}
+	}
+	if len(ops) == 0 {
+		return nil
+	}
+	if _, err := r.write(ctx, ops...); err != nil {
+		return fmt.Errorf("forget JWT keys: %w", err)
+	}
+	return r.loadKeys(ctx)
+}
+
 // isID tells the owner of a key that is a downstream issuer.
 func isID(owner string) bool { return strings.HasPrefix(owner, "spiffe://") }
 

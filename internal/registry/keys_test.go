@@ -58,4 +58,22 @@ func TestKeysOfADownstreamIssuer(t *testing.T) {
 	if got := in.Keys(); len(got) != 0 {
 		t.Errorf("after its entry is gone there are %+v", got)
 	}
+	// An entry that is made again is not for the keys of before.
+	in.edit(create(e))
+	if got := in.Keys(); len(got) != 0 {
+		t.Errorf("with a new entry there are %+v", got)
+	}
+	again := key("again")
+	if err := in.AddKey(t.Context(), owner, again); err != nil {
+		t.Fatal(err)
+	}
+	e.Downstream = false
+	in.edit(mesh.EntryEdit{ID: "edge", Delete: true})
+	in.edit(create(e))
+	e.Downstream = true
+	in.edit(mesh.EntryEdit{ID: "edge", Delete: true})
+	in.edit(create(e))
+	if got := in.Keys(); len(got) != 0 {
+		t.Errorf("after it was none for a while there are %+v", got)
+	}
 }

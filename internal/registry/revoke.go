@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -82,7 +83,7 @@ func (r *Registry) writePage(ctx context.Context, all []mesh.Issued) error {
 	return err
 }
 
-// issued reads what was issued and has not ended.
+// issued reads what was issued and may still have something open.
 func (r *Registry) issued(ctx context.Context) ([]mesh.Issued, error) {
 	records, err := r.list(ctx, store.KindIssued)
 	if err != nil {
@@ -163,17 +164,15 @@ func (r *Registry) revoke(ctx context.Context, list []mesh.RevokedSVID) error {
 		if _, err := r.write(ctx, ops...); err != nil {
 			return fmt.Errorf("revoke: %w", err)
 		}
+		// Said now: what fails later is tried again without these.
+		for _, v := range some {
+			r.cfg.Log.Warn("SVID revoked", "id", v.ID.String(), "serial", v.Serial, "why", v.Why, "until", v.Until)
+		}
+		if r.cfg.OnRevoke != nil {
+			r.cfg.OnRevoke(some)
+		}
 	}
-	if err := r.loadRevocations(ctx); err != nil {
-		return err
-	}
-	for _, v := range list {
-		r.cfg.Log.Warn("SVID revoked", "id", v.ID.String(), "serial", v.Serial, "why", v.Why, "until", v.Until)
-	}
-	if r.cfg.OnRevoke != nil {
-		r.cfg.OnRevoke(list)
-	}
-	return nil
+	return r.loadRevocations(ctx)
 }
 
 // live are those of list that are not revoked yet.
@@ -199,7 +198,7 @@ func (r *Registry) ledgerNow(ctx context.Context) ([]mesh.Issued, error) {
 }
 
 // Revoke ends what an order names; mesh.ErrNotFound when nothing of that kind
-// was issued and still holds. What is revoked already is not an error. It is
+// was issued and may still have something open. What is revoked already is not an error. It is
 // durable on return.
 func (r *Registry) Revoke(ctx context.Context, o mesh.RevokeOrder) (mesh.RevokeResult, error) {
 	r.mu.Lock()
@@ -250,6 +249,23 @@ func (r *Registry) lose(old, next *state) {
 			return
 		}
 	}
+	below := downstreams(next.byAgent)
+	for id := range downstreams(old.byAgent) {
+		r.lost = r.lost || !below[id]
+	}
+}
+
+// downstreams are the identities of issuers below this one.
+func downstreams(byAgent map[spiffeid.ID][]mesh.Entry) map[string]bool {
+	out := make(map[string]bool)
+	for _, es := range byAgent {
+		for _, e := range es {
+			if e.Downstream {
+				out[e.SPIFFEID.String()] = true
+			}
+		}
+	}
+	return out
 }
 
 // settleLost revokes what was issued for what is lost. What fails is tried
@@ -258,7 +274,7 @@ func (r *Registry) settleLost(ctx context.Context) error {
 	if !r.lost {
 		return nil
 	}
-	if err := r.revokeGone(ctx); err != nil {
+	if err := errors.Join(r.revokeGone(ctx), r.dropKeys(ctx)); err != nil {
 		r.rouse()
 		return fmt.Errorf("done, but what was issued before is not revoked yet: %w", err)
 	}

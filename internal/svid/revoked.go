@@ -16,8 +16,8 @@ import (
 // ErrRevoked says that an SVID was revoked before its end.
 var ErrRevoked = errors.New("SVID is revoked")
 
-// keepRevoked is how long a revocation is kept after its SVID has ended, so
-// that a clock that is set back does not bring the SVID back.
+// keepRevoked is how long a revocation is kept after the last tunnel of its SVID
+// has ended, so that a clock that is set back does not bring the SVID back.
 const keepRevoked = time.Hour
 
 // Revoke adds to the X.509-SVIDs of the own trust domain that are believed no
