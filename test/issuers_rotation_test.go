@@ -311,7 +311,7 @@ func rotationActs(t *testing.T, first, second *world, leader *proc) []act {
 			}
 		}},
 		{"the second goes on by itself", confirmed(2), func() {
-			second.moves(t, "tainted", "ca", "rotate", "--through")
+			second.moves(t, "tainted steady", "ca", "rotate", "--through")
 		}},
 		{"the old root is gone", func() bool { return second.roots().Phase == "steady" && first.roots().Phase == "steady" }, func() {}},
 	}

@@ -3,6 +3,8 @@ package test
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -60,7 +62,8 @@ ca: {x509_ttl: 10s, jwt_ttl: 2s, agent_ttl: 30s, allow_short_ttl: true}
 		t.Errorf("after the crash: %+v", st)
 	}
 	w.await("reach the next gate", func() bool { st := w.roots(); return st.Known && st.Live == 2 && st.Confirmed == 2 })
-	w.moves(t, "activated", "ca", "rotate", "--through")
+	// It goes on by itself, and may have done so before it is told.
+	w.moves(t, "activated tainted steady", "ca", "rotate", "--through")
 	w.awaitRoot(first)
 	close(stop)
 	<-stopped
@@ -87,13 +90,13 @@ func (w *world) roots() (st control.RootStatus) {
 	return st
 }
 
-// moves runs a command that leads to a phase.
-func (w *world) moves(t *testing.T, phase string, args ...string) {
+// moves runs a command that leads to a phase, one of those named.
+func (w *world) moves(t *testing.T, phases string, args ...string) {
 	t.Helper()
 	r := w.sallyport(append(args, "-o", "json")...)
 	var st control.RootStatus
-	if err := json.Unmarshal([]byte(r.Output), &st); r.Code != 0 || err != nil || st.Phase != phase {
-		t.Fatalf("%v: status %d, want phase %s:\n%s", args, r.Code, phase, r.Output)
+	if err := json.Unmarshal([]byte(r.Output), &st); r.Code != 0 || err != nil || !slices.Contains(strings.Fields(phases), string(st.Phase)) {
+		t.Fatalf("%v: status %d, want phase %s:\n%s", args, r.Code, phases, r.Output)
 	}
 }
 
