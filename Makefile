@@ -27,7 +27,7 @@ issuer-pkcs11: ## the issuer with PKCS#11, in bin/; needs a C compiler
 
 .PHONY: demo
 demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for 20s --json")
-	@echo "compiling the four programs: about a minute the first time" >&2
+	@echo "compiling the four programs: about two minutes the first time" >&2
 	@$(MAKE) --no-print-directory build
 	@$(BIN)/sallyport demo $(ARGS)
 
