@@ -27,7 +27,7 @@ var proofs = jose.Profile{Algs: mesh.DefaultAlgorithms, Types: []string{"dpop+jw
 
 // proof checks that the caller holds the key that the token is bound to, for
 // this request and this token, once.
-func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, sum [32]byte, now time.Time) *Fault {
+func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, now time.Time) *Fault {
 	if c.Proof == nil {
 		return fault(FaultProof, "token is bound to a key, and there is no proof")
 	}
@@ -45,7 +45,7 @@ func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, sum [32]
 	if err := t.Verify(jose.Key{Public: key}); err != nil {
 		return fault(FaultProof, err.Error())
 	}
-	jti, err := st.proofClaims(t, c, sum, now)
+	jti, err := st.proofClaims(t, e, c, now)
 	if err != nil {
 		return fault(FaultProof, err.Error())
 	}
@@ -62,7 +62,7 @@ func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, sum [32]
 }
 
 // proofClaims checks what the proof is for.
-func (st *verifierState) proofClaims(t *jose.Token, c *Credential, sum [32]byte, now time.Time) (jti string, err error) {
+func (st *verifierState) proofClaims(t *jose.Token, e *verified, c *Credential, now time.Time) (jti string, err error) {
 	if jti, err = t.Claims.Text("jti"); err != nil || len(jti) > 256 {
 		return "", errors.New("jti is missing or too long")
 	}
@@ -74,7 +74,7 @@ func (st *verifierState) proofClaims(t *jose.Token, c *Credential, sum [32]byte,
 		return "", errors.New("proof is for another place")
 	}
 	ath, _ := t.Claims["ath"].(string)
-	if ath != base64.RawURLEncoding.EncodeToString(sum[:]) {
+	if ath != e.ath {
 		return "", errors.New("proof is for another token")
 	}
 	iat, has, err := t.Claims.Time("iat")

@@ -1,7 +1,9 @@
 package authz
 
 import (
+	"bytes"
 	"container/list"
+	"crypto/sha256"
 	"sync"
 	"time"
 )
@@ -9,44 +11,58 @@ import (
 const (
 	cacheShards = 64
 	// cacheBytes bounds the whole cache, by what its tokens are reckoned to
-	// take: their text thrice, for claims and maps, and cacheEntry.
+	// take: their text four times, for itself, claims and maps, and cacheEntry.
 	cacheBytes = 64 << 20
 	cacheEntry = 1 << 10
 )
 
-// A tokenCache keeps tokens that were verified, by the SHA-256 of their exact
-// bytes. Failures are not kept: whoever makes tokens up would fill it.
+// A tokenCache keeps tokens that were verified, by their exact bytes. Of the
+// signature, the part that makes a token worth stealing, it holds only the
+// SHA-256, by which a token is found; the rest is compared as it stands, which
+// costs less than hashing it would. Failures are not kept: whoever makes
+// tokens up would fill it.
 type tokenCache struct {
 	shard [cacheShards]cacheShard
 }
 
 type cacheShard struct {
 	mu    sync.Mutex // guards the rest
-	held  map[[32]byte]*list.Element
+	held  map[tokenKey]*list.Element
 	order list.List // of *cached, the one used last in front
 	bytes int
 }
 
+// A tokenKey is the SHA-256 of the signature, as it is written.
+type tokenKey [sha256.Size]byte
+
 type cached struct {
-	key [32]byte
-	e   *verified
+	key    tokenKey
+	signed string // the text before the signature
+	e      *verified
+}
+
+// cut takes a token apart into what is signed and the key of its signature.
+func cut(text []byte) (signed []byte, key tokenKey) {
+	i := bytes.LastIndexByte(text, '.') + 1
+	return text[:i], sha256.Sum256(text[i:])
 }
 
 func newTokenCache() *tokenCache {
 	c := new(tokenCache)
 	for i := range c.shard {
-		c.shard[i].held = map[[32]byte]*list.Element{}
+		c.shard[i].held = map[tokenKey]*list.Element{}
 	}
 	return c
 }
 
 // of spreads tokens over the shards. Who makes tokens cannot choose a hash at
 // less cost than many signatures of the issuer.
-func (c *tokenCache) of(key [32]byte) *cacheShard { return &c.shard[key[0]%cacheShards] }
+func (c *tokenCache) of(key tokenKey) *cacheShard { return &c.shard[key[0]%cacheShards] }
 
-func cost(e *verified) int { return 3*e.size + cacheEntry }
+func cost(e *verified) int { return 4*e.size + cacheEntry }
 
-func (c *tokenCache) get(key [32]byte, now time.Time) *verified {
+func (c *tokenCache) get(text []byte, now time.Time) *verified {
+	signed, key := cut(text)
 	s := c.of(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -54,26 +70,31 @@ func (c *tokenCache) get(key [32]byte, now time.Time) *verified {
 	if el == nil {
 		return nil
 	}
-	e := el.Value.(*cached).e
-	if !now.Before(e.until) {
+	known := el.Value.(*cached)
+	if known.signed != string(signed) {
+		return nil // an old signature under a new text
+	}
+	if !now.Before(known.e.until) {
 		s.remove(el)
 		return nil
 	}
 	s.order.MoveToFront(el)
-	return e
+	return known.e
 }
 
-func (c *tokenCache) put(key [32]byte, e *verified, now time.Time) {
+// put keeps a token that was verified just now.
+func (c *tokenCache) put(text []byte, e *verified, now time.Time) {
 	if !now.Before(e.until) {
 		return
 	}
+	signed, key := cut(text)
 	s := c.of(key)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if el := s.held[key]; el != nil {
 		s.remove(el)
 	}
-	s.held[key] = s.order.PushFront(&cached{key, e})
+	s.held[key] = s.order.PushFront(&cached{key, string(signed), e})
 	s.bytes += cost(e)
 	for s.bytes > cacheBytes/cacheShards {
 		s.remove(s.order.Back())

@@ -1,10 +1,11 @@
 package authz
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -154,7 +155,7 @@ func TestJWTRule38FailuresAreNotKept(t *testing.T) {
 
 func TestTokenCacheIsBounded(t *testing.T) {
 	c := newTokenCache()
-	key := func(i int) (k [32]byte) { return sha256.Sum256(fmt.Append(nil, i)) }
+	key := func(i int) []byte { return fmt.Appendf(nil, "header.claims.%d", i) }
 	now := time.Now()
 	e := &verified{until: now.Add(time.Minute), size: 8 << 10}
 	n := 2 * cacheBytes / cost(e)
@@ -187,6 +188,87 @@ func TestTokenCacheIsBounded(t *testing.T) {
 	if c.get(key(-1), now) != nil {
 		t.Error("one that had ended was taken")
 	}
+}
+
+// A signature that is known does not make another text known.
+func TestJWTRule37KnownSignatureUnderAnotherText(t *testing.T) {
+	r := newTokenRig(t, nil)
+	keys := counted(r)
+	tok := good(nil, nil)
+	if _, f := r.check(bearer(tok)); f != "" {
+		t.Fatal(f)
+	}
+	sig := tok[strings.LastIndexByte(tok, '.')+1:]
+	root := good(nil, over{"sub": `"root"`})
+	forged := root[:strings.LastIndexByte(root, '.')+1] + sig
+	for range 2 {
+		if _, f := r.check(bearer(forged)); f != FaultSignature {
+			t.Errorf("the signature of one token under the text of another: %q", f)
+		}
+	}
+	for _, part := range []string{sig, "." + sig, "x." + sig, strings.TrimSuffix(tok, sig)} {
+		if _, f := r.check(bearer(part)); f == "" {
+			t.Errorf("a part of the token counts: %q", part)
+		}
+	}
+	if n := keys.finds.Load(); n != 3 {
+		t.Errorf("verified %d times, want 3: once, and each forgery", n)
+	}
+	if got, f := r.check(bearer(tok)); f != "" || got.Subject != "alice" {
+		t.Errorf("afterwards the token is %v, %q", got, f)
+	}
+	if n := keys.finds.Load(); n != 3 {
+		t.Errorf("forgeries made the token unknown")
+	}
+}
+
+// What is kept of a token cannot be shown for it.
+func TestTokenCacheHoldsNoSignature(t *testing.T) {
+	r := newTokenRig(t, nil)
+	tok := good(nil, nil)
+	if _, f := r.check(bearer(tok)); f != "" {
+		t.Fatal(f)
+	}
+	sig := tok[strings.LastIndexByte(tok, '.')+1:]
+	kept := 0
+	for i := range r.v.state.Load().cache.shard {
+		for _, el := range r.v.state.Load().cache.shard[i].held {
+			kept++
+			c := el.Value.(*cached)
+			if c.signed+sig != tok {
+				t.Errorf("kept %q of %q", c.signed, tok)
+			}
+			if text := fmt.Sprintf("%+v %+v", c.e, c.e.token); strings.Contains(text, sig) {
+				t.Errorf("the signature is kept in %s", text)
+			}
+		}
+	}
+	if kept != 1 {
+		t.Errorf("%d tokens are kept, want 1", kept)
+	}
+}
+
+// Whatever is put, what is got was put for exactly these bytes.
+func FuzzTokenCache(f *testing.F) {
+	f.Add([]byte("a.b.c a.b.d a.x.c a.b.c .c c. c"))
+	f.Add([]byte(".. . ... a a. .a a.a"))
+	f.Fuzz(func(t *testing.T, script []byte) {
+		c, now := newTokenCache(), time.Now()
+		put := map[string]*verified{}
+		texts := bytes.Split(script, []byte(" "))
+		for i, text := range texts {
+			if got := c.get(text, now); got != nil && got != put[string(text)] {
+				t.Fatalf("%q gave what was put for another", text)
+			}
+			if i%3 != 0 {
+				put[string(text)] = &verified{until: now.Add(time.Minute), size: len(text)}
+				c.put(text, put[string(text)], now)
+				if c.get(text, now) != put[string(text)] {
+					t.Fatalf("%q is not known", text)
+				}
+			}
+		}
+	})
 }
 
 func TestVerifierIsSafeForConcurrentUse(t *testing.T) {

@@ -3,6 +3,7 @@ package authz
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -127,6 +128,10 @@ func (v *Verifier) verify(ctx context.Context, st *verifierState, text string, n
 	}
 	if f := e.fill(t, now); f != nil {
 		return nil, f
+	}
+	if e.cnf.jkt != "" {
+		sum := sha256.Sum256([]byte(text))
+		e.ath = base64.RawURLEncoding.EncodeToString(sum[:])
 	}
 	return e, nil
 }
