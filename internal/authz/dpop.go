@@ -45,16 +45,18 @@ func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, now time
 	if err := t.Verify(jose.Key{Public: key}); err != nil {
 		return fault(FaultProof, err.Error())
 	}
-	jti, err := st.proofClaims(t, e, c, now)
+	jti, iat, err := st.proofClaims(t, e, c, now)
 	if err != nil {
 		return fault(FaultProof, err.Error())
 	}
 	if nonce, _ := t.Claims["nonce"].(string); st.nonce && !v.nonces.good(nonce, now, st.window) {
 		return &Fault{Code: FaultNonce, Detail: "proof is without a nonce of ours, or with an old one", nonce: v.nonces.at(now, st.window)}
 	}
-	switch v.replays.use(e.cnf.jkt, jti, now, st.window) {
+	switch v.replays.use(e.cnf.jkt, jti, iat, now, st.window) {
 	case usedBefore:
 		return fault(FaultReplay, "proof was used before")
+	case forgotten:
+		return fault(FaultReplay, "proof is older than what is remembered of proofs")
 	case tooMany:
 		return fault(FaultUnavailable, "more proofs than can be remembered")
 	}
@@ -62,26 +64,26 @@ func (v *Verifier) proof(st *verifierState, e *verified, c *Credential, now time
 }
 
 // proofClaims checks what the proof is for.
-func (st *verifierState) proofClaims(t *jose.Token, e *verified, c *Credential, now time.Time) (jti string, err error) {
+func (st *verifierState) proofClaims(t *jose.Token, e *verified, c *Credential, now time.Time) (jti string, iat time.Time, err error) {
 	if jti, err = t.Claims.Text("jti"); err != nil || len(jti) > 256 {
-		return "", errors.New("jti is missing or too long")
+		return "", iat, errors.New("jti is missing or too long")
 	}
 	if htm, _ := t.Claims["htm"].(string); htm != c.Method {
-		return "", errors.New("proof is for another method")
+		return "", iat, errors.New("proof is for another method")
 	}
 	htu, _ := t.Claims["htu"].(string)
 	if !st.isHere(htu, c) {
-		return "", errors.New("proof is for another place")
+		return "", iat, errors.New("proof is for another place")
 	}
 	ath, _ := t.Claims["ath"].(string)
 	if ath != e.ath {
-		return "", errors.New("proof is for another token")
+		return "", iat, errors.New("proof is for another token")
 	}
-	iat, has, err := t.Claims.Time("iat")
-	if err != nil || !has || now.Sub(iat).Abs() > st.window {
-		return "", errors.New("proof is not of this moment: check both clocks")
+	var has bool
+	if iat, has, err = t.Claims.Time("iat"); err != nil || !has || now.Sub(iat).Abs() > st.window {
+		return "", iat, errors.New("proof is not of this moment: check both clocks")
 	}
-	return jti, nil
+	return jti, iat, nil
 }
 
 // isHere compares htu with what we are called and the path of the request,
@@ -179,15 +181,24 @@ const (
 // are too many, no more are taken: forgetting would let one be used twice.
 type replays struct {
 	mu        sync.Mutex // guards the rest
-	now, last map[[32]byte]struct{}
+	now, last generation
 	of        map[string]int // proofs in now, by key
-	turned    time.Time
+	// floor is the latest iat of what was forgotten. A policy may make the
+	// window longer: what came before the floor may have been used.
+	floor time.Time
 	// most and mostEach are fields for tests.
 	most, mostEach int
 }
 
+// A generation is proofs that are forgotten together.
+type generation struct {
+	used   map[[32]byte]struct{}
+	newest time.Time // the latest iat
+}
+
 func newReplays() *replays {
-	return &replays{most: mostProofs, mostEach: mostProofsEach, now: map[[32]byte]struct{}{}, last: map[[32]byte]struct{}{}, of: map[string]int{}}
+	return &replays{most: mostProofs, mostEach: mostProofsEach, of: map[string]int{},
+		now: generation{used: map[[32]byte]struct{}{}}, last: generation{used: map[[32]byte]struct{}{}}}
 }
 
 type replayVerdict int
@@ -195,36 +206,43 @@ type replayVerdict int
 const (
 	firstUse replayVerdict = iota
 	usedBefore
+	forgotten
 	tooMany
 )
 
-// use notes a proof. A proof counts from window before its iat to window after
-// it, so that what is older than two windows cannot come again.
-func (r *replays) use(jkt, jti string, now time.Time, window time.Duration) replayVerdict {
+// use notes a proof, which counts from window before its iat to window after it.
+func (r *replays) use(jkt, jti string, iat, now time.Time, window time.Duration) replayVerdict {
 	key := sha256.Sum256([]byte(jkt + "\x00" + jti))
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	switch age := now.Sub(r.turned); {
-	case age >= 4*window:
-		clear(r.now)
-		clear(r.last)
-		clear(r.of)
-		r.turned = now
-	case age >= 2*window:
-		r.now, r.last = r.last, r.now
-		clear(r.now)
-		clear(r.of)
-		r.turned = now
+	for range 2 { // after a long rest both generations are old
+		r.turn(now.Add(-window))
 	}
-	_, a := r.now[key]
-	_, b := r.last[key]
+	_, a := r.now.used[key]
+	_, b := r.last.used[key]
 	switch {
 	case a || b:
 		return usedBefore
-	case len(r.now) >= r.most || r.of[jkt] >= r.mostEach:
+	case !iat.After(r.floor):
+		return forgotten
+	case len(r.now.used) >= r.most || r.of[jkt] >= r.mostEach:
 		return tooMany
 	}
-	r.now[key] = struct{}{}
+	r.now.used[key] = struct{}{}
+	r.now.newest = later(r.now.newest, iat)
 	r.of[jkt]++
 	return firstUse
+}
+
+// turn forgets the older generation once nothing in it counts any more: all of
+// it was made before old.
+func (r *replays) turn(old time.Time) {
+	if !r.last.newest.Before(old) {
+		return
+	}
+	r.floor = later(r.floor, r.last.newest)
+	r.now, r.last = r.last, r.now
+	clear(r.now.used)
+	clear(r.of)
+	r.now.newest = time.Time{}
 }

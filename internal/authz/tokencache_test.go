@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -340,52 +341,139 @@ func TestVerifierConfig(t *testing.T) {
 	}
 }
 
-// Replays are remembered for as long as a proof could come again.
+// Replays are remembered for as long as a proof could come again, whatever
+// becomes of the window meanwhile.
 func TestReplaysAreRemembered(t *testing.T) {
-	r, now := newReplays(), at
 	const w = time.Minute
-	for _, s := range []struct {
-		after time.Duration
-		jti   string
-		want  replayVerdict
-	}{
-		{0, "a", firstUse}, {0, "a", usedBefore}, {0, "b", firstUse}, {2*w - 1, "a", usedBefore},
-		{1, "c", firstUse}, {0, "a", usedBefore}, {2*w - 1, "c", usedBefore}, {1, "c", usedBefore}, {5 * w, "c", firstUse},
+	type step struct {
+		after  time.Duration
+		jti    string
+		iat    time.Duration // from at
+		window time.Duration
+		want   replayVerdict
+	}
+	for name, steps := range map[string][]step{
+		"one window": {
+			{0, "a", 0, w, firstUse}, {0, "a", 0, w, usedBefore}, {0, "b", w, w, firstUse}, {w, "a", 0, w, usedBefore},
+			{0, "c", w, w, firstUse}, {w, "b", w, w, usedBefore}, {0, "c", w, w, usedBefore}, {0, "d", 2 * w, w, firstUse}, {10 * w, "e", 12 * w, w, firstUse},
+			{0, "d", 2 * w, w, forgotten},
+		},
+		"one that becomes longer": {
+			{0, "a", 0, w, firstUse}, {2 * w, "b", 2 * w, w, firstUse}, {2 * w, "c", 4 * w, w, firstUse}, {2 * w, "d", 6 * w, w, firstUse},
+			{0, "a", 0, 10 * w, forgotten}, {0, "b", 2 * w, 10 * w, forgotten}, {0, "c", 4 * w, 10 * w, forgotten}, {0, "d", 6 * w, 10 * w, usedBefore},
+			{0, "e", 6*w + 1, 10 * w, firstUse}, {9 * w, "e", 6*w + 1, 10 * w, usedBefore},
+		},
+		"one that becomes shorter": {
+			{0, "ahead", 10 * w, 10 * w, firstUse}, {w, "a", w, w, firstUse}, {4 * w, "b", 5 * w, w, firstUse}, {4 * w, "c", 9 * w, w, firstUse},
+			{w, "ahead", 10 * w, w, usedBefore}, {w, "ahead", 10 * w, w, usedBefore}, {5 * w, "d", 16 * w, w, firstUse}, {0, "ahead", 10 * w, 10 * w, forgotten},
+		},
+		"a clock that goes forth and back": {
+			{0, "a", 0, w, firstUse}, {100 * w, "b", 100 * w, w, firstUse}, {-100 * w, "a", 0, w, forgotten}, {0, "b", 100 * w, 100 * w, usedBefore},
+		},
 	} {
-		now = now.Add(s.after)
-		if got := r.use("k", s.jti, now, w); got != s.want {
-			t.Errorf("%s at %s: %v, want %v", s.jti, now.Sub(at), got, s.want)
+		r, now := newReplays(), at
+		for i, s := range steps {
+			now = now.Add(s.after)
+			if got := r.use("k", s.jti, at.Add(s.iat), now, s.window); got != s.want {
+				t.Errorf("%s: step %d, %s at %s: %v, want %v", name, i+1, s.jti, now.Sub(at), got, s.want)
+			}
 		}
 	}
-	if got := r.use("other key", "c", now, w); got != firstUse {
+	r := newReplays()
+	r.use("k", "c", at, at, w)
+	if got := r.use("other key", "c", at, at, w); got != firstUse {
 		t.Errorf("the same name by another key: %v", got)
 	}
 }
 
+// However the window and the clock go, no proof counts twice, and one that is
+// made now counts once.
+func TestNoProofCountsTwice(t *testing.T) {
+	windows := []time.Duration{time.Second, 7 * time.Second, time.Minute, 10 * time.Minute}
+	for seed := range uint64(20) {
+		rnd := rand.New(rand.NewPCG(seed, 4))
+		r, now, window := newReplays(), at, time.Minute
+		iats, used := map[string]time.Time{}, map[string]bool{}
+		for i := range 3000 {
+			now = now.Add(time.Duration(rnd.Int64N(int64(10 * time.Second))))
+			if rnd.IntN(50) == 0 {
+				window = windows[rnd.IntN(len(windows))]
+			}
+			jti, iat := fmt.Sprint(rnd.IntN(i+1)), now
+			if old, has := iats[jti]; has {
+				iat = old
+			} else if rnd.IntN(3) == 0 {
+				iat = now.Add(time.Duration((2*rnd.Float64() - 1) * float64(window))).Truncate(time.Second)
+			}
+			if now.Sub(iat).Abs() > window {
+				continue // proofClaims has refused it
+			}
+			iats[jti] = iat
+			got := r.use("k", jti, iat, now, window)
+			if got == firstUse && used[jti] {
+				t.Fatalf("seed %d: %s of %s counts again at %s with a window of %s", seed, jti, iat.Sub(at), now.Sub(at), window)
+			}
+			if got != firstUse && !used[jti] && iat.Equal(now) {
+				t.Fatalf("seed %d: a proof of this moment: %v", seed, got)
+			}
+			used[jti] = used[jti] || got == firstUse
+		}
+	}
+}
+
+// A proof that was used does not count again when the policy makes the window
+// longer.
+func TestALongerWindowBringsNoProofBack(t *testing.T) {
+	r := newTokenRig(t, func(n *mesh.Tokens) { n.DPoP.Window = 10 * time.Second })
+	p := newProver()
+	tok := p.token(nil)
+	first := p.shows(tok, nil, nil)
+	step := func(what string, c *Credential, want FaultCode) {
+		t.Helper()
+		if _, got := r.check(c); got != want {
+			t.Errorf("%s: %q, want %q", what, got, want)
+		}
+	}
+	step("first", first, "")
+	for _, s := range []time.Duration{25 * time.Second, 50 * time.Second, 75 * time.Second} {
+		r.now = at.Add(s)
+		step("first, too late", first, FaultProof)
+		step("another", p.shows(tok, nil, over{"iat": in(s)}), "")
+	}
+	r.noun.DPoP.Window = 5 * time.Minute
+	if err := r.start(); err != nil {
+		t.Fatal(err)
+	}
+	step("first, within the longer window", first, FaultReplay)
+	step("a new one", p.shows(tok, nil, over{"iat": in(75 * time.Second)}), "")
+}
+
 func TestReplaysAreBounded(t *testing.T) {
 	r := newReplays()
+	use := func(k, jti string) replayVerdict { return r.use(k, jti, at, at, time.Minute) }
 	r.most, r.mostEach = 64, 16
+	use("first", "of all") // is alone in the generation before
 	for i := range r.mostEach {
-		if got := r.use("k", fmt.Sprint(i), at, time.Minute); got != firstUse {
+		if got := use("k", fmt.Sprint(i)); got != firstUse {
 			t.Fatal(i, got)
 		}
 	}
-	if got := r.use("k", "more", at, time.Minute); got != tooMany {
+	if got := use("k", "more"); got != tooMany {
 		t.Errorf("more of one key: %v", got)
 	}
-	if got := r.use("other", "more", at, time.Minute); got != firstUse {
+	if got := use("other", "more"); got != firstUse {
 		t.Errorf("another key is held up: %v", got)
 	}
-	if got := r.use("k", "0", at, time.Minute); got != usedBefore {
+	if got := use("k", "0"); got != usedBefore {
 		t.Errorf("a known one: %v", got)
 	}
 	for k := range 6 {
 		for i := range r.mostEach {
-			r.use(fmt.Sprint("k", k), fmt.Sprint(i), at, time.Minute)
+			use(fmt.Sprint("k", k), fmt.Sprint(i))
 		}
 	}
-	if len(r.now) != r.most {
-		t.Errorf("%d are remembered", len(r.now))
+	if len(r.now.used) != r.most {
+		t.Errorf("%d are remembered", len(r.now.used))
 	}
 }
 

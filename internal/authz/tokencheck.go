@@ -203,6 +203,13 @@ func earlier(a, b time.Time) time.Time {
 	return a
 }
 
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
 // subject checks who the token speaks of, and what else its profile demands.
 func subject(is *issuer, t *jose.Token) (string, error) {
 	sub, err := t.Claims.Text("sub")

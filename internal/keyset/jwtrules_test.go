@@ -63,6 +63,25 @@ var keyRules = []keyRule{
 			s.t.Errorf("asked %d times more", s.asked-was)
 		}
 	}},
+	{10, false, "a new key ID while the issuer is down is no verdict, for nobody else either", func(s *source) {
+		find(s.t, s.Keeper, "a", nil)
+		find(s.t, s.Keeper, "gone", errUnknown) // asked a moment ago, and the issuer answered
+		s.down = true
+		time.Sleep(askEvery)
+		was := s.asked
+		for i := range 1000 {
+			find(s.t, s.Keeper, fmt.Sprint("made-up-", i), ErrUnavailable)
+			find(s.t, s.Keeper, "a", nil)
+		}
+		if s.asked != was+1 {
+			s.t.Errorf("asked %d times", s.asked-was)
+		}
+		s.down = false
+		find(s.t, s.Keeper, "made-up-1", ErrUnavailable) // not asked again yet
+		time.Sleep(askEvery)
+		find(s.t, s.Keeper, "made-up-1", errUnknown)
+		find(s.t, s.Keeper, "made-up-2", errUnknown)
+	}},
 	{12, true, "keys stay while the issuer fails", func(s *source) {
 		find(s.t, s.Keeper, "a", nil)
 		s.down = true

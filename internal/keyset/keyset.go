@@ -24,7 +24,8 @@ import (
 )
 
 // ErrUnavailable is returned while no keys of the issuer are known or those
-// that are known are too old.
+// that are known are too old, and for an unknown key ID while the issuer does
+// not answer.
 var ErrUnavailable = errors.New("keys of the issuer are not available")
 
 var errUnknown = errors.New("issuer has no such key")
@@ -272,10 +273,20 @@ func (s *set) find(ctx context.Context, t *jose.Token) (jose.Key, error) {
 	if key, ok := h.keys.Find(t); ok {
 		return key, nil
 	}
-	if err == nil {
+	switch {
+	case err == nil:
 		s.rememberUnknown(t.KeyID, now)
+	case s.failing():
+		return jose.Key{}, ErrUnavailable // it may have published the key since
 	}
 	return jose.Key{}, errUnknown
+}
+
+// failing says that the issuer did not answer when it was asked last.
+func (s *set) failing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.failed > 0
 }
 
 // isUnknown says that the issuer was asked for this key ID a moment ago.
