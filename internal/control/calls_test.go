@@ -14,6 +14,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"google.golang.org/grpc"
@@ -31,7 +32,7 @@ var update = flag.Bool("update", false, "write the golden files anew")
 // services are all that an issuer answers.
 var services = []grpc.ServiceDesc{
 	agentv1.Agent_ServiceDesc, entryv1.Entry_ServiceDesc, svidv1.SVID_ServiceDesc, bundlev1.Bundle_ServiceDesc,
-	trustdomainv1.TrustDomain_ServiceDesc, meshpb.Mesh_ServiceDesc, meshpb.Admin_ServiceDesc, healthpb.Health_ServiceDesc,
+	trustdomainv1.TrustDomain_ServiceDesc, localauthorityv1.LocalAuthority_ServiceDesc, meshpb.Mesh_ServiceDesc, meshpb.Admin_ServiceDesc, healthpb.Health_ServiceDesc,
 }
 
 // A method is one RPC of the issuer.
@@ -80,7 +81,7 @@ func (m method) call(ctx context.Context, cc *grpc.ClientConn, req proto.Message
 // SPIRE's API when it sends an empty request. A new method shows here, and a new
 // right.
 func TestEveryCallForEveryCaller(t *testing.T) {
-	r := manageRig(t, newFederates().with, func(c *ServerConfig) { c.Downstream = &below{ca: c.Authority.(*ca)} })
+	r := manageRig(t, newFederates().with, func(c *ServerConfig) { c.Downstream, c.Roots = &below{ca: c.Authority.(*ca)}, standing() })
 	_, h := r.joined("node-a")
 	callers := []struct {
 		who string

@@ -68,7 +68,7 @@ func hostile() map[string][]byte {
 func TestHostileMessagesAreAnsweredInWords(t *testing.T) {
 	seen := &calls{}
 	r := manageRig(t, newFederates().with, func(c *ServerConfig) {
-		c.Downstream, c.OnAdmin = &below{ca: c.Authority.(*ca)}, seen.note
+		c.Downstream, c.Roots, c.OnAdmin = &below{ca: c.Authority.(*ca)}, standing(), seen.note
 	})
 	_, h := r.joined("node-a")
 	callers := map[string]*grpc.ClientConn{
