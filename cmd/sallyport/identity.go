@@ -126,8 +126,8 @@ func (c *cli) entryCreate() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.StringVar(&e.ID, "id", "", "the entry's own name (default: made from what it says)")
-	f.StringVar(&parent, "parent", "", "the SPIFFE ID of the agent")
-	f.StringArrayVar(&selectors, "selector", nil, "a fact that attestation must find, such as unix:uid:1000; all must hold")
+	f.StringVar(&parent, "parent", "", "the SPIFFE ID of the agent, of an alias, or of the issuer to make an alias")
+	f.StringArrayVar(&selectors, "selector", nil, "a fact that attestation must find, such as unix:uid:1000, or of nodes for an alias; all must hold")
 	f.DurationVar(&e.X509TTL, "x509-ttl", 0, "the life of X.509-SVIDs (default: the issuer's)")
 	f.DurationVar(&e.JWTTTL, "jwt-ttl", 0, "the life of JWT-SVIDs (default: the issuer's)")
 	f.StringArrayVar(&e.DNSNames, "dns", nil, "a DNS name in the certificate")

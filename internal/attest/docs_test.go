@@ -1,10 +1,14 @@
 package attest
 
 import (
+	"bytes"
 	"os"
 	"regexp"
 	"strings"
 	"testing"
+	"testing/fstest"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
 )
@@ -23,6 +27,13 @@ func TestTheManualWorks(t *testing.T) {
 			Issuer    struct{ Attest NodeConfig }
 			Workload  struct{ Kubelet KubeletConfig }
 			Selectors []string
+		}
+		if bytes.HasPrefix(m[1], []byte("entries:")) {
+			files := fstest.MapFS{"access.csv": {}, "entries.yaml": {Data: m[1]}}
+			if _, err := mesh.ParseFS(files, spiffeid.RequireTrustDomainFromString("corp.example")); err != nil {
+				t.Errorf("%s\n%v", m[1], err)
+			}
+			continue
 		}
 		if err := mesh.DecodeYAML("attest.md", m[1], &c); err != nil {
 			t.Errorf("%s\n%v", m[1], err)

@@ -68,7 +68,8 @@ func fingerprint(entries ...mesh.Entry) [32]byte {
 	return sha256.Sum256(b)
 }
 
-// authorizedEntries are those of the calling agent, and of no other.
+// authorizedEntries are those of the calling agent. As in SPIRE, an alias itself
+// is not among them: nobody is given its identity.
 func (s *Server) authorizedEntries(ctx context.Context) ([]*types.Entry, error) {
 	c, err := callerOf(ctx)
 	if err != nil {

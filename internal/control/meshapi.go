@@ -55,7 +55,7 @@ func (s *Server) speaksFor(agent, workload spiffeid.ID, kind string) error {
 }
 
 func (s *Server) errNotEntitled(agent, workload spiffeid.ID) error {
-	return refuse(codes.PermissionDenied, "agent %s has no entry for %s: add one to entries.yaml with this agent as its parent", agent, workload)
+	return refuse(codes.PermissionDenied, "agent %s has no entry for %s: add one to entries.yaml with this agent, or an alias of it, as its parent", agent, workload)
 }
 
 // A subscriber is one proxy. It may for a moment have two streams.

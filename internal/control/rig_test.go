@@ -198,13 +198,9 @@ func read[T any](m *memory, f func() T) T {
 	return f()
 }
 
-func (m *memory) EntriesFor(agent spiffeid.ID) (out []mesh.Entry) {
-	for _, e := range m.Entries() {
-		if e.ParentID == agent {
-			out = append(out, e)
-		}
-	}
-	return out
+func (m *memory) EntriesFor(agent spiffeid.ID) []mesh.Entry {
+	facts := read(m, func() []mesh.Selector { return m.agents[agent].Selectors })
+	return mesh.NewLineage(m.Entries()).Of(agent, facts, time.Now())
 }
 func (m *memory) Entries() []mesh.Entry {
 	return read(m, func() []mesh.Entry { return slices.Clone(m.entries) })

@@ -32,7 +32,8 @@ import (
 // A Registry is what the issuer knows and distributes. All methods are safe for
 // concurrent use.
 type Registry interface {
-	// EntriesFor returns the entries whose parent is agent; Entries, all.
+	// EntriesFor returns the entries whose parent is agent or an alias of it, and
+	// those below them; Entries, all.
 	EntriesFor(agent spiffeid.ID) []mesh.Entry
 	Entries() []mesh.Entry
 	// CreateToken makes a single-use join token for an agent name.

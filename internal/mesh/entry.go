@@ -16,7 +16,7 @@ var (
 
 // CheckEntry holds one entry of td to the rules for those of entries.yaml.
 func CheckEntry(td spiffeid.TrustDomain, e Entry) error {
-	v := validator{p: &Policies{TrustDomain: td, Entries: []Entry{e}}}
+	v := validator{p: &Policies{TrustDomain: td, Entries: []Entry{e}}, lone: true}
 	v.entries()
 	return v.errs.orNil()
 }

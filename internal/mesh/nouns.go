@@ -138,7 +138,9 @@ type Selector struct {
 func (s Selector) String() string { return s.Type + ":" + s.Value }
 
 // An Entry says which SPIFFE ID a workload gets when it has all selectors and
-// is attested by the agent ParentID.
+// is attested by the agent ParentID, by one with the alias ParentID, or by one
+// that has an entry for ParentID; see Lineage. With the issuer as its parent it
+// makes an alias.
 type Entry struct {
 	// ID is stable: the hash of parent, identity and selectors, unless written.
 	ID        string      `json:"id"`

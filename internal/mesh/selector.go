@@ -8,6 +8,9 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"unicode"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // selectorKinds are the facts that attestation can establish, each with the
@@ -41,6 +44,21 @@ var selectorKinds = map[string]func(string) error{
 	"k8s:pod-label":          checkPodLabel,
 }
 
+// nodeID is the type of the selector that every agent has: its own SPIFFE ID.
+const nodeID = "spiffe_id"
+
+// nodeKinds are the types of the facts that node attestation establishes; the
+// value is what the platform says.
+var nodeKinds = map[string]func(string) error{
+	"x509pop":    checkPlatform,
+	"oidc":       checkPlatform,
+	"k8s_psat":   checkPlatform,
+	"aws_iid":    checkPlatform,
+	"gcp_iit":    checkPlatform,
+	"azure_imds": checkPlatform,
+	nodeID:       checkAgent,
+}
+
 var (
 	unitName   = regexp.MustCompile(`^[A-Za-z0-9:_.\\@-]{1,240}\.(?:service|scope|socket|mount|swap)$`)
 	invocation = regexp.MustCompile(`^[0-9a-f]{32}$`)
@@ -50,7 +68,8 @@ var (
 )
 
 // ParseSelector reads "type:value", such as "unix:uid:1000", "child:true" or
-// "self:true". The type is what stands before the first colon.
+// "self:true", and of a node "x509pop:subject:cn:web-1". The type is what stands
+// before the first colon.
 func ParseSelector(s string) (Selector, error) {
 	typ, value, ok := strings.Cut(s, ":")
 	if !ok || typ == "" || value == "" {
@@ -67,12 +86,15 @@ func ParseSelector(s string) (Selector, error) {
 // the right form.
 func (s Selector) Check() error {
 	kind, value := s.Kind(), s.Value
-	if kind != s.Type {
-		_, value, _ = strings.Cut(s.Value, ":")
-	}
-	check, ok := selectorKinds[kind]
+	check, ok := nodeKinds[s.Type]
 	if !ok {
-		return fmt.Errorf("unknown selector %q%s", clip(s.String()), didYouMean(kind, sortedKeys(selectorKinds)))
+		if kind != s.Type {
+			_, value, _ = strings.Cut(s.Value, ":")
+		}
+		check, ok = selectorKinds[kind]
+	}
+	if !ok {
+		return fmt.Errorf("unknown selector %q%s", clip(s.String()), didYouMean(kind, append(sortedKeys(selectorKinds), sortedKeys(nodeKinds)...)))
 	}
 	if err := check(value); err != nil {
 		return fmt.Errorf("selector %q: %w", clip(s.String()), err)
@@ -87,6 +109,9 @@ func (s Selector) Kind() string {
 	}
 	return s.Type
 }
+
+// OfNode reports whether the selector is a fact of a node, not of a process.
+func (s Selector) OfNode() bool { return nodeKinds[s.Type] != nil }
 
 // Weak reports whether the selector names a program file only. Such a fact is
 // true of every process that runs the file, whoever started it, so it is no
@@ -173,6 +198,23 @@ func checkPodLabel(v string) error {
 func checkWords(v string) error {
 	if v == "" || strings.ContainsAny(v, " \t") {
 		return fmt.Errorf("%q has blanks", clip(v))
+	}
+	return nil
+}
+
+// maxPlatform is far above what clouds allow for a tag, bytes.
+const maxPlatform = 1024
+
+func checkPlatform(v string) error {
+	if v == "" || len(v) > maxPlatform || strings.ContainsFunc(v, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return fmt.Errorf("%q is not 1 to %d printable bytes", clip(v), maxPlatform)
+	}
+	return nil
+}
+
+func checkAgent(v string) error {
+	if id, err := spiffeid.FromString(v); err != nil || id.String() != v || !strings.HasPrefix(id.Path(), agentPath) {
+		return fmt.Errorf("%q is not the SPIFFE ID of an agent", clip(v))
 	}
 	return nil
 }

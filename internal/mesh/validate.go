@@ -26,6 +26,10 @@ type validator struct {
 	spoiled map[Origin]map[string]bool
 	// partial is true of a projection, which leaves services out.
 	partial bool
+	// lone is true of an entry that is looked at without the others.
+	lone bool
+	// parents is filled when first asked for.
+	parents map[spiffeid.ID]bool
 	errs    Errors
 }
 
@@ -192,8 +196,11 @@ func (v *validator) entries() {
 			v.missing(e.Origin, "parent_id")
 		case !e.ParentID.MemberOf(v.p.TrustDomain):
 			v.item(e.Origin, e.ParentID.String(), "parent_id %q is not in trust domain %q", e.ParentID, v.p.TrustDomain.Name())
-		case !strings.HasPrefix(e.ParentID.Path(), "/spire/agent/"):
-			v.item(e.Origin, e.ParentID.String(), "parent_id %q is not an agent: its path starts with /spire/agent/", e.ParentID)
+		case !v.mayBeParent(e.ParentID):
+			v.item(e.Origin, e.ParentID.String(), "parent_id %q is neither an agent (/spire/agent/...) nor the issuer (%s), and no entry below one of these has it as its spiffe_id", e.ParentID, issuerPath)
+		}
+		if e.IsAlias() && (e.Admin || e.Downstream) {
+			v.item(e.Origin, "", "a node alias can be neither admin nor downstream: nobody is given its identity")
 		}
 		v.selectors(e)
 		if e.X509TTL < 0 || e.X509TTL > maxX509TTL || e.X509TTL > 0 && e.X509TTL < time.Second {
@@ -225,6 +232,46 @@ func (v *validator) entries() {
 	}
 }
 
+// mayBeParent reports whether something can come of an entry below id. Without
+// the other entries that is not known.
+func (v *validator) mayBeParent(id spiffeid.ID) bool {
+	if strings.HasPrefix(id.Path(), agentPath) || id.Path() == issuerPath {
+		return true
+	}
+	if v.lone || v.valuesOnly {
+		return id.Path() != "" && id.Path() != "/spire" && !strings.HasPrefix(id.Path(), "/spire/")
+	}
+	if v.parents == nil {
+		v.parents = parents(v.p.Entries)
+	}
+	return v.parents[id]
+}
+
+// parents are the identities of entries that an agent or the issuer is above.
+func parents(entries []Entry) map[spiffeid.ID]bool {
+	l, out := NewLineage(entries), map[spiffeid.ID]bool{}
+	var open []spiffeid.ID
+	add := func(e Entry) {
+		if !out[e.SPIFFEID] {
+			out[e.SPIFFEID] = true
+			open = append(open, e.SPIFFEID)
+		}
+	}
+	for _, e := range entries {
+		if e.IsAlias() || strings.HasPrefix(e.ParentID.Path(), agentPath) {
+			add(e)
+		}
+	}
+	for len(open) > 0 {
+		id := open[len(open)-1]
+		open = open[:len(open)-1]
+		for _, e := range l.children[id] {
+			add(e)
+		}
+	}
+	return out
+}
+
 func (v *validator) federatesWith(e Entry) {
 	domains := map[spiffeid.TrustDomain]Origin{}
 	for _, td := range e.FederatesWith {
@@ -239,15 +286,23 @@ func (v *validator) federatesWith(e Entry) {
 func (v *validator) selectors(e Entry) {
 	if len(e.Selectors) == 0 {
 		if !v.spoiled[e.Origin]["selectors"] {
-			v.item(e.Origin, "selectors:", "selectors are missing: an entry without any would match every process")
+			every := "process"
+			if e.IsAlias() {
+				every = "node"
+			}
+			v.item(e.Origin, "selectors:", "selectors are missing: an entry without any would match every %s", every)
 		}
 		return
 	}
-	strong := false
+	strong := e.IsAlias()
 	seen := map[string]Origin{}
 	for _, s := range e.Selectors {
 		if err := s.Check(); err != nil {
 			v.item(e.Origin, s.String(), "%s", err)
+		} else if s.OfNode() && !e.IsAlias() {
+			v.item(e.Origin, s.String(), "selector %q is a fact of a node: it belongs to a node alias, whose parent_id is the issuer (%s)", s, issuerPath)
+		} else if e.IsAlias() && !s.OfNode() {
+			v.item(e.Origin, s.String(), "selector %q is a fact of a process: parent_id %s makes a node alias, whose selectors are facts of nodes, such as x509pop:subject:cn:web-1", s, issuerPath)
 		} else {
 			twice(v, seen, s.String(), e.Origin, "selector")
 		}

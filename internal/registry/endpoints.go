@@ -21,6 +21,9 @@ const (
 	// DefaultLease is how long an endpoint is kept unless it is announced
 	// again.
 	DefaultLease = time.Minute
+	// lapseCheck is how soon the end of an entry is looked for at the latest: it
+	// stands by the wall clock, which timers do not follow when it is set.
+	lapseCheck = 10 * time.Second
 	// maxPerAgent bounds what one agent can make us keep. It is not less than
 	// what control lets one proxy announce.
 	maxPerAgent = 256
@@ -118,7 +121,7 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	}
 	r.endpoints[e] = &held{lease: lease, until: r.cfg.Now().Add(lease), rev: rev, owner: r.cfg.Instance}
 	r.rouse()
-	if !entitled(r.state.Load(), e) {
+	if !r.entitled(r.state.Load(), e) {
 		r.cfg.Log.Warn("endpoint not distributed: no service and entry name the agent", "agent", e.Agent, "service", e.Service, "address", e.Address)
 	}
 	r.refresh(rev)
@@ -156,7 +159,7 @@ func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
 	return nil
 }
 
-// Run ends leases in time and, in a shared store, takes part with the other
+// Run ends leases and entries in time and, in a shared store, takes part with the other
 // issuers. It returns nil when ctx ends.
 func (r *Registry) Run(ctx context.Context) error {
 	if r.shared() {
@@ -179,7 +182,7 @@ func (r *Registry) Run(ctx context.Context) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			r.cfg.Log.Error("endpoints not ended, or revocations not made; trying again in 1s", "error", err)
+			r.cfg.Log.Error("endpoints or entries not ended, or revocations not made; trying again in 1s", "error", err)
 			timer.Reset(time.Second)
 		case next.IsZero():
 			timer.Stop()
@@ -189,15 +192,21 @@ func (r *Registry) Run(ctx context.Context) error {
 	}
 }
 
-// sweep removes endpoints whose lease is over and returns when the next ends,
-// zero if none does.
+// sweep removes endpoints whose lease is over, and entries that end, and returns
+// when to look again, zero if never.
 func (r *Registry) sweep(ctx context.Context) (next time.Time, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if err := r.lapse(ctx); err != nil {
+		return time.Time{}, err
+	}
 	if err := r.settleLost(ctx); err != nil {
 		return time.Time{}, err
 	}
 	now := r.cfg.Now()
+	if next = r.state.Load().lapses; next.Sub(now) > lapseCheck {
+		next = now.Add(lapseCheck)
+	}
 	var over []mesh.Endpoint
 	for e, h := range r.endpoints {
 		switch {
@@ -251,32 +260,34 @@ func (r *Registry) refresh(rev int64) {
 	if now.accepted == nil {
 		return
 	}
-	endpoints := r.eligible(now.accepted.Policies, now.byAgent)
+	endpoints := r.eligible(now)
 	if slices.Equal(endpoints, now.snapshot.Endpoints) {
 		return
 	}
-	snapshot := *now.snapshot
+	next, snapshot := *now, *now.snapshot
 	snapshot.Endpoints = endpoints
-	r.publish(&state{accepted: now.accepted, snapshot: &snapshot, byAgent: now.byAgent, changed: make(chan struct{})}, rev)
+	next.snapshot, next.changed = &snapshot, make(chan struct{})
+	r.publish(&next, rev)
 }
 
 // eligible returns the endpoints that may be distributed, in the order that
 // mesh.Compile gives them. Of
 // several agents at one address of a service only the latest is named: one
 // that attested anew under another name. mu is held.
-func (r *Registry) eligible(p *mesh.Policies, byAgent map[spiffeid.ID][]mesh.Entry) []mesh.Endpoint {
+func (r *Registry) eligible(s *state) []mesh.Endpoint {
 	type spot struct {
 		service mesh.ServiceName
 		address netip.AddrPort
 	}
-	ids := make(map[mesh.ServiceName]spiffeid.ID, len(p.Services))
-	for _, s := range p.Services {
-		ids[s.Name] = s.ID
+	services := s.accepted.Policies.Services
+	ids := make(map[mesh.ServiceName]spiffeid.ID, len(services))
+	for _, svc := range services {
+		ids[svc.Name] = svc.ID
 	}
 	latest := make(map[spot]mesh.Endpoint)
 	for e, h := range r.endpoints {
 		id, known := ids[e.Service]
-		if !known || !gives(byAgent[e.Agent], id) {
+		if !known || !r.gives(s, e.Agent, id) {
 			continue
 		}
 		at := spot{e.Service, e.Address}
@@ -294,17 +305,17 @@ func (r *Registry) eligible(p *mesh.Policies, byAgent map[spiffeid.ID][]mesh.Ent
 
 // entitled says if the policies let the agent of an endpoint hold the identity
 // of its service.
-func entitled(s *state, e mesh.Endpoint) bool {
+func (r *Registry) entitled(s *state, e mesh.Endpoint) bool {
 	if s.accepted == nil {
 		return false
 	}
 	return slices.ContainsFunc(s.accepted.Policies.Services, func(svc mesh.Service) bool {
-		return svc.Name == e.Service && gives(s.byAgent[e.Agent], svc.ID)
+		return svc.Name == e.Service && r.gives(s, e.Agent, svc.ID)
 	})
 }
 
-func gives(entries []mesh.Entry, id spiffeid.ID) bool {
-	return slices.ContainsFunc(entries, func(e mesh.Entry) bool { return e.SPIFFEID == id })
+func (r *Registry) gives(s *state, agent, id spiffeid.ID) bool {
+	return s.lineage.Gives(agent, r.factsOf(agent), id, r.cfg.Now())
 }
 
 func (r *Registry) rouse() {

@@ -35,7 +35,7 @@ func (r *Registry) union(files []mesh.Entry) []mesh.Entry {
 	}
 	out := slices.Clone(files)
 	for _, id := range slices.Sorted(maps.Keys(calls)) {
-		if e := calls[id]; !ids[id] && !same[mesh.NewEntryID(e)] && !r.lapsed(e) {
+		if e := calls[id]; !ids[id] && !same[mesh.NewEntryID(e)] && !e.Lapsed(r.cfg.Now()) {
 			out = append(out, e)
 		}
 	}
@@ -47,10 +47,6 @@ func (r *Registry) kept() kept {
 		return *k
 	}
 	return nil
-}
-
-func (r *Registry) lapsed(e mesh.Entry) bool {
-	return !e.ExpiresAt.IsZero() && !r.cfg.Now().Before(e.ExpiresAt)
 }
 
 // loadEntries reads the entries made by calls, and reports whether they are
@@ -95,15 +91,32 @@ func (r *Registry) republish(rev int64) {
 	if now.accepted == nil {
 		return
 	}
-	byAgent := map[spiffeid.ID][]mesh.Entry{}
-	for _, e := range r.union(now.accepted.Policies.Entries) {
-		byAgent[e.ParentID] = append(byAgent[e.ParentID], e)
-	}
-	snapshot := *now.snapshot
-	snapshot.Endpoints = r.eligible(now.accepted.Policies, byAgent)
-	next := &state{accepted: now.accepted, snapshot: &snapshot, byAgent: byAgent, changed: make(chan struct{})}
+	next, snapshot := r.register(now.accepted), *now.snapshot
+	snapshot.Endpoints = r.eligible(next)
+	next.snapshot = &snapshot
 	r.lose(now, next)
 	r.publish(next, rev)
+}
+
+// lapse takes entries out of force that have ended, as if they were deleted: what
+// was issued for them is revoked. In a shared store each issuer does so; what is
+// revoked is revoked once. mu is held.
+func (r *Registry) lapse(ctx context.Context) error {
+	st, now := r.state.Load(), r.cfg.Now()
+	if st.lapses.IsZero() || now.Before(st.lapses) {
+		return nil
+	}
+	rev, err := r.cfg.Store.Revision(ctx)
+	if err != nil {
+		return fmt.Errorf("end entries: %w", err)
+	}
+	r.republish(rev)
+	for _, e := range st.entries {
+		if e.Lapsed(now) {
+			r.cfg.Log.Info("entry ended", "entry", e.ID, "id", e.SPIFFEID.String(), "parent", e.ParentID.String(), "expires_at", e.ExpiresAt)
+		}
+	}
+	return nil
 }
 
 // EditEntries changes entries that are kept beside the reviewed files. What is
@@ -278,6 +291,7 @@ func (r *Registry) DeleteAgent(ctx context.Context, id spiffeid.ID) error {
 	if _, err := r.write(ctx, ops...); err != nil {
 		return fmt.Errorf("delete agent: %w", err)
 	}
+	r.nodes.Delete(id)
 	r.lost = true
 	var over []mesh.Endpoint
 	for e := range r.endpoints {

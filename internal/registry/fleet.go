@@ -83,7 +83,16 @@ func (r *Registry) PutAgent(ctx context.Context, a mesh.Agent) error {
 	if _, err := r.write(ctx, op); errors.Is(err, store.ErrConflict) {
 		return fmt.Errorf("put agent %s: %w", a.ID, mesh.ErrChanged)
 	} else if err != nil {
+		if old, known := r.nodes.Load(a.ID); known && !slices.Equal(old.([]mesh.Selector), a.Selectors) {
+			r.lost = true // which it has now is read when that is settled
+			r.rouse()
+		}
 		return fmt.Errorf("put agent: %w", err)
+	}
+	if r.learn(a) {
+		if err := r.regroup(ctx); err != nil {
+			return fmt.Errorf("put agent: %w", err)
+		}
 	}
 	if !a.Banned {
 		return nil
@@ -120,7 +129,12 @@ func (r *Registry) GetAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, er
 	if err != nil {
 		return mesh.Agent{}, fmt.Errorf("get agent: %w", err)
 	}
-	return decodeAgent(rec)
+	a, err := decodeAgent(rec)
+	if err == nil {
+		// One that attested to another issuer is here before its change is.
+		r.nodes.LoadOrStore(a.ID, a.Selectors)
+	}
+	return a, err
 }
 
 // ListAgents returns every agent, by ID.

@@ -31,10 +31,11 @@ func (r *Registry) HeldAgent(ctx context.Context, id spiffeid.ID) (mesh.Agent, e
 
 // followAgents takes what other issuers wrote of some agents. It wakes who
 // waits for Changed when one was banned or forgotten, so that its streams here
-// end too, and revokes what was given to it here meanwhile. What agents do by themselves, such as renew, wakes nobody. mu is
-// held.
+// end too, or has other entries by its selectors, and revokes what was given to
+// it here meanwhile. What agents do by themselves, such as renew, wakes nobody.
+// mu is held.
 func (r *Registry) followAgents(ctx context.Context, keys []string) error {
-	gone := false
+	gone, others := false, false
 	for _, key := range keys {
 		id, err := spiffeid.FromString(key)
 		if err != nil {
@@ -52,11 +53,21 @@ func (r *Registry) followAgents(ctx context.Context, keys []string) error {
 				a = mesh.Agent{}
 			}
 		}
+		if a.ID.IsZero() {
+			r.nodes.Delete(id)
+		} else {
+			others = r.learn(a) || others
+		}
 		gone = gone || a.ID.IsZero() || a.Banned
 		if _, held := r.agents.Load(id); held && !a.ID.IsZero() {
 			r.agents.Store(id, a)
 		} else {
 			r.agents.Delete(id)
+		}
+	}
+	if others {
+		if err := r.regroup(ctx); err != nil {
+			return err
 		}
 	}
 	if !gone {

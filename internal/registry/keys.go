@@ -165,7 +165,7 @@ func (r *Registry) Keys() []Key {
 	downstream := map[string]bool{}
 	if slices.ContainsFunc(slices.Collect(maps.Values(owners)), isID) {
 		for _, e := range r.Entries() {
-			if e.Downstream && !r.lapsed(e) {
+			if e.Downstream && !e.Lapsed(now) {
 				downstream[e.SPIFFEID.String()] = true
 			}
 		}
@@ -185,7 +185,7 @@ func (r *Registry) dropKeys(ctx context.Context) error {
 	if err := r.loadKeys(ctx); err != nil {
 		return err
 	}
-	below := downstreams(r.state.Load().byAgent)
+	below := downstreams(r.state.Load().entries)
 	_, owners := r.keys.get()
 	var ops []store.Op
 	for id, owner := range owners {

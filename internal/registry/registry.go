@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -74,6 +73,9 @@ type Registry struct {
 	calls atomic.Pointer[kept]
 	// agents holds a mesh.Agent by its ID. It is written under mu.
 	agents sync.Map
+	// nodes holds the []mesh.Selector of every agent by its ID. It is written
+	// under mu, but for agents that are not in it.
+	nodes sync.Map
 
 	// applying lets one set of policies be judged at a time.
 	applying sync.Mutex
@@ -108,8 +110,12 @@ type Registry struct {
 type state struct {
 	accepted *accepted      // nil before the first policies
 	snapshot *mesh.Snapshot // nil before the first policies
-	byAgent  map[spiffeid.ID][]mesh.Entry
-	changed  chan struct{}
+	// entries are those in force when it was made, lineage says whose they are.
+	entries []mesh.Entry
+	lineage *mesh.Lineage
+	// lapses is when the first of them ends, zero if none does.
+	lapses  time.Time
+	changed chan struct{}
 }
 
 // New returns a registry that knows nothing until Load.
@@ -129,7 +135,7 @@ func New(cfg Config) (*Registry, error) {
 		endpoints: make(map[mesh.Endpoint]*held),
 		wake:      make(chan struct{}, 1),
 	}
-	r.state.Store(&state{changed: make(chan struct{})})
+	r.state.Store(&state{lineage: mesh.NewLineage(nil), changed: make(chan struct{})})
 	r.keys.changed, r.federations.changed = make(chan struct{}), make(chan struct{})
 	return r, nil
 }
@@ -151,6 +157,9 @@ func (r *Registry) Load(ctx context.Context) error {
 	}
 	acc, err := r.loadPolicies(ctx)
 	if err != nil {
+		return err
+	}
+	if _, err := r.standing(ctx); err != nil {
 		return err
 	}
 	if err := r.loadEndpoints(ctx); err != nil {
@@ -182,13 +191,23 @@ func (r *Registry) Load(ctx context.Context) error {
 // compile makes the state that follows from policies and today's endpoints.
 // mu is held.
 func (r *Registry) compile(acc *accepted) (*state, error) {
-	next := &state{accepted: acc, byAgent: make(map[spiffeid.ID][]mesh.Entry), changed: make(chan struct{})}
-	for _, e := range r.union(acc.Policies.Entries) {
-		next.byAgent[e.ParentID] = append(next.byAgent[e.ParentID], e)
-	}
+	next := r.register(acc)
 	var err error
-	next.snapshot, err = mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(acc.Policies, next.byAgent))
+	next.snapshot, err = mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(next))
 	return next, err
+}
+
+// register is a state without a snapshot, of policies and the entries beside
+// them. mu is held.
+func (r *Registry) register(acc *accepted) *state {
+	next := &state{accepted: acc, entries: r.union(acc.Policies.Entries), changed: make(chan struct{})}
+	next.lineage = mesh.NewLineage(next.entries)
+	for _, e := range next.entries {
+		if e.ExpiresAt.After(r.cfg.Now()) && (next.lapses.IsZero() || e.ExpiresAt.Before(next.lapses)) {
+			next.lapses = e.ExpiresAt
+		}
+	}
+	return next
 }
 
 // publish puts a state in force under a revision, or a greater one: what is
@@ -199,6 +218,9 @@ func (r *Registry) publish(next *state, rev int64) {
 		next.snapshot.Revision = max(next.snapshot.Revision, now.Revision+1)
 	}
 	close(r.state.Swap(next).changed)
+	if !next.lapses.IsZero() {
+		r.rouse()
+	}
 }
 
 // wakeAll closes Changed though nothing is distributed anew. mu is held.
@@ -250,9 +272,10 @@ func (r *Registry) Entries() []mesh.Entry {
 	return r.union(acc.Policies.Entries)
 }
 
-// EntriesFor returns the entries whose parent is the agent.
+// EntriesFor returns the entries whose parent is the agent or an alias of it,
+// and those below them.
 func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
-	return slices.DeleteFunc(slices.Clone(r.state.Load().byAgent[agent]), r.lapsed)
+	return r.state.Load().lineage.Of(agent, r.factsOf(agent), r.cfg.Now())
 }
 
 // Status says what is in force and why the newest edit is not, if so.

@@ -147,32 +147,57 @@ func (r *Registry) loadRevocations(ctx context.Context) error {
 	return nil
 }
 
-// revoke makes revocations durable and known. mu is held.
+// revoke makes revocations durable and known. What another issuer has revoked
+// meanwhile is left to it, so that each is told of once. mu is held.
 func (r *Registry) revoke(ctx context.Context, list []mesh.RevokedSVID) error {
 	if len(list) == 0 {
 		return nil
 	}
+	seen := make(map[string]bool, len(list)) // of one serial number only the first is written
+	list = slices.DeleteFunc(slices.Clone(list), func(v mesh.RevokedSVID) bool {
+		twice := seen[v.Serial]
+		seen[v.Serial] = true
+		return twice
+	})
 	for some := range slices.Chunk(list, revokeMost) {
-		var ops []store.Op
-		for _, v := range some {
-			value, err := json.Marshal(v)
-			if err != nil {
-				return fmt.Errorf("revoke: %w", err)
+		err := r.writeRevocations(ctx, some)
+		for errors.Is(err, store.ErrConflict) {
+			if err := r.loadRevocations(ctx); err != nil {
+				return err
 			}
-			ops = append(ops, store.Op{Kind: store.KindRevocation, Key: v.Serial, Value: value, Expires: v.Until})
+			over := r.Revocations()
+			some = slices.DeleteFunc(some, func(v mesh.RevokedSVID) bool { return over.Has(v.Serial) })
+			err = r.writeRevocations(ctx, some)
 		}
-		if _, err := r.write(ctx, ops...); err != nil {
+		if err != nil {
 			return fmt.Errorf("revoke: %w", err)
 		}
 		// Said now: what fails later is tried again without these.
 		for _, v := range some {
 			r.cfg.Log.Warn("SVID revoked", "id", v.ID.String(), "serial", v.Serial, "why", v.Why, "until", v.Until)
 		}
-		if r.cfg.OnRevoke != nil {
+		if r.cfg.OnRevoke != nil && len(some) > 0 {
 			r.cfg.OnRevoke(some)
 		}
 	}
 	return r.loadRevocations(ctx)
+}
+
+func (r *Registry) writeRevocations(ctx context.Context, some []mesh.RevokedSVID) error {
+	if len(some) == 0 {
+		return nil
+	}
+	var ops []store.Op
+	none := int64(0)
+	for _, v := range some {
+		value, err := json.Marshal(v)
+		if err != nil {
+			return err
+		}
+		ops = append(ops, store.Op{Kind: store.KindRevocation, Key: v.Serial, Value: value, Expires: v.Until, IfRevision: &none})
+	}
+	_, err := r.write(ctx, ops...)
+	return err
 }
 
 // live are those of list that are not revoked yet.
@@ -225,44 +250,25 @@ func (r *Registry) Revoke(ctx context.Context, o mesh.RevokeOrder) (mesh.RevokeR
 	return res, nil
 }
 
-// A holder is an agent and an identity that an entry lets it serve.
-type holder struct{ agent, id spiffeid.ID }
-
-// holders are those of entries, lapsed ones too.
-func holders(byAgent map[spiffeid.ID][]mesh.Entry) map[holder]bool {
-	out := make(map[holder]bool)
-	for _, es := range byAgent {
-		for _, e := range es {
-			out[holder{e.ParentID, e.SPIFFEID}] = true
-		}
-	}
-	return out
-}
-
 // lose notes whether a new state has less than the old, so that what was
 // issued for that is revoked. mu is held.
 func (r *Registry) lose(old, next *state) {
-	have := holders(next.byAgent)
-	for h := range holders(old.byAgent) {
-		if !have[h] {
-			r.lost = true
-			return
-		}
+	if !next.lineage.Keeps(old.lineage) {
+		r.lost = true
+		return
 	}
-	below := downstreams(next.byAgent)
-	for id := range downstreams(old.byAgent) {
+	below := downstreams(next.entries)
+	for id := range downstreams(old.entries) {
 		r.lost = r.lost || !below[id]
 	}
 }
 
 // downstreams are the identities of issuers below this one.
-func downstreams(byAgent map[spiffeid.ID][]mesh.Entry) map[string]bool {
+func downstreams(entries []mesh.Entry) map[string]bool {
 	out := make(map[string]bool)
-	for _, es := range byAgent {
-		for _, e := range es {
-			if e.Downstream {
-				out[e.SPIFFEID.String()] = true
-			}
+	for _, e := range entries {
+		if e.Downstream {
+			out[e.SPIFFEID.String()] = true
 		}
 	}
 	return out
@@ -289,12 +295,19 @@ func (r *Registry) revokeGone(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if r.shared() {
+		// Read after the ledger: what another issuer gave out by an entry that
+		// this one has not seen yet is not revoked for that.
+		if err := errors.Join(r.adopt(ctx), r.followEntries(ctx)); err != nil {
+			return err
+		}
+	}
 	standing, err := r.standing(ctx)
 	if err != nil {
 		return err
 	}
 	now := r.state.Load()
-	have := holders(now.byAgent)
+	may := make(map[spiffeid.ID]map[spiffeid.ID]bool) // by agent
 	var list []mesh.RevokedSVID
 	for _, i := range r.live(all) {
 		if i.Agent.IsZero() {
@@ -304,38 +317,20 @@ func (r *Registry) revokeGone(ctx context.Context) error {
 		switch {
 		case !known:
 			why = mesh.WhyEvicted
-		case why == "" && i.Entry != "" && now.accepted != nil && !have[holder{i.Agent, i.ID}]:
-			why = mesh.WhyWithdrawn
+		case why == "" && i.Entry != "" && now.accepted != nil:
+			if may[i.Agent] == nil {
+				may[i.Agent] = make(map[spiffeid.ID]bool)
+				for _, e := range now.lineage.Of(i.Agent, r.factsOf(i.Agent), r.cfg.Now()) {
+					may[i.Agent][e.SPIFFEID] = true
+				}
+			}
+			if !may[i.Agent][i.ID] {
+				why = mesh.WhyWithdrawn
+			}
 		}
 		if why != "" {
 			list = append(list, r.revocationOf(i, why))
 		}
 	}
 	return r.revoke(ctx, list)
-}
-
-// standing says of each agent that is known why it may hold nothing; empty when
-// it may. One that cannot be read does not keep the others from being judged:
-// it gets nothing new, and what it has ends by itself.
-func (r *Registry) standing(ctx context.Context) (map[spiffeid.ID]string, error) {
-	records, err := r.list(ctx, store.KindAgent)
-	if err != nil {
-		return nil, fmt.Errorf("list agents: %w", err)
-	}
-	out := make(map[spiffeid.ID]string, len(records))
-	for _, rec := range records {
-		a, err := decodeAgent(rec)
-		if err != nil {
-			r.cfg.Log.Error("agent not understood, nothing of it is revoked", "agent", rec.Key, "error", err)
-			a.ID, err = spiffeid.FromString(rec.Key)
-		}
-		if err != nil {
-			continue
-		}
-		out[a.ID] = ""
-		if a.Banned {
-			out[a.ID] = mesh.WhyBanned
-		}
-	}
-	return out, nil
 }

@@ -127,6 +127,8 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"policies of one are in force at all", sharedPolicies},
 		{"edits at once follow on each other", racingPolicies},
 		{"a token counts once in all", sharedTokens},
+		{"an alias holds at all", sharedAliases},
+		{"an entry ends at all, and counts once", sharedLapse},
 		{"an endpoint moves with its proxy", movingEndpoints},
 		{"the endpoints of a dead issuer end after a lease", deadIssuer},
 		{"an issuer that only slept keeps its endpoints", slowIssuer},
