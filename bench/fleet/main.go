@@ -179,6 +179,9 @@ func (p *proxy) OnSyncNow(context.Context) {
 	}
 }
 
+// OnCandidate tries nothing.
+func (p *proxy) OnCandidate(context.Context, *mesh.Snapshot) error { return nil }
+
 // OnRevoked has nothing to close.
 func (p *proxy) OnRevoked(context.Context, []mesh.RevokedSVID) {}
 

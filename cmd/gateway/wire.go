@@ -67,7 +67,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: gw.ready, Metrics: gw.metrics.Handler(),
 		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Log: gw.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler()},
+		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })
@@ -112,7 +112,7 @@ func (gw *gateway) open() error {
 	if gw.sinks, err = sink.NewAll(cfg.Audit, path, gw.log); err != nil {
 		return errors.Join(err, gw.audit.Close())
 	}
-	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment}); err != nil {
+	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment, Metrics: gw.metrics}); err != nil {
 		return err
 	}
 	servers := make([]egress.Server, len(cfg.Resolvers))
@@ -126,7 +126,7 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Identity, Use: gw.use, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err

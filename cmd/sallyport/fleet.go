@@ -44,6 +44,9 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 		if p.Reason != "" {
 			state += " (" + firstLine(p.Reason) + ")"
 		}
+		if p.CandidateRefused != "" {
+			state += " (candidate refused: " + firstLine(p.CandidateRefused) + ")"
+		}
 		if !p.Connected {
 			seen = age(time.Since(p.LastSeen)) + " ago"
 		}

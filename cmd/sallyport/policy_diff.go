@@ -28,26 +28,35 @@ type diffed struct {
 
 // policyDiff is "sallyport policy diff".
 func (c *cli) policyDiff(td *string) *cobra.Command {
-	var rev string
+	var (
+		rev       string
+		candidate bool
+	)
 	cmd := &cobra.Command{
-		Use:   "diff OLD NEW | diff --git REV DIR",
+		Use:   "diff OLD NEW | diff --git REV DIR | diff --candidate DIR",
 		Short: "Show exactly the calls that NEW decides otherwise than OLD",
 		Long: "Show exactly the calls that NEW decides otherwise than OLD, each set of them\n" +
 			"with one call as a witness, and what else changed: services, entries, egress\n" +
 			"destinations, tokens and tests. With --git, OLD is DIR at a revision of the\n" +
-			"repository it is in. --output markdown is for a pull request.",
+			"repository it is in; with --candidate, NEW is DIR with the rows of its candidate\n" +
+			"in force. --output markdown is for a pull request.",
 		Args: func(_ *cobra.Command, args []string) error {
-			if want := 2; rev == "" && len(args) != want {
-				return fmt.Errorf("needs the folders OLD and NEW, or --git REV and one folder")
-			}
-			if rev != "" && len(args) != 1 {
-				return fmt.Errorf("needs one folder beside --git")
+			switch want := 2; {
+			case rev != "" && candidate:
+				return fmt.Errorf("--git and --candidate exclude each other")
+			case (rev != "" || candidate) && len(args) != 1:
+				return fmt.Errorf("needs one folder beside --git or --candidate")
+			case rev == "" && !candidate && len(args) != want:
+				return fmt.Errorf("needs the folders OLD and NEW, or --git REV and one folder, or --candidate and one folder")
 			}
 			return nil
 		},
 		Annotations: map[string]string{alsoMarkdown: ""},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if rev == "" {
+			switch {
+			case candidate:
+				return c.diffCandidate(args[0], *td)
+			case rev == "":
 				return c.diff(args[0], args[1], *td)
 			}
 			old, err := atRevision(cmd.Context(), rev, args[0])
@@ -59,7 +68,23 @@ func (c *cli) policyDiff(td *string) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&rev, "git", "", "compare DIR with itself at this git revision, such as origin/main")
+	cmd.Flags().BoolVar(&candidate, "candidate", false, "compare DIR with itself as its candidate would make it")
 	return cmd
+}
+
+// diffCandidate prints what the candidate would change.
+func (c *cli) diffCandidate(dir, td string) error {
+	was, err := parsePolicies(dir, td)
+	if err != nil {
+		return err
+	}
+	is := was.WithCandidate()
+	if is == nil {
+		return failed(fmt.Errorf("%s has no candidate: write the rows to try into %s", dir, filepath.Join(dir, "candidate", "access.csv")))
+	}
+	now := *was
+	now.Candidate = nil
+	return c.printDiff(&now, is)
 }
 
 // diff prints what NEW changes.
@@ -72,6 +97,10 @@ func (c *cli) diff(old, new, td string) error {
 	if err != nil {
 		return err
 	}
+	return c.printDiff(was, is)
+}
+
+func (c *cli) printDiff(was, is *mesh.Policies) error {
 	cells, err := review.Diff(was, is, time.Now())
 	if err != nil {
 		return failed(err)

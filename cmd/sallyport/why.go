@@ -2,19 +2,14 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"net/url"
-	"path/filepath"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"sallyport/internal/authz"
-	"sallyport/internal/daemon"
 )
 
 // packagedProxies is where packaged proxies have their admin sockets.
@@ -30,14 +25,12 @@ func (c *cli) why() *cobra.Command {
 			"that denied it is asked on its admin socket; it knows its last 512 denials.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(proxies) == 0 {
-				proxies, _ = filepath.Glob(packagedProxies) // the pattern is a good one
-			}
-			if len(proxies) == 0 {
-				return usage(fmt.Errorf("no proxy runs at %s: name its admin socket with --proxy", packagedProxies))
+			sockets, err := socketsOf(proxies)
+			if err != nil {
+				return err
 			}
 			var errs []error
-			for _, socket := range proxies {
+			for _, socket := range sockets {
 				w, err := askWhy(cmd.Context(), socket, args[0])
 				if err != nil {
 					errs = append(errs, fmt.Errorf("%s: %w", socket, err))
@@ -53,31 +46,15 @@ func (c *cli) why() *cobra.Command {
 			return failed(errors.Join(errs...))
 		},
 	}
-	cmd.Flags().StringSliceVar(&proxies, "proxy", nil, "the admin socket of a proxy, may be repeated (default: "+packagedProxies+")")
+	proxyFlag(cmd, &proxies)
 	return cmd
 }
 
 // askWhy asks one proxy.
 func askWhy(ctx context.Context, socket, id string) (w authz.Why, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://admin/why/"+url.PathEscape(id), nil)
-	if err != nil {
-		return w, err
+	err = askProxy(ctx, socket, "why/"+url.PathEscape(id), &w)
+	if errors.Is(err, errNotKnown) {
+		err = errors.New("it knows no such denial; look for the id in its audit log")
 	}
-	resp, err := daemon.AdminClient(socket).Do(req)
-	if err != nil {
-		return w, err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 8<<20))
-	switch {
-	case err != nil:
-		return w, err
-	case resp.StatusCode == http.StatusNotFound:
-		return w, errors.New("it knows no such denial; look for the id in its audit log")
-	case resp.StatusCode != http.StatusOK:
-		return w, fmt.Errorf("it answers %s", resp.Status)
-	}
-	return w, json.Unmarshal(b, &w)
+	return w, err
 }

@@ -93,7 +93,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: s.ready, Metrics: s.metrics.Handler(),
 		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Log: s.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler()},
+		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })
@@ -142,7 +142,7 @@ func (s *sidecar) open() error {
 	if s.sinks, err = sink.NewAll(cfg.Audit, path, s.log); err != nil {
 		return errors.Join(err, s.audit.Close())
 	}
-	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment}); err != nil {
+	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment, Metrics: s.metrics}); err != nil {
 		return err
 	}
 	up := upstream.Config{
@@ -164,7 +164,7 @@ func (s *sidecar) open() error {
 	}
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use, Rejudge: s.rejudge,
+		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
 		Audit: path, Tree: s.checked, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
 	return err

@@ -93,6 +93,10 @@ type Config struct {
 	// Use puts a new snapshot in force, wholly or not at all; an error keeps
 	// the former one and is told to the issuer. Required.
 	Use func(*mesh.Snapshot) error
+	// Try tries the rows of a candidate beside those in force, nil ends that; an
+	// error says that they are not tried and is told to the issuer. Default:
+	// candidates are passed over.
+	Try func(*mesh.Snapshot) error
 	// Rejudge is called once Source believes fewer peers than before: what is
 	// open to those that are revoked must be closed when it returns. Required.
 	Rejudge func()
@@ -150,6 +154,7 @@ type Agent struct {
 	renewNow chan struct{}
 
 	snapshot   atomic.Pointer[mesh.Snapshot]
+	candidate  atomic.Pointer[mesh.Snapshot]
 	entries    atomic.Pointer[[]mesh.Entry]
 	generation atomic.Uint64
 

@@ -67,6 +67,27 @@ func (a *Agent) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
 	return nil
 }
 
+// OnCandidate is control.Handler. A candidate is not kept on disk: the next
+// start is told of it again.
+func (a *Agent) OnCandidate(_ context.Context, rows *mesh.Snapshot) error {
+	a.candidate.Store(nil)
+	switch {
+	case a.cfg.Try == nil:
+		return nil
+	case rows == nil:
+		return a.cfg.Try(nil)
+	}
+	if err := a.own(rows); err != nil {
+		return errors.Join(err, a.cfg.Try(nil))
+	}
+	if err := a.cfg.Try(rows); err != nil {
+		a.cfg.Log.Error("candidate not tried, the policy in force is not touched", "revision", rows.PolicyRevision, "err", err)
+		return err
+	}
+	a.candidate.Store(rows)
+	return nil
+}
+
 // OnSyncNow is control.Handler.
 func (a *Agent) OnSyncNow(context.Context) { a.rot.Sync() }
 
@@ -89,7 +110,7 @@ func (a *Agent) follow(ctx context.Context) error {
 			a.untilOther(sub, self, eps)
 		})
 		err = a.client.Subscribe(sub, control.Hello{
-			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), SVIDExpires: a.expires,
+			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), HaveCandidate: a.candidate.Load(), SVIDExpires: a.expires,
 			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState,
 		}, a)
 		cancel()

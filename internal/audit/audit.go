@@ -39,6 +39,9 @@ const (
 	KindGap Kind = "gap"
 	// KindError is a call that was allowed and came to nothing.
 	KindError Kind = "error"
+	// KindShadow is a call that a candidate policy would decide otherwise: its
+	// Decision is the candidate's. Detail says how both decide.
+	KindShadow Kind = "shadow"
 	// KindRollup counts the events of one kind in a stretch of time.
 	KindRollup Kind = "rollup"
 )
@@ -46,7 +49,7 @@ const (
 // Kinds has every kind of record.
 var Kinds = []Kind{
 	KindDecision, KindRollup, KindEgressOpen, KindEgressClose, KindTLS, KindAttest,
-	KindIssue, KindPolicy, KindAdmin, KindGap, KindError,
+	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow,
 }
 
 // The values of Record.Decision.

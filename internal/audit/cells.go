@@ -71,7 +71,15 @@ const (
 	turned               // refusals on the way out: no path, no destination
 	insecure             // failed handshakes
 	failed               // calls that were allowed and came to nothing
+	gained               // calls that a candidate alone would allow
+	lost                 // calls that a candidate alone would refuse
 )
+
+// counted says if events are only counted but for the first of their kind.
+func (w what) counted() bool { return w == allowed || w.shadow() }
+
+// shadow says if it is not the calls that are counted but a difference.
+func (w what) shadow() bool { return w == gained || w == lost }
 
 // cellKey is what the events of a cell have in common.
 type cellKey struct {
@@ -91,6 +99,14 @@ func (k *cellKey) record() Record {
 		r.Decision, r.Detail = Deny, "handshakes"
 	case failed:
 		r.Detail = "failed calls"
+	case gained, lost:
+		r.Detail = "candidate"
+		if k.what == lost {
+			r.Decision = Deny
+		}
+		if k.dst == "" {
+			r.Dir = "out"
+		}
 	}
 	return r
 }
@@ -114,10 +130,13 @@ func (k *cellKey) appendTo(b []byte) []byte {
 	return b
 }
 
+// errNoCell is returned for a difference that would have to be kept by itself.
+var errNoCell = errors.New("no cell is free to count it")
+
 var errNotAKey = errors.New("a cell of the counts holds no key")
 
 func parseKey(b []byte) (k cellKey, err error) {
-	if len(b) < 3 || b[0] == 0 || what(b[0]) > failed {
+	if len(b) < 3 || b[0] == 0 || what(b[0]) > lost {
 		return k, errNotAKey
 	}
 	k.what, k.port, b = what(b[0]), binary.LittleEndian.Uint16(b[1:]), b[3:]

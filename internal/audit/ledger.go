@@ -69,7 +69,18 @@ type Ledger struct {
 }
 
 // kindKey is what the first use in a day is of.
-type kindKey struct{ src, dst, rule string }
+type kindKey struct {
+	src, dst, rule string
+	shadow         what // whole of calls
+}
+
+func (k *cellKey) kind() kindKey {
+	out := kindKey{src: k.src, dst: k.dst, rule: k.rule}
+	if k.what.shadow() {
+		out.shadow = k.what
+	}
+	return out
+}
 
 type kindSeen struct {
 	full      time.Time // when one was kept in full
@@ -133,6 +144,14 @@ func countable(r *Record) (k cellKey) {
 		k.what, k.src, k.rule, k.verb = insecure, "", "", ""
 	case r.Kind == KindError:
 		k.what = failed
+	case r.Kind == KindShadow:
+		k.what, k.port, k.verb = lost, 0, ""
+		if r.Decision == Allow {
+			k.what = gained
+		}
+		if r.Dir == "out" {
+			k.dst = "" // as of refusals
+		}
 	}
 	return k
 }
@@ -164,11 +183,16 @@ func (l *Ledger) Append(r *Record) error {
 	sh.mu.Lock()
 	// Written out here so that the bytes become no string on the heap.
 	c := sh.cells[cellKey{what: k.what, port: k.port, src: k.src, dst: k.dst, rule: k.rule, reason: k.reason, verb: k.verb, path: string(tpl)}]
-	if c == nil || c.fresh || r.Full || c.key.what != allowed || l.closed.Load() || l.log.blocked.Load() {
+	if c == nil || c.fresh || r.Full || !c.key.what.counted() || l.closed.Load() || l.log.blocked.Load() {
 		sh.mu.Unlock()
 		return l.slow(r, sh, k, string(tpl))
 	}
 	c.decide()
+	if k.what.shadow() {
+		c.settle(classNone, r.Trace)
+		sh.mu.Unlock()
+		return nil
+	}
 	sh.mu.Unlock()
 	r.ID, r.Tally.c = c.id, c
 	return nil
@@ -195,7 +219,10 @@ func (l *Ledger) slow(r *Record, sh *shard, k cellKey, tpl string) error {
 	}
 	k.path = tpl
 	sh, c := l.cell(k, sh)
-	if c == nil {
+	switch {
+	case c == nil && k.what.shadow():
+		return errNoCell // one by one they would be a flood
+	case c == nil:
 		r.Count = 1 // it stands for itself, no roll-up counts it
 		return l.keep(r)
 	}
@@ -230,6 +257,11 @@ func (l *Ledger) slow(r *Record, sh *shard, k cellKey, tpl string) error {
 		c.settle(class4xx, r.Trace)
 	case insecure:
 		c.settle(classNone, r.Trace)
+	case gained, lost:
+		c.settle(classNone, r.Trace)
+		if full {
+			c.fresh = false
+		}
 	case failed:
 		c.settle(classByName(r.Class), r.Trace)
 	}
@@ -260,7 +292,7 @@ func (l *Ledger) keep(r *Record) error {
 func (l *Ledger) wanted(r *Record, sh *shard, c *cell) bool {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
-	if c.key.what == allowed {
+	if c.key.what.counted() {
 		return c.fresh || r.Full
 	}
 	if c.budget > 0 {
@@ -319,15 +351,14 @@ func (l *Ledger) mayAdd(k cellKey) bool {
 
 // seen is what is known of a caller, destination and rule, under mu.
 func (l *Ledger) seen(k cellKey) *kindSeen {
-	key := kindKey{k.src, k.dst, k.rule}
-	s := l.kinds[key]
+	s := l.kinds[k.kind()]
 	if s == nil {
 		if len(l.kinds) >= maxKinds {
 			clear(l.kinds) // who comes again is seen in full again
 		}
 		c := k.clone()
 		s = new(kindSeen)
-		l.kinds[kindKey{c.src, c.dst, c.rule}] = s
+		l.kinds[c.kind()] = s
 	}
 	return s
 }
@@ -355,7 +386,7 @@ func (l *Ledger) make(k cellKey) *cell {
 		c.store(i, 0)
 	}
 	copy(c.text[cText*8:], text)
-	if k.what == allowed {
+	if k.what.counted() {
 		s := l.seen(k)
 		if now := time.Now(); now.Sub(s.full) >= fullEvery {
 			c.fresh, s.full = true, now

@@ -175,6 +175,46 @@ func TestLedgerKeepsInFull(t *testing.T) {
 	}
 }
 
+// Of differences the first of a kind is kept, the others are counted, and none
+// is taken for a call.
+func TestLedgerCountsDifferences(t *testing.T) {
+	l, log := memoryLedger(t, LedgerConfig{})
+	difference := func(decision, src, path string) {
+		r := Record{Kind: KindShadow, Decision: decision, Reason: "why", Rule: "row", Dir: "in", Src: src, Dst: "spiffe://d/b", Port: 1, Verb: "GET", Path: path, ID: "told-1", Open: true}
+		if err := l.Append(&r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	call := sample()
+	call.Src, call.Dst, call.Rule = "spiffe://d/a", "spiffe://d/b", "row"
+	if err := l.Append(&call); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 5000 {
+		difference(Allow, "spiffe://d/a", fmt.Sprintf("/made/up/%d", i))
+		difference(Deny, "spiffe://d/a", "/x")
+		difference(Deny, "spiffe://d/c", "/x")
+	}
+	if err := l.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	full, sums := 0, map[string]uint64{}
+	for _, r := range log.Records() {
+		switch {
+		case r.Kind == KindShadow && r.ID == "told-1":
+			full++
+		case r.Kind == KindRollup && r.Detail == "candidate":
+			sums[r.Decision+" "+r.Src] += r.Count
+		}
+	}
+	if full != 3 || len(sums) != 3 || sums["allow spiffe://d/a"] != 5000 || sums["deny spiffe://d/a"] != 5000 || sums["deny spiffe://d/c"] != 5000 {
+		t.Errorf("%d in full, want 3; counted %v, want 5000 each", full, sums)
+	}
+	if calls, _ := counted(log.Records()); calls[""] != 0 && calls[""] != 1 {
+		t.Errorf("differences were counted as calls: %v", calls)
+	}
+}
+
 func TestLedgerBoundsWhatCallersInvent(t *testing.T) {
 	l, log := memoryLedger(t, LedgerConfig{Budget: 1, Sample: 1 << 30})
 	const n = 3000

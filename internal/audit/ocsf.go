@@ -128,7 +128,7 @@ func ocsfClass(r *Record) (class, activity int) {
 		return ocsfNetwork, 1
 	case KindEgressClose:
 		return ocsfNetwork, 2
-	case KindDecision, KindError, KindRollup:
+	case KindDecision, KindError, KindRollup, KindShadow:
 	}
 	switch {
 	case r.Detail == "handshakes":

@@ -121,7 +121,7 @@ func (l *Ledger) adopt() (found bool, err error) {
 		if err != nil {
 			return false, fmt.Errorf("cell %d: %w; move the file away to count from 0", index, err)
 		}
-		c.id, c.budget, c.fresh = cellID(l.log.nonce, index, gen), l.cfg.Budget, c.key.what == allowed
+		c.id, c.budget, c.fresh = cellID(l.log.nonce, index, gen), l.cfg.Budget, c.key.what.counted()
 		c.reconcile(told[cellName{index, gen}])
 		l.seen(c.key).templates++
 		sh := l.shard(&c.key, len(c.key.path))
@@ -346,7 +346,7 @@ func (l *Ledger) retire(sh *shard) {
 	now := time.Now()
 	for k, c := range sh.cells {
 		c.budget = l.cfg.Budget
-		if k.what == allowed && !c.fresh {
+		if k.what.counted() && !c.fresh {
 			if s := l.seen(k); now.Sub(s.full) >= fullEvery {
 				c.fresh, s.full = true, now
 			}

@@ -15,6 +15,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
 )
 
 // A Recorder keeps decisions. When Append returns nil the record survives the
@@ -37,6 +38,9 @@ type JudgeConfig struct {
 	// CheckEvery is how many decisions pass between two that Run gives to
 	// Casbin, too; a power of two. Default 65,536.
 	CheckEvery uint64
+	// Metrics counts what a candidate would decide otherwise. Default: nothing
+	// is counted.
+	Metrics *telemetry.Registry
 }
 
 // Validate reports every mistake by field name.
@@ -69,6 +73,8 @@ type Judge struct {
 	doubted atomic.Pointer[Set]
 
 	denials denials
+	// candidate is nil when none is tried.
+	candidate atomic.Pointer[candidate]
 }
 
 // sample is a decision to be checked.
@@ -186,7 +192,19 @@ func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
 	if sure {
 		d = set.soften(c, d)
 	}
-	return j.record(c, set, d)
+	g, err = j.record(c, set, d)
+	if t := j.candidate.Load(); t != nil && sure {
+		j.try(t, c, set, d, cn, idOf(g, err))
+	}
+	return g, err
+}
+
+// idOf is the decision id that the caller of Judge is told.
+func idOf(g Grant, err error) string {
+	if d, ok := err.(*Denial); ok { //nolint:errorlint // made here
+		return d.ID
+	}
+	return g.id
 }
 
 // decide answers by the rows. Sure is false of a Set that disagreed with Casbin:
@@ -195,7 +213,7 @@ func (j *Judge) decide(c *Call, set *Set, cn *Conn) (d Decision, sure bool) {
 	if cn == nil {
 		d = set.Decide(c)
 	} else {
-		d = cn.slice(set).Decide(c)
+		d = cn.slice(&cn.cur, set).Decide(c)
 	}
 	if set != nil && j.doubted.Load() == set {
 		return j.stricter(set, c, d), false
@@ -349,7 +367,8 @@ type Conn struct {
 	src   spiffeid.ID
 	dst   string
 	port  uint16
-	cur   atomic.Pointer[Slice]
+	// cur is of the set in force, tried of the candidate.
+	cur, tried atomic.Pointer[Slice]
 }
 
 // Conn prepares to judge calls from src to dst.
@@ -365,13 +384,13 @@ func (cn *Conn) Judge(c *Call) (Grant, error) {
 	return cn.judge.judge(call, cn)
 }
 
-// slice returns the rules of the connection in set, made anew when the policy
-// has changed.
-func (cn *Conn) slice(set *Set) *Slice {
-	sl := cn.cur.Load()
+// slice returns the rules of the connection in set, made anew when it is not
+// the one that cur was made of.
+func (cn *Conn) slice(cur *atomic.Pointer[Slice], set *Set) *Slice {
+	sl := cur.Load()
 	if sl == nil || sl.set != set {
 		sl = set.Slice(cn.dir, cn.src, cn.dst, cn.port)
-		cn.cur.Store(sl)
+		cur.Store(sl)
 	}
 	return sl
 }

@@ -13,9 +13,11 @@ import (
 // stamped is a Handler that says when a snapshot arrived.
 type stamped chan time.Time
 
-func (s stamped) OnSnapshot(context.Context, *mesh.Snapshot) error { s <- time.Now(); return nil }
-func (s stamped) OnSyncNow(context.Context)                        {}
-func (s stamped) OnRevoked(context.Context, []mesh.RevokedSVID)    {}
+func (s stamped) OnSnapshot(context.Context, *mesh.Snapshot) error  { s <- time.Now(); return nil }
+func (s stamped) OnCandidate(context.Context, *mesh.Snapshot) error { return nil }
+
+func (s stamped) OnSyncNow(context.Context)                     {}
+func (s stamped) OnRevoked(context.Context, []mesh.RevokedSVID) {}
 
 // BenchmarkPush measures from a change in the registry to its arrival at the
 // last of 100 subscribers on one mutual TLS connection.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/control/meshpb"
 	"sallyport/internal/mesh"
 )
 
@@ -41,6 +42,8 @@ type watcher struct {
 	syncs chan struct{}
 	// refuse, when it returns an error, rejects a snapshot.
 	refuse func(*mesh.Snapshot) error
+	// try, when set, is given the candidate.
+	try func(*mesh.Snapshot) error
 	// revoked, when set, is given what is revoked.
 	revoked chan []mesh.RevokedSVID
 }
@@ -53,6 +56,13 @@ func (w *watcher) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
 	}
 	w.snaps <- s
 	return nil
+}
+
+func (w *watcher) OnCandidate(_ context.Context, rows *mesh.Snapshot) error {
+	if w.try == nil {
+		return nil
+	}
+	return w.try(rows)
 }
 
 func (w *watcher) OnSyncNow(context.Context) { w.syncs <- struct{}{} }
@@ -164,7 +174,7 @@ func TestAProjectionIsMadeOnce(t *testing.T) {
 	if a != b {
 		t.Error("one workload's projection was made twice")
 	}
-	if other, _ := p.of(snap, KindSidecar, payment); other == a || bytes.Equal(other.Body, a.Body) {
+	if other, _ := p.of(snap, KindSidecar, payment); other == a || bytes.Equal(other.msg.Body, a.msg.Body) {
 		t.Error("payment got billing's projection")
 	}
 	g1, _ := p.of(snap, KindGateway, egress)
@@ -173,10 +183,10 @@ func TestAProjectionIsMadeOnce(t *testing.T) {
 	}
 	next := snapshot(t, 2, 2, "GET")
 	n, _ := p.of(next, KindSidecar, billing)
-	if n.Hash != a.Hash || n.Revision != 2 {
+	if n.msg.Hash != a.msg.Hash || n.msg.Revision != 2 {
 		t.Error("the same content under a new revision has another hash")
 	}
-	if late, _ := p.of(snap, KindSidecar, billing); late.Revision != 1 {
+	if late, _ := p.of(snap, KindSidecar, billing); late.msg.Revision != 1 {
 		t.Error("a late reader got another snapshot")
 	}
 	if again, _ := p.of(next, KindSidecar, billing); again != n {
@@ -640,6 +650,80 @@ func TestParseBundle(t *testing.T) {
 		got, err := ParseBundle(tt.text)
 		if tt.want == "" && (err != nil || len(got) == 0) || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+	}
+}
+
+// A candidate comes with the snapshot it stands beside, and what becomes of it
+// says nothing of that.
+func TestACandidateIsToldApart(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	c, _ := r.joined("node-b")
+	w := newWatcher()
+	tried := make(chan *mesh.Snapshot, 64)
+	w.try = func(rows *mesh.Snapshot) error {
+		tried <- rows
+		if rows != nil && rows.Rules[0].Verb == "TRACE" {
+			return errors.New("row pay-bill: verb\nis odd")
+		}
+		return nil
+	}
+	put := func(rev, policy uint64, verb string) {
+		r.reg.change(func() {
+			s := *snapshot(t, rev, policy, "GET")
+			if verb != "" {
+				next := snapshot(t, rev, policy, verb)
+				s.Candidate = &mesh.Snapshot{PolicyRevision: policy, TrustDomain: td, Rules: next.Rules}
+			}
+			r.reg.snap = &s
+		})
+	}
+	subscribe(t, c, billingHello(), w)
+	if got := recv(t, "no candidate", tried); got != nil {
+		t.Fatalf("tried %+v before there was a candidate", got)
+	}
+	put(11, 4, "PATCH")
+	if got := recv(t, "candidate", tried); got == nil || got.PolicyRevision != 4 || got.Rules[len(got.Rules)-1].Verb != "PATCH" {
+		t.Fatalf("tried %+v", got)
+	}
+	report(t, r, "ack", func(p mesh.Proxy) bool { return p.PolicyRevision == 4 && p.CandidateRefused == "" })
+	// The same rows under another number: the rows are not sent again.
+	put(12, 5, "PATCH")
+	if got := recv(t, "renumbered candidate", tried); got == nil || got.PolicyRevision != 5 {
+		t.Fatalf("tried %+v", got)
+	}
+	r.reg.change(func() {
+		s := *snapshot(t, 13, 6, "GET")
+		s.Candidate = &mesh.Snapshot{PolicyRevision: 6, TrustDomain: td, Rules: []mesh.Rule{s.Rules[1]}}
+		s.Candidate.Rules[0].Verb = "TRACE"
+		r.reg.snap = &s
+	})
+	recv(t, "bad candidate", tried)
+	p := report(t, r, "refused candidate", func(p mesh.Proxy) bool { return p.CandidateRefused != "" })
+	if p.CandidateRefused != "row pay-bill: verb is odd" || p.State != "" || p.PolicyRevision != 6 {
+		t.Errorf("reported %+v: the snapshot was accepted", p)
+	}
+	put(14, 7, "")
+	if got := recv(t, "end of the candidate", tried); got != nil {
+		t.Errorf("tried %+v", got)
+	}
+	report(t, r, "ack without a candidate", func(p mesh.Proxy) bool { return p.PolicyRevision == 7 && p.CandidateRefused == "" })
+}
+
+// A candidate that cannot be read does not keep the snapshot from being used.
+func TestAGarbledCandidateHurtsNothing(t *testing.T) {
+	snap := snapshot(t, 10, 3, "GET")
+	var own projection
+	if err := own.project(snap, projectionKey{kind: KindSidecar, workload: billing}); err != nil {
+		t.Fatal(err)
+	}
+	for name, body := range map[string]string{"no JSON": "{", "a field nobody knows": `{"rows":1}`, "another revision": string((&mesh.Snapshot{PolicyRevision: 2, TrustDomain: td}).Encode())} {
+		w := newWatcher()
+		s := &subscriberState{hello: billingHello(), handler: w}
+		own.msg.Candidate = []byte(body)
+		s.take(t.Context(), &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: own.msg}})
+		if ack := s.answer().GetAck(); ack.GetPolicyRevision() != 3 || !strings.HasPrefix(ack.GetCandidateRefused(), "candidate") {
+			t.Errorf("%s: answered %v", name, s.answer())
 		}
 	}
 }

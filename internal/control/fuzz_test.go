@@ -32,6 +32,8 @@ type keeper struct {
 }
 
 func (k *keeper) OnSnapshot(_ context.Context, s *mesh.Snapshot) error { k.last = s; return nil }
+func (k *keeper) OnCandidate(context.Context, *mesh.Snapshot) error    { return nil }
+
 func (k *keeper) OnSyncNow(context.Context)                            {}
 func (k *keeper) OnRevoked(_ context.Context, list []mesh.RevokedSVID) { k.revoked = list }
 
@@ -40,10 +42,11 @@ func (k *keeper) OnRevoked(_ context.Context, list []mesh.RevokedSVID) { k.revok
 // nothing is confirmed as revoked beside what was not understood.
 func FuzzSubscriber(f *testing.F) {
 	snap := snapshot(f, 10, 3, "GET")
-	m, err := project(snap, projectionKey{kind: KindSidecar, workload: billing})
-	if err != nil {
+	var own projection
+	if err := own.project(snap, projectionKey{kind: KindSidecar, workload: billing}); err != nil {
 		f.Fatal(err)
 	}
+	m := own.msg
 	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}),
 		wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{Revision: 11, PolicyRevision: 4, PolicyHash: "x"}}}))
 	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_SyncNow{SyncNow: &meshpb.SyncNow{}}}), []byte{})

@@ -73,10 +73,10 @@ type subscription struct {
 	endpoints []mesh.Endpoint
 	// announced marks the endpoints announced since the last refresh.
 	announced []bool
-	// sent is the last snapshot or sameness told; hash is what the proxy has
-	// or was sent last.
+	// sent is the last snapshot or sameness told; hash and candidate are what the proxy has
+	// or were sent last.
 	sentRevision, sentPolicy uint64
-	hash                     string
+	hash, candidate          string
 	// revoked is the revision of the revocations told last.
 	revoked uint64
 	// identity is the hash of the agent's entries and the bundle; forced counts
@@ -123,7 +123,7 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	if err := s.speaksFor(who.id, workload, h.GetKind()); err != nil {
 		return nil, err
 	}
-	sub := &subscription{s: s, st: st, who: who, key: subscriber{who.id, workload, h.GetKind()}, hash: h.GetHaveHash()}
+	sub := &subscription{s: s, st: st, who: who, key: subscriber{who.id, workload, h.GetKind()}, hash: h.GetHaveHash(), candidate: h.GetHaveCandidate()}
 	if sub.endpoints, err = s.readEndpoints(h.GetEndpoints(), who.id, workload); err != nil {
 		return nil, err
 	}
@@ -331,13 +331,14 @@ func (sub *subscription) syncNow() error {
 // push sends the proxy's projection when its content is new, and the new
 // revisions when only they are.
 func (sub *subscription) push(snap *mesh.Snapshot) error {
-	m, err := sub.s.projections.of(snap, sub.key.kind, sub.key.workload)
+	own, err := sub.s.projections.of(snap, sub.key.kind, sub.key.workload)
 	if err != nil {
 		return err
 	}
+	m := own.msg
 	var resp *meshpb.SubscribeResponse
 	switch {
-	case m.Hash != sub.hash:
+	case m.Hash != sub.hash || own.candidate != sub.candidate:
 		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}
 	case m.Revision != sub.sentRevision || m.PolicyRevision != sub.sentPolicy:
 		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{
@@ -346,7 +347,11 @@ func (sub *subscription) push(snap *mesh.Snapshot) error {
 	default:
 		return nil
 	}
-	sub.hash, sub.sentRevision, sub.sentPolicy = m.Hash, m.Revision, m.PolicyRevision
+	if own.tooLong > 0 && m.PolicyRevision != sub.sentPolicy {
+		sub.s.cfg.Log.Error("the candidate is too large to be tried by this proxy beside what is in force", slog.String("workload", sub.key.workload.String()),
+			slog.Int("bytes", own.tooLong), slog.Int("message", maxMessage))
+	}
+	sub.hash, sub.candidate, sub.sentRevision, sub.sentPolicy = m.Hash, own.candidate, m.Revision, m.PolicyRevision
 	return sub.st.Send(resp)
 }
 
@@ -366,6 +371,7 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 		// A proxy may hold more than an issuer that was set back has.
 		sub.proxy.State, sub.proxy.Reason = "", ""
 		sub.proxy.PolicyRevision = min(ack.GetPolicyRevision(), sub.sentPolicy)
+		sub.tried(ack)
 	case revision == sub.sentRevision:
 		reason := plain(nack.GetReason())
 		if sub.proxy.State != mesh.Rejected || sub.proxy.PolicyRevision != sub.sentPolicy || sub.proxy.Reason != reason {
@@ -382,6 +388,16 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	sub.proxy.Revoked = min(revoked, sub.revoked)
 	sub.report()
 	return nil
+}
+
+// tried takes what the proxy says of the candidate.
+func (sub *subscription) tried(ack *meshpb.Ack) {
+	why := plain(ack.GetCandidateRefused())
+	if why != "" && why != sub.proxy.CandidateRefused {
+		sub.s.cfg.Log.Warn("proxy does not try the candidate", slog.String("workload", sub.key.workload.String()),
+			slog.Uint64("policy", sub.sentPolicy), slog.String("reason", why))
+	}
+	sub.proxy.CandidateRefused = why
 }
 
 // plain makes a peer's words fit for a table and a log line.

@@ -27,18 +27,22 @@ type projectionKey struct {
 type projection struct {
 	once sync.Once
 	msg  *meshpb.Snapshot
-	err  error
+	// candidate is the content hash of the candidate in msg; tooLong is how
+	// many bytes it has when it is not there for that.
+	candidate string
+	tooLong   int
+	err       error
 }
 
 // of returns the projection of snap for a reader. It must not be changed.
-func (p *projections) of(snap *mesh.Snapshot, kind string, workload spiffeid.ID) (*meshpb.Snapshot, error) {
+func (p *projections) of(snap *mesh.Snapshot, kind string, workload spiffeid.ID) (*projection, error) {
 	key := projectionKey{kind: kind, workload: workload}
 	if kind == KindGateway {
 		key.workload = spiffeid.ID{}
 	}
 	pr := p.slot(snap, key)
-	pr.once.Do(func() { pr.msg, pr.err = project(snap, key) })
-	return pr.msg, pr.err
+	pr.once.Do(func() { pr.err = pr.project(snap, key) })
+	return pr, pr.err
 }
 
 // slot finds the place of a projection. Only the newest snapshot has places; a
@@ -60,7 +64,7 @@ func (p *projections) slot(snap *mesh.Snapshot, key projectionKey) *projection {
 	return pr
 }
 
-func project(snap *mesh.Snapshot, key projectionKey) (*meshpb.Snapshot, error) {
+func (pr *projection) project(snap *mesh.Snapshot, key projectionKey) error {
 	var own *mesh.Snapshot
 	if key.kind == KindGateway {
 		own = snap.ProjectGateway()
@@ -73,8 +77,19 @@ func project(snap *mesh.Snapshot, key projectionKey) (*meshpb.Snapshot, error) {
 		Hash:           own.ContentHash(),
 		Body:           own.Encode(),
 	}
-	if len(m.Body) > maxMessage-4096 {
-		return nil, fmt.Errorf("snapshot of revision %d for %s has %d bytes, a message holds %d", own.Revision, key.workload, len(m.Body), maxMessage)
+	const room = maxMessage - 4096
+	if len(m.Body) > room {
+		return fmt.Errorf("snapshot of revision %d for %s has %d bytes, a message holds %d", own.Revision, key.workload, len(m.Body), maxMessage)
 	}
-	return m, nil
+	pr.msg = m
+	if own.Candidate == nil {
+		return nil
+	}
+	// What is in force is sent, whatever becomes of what is tried.
+	if b := own.Candidate.Encode(); len(m.Body)+len(b) > room {
+		pr.tooLong = len(b)
+	} else {
+		m.Candidate, pr.candidate = b, own.Candidate.ContentHash()
+	}
+	return nil
 }

@@ -35,6 +35,8 @@ type Hello struct {
 	Endpoints []mesh.Endpoint
 	// Have is the snapshot in force already, or nil. It is not sent again.
 	Have *mesh.Snapshot
+	// HaveCandidate are the rows that are tried already, or nil.
+	HaveCandidate *mesh.Snapshot
 	// SVIDExpires, when set, is asked with each answer for the operator's table.
 	SVIDExpires func() time.Time
 	// Authorities, when set, is asked with each answer: what the proxy trusts
@@ -53,6 +55,11 @@ type Handler interface {
 	// OnSnapshot puts a snapshot in force, wholly or not at all. An error
 	// keeps the former one in force and is told to the issuer.
 	OnSnapshot(ctx context.Context, s *mesh.Snapshot) error
+	// OnCandidate is called after OnSnapshot: the rows are to be tried beside
+	// those in force, of the same policy revision; nil means none. An error
+	// says that none are tried and is told to the issuer. What is in force
+	// must not hang on it.
+	OnCandidate(ctx context.Context, rows *mesh.Snapshot) error
 	// OnSyncNow is called when entries, bundle and SVIDs should be fetched;
 	// always once after connecting.
 	OnSyncNow(ctx context.Context)
@@ -67,6 +74,10 @@ type subscriberState struct {
 	handler Handler
 	// inForce is the snapshot that the handler accepted last.
 	inForce *mesh.Snapshot
+	// candidate are the rows that are tried, refused is why those sent last
+	// are not.
+	candidate *mesh.Snapshot
+	refused   string
 	// rejected is why the content sent last was refused; empty when it was not.
 	rejected string
 	// told is the revision answered last.
@@ -81,7 +92,7 @@ type subscriberState struct {
 // loss of the connection. It returns nil then; an error wraps ErrMustReattest
 // or ErrBanned.
 func (c *Client) Subscribe(ctx context.Context, hello Hello, h Handler) error {
-	s := &subscriberState{hello: hello, handler: h, inForce: hello.Have}
+	s := &subscriberState{hello: hello, handler: h, inForce: hello.Have, candidate: hello.HaveCandidate}
 	return c.persist(ctx, "subscribe", hello.OnState, func(ctx context.Context, up func()) error {
 		return c.subscribeOnce(ctx, s, up)
 	})
@@ -206,8 +217,11 @@ func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 	if s.inForce != nil {
 		h.HaveRevision, h.HaveHash = s.inForce.Revision, s.inForce.ContentHash()
 	}
+	if s.candidate != nil {
+		h.HaveCandidate = s.candidate.ContentHash()
+	}
 	// What was rejected is offered again on a new stream.
-	s.rejected, s.told = "", 0
+	s.rejected, s.refused, s.told = "", "", 0
 	// Another issuer's store may count otherwise.
 	s.revoked, s.spoiled = 0, false
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
@@ -266,6 +280,32 @@ func (s *subscriberState) use(ctx context.Context, m *meshpb.Snapshot) {
 		return
 	}
 	s.inForce, s.rejected = snap, ""
+	rows, err := readCandidate(m)
+	s.try(ctx, rows, err)
+}
+
+// try hands on the rows to try, or why there are none.
+func (s *subscriberState) try(ctx context.Context, rows *mesh.Snapshot, err error) {
+	err = errors.Join(err, s.handler.OnCandidate(ctx, rows))
+	s.candidate, s.refused = rows, ""
+	if err != nil {
+		s.candidate, s.refused = nil, reasonText(err)
+	}
+}
+
+// readCandidate returns the rows to try, nil when there are none.
+func readCandidate(m *meshpb.Snapshot) (*mesh.Snapshot, error) {
+	if len(m.GetCandidate()) == 0 {
+		return nil, nil
+	}
+	rows, err := mesh.DecodeSnapshot(m.GetCandidate())
+	if err != nil {
+		return nil, fmt.Errorf("candidate: %w", err)
+	}
+	if rows.PolicyRevision != m.GetPolicyRevision() {
+		return nil, fmt.Errorf("candidate is of policy revision %d, its envelope says %d", rows.PolicyRevision, m.GetPolicyRevision())
+	}
+	return rows, nil
 }
 
 // readSnapshot checks that the body is what the envelope says.
@@ -303,6 +343,16 @@ func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) {
 		return
 	}
 	s.inForce = &next
+	if s.refused != "" {
+		return
+	}
+	var rows *mesh.Snapshot
+	if s.candidate != nil {
+		same := *s.candidate
+		same.PolicyRevision, same.PolicyHash = m.GetPolicyRevision(), m.GetPolicyHash()
+		rows = &same
+	}
+	s.try(ctx, rows, nil)
 }
 
 func reasonText(err error) string {
@@ -325,6 +375,7 @@ func (s *subscriberState) answer() *meshpb.SubscribeRequest {
 	}
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
 		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
+		CandidateRefused: s.refused,
 	}}}
 }
 

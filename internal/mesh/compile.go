@@ -31,6 +31,7 @@ func Compile(p *Policies, rev, policyRev uint64, eps []Endpoint) (*Snapshot, err
 		}
 	}
 	s.canonical()
+	s.Candidate = p.tried(s)
 	return s, nil
 }
 
@@ -75,8 +76,8 @@ func (p *Policies) Hash() string {
 	c := Policies{
 		TrustDomain:  p.TrustDomain,
 		Services:     sorted(without(p.Services, func(s *Service) { s.Origin = Origin{} }), compareServices),
-		Rules:        sorted(without(p.Rules, func(r *Rule) { r.Origin = p.sameFile(r.Origin) }), compareRules),
-		Memberships:  sorted(without(p.Memberships, func(m *Membership) { m.Origin = Origin{} }), compareMemberships),
+		Rules:        p.plainRules(p.Rules),
+		Memberships:  plainMemberships(p.Memberships),
 		Destinations: sorted(without(p.Destinations, func(d *Destination) { d.Origin = Origin{} }), compareDestinations),
 		Entries: sorted(without(p.Entries, func(e *Entry) { e.Origin = Origin{} }), func(a, b Entry) int {
 			return cmp.Compare(a.ID, b.ID)
@@ -89,8 +90,18 @@ func (p *Policies) Hash() string {
 		}),
 		Tokens: p.Tokens.withoutOrigins(),
 		Modes:  withoutOrigins(p.Modes),
+
+		Candidate: p.Candidate.withoutOrigins(p),
 	}
 	return hashJSON(c)
+}
+
+func (p *Policies) plainRules(list []Rule) []Rule {
+	return sorted(without(list, func(r *Rule) { r.Origin = p.sameFile(r.Origin) }), compareRules)
+}
+
+func plainMemberships(list []Membership) []Membership {
+	return sorted(without(list, func(m *Membership) { m.Origin = Origin{} }), compareMemberships)
 }
 
 // without returns a copy of the list with edit applied to each element.

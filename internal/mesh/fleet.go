@@ -48,9 +48,11 @@ type Proxy struct {
 	PolicyRevision uint64     `json:"policy_revision"`
 	State          ProxyState `json:"state"`
 	// Reason says why a revision was rejected.
-	Reason    string    `json:"reason,omitempty"`
-	Connected bool      `json:"connected"`
-	LastSeen  time.Time `json:"last_seen"`
+	Reason string `json:"reason,omitempty"`
+	// CandidateRefused says why the candidate is not tried.
+	CandidateRefused string    `json:"candidate_refused,omitempty"`
+	Connected        bool      `json:"connected"`
+	LastSeen         time.Time `json:"last_seen"`
 	// Authorities is nil when the proxy does not say what it trusts.
 	Authorities *Authorities `json:"authorities,omitempty"`
 	// Revoked is the revision of the newest revocations that it acts on.

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"cmp"
+	"path"
 	"slices"
 )
 
@@ -31,7 +32,7 @@ type FileMode struct {
 }
 
 // Guard reports whether the row is one of the guardrails.
-func (r *Rule) Guard() bool { return r.Origin.File == guardFile }
+func (r *Rule) Guard() bool { return path.Base(r.Origin.File) == guardFile }
 
 // ModeOf returns the mode of the file that a row stands in. What no row allows
 // is denied by access.csv.

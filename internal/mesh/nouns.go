@@ -216,6 +216,9 @@ type Policies struct {
 	Tokens *Tokens `json:"tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.
 	Modes []FileMode `json:"modes,omitempty"`
+	// Candidate has the rows that are tried beside Rules and Memberships; nil
+	// when none are.
+	Candidate *Rows `json:"candidate,omitempty"`
 }
 
 // A Snapshot is what one proxy acts on: immutable once made, swapped whole.
@@ -236,4 +239,8 @@ type Snapshot struct {
 	Tokens *Tokens `json:"tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.
 	Modes []FileMode `json:"modes,omitempty"`
+	// Candidate has the rows that are tried beside these, and nothing else; nil
+	// when none are. It travels and is hashed apart: a proxy that cannot use it
+	// uses the rest.
+	Candidate *Snapshot `json:"-"`
 }

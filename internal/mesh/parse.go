@@ -27,7 +27,7 @@ const (
 	testExtension = ".yaml"
 )
 
-var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, testsFolder}
+var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, testsFolder, candidateFolder}
 
 // beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
@@ -58,7 +58,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 	if err := r.checkNames(); err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}
-	err := errors.Join(r.rows(p, accessFile), r.rows(p, guardFile), r.admin(p), r.documents(p))
+	err := errors.Join(r.rows(p, accessFile, false), r.rows(p, guardFile, true), r.admin(p), r.documents(p), r.candidateFiles(p))
 	if err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
 	}
@@ -77,8 +77,9 @@ type reader struct {
 	errs Errors
 	// spoiled is collected from the decoder of each file.
 	spoiled map[Origin]map[string]bool
-	// cases is true when there is a folder of tests.
-	cases bool
+	// cases is true when there is a folder of tests, candidate when there is
+	// one of a candidate.
+	cases, candidate bool
 }
 
 // read returns a file, nil when it does not exist.
@@ -119,10 +120,10 @@ func (r *reader) checkNames() error {
 		found = found || name == accessFile
 		if !slices.Contains(knownFiles, name) {
 			r.errs = append(r.errs, &Problem{File: name, Msg: "unexpected file in the policy folder" + didYouMean(name, knownFiles)})
-		} else if e.IsDir() != (name == testsFolder) {
-			r.errs = append(r.errs, &Problem{File: name, Msg: "tests is a folder, everything else a file"})
+		} else if e.IsDir() != (name == testsFolder || name == candidateFolder) {
+			r.errs = append(r.errs, &Problem{File: name, Msg: "tests and candidate are folders, everything else a file"})
 		} else if e.IsDir() {
-			r.cases = true
+			r.cases, r.candidate = r.cases || name == testsFolder, r.candidate || name == candidateFolder
 		}
 	}
 	if !found {
@@ -131,12 +132,12 @@ func (r *reader) checkNames() error {
 	return nil
 }
 
-func (r *reader) rows(p *Policies, name string) error {
+func (r *reader) rows(p *Policies, name string, guard bool) error {
 	b, err := r.read(name)
 	if err != nil {
 		return err
 	}
-	rules, members, errs := parseRows(name, b, name == guardFile)
+	rules, members, errs := parseRows(name, b, guard)
 	p.Rules = append(p.Rules, rules...)
 	p.Memberships = append(p.Memberships, members...)
 	r.errs = append(r.errs, errs...)

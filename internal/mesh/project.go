@@ -46,6 +46,9 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 	own, _ := s.ServiceByID(who)
 	out.Tokens = s.Tokens.project(own.Name, served)
 	out.canonical()
+	if s.Candidate != nil {
+		out.Candidate = s.Candidate.Project(who)
+	}
 	return out
 }
 
@@ -63,6 +66,9 @@ func (s *Snapshot) ProjectGateway() *Snapshot {
 	out.Destinations = slices.Clone(s.Destinations)
 	out.Memberships = newGroups(s.Memberships).below(out.Rules)
 	out.canonical()
+	if s.Candidate != nil {
+		out.Candidate = s.Candidate.ProjectGateway()
+	}
 	return out
 }
 

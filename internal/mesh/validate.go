@@ -49,6 +49,9 @@ func (v *validator) run() Errors {
 	if !v.valuesOnly {
 		v.groups()
 	}
+	if len(v.errs) == 0 && !v.valuesOnly {
+		v.rowsOfCandidate()
+	}
 	return v.errs
 }
 

@@ -43,6 +43,7 @@ var kinds = map[string]string{
 	"services": "service", "destinations": "egress destination", "entries": "entry",
 	"cases": "test", "admin": "admin row", "issuers": "token issuer", "api_keys": "API key",
 	"revoked": "revoked token", "dpop": "DPoP", "routes": "route", "modes": "mode",
+	"rows": "candidate row", "groups": "candidate group",
 }
 
 // judged are the lists whose meaning Diff compares.
@@ -157,7 +158,7 @@ func fieldsOf(was, is map[string]string) []Field {
 // names are the fields that tell elements of a list apart, the best first. The
 // id of an entry is a hash of all of it unless written, so that it comes after
 // the identity.
-var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "file", "id"}
+var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "file", "id", "member"}
 
 func nameOf(v reflect.Value) string {
 	texts := map[string]string{}

@@ -105,7 +105,19 @@ func (r Report) Err() error {
 
 // Red returns why policies must not be put in force: a case that is not decided
 // as wanted. The issuer asks before it accepts an edit.
-func Red(p *mesh.Policies) error { return Test(p).Err() }
+func Red(p *mesh.Policies) error {
+	if err := Test(p).Err(); err != nil || p.Candidate == nil {
+		return err
+	}
+	snap, err := mesh.Compile(p, 0, 0, nil)
+	if err == nil {
+		_, err = authz.Compile(snap.Candidate)
+	}
+	if err != nil {
+		return fmt.Errorf("the candidate: %w", err)
+	}
+	return nil
+}
 
 // Test decides every case with the judge's own index and with Casbin.
 func Test(p *mesh.Policies) Report {

@@ -34,6 +34,15 @@ func (r *Registry) Authz(rule, effect string) *Counter {
 	return r.authz.get(labels{effect, rule})
 }
 
+// Shadow counts calls that a candidate policy would decide otherwise, by the
+// kind of difference and the row that makes it.
+func (r *Registry) Shadow(difference, rule string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.shadow.get(labels{difference, rule})
+}
+
 // AuthzMismatch counts decisions on which index and oracle disagreed. One is
 // an alarm.
 func (r *Registry) AuthzMismatch() *Counter {

@@ -137,6 +137,7 @@ type Registry struct {
 	respBytes *family[*Counter]
 	inflight  *family[*Gauge]
 	authz     *family[*Counter]
+	shadow    *family[*Counter]
 	audit     *family[*Counter]
 	tls       *family[*Counter]
 	conns     *family[*Gauge]
@@ -172,6 +173,7 @@ func NewRegistry() *Registry {
 	r.respBytes = counters(r, 1, "sallyport_response_bytes_total", "Bytes of response bodies.", "reporter", "src", "dst", "route")
 	r.inflight = gauges(r, 1, "sallyport_inflight", "Calls that are running.", "reporter", "dst")
 	r.authz = counters(r, 1, "sallyport_authz_total", "Decisions, by effect and the rule that decided.", "effect", "rule")
+	r.shadow = counters(r, 1, "sallyport_shadow_total", "Calls that the candidate policy would decide otherwise, by kind of difference and the row that makes it.", "difference", "rule")
 	r.mismatch = r.counter("sallyport_authz_mismatch_total", "Decisions on which the index and its oracle disagreed.")
 	r.audit = counters(r, 0, "sallyport_audit_records_total", "Audit records appended, by kind.", "kind")
 	r.tls = counters(r, 1, "sallyport_tls_failures_total", "TLS handshakes that failed, by reason.", "reporter", "reason")

@@ -136,9 +136,11 @@ type Hello struct {
 	HaveRevision uint64 `protobuf:"varint,3,opt,name=have_revision,json=haveRevision,proto3" json:"have_revision,omitempty"`
 	HaveHash     string `protobuf:"bytes,4,opt,name=have_hash,json=haveHash,proto3" json:"have_hash,omitempty"`
 	// Where the workload's services are reached.
-	Endpoints     []*Endpoint            `protobuf:"bytes,5,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
-	SvidExpires   *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
-	Authorities   *Authorities           `protobuf:"bytes,7,opt,name=authorities,proto3" json:"authorities,omitempty"`
+	Endpoints   []*Endpoint            `protobuf:"bytes,5,rep,name=endpoints,proto3" json:"endpoints,omitempty"`
+	SvidExpires *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
+	Authorities *Authorities           `protobuf:"bytes,7,opt,name=authorities,proto3" json:"authorities,omitempty"`
+	// The content hash of the candidate that the proxy tries; empty when none.
+	HaveCandidate string `protobuf:"bytes,8,opt,name=have_candidate,json=haveCandidate,proto3" json:"have_candidate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -220,6 +222,13 @@ func (x *Hello) GetAuthorities() *Authorities {
 		return x.Authorities
 	}
 	return nil
+}
+
+func (x *Hello) GetHaveCandidate() string {
+	if x != nil {
+		return x.HaveCandidate
+	}
+	return ""
 }
 
 // Authorities says what a proxy acts on while the roots change.
@@ -337,9 +346,11 @@ type Ack struct {
 	SvidExpires    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
 	Authorities    *Authorities           `protobuf:"bytes,4,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	// The newest revision of Revocations that the proxy acts on.
-	Revoked       uint64 `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Revoked uint64 `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	// Why the proxy does not try the candidate; empty when it does.
+	CandidateRefused string `protobuf:"bytes,6,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
@@ -405,6 +416,13 @@ func (x *Ack) GetRevoked() uint64 {
 		return x.Revoked
 	}
 	return 0
+}
+
+func (x *Ack) GetCandidateRefused() string {
+	if x != nil {
+		return x.CandidateRefused
+	}
+	return ""
 }
 
 type Nack struct {
@@ -613,7 +631,10 @@ type Snapshot struct {
 	// Equal hashes mean equal content, whatever the revisions.
 	Hash string `protobuf:"bytes,3,opt,name=hash,proto3" json:"hash,omitempty"`
 	// The canonical JSON of mesh.Snapshot.
-	Body          []byte `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`
+	Body []byte `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`
+	// The rows to try beside those of body, as a mesh.Snapshot; empty when there
+	// are none. hash does not cover them.
+	Candidate     []byte `protobuf:"bytes,5,opt,name=candidate,proto3" json:"candidate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -672,6 +693,13 @@ func (x *Snapshot) GetHash() string {
 func (x *Snapshot) GetBody() []byte {
 	if x != nil {
 		return x.Body
+	}
+	return nil
+}
+
+func (x *Snapshot) GetCandidate() []byte {
+	if x != nil {
+		return x.Candidate
 	}
 	return nil
 }
@@ -1710,9 +1738,11 @@ type Proxy struct {
 	Connected      bool                   `protobuf:"varint,8,opt,name=connected,proto3" json:"connected,omitempty"`
 	LastSeen       *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
 	// The newest revision of Revocations that it acts on.
-	Revoked       uint64 `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Revoked uint64 `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	// Why it does not try the candidate; empty when it does or there is none.
+	CandidateRefused string `protobuf:"bytes,11,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
@@ -1813,6 +1843,13 @@ func (x *Proxy) GetRevoked() uint64 {
 		return x.Revoked
 	}
 	return 0
+}
+
+func (x *Proxy) GetCandidateRefused() string {
+	if x != nil {
+		return x.CandidateRefused
+	}
+	return ""
 }
 
 type EdgesRequest struct {
@@ -2489,7 +2526,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x18.sallyport.mesh.v1.HelloH\x00R\x05hello\x12*\n" +
 	"\x03ack\x18\x02 \x01(\v2\x16.sallyport.mesh.v1.AckH\x00R\x03ack\x12-\n" +
 	"\x04nack\x18\x03 \x01(\v2\x17.sallyport.mesh.v1.NackH\x00R\x04nackB\t\n" +
-	"\amessage\"\xb5\x02\n" +
+	"\amessage\"\xdc\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12#\n" +
@@ -2497,19 +2534,21 @@ const file_mesh_proto_rawDesc = "" +
 	"\thave_hash\x18\x04 \x01(\tR\bhaveHash\x129\n" +
 	"\tendpoints\x18\x05 \x03(\v2\x1b.sallyport.mesh.v1.EndpointR\tendpoints\x12=\n" +
 	"\fsvid_expires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
-	"\vauthorities\x18\a \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\";\n" +
+	"\vauthorities\x18\a \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12%\n" +
+	"\x0ehave_candidate\x18\b \x01(\tR\rhaveCandidate\";\n" +
 	"\vAuthorities\x12\x16\n" +
 	"\x06trusts\x18\x01 \x03(\tR\x06trusts\x12\x14\n" +
 	"\x05shows\x18\x02 \x03(\tR\x05shows\">\n" +
 	"\bEndpoint\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xe5\x01\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x92\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12=\n" +
 	"\fsvid_expires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12\x18\n" +
-	"\arevoked\x18\x05 \x01(\x04R\arevoked\"\xfe\x01\n" +
+	"\arevoked\x18\x05 \x01(\x04R\arevoked\x12+\n" +
+	"\x11candidate_refused\x18\x06 \x01(\tR\x10candidateRefused\"\xfe\x01\n" +
 	"\x04Nack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12'\n" +
@@ -2522,12 +2561,13 @@ const file_mesh_proto_rawDesc = "" +
 	"\x04same\x18\x02 \x01(\v2\x17.sallyport.mesh.v1.SameH\x00R\x04same\x127\n" +
 	"\bsync_now\x18\x03 \x01(\v2\x1a.sallyport.mesh.v1.SyncNowH\x00R\asyncNow\x12B\n" +
 	"\vrevocations\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.RevocationsH\x00R\vrevocationsB\t\n" +
-	"\amessage\"w\n" +
+	"\amessage\"\x95\x01\n" +
 	"\bSnapshot\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12\x12\n" +
 	"\x04hash\x18\x03 \x01(\tR\x04hash\x12\x12\n" +
-	"\x04body\x18\x04 \x01(\fR\x04body\"l\n" +
+	"\x04body\x18\x04 \x01(\fR\x04body\x12\x1c\n" +
+	"\tcandidate\x18\x05 \x01(\fR\tcandidate\"l\n" +
 	"\x04Same\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12\x1f\n" +
@@ -2597,7 +2637,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
-	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\xd4\x02\n" +
+	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x81\x03\n" +
 	"\x05Proxy\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
@@ -2609,7 +2649,8 @@ const file_mesh_proto_rawDesc = "" +
 	"\tconnected\x18\b \x01(\bR\tconnected\x127\n" +
 	"\tlast_seen\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x18\n" +
 	"\arevoked\x18\n" +
-	" \x01(\x04R\arevoked\"\x0e\n" +
+	" \x01(\x04R\arevoked\x12+\n" +
+	"\x11candidate_refused\x18\v \x01(\tR\x10candidateRefused\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
 	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x13\n" +
