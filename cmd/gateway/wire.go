@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -109,7 +110,10 @@ func (gw *gateway) open() error {
 	if gw.checked, err = gw.audit.Tree(); err != nil {
 		return errors.Join(err, gw.audit.Close())
 	}
-	if gw.sinks, err = sink.NewAll(cfg.Audit, path, gw.log); err != nil {
+	if gw.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
+		Program: "gateway", Path: path, Durable: gw.audit.Durable, Append: gw.audit.Append,
+		Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
+	}); err != nil {
 		return errors.Join(err, gw.audit.Close())
 	}
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment, Metrics: gw.metrics}); err != nil {

@@ -132,7 +132,10 @@ func (in *issuer) open(ctx context.Context) error {
 	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
 		return err
 	}
-	if in.sinks, err = sink.NewAll(cfg.Audit, filepath.Join(cfg.DataDir, "audit.jsonl"), in.log); err != nil {
+	if in.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
+		Program: "issuer", Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Durable: in.audit.Durable, Append: in.audit.Append,
+		Metrics: in.metrics, Log: in.log,
+	}); err != nil {
 		return err
 	}
 	if err := in.openStore(ctx); err != nil {

@@ -139,7 +139,10 @@ func (s *sidecar) open() error {
 	if s.checked, err = s.audit.Tree(); err != nil {
 		return errors.Join(err, s.audit.Close())
 	}
-	if s.sinks, err = sink.NewAll(cfg.Audit, path, s.log); err != nil {
+	if s.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
+		Program: "sidecar", Path: path, Durable: s.audit.Durable, Append: s.audit.Append,
+		Identity: func() (*tls.Certificate, error) { return s.agent.Source().Certificate() }, Metrics: s.metrics, Log: s.log,
+	}); err != nil {
 		return errors.Join(err, s.audit.Close())
 	}
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment, Metrics: s.metrics}); err != nil {

@@ -440,3 +440,6 @@ func (l *Ledger) runCounts(ctx context.Context) {
 		}
 	}
 }
+
+// Durable is the number of the newest record that is on the disk.
+func (l *Ledger) Durable() uint64 { return l.log.Durable() }

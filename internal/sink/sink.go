@@ -1,52 +1,141 @@
 // Package sink sends the audit log of this machine to other systems.
 //
 // The log is the spool: a Sink reads it as it is written, from a cursor that is
-// on the disk, and delivers each line at least once and in order. It keeps
-// nobody waiting: a system that is down is tried again for as long as it takes.
-// Run works in the caller's goroutine and starts no other.
+// on the disk, and hands it in batches to its peer, each record at least once
+// and in order. It keeps nobody waiting: a peer that is down is tried again for
+// as long as it takes, and each sink stands alone. What a kind of peer needs is
+// in the file of its name; the loop, the cursor and the counts are the same for
+// all. Run works in the caller's goroutine; only the Kafka client starts others,
+// and they end with it.
 package sink
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
 	"log/slog"
-	"net/http"
-	"net/netip"
-	"net/url"
-	"os"
 	"regexp"
-	"strconv"
 	"strings"
 	"time"
 
 	"sallyport/internal/audit"
-	"sallyport/internal/daemon"
+	"sallyport/internal/telemetry"
 )
 
-// Config is one system that gets the audit records, by HTTP.
+// Config is one system that gets the audit records.
 type Config struct {
 	// Name of the sink; it names the file of its cursor. Required.
 	Name string `yaml:"name"`
-	// URL takes the records by POST as NDJSON, and answers 2xx when it has
-	// kept them. https, or http on loopback. Required.
-	URL string `yaml:"url"`
-	// CA is a PEM file with the authorities of the server. Default: those of
-	// the system.
-	CA string `yaml:"ca"`
-	// TokenFile holds a bearer token, read anew for each request.
-	TokenFile string `yaml:"token_file"`
 	// Format is native or ocsf. Default native.
 	Format string `yaml:"format"`
+	// Batch bounds what is handed over at once.
+	Batch BatchConfig `yaml:"batch"`
+
+	// Exactly one of these says what the system is.
+	HTTP *HTTPConfig `yaml:"http"`
+}
+
+// BatchConfig bounds what is handed over at once. The defaults are those of the
+// kind of sink.
+type BatchConfig struct {
+	// Records is the most records in a batch. Default 1000; s3 50,000.
+	Records int `yaml:"records"`
+	// Bytes is the most bytes in a batch, unless one record has more. Default
+	// 1 MiB; s3 16 MiB.
+	Bytes int `yaml:"bytes"`
+	// Wait is how long a batch that is not full waits for more. Default 20 ms;
+	// syslog 1 s, s3 10 s.
+	Wait time.Duration `yaml:"wait"`
+}
+
+// The most that may be asked of a batch.
+const (
+	mostRecords = 100_000
+	mostBytes   = 64 << 20
+	mostWait    = 10 * time.Minute
+)
+
+func (b BatchConfig) validate() error {
+	var errs []error
+	if b.Records < 0 || b.Records > mostRecords {
+		errs = append(errs, fmt.Errorf("records: %d is not 1 to %d", b.Records, mostRecords))
+	}
+	if b.Bytes < 0 || b.Bytes > mostBytes || b.Bytes > 0 && b.Bytes < 1024 {
+		errs = append(errs, fmt.Errorf("bytes: %d is not 1024 to %d", b.Bytes, mostBytes))
+	}
+	if b.Wait < 0 || b.Wait > mostWait {
+		errs = append(errs, fmt.Errorf("wait: %s is not 0s to %s", b.Wait, mostWait))
+	}
+	return within("batch", errs...)
+}
+
+// or fills what was left out.
+func (b BatchConfig) or(d BatchConfig) BatchConfig {
+	return BatchConfig{cmp.Or(b.Records, d.Records), cmp.Or(b.Bytes, d.Bytes), cmp.Or(b.Wait, d.Wait)}
+}
+
+// within puts the name of a section before each mistake in it.
+func within(section string, errs ...error) error {
+	var out []error
+	for _, e := range errs {
+		if e == nil {
+			continue
+		}
+		if j, several := e.(interface{ Unwrap() []error }); several {
+			out = append(out, within(section, j.Unwrap()...))
+			continue
+		}
+		out = append(out, fmt.Errorf("%s: %w", section, e))
+	}
+	return errors.Join(out...)
 }
 
 var goodName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,31}$`)
+
+// A kind is one sort of peer.
+type kind struct {
+	name string
+	// batch has the defaults.
+	batch BatchConfig
+	// fixed asks that a batch which was begun comes again with the same first
+	// and last record, even after a crash.
+	fixed bool
+	cfg   kindConfig
+}
+
+// kindConfig is the section of a kind in the configuration.
+type kindConfig interface {
+	validate() error
+	// open prepares the peer and contacts nobody.
+	open(Env, string) (peer, error)
+}
+
+// A peer takes batches. It is used by one goroutine.
+type peer interface {
+	// deliver hands over a batch and returns nil once the peer has kept each of
+	// its records, or as close to that as its protocol can tell. After a
+	// *refusal the batch is divided, down to the record that is refused; after
+	// a *partial it counts as taken; after any other error it comes again.
+	deliver(ctx context.Context, b *batch) error
+	// close gives connections up after a failure and at the end; a later
+	// deliver makes new ones.
+	close()
+}
+
+var usual = BatchConfig{Records: 1000, Bytes: 1 << 20, Wait: 20 * time.Millisecond}
+
+// kinds are the sections that are there.
+func (c Config) kinds() (out []kind) {
+	if c.HTTP != nil {
+		out = append(out, kind{name: "http", batch: usual, cfg: c.HTTP})
+	}
+	return out
+}
+
+// kindNames is every section that says what a sink is.
+var kindNames = []string{"http"}
 
 // Validate reports every mistake by field name.
 func (c Config) Validate() error {
@@ -54,19 +143,16 @@ func (c Config) Validate() error {
 	if !goodName.MatchString(c.Name) {
 		errs = append(errs, fmt.Errorf("name: %.40q is not 1 to 32 of a-z, 0-9, '-' and '_'", c.Name))
 	}
-	u, err := url.Parse(c.URL)
-	switch {
-	case err != nil || u.Host == "" || u.User != nil:
-		errs = append(errs, errors.New(`url: write the address that takes the records, such as "https://logs.corp.example/sallyport", without a password`))
-	case u.Scheme == "https":
-	default:
-		a, err := netip.ParseAddr(u.Hostname())
-		if u.Scheme != "http" || err != nil || !a.IsLoopback() {
-			errs = append(errs, errors.New("url: must be https, or http to a loopback address: records do not leave the machine in clear text"))
-		}
-	}
 	if f := c.Format; f != "" && f != "native" && f != "ocsf" {
 		errs = append(errs, fmt.Errorf("format: %.40q is neither native nor ocsf", f))
+	}
+	errs = append(errs, c.Batch.validate())
+	ks := c.kinds()
+	if len(ks) != 1 {
+		errs = append(errs, fmt.Errorf("%d sections say what the sink is; write exactly one of %s", len(ks), strings.Join(kindNames, ", ")))
+	}
+	for _, k := range ks {
+		errs = append(errs, within(k.name, k.cfg.validate()))
 	}
 	return errors.Join(errs...)
 }
@@ -82,22 +168,40 @@ func (l ListConfig) Validate() error {
 	var errs []error
 	names := map[string]bool{}
 	for i, c := range l.Sinks {
-		if err := c.Validate(); err != nil {
-			errs = append(errs, fmt.Errorf("audit.sinks[%d]: %w", i, err))
-		}
+		at := fmt.Sprintf("audit.sinks[%d]", i)
+		errs = append(errs, within(at, c.Validate()))
 		if names[c.Name] {
-			errs = append(errs, fmt.Errorf("audit.sinks[%d]: name: %q is there twice", i, c.Name))
+			errs = append(errs, fmt.Errorf("%s: name: %q is there twice", at, c.Name))
 		}
 		names[c.Name] = true
 	}
 	return errors.Join(errs...)
 }
 
-// NewAll prepares every sink of the log at path.
-func NewAll(l ListConfig, path string, log *slog.Logger) ([]*Sink, error) {
+// Env is what the sinks of a program share.
+type Env struct {
+	// Program is the name of the program, for the peer. Required.
+	Program string
+	// Path of the audit log; cursors stand beside it. Required.
+	Path string
+	// Durable is the newest record that is on the disk: what a crash could take
+	// back is not sent. Required.
+	Durable func() uint64
+	// Append writes the record that says what a peer refused. Required.
+	Append func(*audit.Record) error
+	// Identity is the program's own X.509-SVID, nil when it has none.
+	Identity func() (*tls.Certificate, error)
+	// Metrics counts what is sent. Nil counts nothing.
+	Metrics *telemetry.Registry
+	// Log receives failures. Required.
+	Log *slog.Logger
+}
+
+// NewAll prepares every sink of a program. It contacts nobody.
+func NewAll(l ListConfig, env Env) ([]*Sink, error) {
 	out := make([]*Sink, 0, len(l.Sinks))
 	for _, c := range l.Sinks {
-		s, err := New(c, path, log)
+		s, err := New(c, env)
 		if err != nil {
 			return nil, err
 		}
@@ -106,188 +210,13 @@ func NewAll(l ListConfig, path string, log *slog.Logger) ([]*Sink, error) {
 	return out, nil
 }
 
-// Limits of a request.
-const (
-	maxLines  = 1000
-	maxBytes  = 1 << 20
-	gatherFor = 20 * time.Millisecond
-	reqTime   = 30 * time.Second
-	retryMin  = 100 * time.Millisecond
-	retryMax  = 30 * time.Second
-)
-
-// A Sink sends one log to one system.
-type Sink struct {
-	cfg    Config
-	path   string
-	log    *slog.Logger
-	client *http.Client
-	tail   *audit.Tail
-	sent   uint64
-	// retry is how long to wait after a failure.
-	retryMin, retryMax time.Duration
-}
-
-// New prepares the sink of the log at path. The cursor stands beside the log.
-func New(cfg Config, path string, log *slog.Logger) (*Sink, error) {
-	if err := cfg.Validate(); err != nil {
-		return nil, fmt.Errorf("audit sink: %w", err)
-	}
-	t := &tls.Config{MinVersion: tls.VersionTLS12}
-	if cfg.CA != "" {
-		pem, err := os.ReadFile(cfg.CA)
-		if err != nil {
-			return nil, fmt.Errorf("audit sink %s: ca: %w", cfg.Name, err)
-		}
-		if t.RootCAs = x509.NewCertPool(); !t.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("audit sink %s: ca: %s holds no certificate", cfg.Name, cfg.CA)
+// Slowest is the newest record that every one of these sinks has sent, as far
+// as the disk knows: the log must keep what follows. ok is false without sinks.
+func Slowest(sinks []*Sink) (sent uint64, ok bool) {
+	for i, s := range sinks {
+		if n := s.Sent(); i == 0 || n < sent {
+			sent = n
 		}
 	}
-	s := &Sink{cfg: cfg, path: path, log: log, retryMin: retryMin, retryMax: retryMax}
-	s.client = &http.Client{
-		Timeout: reqTime,
-		// No proxy: what leads out of the mesh must not see the record of it.
-		Transport: &http.Transport{TLSClientConfig: t, ForceAttemptHTTP2: true, MaxIdleConns: 1, IdleConnTimeout: time.Minute},
-		// A record is not sent where the configuration does not say.
-		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-	}
-	return s, s.resume()
-}
-
-func (s *Sink) cursorFile() string { return s.path + ".sink-" + s.cfg.Name }
-
-// resume reads how far an earlier run has come.
-func (s *Sink) resume() error {
-	b, err := os.ReadFile(s.cursorFile())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err == nil {
-		s.sent, err = strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
-	}
-	if err != nil {
-		return fmt.Errorf("audit sink %s: cursor: %w; remove %s to send the log from its beginning", s.cfg.Name, err, s.cursorFile())
-	}
-	if last, err := audit.LastSeq(s.path); err == nil && last < s.sent {
-		s.log.Warn("the audit log is shorter than what was sent of it; sending it from its beginning", "sink", s.cfg.Name, "sent", s.sent, "records", last)
-		s.sent = 0
-	}
-	return nil
-}
-
-// Run sends records until ctx ends.
-func (s *Sink) Run(ctx context.Context) error {
-	pause := s.retryMin
-	for failed := false; ctx.Err() == nil; {
-		err := s.round(ctx)
-		switch {
-		case ctx.Err() != nil:
-		case err != nil:
-			if !failed {
-				s.log.Error("audit records not delivered; they are kept, and it is tried again", "sink", s.cfg.Name, "err", err)
-			}
-			failed = true
-			daemon.Pause(ctx, pause)
-			pause = min(2*pause, s.retryMax)
-			s.close()
-		case failed:
-			s.log.Info("audit records are delivered again", "sink", s.cfg.Name, "record", s.sent)
-			failed, pause = false, s.retryMin
-		}
-	}
-	s.close()
-	return nil
-}
-
-func (s *Sink) close() {
-	if s.tail != nil {
-		s.tail.Close()
-		s.tail = nil
-	}
-}
-
-// round sends one batch and moves the cursor.
-func (s *Sink) round(ctx context.Context) error {
-	if s.tail == nil {
-		t, err := audit.OpenTail(s.path, s.sent)
-		if err != nil {
-			return err
-		}
-		s.tail = t
-	}
-	body, first, last, err := s.gather(ctx)
-	if err != nil {
-		return err
-	}
-	if err := s.post(ctx, body, first, last); err != nil {
-		return err
-	}
-	s.sent = last
-	return daemon.WriteFile(s.cursorFile(), strconv.AppendUint(nil, last, 10), 0o600)
-}
-
-// gather waits for a line and takes what else comes within a moment.
-func (s *Sink) gather(ctx context.Context) (body []byte, first, last uint64, err error) {
-	line, first, err := s.tail.Next(ctx)
-	if err != nil {
-		return nil, 0, 0, err
-	}
-	soon, cancel := context.WithTimeout(ctx, gatherFor)
-	defer cancel()
-	last = first
-	for n := 1; ; n++ {
-		if line, err = s.formed(line); err != nil {
-			return nil, 0, 0, fmt.Errorf("record %d: %w", last, err)
-		}
-		if body = append(body, line...); n == maxLines || len(body) >= maxBytes {
-			return body, first, last, nil
-		}
-		var seq uint64
-		if line, seq, err = s.tail.Next(soon); err != nil {
-			if soon.Err() != nil {
-				err = nil
-			}
-			return body, first, last, err
-		}
-		last = seq
-	}
-}
-
-// formed is a line in the format of the sink.
-func (s *Sink) formed(line []byte) ([]byte, error) {
-	if s.cfg.Format != "ocsf" {
-		return line, nil
-	}
-	r, _, err := audit.ParseLine(line)
-	if err != nil {
-		return nil, err
-	}
-	return audit.OCSF(&r)
-}
-
-// post delivers a batch. Whoever gets one twice knows it by its numbers.
-func (s *Sink) post(ctx context.Context, body []byte, first, last uint64) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.cfg.URL, bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	req.Header.Set("Content-Type", "application/x-ndjson")
-	req.Header.Set("Sallyport-Records", fmt.Sprintf("%d-%d", first, last))
-	if s.cfg.TokenFile != "" {
-		b, err := os.ReadFile(s.cfg.TokenFile)
-		if err != nil {
-			return fmt.Errorf("token_file: %w", err)
-		}
-		req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(b)))
-	}
-	resp, err := s.client.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	_, err = io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
-	if resp.StatusCode/100 != 2 {
-		return fmt.Errorf("the server answered %s", cmp.Or(resp.Status, "nothing"))
-	}
-	return err
+	return sent, len(sinks) > 0
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -19,6 +20,7 @@ import (
 	"time"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/telemetry"
 )
 
 // A collector keeps what it is sent, unless it is told to fail.
@@ -26,6 +28,8 @@ type collector struct {
 	*httptest.Server
 	ca   string
 	down atomic.Bool
+	// poison is what a line holds that is refused, and its batch with it.
+	poison string
 	// forget keeps a batch and then fails: the sender cannot know.
 	forget atomic.Bool
 	// came is sent to when a batch has come.
@@ -47,6 +51,10 @@ func newCollector(t *testing.T) *collector {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.auth = r.Header.Get("Authorization")
+		if c.poison != "" && strings.Contains(string(b), c.poison) {
+			w.WriteHeader(http.StatusBadRequest)
+			return
+		}
 		c.lines = append(c.lines, strings.SplitAfter(strings.TrimSuffix(string(b), "\n"), "\n")...)
 		select {
 		case c.came <- struct{}{}:
@@ -106,11 +114,19 @@ func openLog(t *testing.T) (*audit.Log, string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { l.Close() })
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- l.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := errors.Join(<-done, l.Close()); err != nil {
+			t.Error(err)
+		}
+	})
 	return l, path
 }
 
-func record(t *testing.T, l *audit.Log, n int) {
+func write(t *testing.T, l *audit.Log, n int) {
 	t.Helper()
 	for i := range n {
 		if err := l.Append(&audit.Record{Kind: audit.KindAdmin, Verb: fmt.Sprint("act ", i)}); err != nil {
@@ -119,13 +135,22 @@ func record(t *testing.T, l *audit.Log, n int) {
 	}
 }
 
-// start runs a sink until stop is called.
-func start(t *testing.T, cfg Config, path string) (stop func()) {
+// open prepares a sink of the log.
+func open(t *testing.T, cfg Config, l *audit.Log, path string) *Sink {
 	t.Helper()
-	s, err := New(cfg, path, slog.New(slog.DiscardHandler))
+	s, err := New(cfg, Env{
+		Program: "sidecar", Path: path, Durable: l.Durable, Append: l.Append,
+		Metrics: telemetry.NewRegistry(), Log: slog.New(slog.DiscardHandler),
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return s
+}
+
+// start runs a sink until stop is called.
+func start(t *testing.T, s *Sink) (stop func()) {
+	t.Helper()
 	s.retryMin, s.retryMax = time.Millisecond, 10*time.Millisecond
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
@@ -147,14 +172,14 @@ func TestOutageLosesNothing(t *testing.T) {
 	if err := os.WriteFile(token, []byte("s3cret\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cfg := Config{Name: "logs", URL: c.URL, CA: c.ca, TokenFile: token}
-	stop := start(t, cfg, path)
-	record(t, log, 10)
+	cfg := Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}, Token: Secret{File: token}}}
+	stop := start(t, open(t, cfg, log, path))
+	write(t, log, 10)
 	c.await(t, 10)
 	c.down.Store(true)
-	record(t, log, 3000) // over several files, while nobody takes them
+	write(t, log, 3000) // over several files, while nobody takes them
 	stop()
-	stop = start(t, cfg, path)
+	stop = start(t, open(t, cfg, log, path))
 	c.down.Store(false)
 	got := c.await(t, 3010)
 	// A batch under way when the sink was stopped may have come as well.
@@ -170,14 +195,14 @@ func TestOutageLosesNothing(t *testing.T) {
 	}
 	n := len(got)
 	c.forget.Store(true)
-	record(t, log, 1)
+	write(t, log, 1)
 	c.until(t, "what was not answered, again,", func() bool { return len(c.seqs(t)) >= n+2 })
 	if got := c.seqs(t)[n:]; !slices.Equal(got, []uint64{3011, 3011}) {
 		t.Errorf("after an answer that was lost came %v", got)
 	}
 	stop()
-	start(t, cfg, path)
-	record(t, log, 1)
+	start(t, open(t, cfg, log, path))
+	write(t, log, 1)
 	if got := c.await(t, 3012); got[len(got)-1] != 3012 {
 		t.Errorf("after a restart came %v", got[n:])
 	}
@@ -186,8 +211,8 @@ func TestOutageLosesNothing(t *testing.T) {
 func TestOCSFIsDelivered(t *testing.T) {
 	c := newCollector(t)
 	log, path := openLog(t)
-	record(t, log, 1)
-	start(t, Config{Name: "o", URL: c.URL, CA: c.ca, Format: "ocsf"}, path)
+	write(t, log, 1)
+	start(t, open(t, Config{Name: "o", Format: "ocsf", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path))
 	c.until(t, "an event of class 6003", func() bool {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -195,21 +220,189 @@ func TestOCSFIsDelivered(t *testing.T) {
 	})
 }
 
+// A record that is refused for ever holds nothing up, and is kept.
+func TestRefusedIsSetAside(t *testing.T) {
+	c := newCollector(t)
+	c.poison = "act 137\""
+	log, path := openLog(t)
+	write(t, log, 1000)
+	s := open(t, Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path)
+	start(t, s)
+	got := c.await(t, 1001) // the last tells of the one that was refused
+	want := make([]uint64, 0, len(got))
+	for n := range uint64(1001) {
+		if n+1 != 138 {
+			want = append(want, n+1)
+		}
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("came %v", got)
+	}
+	b, err := os.ReadFile(path + ".sink-logs.refused")
+	if err != nil || strings.Count(string(b), "\n") != 1 || !strings.Contains(string(b), "400 Bad Request") || !strings.Contains(string(b), `"seq":138,`) {
+		t.Errorf("set aside: %v %s", err, b)
+	}
+	c.mu.Lock()
+	if l := c.lines[len(c.lines)-1]; !strings.Contains(l, `"reason":"sink_refused"`) || !strings.Contains(l, `"n":1`) {
+		t.Error(l)
+	}
+	c.mu.Unlock()
+	if page := scrape(t, s.env.Metrics); !strings.Contains(page, `sallyport_audit_sink_records_total{result="refused",sink="logs"} 1`) {
+		t.Error(page)
+	}
+}
+
+// A peer that refuses everything, what is told of it too, makes no loop.
+func TestRefusalsMakeNoLoop(t *testing.T) {
+	c := newCollector(t)
+	c.poison = "seq"
+	log, path := openLog(t)
+	write(t, log, 3)
+	s := open(t, Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path)
+	s.retryMin, s.retryMax = time.Millisecond, time.Millisecond
+	for s.Sent() < 4 { // the fourth tells of those before
+		if err := s.round(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s.tell()
+	}
+	// The first of three was told at once; the others wait for their minute, and
+	// the record that told adds none.
+	if s.untold != 2 {
+		t.Errorf("%d are untold, want 2", s.untold)
+	}
+}
+
+// The numbers that are shown while a peer is down.
+func TestLagIsShown(t *testing.T) {
+	c := newCollector(t)
+	c.down.Store(true)
+	log, path := openLog(t)
+	s := open(t, Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path)
+	write(t, log, 5)
+	if err := s.round(t.Context()); err == nil {
+		t.Fatal("delivered to a peer that is down")
+	}
+	if n, sec := s.lag(); n != 5 || sec <= 0 {
+		t.Errorf("%v records, %v seconds", n, sec)
+	}
+	c.down.Store(false)
+	for s.Sent() < 5 {
+		if err := s.round(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if page := scrape(t, s.env.Metrics); !strings.Contains(page, `sallyport_audit_sink_lag_records{sink="logs"} 0`) || !strings.Contains(page, `sallyport_audit_sink_lag_seconds{sink="logs"} 0`) {
+		t.Error(page)
+	}
+}
+
+func scrape(t *testing.T, r *telemetry.Registry) string {
+	t.Helper()
+	w := httptest.NewRecorder()
+	r.Handler().ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	return w.Body.String()
+}
+
+// A log that was begun anew is sent from its first record, whatever the cursor
+// of the one before says.
+func TestAnotherLogIsSentFromItsBeginning(t *testing.T) {
+	c := newCollector(t)
+	log, path := openLog(t)
+	cfg := Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}
+	if err := os.WriteFile(path+".sink-logs", []byte("2\nlog 0123456789abcdef\nbegun 3\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	write(t, log, 4)
+	start(t, open(t, cfg, log, path))
+	if got := c.await(t, 4); !slices.Equal(got, []uint64{1, 2, 3, 4}) {
+		t.Errorf("came %v", got)
+	}
+}
+
+// What was removed from the log before it was sent is a gap that is told; a new
+// sink begins with what there is.
+func TestRemovedRecordsAreAGap(t *testing.T) {
+	for _, tt := range []struct{ name, cursor, reason string }{{"a cursor", "5\n", "sink_lost"}, {"no cursor", "", ""}} {
+		t.Run(tt.name, func(t *testing.T) {
+			c := newCollector(t)
+			log, path := openLog(t)
+			write(t, log, 1000) // over several files
+			names, err := audit.Segments(path)
+			if err != nil || len(names) < 3 {
+				t.Fatal(names, err)
+			}
+			if err := os.Remove(names[0]); err != nil {
+				t.Fatal(err)
+			}
+			if tt.cursor != "" {
+				if err := os.WriteFile(path+".sink-logs", []byte(tt.cursor), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			start(t, open(t, Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path))
+			last := uint64(1000)
+			if tt.reason != "" {
+				last++
+			}
+			got := c.await(t, last)
+			if got[0] < 2 || len(got) != int(last-got[0]+1) {
+				t.Errorf("%d came, from %d", len(got), got[0])
+			}
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			if end := c.lines[len(c.lines)-1]; tt.reason != "" && !strings.Contains(end, tt.reason) {
+				t.Error(end)
+			}
+		})
+	}
+}
+
 func TestMistakes(t *testing.T) {
+	secret := filepath.Join(t.TempDir(), "open")
+	if err := os.WriteFile(secret, []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	for _, tt := range []struct {
 		c    Config
 		want string
 	}{
-		{Config{URL: "https://a.test"}, "name"}, {Config{Name: "A/../b", URL: "https://a.test"}, "name"},
-		{Config{Name: "a"}, "url"}, {Config{Name: "a", URL: "http://a.test"}, "https"}, {Config{Name: "a", URL: "https://u:p@a.test"}, "password"},
-		{Config{Name: "a", URL: "https://a.test", Format: "x"}, "format"},
+		{Config{HTTP: &HTTPConfig{URL: "https://a.test"}}, "name"},
+		{Config{Name: "A/../b", HTTP: &HTTPConfig{URL: "https://a.test"}}, "name"},
+		{Config{Name: "a"}, "write exactly one of http"},
+		{Config{Name: "a", HTTP: &HTTPConfig{}}, "http: url: write the address"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "http://a.test"}}, "http: url: must be https"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://u:p@a.test"}}, "password"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://a.test", Token: Secret{"f", "E"}}}, "http: token: file and env"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://a.test", TLS: TLS{Cert: "c"}}}, "http: cert: belongs to key"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://a.test", TLS: TLS{Cert: "c", Key: "k", SVID: true}}}, "http: svid: and cert"},
+		{Config{Name: "a", Format: "x", HTTP: &HTTPConfig{URL: "https://a.test"}}, "format"},
+		{Config{Name: "a", Batch: BatchConfig{Records: -1}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: records"},
+		{Config{Name: "a", Batch: BatchConfig{Bytes: 5}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: bytes"},
+		{Config{Name: "a", Batch: BatchConfig{Wait: time.Hour}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: wait"},
 	} {
 		if err := tt.c.Validate(); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%+v: %v, want %s", tt.c, err, tt.want)
 		}
 	}
-	good := Config{Name: "a", URL: "http://127.0.0.1:9"}
+	good := Config{Name: "a", HTTP: &HTTPConfig{URL: "http://127.0.0.1:9"}}
 	if err := (ListConfig{[]Config{good, good}}).Validate(); err == nil || !strings.Contains(err.Error(), "audit.sinks[1]: name") {
 		t.Error(err)
+	}
+	for _, tt := range []struct {
+		c    HTTPConfig
+		want string
+	}{
+		{HTTPConfig{Token: Secret{File: secret}}, "may be read by others (mode 0644); chmod 0600"},
+		{HTTPConfig{Token: Secret{Env: "SP_NO_SUCH"}}, "environment variable SP_NO_SUCH is empty"},
+		{HTTPConfig{TLS: TLS{CA: secret}}, "holds no certificate"},
+		{HTTPConfig{TLS: TLS{SVID: true}}, "has no SVID"},
+		{HTTPConfig{TLS: TLS{Cert: secret, Key: secret}}, "may be read by others"},
+	} {
+		tt.c.URL = "http://127.0.0.1:9"
+		_, err := New(Config{Name: "a", HTTP: &tt.c}, Env{Path: filepath.Join(t.TempDir(), "audit.jsonl"), Log: slog.New(slog.DiscardHandler)})
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("%+v: %v, want %s", tt.c, err, tt.want)
+		}
 	}
 }

@@ -47,7 +47,7 @@ func TestARevokedSVIDOfOursIsNotShown(t *testing.T) {
 	if !s.HoldsRevoked() {
 		t.Error("it does not know that its own is revoked")
 	}
-	if _, err := s.certificate(); !errors.Is(err, ErrRevoked) {
+	if _, err := s.Certificate(); !errors.Is(err, ErrRevoked) {
 		t.Errorf("got %v, want ErrRevoked", err)
 	}
 }

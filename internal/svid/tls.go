@@ -16,7 +16,7 @@ import (
 func ServerTLS(s *Source, authorize func(spiffeid.ID) error, alpn ...string) *tls.Config {
 	c := base(s, authorize, alpn)
 	c.ClientAuth = tls.RequireAnyClientCert
-	c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.certificate() }
+	c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.Certificate() }
 	return c
 }
 
@@ -33,7 +33,7 @@ func ClientTLS(s *Source, want spiffeid.ID, alpn ...string) *tls.Config {
 	// Names and roots of the public web say nothing here; VerifyConnection
 	// does the whole check.
 	c.InsecureSkipVerify = true
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.certificate() }
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.Certificate() }
 	return c
 }
 
@@ -67,8 +67,8 @@ func base(s *Source, authorize func(spiffeid.ID) error, alpn []string) *tls.Conf
 	}
 }
 
-// certificate is the own SVID for one handshake; an expired one is an error.
-func (s *Source) certificate() (*tls.Certificate, error) {
+// Certificate is the own SVID for one handshake; an expired one is an error.
+func (s *Source) Certificate() (*tls.Certificate, error) {
 	id, err := s.identity()
 	if err != nil {
 		return nil, err

@@ -147,3 +147,27 @@ func (r *Registry) FederationRefreshed(trustDomain string) *Gauge {
 	}
 	return r.federated.get(labels{trustDomain})
 }
+
+// AuditSink counts the audit records of a sink by result, "sent" or "refused".
+func (r *Registry) AuditSink(sink, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.sinks.get(labels{result, sink})
+}
+
+// AuditSinkError counts batches that a sink did not take.
+func (r *Registry) AuditSinkError(sink string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.sinkErrs.get(labels{sink})
+}
+
+// AuditSinkLag shows how many records wait for a sink, and for how many seconds
+// the oldest has. lag is asked at each scrape, from any goroutine.
+func (r *Registry) AuditSinkLag(sink string, lag func() (records, seconds float64)) {
+	if r != nil {
+		r.sinkLags.add(sink, lag)
+	}
+}

@@ -150,6 +150,9 @@ type Registry struct {
 	federated *family[*Gauge]
 	lookups   *family[*Counter]
 	tokenKeys *family[*Counter]
+	sinks     *family[*Counter]
+	sinkErrs  *family[*Counter]
+	sinkLags  *lags
 	revision  *Gauge
 	rejected  *Counter
 	mismatch  *Counter
@@ -185,6 +188,9 @@ func NewRegistry() *Registry {
 	r.rotations = counters(r, 0, "sallyport_svid_rotations_total", "Attempts to renew an SVID, by result.", "result")
 	r.federated = gauges(r, 0, "sallyport_federation_refreshed_timestamp_seconds", "When the bundle of another trust domain was last found good, as Unix time.", "trust_domain")
 	r.tokenKeys = counters(r, 1, "sallyport_token_key_fetches_total", "Looks at the keys of issuers of tokens, by result.", "result", "issuer")
+	r.sinks = counters(r, 1, "sallyport_audit_sink_records_total", "Audit records that a sink took, or refused and were set aside.", "result", "sink")
+	r.sinkErrs = counters(r, 0, "sallyport_audit_sink_errors_total", "Batches that a sink did not take.", "sink")
+	r.sinkLags = newLags(r)
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 
