@@ -19,8 +19,6 @@ type Secret struct {
 	Env string `yaml:"env"`
 }
 
-func (s Secret) given() bool { return s != Secret{} }
-
 func (s Secret) validate() error {
 	if s.File != "" && s.Env != "" {
 		return errors.New("file and env are both given; write one")
