@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -44,9 +44,9 @@ var never = map[string]map[string]string{
 var rooms = map[string][]string{
 	"github.com/miekg/dns":                       {"internal/egress", "cmd/sallyport"},
 	"github.com/casbin/casbin/v2":                {"internal/authz"},
-	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca"},
-	"github.com/smallstep/certificates":          {"internal/ca"},
-	"go.step.sm/crypto":                          {"internal/ca"},
+	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca", "internal/stepca"},
+	"github.com/smallstep/certificates":          {"internal/ca", "internal/stepca"},
+	"go.step.sm/crypto":                          {"internal/ca", "internal/stepca"},
 	"golang.org/x/crypto":                        {"internal/authz", "internal/ca"},
 	"modernc.org/sqlite":                         {"internal/store"},
 	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},

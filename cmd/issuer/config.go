@@ -75,6 +75,9 @@ type CAConfig struct {
 	// (pkcs11:module-path=/hsm.so;token=NAME?pin-source=/file). Default: files
 	// in DataDir. Such a URI may hold a PIN, so it is not shown.
 	KMS string `yaml:"kms" secret:"true"`
+	// Upstream is the authority that signs our intermediate. Default: a root of
+	// our own.
+	Upstream UpstreamConfig `yaml:"upstream"`
 	// X509TTL is the life of an X.509-SVID. Default 1 h, at least 1 min.
 	X509TTL time.Duration `yaml:"x509_ttl"`
 	// JWTTTL is the life of a JWT-SVID. Default 5 min.
@@ -112,6 +115,7 @@ func (c *Config) Validate() error {
 	if err := keys.CheckKMS(); err != nil {
 		errs = append(errs, fmt.Errorf("ca.kms: %w", err))
 	}
+	errs = append(errs, c.validateUpstream())
 	errs = append(errs, c.Attestors.Validate())
 	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)

@@ -144,6 +144,9 @@ func replaceRoot(ctx context.Context, cfg *Config, log *slog.Logger, stdout io.W
 	if _, err := os.Stat(filepath.Join(cfg.DataDir, "ca", "state.json")); err != nil {
 		return daemon.Hint(fmt.Errorf("there is no CA in %s: %w", cfg.DataDir, err), "check data_dir")
 	}
+	if cfg.CA.Upstream.Kind != "" {
+		return daemon.Hint(errors.New("the root is that of the upstream authority"), "move the directory ca aside, start the issuer, and give every proxy the new bundle.pem")
+	}
 	records, err := audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: log})
 	if err != nil {
 		return err

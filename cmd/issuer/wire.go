@@ -145,13 +145,23 @@ func (in *issuer) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	in.ca, err = ca.Open(ctx, ca.Config{
+	conf := ca.Config{
 		TrustDomain: cfg.TrustDomain, Dir: filepath.Join(cfg.DataDir, "ca"), RootDir: cfg.CA.RootDir, Passphrase: pass, KMS: cfg.CA.KMS,
 		X509TTL: cfg.CA.X509TTL, JWTTTL: cfg.CA.JWTTTL, JWTIssuer: cfg.OIDC.Issuer, AllowShort: cfg.CA.AllowShortTTL,
 		Audit: in.audit, Log: in.log, Holders: in.holders, SharedRoot: in.name != "" || cfg.CA.RootDir != "",
-	})
+	}
+	upstream, err := cfg.upstream()
 	if err != nil {
 		return err
+	}
+	if upstream != nil {
+		conf.Upstream, conf.OnUpstream = upstream, in.onUpstream
+	}
+	if in.ca, err = ca.Open(ctx, conf); err != nil {
+		return err
+	}
+	if upstream != nil && time.Now().Before(in.ca.Status().IntermediateExpires) {
+		in.ready.Set("upstream", nil) // whether or not it answers now
 	}
 	if err := in.writeBundle(); err != nil {
 		return err
@@ -232,28 +242,33 @@ func (in *issuer) close() error {
 	return errors.Join(errs...)
 }
 
-// passphrase reads the first line of the file; none without a file.
+// passphrase reads that of the CA keys; none without a file.
 func passphrase(file string) ([]byte, error) {
 	if file == "" {
 		return nil, nil
 	}
+	return secretLine("ca.passphrase_file", file, "the passphrase of the CA keys")
+}
+
+// secretLine reads the first line of the file that a setting names.
+func secretLine(field, file, what string) ([]byte, error) {
 	info, err := os.Stat(file)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s does not exist", file), "write the passphrase of the CA keys into it, mode 0600")
+		return nil, daemon.Hint(fmt.Errorf("%s %s does not exist", field, file), "write "+what+" into it, mode 0600")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("ca.passphrase_file: %w", err)
+		return nil, fmt.Errorf("%s: %w", field, err)
 	}
 	if info.Mode().Perm()&0o077 != 0 {
-		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s may be read by others (mode %04o)", file, info.Mode().Perm()), "chmod 600 "+file)
+		return nil, daemon.Hint(fmt.Errorf("%s %s may be read by others (mode %04o)", field, file, info.Mode().Perm()), "chmod 600 "+file)
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return nil, fmt.Errorf("ca.passphrase_file: %w", err)
+		return nil, fmt.Errorf("%s: %w", field, err)
 	}
 	line, _, _ := strings.Cut(string(b), "\n")
 	if line == "" {
-		return nil, daemon.Hint(fmt.Errorf("ca.passphrase_file %s is empty", file), "write the passphrase of the CA keys into its first line")
+		return nil, daemon.Hint(fmt.Errorf("%s %s is empty", field, file), "write "+what+" into its first line")
 	}
 	return []byte(line), nil
 }

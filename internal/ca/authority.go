@@ -29,7 +29,7 @@ func (c *CA) MoveRoot(ctx context.Context, step Step, id string) (Rotation, erro
 		})
 		return c.Rotation(), err
 	}
-	err := c.operate(func(s *signing, now time.Time) error {
+	err := c.offering(ctx, func(p Phase) bool { return p == Steady && step == StepPrepare }, func(s *signing, now time.Time) error {
 		if c.cfg.SharedRoot {
 			return errShared()
 		}

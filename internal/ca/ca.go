@@ -4,7 +4,8 @@
 // A certificate takes three steps: Prepare lints what would be signed, the
 // Draft proves it, Sign records the intent and redeems the Draft once. Whom to
 // sign for is decided elsewhere. Run renews the intermediate, moves a rotation
-// of the root on, and owns no other goroutine; signing takes no lock.
+// of the root on, and owns no goroutine but that which waits for an upstream
+// authority; signing takes no lock.
 package ca
 
 import (
@@ -94,6 +95,13 @@ type Config struct {
 	// make another one, so then the root is replaced by force alone, while the
 	// others are stopped; unless the CA has joined them.
 	SharedRoot bool
+	// Upstream signs the intermediate in place of a root of our own. The chain it
+	// answers with ends in its root: that this is the root meant, and that a call
+	// ends in due time, is for it to see to. Default: a root of our own.
+	Upstream apiv1.CertificateAuthorityService
+	// OnUpstream is told how each call of Upstream ended: nil for well. It must
+	// not call the CA.
+	OnUpstream func(error)
 	// Holders returns the live proxies and what they trust and show, and false
 	// while that is not known. A rotation of the root waits for them; without
 	// Holders it goes on only when forced.
@@ -147,6 +155,9 @@ func (c Config) Validate() error {
 	}
 	if d.Audit == nil {
 		bad("ca.audit: missing")
+	}
+	if d.Upstream != nil && (d.RootDir != "" || d.SharedRoot) {
+		bad("ca.upstream: an issuer has an authority above it or shares a root with others, not both")
 	}
 	for _, x := range []struct {
 		name string
@@ -210,9 +221,11 @@ type signing struct {
 	// service signs with the intermediate; a service of another CAS fits here.
 	service      apiv1.CertificateAuthorityService
 	intermediate *x509.Certificate
-	root         *x509.Certificate
-	jwt          jwtKey
-	bundle       Bundle
+	// above stand between intermediate and root: none when root is ours.
+	above  []*x509.Certificate
+	root   *x509.Certificate
+	jwt    jwtKey
+	bundle Bundle
 	// others are the roots that do not sign, as in rotation.Others.
 	others []*x509.Certificate
 	// former signs for the issuer's own connection while a proxy may not trust
@@ -235,7 +248,8 @@ type CA struct {
 	// write is how certificates and state reach the disk; tests kill it.
 	write func(path string, data []byte, perm fs.FileMode) error
 
-	// moving orders what is agreed with other issuers. It comes before mu.
+	// moving orders what is agreed with other issuers, and questions to the
+	// upstream authority. It comes before mu.
 	moving sync.Mutex
 
 	// mu guards renewal: state, changed and the files in Dir; and who the others
@@ -245,6 +259,7 @@ type CA struct {
 	changed chan struct{}
 	company *company
 	council council
+	up      asking
 }
 
 // Open loads the CA in cfg.Dir, or makes a root and an intermediate when the
@@ -291,7 +306,11 @@ func (c *CA) open(ctx context.Context) error {
 		return err
 	}
 	if fresh {
-		if err := c.create(ctx); err != nil {
+		create := c.create
+		if c.cfg.Upstream != nil {
+			create = c.createUpstream
+		}
+		if err := create(ctx); err != nil {
 			return err
 		}
 	}
@@ -301,7 +320,13 @@ func (c *CA) open(ctx context.Context) error {
 	}
 	c.current.Store(s)
 	c.sweep()
-	return c.renew(ctx)
+	err = c.renew(ctx)
+	if err != nil && c.cfg.Upstream != nil {
+		// Run tries again; what there is may be good for days.
+		c.cfg.Log.Error("CA renewal failed", "err", err, "intermediate_expires", s.intermediate.NotAfter)
+		return nil
+	}
+	return err
 }
 
 // Close releases the directory for another process. Nothing may be signed

@@ -261,8 +261,8 @@ func (c *CA) redeem(p Draft) (*draft, error) {
 }
 
 // Sign redeems a Draft: it records the intent, signs, looks at what came back
-// and records the result. It returns the leaf and the intermediate. Without a
-// record of both, no certificate leaves.
+// and records the result. It returns the leaf, the intermediate and what stands
+// between that and the root. Without a record of both, no certificate leaves.
 func (c *CA) Sign(ctx context.Context, p Draft) ([]*x509.Certificate, error) {
 	d, err := c.redeem(p)
 	if err != nil {
@@ -308,7 +308,7 @@ func (d *draft) sign() ([]*x509.Certificate, error) {
 	if err := d.with.intermediate.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature); err != nil {
 		return nil, fmt.Errorf("the signature is not that of the intermediate: %w", err)
 	}
-	return []*x509.Certificate{cert, d.with.intermediate}, nil
+	return append([]*x509.Certificate{cert, d.with.intermediate}, d.with.above...), nil
 }
 
 func (d *draft) signTemplate() (*x509.Certificate, error) {

@@ -68,6 +68,7 @@ func (c *CA) Rotation() Rotation {
 	out.Gate = c.gate(s, forward[out.Phase])
 	plan := c.schedule(s)
 	switch {
+	case c.cfg.Upstream != nil && out.Phase == Steady: // the upstream authority says when
 	case c.cfg.SharedRoot && c.company == nil:
 	case out.Phase == Steady:
 		out.Due = plan.prepare
@@ -80,6 +81,9 @@ func (c *CA) Rotation() Rotation {
 }
 
 func (c *CA) schedule(s *signing) schedule {
+	if c.cfg.Upstream != nil {
+		return c.upstreamSchedule(s)
+	}
 	return scheduleOf(s.root.NotBefore.Add(backdate), s.root.NotAfter, c.cfg.IntermediateTTL, c.cfg.X509TTL)
 }
 
@@ -197,7 +201,7 @@ func (c *CA) Rotate(ctx context.Context, pace Pace, force bool) (Rotation, error
 		err := c.rotateShared(ctx, co, pace, force)
 		return c.Rotation(), err
 	}
-	err := c.operate(func(s *signing, now time.Time) error {
+	err := c.offering(ctx, isSteady, func(s *signing, now time.Time) error {
 		if c.cfg.SharedRoot && !force {
 			return errShared()
 		}
@@ -255,7 +259,7 @@ func (c *CA) Emergency(ctx context.Context) (Rotation, error) {
 		err := c.together(ctx, co, func(Phase, Gate, time.Time) (Step, Pace, error) { return stepEmergency, AtOnce, nil })
 		return c.Rotation(), err
 	}
-	err := c.operate(func(s *signing, now time.Time) error {
+	err := c.offering(ctx, always, func(s *signing, now time.Time) error {
 		if c.cfg.SharedRoot {
 			return errShared()
 		}
@@ -325,6 +329,9 @@ func (c *CA) take(ctx context.Context, step Step, pace Pace, now time.Time) erro
 
 // prepareRoot makes the next root and sees that there is a next JWT key.
 func (c *CA) prepareRoot(ctx context.Context, st *state, now time.Time) error {
+	if c.cfg.Upstream != nil {
+		return c.prepareOffer(st, now)
+	}
 	name, _, err := c.anotherRoot(ctx, now)
 	if err != nil {
 		return err
@@ -346,6 +353,9 @@ func (c *CA) anotherRoot(ctx context.Context, now time.Time) (string, *x509.Cert
 // swap lets the last of the other roots sign, under a new intermediate, and
 // puts the one that signed in its place.
 func (c *CA) swap(ctx context.Context, st *state, s *signing, to Phase, now time.Time) error {
+	if c.cfg.Upstream != nil {
+		return c.swapUpstream(st, to, now)
+	}
 	r := st.Rotation
 	last := len(r.Others) - 1
 	former, next := st.root(), s.others[last]
@@ -391,6 +401,9 @@ func (s *state) restoreJWT(now time.Time) {
 
 // emergency makes a root that signs at once. The caller holds c.mu.
 func (c *CA) emergency(ctx context.Context, s *signing, now time.Time) error {
+	if o := c.up.offered; o != nil && o.root.Equal(s.root) {
+		return errSameRoot()
+	}
 	from := c.state.Rotation.phase()
 	if err := c.recordStep("emergency", from); err != nil {
 		return err
@@ -402,12 +415,8 @@ func (c *CA) emergency(ctx context.Context, s *signing, now time.Time) error {
 		}
 		// What was prepared lay beside the key that leaked, and nobody shows it.
 		r.Others = append(r.Others, st.root())
-		name, root, err := c.anotherRoot(ctx, now)
-		if err != nil {
-			return err
-		}
-		st.Root, st.Rotation = name, r
-		if err := c.replaceIntermediate(ctx, st, root, now); err != nil {
+		st.Rotation = r
+		if err := c.signAnew(ctx, st, now); err != nil {
 			return err
 		}
 		st.JWT = slices.DeleteFunc(st.JWT, isNext)

@@ -80,7 +80,7 @@ func (c *CA) nextStep() time.Time {
 		return next
 	}
 	publish, activate := times(s.intermediate)
-	steps := []time.Time{publish, activate}
+	steps := []time.Time{publish, activate, c.askAgain()}
 	for _, k := range s.bundle.JWT {
 		steps = append(steps, k.ExpiresAt)
 	}
@@ -101,6 +101,16 @@ func (c *CA) nextStep() time.Time {
 
 // renew does the steps that are due, if any.
 func (c *CA) renew(ctx context.Context) error {
+	if c.cfg.Upstream == nil {
+		return c.renewHere(ctx)
+	}
+	c.moving.Lock()
+	defer c.moving.Unlock()
+	defer c.dropOffer()
+	return errors.Join(c.askIfDue(ctx), c.renewHere(ctx))
+}
+
+func (c *CA) renewHere(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.current.Load()
@@ -121,7 +131,9 @@ func (c *CA) renew(ctx context.Context) error {
 	// one does, while this one is valid.
 	last := !s.intermediate.NotAfter.Before(s.root.NotAfter)
 	switch {
-	case !now.Before(activate) && !last:
+	case c.up.offered != nil:
+		return c.takeOffer(ctx, s, now)
+	case c.cfg.Upstream == nil && !now.Before(activate) && !last:
 		return c.rotate(ctx, s, now)
 	case !now.Before(publish) && !slices.ContainsFunc(c.state.JWT, isNext):
 		return c.publishNext(ctx, now)
@@ -302,7 +314,10 @@ func (c *CA) forget(before, now state) {
 // remove takes away a certificate and its key, the key first: what a crash
 // leaves is swept by the name of the certificate.
 func (c *CA) remove(name string) {
-	c.removeKey(name)
+	if !c.keyless(name) {
+		c.removeKey(name)
+	}
+	c.removeChain(name)
 	if err := os.Remove(c.file(name + ".crt")); err != nil {
 		c.cfg.Log.Warn("retired certificate stays", "path", c.file(name+".crt"), "err", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/smallstep/certificates/cas/apiv1"
@@ -35,6 +36,9 @@ const (
 type state struct {
 	Version     int    `json:"version"`
 	TrustDomain string `json:"trust_domain"`
+	// Upstream says that the roots are those of an upstream authority, which has
+	// their keys.
+	Upstream bool `json:"upstream,omitempty"`
 	// Root is that which signs; empty is the first one, "root".
 	Root         string         `json:"root,omitempty"`
 	Intermediate string         `json:"intermediate"`
@@ -113,6 +117,11 @@ func (c *CA) loadState() (fresh bool, err error) {
 		return false, daemon.Hint(fmt.Errorf("the CA there is of trust domain %q, not of %q", c.state.TrustDomain, c.cfg.TrustDomain.Name()),
 			"set trust_domain to "+c.state.TrustDomain+", or name another directory")
 	}
+	if c.state.Upstream != (c.cfg.Upstream != nil) {
+		whose := map[bool]string{false: "of its own", true: "of an upstream authority"}
+		return false, daemon.Hint(fmt.Errorf("the CA there has a root %s, and ca.upstream asks for one %s", whose[c.state.Upstream], whose[!c.state.Upstream]),
+			"set ca.upstream as before; or move the directory ca aside, start the issuer, and give every proxy the new bundle.pem")
+	}
 	names := c.state.certificates()
 	for _, k := range c.state.JWT {
 		names = append(names, k.KeyID)
@@ -122,7 +131,7 @@ func (c *CA) loadState() (fresh bool, err error) {
 			return false, daemon.Hint(fmt.Errorf("%s is damaged: %q is not a name", stateFile, n), "restore it from a backup")
 		}
 	}
-	if r := c.state.Rotation; r != nil && (forward[r.Phase] == "" || r.Phase == Steady || len(r.Others) == 0) {
+	if r := c.state.Rotation; r != nil && (forward[r.Phase] == "" || r.Phase == Steady || len(r.Others) == 0 && (!c.state.Upstream || r.Phase != Prepared)) {
 		return false, daemon.Hint(fmt.Errorf("%s is damaged: no rotation is %q with %d other roots", stateFile, r.Phase, len(r.Others)), "restore it from a backup")
 	}
 	return false, nil
@@ -185,7 +194,11 @@ func (c *CA) pair(name string, pathLen int) (*x509.Certificate, crypto.Signer, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := lintCA(cert, c.cfg.TrustDomain, pathLen); err != nil {
+	whole := cert
+	if c.cfg.Upstream != nil {
+		whole = plain(cert)
+	}
+	if err := lintCA(whole, c.cfg.TrustDomain, pathLen); err != nil {
 		return nil, nil, daemon.Hint(fmt.Errorf("certificate %s is not one of this CA: %w", c.file(name+".crt"), err),
 			"restore it from a backup, or name another directory")
 	}
@@ -201,7 +214,7 @@ func (c *CA) pair(name string, pathLen int) (*x509.Certificate, crypto.Signer, e
 
 // load reads all that the state names and checks it against the clock.
 func (c *CA) load(ctx context.Context) (*signing, error) {
-	root, _, err := c.pair(c.state.root(), 1)
+	root, err := c.rootOf(c.state.root())
 	if err != nil {
 		return nil, err
 	}
@@ -209,6 +222,9 @@ func (c *CA) load(ctx context.Context) (*signing, error) {
 	switch {
 	case root.CheckSignatureFrom(root) != nil:
 		return nil, daemon.Hint(errors.New("the root certificate is not signed by its own key"), "restore it from a backup")
+	case now.After(root.NotAfter) && c.cfg.Upstream != nil:
+		return nil, daemon.Hint(fmt.Errorf("%w at %s and the clock says %s", ErrRootExpired, utc(root.NotAfter), utc(now)),
+			"check the clock; if it is right, move the directory ca aside, start the issuer, and give every proxy the new bundle.pem")
 	case now.After(root.NotAfter):
 		return nil, daemon.Hint(fmt.Errorf("%w at %s and the clock says %s", ErrRootExpired, utc(root.NotAfter), utc(now)),
 			"check the clock; if it is right, stop the issuer and run: issuer ca rotate --emergency --config FILE")
@@ -226,7 +242,7 @@ func (c *CA) load(ctx context.Context) (*signing, error) {
 	}
 	if r := c.state.Rotation; r != nil {
 		for _, name := range r.Others {
-			if _, _, err := c.pair(name, 1); err != nil {
+			if _, err := c.rootOf(name); err != nil {
 				return nil, err
 			}
 		}
@@ -275,8 +291,16 @@ func (c *CA) signer(ctx context.Context, name string, root *x509.Certificate) (*
 	if err != nil {
 		return nil, err
 	}
-	if err := cert.CheckSignatureFrom(root); err != nil {
-		return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
+	above, err := c.loadAbove(name)
+	if err != nil {
+		return nil, err
+	}
+	last := cert
+	for _, next := range append(slices.Clone(above), root) {
+		if err := last.CheckSignatureFrom(next); err != nil {
+			return nil, daemon.Hint(fmt.Errorf("the intermediate certificate is not signed by the root: %w", err), "restore both from one backup")
+		}
+		last = next
 	}
 	service, err := softcas.New(ctx, apiv1.Options{
 		Type: apiv1.SoftCAS, CertificateChain: []*x509.Certificate{cert}, Signer: key,
@@ -284,10 +308,11 @@ func (c *CA) signer(ctx context.Context, name string, root *x509.Certificate) (*
 	if err != nil {
 		return nil, fmt.Errorf("open signer: %w", err)
 	}
-	return &signing{service: service, intermediate: cert, root: root, own: map[string]bool{
-		string(publicDER(root.PublicKey)): true,
-		string(publicDER(cert.PublicKey)): true,
-	}}, nil
+	own := map[string]bool{string(publicDER(root.PublicKey)): true, string(publicDER(cert.PublicKey)): true}
+	for _, x := range above {
+		own[string(publicDER(x.PublicKey))] = true
+	}
+	return &signing{service: service, intermediate: cert, above: above, root: root, own: own}, nil
 }
 
 // addOthers puts the roots that do not sign into the bundle.

@@ -50,6 +50,18 @@ func (s *Server) tlsConfig() *tls.Config {
 // sign any identity, those of agents and operators among them.
 const ownChain = 3
 
+// bySelf says that this issuer's intermediate has signed the leaf of a chain, or
+// another's beside it under the same root. A root that does not bear the name of
+// the trust domain is an upstream authority's: there the chain may be longer,
+// and ours is the only one in it that bears the name, since one below does, too.
+func bySelf(chain []*x509.Certificate, td spiffeid.TrustDomain) bool {
+	ours := func(c *x509.Certificate) bool { return len(c.URIs) == 1 && c.URIs[0].String() == td.IDString() }
+	if len(chain) <= ownChain {
+		return true
+	}
+	return !ours(chain[len(chain)-1]) && ours(chain[1]) && !slices.ContainsFunc(chain[2:], ours)
+}
+
 // verifyPeer checks a peer's chain as X509-SVID section 5 demands, and more
 // strictly than RFC 5280 alone: one URI SAN, a path, no CA bit, KeyUsage present
 // with digitalSignature and without the two signing usages.
@@ -80,7 +92,7 @@ func verifyPeer(certs, roots []*x509.Certificate, td spiffeid.TrustDomain, now t
 		opts.Intermediates.AddCert(c)
 	}
 	chains, err := certs[0].Verify(opts)
-	if err == nil && !slices.ContainsFunc(chains, func(c []*x509.Certificate) bool { return len(c) <= ownChain }) {
+	if err == nil && !slices.ContainsFunc(chains, func(c []*x509.Certificate) bool { return bySelf(c, td) }) {
 		return id, fmt.Errorf("certificate of %s is from an issuer below this one: such count between proxies, and not here", id)
 	}
 	if err == nil {

@@ -80,3 +80,30 @@ func TestALeafOfAnIssuerBelowIsNoPeer(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// Under an upstream authority a chain is longer, and one below ours counts for
+// none all the same.
+func TestChainsUnderAnUpstreamAuthority(t *testing.T) {
+	named := &x509.Certificate{URIs: []*url.URL{td.ID().URL()}}
+	bare, leaf := &x509.Certificate{}, &x509.Certificate{URIs: []*url.URL{payment.URL()}}
+	for _, tt := range []struct {
+		name  string
+		chain []*x509.Certificate
+		want  bool
+	}{
+		{"ours under our root", []*x509.Certificate{leaf, named, named}, true},
+		{"one below, under our root", []*x509.Certificate{leaf, named, named, named}, false},
+		{"one without a name below, under our root", []*x509.Certificate{leaf, bare, named, named}, false},
+		{"a foreign one above ours, under our root", []*x509.Certificate{leaf, named, bare, named}, false},
+		{"ours under a foreign root", []*x509.Certificate{leaf, named, bare}, true},
+		{"ours under a foreign chain", []*x509.Certificate{leaf, named, bare, bare, bare}, true},
+		{"one below, under a foreign root", []*x509.Certificate{leaf, named, named, bare}, false},
+		{"one below, under a foreign chain", []*x509.Certificate{leaf, named, named, bare, bare}, false},
+		{"one without a name below", []*x509.Certificate{leaf, bare, named, bare}, false},
+		{"a foreign one", []*x509.Certificate{leaf, bare, bare, bare}, false},
+	} {
+		if got := bySelf(tt.chain, td); got != tt.want {
+			t.Errorf("%s: %v", tt.name, got)
+		}
+	}
+}

@@ -130,6 +130,15 @@ func (r *Registry) TokenKeyFetches(issuer, result string) *Counter {
 	return r.tokenKeys.get(labels{result, issuer})
 }
 
+// UpstreamCA counts questions to the upstream authority of the CA, by result
+// "ok" or "failed".
+func (r *Registry) UpstreamCA(result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.askedUp.get(labels{result})
+}
+
 // FederationFetches counts looks at the bundle endpoint of another trust
 // domain, by result "ok" or "failed".
 func (r *Registry) FederationFetches(trustDomain, result string) *Counter {

@@ -149,6 +149,7 @@ type Registry struct {
 	rotations *family[*Counter]
 	federated *family[*Gauge]
 	lookups   *family[*Counter]
+	askedUp   *family[*Counter]
 	tokenKeys *family[*Counter]
 	sinks     *family[*Counter]
 	sinkErrs  *family[*Counter]
@@ -191,6 +192,7 @@ func NewRegistry() *Registry {
 	r.sinks = counters(r, 1, "sallyport_audit_sink_records_total", "Audit records that a sink took, or refused and were set aside.", "result", "sink")
 	r.sinkErrs = counters(r, 0, "sallyport_audit_sink_errors_total", "Batches that a sink did not take.", "sink")
 	r.sinkLags = newLags(r)
+	r.askedUp = counters(r, 1, "sallyport_ca_upstream_requests_total", "Questions to the upstream authority of the CA, by result.", "result")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 
