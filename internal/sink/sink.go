@@ -17,7 +17,6 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
-	"strings"
 	"time"
 
 	"sallyport/internal/audit"
@@ -34,7 +33,12 @@ type Config struct {
 	Batch BatchConfig `yaml:"batch"`
 
 	// Exactly one of these says what the system is.
-	HTTP *HTTPConfig `yaml:"http"`
+	File   *FileConfig   `yaml:"file"`
+	HTTP   *HTTPConfig   `yaml:"http"`
+	Kafka  *KafkaConfig  `yaml:"kafka"`
+	OTLP   *OTLPConfig   `yaml:"otlp"`
+	S3     *S3Config     `yaml:"s3"`
+	Syslog *SyslogConfig `yaml:"syslog"`
 }
 
 // BatchConfig bounds what is handed over at once. The defaults are those of the
@@ -124,18 +128,33 @@ type peer interface {
 	close()
 }
 
-var usual = BatchConfig{Records: 1000, Bytes: 1 << 20, Wait: 20 * time.Millisecond}
+// The defaults of batches: small ones soon, large objects, and not more than a
+// connection a second.
+var (
+	usual       = BatchConfig{Records: 1000, Bytes: 1 << 20, Wait: 20 * time.Millisecond}
+	objects     = BatchConfig{Records: 50_000, Bytes: 16 << 20, Wait: 10 * time.Second}
+	connections = BatchConfig{Records: 1000, Bytes: 1 << 20, Wait: time.Second}
+)
 
 // kinds are the sections that are there.
 func (c Config) kinds() (out []kind) {
-	if c.HTTP != nil {
-		out = append(out, kind{name: "http", batch: usual, cfg: c.HTTP})
+	for _, k := range [...]struct {
+		kind
+		there bool
+	}{
+		{kind{name: "file", batch: usual, cfg: c.File}, c.File != nil},
+		{kind{name: "http", batch: usual, cfg: c.HTTP}, c.HTTP != nil},
+		{kind{name: "kafka", batch: usual, cfg: c.Kafka}, c.Kafka != nil},
+		{kind{name: "otlp", batch: usual, cfg: c.OTLP}, c.OTLP != nil},
+		{kind{name: "s3", batch: objects, fixed: true, cfg: c.S3}, c.S3 != nil},
+		{kind{name: "syslog", batch: connections, cfg: c.Syslog}, c.Syslog != nil},
+	} {
+		if k.there {
+			out = append(out, k.kind)
+		}
 	}
 	return out
 }
-
-// kindNames is every section that says what a sink is.
-var kindNames = []string{"http"}
 
 // Validate reports every mistake by field name.
 func (c Config) Validate() error {
@@ -149,7 +168,7 @@ func (c Config) Validate() error {
 	errs = append(errs, c.Batch.validate())
 	ks := c.kinds()
 	if len(ks) != 1 {
-		errs = append(errs, fmt.Errorf("%d sections say what the sink is; write exactly one of %s", len(ks), strings.Join(kindNames, ", ")))
+		errs = append(errs, fmt.Errorf("%d sections say what the sink is; write exactly one of file, http, kafka, otlp, s3, syslog", len(ks)))
 	}
 	for _, k := range ks {
 		errs = append(errs, within(k.name, k.cfg.validate()))

@@ -369,7 +369,7 @@ func TestMistakes(t *testing.T) {
 	}{
 		{Config{HTTP: &HTTPConfig{URL: "https://a.test"}}, "name"},
 		{Config{Name: "A/../b", HTTP: &HTTPConfig{URL: "https://a.test"}}, "name"},
-		{Config{Name: "a"}, "write exactly one of http"},
+		{Config{Name: "a"}, "write exactly one of file, http, kafka"},
 		{Config{Name: "a", HTTP: &HTTPConfig{}}, "http: url: write the address"},
 		{Config{Name: "a", HTTP: &HTTPConfig{URL: "http://a.test"}}, "http: url: must be https"},
 		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://u:p@a.test"}}, "password"},

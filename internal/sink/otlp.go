@@ -1,0 +1,122 @@
+package sink
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	export "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
+	common "go.opentelemetry.io/proto/slim/otlp/common/v1"
+	logs "go.opentelemetry.io/proto/slim/otlp/logs/v1"
+	resource "go.opentelemetry.io/proto/slim/otlp/resource/v1"
+	"google.golang.org/protobuf/proto"
+)
+
+// OTLPConfig is an OpenTelemetry collector, by OTLP over HTTP with protobuf.
+type OTLPConfig struct {
+	// URL with the path, such as https://otel.corp.example:4318/v1/logs.
+	// https, or http on loopback. Required.
+	URL string `yaml:"url"`
+	// Token is sent as bearer token.
+	Token Secret `yaml:"token"`
+	TLS   `yaml:",inline"`
+}
+
+func (c *OTLPConfig) validate() error {
+	return errors.Join(validateURL("url", c.URL, "https://otel.corp.example:4318/v1/logs"), within("token", c.Token.validate()), c.TLS.validate())
+}
+
+func (c *OTLPConfig) open(env Env, _ string) (peer, error) {
+	p, err := newPost(c.URL, "application/x-protobuf", c.Token, c.TLS, env)
+	if err != nil {
+		return nil, err
+	}
+	host, err := os.Hostname()
+	if err != nil {
+		return nil, err
+	}
+	return &otlp{post: p, program: env.Program, host: host}, nil
+}
+
+// otlp is the peer of kind otlp.
+type otlp struct {
+	post          *post
+	program, host string
+}
+
+func (o *otlp) deliver(ctx context.Context, b *batch) error {
+	body, err := proto.Marshal(o.request(b))
+	if err != nil {
+		return &refusal{err: err}
+	}
+	answer, err := o.post.send(ctx, body, nil)
+	if err != nil {
+		return err
+	}
+	var resp export.ExportLogsServiceResponse
+	if err := proto.Unmarshal(answer, &resp); err != nil {
+		return fmt.Errorf("the server's answer is not OTLP: %w", err)
+	}
+	part := resp.GetPartialSuccess()
+	if n := part.GetRejectedLogRecords(); n > 0 {
+		// The protocol forbids to send the batch again, and does not say which
+		// records it speaks of.
+		return &partial{refused: int(min(n, int64(len(b.records)))), err: fmt.Errorf("the server rejected %d of %d records: %.200q", n, len(b.records), part.GetErrorMessage())}
+	}
+	return nil
+}
+
+func (o *otlp) close() { o.post.client.CloseIdleConnections() }
+
+func text(key, v string) *common.KeyValue {
+	return &common.KeyValue{Key: key, Value: &common.AnyValue{Value: &common.AnyValue_StringValue{StringValue: v}}}
+}
+
+// request puts a batch into OTLP: the record is the body, what one looks for is
+// beside it.
+func (o *otlp) request(b *batch) *export.ExportLogsServiceRequest {
+	now := uint64(time.Now().UnixNano())
+	out := make([]*logs.LogRecord, len(b.records))
+	for i := range b.records {
+		out[i] = logRecord(&b.records[i], now)
+	}
+	return &export.ExportLogsServiceRequest{ResourceLogs: []*logs.ResourceLogs{{
+		Resource: &resource.Resource{Attributes: []*common.KeyValue{
+			text("service.name", "sallyport-"+o.program), text("host.name", o.host), text("sallyport.log", b.log),
+		}},
+		ScopeLogs: []*logs.ScopeLogs{{Scope: &common.InstrumentationScope{Name: "sallyport/audit"}, LogRecords: out}},
+	}}}
+}
+
+func logRecord(r *record, now uint64) *logs.LogRecord {
+	l := &logs.LogRecord{
+		TimeUnixNano: uint64(r.Time.UnixNano()), ObservedTimeUnixNano: now,
+		SeverityNumber: logs.SeverityNumber_SEVERITY_NUMBER_INFO, SeverityText: "INFO",
+		Body: text("", strings.TrimSuffix(string(r.text), "\n")).Value,
+		Attributes: []*common.KeyValue{
+			{Key: "sallyport.seq", Value: &common.AnyValue{Value: &common.AnyValue_IntValue{IntValue: int64(r.Seq)}}},
+			text("sallyport.kind", string(r.Kind)),
+		},
+	}
+	switch severity(&r.Record) {
+	case sevError:
+		l.SeverityNumber, l.SeverityText = logs.SeverityNumber_SEVERITY_NUMBER_ERROR, "ERROR"
+	case sevWarn:
+		l.SeverityNumber, l.SeverityText = logs.SeverityNumber_SEVERITY_NUMBER_WARN, "WARN"
+	}
+	for _, p := range [...][2]string{
+		{"id", r.ID}, {"decision", r.Decision}, {"reason", r.Reason}, {"rule", r.Rule}, {"src", r.Src}, {"dst", r.Dst},
+	} {
+		if p[1] != "" {
+			l.Attributes = append(l.Attributes, text("sallyport."+p[0], p[1]))
+		}
+	}
+	if id, err := hex.DecodeString(r.Trace); err == nil && len(id) == 16 {
+		l.TraceId = id
+	}
+	return l
+}
