@@ -18,6 +18,7 @@ import (
 
 	"sallyport/internal/attest"
 	"sallyport/internal/audit"
+	"sallyport/internal/authz"
 	"sallyport/internal/ca"
 	"sallyport/internal/capture"
 	"sallyport/internal/control"
@@ -198,7 +199,7 @@ func (in *issuer) open(ctx context.Context) error {
 		Witness:   in.witness,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
-		Keeper: in.registry, Admins: in.registry, OnAdmin: in.recordAdmin,
+		Keeper: in.registry, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 	})
 	return err
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/authz"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -114,7 +115,7 @@ func serveAdmin(t *testing.T) (socket string) {
 		t.Fatal(err)
 	}
 	srv, err := control.NewServer(control.ServerConfig{TrustDomain: corp, Registry: r, Authority: newSigner(t), Audit: noAudit{},
-		Keeper: r, Admins: r, Log: slog.New(slog.DiscardHandler)})
+		Keeper: r, Admins: authz.NewAdmins(r.Policies, slog.New(slog.DiscardHandler)), Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -28,6 +29,8 @@ const (
 		" && portOK(r_port, p_port) && verbOK(r_verb, p_verb) && pathOK(r_path, p_path) && condOK(r_tok, r_env, p_cond)"
 )
 
+var modelWant = map[string]string{"r": wantRequest, "p": wantPolicy, "e": wantEffect, "m": wantMatcher}
+
 // oracle is Casbin with our model and rows. It is the meaning of the policy.
 type oracle struct {
 	enforcer *casbin.Enforcer
@@ -37,7 +40,7 @@ type oracle struct {
 }
 
 func newOracle(rows []mesh.Rule, groups map[string][]string) (*oracle, error) {
-	m, err := parseModel(modelText)
+	m, err := parseModel(modelText, modelWant)
 	if err != nil {
 		return nil, err
 	}
@@ -50,7 +53,7 @@ func newOracle(rows []mesh.Rule, groups map[string][]string) (*oracle, error) {
 	}
 	for i := range rows {
 		r := &rows[i]
-		if err := loadRow(m, r); err != nil {
+		if err := loadRow(m, rowFields(r)); err != nil {
 			return nil, fmt.Errorf("load row %s: %w", r.ID, err)
 		}
 		if o.conds[r.Cond], err = mesh.ParseCond(r.Cond); err != nil {
@@ -72,13 +75,14 @@ func newOracle(rows []mesh.Rule, groups map[string][]string) (*oracle, error) {
 	return o, nil
 }
 
-// parseModel parses a model and refuses one that is not ours.
-func parseModel(text string) (model.Model, error) {
+// parseModel parses a model and refuses one that is not what is wanted, by
+// section.
+func parseModel(text string, want map[string]string) (model.Model, error) {
+	want = maps.Clone(want)
 	m, err := model.NewModelFromString(text)
 	if err != nil {
 		return nil, fmt.Errorf("parse model: %w", err)
 	}
-	want := map[string]string{"r": wantRequest, "p": wantPolicy, "e": wantEffect, "m": wantMatcher}
 	for sec, defs := range m {
 		if sec == "logger" {
 			continue // Casbin keeps its logger among the definitions
@@ -99,18 +103,18 @@ func parseModel(text string) (model.Model, error) {
 }
 
 // loadRow adds one row; Casbin panics on some that it does not like.
-func loadRow(m model.Model, r *mesh.Rule) (err error) {
+func loadRow(m model.Model, fields []string) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("casbin panicked: %v", p)
 		}
 	}()
-	fields := rowFields(r)
+	before := len(m["p"]["p"].Policy)
 	if err := persist.LoadPolicyArray(append([]string{"p"}, fields...), m); err != nil {
 		return err
 	}
 	kept := m["p"]["p"].Policy
-	if len(kept) == 0 || !slices.Equal(kept[len(kept)-1], fields) {
+	if len(kept) != before+1 || !slices.Equal(kept[len(kept)-1], fields) {
 		return errors.New("casbin dropped the row as a double of another one")
 	}
 	return nil

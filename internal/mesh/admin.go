@@ -4,8 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // adminFile holds the rows that make the rights of operators finer.
@@ -122,40 +120,4 @@ func checkMethod(m string) error {
 		return nil
 	}
 	return fmt.Errorf("method %q is not like entry.BatchCreateEntry, entry.* or *", clip(m))
-}
-
-// matches reports whether the row speaks of a method called by caller, which is
-// zero for the local user.
-func (r AdminRule) matches(caller spiffeid.ID, method string) bool {
-	if caller.IsZero() != (r.Caller == AdminLocal) || !caller.IsZero() && !MatchSrc(r.Caller, caller.String()) {
-		return false
-	}
-	service, _, _ := strings.Cut(method, ".")
-	return r.Method == "*" || r.Method == method || r.Method == service+".*"
-}
-
-// JudgeAdmin decides an operator's call by the rows: the effect and the row, or
-// nothing when none speaks of it. The zero caller is the local user, the zero
-// identity a call that concerns none in particular.
-func (p *Policies) JudgeAdmin(caller spiffeid.ID, method string, on spiffeid.ID) (effect Effect, rule string) {
-	for _, r := range p.Admin {
-		if !r.matches(caller, method) || r.On != Any && (on.IsZero() || !MatchSrc(r.On, on.String())) {
-			continue
-		}
-		if r.Effect != Allow {
-			return Deny, r.ID
-		}
-		effect, rule = Allow, r.ID
-	}
-	return effect, rule
-}
-
-// MayAdmin reports whether a row allows caller the method on some identity.
-func (p *Policies) MayAdmin(caller spiffeid.ID, method string) bool {
-	for _, r := range p.Admin {
-		if r.Effect == Allow && r.matches(caller, method) {
-			return true
-		}
-	}
-	return false
 }

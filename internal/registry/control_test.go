@@ -6,7 +6,6 @@ import (
 )
 
 var (
-	_ control.Registry   = (*registry.Registry)(nil)
-	_ control.Keeper     = (*registry.Registry)(nil)
-	_ control.AdminJudge = (*registry.Registry)(nil)
+	_ control.Registry = (*registry.Registry)(nil)
+	_ control.Keeper   = (*registry.Registry)(nil)
 )

@@ -258,6 +258,15 @@ func (r *Registry) list(ctx context.Context, kind store.Kind) ([]store.Record, e
 // caller must not change it.
 func (r *Registry) Current() *mesh.Snapshot { return r.state.Load().snapshot }
 
+// Policies returns the reviewed set in force, nil before the first. The caller
+// must not change it.
+func (r *Registry) Policies() *mesh.Policies {
+	if acc := r.state.Load().accepted; acc != nil {
+		return acc.Policies
+	}
+	return nil
+}
+
 // Changed returns a channel that is closed when Current or Entries next
 // change. Take the channel first and read afterwards, then no change is missed.
 func (r *Registry) Changed() <-chan struct{} { return r.state.Load().changed }
