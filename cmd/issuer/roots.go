@@ -105,7 +105,10 @@ func rootStatus(r ca.Rotation) control.RootStatus {
 	}
 	for _, x := range r.Roots {
 		next := r.Phase == ca.Prepared && !x.Signs
-		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: x.ID, Kind: control.KindX509, Expires: x.Expires, Signs: x.Signs, Next: next, Tainted: x.Tainted})
+		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: x.ID, Kind: control.KindX509, SubjectKeyID: x.SubjectKeyID, Expires: x.Expires, Signs: x.Signs, Next: next, Tainted: x.Tainted})
+	}
+	for _, x := range r.Intermediates {
+		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: x.ID, Kind: control.KindIntermediate, SubjectKeyID: x.RootKeyID, Expires: x.Expires, Signs: x.Signs, Next: x.Next})
 	}
 	for _, k := range r.JWT {
 		st.Authorities = append(st.Authorities, control.AuthorityStatus{ID: k.KeyID, Kind: control.KindJWT, Expires: k.ExpiresAt, Signs: k.KeyID == r.KeyID, Next: k.KeyID == r.NextKeyID, Tainted: k.Tainted})

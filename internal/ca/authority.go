@@ -17,7 +17,8 @@ var ErrUnknown = errors.New("no such authority")
 // MoveRoot takes one step of replacing the root, and only that one: ErrGate when
 // another is next, or when not everyone confirms what it needs. ID is the root
 // that it is about, as RootID names it: the next one to activate, an old one to
-// taint or to revoke. To prepare names none.
+// taint or to revoke; under an upstream authority the intermediate to activate,
+// by its subject key ID. To prepare names none.
 func (c *CA) MoveRoot(ctx context.Context, step Step, id string) (Rotation, error) {
 	if co := c.sharing(); co != nil {
 		err := c.together(ctx, co, func(phase Phase, g Gate, now time.Time) (Step, Pace, error) {
@@ -54,7 +55,7 @@ func (c *CA) meant(s *signing, phase Phase, step Step, id string) (Step, error) 
 	if step == StepRevoke && next == StepDiscard {
 		step = StepDiscard // that of the root which a rollback rejected
 	}
-	if step != StepPrepare && !slices.Contains(idsOf(s.others), id) {
+	if step != StepPrepare && !slices.Contains(c.movable(s, step), id) {
 		return "", fmt.Errorf("%w: %.64q is not a root that waits for the step %q", ErrUnknown, id, step)
 	}
 	if step != next {

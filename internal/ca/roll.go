@@ -24,9 +24,19 @@ func RootID(root *x509.Certificate) string {
 type Root struct {
 	ID      string
 	Expires time.Time
+	// SubjectKeyID is that of its certificate, in hex.
+	SubjectKeyID string
 	// Signs is true of one root.
 	Signs   bool
 	Tainted bool
+}
+
+// An Intermediate is one that an upstream authority signed.
+type Intermediate struct {
+	// ID is the subject key ID in hex, and RootKeyID that of the root above.
+	ID, RootKeyID string
+	Expires       time.Time
+	Signs, Next   bool
 }
 
 // A Rotation is how the replacement of the root stands.
@@ -36,7 +46,10 @@ type Rotation struct {
 	Since     time.Time
 	Emergency bool
 	Roots     []Root
-	JWT       []JWTKey
+	// Intermediates are those that sign, are next and were before, and none when
+	// the root is ours.
+	Intermediates []Intermediate
+	JWT           []JWTKey
 	// KeyID is the kid that signs, NextKeyID that of the key to come, if there
 	// is one.
 	KeyID, NextKeyID string
@@ -60,11 +73,12 @@ func (c *CA) Rotation() Rotation {
 		out.NextKeyID = c.state.JWT[i].KeyID
 	}
 	for i, r := range s.bundle.X509 {
-		out.Roots = append(out.Roots, Root{ID: RootID(r), Expires: r.NotAfter, Signs: i == 0, Tainted: slices.Contains(s.bundle.Tainted, r)})
+		out.Roots = append(out.Roots, Root{ID: RootID(r), SubjectKeyID: hex.EncodeToString(r.SubjectKeyId), Expires: r.NotAfter, Signs: i == 0, Tainted: slices.Contains(s.bundle.Tainted, r)})
 	}
 	if r := c.state.Rotation; r != nil {
 		out.Pace, out.Since, out.Emergency = r.Pace, r.Since, r.Emergency
 	}
+	out.Intermediates = c.intermediates(s)
 	out.Gate = c.gate(s, forward[out.Phase])
 	plan := c.schedule(s)
 	switch {

@@ -429,3 +429,52 @@ func errSameRoot() error {
 	return daemon.Hint(fmt.Errorf("%w: the upstream authority signs under the same root still, which what leaked leads to", ErrGate),
 		"give it another root first; sallyport ca rotate --through replaces the intermediate and the JWT key meanwhile")
 }
+
+// intermediates are those of Rotation. The caller holds mu.
+func (c *CA) intermediates(s *signing) []Intermediate {
+	if c.cfg.Upstream == nil {
+		return nil
+	}
+	of := func(cert, root *x509.Certificate) Intermediate {
+		return Intermediate{ID: hex.EncodeToString(cert.SubjectKeyId), RootKeyID: hex.EncodeToString(root.SubjectKeyId), Expires: cert.NotAfter}
+	}
+	out := []Intermediate{of(s.intermediate, s.root)}
+	out[0].Signs = true
+	if ready := c.readyCert(); ready != nil {
+		root := s.root
+		if len(s.others) > 0 {
+			root = s.others[len(s.others)-1]
+		}
+		next := of(ready, root)
+		next.Next = true
+		out = append(out, next)
+	}
+	if f := s.former; f != nil {
+		out = append(out, of(f.intermediate, f.root))
+	}
+	return out
+}
+
+// readyCert is what an upstream authority signed and does not sign yet, nil for
+// none. The caller holds mu.
+func (c *CA) readyCert() *x509.Certificate {
+	if r := c.state.Rotation; c.cfg.Upstream != nil && r != nil && r.Ready != "" {
+		if cert, err := c.loadCert(r.Ready); err == nil {
+			return cert
+		}
+	}
+	return nil
+}
+
+// movable are the IDs that a step may name. Under an upstream authority it is
+// the intermediate that is activated: its root may be the same as before.
+func (c *CA) movable(s *signing, step Step) []string {
+	ids := idsOf(s.others)
+	if c.cfg.Upstream == nil || step != StepActivate {
+		return ids
+	}
+	if ready := c.readyCert(); ready != nil {
+		ids = append(ids, hex.EncodeToString(ready.SubjectKeyId))
+	}
+	return ids
+}

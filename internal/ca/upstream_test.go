@@ -385,3 +385,57 @@ func TestARootOfOursIsNotAnUpstreamOne(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestStepsByNameUnderAnUpstreamAuthority(t *testing.T) {
+	u := newUnder(t)
+	first := u.current.Load().root
+	ready := func() string {
+		t.Helper()
+		for _, x := range u.Rotation().Intermediates {
+			if x.Next {
+				return x.ID
+			}
+		}
+		t.Fatal("no intermediate is next")
+		return ""
+	}
+	prepare := func() {
+		t.Helper()
+		if _, err := u.MoveRoot(t.Context(), StepPrepare, ""); err != nil {
+			t.Fatal(err)
+		}
+		u.confirm()
+	}
+	prepare()
+	if _, err := u.MoveRoot(t.Context(), StepActivate, "00"); !errors.Is(err, ErrUnknown) {
+		t.Errorf("activate another: %v", err)
+	}
+	id := ready()
+	if r, err := u.MoveRoot(t.Context(), StepActivate, id); err != nil || r.Phase != Steady || len(r.Intermediates) != 1 || r.Intermediates[0].ID != id {
+		t.Errorf("%+v, %v", r, err)
+	}
+	u.up.renewRoot(t, "second")
+	prepare()
+	if r, err := u.MoveRoot(t.Context(), StepActivate, ready()); err != nil || r.Phase != Activated || len(r.Intermediates) != 2 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	u.confirm()
+	for _, step := range []Step{StepTaint, StepRevoke} {
+		if _, err := u.MoveRoot(t.Context(), step, RootID(first)); err != nil {
+			t.Fatalf("%s: %v", step, err)
+		}
+		u.confirm()
+		u.clock = u.clock.Add(u.CA.cfg.JWTTTL)
+	}
+	if b := u.Bundle(); len(b.X509) != 1 || b.X509[0].Equal(first) || len(b.Tainted) > 0 {
+		t.Errorf("the old root is trusted still: %d roots", len(b.X509))
+	}
+	u.leaf(t)
+	prepare()
+	if _, err := u.Rollback(t.Context()); err != nil || len(u.Rotation().Intermediates) != 1 {
+		t.Errorf("%+v, %v", u.Rotation(), err)
+	}
+	if found, _ := filepath.Glob(filepath.Join(u.cfg.Dir, "intermediate*")); len(found) != 3 {
+		t.Errorf("what was rolled back left files: %v", found)
+	}
+}

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -14,10 +15,14 @@ import (
 const (
 	KindX509 = "x509"
 	KindJWT  = "jwt"
+	// KindIntermediate is what an upstream authority signed, beside its roots of
+	// KindX509.
+	KindIntermediate = "intermediate"
 )
 
 // localAuthorityAPI is spire.api.server.localauthority.v1 over the replacement
-// of the root: an authority is one of Roots.
+// of the root: an authority is one of Roots; under an upstream authority, an
+// intermediate.
 type localAuthorityAPI struct {
 	localauthorityv1.UnimplementedLocalAuthorityServer
 	s *Server
@@ -30,6 +35,7 @@ type places struct {
 
 func placesOf(st RootStatus, kind string) (p places) {
 	var latest time.Time
+	kind = st.local(kind)
 	for _, a := range st.Authorities {
 		if a.Kind != kind {
 			continue
@@ -47,8 +53,20 @@ func placesOf(st RootStatus, kind string) (p places) {
 	return p
 }
 
+// local is the kind of the authorities of our own that a caller means.
+func (st RootStatus) local(kind string) string {
+	if kind == KindX509 && st.upstream() {
+		return KindIntermediate
+	}
+	return kind
+}
+
 func authorityState(a AuthorityStatus) *localauthorityv1.AuthorityState {
-	return &localauthorityv1.AuthorityState{AuthorityId: a.ID, ExpiresAt: a.Expires.Unix()}
+	w := &localauthorityv1.AuthorityState{AuthorityId: a.ID, ExpiresAt: a.Expires.Unix()}
+	if a.Kind == KindIntermediate {
+		w.UpstreamAuthoritySubjectKeyId = a.SubjectKeyID
+	}
+	return w
 }
 
 // places reads how things stand.
@@ -81,12 +99,15 @@ func (a *localAuthorityAPI) move(ctx context.Context, kind, step, id string) (*l
 		return nil, places{}, err
 	}
 	before := k.Roots()
+	if kind == KindX509 && before.upstream() && step != "prepare" && step != "activate" {
+		return nil, places{}, refuse(codes.FailedPrecondition, "a local authority is not what to %s under an upstream authority: every proxy trusts its root", step)
+	}
 	st, err := k.MoveAuthority(ctx, kind, step, id)
 	if err != nil {
 		return nil, places{}, during(err, step+" authority", a.s.cfg.TrustDomain.ID())
 	}
 	for _, all := range [][]AuthorityStatus{st.Authorities, before.Authorities} {
-		if i := slices.IndexFunc(all, func(x AuthorityStatus) bool { return x.Kind == kind && x.ID == id }); i >= 0 {
+		if i := slices.IndexFunc(all, func(x AuthorityStatus) bool { return x.Kind == before.local(kind) && x.ID == id }); i >= 0 {
 			return authorityState(all[i]), placesOf(st, kind), nil
 		}
 	}
@@ -133,12 +154,56 @@ func (a *localAuthorityAPI) RevokeX509Authority(ctx context.Context, req *locala
 	return &localauthorityv1.RevokeX509AuthorityResponse{RevokedAuthority: x}, nil
 }
 
-func (a *localAuthorityAPI) TaintX509UpstreamAuthority(context.Context, *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream()
+// moveUpstream takes a step for the root with a subject key ID.
+func (a *localAuthorityAPI) moveUpstream(ctx context.Context, step, keyID string) (string, error) {
+	k := a.s.cfg.Roots
+	if k == nil {
+		return "", errNoUpstream()
+	}
+	if err := a.s.may(ctx, spiffeid.ID{}); err != nil {
+		return "", err
+	}
+	st := k.Roots()
+	if !st.upstream() {
+		return "", errNoUpstream()
+	}
+	if keyID == "" {
+		return "", refuse(codes.InvalidArgument, "no subject key ID provided")
+	}
+	keyID = strings.ToLower(keyID)
+	var id string
+	for _, x := range st.Authorities {
+		switch {
+		case x.Kind != KindX509 || x.SubjectKeyID != keyID:
+		case x.Signs || x.Next:
+			return "", refuse(codes.InvalidArgument, "the upstream authority with subject key ID %.64q is in use: only an old one is to %s", keyID, step)
+		default:
+			id = x.ID
+		}
+	}
+	if id == "" {
+		return "", refuse(codes.InvalidArgument, "no upstream authority has the subject key ID %.64q", keyID)
+	}
+	if _, err := k.MoveAuthority(ctx, KindX509, step, id); err != nil {
+		return "", during(err, step+" upstream authority", a.s.cfg.TrustDomain.ID())
+	}
+	return keyID, nil
 }
 
-func (a *localAuthorityAPI) RevokeX509UpstreamAuthority(context.Context, *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream()
+func (a *localAuthorityAPI) TaintX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
+	id, err := a.moveUpstream(ctx, "taint", req.GetSubjectKeyId())
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.TaintX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: id}, nil
+}
+
+func (a *localAuthorityAPI) RevokeX509UpstreamAuthority(ctx context.Context, req *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
+	id, err := a.moveUpstream(ctx, "revoke", req.GetSubjectKeyId())
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.RevokeX509UpstreamAuthorityResponse{UpstreamAuthoritySubjectKeyId: id}, nil
 }
 
 func errNoUpstream() error {

@@ -115,3 +115,47 @@ type frozen struct{ rows }
 func (frozen) JudgeAdmin(spiffeid.ID, string, spiffeid.ID) (mesh.Effect, string) {
 	return mesh.Deny, "freeze"
 }
+
+func TestUpstreamAuthoritiesByTheSPIREAPI(t *testing.T) {
+	k := &mover{status: RootStatus{Authorities: []AuthorityStatus{
+		{ID: "r1", Kind: KindX509, SubjectKeyID: "a1", Signs: true}, {ID: "r0", Kind: KindX509, SubjectKeyID: "a0"},
+		{ID: "r2", Kind: KindX509, SubjectKeyID: "a2", Next: true},
+		{ID: "i1", Kind: KindIntermediate, SubjectKeyID: "a1", Signs: true}, {ID: "i2", Kind: KindIntermediate, SubjectKeyID: "a1", Next: true},
+		{ID: "i0", Kind: KindIntermediate, SubjectKeyID: "a0"},
+	}}}
+	r := manageRig(t, func(c *ServerConfig) { c.Roots = k })
+	c, ctx := localauthorityv1.NewLocalAuthorityClient(r.as(boss)), t.Context()
+	x, err := c.GetX509AuthorityState(ctx, &localauthorityv1.GetX509AuthorityStateRequest{})
+	if err != nil || x.Active.GetAuthorityId() != "i1" || x.Prepared.GetAuthorityId() != "i2" || x.Old.GetAuthorityId() != "i0" || x.Old.GetUpstreamAuthoritySubjectKeyId() != "a0" {
+		t.Errorf("%v, %v", x, err)
+	}
+	activated, err := c.ActivateX509Authority(ctx, &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: "i2"})
+	tainted, err2 := c.TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "A0"})
+	revoked, err3 := c.RevokeX509UpstreamAuthority(ctx, &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "a0"})
+	if err := errors.Join(err, err2, err3); err != nil {
+		t.Error(err)
+	}
+	if activated.GetActivatedAuthority().GetAuthorityId() != "i2" || tainted.GetUpstreamAuthoritySubjectKeyId() != "a0" || revoked.GetUpstreamAuthoritySubjectKeyId() != "a0" {
+		t.Errorf("%v, %v, %v", activated, tainted, revoked)
+	}
+	want := []string{"x509 activate i2", "x509 taint r0", "x509 revoke r0"}
+	for id, code := range map[string]codes.Code{"": codes.InvalidArgument, "a1": codes.InvalidArgument, "a2": codes.InvalidArgument, "zz": codes.InvalidArgument} {
+		_, err := c.TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: id})
+		_, err2 := c.RevokeX509UpstreamAuthority(ctx, &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: id})
+		if status.Code(err) != code || status.Code(err2) != code {
+			t.Errorf("%q: %v, %v", id, err, err2)
+		}
+	}
+	_, err = c.TaintX509Authority(ctx, &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: "i0"})
+	_, err2 = c.RevokeX509Authority(ctx, &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: "i0"})
+	if status.Code(err) != codes.FailedPrecondition || status.Code(err2) != codes.FailedPrecondition {
+		t.Errorf("a local authority: %v, %v", err, err2)
+	}
+	_, err = localauthorityv1.NewLocalAuthorityClient(r.as(payment)).TaintX509UpstreamAuthority(ctx, &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "a0"})
+	if status.Code(err) != codes.PermissionDenied {
+		t.Errorf("a workload: %v", err)
+	}
+	if d := cmp.Diff(want, k.moves); d != "" {
+		t.Error(d)
+	}
+}

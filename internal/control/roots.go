@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"crypto/x509"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -64,16 +65,24 @@ type RootStatus struct {
 	Due time.Time `json:"due,omitzero"`
 }
 
-// AuthorityStatus is one root or JWT key.
+// AuthorityStatus is one root, intermediate or JWT key.
 type AuthorityStatus struct {
 	ID string `json:"id"`
-	// Kind is x509 or jwt.
+	// Kind is x509 of a root, intermediate of one that an upstream authority
+	// signed, or jwt.
 	Kind    string    `json:"kind"`
 	Expires time.Time `json:"expires"`
 	Signs   bool      `json:"signs,omitempty"`
 	// Next is to sign after the one that does.
 	Next    bool `json:"next,omitempty"`
 	Tainted bool `json:"tainted,omitempty"`
+	// SubjectKeyID is that of the root, or of the root above an intermediate.
+	SubjectKeyID string `json:"-"`
+}
+
+// upstream says that the roots are those of an upstream authority.
+func (st RootStatus) upstream() bool {
+	return slices.ContainsFunc(st.Authorities, func(a AuthorityStatus) bool { return a.Kind == KindIntermediate })
 }
 
 const (

@@ -2277,7 +2277,7 @@ func (x *RootsResponse) GetIssuersLive() uint32 {
 type Authority struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "x509" or "jwt".
+	// "x509", "intermediate" or "jwt".
 	Kind    string                 `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	Expires *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expires,proto3" json:"expires,omitempty"`
 	Signs   bool                   `protobuf:"varint,4,opt,name=signs,proto3" json:"signs,omitempty"`
