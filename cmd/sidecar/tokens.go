@@ -68,6 +68,15 @@ func (k *tokenKeys) Find(ctx context.Context, issuer string, t *jose.Token) (jos
 	return jose.Key{ID: t.KeyID, Public: pub}, known, nil
 }
 
+// Has is authz.Keys.
+func (k *tokenKeys) Has(issuer string, t *jose.Token, key crypto.PublicKey) bool {
+	td, err := spiffeid.TrustDomainFromString(issuer)
+	if !isTrustDomain(issuer) || err != nil {
+		return k.keeper.Has(issuer, t, key)
+	}
+	return jose.SameKey(bundleKeys(k.current(), td)[t.KeyID], key)
+}
+
 // Generation is authz.Keys.
 func (k *tokenKeys) Generation(issuer string) uint64 {
 	if !isTrustDomain(issuer) {

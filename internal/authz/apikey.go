@@ -84,7 +84,8 @@ type apiKeys struct {
 	// random are found by the first half of their hash, slow are tried in turn.
 	random map[[16]byte]*apiKey
 	slow   []slowKey
-	turn   chan struct{} // held while slow hashes are computed
+	byHash map[string]*apiKey // by how tokens.yaml has it
+	turn   chan struct{}      // held while slow hashes are computed
 
 	mu sync.Mutex // guards the rest
 	// known are keys that a slow hash was computed for, by an HMAC; trying are
@@ -125,7 +126,7 @@ const (
 )
 
 func compileKeys(t *mesh.Tokens) (*apiKeys, error) {
-	ks := &apiKeys{header: t.APIKeyHeader, random: map[[16]byte]*apiKey{}, turn: make(chan struct{}, 1),
+	ks := &apiKeys{header: t.APIKeyHeader, random: map[[16]byte]*apiKey{}, byHash: map[string]*apiKey{}, turn: make(chan struct{}, 1),
 		known: map[[32]byte]*apiKey{}, trying: map[[32]byte]*guess{}, next: map[[32]byte]time.Time{}, guessing: map[[32]byte]bool{}}
 	if ks.header == "" {
 		ks.header = mesh.DefaultAPIKeyHeader
@@ -143,7 +144,10 @@ func compileKeys(t *mesh.Tokens) (*apiKeys, error) {
 			tok.Scopes[s] = true
 		}
 		for _, h := range cfg.Hashes {
-			k := &apiKey{name: cfg.Name, until: cfg.NotAfter, token: tok}
+			one := *tok
+			one.basis.hash = h
+			k := &apiKey{name: cfg.Name, until: cfg.NotAfter, token: &one}
+			ks.byHash[h] = k
 			if err := ks.add(k, h); err != nil {
 				return nil, fmt.Errorf("API key %s: %w", cfg.Name, err)
 			}
@@ -191,7 +195,7 @@ func (v *Verifier) apiKey(ctx context.Context, st *verifierState, c *Credential)
 			return nil, fault(FaultRate, "more unknown API keys than are compared in this time")
 		}
 	}
-	if k == nil || !k.until.IsZero() && !now.Before(k.until) {
+	if k == nil || k.ended(now) {
 		return nil, unknownKey()
 	}
 	if !v.limits.allow(k.name, now) {

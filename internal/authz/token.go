@@ -32,6 +32,7 @@ type Token struct {
 	ours   bool
 	// record names the token in the audit.
 	record string
+	basis  basis
 }
 
 // Fields are the field lines, each ended by CRLF, that tell the application of

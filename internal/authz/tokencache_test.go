@@ -3,6 +3,7 @@ package authz
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
@@ -330,6 +331,7 @@ func TestJWTRule43PanicRefuses(t *testing.T) {
 type panicking struct{}
 
 func (panicking) Find(context.Context, string, *jose.Token) (jose.Key, bool, error) { panic("no") }
+func (panicking) Has(string, *jose.Token, crypto.PublicKey) bool                    { panic("no") }
 func (panicking) Generation(string) uint64                                          { return 1 }
 
 func TestVerifierConfig(t *testing.T) {

@@ -74,7 +74,11 @@ func newState(t *mesh.Tokens) (*verifierState, error) {
 }
 
 func compileIssuer(cfg mesh.TokenIssuer) (*issuer, error) {
-	is := &issuer{name: cfg.Name(), cfg: cfg}
+	rules, err := rulesOf(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("issuer %q: %w", cfg.Name(), err)
+	}
+	is := &issuer{name: cfg.Name(), cfg: cfg, rules: rules}
 	if is.name == "" || is.name == mesh.APIKeyIssuer || len(cfg.Audiences) == 0 || len(cfg.Algorithms) == 0 {
 		return nil, fmt.Errorf("issuer %q: name, audiences or algorithms: missing", is.name)
 	}
@@ -126,6 +130,7 @@ func (v *Verifier) verify(ctx context.Context, st *verifierState, text string, n
 	if err := t.Verify(key); err != nil {
 		return nil, fault(FaultSignature, err.Error())
 	}
+	e.names, e.key = namesOf(t), key.Public
 	if f := e.fill(t, now); f != nil {
 		return nil, f
 	}
@@ -178,7 +183,7 @@ func (e *verified) fill(t *jose.Token, now time.Time) *Fault {
 		}
 		e.until = earlier(e.until, end)
 	}
-	e.until = earlier(e.until, now.Add(maxCached))
+	e.ends, e.until = e.until, earlier(e.until, now.Add(maxCached))
 	sub, err := subject(is, t)
 	if err != nil {
 		return fault(FaultClaims, err.Error())
@@ -193,6 +198,7 @@ func (e *verified) fill(t *jose.Token, now time.Time) *Fault {
 		return fault(FaultClaims, "token is for others, too")
 	}
 	e.jti = e.token.Claims["jti"]
+	e.token.basis.jwt = e
 	return nil
 }
 

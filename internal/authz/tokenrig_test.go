@@ -228,6 +228,13 @@ func (w withSVID) Find(ctx context.Context, issuer string, t *jose.Token) (jose.
 	return w.Keeper.Find(ctx, issuer, t)
 }
 
+func (w withSVID) Has(issuer string, t *jose.Token, key crypto.PublicKey) bool {
+	if issuer == "spiffe://partner.example" {
+		return t.KeyID == "svid"
+	}
+	return w.Keeper.Has(issuer, t, key)
+}
+
 func (w withSVID) Generation(issuer string) uint64 {
 	if issuer == "spiffe://partner.example" {
 		return 1

@@ -3,6 +3,7 @@ package authz
 import (
 	"bytes"
 	"context"
+	"crypto"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -28,6 +29,9 @@ type Keys interface {
 	// Generation changes whenever the keys of the issuer do. Zero means that
 	// there are none.
 	Generation(issuer string) uint64
+	// Has reports whether Find would give this key for the token, by what is
+	// known now. It asks nobody.
+	Has(issuer string, t *jose.Token, key crypto.PublicKey) bool
 }
 
 // VerifierConfig is what a Verifier needs.
@@ -87,6 +91,7 @@ type verifierState struct {
 type issuer struct {
 	name    string
 	cfg     mesh.TokenIssuer
+	rules   string // of cfg, to compare
 	profile jose.Profile
 	claims  jose.Claims
 }
@@ -284,8 +289,11 @@ func (v *Verifier) token(ctx context.Context, st *verifierState, c *Credential, 
 type verified struct {
 	token      *Token
 	issuer     *issuer
-	generation uint64 // of the issuer's keys
-	until      time.Time
+	generation uint64    // of the issuer's keys
+	until      time.Time // it is known without being looked at
+	ends       time.Time // it counts
+	names      jose.Token
+	key        crypto.PublicKey
 	size       int // bytes that the cache counts for it
 	cnf        confirmation
 	ath        string // what a proof calls the token, if it needs one

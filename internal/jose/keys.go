@@ -41,6 +41,12 @@ func (ks Keys) Find(t *Token) (Key, bool) {
 	return found[0], true
 }
 
+// SameKey compares two public keys.
+func SameKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
+
 // ParseKeys reads a JSON Web Key Set. Elements for another use than sig, or of
 // kinds that no algorithm of ours has, are passed over, and so are all that
 // share one ID. One that is damaged, or holds a secret, makes the whole set

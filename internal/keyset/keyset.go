@@ -10,6 +10,7 @@ package keyset
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -137,6 +138,21 @@ func (k *Keeper) Find(ctx context.Context, issuer string, t *jose.Token) (key jo
 		return jose.Key{}, false, nil
 	}
 	return key, err == nil, err
+}
+
+// Has reports whether Find would give this key for the token, by what is at
+// hand.
+func (k *Keeper) Has(issuer string, t *jose.Token, key crypto.PublicKey) bool {
+	s := (*k.sets.Load())[issuer]
+	if s == nil {
+		return false
+	}
+	h := s.cur.Load()
+	if !h.fresh(time.Now()) {
+		return false
+	}
+	have, ok := h.keys.Find(t)
+	return ok && jose.SameKey(have.Public, key)
 }
 
 // Generation changes whenever the keys of the issuer do, or become too old.

@@ -119,6 +119,9 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 	looking, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop() // connections in flight are looked at while they drain
 	wg.Go(func() { every(looking, rejudgeEvery, in.Rejudge) })
+	if in.cfg.Tokens != nil {
+		wg.Go(func() { every(looking, recheckEvery, in.recheck) })
+	}
 	return in.run(ctx, ln)
 }
 

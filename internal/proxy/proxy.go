@@ -6,7 +6,8 @@
 // connection has one goroutine, which also drives the upstream connection; Run
 // owns them all and returns when they have ended. Rejudge closes at once what
 // is open to a peer whose SVID was revoked; an upgraded connection is judged
-// again by each policy, and neither it nor a tunnel outlives the peer's SVID.
+// again by each policy and ends with the token that let it in, and neither it
+// nor a tunnel outlives the peer's SVID by much.
 package proxy
 
 import (

@@ -21,6 +21,10 @@ import (
 // time: the end of SVIDs, the until= and when= of rules.
 const rejudgeEvery = 15 * time.Second
 
+// recheckEvery is how often upgraded connections are held to the credential
+// that they were upgraded by.
+const recheckEvery = time.Second
+
 // Why a connection was closed, or a call on it refused.
 const (
 	reasonRevoked = "svid_revoked" // the peer's SVID was revoked
@@ -40,12 +44,13 @@ type look struct {
 	up     net.Conn    // what the call in flight talks to
 	tunnel bool        // it was upgraded, or leads through a gateway
 	call   *authz.Call // what an upgraded inbound connection was judged by
+	cut    bool        // it is on its way out
 }
 
 func (c *conn) look() look {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return look{c.who, c.up, c.tunnel, c.call}
+	return look{c.who, c.up, c.tunnel, c.call, c.cut}
 }
 
 // proved says whose the connection is.
@@ -109,16 +114,28 @@ func (s Shared) closed(list ...audit.Record) {
 }
 
 // Rejudge looks at every open connection again and closes those whose peer's
-// SVID was revoked, and the upgraded ones whose peer's SVID has ended or that
-// the policy in force does not allow. It is called after each revocation and
-// each change of policy; when it returns they are closed and recorded.
+// SVID was revoked, and the upgraded ones whose peer's SVID has ended, whose
+// credential does not count any more or that the policy in force does not
+// allow. It is called after each revocation and each change of policy; when it
+// returns they are closed and recorded.
 func (in *Inbound) Rejudge() {
 	in.epoch.Add(1)
+	// Without an identity there is nothing to look at: who proves one looks then.
+	in.rejudge(func(v look) bool { return v.who != nil })
+}
+
+// recheck is Rejudge for the connections that were upgraded by a token or an
+// API key. Its end, and its issuer's keys, come without a word.
+func (in *Inbound) recheck() {
+	in.rejudge(func(v look) bool { return v.call != nil && v.call.Token != nil })
+}
+
+func (in *Inbound) rejudge(which func(look) bool) {
 	var over []audit.Record
 	for _, c := range in.conns() {
 		v := c.look()
-		if v.who == nil {
-			continue // it looks once it has proved an identity
+		if v.cut || !which(v) {
+			continue
 		}
 		if reason, detail := in.standing(v); reason != "" {
 			c.sever()
@@ -133,7 +150,18 @@ func (in *Inbound) standing(v look) (reason, detail string) {
 	if err := in.cfg.Standing(v.who.tls); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
 		return whyNot(err), err.Error()
 	}
-	if v.call != nil && !in.cfg.Judge.Allows(v.call) {
+	if v.call == nil {
+		return "", ""
+	}
+	call := *v.call
+	if call.Token != nil {
+		t, f := in.cfg.Tokens.Standing(call.Token)
+		if f != nil {
+			return string(f.Code), "the credential by which it was upgraded does not count any more: " + f.Detail
+		}
+		call.Token = t
+	}
+	if !in.cfg.Judge.Allows(&call) {
 		return reasonPolicy, "the policy in force does not allow the upgraded connection"
 	}
 	return "", ""

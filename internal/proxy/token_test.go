@@ -34,6 +34,7 @@ type tokenRig struct {
 	*rig
 	key    crypto.Signer
 	apiKey string
+	v      *authz.Verifier
 	other  *svid.Source // of inventory, for whom no row asks for a token
 }
 
@@ -47,7 +48,9 @@ func echo(w http.ResponseWriter, r *http.Request) {
 	_ = json.NewEncoder(w).Encode(seen{r.RequestURI, r.Header})
 }
 
-func newTokenRig(t *testing.T) *tokenRig {
+func newTokenRig(t *testing.T) *tokenRig { return newTokenRigBefore(t, app(t, echo)) }
+
+func newTokenRigBefore(t *testing.T, app string) *tokenRig {
 	t.Helper()
 	tr := &tokenRig{key: josetest.NewKey(t, "ES256")}
 	jwk := josetest.JWK(t, tr.key.Public())
@@ -79,7 +82,8 @@ api_keys:
 		t.Fatal(err)
 	}
 	v.Use(compiled)
-	tr.rig = newRig(t, app(t, echo), func(r *rig) {
+	tr.v = v
+	tr.rig = newRig(t, app, func(r *rig) {
 		r.access = tokenRowsCSV
 		r.inCfg.Tokens = v
 		r.inCfg.Name = func() mesh.ServiceName { return "billing" }
@@ -93,6 +97,67 @@ func (r *tokenRig) token(iss, sub, more string) string {
 	now := time.Now().Unix()
 	return josetest.Sign(r.t, "ES256", r.key, `{"alg":"ES256","kid":"k1","typ":"JWT"}`,
 		fmt.Sprintf(`{"iss":%q,"sub":%q,"aud":"billing","iat":%d,"exp":%d,"jti":"the-jti"%s}`, iss, sub, now, now+300, more))
+}
+
+// tokenUntil is one of ci.example that scope~pay lets in and that counts until
+// end, a whole second, with the 30 s by which clocks may differ.
+func (r *tokenRig) tokenUntil(end time.Time) string {
+	exp := end.Add(-30 * time.Second).Unix()
+	return josetest.Sign(r.t, "ES256", r.key, `{"alg":"ES256","kid":"k1","typ":"JWT"}`,
+		fmt.Sprintf(`{"iss":"https://ci.example","sub":"alice","aud":"billing","iat":%d,"exp":%d,"scope":"pay"}`, time.Now().Unix()-60, exp))
+}
+
+// upgradedBy opens an upgraded connection that a credential let in.
+func (r *tokenRig) upgradedBy(path, field string) *wire {
+	w := r.dialIn(r.web)
+	w.upgraded("GET " + path + " HTTP/1.1\r\nHost: billing.mesh.internal\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" + field + "\r\n\r\n")
+	return w
+}
+
+// An upgraded connection does not outlive the token that let it in.
+func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
+	r := newTokenRigBefore(t, echoApp(t))
+	end := time.Now().Truncate(time.Second).Add(3 * time.Second)
+	short := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end))
+	long := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end.Add(time.Hour)))
+	none := r.dialIn(r.web)
+	none.upgraded(wsRequest)
+	severed(t, short, "an upgraded connection whose token has expired")
+	if late := time.Since(end); late < 0 || late > 5*time.Second {
+		t.Errorf("closed %s after the end of the token", late)
+	} else {
+		t.Logf("closed %s after the end of the token", late)
+	}
+	await(t, func() bool { return len(closedFor(r.inAudit, "token_expired")) == 1 })
+	if rec := closedFor(r.inAudit, "token_expired")[0]; rec.Src != web.String() || !has(rec.Detail, "expired", `for "alice"`) {
+		t.Errorf("recorded %+v", rec)
+	}
+	long.echo()
+	none.echo()
+}
+
+// Nor its issuer, its API key and what the policy gives for them.
+func TestAnUpgradedConnectionEndsWithWhatItsCredentialGave(t *testing.T) {
+	r := newTokenRigBefore(t, echoApp(t))
+	token := r.upgradedBy("/pay", "Authorization: Bearer "+r.token("https://ci.example", "alice", `,"scope":"pay"`))
+	key := r.upgradedBy("/orders", "X-Api-Key: "+r.apiKey)
+	none := r.dialIn(r.web)
+	none.upgraded(wsRequest)
+	r.inbound.Rejudge()
+	token.echo()
+	key.echo()
+	compiled, err := authz.CompileTokens(&mesh.Tokens{APIKeys: []mesh.APIKey{{Name: "other", Hashes: []string{"sha256:" + strings.Repeat("0", 64)}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.v.Use(compiled)
+	r.inbound.Rejudge()
+	severed(t, token, "one by a token that does not count any more")
+	severed(t, key, "one by an API key that was taken away")
+	none.echo()
+	if a, b := closedFor(r.inAudit, "revoked"), closedFor(r.inAudit, "apikey_unknown"); len(a) != 1 || len(b) != 1 {
+		t.Errorf("recorded %+v and %+v", a, b)
+	}
 }
 
 // A requestRule is one request under a rule on tokens, and what comes of it.
