@@ -40,7 +40,7 @@ func (r *reader) candidateFiles(p *Policies) error {
 	found := map[string]bool{}
 	for _, e := range entries {
 		switch name := e.Name(); {
-		case strings.HasPrefix(name, ".") || slices.Contains(beside, path.Ext(name)):
+		case strings.HasPrefix(name, ".") || slices.Contains(Beside, path.Ext(name)):
 		case e.IsDir() || name != accessFile && name != guardFile:
 			r.errs = append(r.errs, &Problem{File: path.Join(candidateFolder, name), Msg: "unexpected file: a candidate has access.csv, guardrails.csv or both"})
 		default:

@@ -29,9 +29,9 @@ const (
 
 var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, testsFolder, candidateFolder}
 
-// beside are extensions of files that may stand beside the reviewed ones: prose,
+// Beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
-var beside = []string{".md", ".go"}
+var Beside = []string{".md", ".go"}
 
 var errWeakWord = errors.New(`only "allow" is possible`)
 
@@ -114,7 +114,7 @@ func (r *reader) checkNames() error {
 	found := false
 	for _, e := range entries {
 		name := e.Name()
-		if strings.HasPrefix(name, ".") || slices.Contains(beside, path.Ext(name)) {
+		if strings.HasPrefix(name, ".") || slices.Contains(Beside, path.Ext(name)) {
 			continue
 		}
 		found = found || name == accessFile
