@@ -116,6 +116,12 @@ func (gw *gateway) open() error {
 	}); err != nil {
 		return errors.Join(err, gw.audit.Close())
 	}
+	spool, err := gw.audit.Spool(cfg.Audit.Spool)
+	if err != nil {
+		return errors.Join(err, gw.audit.Close())
+	}
+	sink.Report(gw.sinks, spool)
+	gw.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment, Metrics: gw.metrics}); err != nil {
 		return err
 	}
@@ -130,7 +136,7 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Spool: spool, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err

@@ -37,7 +37,7 @@ func (in *issuer) recordRevoked(list []mesh.RevokedSVID) {
 	for _, v := range list {
 		g.Go(func() error {
 			return in.audit.Append(&audit.Record{
-				Kind: audit.KindIssue, Decision: audit.Deny, Reason: v.Why, Dst: v.ID.String(), Verb: "revoke",
+				Kind: audit.KindIssue, Decision: audit.Deny, Reason: v.Why, Dst: v.ID.String(), Verb: "revoke", Done: true,
 				Detail: "serial " + v.Serial + ", would have ended " + v.Until.Add(-mesh.Grace).UTC().Format(time.RFC3339),
 			})
 		})

@@ -129,14 +129,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
 		return err
 	}
-	var err error
-	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
-		return err
-	}
-	if in.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
-		Program: "issuer", Path: filepath.Join(cfg.DataDir, "audit.jsonl"), Durable: in.audit.Durable, Append: in.audit.Append,
-		Metrics: in.metrics, Log: in.log,
-	}); err != nil {
+	if err := in.openAudit(); err != nil {
 		return err
 	}
 	if err := in.openStore(ctx); err != nil {
@@ -202,6 +195,26 @@ func (in *issuer) open(ctx context.Context) error {
 		Keeper: in.registry, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 	})
 	return err
+}
+
+// openAudit opens the issuer's own log, and what sends it away.
+func (in *issuer) openAudit() (err error) {
+	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
+		return err
+	}
+	if in.sinks, err = sink.NewAll(in.cfg.Audit, sink.Env{
+		Program: "issuer", Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Durable: in.audit.Durable, Append: in.audit.Append,
+		Metrics: in.metrics, Log: in.log,
+	}); err != nil {
+		return err
+	}
+	spool, err := in.audit.Spool(in.cfg.Audit.Spool)
+	if err != nil {
+		return err
+	}
+	sink.Report(in.sinks, spool)
+	in.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
+	return nil
 }
 
 // followCA tells the proxies, and the bundle file, of each change of the

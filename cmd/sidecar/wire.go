@@ -145,6 +145,12 @@ func (s *sidecar) open() error {
 	}); err != nil {
 		return errors.Join(err, s.audit.Close())
 	}
+	spool, err := s.audit.Spool(cfg.Audit.Spool)
+	if err != nil {
+		return errors.Join(err, s.audit.Close())
+	}
+	sink.Report(s.sinks, spool)
+	s.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment, Metrics: s.metrics}); err != nil {
 		return err
 	}
@@ -168,7 +174,7 @@ func (s *sidecar) open() error {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
-		Audit: path, Tree: s.checked, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
+		Audit: path, Tree: s.checked, Spool: spool, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
 	return err
 }

@@ -105,6 +105,8 @@ type Config struct {
 	// Tree is the tree over that log, whose checkpoints the issuer is to sign.
 	// Default: none are.
 	Tree *audit.Tree
+	// Spool is told how much of that log the issuer has. Nil is told nothing.
+	Spool *audit.Spool
 	// Edges are reported to the issuer. Required.
 	Edges *telemetry.Edges
 	// Metrics and Ready say how things are. Required.
@@ -139,6 +141,7 @@ func (c Config) validate() error {
 
 // An Agent is one proxy's tie to the issuer. It is safe for concurrent use.
 type Agent struct {
+	spool  *audit.Reader // what of the audit log the issuer has
 	cfg    Config
 	client *control.Client
 	// evidence is nil when the node joins by a token.
@@ -205,6 +208,7 @@ func Open(cfg Config) (*Agent, error) {
 		cfg: cfg, node: svid.NewSource(), held: svid.NewSource(),
 		must: make(chan struct{}, 1), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1),
 	}
+	a.spool = cfg.Spool.Reader("the issuer", a.keptCursor())
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
 	}

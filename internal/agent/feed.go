@@ -285,18 +285,31 @@ func (l *lines) keep() error {
 		return nil
 	}
 	l.kept = l.acked
-	return daemon.WriteFile(l.a.file(cursorFile), []byte(strconv.FormatUint(l.acked, 10)), 0o600)
+	if err := daemon.WriteFile(l.a.file(cursorFile), []byte(strconv.FormatUint(l.acked, 10)), 0o600); err != nil {
+		return err
+	}
+	l.a.spool.Delivered(l.acked)
+	return nil
 }
 
-// cursor is the last line that the issuer is known to have. A log that does not
-// hold that line is another one, of which the issuer has nothing.
-func (a *Agent) cursor(ctx context.Context) uint64 {
+// keptCursor is the last line that the issuer was known to have, 0 for none.
+func (a *Agent) keptCursor() uint64 {
 	b, err := os.ReadFile(a.file(cursorFile))
 	if err != nil {
 		return 0
 	}
 	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
-	if err != nil || n == 0 {
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// cursor is the last line that the issuer is known to have. A log that does not
+// hold that line is another one, of which the issuer has nothing.
+func (a *Agent) cursor(ctx context.Context) uint64 {
+	n := a.keptCursor()
+	if n == 0 {
 		return 0
 	}
 	src := lines{a: a}
@@ -326,7 +339,9 @@ func (a *Agent) upload(ctx context.Context) error {
 			continue
 		}
 		src := &lines{a: a}
-		err = a.client.UploadAudit(ctx, self.ID, a.cursor(ctx), src)
+		from := a.cursor(ctx)
+		a.spool.Delivered(from)
+		err = a.client.UploadAudit(ctx, self.ID, from, src)
 		src.close()
 		if err := src.keep(); err != nil {
 			a.cfg.Log.Error("audit cursor not kept", "err", err)

@@ -116,6 +116,10 @@ type Record struct {
 	// Open lets the call go on when the record cannot be kept. The loss is
 	// counted. It is not written.
 	Open bool
+	// Done says that the record speaks of what has happened already: refusing
+	// it would undo nothing, so it is kept a little beyond the bound of the
+	// spool. It is not written.
+	Done bool
 	// Tally is set by a Ledger that counts the call: tell it how it ended.
 	Tally Tally
 }

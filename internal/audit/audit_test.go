@@ -283,7 +283,7 @@ func TestFailedWriteIsToldAndMended(t *testing.T) {
 	f.write, f.truncate = full, full
 	for range 3 {
 		r := sample()
-		if err := l.Append(&r); !errors.Is(err, full) || r.Seq != 0 || r.ID != "" {
+		if err := l.Append(&r); !errors.Is(err, full) || r.Seq != 0 || !strings.HasPrefix(r.ID, l.nonce+"r") {
 			t.Fatalf("%v %+v", err, r)
 		}
 	}

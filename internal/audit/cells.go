@@ -19,13 +19,15 @@ const (
 	tableWords = headWords + maxCells*cellWords
 
 	// Of the header.
-	hMagic = 0
-	hBoot  = 1 // a hash of the kernel's boot id
-	hFrom  = 2 // the record after which the last telling began
-	hGen   = 3 // the last generation given to a cell
-	hLost  = 4 // records that could not be kept, of calls that went on
-	hTold  = 5 // how many of them a gap record speaks of
-	hClean = 6 // 1 when the process ended in order
+	hMagic       = 0
+	hBoot        = 1 // a hash of the kernel's boot id
+	hFrom        = 2 // the record after which the last telling began
+	hGen         = 3 // the last generation given to a cell
+	hLost        = 4 // records that could not be kept, of calls that went on
+	hTold        = 5 // how many of them a gap record speaks of
+	hClean       = 6 // 1 when the process ended in order
+	hRefused     = 7 // records that were refused with what they stood for
+	hRefusedTold = 8 // how many of them a gap record speaks of
 
 	// Of a cell.
 	cGen     = 0 // 0 when the cell is free; written last

@@ -84,9 +84,16 @@ type Log struct {
 	closed bool
 	// torn is set while the file may end in a part of a line.
 	torn bool
-	// fail is why the last Append failed, lost how many failed since.
+	// fail is why the last Append failed.
 	fail error
-	lost uint64
+	// refused counts the records that were refused with what they stand for,
+	// and refusedTold how many of them a gap record speaks of. A Ledger keeps
+	// both where they survive the process.
+	refused, refusedTold *uint64
+	// noRoom and noDisk count the records that were not kept, by why.
+	noRoom, noDisk uint64
+	// spool bounds what waits to be delivered; nil when nothing does.
+	spool *Spool
 	// dead is set when fsync failed: the kernel may have dropped pages, so
 	// nothing that follows could be trusted.
 	dead error
@@ -105,35 +112,46 @@ func newLog(cfg Config) *Log {
 		nonce:   strings.ToLower(rand.Text()[:6]) + "-",
 		syncing: make(chan struct{}, 1),
 		buf:     make([]byte, 0, 4096),
+		refused: new(uint64), refusedTold: new(uint64),
 	}
 }
 
 // Append writes one record and fills its Seq, and Time and ID when they are
 // empty. When it returns nil the record survives the death of the process;
 // Run, or Sync, make it survive the death of the machine. After an error the
-// record is not in the log and the caller must refuse what it stands for.
+// record is not in the log and the caller must refuse what it stands for; its
+// ID is then that of the refusal, which a gap record counts.
 func (l *Log) Append(r *Record) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(); err != nil {
 		if l.torn {
-			return l.failed(err, !r.Open)
+			return l.failed(err, r)
 		}
 		return err
 	}
-	if l.lost > 0 {
-		gap := Record{Kind: KindGap, Reason: "refused", Count: l.lost, Detail: fmt.Sprintf("%d records could not be written: %v", l.lost, l.fail)}
-		if err := l.write(&gap); err != nil {
-			return l.failed(err, !r.Open)
+	if l.lost() > 0 && !r.Done {
+		if err := l.tellRefused(); err != nil {
+			return l.failed(err, r)
 		}
-		l.lost = 0
 	}
 	if err := l.write(r); err != nil {
-		return l.failed(err, !r.Open)
+		return l.failed(err, r)
+	}
+	if !r.Done { // it says nothing of the room for others
+		l.writable()
+	}
+	return nil
+}
+
+// writable notes that records are written, under mu. A spool that has just
+// become full makes itself felt by what is merely counted, too.
+func (l *Log) writable() {
+	if l.fail != nil {
+		l.cfg.Log.Info("audit log can be written again", "path", l.cfg.Path)
 	}
 	l.fail = nil
-	l.blocked.Store(false)
-	return nil
+	l.blocked.Store(l.spool != nil && l.spool.fits(usualLine, false) != nil)
 }
 
 // usable says why nothing can be written, and mends a torn end if it can.
@@ -154,14 +172,21 @@ func (l *Log) usable() error {
 }
 
 // failed notes why a record was not written. What is refused therefore is
-// counted for the gap record; who lets a call go on counts it otherwise.
-func (l *Log) failed(err error, refused bool) error {
+// counted for the gap record, and gets an id from that count; who lets a call go
+// on counts it otherwise.
+func (l *Log) failed(err error, r *Record) error {
 	if l.fail == nil {
 		l.cfg.Log.Error("audit log cannot be written", "path", l.cfg.Path, "error", err)
 	}
 	l.fail = err
-	if refused {
-		l.lost++
+	if errors.Is(err, ErrSpoolFull) {
+		l.noRoom++
+	} else {
+		l.noDisk++
+	}
+	if r != nil && !r.Open {
+		n := atomic.AddUint64(l.refused, 1)
+		r.ID = cmp.Or(r.ID, l.nonce+"r"+strconv.FormatUint(n, 16))
 	}
 	l.blocked.Store(true)
 	return err
@@ -180,8 +205,17 @@ func (l *Log) write(r *Record) error {
 	clean(&rec)
 	// Putting the file aside does not change prev.
 	l.buf = appendRecord(l.buf[:0], &rec, &l.prev)
+	if l.spool != nil {
+		if err := l.spool.fits(len(l.buf), rec.Done); err != nil {
+			return err
+		}
+		l.spool.note(rec.Time)
+	}
 	if err := l.put(rec.Seq); err != nil {
 		return err
+	}
+	if l.spool != nil {
+		l.spool.end += int64(len(l.buf))
 	}
 	r.Seq, r.Time, r.ID = rec.Seq, rec.Time, rec.ID
 	return nil

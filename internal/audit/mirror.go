@@ -169,8 +169,8 @@ func (l *Log) appendLine(seq uint64, b []byte) error {
 	}
 	l.buf = append(l.buf[:0], b...)
 	if err := l.put(seq); err != nil {
-		return l.failed(err, false)
+		return l.failed(err, nil)
 	}
-	l.lost, l.fail = 0, nil
+	l.fail = nil
 	return nil
 }

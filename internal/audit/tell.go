@@ -95,6 +95,9 @@ func (l *Ledger) recover() error {
 			return err
 		}
 	}
+	// What the log refused while it was opened has no number from before.
+	atomic.AddUint64(&w[hRefused], *l.log.refused)
+	l.log.refused, l.log.refusedTold = &w[hRefused], &w[hRefusedTold]
 	atomic.StoreUint64(&w[hBoot], boot)
 	atomic.StoreUint64(&w[hClean], 0)
 	if found {
@@ -162,6 +165,9 @@ func (l *Ledger) toldSince() (map[cellName][classes]uint64, error) {
 		switch {
 		case r.Kind == KindGap && r.Reason == "lost":
 			w := &l.table.W[hTold]
+			atomic.StoreUint64(w, max(atomic.LoadUint64(w), r.Total))
+		case r.Kind == KindGap && r.Reason == "refused":
+			w := &l.table.W[hRefusedTold]
 			atomic.StoreUint64(w, max(atomic.LoadUint64(w), r.Total))
 		case r.Kind == KindRollup:
 			if index, gen, ok := cellOf(r.ID); ok {

@@ -250,7 +250,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	j.records.Put(r)
 	switch {
 	case err != nil || id == "":
-		return Grant{}, &Denial{Reason: Unrecorded}
+		return Grant{}, &Denial{ID: id, Reason: Unrecorded}
 	case !d.Allow:
 		j.denials.keep(id, c, set)
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}

@@ -67,7 +67,7 @@ func (g *Gateway) deny(rec *audit.Record, err error) *answer {
 	rec.Decision, rec.Reason, rec.Detail = audit.Deny, string(reason), err.Error()
 	if aerr := g.cfg.Audit.Append(rec); aerr != nil {
 		g.cfg.Log.Error("refusal was not recorded", "err", aerr)
-		return answerTo(ReasonAudit, "")
+		return answerTo(ReasonAudit, rec.ID)
 	}
 	return answerTo(reason, rec.ID)
 }
@@ -145,7 +145,7 @@ func (g *Gateway) denied(t *tunnel, err error) *answer {
 		return g.deny(t.record(audit.KindDecision), refuse(ReasonGrant, "judge: %v", err))
 	}
 	if d.Reason == authz.Unrecorded {
-		return answerTo(ReasonAudit, "")
+		return answerTo(ReasonAudit, d.ID)
 	}
 	return answerTo("", d.ID)
 }
@@ -223,7 +223,7 @@ func (g *Gateway) recordClose(t *tunnel) {
 	rec.Reason = string(t.why())
 	rec.BytesUp, rec.BytesDown = t.up.Load(), t.down.Load()
 	rec.Duration = time.Since(t.start)
-	rec.Detail = "to " + t.to.Addr().String()
+	rec.Detail, rec.Done = "to "+t.to.Addr().String(), true
 	if err := g.cfg.Audit.Append(rec); err != nil {
 		g.cfg.Log.Error("end of a tunnel was not recorded", "decision", t.id, "err", err)
 	}

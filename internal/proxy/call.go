@@ -341,15 +341,15 @@ func (l *listener) deny(r audit.Record) *refusal {
 	r.Kind, r.Decision = audit.KindDecision, audit.Deny
 	if err := l.Audit.Append(&r); err != nil || r.ID == "" {
 		l.Log.Error("audit record lost", "err", err)
-		return unrecorded()
+		return unrecorded(r.ID)
 	}
 	return &refusal{status: 403, reason: r.Reason, decision: r.ID}
 }
 
 // unrecorded is the refusal of what could not be written down: it does not
-// happen.
-func unrecorded() *refusal {
-	return &refusal{status: 503, reason: "audit", detail: "the decision could not be recorded"}
+// happen. The id is that of the refusal, if it has one.
+func unrecorded(id string) *refusal {
+	return &refusal{status: 503, reason: "audit", detail: "the decision could not be recorded", decision: id}
 }
 
 // outcome is how the call counts on the map of who calls whom.

@@ -242,7 +242,7 @@ func (in *Inbound) count(x *call) {
 func (in *Inbound) failedCall(x *call) {
 	r := audit.Record{Kind: audit.KindError, Reason: "upstream", Rule: x.grant.Rule(), Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
 		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Duration: time.Since(x.start),
-		Class: audit.Class(x.status()), Detail: "decision " + x.grant.ID(), Open: true}
+		Class: audit.Class(x.status()), Detail: "decision " + x.grant.ID(), Open: true, Done: true}
 	if x.refused != nil {
 		r.Reason = x.refused.reason
 	}
@@ -347,8 +347,11 @@ func (in *Inbound) judge(x *call) *refusal {
 		return nil
 	}
 	d := (*authz.Denial)(nil)
-	if !errors.As(err, &d) || d.Reason == authz.Unrecorded || d.ID == "" || d.ID == "unrecorded" {
-		return unrecorded()
+	if !errors.As(err, &d) {
+		return unrecorded("")
+	}
+	if d.Reason == authz.Unrecorded || d.ID == "" {
+		return unrecorded(d.ID)
 	}
 	if d.Reason == authz.FailedToken {
 		return in.lacking(x, d.ID)

@@ -63,7 +63,7 @@ func (s *Sink) resume() error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("audit sink %s: cursor: %w; remove %s to send the log from its beginning", s.name, err, s.file())
 	}
-	s.durable.Store(s.at.sent)
+	s.passed()
 	return nil
 }
 
@@ -97,7 +97,7 @@ func (s *Sink) know() error {
 			return err
 		}
 	}
-	s.durable.Store(s.at.sent)
+	s.passed()
 	s.known = true
 	return nil
 }
@@ -108,7 +108,7 @@ func (s *Sink) skip(gone uint64) error {
 	if s.at.sent > 0 {
 		n := gone - s.at.sent
 		r := audit.Record{
-			Kind: audit.KindGap, Reason: reasonLost, Count: n, Full: true,
+			Kind: audit.KindGap, Reason: reasonLost, Count: n, Full: true, Done: true,
 			Detail: fmt.Sprintf("records %d to %d were removed from the log before sink %s had them", s.at.sent+1, gone, s.name),
 		}
 		if err := s.env.Append(&r); err != nil {
@@ -145,6 +145,12 @@ func logID(path string) (id string, first uint64, err error) {
 	return hex.EncodeToString(sum[:8]), r.Seq, nil
 }
 
+// passed notes what the cursor on the disk has passed.
+func (s *Sink) passed() {
+	s.durable.Store(s.at.sent)
+	s.reader.Delivered(s.at.sent)
+}
+
 func (s *Sink) file() string { return s.env.Path + ".sink-" + s.name }
 
 // save brings the cursor to the disk.
@@ -152,7 +158,7 @@ func (s *Sink) save() error {
 	if err := daemon.WriteFile(s.file(), s.at.text(), 0o600); err != nil {
 		return fmt.Errorf("cursor: %w", err)
 	}
-	s.durable.Store(s.at.sent)
+	s.passed()
 	return nil
 }
 

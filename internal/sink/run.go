@@ -66,6 +66,9 @@ type Sink struct {
 	limits BatchConfig
 	peer   peer
 
+	// reader tells the spool what the cursor on the disk has passed.
+	reader *audit.Reader
+
 	tail *audit.Tail
 	held *record
 	// at is how far the sink has come, known whether it was compared with the
@@ -237,7 +240,7 @@ func (s *Sink) tell() {
 	if s.untold == 0 || time.Since(s.told) < tellEvery {
 		return
 	}
-	r := audit.Record{Kind: audit.KindError, Reason: reasonRefused, Count: s.untold, Detail: s.why, Full: true}
+	r := audit.Record{Kind: audit.KindError, Reason: reasonRefused, Count: s.untold, Detail: s.why, Full: true, Done: true}
 	if err := s.env.Append(&r); err != nil {
 		return // it is told with the next; the metric has it
 	}

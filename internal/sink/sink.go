@@ -180,6 +180,8 @@ func (c Config) Validate() error {
 // gets them.
 type ListConfig struct {
 	Sinks []Config `yaml:"sinks"`
+	// Spool bounds what waits for them, and for the issuer.
+	Spool audit.SpoolConfig `yaml:"spool"`
 }
 
 // Validate reports every mistake by field name.
@@ -193,6 +195,9 @@ func (l ListConfig) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: name: %q is there twice", at, c.Name))
 		}
 		names[c.Name] = true
+	}
+	if err := l.Spool.Validate(); err != nil {
+		errs = append(errs, fmt.Errorf("audit.spool.%w", err))
 	}
 	return errors.Join(errs...)
 }

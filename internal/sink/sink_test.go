@@ -386,7 +386,7 @@ func TestMistakes(t *testing.T) {
 		}
 	}
 	good := Config{Name: "a", HTTP: &HTTPConfig{URL: "http://127.0.0.1:9"}}
-	if err := (ListConfig{[]Config{good, good}}).Validate(); err == nil || !strings.Contains(err.Error(), "audit.sinks[1]: name") {
+	if err := (ListConfig{Sinks: []Config{good, good}}).Validate(); err == nil || !strings.Contains(err.Error(), "audit.sinks[1]: name") {
 		t.Error(err)
 	}
 	for _, tt := range []struct {
