@@ -87,8 +87,11 @@ func givenBundle(w *types.Bundle, td spiffeid.TrustDomain) (FederatedBundle, err
 			return no("jwt_authorities[%d] has %d bytes, at most %d are read", i, len(k.GetPublicKey()), maxCSR)
 		}
 		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+		if err == nil {
+			_, err = x509.MarshalPKIXPublicKey(key) // DSA is read, and could not be sent on
+		}
 		if err != nil {
-			return no("jwt_authorities[%d] is not a key in PKIX form", i)
+			return no("jwt_authorities[%d] is not a key in PKIX form, of RSA or an elliptic curve", i)
 		}
 		b.JWT = append(b.JWT, JWTKey{KeyID: k.GetKeyId(), PublicKey: key})
 	}
