@@ -71,6 +71,16 @@ type (
 		BundleSize int
 	}
 	dialRequest struct{ Address, Want string }
+	loadRequest struct {
+		URL string
+		For time.Duration
+		// Every is the time between the beginnings of two calls.
+		Every time.Duration
+	}
+	loadReply struct {
+		Made, OK int
+		Took     []time.Duration // of those that were OK
+	}
 )
 
 func (w *workload) run() error {
@@ -89,6 +99,7 @@ func (w *workload) run() error {
 	answer(mux, "/rotation", w.rotation)
 	answer(mux, "/serve", w.serve)
 	answer(mux, "/dial", w.dial)
+	answer(mux, "/load", w.load)
 	ln, err := net.Listen("unix", os.Getenv(envControl))
 	if err != nil {
 		return err
@@ -238,6 +249,31 @@ func (w *workload) serve(ctx context.Context, caller string) (string, error) {
 		fmt.Fprintf(rw, "hello %s", r.TLS.PeerCertificates[0].URIs[0])
 	}))
 	return ln.Addr().String(), nil
+}
+
+// load calls through the proxy of the environment, at a rate.
+func (w *workload) load(ctx context.Context, q loadRequest) (r loadReply, err error) {
+	c := &http.Client{Timeout: 10 * time.Second}
+	tick := time.NewTicker(q.Every)
+	defer tick.Stop()
+	for end := time.Now().Add(q.For); time.Now().Before(end); r.Made++ {
+		begin := time.Now()
+		resp, err := c.Get(q.URL)
+		if err == nil {
+			_, err = io.Copy(io.Discard, resp.Body)
+			resp.Body.Close()
+			if err == nil && resp.StatusCode == http.StatusOK {
+				r.OK++
+				r.Took = append(r.Took, time.Since(begin))
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return r, ctx.Err()
+		}
+	}
+	return r, nil
 }
 
 // dial calls such a server.

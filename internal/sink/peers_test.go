@@ -13,12 +13,10 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -267,75 +265,24 @@ func TestOTLPHandlesPartialSuccess(t *testing.T) {
 	}
 }
 
-// A rsyslog takes syslog over TLS and writes what it got, a line a message.
-type rsyslog struct {
-	t         *testing.T
-	dir, addr string
-	cmd       *exec.Cmd
-}
-
-func newRsyslog(t *testing.T) *rsyslog {
-	t.Helper()
-	meshtest.Need(t, "rsyslogd")
-	if found, _ := filepath.Glob("/usr/lib/*/rsyslog/lmnsd_gtls.so"); len(found) == 0 {
-		meshtest.Missing(t, "rsyslog-gnutls")
-	}
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &rsyslog{t: t, dir: t.TempDir(), addr: ln.Addr().String()}
-	ln.Close()
-	meshtest.Loopback(t, r.dir)
-	_, port, _ := net.SplitHostPort(r.addr)
-	conf := strings.NewReplacer("DIR", r.dir, "PORT", port).Replace(`global(workDirectory="DIR" maxMessageSize="128k"
-  defaultNetstreamDriver="gtls" defaultNetstreamDriverCAFile="DIR/cert.pem"
-  defaultNetstreamDriverCertFile="DIR/cert.pem" defaultNetstreamDriverKeyFile="DIR/key.pem")
-module(load="imtcp" streamDriver.name="gtls" streamDriver.mode="1" streamDriver.authMode="x509/certvalid")
-template(name="line" type="string" string="%structured-data%\t%msg:::drop-last-lf%\n")
-input(type="imtcp" address="127.0.0.1" port="PORT" ruleset="in")
-ruleset(name="in") { action(type="omfile" file="DIR/out" template="line" flushOnTXEnd="on") }
-`)
-	if err := os.WriteFile(filepath.Join(r.dir, "conf"), []byte(conf), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
-func (r *rsyslog) start() {
-	r.t.Helper()
-	r.cmd = exec.Command("rsyslogd", "-n", "-f", filepath.Join(r.dir, "conf"), "-i", filepath.Join(r.dir, "pid"))
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	r.cmd.Stderr = os.Stderr
-	if err := r.cmd.Start(); err != nil {
-		r.t.Fatal(err)
-	}
-	r.t.Cleanup(r.stop)
-}
-
-func (r *rsyslog) stop() {
-	_ = r.cmd.Process.Signal(syscall.SIGTERM)
-	_ = r.cmd.Wait()
-}
-
 func TestSyslogIsTakenByRsyslog(t *testing.T) {
-	r := newRsyslog(t)
+	r := meshtest.NewRsyslog(t)
 	log, path := openLog(t)
-	cfg := Config{Name: "siem", Batch: BatchConfig{Records: 100, Wait: 50 * time.Millisecond}, Syslog: &SyslogConfig{Address: r.addr, TLS: TLS{
-		CA: filepath.Join(r.dir, "cert.pem"), Cert: filepath.Join(r.dir, "cert.pem"), Key: filepath.Join(r.dir, "key.pem"),
+	cfg := Config{Name: "siem", Batch: BatchConfig{Records: 100, Wait: 50 * time.Millisecond}, Syslog: &SyslogConfig{Address: r.Addr, TLS: TLS{
+		CA: filepath.Join(r.Dir, "cert.pem"), Cert: filepath.Join(r.Dir, "cert.pem"), Key: filepath.Join(r.Dir, "key.pem"),
 	}}}
 	write(t, log, 300)
-	r.start()
+	r.Start()
 	s := open(t, cfg, log, path)
 	end := start(t, s) // tries until the server listens
 	awaitSent(t, s, 300)
-	r.stop() // which brings what it has read to its file
+	r.Stop() // which brings what it has read to its file
 	write(t, log, 300)
-	r.start()
+	r.Start()
 	awaitSent(t, s, 600)
 	end()
-	r.stop()
-	b, err := os.ReadFile(filepath.Join(r.dir, "out"))
+	r.Stop()
+	b, err := os.ReadFile(r.Out)
 	if err != nil {
 		t.Fatal(err)
 	}
