@@ -113,7 +113,7 @@ ca:
 		t.Errorf("a rotation without step-ca: %d %s", r.Code, r.Output)
 	}
 	issuer.kill()
-	w.startIssuer()
+	issuer = w.startIssuer()
 	w.awaitReach(payment, url)
 	if third := w.verifyUpstream(payment, up); third != second {
 		t.Errorf("another intermediate without step-ca: %s, was %s", third, second)
@@ -124,9 +124,31 @@ ca:
 	if r := w.sallyport("ca", "rotate", "--emergency"); r.Code != 1 || !strings.Contains(r.Output, "the same root") {
 		t.Errorf("an emergency under the same root: %d %s", r.Code, r.Output)
 	}
+
+	// step-ca gets another root: both are pinned, and it signs once it is trusted.
+	up.proc.kill()
+	old := up.pin
+	up.renewRoot("new")
+	up.start()
+	issuer.kill()
+	conf, err := os.ReadFile(w.path("issuer", "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.write("issuer", strings.Replace(string(conf), "["+old+"]", "["+old+", "+up.pin+"]", 1))
+	w.startIssuer()
+	if r := w.sallyport("ca", "rotate", "--through"); r.Code != 0 {
+		t.Errorf("rotate to the new root: %s", r.Output)
+	}
+	w.awaitRoot(root)
+	w.await("sign under the new root", func() bool {
+		bundle, err := os.ReadFile(w.path("issuer", "bundle.pem"))
+		return err == nil && bytes.Count(bundle, []byte("BEGIN CERTIFICATE")) == 1
+	})
+	w.verifyUpstream(payment, up)
 	close(stop)
 	<-stopped
-	t.Logf("intermediate rotated twice, step-ca and the issuer killed once: %d requests made, %d failed", made.Load(), failed.Load())
+	t.Logf("intermediate rotated twice, root once, step-ca and the issuer killed twice: %d requests made, %d failed", made.Load(), failed.Load())
 }
 
 // verifyUpstream verifies the SVID of a workload with openssl against the
@@ -166,11 +188,7 @@ func (w *world) newStepCA() *stepCA {
 	if err := os.Mkdir(w.path("up"), 0o700); err != nil {
 		w.t.Fatal(err)
 	}
-	rootKey, root := w.authority("up root", 3, nil, nil, "root")
-	w.authority("up intermediate", 2, root, rootKey, "mid")
-	sum := sha256.Sum256(root.Raw)
-	up.pin = hex.EncodeToString(sum[:])
-
+	up.renewRoot("first")
 	jwk, err := jose.GenerateJWK("EC", "P-256", "ES256", "sig", "", 0)
 	if err != nil {
 		w.t.Fatal(err)
@@ -200,6 +218,15 @@ func (w *world) newStepCA() *stepCA {
 	}
 	w.put(w.path("up", "ca.json"), string(conf))
 	return up
+}
+
+// renewRoot gives the authority another root; step-ca takes it when it starts.
+func (up *stepCA) renewRoot(name string) {
+	up.w.t.Helper()
+	key, root := up.w.authority(name+" root", 3, nil, nil, "root")
+	up.w.authority(name+" intermediate", 2, root, key, "mid")
+	sum := sha256.Sum256(root.Raw)
+	up.pin = hex.EncodeToString(sum[:])
 }
 
 // start starts step-ca and waits until it answers.

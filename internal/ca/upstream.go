@@ -75,6 +75,9 @@ func (c *CA) askAndStore(ctx context.Context, now time.Time) (*offer, error) {
 	if err == nil {
 		o.cert, o.root = chain[0], chain[len(chain)-1]
 		o.rootName = rootName + "-" + RootID(o.root)[:16]
+		err = c.cfg.Audit.Append(c.askRecord("done", fmt.Sprintf("serial %x until %s under root %s", o.cert.SerialNumber, utc(o.cert.NotAfter), RootID(o.root))))
+	}
+	if err == nil {
 		err = c.storeOffer(o, chain[1:len(chain)-1])
 	}
 	if err != nil {
@@ -113,7 +116,7 @@ func (c *CA) askFor(ctx context.Context, name string, key crypto.Signer, now tim
 	}
 	life := c.cfg.IntermediateTTL
 	for {
-		if err := c.cfg.Audit.Append(c.askRecord(name, life)); err != nil {
+		if err := c.cfg.Audit.Append(c.askRecord("intent", fmt.Sprintf("%s for %v", name, life))); err != nil {
 			return nil, fmt.Errorf("record: %w", err)
 		}
 		chain, err := c.askOnce(ctx, &apiv1.CreateCertificateRequest{CSR: csr, Lifetime: life, Backdate: backdate,
@@ -228,8 +231,10 @@ func (c *CA) dropOffer() {
 	if o == nil {
 		return
 	}
+	// A state that names them may be on the disk although writing it failed.
+	onDisk, err := os.ReadFile(c.file(stateFile))
 	for _, name := range []string{o.name, o.rootName} {
-		if !slices.Contains(c.state.certificates(), name) {
+		if err == nil && !slices.Contains(c.state.certificates(), name) && !bytes.Contains(onDisk, []byte(`"`+name+`"`)) {
 			c.remove(name)
 		}
 	}
@@ -379,12 +384,9 @@ func (c *CA) keyless(name string) bool {
 	return c.cfg.Upstream != nil && strings.HasPrefix(name, rootName)
 }
 
-// askRecord is the audit record of a question.
-func (c *CA) askRecord(name string, life time.Duration) *audit.Record {
-	return &audit.Record{
-		Time: c.cfg.Now(), Kind: audit.KindIssue, Reason: "ask-upstream", Dst: c.cfg.TrustDomain.IDString(),
-		Detail: fmt.Sprintf("%s for %v", name, life),
-	}
+// askRecord is the audit record of a question, or of an answer that is taken.
+func (c *CA) askRecord(reason, detail string) *audit.Record {
+	return &audit.Record{Time: c.cfg.Now(), Kind: audit.KindIssue, Reason: reason, Dst: c.cfg.TrustDomain.IDString(), Detail: "intermediate by the upstream authority: " + detail}
 }
 
 // askAgain is when the upstream authority is asked after a failure.

@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io/fs"
 	"math/big"
 	"net/url"
 	"path/filepath"
@@ -17,6 +18,8 @@ import (
 	"time"
 
 	"github.com/smallstep/certificates/cas/apiv1"
+
+	"sallyport/internal/audit"
 )
 
 // An above is an upstream authority in this process: a root, an intermediate and
@@ -437,5 +440,37 @@ func TestStepsByNameUnderAnUpstreamAuthority(t *testing.T) {
 	}
 	if found, _ := filepath.Glob(filepath.Join(u.cfg.Dir, "intermediate*")); len(found) != 3 {
 		t.Errorf("what was rolled back left files: %v", found)
+	}
+}
+
+// The state may reach the disk although the write says that it failed. What it
+// names must be there at the next start.
+func TestAnOfferStaysThatTheDiskNames(t *testing.T) {
+	u := newUnder(t)
+	was := u.CA.write
+	u.CA.write = func(path string, data []byte, perm fs.FileMode) error {
+		if err := was(path, data, perm); err != nil {
+			return err
+		}
+		if filepath.Base(path) == stateFile {
+			return errors.New("the directory was not synced")
+		}
+		return nil
+	}
+	u.clock = u.clock.Add(u.CA.cfg.IntermediateTTL * 5 / 6).Add(time.Minute)
+	if err := u.renew(t.Context()); err == nil {
+		t.Error("the failure is not told")
+	}
+	u.CA.Close()
+	u.CA = open(t, u.cfg)
+	u.leaf(t)
+}
+
+func TestNothingIsAskedWithoutARecord(t *testing.T) {
+	u := newUnder(t)
+	asked := u.up.asked
+	u.cfg.Audit.(*records).fail = func(audit.Record) error { return errors.New("disk full") }
+	if _, err := u.Rotate(t.Context(), ByHand, false); err == nil || u.up.asked != asked {
+		t.Errorf("asked %d times, %v", u.up.asked-asked, err)
 	}
 }
