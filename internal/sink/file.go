@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -106,11 +105,21 @@ func (p *file) ready() error {
 	if err != nil {
 		return err
 	}
-	if err := p.adopt(f); err != nil {
+	if err := errors.Join(p.adopt(f), syncDir(filepath.Dir(p.cfg.Path))); err != nil {
 		return errors.Join(err, f.Close())
 	}
 	p.f = f
 	return nil
+}
+
+// syncDir brings a new name to the disk: without it a crash of the machine
+// could take the file away with what was sent.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // adopt makes f ours: only we write it, others do not read it, and a line that
@@ -147,12 +156,8 @@ const asideLayout = "20060102T150405.000000000Z"
 // rotate puts the file aside and begins another.
 func (p *file) rotate() error {
 	aside := p.cfg.Path + "." + time.Now().UTC().Format(asideLayout)
-	// Link fails where Rename would replace what is there.
-	if err := os.Link(p.cfg.Path, aside); err != nil {
+	if err := os.Rename(p.cfg.Path, aside); err != nil {
 		return err
-	}
-	if err := os.Remove(p.cfg.Path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return errors.Join(err, os.Remove(aside))
 	}
 	p.close()
 	if err := p.ready(); err != nil {

@@ -100,6 +100,9 @@ func (p *post) send(ctx context.Context, body []byte, header map[string]string) 
 		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	resp, err := p.client.Do(req)
+	if e := (*url.Error)(nil); errors.As(err, &e) {
+		return nil, e.Err // the address may hold what is not for a log
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -380,6 +380,23 @@ func TestMistakes(t *testing.T) {
 		{Config{Name: "a", Batch: BatchConfig{Records: -1}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: records"},
 		{Config{Name: "a", Batch: BatchConfig{Bytes: 5}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: bytes"},
 		{Config{Name: "a", Batch: BatchConfig{Wait: time.Hour}, HTTP: &HTTPConfig{URL: "https://a.test"}}, "batch: wait"},
+		{Config{Name: "a", HTTP: &HTTPConfig{URL: "https://a.test"}, File: &FileConfig{Path: "/x"}}, "2 sections say"},
+		{Config{Name: "a", File: &FileConfig{Path: "x", MaxBytes: 1, MaxAge: 1, Keep: -1}}, "file: path"},
+		{Config{Name: "a", File: &FileConfig{Path: "/x", MaxBytes: 1}}, "file: max_bytes"},
+		{Config{Name: "a", File: &FileConfig{Path: "/x", MaxAge: 1}}, "file: max_age"},
+		{Config{Name: "a", File: &FileConfig{Path: "/x", Keep: -1}}, "file: keep"},
+		{Config{Name: "a", Syslog: &SyslogConfig{Address: "siem"}}, "syslog: address"},
+		{Config{Name: "a", OTLP: &OTLPConfig{URL: "http://a.test"}}, "otlp: url: must be https"},
+		{Config{Name: "a", Kafka: &KafkaConfig{Topic: "t"}}, "kafka: brokers: missing"},
+		{Config{Name: "a", Kafka: &KafkaConfig{Brokers: []string{"a.test:9092"}, Topic: "t", Plaintext: true}}, "kafka: plaintext"},
+		{Config{Name: "a", Kafka: &KafkaConfig{Brokers: []string{"a.test:9092"}}}, "kafka: topic"},
+		{Config{Name: "a", Kafka: &KafkaConfig{Brokers: []string{"a.test:9092"}, Topic: "t", SASL: SASLConfig{User: "u"}}}, "kafka: sasl: mechanism"},
+		{Config{Name: "a", Kafka: &KafkaConfig{Brokers: []string{"a.test:9092"}, Topic: "t", SASL: SASLConfig{Mechanism: "plain", User: "u"}}}, "kafka: sasl: password"},
+		{Config{Name: "a", S3: &S3Config{Endpoint: "http://a.test"}}, "s3: endpoint: must be https"},
+		{Config{Name: "a", S3: &S3Config{Endpoint: "https://a.test/b"}}, "s3: endpoint: has a path"},
+		{Config{Name: "a", S3: &S3Config{Endpoint: "https://a.test", Bucket: "A"}}, "s3: bucket"},
+		{Config{Name: "a", S3: &S3Config{Endpoint: "https://a.test", Bucket: "abc", Prefix: "../x"}}, "s3: prefix"},
+		{Config{Name: "a", S3: &S3Config{Endpoint: "https://a.test", Bucket: "abc"}}, "s3: secret_key: missing"},
 	} {
 		if err := tt.c.Validate(); err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("%+v: %v, want %s", tt.c, err, tt.want)
