@@ -47,6 +47,8 @@ type received struct {
 	now  func() time.Time
 	free func() (free, all uint64, err error)
 
+	searching sync.Mutex // the right to read all of them
+
 	mu     sync.Mutex // guards copies
 	copies map[proxyName]*copied
 }

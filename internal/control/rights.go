@@ -120,6 +120,7 @@ var rights = map[string]right{
 	meshpb.Admin_MoveRoots_FullMethodName:       toLocal,
 	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,
 	meshpb.Admin_Revoke_FullMethodName:          toLocal,
+	meshpb.Admin_Why_FullMethodName:             toLocal,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,

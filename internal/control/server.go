@@ -144,6 +144,9 @@ type ServerConfig struct {
 	Audit     AuditSink
 	// Witness cosigns audit logs. Default: nobody does.
 	Witness Witness
+	// Explain explains a decision of a proxy, by its id, as JSON; an error that
+	// wraps mesh.ErrNotFound says where else to look. Default: nobody can.
+	Explain func(ctx context.Context, id string) ([]byte, error)
 	// Roots lets the operator replace the root. Default: nobody can.
 	Roots RootKeeper
 	// Downstream serves issuers below this one. Default: there are none.

@@ -255,6 +255,7 @@ const (
 	Admin_MoveRoots_FullMethodName       = "/sallyport.mesh.v1.Admin/MoveRoots"
 	Admin_AuditHeads_FullMethodName      = "/sallyport.mesh.v1.Admin/AuditHeads"
 	Admin_Revoke_FullMethodName          = "/sallyport.mesh.v1.Admin/Revoke"
+	Admin_Why_FullMethodName             = "/sallyport.mesh.v1.Admin/Why"
 )
 
 // AdminClient is the client API for Admin service.
@@ -275,6 +276,8 @@ type AdminClient interface {
 	AuditHeads(ctx context.Context, in *AuditHeadsRequest, opts ...grpc.CallOption) (*AuditHeadsResponse, error)
 	// Revoke ends X.509-SVIDs before their time. NOT_FOUND when none is meant.
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
+	// Why explains a decision of a proxy whose audit log was received.
+	Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error)
 }
 
 type adminClient struct {
@@ -365,6 +368,16 @@ func (c *adminClient) Revoke(ctx context.Context, in *RevokeRequest, opts ...grp
 	return out, nil
 }
 
+func (c *adminClient) Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhyResponse)
+	err := c.cc.Invoke(ctx, Admin_Why_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -383,6 +396,8 @@ type AdminServer interface {
 	AuditHeads(context.Context, *AuditHeadsRequest) (*AuditHeadsResponse, error)
 	// Revoke ends X.509-SVIDs before their time. NOT_FOUND when none is meant.
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
+	// Why explains a decision of a proxy whose audit log was received.
+	Why(context.Context, *WhyRequest) (*WhyResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -416,6 +431,9 @@ func (UnimplementedAdminServer) AuditHeads(context.Context, *AuditHeadsRequest) 
 }
 func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Revoke not implemented")
+}
+func (UnimplementedAdminServer) Why(context.Context, *WhyRequest) (*WhyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Why not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -582,6 +600,24 @@ func _Admin_Revoke_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Why_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Why(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Why_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Why(ctx, req.(*WhyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -620,6 +656,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Revoke",
 			Handler:    _Admin_Revoke_Handler,
+		},
+		{
+			MethodName: "Why",
+			Handler:    _Admin_Why_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,155 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+)
+
+const (
+	// searchMost bounds what one question reads, newest files first, and
+	// searchTime how long it may take: an operator waits.
+	searchMost = 2 << 30
+	searchTime = 20 * time.Second
+)
+
+// why explains a decision of a proxy from its copy of the log, by the policy in
+// force. It is control.ServerConfig's.
+func (in *issuer) why(ctx context.Context, id string) ([]byte, error) {
+	r, log, err := in.received.find(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	var set *authz.Set
+	if snap := in.registry.Current(); snap != nil {
+		if set, err = authz.Compile(snap); err != nil {
+			return nil, err
+		}
+	}
+	told := set.Recorded(&r)
+	told.Log = log
+	return json.Marshal(told)
+}
+
+// find returns the record of a decision and the name of the log that has it.
+func (r *received) find(ctx context.Context, id string) (rec audit.Record, log string, err error) {
+	r.searching.Lock() // one at a time: each reads what the disk gives
+	defer r.searching.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, searchTime)
+	defer cancel()
+	files, err := r.files()
+	if err != nil {
+		return rec, "", fmt.Errorf("search received audit records: %w", err)
+	}
+	s := search{id: id, filter: audit.Filter{ID: id}, left: searchMost}
+	// The id of a count: a restart changes what stands before the "-".
+	s.needle = []byte(id[strings.LastIndexByte(id, '-')+1:] + `"`)
+	for _, f := range files {
+		if err := s.file(ctx, f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return rec, "", fmt.Errorf("search received audit records: %w", err)
+		}
+		if s.found.Kind == audit.KindDecision {
+			break
+		}
+	}
+	switch {
+	case s.found.Kind != "":
+		return s.found, s.log, nil
+	case s.left <= 0 || ctx.Err() != nil:
+		return rec, "", fmt.Errorf("%w: decision %s is not among the newest %d MiB of the logs that this issuer received; ask the proxy (sallyport why %s --proxy SOCKET) or search its log (sallyport audit query --id %s FILE)",
+			mesh.ErrNotFound, id, (searchMost-max(s.left, 0))>>20, id, id)
+	}
+	return rec, "", fmt.Errorf("%w: no log that this issuer received has decision %s; proxies send their records within seconds, and to one issuer each: ask again, ask another issuer, or ask the proxy (sallyport why %s --proxy SOCKET)",
+		mesh.ErrNotFound, id, id)
+}
+
+// files are the received logs, the one that was written last first. Lines that
+// do not continue a log are no evidence and left out.
+func (r *received) files() ([]string, error) {
+	entries, err := os.ReadDir(r.dir)
+	if err != nil {
+		return nil, err
+	}
+	type file struct {
+		name string
+		at   time.Time
+	}
+	var all []file
+	for _, e := range entries {
+		info, err := e.Info()
+		if err != nil || !info.Mode().IsRegular() || !strings.Contains(e.Name(), ".jsonl") || strings.HasSuffix(e.Name(), ".loose") {
+			continue // gone meanwhile, or no log
+		}
+		all = append(all, file{filepath.Join(r.dir, e.Name()), info.ModTime()})
+	}
+	slices.SortFunc(all, func(a, b file) int { return cmp.Or(b.at.Compare(a.at), cmp.Compare(a.name, b.name)) })
+	names := make([]string, len(all))
+	for i, f := range all {
+		names[i] = f.name
+	}
+	return names, nil
+}
+
+// A search looks for the record of a decision: a record of its own, or else the
+// newest roll-up of its count.
+type search struct {
+	id     string
+	filter audit.Filter
+	needle []byte
+	left   int64 // bytes that may still be read
+
+	found audit.Record
+	log   string
+}
+
+func (s *search) file(ctx context.Context, name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	br := bufio.NewReaderSize(f, 1<<20)
+	long := false // within a line that is longer than any record
+	for s.left > 0 && ctx.Err() == nil {
+		b, err := br.ReadSlice('\n')
+		s.left -= int64(len(b))
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil // what is being written is no record yet
+		case errors.Is(err, bufio.ErrBufferFull):
+			long = true
+			continue
+		case err != nil:
+			return err
+		case long || !bytes.Contains(b, s.needle):
+			long = false
+			continue
+		}
+		rec, _, err := audit.ParseLine(b)
+		if err != nil || !s.filter.Match(&rec) {
+			continue
+		}
+		switch {
+		case rec.Kind == audit.KindDecision:
+			s.found, s.log = rec, filepath.Base(name)
+			return nil
+		case rec.Kind == audit.KindRollup && rec.Detail == "" && (s.found.Kind == "" || rec.Time.After(s.found.Time)):
+			s.found, s.log = rec, filepath.Base(name)
+		}
+	}
+	return nil
+}
