@@ -1,14 +1,17 @@
 package test
 
 import (
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"math/big"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -51,8 +54,9 @@ func (w *world) minted(path, folder string) {
 	}
 }
 
-// TestAnIssuerBelow is certified by a real issuer, signs for a workload, and
-// publishes its JWT key.
+// TestAnIssuerBelow does what a spire-server does by its UpstreamAuthority
+// "spire", call for call on one connection: it is certified by a real issuer,
+// publishes its JWT key, and looks at the bundle. Then it signs for a workload.
 func TestAnIssuerBelow(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, time.Minute)
@@ -67,7 +71,10 @@ func TestAnIssuerBelow(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	// As spire-server asks: a subject, and the trust domain for a name.
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+		Subject: pkix.Name{Country: []string{"US"}, Organization: []string{"SPIFFE"}}, URIs: []*url.URL{{Scheme: "spiffe", Host: trustDomain}},
+	}, key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -87,8 +94,26 @@ func TestAnIssuerBelow(t *testing.T) {
 		t.Fatal(err)
 	}
 	jwt := &types.JWTKey{KeyId: "edge-1", PublicKey: public, ExpiresAt: time.Now().Add(time.Hour).Unix()}
-	if _, err := bundlev1.NewBundleClient(cc).PublishJWTAuthority(t.Context(), &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: jwt}); err != nil {
+	// It publishes again after a restart; the answer is what its bundle becomes.
+	for range 2 {
+		published, err := bundlev1.NewBundleClient(cc).PublishJWTAuthority(t.Context(), &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: jwt})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !slices.ContainsFunc(published.JwtAuthorities, func(k *types.JWTKey) bool { return k.KeyId == jwt.KeyId && bytes.Equal(k.PublicKey, public) }) {
+			t.Errorf("the answer lacks the key: %v", published)
+		}
+	}
+	polled, err := bundlev1.NewBundleClient(cc).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+	if err != nil {
 		t.Fatal(err)
+	}
+	if len(polled.X509Authorities) != len(resp.X509Authorities) || len(polled.X509Authorities) == 0 || !bytes.Equal(polled.X509Authorities[0].Asn1, resp.X509Authorities[0]) || polled.RefreshHint <= 0 {
+		t.Errorf("the bundle %v has other roots than the answer to the request, or no time to look again", polled)
+	}
+	// The lifetime is ours to choose when it does not ask for one.
+	if _, err := svidv1.NewSVIDClient(cc).NewDownstreamX509CA(t.Context(), &svidv1.NewDownstreamX509CARequest{Csr: csr}); err != nil {
+		t.Error(err)
 	}
 	holds := func() bool {
 		b, err := bundlev1.NewBundleClient(w.dialAPI("")).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
@@ -142,6 +167,11 @@ func (w *world) verifyBelow(resp *svidv1.NewDownstreamX509CAResponse, key *ecdsa
 		}
 		chain = append(chain, c)
 		mids.AddCert(c)
+	}
+	// What spire-server asks of the certificate before it signs by it.
+	const may = x509.KeyUsageCertSign | x509.KeyUsageCRLSign | x509.KeyUsageDigitalSignature
+	if c := chain[0]; !c.IsCA || c.KeyUsage&x509.KeyUsageCertSign == 0 || c.KeyUsage&^may != 0 || len(c.URIs) > 1 || len(c.URIs) == 1 && c.URIs[0].String() != "spiffe://"+trustDomain {
+		w.t.Errorf("a spire-server would refuse the CA certificate: key usage %b, names %v", c.KeyUsage, c.URIs)
 	}
 	for id, good := range map[string]bool{"spiffe://" + trustDomain + "/ns/edge/sa/till": true, "spiffe://other.example/x": false} {
 		u, err := url.Parse(id)
