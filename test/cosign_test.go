@@ -54,6 +54,23 @@ func TestIssuerWitnessesAuditLogs(t *testing.T) {
 		t.Errorf("the proof is taken for payment's: %s", r.Output)
 	}
 
+	for _, tt := range [][]string{{"prove", "1", "--log", mirrors[0]}, {"check", proof, "--workload", id("/ns/shop/sa/billing")}} {
+		r := w.sallyport(append([]string{"audit"}, tt...)...)
+		if r.Code != 0 {
+			t.Errorf("%v of the issuer's copy: %s", tt, r.Output)
+		}
+		if tt[0] == "prove" {
+			if err := os.WriteFile(proof, []byte(r.Output), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	received := filepath.Dir(mirrors[0])
+	w.await("find all of the issuer's copies whole", func() bool { return w.sallyport("audit", "verify", received).Code == 0 })
+	if r := w.sallyport("audit", "query", received, "--kind", "rollup"); r.Code != 0 {
+		t.Errorf("query of the copies: %s", r.Output)
+	}
+
 	billing.stop()
 	w.awaitVerified(w.path("billing", "audit.jsonl"))
 	old := w.path("old")

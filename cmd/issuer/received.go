@@ -3,14 +3,11 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 
@@ -124,7 +121,7 @@ func (r *received) copyOf(p proxyName) (*copied, error) {
 	if r.copies == nil {
 		return nil, errors.New("the issuer is stopping")
 	}
-	path := filepath.Join(r.dir, fileName(p))
+	path := filepath.Join(r.dir, audit.CopyName(p.workload, p.agent))
 	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log})
 	if err != nil {
 		return nil, err
@@ -132,18 +129,6 @@ func (r *received) copyOf(p proxyName) (*copied, error) {
 	c := &copied{path: path, mirror: m}
 	r.copies[p] = c
 	return c, nil
-}
-
-// fileName names a proxy's copy. SPIFFE path segments hold neither '~' nor '@',
-// so that two proxies never share a name; one too long for a file is hashed.
-func fileName(p proxyName) string {
-	flat := func(s string) string { return strings.ReplaceAll(s, "/", "~") }
-	name := flat(strings.TrimPrefix(p.workload.Path(), "/")) + "@" + flat(strings.TrimPrefix(p.agent.Path(), "/spire/agent/"))
-	if len(name) > 200 { // a file system takes 255, and names are added to
-		sum := sha256.Sum256([]byte(name))
-		name = "long-" + hex.EncodeToString(sum[:])
-	}
-	return name + ".jsonl"
 }
 
 // mayStart refuses what would make the copy start again and again: every start

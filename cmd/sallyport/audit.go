@@ -138,13 +138,16 @@ func (c *cli) auditHeads() *cobra.Command {
 func (c *cli) auditVerify() *cobra.Command {
 	var f trustFlags
 	cmd := &cobra.Command{
-		Use:   "verify FILE",
+		Use:   "verify FILE|DIR",
 		Short: "Check an audit log: nothing changed, nothing missing, whose it is, times in order",
 		Long: `Check an audit log, with all files put aside and the checkpoints beside it.
 
 Each question has its own verdict. A log by itself can be found broken, but not
 whole: give what the issuer has signed with --heads (or --socket, to ask it), or
 at least the key of the witness with --witness.
+
+Of a directory, such as received/ of an issuer, each copy is held against what
+was signed of its log, and none may be missing.
 
 Exit code 0: all pass. 1: at least one fails. 2: the log cannot be read.
 3: none fails, but at least one is not confirmed.`,
@@ -155,6 +158,9 @@ Exit code 0: all pass. 1: at least one fails. 2: the log cannot be read.
 		trust, err := f.trust(c, cmd)
 		if err != nil {
 			return err
+		}
+		if st, err := os.Stat(args[0]); err == nil && st.IsDir() {
+			return c.verifyCopies(args[0], trust)
 		}
 		rep, err := audit.VerifyFile(args[0], trust)
 		if err != nil && !errors.Is(err, audit.ErrBroken) {
@@ -198,16 +204,21 @@ func sayVerdict(v audit.Verdict) string {
 
 func (c *cli) auditProve() *cobra.Command {
 	var log string
+	var f trustFlags
 	cmd := &cobra.Command{
 		Use:   "prove SEQ --log FILE",
 		Short: "Prove that a record is in a log, for somebody who does not have the log",
 		Args:  cobra.ExactArgs(1),
-		RunE: func(_ *cobra.Command, args []string) error {
+		RunE: func(cmd *cobra.Command, args []string) error {
 			seq, err := strconv.ParseUint(args[0], 10, 64)
 			if err != nil {
 				return usage(fmt.Errorf("SEQ: %q is not the number of a record, such as 4711", args[0]))
 			}
-			p, err := audit.Prove(log, seq)
+			trust, err := f.trust(c, cmd)
+			if err != nil {
+				return err
+			}
+			p, err := prove(log, seq, trust.Heads)
 			if err != nil {
 				return usage(err)
 			}
@@ -216,7 +227,8 @@ func (c *cli) auditProve() *cobra.Command {
 			return e.Encode(p)
 		},
 	}
-	cmd.Flags().StringVar(&log, "log", "audit.jsonl", "the audit log")
+	cmd.Flags().StringVar(&log, "log", "audit.jsonl", "the audit log, or an issuer's copy")
+	cmd.Flags().StringVar(&f.heads, "heads", "", "file made by sallyport audit heads; for an issuer's copy")
 	return cmd
 }
 
@@ -347,7 +359,7 @@ func (c *cli) auditExport() *cobra.Command {
 	var f filterFlags
 	var format string
 	cmd := &cobra.Command{
-		Use:   "export FILE",
+		Use:   "export FILE|DIR",
 		Short: "Write the records of a log to stdout, as they are kept or in OCSF",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -366,7 +378,7 @@ func (c *cli) auditQuery() *cobra.Command {
 	var f filterFlags
 	var limit int
 	cmd := &cobra.Command{
-		Use:   "query FILE",
+		Use:   "query FILE|DIR",
 		Short: "Show the records that the flags pick",
 		Args:  cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -384,23 +396,35 @@ func (c *cli) pick(path string, f *filterFlags, format string, limit int) error 
 	if err := f.parse(time.Now()); err != nil {
 		return err
 	}
-	n := 0
-	err := audit.Each(path, func(line []byte, r *audit.Record) error {
-		if !f.Match(r) {
-			return nil
+	paths, err := copies(path)
+	for n := 0; err == nil && len(paths) > 0 && (limit == 0 || n < limit); paths = paths[1:] {
+		label := ""
+		if paths[0] != path && format == "table" {
+			label = copyLabel(paths[0])
 		}
-		if err := c.write(format, line, r); err != nil {
-			return err
-		}
-		if n++; n == limit {
-			return audit.ErrStop
-		}
-		return nil
-	})
+		err = c.pickOf(paths[0], label, f, format, limit, &n)
+	}
 	if err != nil {
 		return usage(err)
 	}
 	return nil
+}
+
+// pickOf is pick of one log, after n records.
+func (c *cli) pickOf(path, label string, f *filterFlags, format string, limit int, n *int) error {
+	return audit.Each(path, func(line []byte, r *audit.Record) error {
+		if !f.Match(r) {
+			return nil
+		}
+		fmt.Fprint(c.stdout, label)
+		if err := c.write(format, line, r); err != nil {
+			return err
+		}
+		if *n++; *n == limit {
+			return audit.ErrStop
+		}
+		return nil
+	})
 }
 
 func (c *cli) auditTail() *cobra.Command {

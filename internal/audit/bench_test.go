@@ -3,6 +3,8 @@ package audit
 import (
 	"bytes"
 	"compress/gzip"
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"testing"
@@ -106,12 +108,28 @@ func BenchmarkAuditTree(b *testing.B) {
 	b.ReportMetric(float64(n)/b.Elapsed().Seconds(), "records/s")
 }
 
+// benchLines are records as a busy proxy writes them: no two have the same
+// caller's port, path, trace, duration and time.
 func benchLines(b *testing.B, n int) []byte {
 	b.Helper()
 	l := NewMemory()
-	r := sample()
+	rnd := rand.New(rand.NewPCG(1, 2))
+	at := time.Date(2026, 11, 27, 9, 0, 0, 0, time.UTC)
+	one := func(of ...string) string { return of[rnd.IntN(len(of))] }
 	for range n {
-		r.Seq, r.ID, r.Time = 0, "", time.Time{}
+		at = at.Add(time.Duration(rnd.ExpFloat64() * float64(300*time.Microsecond)))
+		r := sample()
+		r.Seq, r.ID, r.Time = 0, "", at
+		r.Src = fmt.Sprintf("spiffe://corp.example/ns/%s/sa/%s", one("shop", "ops", "data"), one("payment", "web", "mobile-api", "batch", "search"))
+		r.Dst = "spiffe://corp.example/ns/shop/sa/" + one("billing", "stock", "mail", "users", "ledger", "quotes", "rates")
+		r.Verb, r.Rule = one("GET", "GET", "GET", "POST", "PUT", "DELETE"), fmt.Sprintf("%s-%d", one("pay-bill", "read-stock", "ops"), rnd.IntN(40))
+		r.Path = fmt.Sprintf("/v1/%s/%d/%s", one("charges", "orders", "items"), rnd.Uint32(), one("", "lines", "events"))
+		r.Trace = fmt.Sprintf("%016x%016x", rnd.Uint64(), rnd.Uint64())
+		r.Peer = fmt.Sprintf("10.%d.%d.%d:%d", rnd.IntN(4), rnd.IntN(256), rnd.IntN(256), 1024+rnd.IntN(60000))
+		r.Duration = time.Duration(rnd.ExpFloat64() * float64(4*time.Millisecond))
+		if rnd.IntN(20) == 0 {
+			r.Decision, r.Reason, r.Rule = Deny, "no_rule", ""
+		}
 		if err := l.Append(&r); err != nil {
 			b.Fatal(err)
 		}
