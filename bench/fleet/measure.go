@@ -11,9 +11,12 @@ import (
 	"sallyport/internal/mesh"
 )
 
+// profiled is how long the issuer is profiled from the first edit on.
+const profiled = 15 * time.Second
+
 // measure brings the fleet up and edits.
 func (s settings) measure(ctx context.Context, w io.Writer, res *rig.Result) error {
-	iss, err := rig.Start(ctx, rig.Config{Program: s.program, Files: s.files()})
+	iss, err := rig.Start(ctx, rig.Config{Program: s.program, Files: s.files(), Pprof: s.profile != ""})
 	if err != nil {
 		return err
 	}
@@ -46,7 +49,7 @@ func (s settings) measure(ctx context.Context, w io.Writer, res *rig.Result) err
 		return err
 	}
 	upS := time.Since(start).Seconds()
-	if err := f.confirmed(ctx, iss, last); err != nil {
+	if _, err := f.confirmed(ctx, iss, last, start); err != nil {
 		return err
 	}
 	rss, err := iss.RSS()
@@ -56,8 +59,20 @@ func (s settings) measure(ctx context.Context, w io.Writer, res *rig.Result) err
 	res.Figures["streams_up_s"], res.Figures["rss_mb"] = upS, rss
 	res.Cases.Tried, res.Cases.Passed = int64(len(up)), int64(len(up))
 	fmt.Fprintf(w, "streams: %d up, each with its first snapshot, in %.1f s; RSS of the issuer %.0f MB\n", len(up), upS, rss)
+	if s.profile != "" {
+		f.running.Go(func() {
+			if err := iss.Profile(sub, s.profile, profiled); err != nil {
+				fmt.Fprintf(w, "profile: %v\n", err)
+			}
+		})
+	}
 	for _, kind := range []struct{ figure, what string }{{"push", "every row"}, {"push_one_row", "one row"}} {
 		if last, err = s.edit(ctx, w, iss, f, res, last, kind.figure, kind.what); err != nil {
+			return err
+		}
+	}
+	if s.watch > 0 {
+		if err := s.idle(ctx, w, iss, res); err != nil {
 			return err
 		}
 	}
@@ -120,79 +135,74 @@ func (f *fleet) collect(ctx context.Context, after uint64, start time.Time) (too
 	return took, revision, nil
 }
 
-// confirmed waits until the issuer has the ack of every proxy.
-func (f *fleet) confirmed(ctx context.Context, iss *rig.Issuer, revision uint64) error {
+// confirmed waits until the issuer has the ack of every proxy, and returns how
+// long after start each reached it, ms.
+func (f *fleet) confirmed(ctx context.Context, iss *rig.Issuer, revision uint64, start time.Time) (took []float64, err error) {
 	for {
 		all, err := iss.Admin.Proxies(ctx)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		good := 0
+		took = took[:0]
 		for _, p := range all {
 			if p.Connected && p.State == mesh.Synced && p.PolicyRevision >= revision {
-				good++
+				took = append(took, float64(p.LastSeen.Sub(start).Microseconds())/1000)
 			}
 		}
-		if good == len(f.proxies) {
-			return nil
+		if len(took) == len(f.proxies) {
+			return took, nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the issuer has the ack of %d of %d proxies: %w", good, len(f.proxies), ctx.Err())
+			return nil, fmt.Errorf("the issuer has the ack of %d of %d proxies: %w", len(took), len(f.proxies), ctx.Err())
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
-// edit changes the policy files again and again. Between two edits the issuer
-// confirms that it has all acks, and the fetches of entries end.
+// edit changes the policy files again and again. An ack counts from the write
+// of the file to the moment that the issuer has it, by the issuer's own record.
 func (s settings) edit(ctx context.Context, w io.Writer, iss *rig.Issuer, f *fleet, res *rig.Result, last uint64, figure, what string) (uint64, error) {
-	var all, slowest []float64
+	var have, all, slowest []float64
+	var spent cost
 	for e := 1; e <= s.edits; e++ {
 		text := s.access(e, 0)
 		if figure != "push" {
 			text = s.access(s.edits, e)
 		}
-		fetched := f.syncs.Load()
+		before, err := costNow(iss)
+		if err != nil {
+			return 0, err
+		}
 		start := time.Now()
 		if err := iss.WritePolicy("access.csv", text); err != nil {
 			return 0, err
 		}
-		took, revision, err := f.collect(ctx, last, start)
+		inForce, revision, err := f.collect(ctx, last, start)
 		if err != nil {
 			return 0, err
 		}
-		if err := f.confirmed(ctx, iss, revision); err != nil {
+		now, err := costNow(iss)
+		if err != nil {
 			return 0, err
 		}
-		last = revision
-		all = append(all, took...)
-		slowest = append(slowest, rig.Quantile(took, 1))
-		if s.sync {
-			if err := f.quiet(ctx, fetched+int64(s.n)); err != nil {
-				return 0, err
-			}
+		acks, err := f.confirmed(ctx, iss, revision, start)
+		if err != nil {
+			return 0, err
 		}
+		last, spent = revision, spent.plus(now.since(before))
+		have, all = append(have, inForce...), append(all, acks...)
+		slowest = append(slowest, rig.Quantile(acks, 1))
 	}
 	res.Cases.Tried += int64(len(all))
 	res.Cases.Passed += int64(len(all))
+	edits := float64(s.edits)
 	res.Figures[figure+"_p50_ms"], res.Figures[figure+"_p99_ms"] = rig.Quantile(all, 0.5), rig.Quantile(all, 0.99)
 	res.Figures[figure+"_all_ms"] = rig.Quantile(slowest, 0.5)
-	fmt.Fprintf(w, "%d edits of %s: from the write of the file to the ack of a proxy p50 %.0f ms, p99 %.0f ms; to the last ack %.0f ms (median of the edits)\n",
-		s.edits, what, rig.Quantile(all, 0.5), rig.Quantile(all, 0.99), rig.Quantile(slowest, 0.5))
+	res.Figures[figure+"_in_force_p99_ms"] = rig.Quantile(have, 0.99)
+	res.Figures[figure+"_issuer_cpu_ms"], res.Figures[figure+"_load_cpu_ms"] = 1000*spent.issuer.Seconds()/edits, 1000*spent.load.Seconds()/edits
+	res.Figures[figure+"_issuer_cpu_share"] = spent.share()
+	fmt.Fprintf(w, "%d edits of %s: from the write of the file to the ack of a proxy at the issuer p50 %.0f ms, p99 %.0f ms; to the last ack %.0f ms (median of the edits); CPU of an edit: issuer %.0f ms, proxies %.0f ms\n",
+		s.edits, what, rig.Quantile(all, 0.5), rig.Quantile(all, 0.99), rig.Quantile(slowest, 0.5), res.Figures[figure+"_issuer_cpu_ms"], res.Figures[figure+"_load_cpu_ms"])
 	return last, nil
-}
-
-// quiet waits until the entries were fetched so often, for 1 s at most: the
-// issuer may ask for fewer fetches than there were edits.
-func (f *fleet) quiet(ctx context.Context, want int64) error {
-	until := time.Now().Add(time.Second)
-	for f.syncs.Load() < want && time.Now().Before(until) {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-	return nil
 }

@@ -160,8 +160,8 @@ func (s settings) measure(ctx context.Context, w io.Writer, backend, url string,
 	}
 	fmt.Fprintf(w, "%s: %.0f SVIDs/s, %.2f CPU s of the issuer per 1,000; raw %.0f/s, %.2f CPU s per 1,000\n",
 		backend, f["svids_per_s"], f["issuer_cpu_s_per_1000"], f["raw_per_s"], f["raw_cpu_s_per_1000"])
-	fmt.Fprintf(w, "%s: raw_ratio %.2f (CPU per raw certificate / CPU of the issuer per SVID), wall_ratio %.2f (its clients on the same cores)\n",
-		backend, f["raw_ratio"], f["wall_ratio"])
+	fmt.Fprintf(w, "%s: raw_ratio %.2f (CPU per raw certificate / CPU of the issuer per SVID), wall_ratio %.2f (its clients on the same cores: %.0f %% of the CPU of both)\n",
+		backend, f["raw_ratio"], f["wall_ratio"], 100*f["client_cpu_share"])
 	fmt.Fprintf(w, "%s: RSS %.0f MB; after kill -9 and start, all %d workloads have new SVIDs %.2f s after the start, RSS %.0f MB\n",
 		backend, rss, s.agents*s.entries, storm.Seconds(), after)
 	return nil
@@ -208,12 +208,18 @@ func (n *node) next(size int) []control.SVIDRequest {
 type sample struct {
 	count     int64
 	wall, cpu time.Duration
+	// clients is what this process computed beside it.
+	clients time.Duration
 }
 
 // ours asks the issuer for SVIDs for a round. Nodes take turns, so that none
 // spends its budget. The client verifies that each SVID is what it asked for.
 func (s settings) ours(ctx context.Context, iss *rig.Issuer, nodes []*node, res *rig.Result) (sample, error) {
 	before, err := iss.CPU()
+	if err != nil {
+		return sample{}, err
+	}
+	own, err := rig.OwnCPU()
 	if err != nil {
 		return sample{}, err
 	}
@@ -245,7 +251,11 @@ func (s settings) ours(ctx context.Context, iss *rig.Issuer, nodes []*node, res 
 	default:
 	}
 	after, err := iss.CPU()
-	return sample{good.Load(), wall, after - before}, err
+	if err != nil {
+		return sample{}, err
+	}
+	ownAfter, err := rig.OwnCPU()
+	return sample{good.Load(), wall, after - before, ownAfter - own}, err
 }
 
 func ask(ctx context.Context, n *node, size int, good, bad *atomic.Int64) error {
@@ -315,6 +325,7 @@ func figures(ours, raw []sample) map[string]float64 {
 	}
 	rate := func(x sample) float64 { return float64(x.count) / x.wall.Seconds() }
 	cpu := func(x sample) float64 { return x.cpu.Seconds() * 1000 / float64(max(1, x.count)) }
+	share := func(x sample) float64 { return x.clients.Seconds() / max(0.01, (x.clients+x.cpu).Seconds()) }
 	var ratio, wall []float64
 	for i := range ours {
 		ratio = append(ratio, cpu(raw[i])/cpu(ours[i]))
@@ -323,6 +334,7 @@ func figures(ours, raw []sample) map[string]float64 {
 	return map[string]float64{
 		"svids_per_s": median(ours, rate), "raw_per_s": median(raw, rate),
 		"issuer_cpu_s_per_1000": median(ours, cpu), "raw_cpu_s_per_1000": median(raw, cpu),
-		"raw_ratio": rig.Quantile(ratio, 0.5), "wall_ratio": rig.Quantile(wall, 0.5),
+		"client_cpu_share": median(ours, share),
+		"raw_ratio":        rig.Quantile(ratio, 0.5), "wall_ratio": rig.Quantile(wall, 0.5),
 	}
 }

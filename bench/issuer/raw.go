@@ -12,8 +12,9 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
+
+	"sallyport/bench/rig"
 )
 
 // A limit is what crypto/x509 needs to make a certificate from a request.
@@ -77,7 +78,7 @@ func (l *limit) one() error {
 
 // run makes certificates on every core for a round.
 func (l *limit) run(round time.Duration) (sample, error) {
-	before, err := ownCPU()
+	before, err := rig.OwnCPU()
 	if err != nil {
 		return sample{}, err
 	}
@@ -98,18 +99,9 @@ func (l *limit) run(round time.Duration) (sample, error) {
 	}
 	wg.Wait()
 	wall := time.Since(start)
-	after, err := ownCPU()
+	after, err := rig.OwnCPU()
 	if failed.Load() {
 		err = errors.New("raw: crypto/x509 refused its own request")
 	}
-	return sample{n.Load(), wall, after - before}, err
-}
-
-// ownCPU is what this process has computed.
-func ownCPU() (time.Duration, error) {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0, err
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
+	return sample{count: n.Load(), wall: wall, cpu: after - before}, err
 }

@@ -51,6 +51,8 @@ type Config struct {
 	Database string
 	// Files are the policy files by name. Required.
 	Files map[string]string
+	// Pprof has the issuer serve profiles, for Profile.
+	Pprof bool
 }
 
 // An Issuer is a running process of cmd/issuer in a directory of its own.
@@ -127,7 +129,11 @@ func (i *Issuer) WritePolicy(name, text string) error {
 
 // Run starts the process, anew after Stop, and waits until it answers.
 func (i *Issuer) Run(ctx context.Context) error {
-	i.cmd = exec.Command(i.cfg.Program, "run", "--config", i.path("config.yaml"))
+	args := []string{"run", "--config", i.path("config.yaml")}
+	if i.cfg.Pprof {
+		args = append(args, "--pprof")
+	}
+	i.cmd = exec.Command(i.cfg.Program, args...)
 	i.cmd.Env = os.Environ()
 	if i.cfg.Database != "" {
 		i.cmd.Env = append(i.cmd.Env, "SALLYPORT_DATABASE_URL="+i.cfg.Database)
@@ -220,6 +226,15 @@ func (i *Issuer) CPU() (time.Duration, error) {
 	user, err1 := strconv.Atoi(f[11])
 	system, err2 := strconv.Atoi(f[12])
 	return time.Duration(user+system) * tick, errors.Join(err1, err2)
+}
+
+// OwnCPU is the time that this process has computed.
+func OwnCPU() (time.Duration, error) {
+	var u syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
+		return 0, err
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano()), nil
 }
 
 // RSS is the memory that the issuer's process has, MB of 10^6 bytes.

@@ -67,7 +67,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g, ground := errgroup.WithContext(ground)
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: gw.ready, Metrics: gw.metrics.Handler(),
-		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Log: gw.log,
+		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Pprof: cfg.Pprof, Log: gw.log,
 		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })

@@ -51,6 +51,10 @@ type Config struct {
 	CA    CAConfig         `yaml:"ca"`
 	Audit sink.ListConfig  `yaml:"audit"`
 	Log   daemon.LogConfig `yaml:"log"`
+
+	// Pprof serves profiles on the admin socket: what the process spends time and
+	// memory on. Default: no; the flag --pprof sets it.
+	Pprof bool `yaml:"pprof"`
 }
 
 // DatabaseConfig says where state is that several issuers share.

@@ -8,7 +8,6 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
-	"sallyport/internal/mesh"
 )
 
 // firstPolicies reads the policy folder at the start. A mistake in it matters
@@ -35,14 +34,17 @@ func (in *issuer) reload(ctx context.Context) {
 // the reason known: in the log, in the status, in a metric and in the audit.
 func (in *issuer) applyFolder(ctx context.Context) error {
 	before := in.registry.Status().PolicyRevision
-	p, err := settled(ctx, func() (*mesh.Policies, error) { return mesh.ParseDir(in.cfg.Policies, in.cfg.TrustDomain) })
+	p, err := settled(ctx, in.folder.Parse)
 	if ctx.Err() != nil {
 		return ctx.Err() // stopping, which is no refusal
 	}
 	if err != nil {
 		in.registry.Refuse(err)
 	} else if !in.sawFolder(p) {
-		hash := p.Hash()
+		hash := ""
+		if in.instance != "" {
+			hash = p.Hash()
+		}
 		if _, err = in.registry.ApplyPolicies(ctx, p); err == nil {
 			in.rememberFolder(hash)
 		}

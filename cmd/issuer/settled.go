@@ -21,8 +21,8 @@ var errRestless = errors.New("the policy folder keeps changing while it is read;
 // settled reads the policies until two readings agree. Half of a set is often
 // a valid one: a guardrails.csv that was cut off to be written anew forbids
 // nothing.
-func settled(ctx context.Context, read func() (*mesh.Policies, error)) (*mesh.Policies, error) {
-	last, lastErr := read()
+func settled(ctx context.Context, read func() (*mesh.Policies, mesh.Sum, error)) (*mesh.Policies, error) {
+	_, last, lastErr := read()
 	for range settleTries {
 		t := time.NewTimer(settle)
 		select {
@@ -31,18 +31,19 @@ func settled(ctx context.Context, read func() (*mesh.Policies, error)) (*mesh.Po
 			return nil, ctx.Err()
 		case <-t.C:
 		}
-		p, err := read()
-		if agree(last, p, lastErr, err) {
+		p, sum, err := read()
+		if sum == last && agree(lastErr, err) {
 			return p, err
 		}
-		last, lastErr = p, err
+		last, lastErr = sum, err
 	}
 	return nil, errRestless
 }
 
-func agree(p, q *mesh.Policies, perr, qerr error) bool {
-	if perr != nil || qerr != nil {
-		return perr != nil && qerr != nil && perr.Error() == qerr.Error()
+// agree compares what stood in the way: a file that cannot be read has no sum.
+func agree(a, b error) bool {
+	if a == nil || b == nil {
+		return a == nil && b == nil
 	}
-	return p.Hash() == q.Hash()
+	return a.Error() == b.Error()
 }

@@ -20,6 +20,7 @@ const guard = "p, guard, in, **, spiffe://corp.example/ns/shop/sa/billing, *, *,
 func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("corp.example")
 	dir := t.TempDir()
+	folder := &mesh.Folder{Dir: dir, TrustDomain: td}
 	write := func(name, text string) {
 		t.Helper()
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -30,11 +31,11 @@ func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	write("guardrails.csv", "")
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
-		p, err := settled(t.Context(), func() (*mesh.Policies, error) {
+		p, err := settled(t.Context(), func() (*mesh.Policies, mesh.Sum, error) {
 			if n++; n == 2 {
 				write("guardrails.csv", guard)
 			}
-			return mesh.ParseDir(dir, td)
+			return folder.Parse()
 		})
 		if err != nil || len(p.Rules) != 1 || n != 3 {
 			t.Errorf("%d readings gave %+v, %v; want the guardrail after 3", n, p, err)
@@ -42,10 +43,10 @@ func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	})
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
-		_, err := settled(t.Context(), func() (*mesh.Policies, error) {
+		_, err := settled(t.Context(), func() (*mesh.Policies, mesh.Sum, error) {
 			n++
 			write("guardrails.csv", map[bool]string{true: guard, false: ""}[n%2 == 0])
-			return mesh.ParseDir(dir, td)
+			return folder.Parse()
 		})
 		if !errors.Is(err, errRestless) {
 			t.Errorf("a folder that never rests: %v", err)
@@ -53,7 +54,7 @@ func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := settled(ctx, func() (*mesh.Policies, error) { return mesh.ParseDir(dir, td) }); !errors.Is(err, context.Canceled) {
+	if _, err := settled(ctx, folder.Parse); !errors.Is(err, context.Canceled) {
 		t.Errorf("stopping: %v", err)
 	}
 }

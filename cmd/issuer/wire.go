@@ -24,6 +24,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/federation"
+	"sallyport/internal/mesh"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
 	"sallyport/internal/sink"
@@ -34,6 +35,7 @@ import (
 // An issuer is the composed process.
 type issuer struct {
 	cfg      *Config
+	folder   *mesh.Folder
 	log      *slog.Logger
 	level    *slog.LevelVar
 	ready    *daemon.Ready
@@ -58,7 +60,7 @@ type issuer struct {
 
 // serve runs the issuer until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	in := &issuer{cfg: cfg, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	in := &issuer{cfg: cfg, folder: &mesh.Folder{Dir: cfg.Policies, TrustDomain: cfg.TrustDomain}, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
 	tty := false
 	if f, ok := stderr.(*os.File); ok {
 		tty = daemon.IsTerminal(f)
@@ -90,7 +92,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	}
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: in.ready, Metrics: in.metrics.Handler(),
-		ConfigDump: func() any { return cfg }, Level: in.level, Drain: cancel, Log: in.log,
+		ConfigDump: func() any { return cfg }, Level: in.level, Drain: cancel, Pprof: cfg.Pprof, Log: in.log,
 	}
 	g, run := errgroup.WithContext(stop)
 	// The second signal ends at once. Not when serve returns, which ends now too:
@@ -193,6 +195,7 @@ func (in *issuer) open(ctx context.Context) error {
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
+		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
 	})
 	return err
 }

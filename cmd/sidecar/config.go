@@ -40,6 +40,10 @@ type Config struct {
 	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
 	Drain    daemon.DrainConfig `yaml:"drain"`
+
+	// Pprof serves profiles on the admin socket: what the process spends time and
+	// memory on. Default: no; the flag --pprof sets it.
+	Pprof bool `yaml:"pprof"`
 }
 
 // WorkloadConfig is about the program beside the sidecar.

@@ -92,7 +92,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	g, ground := errgroup.WithContext(ground)
 	admin := &daemon.Admin{
 		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: s.ready, Metrics: s.metrics.Handler(),
-		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Log: s.log,
+		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Pprof: cfg.Pprof, Log: s.log,
 		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })

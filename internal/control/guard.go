@@ -27,6 +27,8 @@ import (
 type caller struct {
 	id   spiffeid.ID
 	leaf *x509.Certificate
+	// serial is leaf's, decimal: its stream is judged at every change.
+	serial string
 }
 
 type callerKey struct{}
@@ -59,7 +61,7 @@ func (s *Server) authenticate(ctx context.Context) (caller, error) {
 	if !id.MemberOf(s.cfg.TrustDomain) {
 		return caller{}, refuse(codes.PermissionDenied, "%s is not a member of %s", id, s.cfg.TrustDomain)
 	}
-	return caller{id: id, leaf: leaf}, nil
+	return caller{id: id, leaf: leaf, serial: leaf.SerialNumber.String()}, nil
 }
 
 // authorize checks that an agent is known, not banned and uses its current SVID.
@@ -80,16 +82,15 @@ func (s *Server) judge(ctx context.Context, c caller, find findAgent) error {
 	if err != nil {
 		return agentError(c.id, err)
 	}
-	serial := c.leaf.SerialNumber.String()
-	if !a.Banned && a.Serial != serial && a.NextSerial == serial {
-		if a, err = s.activate(ctx, c, serial); err != nil {
+	if !a.Banned && a.Serial != c.serial && a.NextSerial == c.serial {
+		if a, err = s.activate(ctx, c, c.serial); err != nil {
 			return err
 		}
 	}
 	switch {
 	case a.Banned:
 		return refuseAgent(types.PermissionDeniedDetails_AGENT_BANNED, "agent %s is banned", c.id)
-	case a.Serial != serial:
+	case a.Serial != c.serial:
 		return refuseAgent(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "agent %s uses an SVID that a newer one replaced", c.id)
 	}
 	return nil
@@ -210,6 +211,29 @@ func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServ
 func (s *Server) recoverStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) (err error) {
 	defer func() { err = s.outcome(info.FullMethod, recover(), err) }()
 	return next(srv, st)
+}
+
+func (s *Server) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
+	s.cfg.OnMessage(info.FullMethod)
+	return next(ctx, req)
+}
+
+func (s *Server) countStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
+	return next(srv, &countedStream{st, info.FullMethod, s.cfg.OnMessage})
+}
+
+type countedStream struct {
+	grpc.ServerStream
+	method string
+	count  func(method string)
+}
+
+func (c *countedStream) RecvMsg(m any) error {
+	err := c.ServerStream.RecvMsg(m)
+	if err == nil {
+		c.count(c.method)
+	}
+	return err
 }
 
 // outcome decides what of an error or panic crosses the wire. What does not is

@@ -179,6 +179,9 @@ type ServerConfig struct {
 	// OnAdmin is told of each operator's call before it is made, and of each
 	// identity that it changes. An error refuses it. Default none.
 	OnAdmin func(context.Context, AdminCall) error
+	// OnMessage is told of each message of a caller, by the full name of its
+	// method: of those over mutual TLS only. Default none.
+	OnMessage func(method string)
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
 	// AttestsAtOnce bounds the attestations that are judged at once. Default 64.
@@ -260,6 +263,9 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.OnMessage == nil {
+		cfg.OnMessage = func(string) {}
+	}
 	if cfg.Why == nil {
 		cfg.Why = func(error) Refusal { return RefusalEvidence }
 	}
@@ -286,8 +292,8 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	g := grpc.NewServer(append(s.options(),
 		grpc.Creds(&doorCreds{credentials.NewTLS(s.tlsConfig()), &s.conns, strangerConns}),
 		grpc.InTapHandle(s.tap),
-		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardUnary),
-		grpc.ChainStreamInterceptor(s.recoverStream, s.guardStream))...)
+		grpc.ChainUnaryInterceptor(s.recoverUnary, s.countUnary, s.guardUnary),
+		grpc.ChainStreamInterceptor(s.recoverStream, s.countStream, s.guardStream))...)
 	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})
 	entryv1.RegisterEntryServer(g, &entryAPI{s: s})

@@ -11,6 +11,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,6 +41,8 @@ type Admin struct {
 	Level *slog.LevelVar
 	// Drain starts the stop of the process (POST /drain). It must not block.
 	Drain func()
+	// Pprof answers /debug/pprof/, profiles of the process.
+	Pprof bool
 	// Extra adds handlers by pattern, such as "GET /proxies".
 	Extra map[string]http.Handler
 	// Log receives refused callers. Required.
@@ -101,6 +104,11 @@ func (a *Admin) handler() http.Handler {
 			w.WriteHeader(http.StatusAccepted)
 			io.WriteString(w, "draining\n")
 		})
+	}
+	if a.Pprof {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
 	for pattern, h := range maps.All(a.Extra) {
 		mux.Handle(pattern, h)

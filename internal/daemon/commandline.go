@@ -29,6 +29,7 @@ type CommandLine[C any] struct {
 // Execute runs one command line. A mistake on it has the exit code Usage.
 func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	var file, level string
+	var pprof bool
 	load := func() (*C, error) {
 		if file == "" {
 			return nil, Hint(Exit(Usage, errors.New("no configuration given")), l.example())
@@ -36,6 +37,9 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 		flags := map[string]string{}
 		if level != "" {
 			flags["log.level"] = level
+		}
+		if pprof {
+			flags["pprof"] = "true"
 		}
 		c := new(C)
 		if err := LoadConfig(file, os.Environ(), flags, c); err != nil {
@@ -47,6 +51,7 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 	root := &cobra.Command{Use: l.Name, Short: l.Short, SilenceUsage: true, SilenceErrors: true, DisableSuggestions: true}
 	root.PersistentFlags().StringVar(&file, "config", "", "the configuration file (YAML)")
 	root.PersistentFlags().StringVar(&level, "log-level", "", "debug, info, warn or error")
+	root.PersistentFlags().BoolVar(&pprof, "pprof", false, "serve profiles on the admin socket, below /debug/pprof/")
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return Hint(Exit(Usage, err), c.CommandPath()+" --help")
 	})

@@ -47,12 +47,22 @@ func (s *Snapshot) canonical() {
 	slices.SortFunc(s.Modes, compareModes)
 }
 
+// sorted returns a copy in order, never nil.
 func sorted[T any](list []T, less func(a, b T) int) []T {
 	if len(list) == 0 {
 		return []T{}
 	}
-	slices.SortStableFunc(list, less)
-	return list
+	// By pointer: the nouns are large, and thousands of them are moved often.
+	order := make([]*T, len(list))
+	for i := range list {
+		order[i] = &list[i]
+	}
+	slices.SortStableFunc(order, func(a, b *T) int { return less(*a, *b) })
+	out := make([]T, len(list))
+	for i, x := range order {
+		out[i] = *x
+	}
+	return out
 }
 
 func compareServices(a, b Service) int { return cmp.Compare(a.Name, b.Name) }

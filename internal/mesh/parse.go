@@ -2,8 +2,10 @@ package mesh
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"maps"
@@ -38,22 +40,55 @@ var errWeakWord = errors.New(`only "allow" is possible`)
 // ParseDir reads the reviewed folder dir. Mistakes in its files, all of them,
 // are returned as Errors.
 func ParseDir(dir string, td spiffeid.TrustDomain) (*Policies, error) {
-	st, err := os.Stat(dir)
-	if err != nil {
-		return nil, fmt.Errorf("read policies: %w", err)
-	}
-	if !st.IsDir() {
-		return nil, fmt.Errorf("read policies: %s is not a folder", dir)
-	}
-	return ParseFS(os.DirFS(dir), td)
+	p, _, err := (&Folder{Dir: dir, TrustDomain: td}).Parse()
+	return p, err
 }
 
 // ParseFS is ParseDir for a file system.
 func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
+	return (&reader{fsys: fsys, sum: sha256.New()}).policies(td)
+}
+
+// A Folder is a reviewed folder that is read again and again. The entries,
+// which may be thousands where the rules are a few, are decoded anew only when
+// their file changed. One goroutine at a time may use it.
+type Folder struct {
+	// Dir is its path, TrustDomain that of its rows. Required.
+	Dir         string
+	TrustDomain spiffeid.TrustDomain
+
+	known knownEntries
+}
+
+// knownEntries are the entries of a file without a mistake.
+type knownEntries struct {
+	sum     [sha256.Size]byte
+	entries []Entry
+}
+
+// A Sum is the SHA-256 of the names and bytes that were read.
+type Sum [sha256.Size]byte
+
+// Parse is ParseDir. Two results with one Sum come from the same bytes.
+func (f *Folder) Parse() (*Policies, Sum, error) {
+	st, err := os.Stat(f.Dir)
+	if err != nil {
+		return nil, Sum{}, fmt.Errorf("read policies: %w", err)
+	}
+	if !st.IsDir() {
+		return nil, Sum{}, fmt.Errorf("read policies: %s is not a folder", f.Dir)
+	}
+	r := &reader{fsys: os.DirFS(f.Dir), sum: sha256.New(), known: &f.known}
+	p, err := r.policies(f.TrustDomain)
+	return p, Sum(r.sum.Sum(nil)), err
+}
+
+// policies reads everything.
+func (r *reader) policies(td spiffeid.TrustDomain) (*Policies, error) {
 	if td.IsZero() {
 		return nil, errors.New("read policies: trust domain is missing")
 	}
-	r := &reader{fsys: fsys, src: sources{}, spoiled: map[Origin]map[string]bool{}}
+	r.src, r.spoiled = sources{}, map[Origin]map[string]bool{}
 	p := &Policies{TrustDomain: td}
 	if err := r.checkNames(); err != nil {
 		return nil, fmt.Errorf("read policies: %w", err)
@@ -80,12 +115,16 @@ type reader struct {
 	// cases is true when there is a folder of tests, candidate when there is
 	// one of a candidate.
 	cases, candidate bool
+	// sum takes what is read, known keeps the entries; nil keeps none.
+	sum   hash.Hash
+	known *knownEntries
 }
 
 // read returns a file, nil when it does not exist.
 func (r *reader) read(name string) ([]byte, error) {
 	f, err := r.fsys.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
+		fmt.Fprintf(r.sum, "none %q\n", name)
 		return nil, nil
 	}
 	if err != nil {
@@ -98,6 +137,8 @@ func (r *reader) read(name string) ([]byte, error) {
 	if b == nil {
 		b = []byte{}
 	}
+	fmt.Fprintf(r.sum, "file %q %d\n", name, len(b))
+	r.sum.Write(b)
 	if len(b) <= max(maxRows, maxEntries) {
 		r.src[name] = splitLines(b)
 	}
@@ -114,6 +155,7 @@ func (r *reader) checkNames() error {
 	found := false
 	for _, e := range entries {
 		name := e.Name()
+		fmt.Fprintf(r.sum, "name %q %t\n", name, e.IsDir())
 		if strings.HasPrefix(name, ".") || slices.Contains(Beside, path.Ext(name)) {
 			continue
 		}
@@ -159,16 +201,15 @@ func (r *reader) admin(p *Policies) error {
 func (r *reader) documents(p *Policies) error {
 	var (
 		services servicesDoc
-		entries  entriesDoc
 		egress   egressDoc
 		tokens   tokensDoc
 		modes    modesDoc
 	)
-	err := errors.Join(r.yaml(servicesFile, &services), r.yaml(entriesFile, &entries), r.yaml(egressFile, &egress), r.yaml(tokensFile, &tokens), r.yaml(modesFile, &modes))
+	err := errors.Join(r.yaml(servicesFile, &services), r.entries(p), r.yaml(egressFile, &egress), r.yaml(tokensFile, &tokens), r.yaml(modesFile, &modes))
 	if err != nil {
 		return err
 	}
-	p.Services, p.Entries, p.Destinations = services.nouns(), entries.nouns(), egress.nouns()
+	p.Services, p.Destinations = services.nouns(), egress.nouns()
 	p.Tokens, p.Modes = tokens.noun(), modes.nouns()
 	if !r.cases {
 		return nil
@@ -202,13 +243,39 @@ func (r *reader) yaml(name string, v any) error {
 	if err != nil || b == nil {
 		return err
 	}
-	d := &decoder{file: name, limit: MaxFile}
-	if name == entriesFile {
-		d.limit = maxEntries
-	}
+	r.decode(&decoder{file: name, limit: MaxFile}, b, v)
+	return nil
+}
+
+// decode reports whether there is no mistake.
+func (r *reader) decode(d *decoder, b []byte, v any) bool {
 	d.decode(b, reflect.ValueOf(v).Elem())
 	r.errs = append(r.errs, d.problems...)
 	maps.Copy(r.spoiled, d.spoiled)
+	return len(d.problems) == 0
+}
+
+// entries reads the entries, or takes those that are known of the same bytes.
+func (r *reader) entries(p *Policies) error {
+	b, err := r.read(entriesFile)
+	if err != nil {
+		return err
+	}
+	var doc entriesDoc
+	if b == nil {
+		p.Entries = doc.nouns()
+		return nil
+	}
+	sum := sha256.Sum256(b)
+	if r.known != nil && r.known.entries != nil && r.known.sum == sum {
+		p.Entries = slices.Clone(r.known.entries)
+		return nil
+	}
+	good := r.decode(&decoder{file: entriesFile, limit: maxEntries}, b, &doc)
+	p.Entries = doc.nouns()
+	if r.known != nil && good {
+		*r.known = knownEntries{sum, slices.Clone(p.Entries)}
+	}
 	return nil
 }
 

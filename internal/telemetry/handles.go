@@ -139,6 +139,15 @@ func (r *Registry) UpstreamCA(result string) *Counter {
 	return r.askedUp.get(labels{result})
 }
 
+// IssuerMessages counts what reached the issuer by a method of its API: one
+// message of a plain call, each of a stream.
+func (r *Registry) IssuerMessages(method string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.messages.get(labels{method})
+}
+
 // FederationFetches counts looks at the bundle endpoint of another trust
 // domain, by result "ok" or "failed".
 func (r *Registry) FederationFetches(trustDomain, result string) *Counter {

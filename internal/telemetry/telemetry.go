@@ -154,6 +154,7 @@ type Registry struct {
 	sinks     *family[*Counter]
 	sinkErrs  *family[*Counter]
 	sinkLags  *lags
+	messages  *family[*Counter]
 	revision  *Gauge
 	rejected  *Counter
 	mismatch  *Counter
@@ -193,6 +194,7 @@ func NewRegistry() *Registry {
 	r.sinkErrs = counters(r, 0, "sallyport_audit_sink_errors_total", "Batches that a sink did not take.", "sink")
 	r.sinkLags = newLags(r)
 	r.askedUp = counters(r, 1, "sallyport_ca_upstream_requests_total", "Questions to the upstream authority of the CA, by result.", "result")
+	r.messages = counters(r, 0, "sallyport_issuer_messages_total", "Messages that reached the issuer over mutual TLS, by method: one of a plain call, each of a stream.", "method")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 

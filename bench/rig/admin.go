@@ -1,0 +1,80 @@
+package rig
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Metric adds up the samples of a metric of the issuer, by the value of its
+// first label.
+func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, error) {
+	body, err := i.get(ctx, "/metrics")
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	text, err := io.ReadAll(body)
+	if err != nil {
+		return nil, err
+	}
+	sums := map[string]float64{}
+	for line := range strings.Lines(string(text)) {
+		rest, ok := strings.CutPrefix(line, name+"{")
+		if !ok {
+			continue
+		}
+		labels, value, _ := strings.Cut(rest, "} ")
+		n, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+		if err != nil {
+			return nil, fmt.Errorf("metric %s: %w", name, err)
+		}
+		_, label, _ := strings.Cut(labels, `"`)
+		label, _, _ = strings.Cut(label, `"`)
+		sums[label] += n
+	}
+	return sums, nil
+}
+
+// Profile writes a CPU profile of the issuer's next d to a file. It needs
+// Config.Pprof.
+func (i *Issuer) Profile(ctx context.Context, file string, d time.Duration) error {
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	body, err := i.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	_, err = io.Copy(f, body)
+	return err
+}
+
+// get asks the issuer's admin socket.
+func (i *Issuer) get(ctx context.Context, path string) (io.ReadCloser, error) {
+	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", i.path("data", "run", "admin.sock"))
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://issuer"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := tr.RoundTrip(req)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		resp.Body.Close()
+		return nil, fmt.Errorf("admin socket: %s: %s", path, resp.Status)
+	}
+	return resp.Body, nil
+}
