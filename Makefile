@@ -35,6 +35,8 @@ demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for
 test: ## every test, with the race detector where a C compiler is
 	go vet ./...
 	go test $(RACE) -timeout 10m $$(go list ./... | grep -v '^sallyport/test$$')
+	@# Compiled before the tests that start it, not beside them.
+	-@cd tools/stepca && go build -o /dev/null .
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve.
 	go test $(RACE) -timeout 10m ./test
