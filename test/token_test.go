@@ -68,9 +68,14 @@ func (w *world) extend(file, text string) {
 
 // token is one for billing, with further members.
 func (l *login) token(sub, more string) string {
-	now := time.Now().Unix()
+	return l.tokenUntil(time.Now().Add(5*time.Minute), sub, more)
+}
+
+// tokenUntil is one whose exp is end.
+func (l *login) tokenUntil(end time.Time, sub, more string) string {
+	now := time.Now().Add(-time.Minute).Unix()
 	return josetest.Sign(l.t, "ES256", l.key, `{"alg":"ES256","kid":"k1","typ":"at+jwt"}`,
-		fmt.Sprintf(`{"iss":"https://%s","sub":%q,"aud":"billing","client_id":"shop","jti":"j-%s","iat":%d,"exp":%d%s}`, loginHost, sub, sub, now, now+300, more))
+		fmt.Sprintf(`{"iss":"https://%s","sub":%q,"aud":"billing","client_id":"shop","jti":"j-%s","iat":%d,"exp":%d%s}`, loginHost, sub, sub, now, end.Unix(), more))
 }
 
 // proof shows that the caller holds key, for one call with token.
@@ -112,6 +117,7 @@ api_keys:
 		return fmt.Sprintf("p, %s, in, %s, %s, 8443, %s, %s, %s, allow\n", name, id("/ns/shop/sa/payment"), id("/ns/shop/sa/billing"), verb, path, cond)
 	}
 	w.extend("access.csv", row("tok-refund", "POST", "/v1/refunds", "iss=https://"+loginHost+" scope~refund")+
+		row("tok-live", "GET", "/v1/live", "iss=https://"+loginHost+" scope~refund")+
 		row("tok-bound", "GET", "/v1/vault", "iss=https://"+loginHost+" bound")+
 		row("tok-key", "POST", "/v1/orders", "iss=apikey claim.sub=acme")+
 		row("tok-svid", "GET", "/v1/self", "iss=spiffe://"+trustDomain+" claim.sub="+id("/ns/shop/sa/payment"))+
@@ -195,6 +201,20 @@ func TestCredentials(t *testing.T) {
 		refused(t, "401", "WWW-Authenticate: ", "token_proof", with(l.proof(key, tok, "p2", "POST", base+"vault"))...)
 		refused(t, "401", "WWW-Authenticate: ", "token_binding", with(l.proof(josetest.NewKey(t, "ES256"), tok, "p3", "GET", base+"vault"))...)
 		refused(t, "401", `error="invalid_token"`, "token_binding", append(bearer(tok), base+"vault")...)
+	})
+	t.Run("an upgraded connection ends with its token", func(t *testing.T) {
+		const leeway = 30 * time.Second
+		end := time.Now().Truncate(time.Second).Add(5 * time.Second)
+		tok := l.tokenUntil(end.Add(-leeway), "dave", `,"scope":"refund"`)
+		r := ask[runReply](payment, "/run", curl(append(bearer(tok), "-H", "Connection: Upgrade", "-H", "Upgrade: websocket", base+"live")...))
+		late := time.Since(end)
+		if !strings.Contains(r.Output, " 101 ") || !strings.Contains(r.Output, "open") || late < 0 || late > 10*time.Second {
+			t.Errorf("closed %s after the end of the token, with\n%s", late, r.Output)
+		}
+		t.Logf("closed %s after the end of the token", late)
+		w.awaitAudit("billing", "the end of the connection", func(r auditLine) bool {
+			return r.Kind == "tls" && r.Reason == "token_expired" && r.Src == id("/ns/shop/sa/payment") && strings.Contains(r.Detail, `for "dave"`)
+		})
 	})
 	t.Run("a JWT-SVID of the caller", func(t *testing.T) {
 		if p, output := call(append(bearer(ask[string](payment, "/jwt", id("/ns/shop/sa/billing"))), base+"self")...); p.status != "200" {

@@ -107,8 +107,19 @@ func (w *workload) run() error {
 	return http.Serve(ln, mux)
 }
 
-// echo answers with what the application sees of a request.
+// echo answers with what the application sees of a request; an upgraded
+// connection it keeps until the other end closes it.
 func echo(rw http.ResponseWriter, r *http.Request) {
+	if r.Header.Get("Upgrade") == "websocket" {
+		c, _, err := http.NewResponseController(rw).Hijack()
+		if err != nil {
+			return
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nopen")
+		_, _ = io.Copy(io.Discard, c)
+		return
+	}
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		return

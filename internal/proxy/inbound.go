@@ -95,8 +95,8 @@ type Inbound struct {
 	drops    dropSets
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
-	// verifyEvery is a field for tests.
-	verifyEvery time.Duration
+	// verifyEvery and handshakeTimeout are fields for tests.
+	verifyEvery, handshakeTimeout time.Duration
 }
 
 // NewInbound checks the configuration; Run does the work.
@@ -104,7 +104,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, handshakeTimeout: handshakeTimeout}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
 	in.chain = in.makeChain()
@@ -144,7 +144,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 
 func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 	defer in.unproved.leave(x.conn)
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, in.handshakeTimeout)
 	defer cancel()
 	x.epoch = in.epoch.Load()
 	if err := tc.HandshakeContext(ctx); err != nil {

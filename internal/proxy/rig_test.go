@@ -132,6 +132,9 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(r.web, want, "http/1.1") },
 		Generation: r.gen.Load,
 		Standing:   r.web.Standing,
+		// A test that makes many connections at once must not depend on how
+		// many handshakes the machine can make in five seconds.
+		ConnectTimeout: time.Minute,
 	}
 	if r.services, err = upstream.New(up); err != nil {
 		t.Fatal(err)
@@ -169,6 +172,7 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	if r.inbound, err = NewInbound(r.inCfg); err != nil {
 		t.Fatal(err)
 	}
+	r.inbound.handshakeTimeout = time.Minute
 	if r.outbound, err = NewOutbound(r.outCfg); err != nil {
 		t.Fatal(err)
 	}
