@@ -31,8 +31,11 @@ type Config struct {
 	// Listen is the API for proxies: host:port, by custom port 8443. Required.
 	Listen string `yaml:"listen"`
 	// Policies is the folder of reviewed policy files. An edit is taken within
-	// a second; one with a mistake is refused and the last good stays. Required.
+	// a second; one with a mistake is refused and the last good stays. Required,
+	// unless policies are pushed.
 	Policies string `yaml:"policies"`
+	// Policy says how policies reach the issuer. Default: by that folder.
+	Policy PolicyConfig `yaml:"policy"`
 
 	// Attestors are the kinds of node evidence that are accepted beside join
 	// tokens. Default: none.
@@ -103,7 +106,6 @@ func (c *Config) Validate() error {
 	need(!c.TrustDomain.IsZero(), "trust_domain", `missing; write the name of your trust domain, such as "corp.example"`)
 	need(c.DataDir != "", "data_dir", `missing; write a directory of the issuer's own, such as "/var/lib/sallyport/issuer"`)
 	need(c.Listen != "", "listen", `missing; write host:port, such as "0.0.0.0:8443"`)
-	need(c.Policies != "", "policies", `missing; write the folder of the reviewed policy files, such as "/etc/sallyport/policies"`)
 	floor := time.Minute
 	if c.CA.AllowShortTTL {
 		floor = time.Second
@@ -120,7 +122,7 @@ func (c *Config) Validate() error {
 		errs = append(errs, fmt.Errorf("ca.kms: %w", err))
 	}
 	errs = append(errs, c.validateUpstream())
-	errs = append(errs, c.Attestors.Validate())
+	errs = append(errs, c.Attestors.Validate(), c.validatePolicy())
 	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)
 }

@@ -117,6 +117,7 @@ func (in *issuer) followIssuers(ctx context.Context) error {
 		now, have := in.registry.Status().PolicyRevision, in.registry.Keys()
 		if now != revision && in.instance != "" {
 			in.metrics.PolicyRevision().Set(float64(now))
+			in.ready.Set("policy", nil)
 			in.server.SyncNow()
 		} else if !slices.EqualFunc(known, have, func(a, b registry.Key) bool { return a.KeyID == b.KeyID }) {
 			in.server.SyncNow()

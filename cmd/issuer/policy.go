@@ -13,6 +13,10 @@ import (
 // firstPolicies reads the policy folder at the start. A mistake in it matters
 // only when there is no accepted policy to go on with.
 func (in *issuer) firstPolicies(ctx context.Context) error {
+	if in.pushed() {
+		in.pushedPolicies()
+		return nil
+	}
 	err := in.applyFolder(ctx)
 	if errors.Is(err, fs.ErrNotExist) && in.registry.Current() == nil {
 		return daemon.Hint(fmt.Errorf("the policies folder %s does not exist", in.cfg.Policies), "make it with the reviewed policy files, or correct policies in the configuration")

@@ -117,7 +117,9 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.followCA(run) })
 	g.Go(func() error { return in.publishCRL(run) })
 	g.Go(func() error { return in.followIssuers(run) })
-	g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
+	if !in.pushed() {
+		g.Go(func() error { return daemon.Watch(run, cfg.Policies, 30*time.Second, func() { in.reload(run) }) })
+	}
 	in.ready.Set("serving", nil)
 	in.log.Info("issuer ready", "trust_domain", cfg.TrustDomain, "listen", ln.Addr().String(), "policy_revision", in.registry.Status().PolicyRevision)
 	_ = daemon.Notify("READY=1")
@@ -194,7 +196,7 @@ func (in *issuer) open(ctx context.Context) error {
 		Witness: in.witness, Explain: in.why,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
-		Keeper: in.registry, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
+		Keeper: in.registry, Policies: in.policyKeeper(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
 	})
 	return err

@@ -74,7 +74,7 @@ func (a *adminAPI) Status(context.Context, *meshpb.StatusRequest) (*meshpb.Statu
 	st := a.s.cfg.Registry.Status()
 	return &meshpb.StatusResponse{
 		TrustDomain: st.TrustDomain.Name(), Revision: st.Revision, PolicyRevision: st.PolicyRevision,
-		PolicyHash: st.PolicyHash, LastRefusal: st.LastRefusal, Started: timeToWire(st.Started),
+		PolicyHash: st.PolicyHash, LastRefusal: st.LastRefusal, Started: timeToWire(st.Started), PolicySet: st.PolicySet,
 	}, nil
 }
 

@@ -103,7 +103,7 @@ func (a *Admin) Status(ctx context.Context) (mesh.IssuerStatus, error) {
 	}
 	return mesh.IssuerStatus{
 		TrustDomain: td, Revision: resp.GetRevision(), PolicyRevision: resp.GetPolicyRevision(),
-		PolicyHash: resp.GetPolicyHash(), LastRefusal: resp.GetLastRefusal(), Started: timeFromWire(resp.GetStarted()),
+		PolicyHash: resp.GetPolicyHash(), LastRefusal: resp.GetLastRefusal(), Started: timeFromWire(resp.GetStarted()), PolicySet: resp.GetPolicySet(),
 	}, nil
 }
 

@@ -121,6 +121,8 @@ var rights = map[string]right{
 	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,
 	meshpb.Admin_Revoke_FullMethodName:          toLocal,
 	meshpb.Admin_Why_FullMethodName:             toLocal,
+	meshpb.Admin_PushPolicy_FullMethodName:      toLocal,
+	meshpb.Admin_PolicySet_FullMethodName:       toLocal,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,

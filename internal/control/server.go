@@ -174,6 +174,8 @@ type ServerConfig struct {
 	// Keeper changes what operators change by calls. Default: such calls are
 	// refused.
 	Keeper Keeper
+	// Policies takes policies that are pushed. Default: such calls are refused.
+	Policies PolicyKeeper
 	// Admins makes an operator's right finer. Default: as SPIRE has it.
 	Admins AdminJudge
 	// OnAdmin is told of each operator's call before it is made, and of each
@@ -310,6 +312,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 func (s *Server) ServeAdmin(ctx context.Context, l *net.UnixListener) error {
 	g := grpc.NewServer(append(s.options(),
 		grpc.MaxSendMsgSize(maxAdminMessage),
+		grpc.MaxRecvMsgSize(maxAdminMessage), // a set that is pushed; the caller is our own user
 		grpc.ChainUnaryInterceptor(s.recoverUnary, s.guardLocalUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream, s.guardLocalStream))...)
 	meshpb.RegisterAdminServer(g, &adminAPI{s: s})

@@ -94,6 +94,9 @@ type IssuerStatus struct {
 	Revision       uint64               `json:"revision"`
 	PolicyRevision uint64               `json:"policy_revision"`
 	PolicyHash     string               `json:"policy_hash"`
+	// PolicySet is the hash of the set that was pushed; empty when the policies
+	// come from files.
+	PolicySet string `json:"policy_set,omitempty"`
 	// LastRefusal is why the newest edit of the policy files was refused;
 	// empty when the newest edit is in force.
 	LastRefusal string    `json:"last_refusal,omitempty"`

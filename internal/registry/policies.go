@@ -20,6 +20,8 @@ type accepted struct {
 	Revision uint64
 	Hash     string
 	Policies *mesh.Policies
+	// Set is the hash of the set that was pushed; empty of files.
+	Set string
 	// stored is the revision of the record that holds it.
 	stored int64
 }
@@ -31,6 +33,7 @@ type policyRecord struct {
 	At       time.Time `json:"at"`
 	// Policies is what mesh.Policies.Encode wrote.
 	Policies json.RawMessage `json:"policies"`
+	Set      string          `json:"set,omitempty"`
 }
 
 // ApplyPolicies puts a reviewed set in force and returns its policy revision.
@@ -94,9 +97,10 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	}
 }
 
-// accept stores and publishes a set that follows on old. mu is held.
-func (r *Registry) accept(ctx context.Context, acc, old *accepted) error {
-	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), acc.Policies.Encode()})
+// accept stores and publishes a set that follows on old, with what else is to
+// be written. mu is held.
+func (r *Registry) accept(ctx context.Context, acc, old *accepted, with ...store.Op) error {
+	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), acc.Policies.Encode(), acc.Set})
 	if err != nil {
 		return fmt.Errorf("apply policies: encode: %w", err)
 	}
@@ -108,7 +112,8 @@ func (r *Registry) accept(ctx context.Context, acc, old *accepted) error {
 	if old != nil {
 		at = old.stored
 	}
-	rev, err := r.write(ctx, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value, IfRevision: &at})
+	// It comes last: the revision is then its own.
+	rev, err := r.write(ctx, append(with, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value, IfRevision: &at})...)
 	if err != nil {
 		return fmt.Errorf("apply policies: %w", err)
 	}
@@ -160,7 +165,7 @@ func (r *Registry) loadPolicies(ctx context.Context) (*accepted, error) {
 		return nil, fmt.Errorf("load policies: the store belongs to trust domain %q, this issuer serves %q; set trust_domain back or give another store", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
 	// Hashed anew: another version may hash another form of the same set.
-	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p, stored: rec.Revision}, nil
+	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p, Set: pr.Set, stored: rec.Revision}, nil
 }
 
 func unreadable(err error) error {

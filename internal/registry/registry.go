@@ -290,8 +290,10 @@ func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
 // Status says what is in force and why the newest edit is not, if so.
 func (r *Registry) Status() mesh.IssuerStatus {
 	st := mesh.IssuerStatus{TrustDomain: r.cfg.TrustDomain, LastRefusal: r.LastRefusal(), Started: r.started}
-	if s := r.Current(); s != nil {
+	now := r.state.Load()
+	if s := now.snapshot; s != nil {
 		st.Revision, st.PolicyRevision, st.PolicyHash = s.Revision, s.PolicyRevision, s.PolicyHash
+		st.PolicySet = now.accepted.Set
 	}
 	return st
 }

@@ -1570,8 +1570,10 @@ type StatusResponse struct {
 	PolicyHash     string                 `protobuf:"bytes,4,opt,name=policy_hash,json=policyHash,proto3" json:"policy_hash,omitempty"`
 	LastRefusal    string                 `protobuf:"bytes,5,opt,name=last_refusal,json=lastRefusal,proto3" json:"last_refusal,omitempty"`
 	Started        *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=started,proto3" json:"started,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// The hash of the set that was pushed; empty when policies come from files.
+	PolicySet     string `protobuf:"bytes,7,opt,name=policy_set,json=policySet,proto3" json:"policy_set,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusResponse) Reset() {
@@ -1644,6 +1646,13 @@ func (x *StatusResponse) GetStarted() *timestamppb.Timestamp {
 		return x.Started
 	}
 	return nil
+}
+
+func (x *StatusResponse) GetPolicySet() string {
+	if x != nil {
+		return x.PolicySet
+	}
+	return ""
 }
 
 type ProxiesRequest struct {
@@ -2606,6 +2615,176 @@ func (x *WhyResponse) GetAccount() []byte {
 	return nil
 }
 
+type PushPolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The canonical file, with its signatures.
+	Set           []byte `protobuf:"bytes,1,opt,name=set,proto3" json:"set,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushPolicyRequest) Reset() {
+	*x = PushPolicyRequest{}
+	mi := &file_mesh_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushPolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushPolicyRequest) ProtoMessage() {}
+
+func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
+func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *PushPolicyRequest) GetSet() []byte {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
+type PushPolicyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PushPolicyResponse) Reset() {
+	*x = PushPolicyResponse{}
+	mi := &file_mesh_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PushPolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PushPolicyResponse) ProtoMessage() {}
+
+func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
+func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{40}
+}
+
+type PolicySetRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 0 is the set before the one in force.
+	Revision      uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicySetRequest) Reset() {
+	*x = PolicySetRequest{}
+	mi := &file_mesh_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicySetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicySetRequest) ProtoMessage() {}
+
+func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
+func (*PolicySetRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *PolicySetRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+type PolicySetResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Set           []byte                 `protobuf:"bytes,1,opt,name=set,proto3" json:"set,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicySetResponse) Reset() {
+	*x = PolicySetResponse{}
+	mi := &file_mesh_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicySetResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicySetResponse) ProtoMessage() {}
+
+func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
+func (*PolicySetResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *PolicySetResponse) GetSet() []byte {
+	if x != nil {
+		return x.Set
+	}
+	return nil
+}
+
 var File_mesh_proto protoreflect.FileDescriptor
 
 const file_mesh_proto_rawDesc = "" +
@@ -2716,7 +2895,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x19\n" +
 	"\bagent_id\x18\x03 \x01(\tR\aagentId\"\x0f\n" +
-	"\rStatusRequest\"\xf2\x01\n" +
+	"\rStatusRequest\"\x91\x02\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12'\n" +
@@ -2724,7 +2903,9 @@ const file_mesh_proto_rawDesc = "" +
 	"\vpolicy_hash\x18\x04 \x01(\tR\n" +
 	"policyHash\x12!\n" +
 	"\flast_refusal\x18\x05 \x01(\tR\vlastRefusal\x124\n" +
-	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\"\x10\n" +
+	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1d\n" +
+	"\n" +
+	"policy_set\x18\a \x01(\tR\tpolicySet\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
 	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x81\x03\n" +
@@ -2791,12 +2972,19 @@ const file_mesh_proto_rawDesc = "" +
 	"WhyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"'\n" +
 	"\vWhyResponse\x12\x18\n" +
-	"\aaccount\x18\x01 \x01(\fR\aaccount2\xc7\x02\n" +
+	"\aaccount\x18\x01 \x01(\fR\aaccount\"%\n" +
+	"\x11PushPolicyRequest\x12\x10\n" +
+	"\x03set\x18\x01 \x01(\fR\x03set\"\x14\n" +
+	"\x12PushPolicyResponse\".\n" +
+	"\x10PolicySetRequest\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"%\n" +
+	"\x11PolicySetResponse\x12\x10\n" +
+	"\x03set\x18\x01 \x01(\fR\x03set2\xc7\x02\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xee\x05\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xa1\a\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
@@ -2807,7 +2995,10 @@ const file_mesh_proto_rawDesc = "" +
 	"\n" +
 	"AuditHeads\x12$.sallyport.mesh.v1.AuditHeadsRequest\x1a%.sallyport.mesh.v1.AuditHeadsResponse\x12M\n" +
 	"\x06Revoke\x12 .sallyport.mesh.v1.RevokeRequest\x1a!.sallyport.mesh.v1.RevokeResponse\x12D\n" +
-	"\x03Why\x12\x1d.sallyport.mesh.v1.WhyRequest\x1a\x1e.sallyport.mesh.v1.WhyResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"\x03Why\x12\x1d.sallyport.mesh.v1.WhyRequest\x1a\x1e.sallyport.mesh.v1.WhyResponse\x12Y\n" +
+	"\n" +
+	"PushPolicy\x12$.sallyport.mesh.v1.PushPolicyRequest\x1a%.sallyport.mesh.v1.PushPolicyResponse\x12V\n" +
+	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -2821,7 +3012,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -2862,39 +3053,43 @@ var file_mesh_proto_goTypes = []any{
 	(*RevokeResponse)(nil),          // 36: sallyport.mesh.v1.RevokeResponse
 	(*WhyRequest)(nil),              // 37: sallyport.mesh.v1.WhyRequest
 	(*WhyResponse)(nil),             // 38: sallyport.mesh.v1.WhyResponse
-	(*timestamppb.Timestamp)(nil),   // 39: google.protobuf.Timestamp
+	(*PushPolicyRequest)(nil),       // 39: sallyport.mesh.v1.PushPolicyRequest
+	(*PushPolicyResponse)(nil),      // 40: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 41: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 42: sallyport.mesh.v1.PolicySetResponse
+	(*timestamppb.Timestamp)(nil),   // 43: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	39, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	43, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	39, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	43, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	39, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	43, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
 	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
 	10, // 13: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
 	11, // 14: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	39, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	43, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
 	17, // 16: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	39, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	39, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	39, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	39, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	43, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	43, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	43, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	43, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	26, // 21: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	39, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	39, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	43, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	43, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
 	17, // 24: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	39, // 25: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	43, // 25: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
 	34, // 26: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	39, // 27: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	39, // 28: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	39, // 29: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	43, // 27: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	43, // 28: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	43, // 29: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
 	11, // 30: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
 	0,  // 31: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
 	12, // 32: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
@@ -2909,21 +3104,25 @@ var file_mesh_proto_depIdxs = []int32{
 	29, // 41: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
 	35, // 42: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
 	37, // 43: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	6,  // 44: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 45: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	15, // 46: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	18, // 47: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	21, // 48: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	23, // 49: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	25, // 50: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	28, // 51: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	33, // 52: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	33, // 53: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	30, // 54: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	36, // 55: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	38, // 56: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	44, // [44:57] is the sub-list for method output_type
-	31, // [31:44] is the sub-list for method input_type
+	39, // 44: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	41, // 45: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	6,  // 46: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 47: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	15, // 48: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	18, // 49: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	21, // 50: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	23, // 51: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	25, // 52: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	28, // 53: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	33, // 54: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	33, // 55: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	30, // 56: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	36, // 57: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	38, // 58: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	40, // 59: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	42, // 60: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	46, // [46:61] is the sub-list for method output_type
+	31, // [31:46] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -2956,7 +3155,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   39,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

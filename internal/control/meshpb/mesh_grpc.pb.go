@@ -256,6 +256,8 @@ const (
 	Admin_AuditHeads_FullMethodName      = "/sallyport.mesh.v1.Admin/AuditHeads"
 	Admin_Revoke_FullMethodName          = "/sallyport.mesh.v1.Admin/Revoke"
 	Admin_Why_FullMethodName             = "/sallyport.mesh.v1.Admin/Why"
+	Admin_PushPolicy_FullMethodName      = "/sallyport.mesh.v1.Admin/PushPolicy"
+	Admin_PolicySet_FullMethodName       = "/sallyport.mesh.v1.Admin/PolicySet"
 )
 
 // AdminClient is the client API for Admin service.
@@ -278,6 +280,11 @@ type AdminClient interface {
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 	// Why explains a decision of a proxy whose audit log was received.
 	Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error)
+	// PushPolicy puts a set of policies in force. FAILED_PRECONDITION when it does
+	// not follow on the one in force.
+	PushPolicy(ctx context.Context, in *PushPolicyRequest, opts ...grpc.CallOption) (*PushPolicyResponse, error)
+	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
+	PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (*PolicySetResponse, error)
 }
 
 type adminClient struct {
@@ -378,6 +385,26 @@ func (c *adminClient) Why(ctx context.Context, in *WhyRequest, opts ...grpc.Call
 	return out, nil
 }
 
+func (c *adminClient) PushPolicy(ctx context.Context, in *PushPolicyRequest, opts ...grpc.CallOption) (*PushPolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PushPolicyResponse)
+	err := c.cc.Invoke(ctx, Admin_PushPolicy_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (*PolicySetResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PolicySetResponse)
+	err := c.cc.Invoke(ctx, Admin_PolicySet_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -398,6 +425,11 @@ type AdminServer interface {
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	// Why explains a decision of a proxy whose audit log was received.
 	Why(context.Context, *WhyRequest) (*WhyResponse, error)
+	// PushPolicy puts a set of policies in force. FAILED_PRECONDITION when it does
+	// not follow on the one in force.
+	PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error)
+	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
+	PolicySet(context.Context, *PolicySetRequest) (*PolicySetResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -434,6 +466,12 @@ func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*Revoke
 }
 func (UnimplementedAdminServer) Why(context.Context, *WhyRequest) (*WhyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Why not implemented")
+}
+func (UnimplementedAdminServer) PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PushPolicy not implemented")
+}
+func (UnimplementedAdminServer) PolicySet(context.Context, *PolicySetRequest) (*PolicySetResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PolicySet not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -618,6 +656,42 @@ func _Admin_Why_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_PushPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PushPolicyRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PushPolicy(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PushPolicy_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PushPolicy(ctx, req.(*PushPolicyRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PolicySet_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PolicySetRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PolicySet(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PolicySet_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PolicySet(ctx, req.(*PolicySetRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -660,6 +734,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Why",
 			Handler:    _Admin_Why_Handler,
+		},
+		{
+			MethodName: "PushPolicy",
+			Handler:    _Admin_PushPolicy_Handler,
+		},
+		{
+			MethodName: "PolicySet",
+			Handler:    _Admin_PolicySet_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -1,0 +1,121 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/control"
+	"sallyport/internal/policyset"
+	"sallyport/internal/registry"
+)
+
+// Where an issuer takes its policies from.
+const (
+	fromFiles = "files"
+	fromPush  = "pushed"
+)
+
+// PolicyConfig is about how policies reach the issuer.
+type PolicyConfig struct {
+	// Source is "files" (default): the folder policies, as it is edited; or
+	// "pushed": only what sallyport policy push brings, and no folder. All
+	// issuers of one database have the same.
+	Source string `yaml:"source"`
+	// Signers are those who must have signed a set that is pushed.
+	Signers policyset.Signers `yaml:"signers"`
+}
+
+func (c *Config) validatePolicy() error {
+	errs := []error{c.Policy.Signers.Validate()}
+	switch c.Policy.Source {
+	case "", fromFiles:
+		if c.Policies == "" {
+			errs = append(errs, errors.New(`policies: missing; write the folder of the reviewed policy files, such as "/etc/sallyport/policies"`))
+		}
+		if c.Policy.Signers.Pinned() {
+			errs = append(errs, errors.New("policy.signers: files are not signed; write policy.source: pushed"))
+		}
+	case fromPush:
+		if c.Policies != "" {
+			errs = append(errs, errors.New("policies: given beside policy.source: pushed, which reads no folder; keep one of them"))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("policy.source: %q is neither files nor pushed", c.Policy.Source))
+	}
+	return errors.Join(errs...)
+}
+
+func (in *issuer) pushed() bool { return in.cfg.Policy.Source == fromPush }
+
+// pushedPolicies says in readiness whether a set was pushed yet. Until then
+// nobody has an identity or a right.
+func (in *issuer) pushedPolicies() {
+	if in.registry.Current() != nil {
+		in.ready.Set("policy", nil)
+		return
+	}
+	in.ready.Set("policy", errors.New("no policies were pushed yet"))
+	in.log.Warn("no policies were pushed yet; next: sallyport policy push DIR")
+}
+
+// pushes is control.PolicyKeeper.
+type pushes struct{ in *issuer }
+
+// policyKeeper is nil when the issuer takes its policies from files.
+func (in *issuer) policyKeeper() control.PolicyKeeper {
+	if !in.pushed() {
+		return nil
+	}
+	return pushes{in}
+}
+
+// PushPolicies is control.PolicyKeeper. That somebody pushes is recorded by
+// then; what came of it is recorded here.
+func (k pushes) PushPolicies(ctx context.Context, b []byte) error {
+	in := k.in
+	set, err := k.accept(ctx, b)
+	st := in.registry.Status()
+	if err != nil {
+		in.metrics.PolicyRejected().Inc()
+		in.log.Error("pushed policies refused, the old stay in force", "revision", st.PolicyRevision, "err", err)
+		if done := in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Deny, Revision: st.PolicyRevision, Detail: err.Error()}); done != nil {
+			return errors.Join(err, done)
+		}
+		return toPusher(err)
+	}
+	in.metrics.PolicyRevision().Set(float64(st.PolicyRevision))
+	in.ready.Set("policy", nil)
+	in.log.Info("pushed policies in force", "revision", set.Revision, "set", set.Hash(), "signatures", len(set.Keys()))
+	return in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Allow, Revision: set.Revision, Detail: "set " + set.Hash()})
+}
+
+func (k pushes) accept(ctx context.Context, b []byte) (*policyset.Signed, error) {
+	set, err := policyset.Parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", registry.ErrUnfit, err)
+	}
+	if pins := k.in.cfg.Policy.Signers; pins.Pinned() {
+		if err := pins.Verify(set); err != nil {
+			return nil, fmt.Errorf("%w: %w", registry.ErrUnfit, err)
+		}
+	}
+	return set, k.in.registry.PushPolicies(ctx, set)
+}
+
+// toPusher is an error as the one who pushed hears it.
+func toPusher(err error) error {
+	switch {
+	case errors.Is(err, registry.ErrUnfit):
+		return control.Unfit(err)
+	case errors.Is(err, registry.ErrStale):
+		return control.Unready(err)
+	}
+	return err
+}
+
+// PolicySet is control.PolicyKeeper.
+func (k pushes) PolicySet(ctx context.Context, revision uint64) ([]byte, error) {
+	return k.in.registry.PolicySet(ctx, revision)
+}

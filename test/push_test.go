@@ -1,0 +1,121 @@
+package test
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/internal/meshtest"
+)
+
+// TestPush pushes signed policies to an issuer that pins two keys, and looks at
+// what its proxies act on.
+func TestPush(t *testing.T) {
+	t.Parallel()
+	meshtest.Need(t, "curl")
+	w := newWorld(t, time.Minute)
+	a, b, c := w.path("a.pem"), w.path("b.pem"), w.path("c.pem")
+	pins := make([]string, 3)
+	for i, key := range []string{a, b, c} {
+		pins[i] = strings.TrimSpace(w.ok("policy", "key", key))
+	}
+	w.write("issuer", fmt.Sprintf(`trust_domain: %s
+data_dir: %s/issuer
+listen: %s
+policy: {source: pushed, signers: {keys: [%q, %q], threshold: 2}}
+ca: {agent_ttl: 1m, allow_short_ttl: true}
+`, trustDomain, w.dir, w.issuer, pins[0], pins[1]))
+	issuer := w.start("issuer", nil, "issuer", "run", "--config", w.path("issuer", "config.yaml"))
+	w.await("reach the issuer", func() bool { return w.sallyport("policy", "status").Code == 0 })
+	if code := w.readiness("issuer"); code == 200 {
+		t.Error("an issuer that has no policies is ready")
+	}
+
+	w.refused("2 must", "policy", "push", w.policy)
+	w.refused("2 must", "policy", "push", w.policy, "--key", a)
+	w.refused("2 must", "policy", "push", w.policy, "--key", a+","+c)
+	w.ok("policy", "push", w.policy, "--key", a+","+b)
+	w.awaitReady(issuer)
+
+	_, _, payment, _ := w.pair()
+	before := w.awaitSynced(2)
+	if before.PolicyRevision != 1 || before.PolicySet == "" {
+		t.Fatalf("in force is %+v", before)
+	}
+
+	// A bad row and a red case change nothing, whoever looks first.
+	access := filepath.Join(w.policy, "access.csv")
+	good, err := os.ReadFile(access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.rewrite(access, string(good)+"p, bad, in\n")
+	w.refused("access.csv:", "policy", "push", w.policy, "--key", a+","+b)
+	w.rewrite(access, "# nobody may call\n")
+	w.refused("", "policy", "push", w.policy, "--key", a+","+b)
+	if st := w.awaitSynced(2); st.PolicySet != before.PolicySet {
+		t.Errorf("a refused push is in force: %+v", st)
+	}
+
+	// Without the cases that say otherwise it is what was asked for.
+	if err := os.RemoveAll(filepath.Join(w.policy, "tests")); err != nil {
+		t.Fatal(err)
+	}
+	out := w.ok("policy", "push", w.policy, "--key", a+","+b, "--wait", "--timeout", "30s")
+	if !strings.Contains(out, "2 connected proxies, 2 ack, 0 nack") {
+		t.Errorf("push --wait says\n%s", out)
+	}
+	if r := ask[runReply](payment, "/run", curl(charges)); !strings.Contains(r.Output, "denied") && !strings.Contains(r.Output, "403") {
+		t.Errorf("a call after its row is gone: %+v", r)
+	}
+
+	// Back, under a new revision; not with a key that has not signed it before.
+	w.refused("is not signed by "+pins[2], "policy", "rollback", "--key", c)
+	w.refused("kept are: 1, 2", "policy", "rollback", "9", "--key", a+","+b)
+	out = w.ok("policy", "rollback", "--key", a+","+b, "--wait", "--timeout", "30s")
+	if !strings.Contains(out, "revision 3") || !strings.Contains(out, "2 ack, 0 nack") {
+		t.Errorf("rollback --wait says\n%s", out)
+	}
+	w.awaitReach(payment, charges)
+
+	// Another's set that follows on an older one.
+	set := w.path("set")
+	w.ok("policy", "sign", w.policy, "--key", a+","+b, "--out", set, "--revision", "4", "--previous", before.PolicySet)
+	w.refused("stale policy set: it follows on set "+before.PolicySet, "policy", "push", set)
+
+	// A restart keeps all of it.
+	issuer.kill()
+	w.startIssuer()
+	if st := w.awaitSynced(2); st.PolicyRevision != 3 {
+		t.Errorf("after a restart in force is %+v", st)
+	}
+}
+
+// rewrite replaces a file.
+func (w *world) rewrite(file, text string) {
+	w.t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// ok runs the CLI, which must succeed, and returns what it prints.
+func (w *world) ok(args ...string) string {
+	w.t.Helper()
+	r := w.sallyport(args...)
+	if r.Code != 0 {
+		w.t.Fatalf("sallyport %s: exit %d\n%s", strings.Join(args, " "), r.Code, r.Output)
+	}
+	return r.Output
+}
+
+// refused runs the CLI, which must fail a check and say why.
+func (w *world) refused(why string, args ...string) {
+	w.t.Helper()
+	if r := w.sallyport(args...); r.Code != 1 || !strings.Contains(r.Output, why) {
+		w.t.Errorf("sallyport %s: exit %d, want 1 and %q\n%s", strings.Join(args, " "), r.Code, why, r.Output)
+	}
+}
