@@ -131,7 +131,7 @@ func (s *Sink) lag() (records, seconds float64) {
 
 // Run sends records until ctx ends.
 func (s *Sink) Run(ctx context.Context) error {
-	pause, failed := s.retryMin, false
+	pause, failed, said := s.retryMin, false, ""
 	for ctx.Err() == nil {
 		err := s.round(ctx)
 		s.tell()
@@ -139,7 +139,9 @@ func (s *Sink) Run(ctx context.Context) error {
 		case ctx.Err() != nil:
 		case err != nil:
 			s.env.Metrics.AuditSinkError(s.name).Inc()
-			if !failed {
+			// Once, and again when the reason is another.
+			if text := err.Error(); text != said {
+				said = text
 				s.env.Log.Error("audit records not delivered; they are kept, and it is tried again", "sink", s.name, "err", err)
 			}
 			failed = true
@@ -148,7 +150,7 @@ func (s *Sink) Run(ctx context.Context) error {
 			pause = min(2*pause, s.retryMax)
 		case failed:
 			s.env.Log.Info("audit records are delivered again", "sink", s.name, "record", s.at.sent)
-			failed, pause = false, s.retryMin
+			failed, pause, said = false, s.retryMin, ""
 		}
 	}
 	s.close()

@@ -233,14 +233,3 @@ func NewAll(l ListConfig, env Env) ([]*Sink, error) {
 	}
 	return out, nil
 }
-
-// Slowest is the newest record that every one of these sinks has sent, as far
-// as the disk knows: the log must keep what follows. ok is false without sinks.
-func Slowest(sinks []*Sink) (sent uint64, ok bool) {
-	for i, s := range sinks {
-		if n := s.Sent(); i == 0 || n < sent {
-			sent = n
-		}
-	}
-	return sent, len(sinks) > 0
-}
