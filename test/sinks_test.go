@@ -428,7 +428,7 @@ func (w *world) awaitSinks(peers map[string]sinkPeer, last uint64) {
 	w.t.Helper()
 	// A sink that was down comes back after its longest wait, and one attempt
 	// that began too early.
-	deadline := time.Now().Add(3 * time.Minute)
+	deadline := time.Now().Add(2 * time.Minute)
 	for name := range peers {
 		for {
 			b, err := os.ReadFile(w.path("billing", "audit.jsonl.sink-"+name))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/twmb/franz-go/pkg/kerr"
@@ -85,7 +86,9 @@ func (c *KafkaConfig) open(env Env, name string) (peer, error) {
 		kgo.RequiredAcks(kgo.AllISRAcks()),
 		// One key, one partition: the records of a log stay in order.
 		kgo.RecordPartitioner(kgo.StickyKeyPartitioner(nil)),
-		kgo.RecordDeliveryTimeout(deliverTime), kgo.RetryTimeout(deliverTime / 2), kgo.UnknownTopicRetries(1),
+		// No RecordDeliveryTimeout: it counts from the time of the record, and
+		// after an outage every record is old. The context ends an attempt.
+		kgo.RetryTimeout(deliverTime / 2), kgo.UnknownTopicRetries(1),
 		kgo.ProducerLinger(0), kgo.MaxBufferedRecords(mostRecords + 1),
 	}
 	if c.Plaintext {
@@ -167,6 +170,9 @@ func (k *kafka) deliver(ctx context.Context, b *batch) error {
 	}
 	if errors.Is(err, kerr.InvalidRecord) || errors.Is(err, kerr.InvalidTimestamp) {
 		return &refusal{err: err}
+	}
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("no broker of %s has confirmed in time: %w", strings.Join(k.cfg.Brokers, ", "), err)
 	}
 	return err
 }

@@ -27,6 +27,7 @@ import (
 	export "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
 	"google.golang.org/protobuf/proto"
 
+	"sallyport/internal/audit"
 	"sallyport/internal/meshtest"
 )
 
@@ -148,6 +149,24 @@ func TestKafkaTakesRecordsInOrder(t *testing.T) {
 	}
 	if !slices.Equal(got, upTo(500)) || len(partitions) != 1 {
 		t.Errorf("%d partitions, records %v", len(partitions), got)
+	}
+}
+
+// What waited through an outage is as old as the outage was long.
+func TestKafkaTakesWhatIsOld(t *testing.T) {
+	c, err := kfake.NewCluster(kfake.NumBrokers(1), kfake.SeedTopics(1, "audit"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	log, path := openLog(t)
+	s := open(t, Config{Name: "k", Kafka: &KafkaConfig{Brokers: c.ListenAddrs(), Topic: "audit", Plaintext: true}}, log, path)
+	defer s.close()
+	old := record{Record: audit.Record{Seq: 1, Time: time.Now().Add(-24 * time.Hour)}, text: []byte("{\"seq\":1}\n")}
+	ctx, cancel := context.WithTimeout(t.Context(), deliverTime)
+	defer cancel()
+	if err := s.peer.deliver(ctx, &batch{log: "l", records: []record{old}}); err != nil {
+		t.Error(err)
 	}
 }
 
