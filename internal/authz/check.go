@@ -59,16 +59,16 @@ func expandGroups(ms []mesh.Membership) map[string][]string {
 	for g := range direct {
 		seen := map[string]bool{g: true}
 		var out []string
-		for todo := []string{g}; len(todo) > 0; {
-			next := todo[len(todo)-1]
-			todo = todo[:len(todo)-1]
+		for rest := []string{g}; len(rest) > 0; {
+			next := rest[len(rest)-1]
+			rest = rest[:len(rest)-1]
 			for _, m := range direct[next] {
 				if seen[m] {
 					continue
 				}
 				seen[m] = true
 				if mesh.IsGroup(m) {
-					todo = append(todo, m)
+					rest = append(rest, m)
 				} else {
 					out = append(out, m)
 				}
