@@ -63,8 +63,11 @@ type Ledger struct {
 	kinds map[kindKey]*kindSeen
 	short bool // somebody was told that no cell is free
 
-	// telling is the right to write roll-ups.
+	// telling is the right to write roll-ups. It guards said: how far the log
+	// tells cells by roll-ups that may not be on the disk. As long as there are
+	// any, hFrom stays before them.
 	telling sync.Mutex
+	said    map[*cell][classes]uint64
 	closed  atomic.Bool
 }
 
@@ -121,7 +124,7 @@ func NewMemoryLedger(log *Log, cfg LedgerConfig) (*Ledger, error) {
 }
 
 func newLedger(log *Log, table *capture.Words, cfg LedgerConfig) (*Ledger, error) {
-	l := &Ledger{cfg: cfg.withDefaults(), log: log, table: table, kinds: map[kindKey]*kindSeen{}}
+	l := &Ledger{cfg: cfg.withDefaults(), log: log, table: table, kinds: map[kindKey]*kindSeen{}, said: map[*cell][classes]uint64{}}
 	for i := range l.shards {
 		l.shards[i].cells = map[cellKey]*cell{}
 	}

@@ -433,6 +433,50 @@ func TestLedgerSurvivesKill(t *testing.T) {
 	t.Logf("%d kills, %d begun, %d acknowledged, %d counted: %v; in full %v", kills, begun, acked, sums[""], sums, full)
 }
 
+// TestLedgerTellsOnce ends the wait for the disk after roll-ups were written:
+// neither the next telling nor the next process counts those calls again.
+func TestLedgerTellsOnce(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "audit.log")
+	l := ledgerAt(t, path)
+	ended, end := context.WithCancel(t.Context())
+	end()
+	l.log.syncing <- struct{}{} // somebody else waits for the disk
+	for range 3 {
+		r := sample()
+		if err := l.Append(&r); err != nil {
+			t.Fatal(err)
+		}
+		r.Tally.Done(200, "")
+		if err := l.Flush(ended); err == nil {
+			t.Fatal("told without a sync")
+		}
+	}
+	sum := func(path string) uint64 {
+		t.Helper()
+		sums, _ := counted(readRecords(t, path))
+		return sums[""]
+	}
+	killed := filepath.Join(t.TempDir(), "killed")
+	if err := os.CopyFS(killed, os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	after := filepath.Join(killed, "audit.log")
+	if err := ledgerAt(t, after).Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := sum(after); n != 3 {
+		t.Errorf("%d calls are counted after a kill, want 3", n)
+	}
+	<-l.log.syncing
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := sum(path); n != 3 {
+		t.Errorf("%d calls are counted after an end in order, want 3", n)
+	}
+}
+
 func TestTemplate(t *testing.T) {
 	for in, want := range map[string]string{
 		"/":                           "/",

@@ -243,31 +243,27 @@ func (l *Ledger) Flush(ctx context.Context) error {
 	if l.closed.Load() {
 		return nil
 	}
-	seq, _ := l.log.Head()
-	atomic.StoreUint64(&l.table.W[hFrom], seq)
+	if len(l.said) == 0 {
+		seq, _ := l.log.Head()
+		atomic.StoreUint64(&l.table.W[hFrom], seq)
+	}
 	err := l.tellLost()
-	done := map[*cell][classes]uint64{}
 	for i := range l.shards {
 		for _, c := range l.shards[i].all() {
-			if err != nil {
-				break
-			}
-			var n [classes]uint64
-			if n, err = l.tell(&l.shards[i], c); n != ([classes]uint64{}) {
-				done[c] = n
+			if err == nil {
+				err = l.tell(&l.shards[i], c)
 			}
 		}
 	}
 	if e := l.log.Sync(ctx); e != nil {
 		return errors.Join(err, e)
 	}
-	for c, n := range done {
+	for c, n := range l.said {
 		for class, total := range n {
-			if total > 0 {
-				c.store(cTold+class, total)
-			}
+			c.store(cTold+class, max(total, c.load(cTold+class)))
 		}
 	}
+	clear(l.said)
 	for i := range l.shards {
 		l.retire(&l.shards[i])
 	}
@@ -284,14 +280,18 @@ func (s *shard) all() []*cell {
 	return out
 }
 
-// tell writes the roll-ups of one cell and returns how far each class is told
-// by them.
-func (l *Ledger) tell(sh *shard, c *cell) (told [classes]uint64, err error) {
+// tell writes the roll-ups of one cell, and notes how far each class is told by
+// them.
+func (l *Ledger) tell(sh *shard, c *cell) error {
+	told := l.said[c]
+	for class := range told {
+		told[class] = max(told[class], c.load(cTold+class))
+	}
 	sh.mu.Lock()
 	from := c.load(cFrom)
 	news := false
 	for class := range classes {
-		news = news || c.load(cSettled+class) > c.load(cTold+class)
+		news = news || c.load(cSettled+class) > told[class]
 	}
 	if news {
 		next := uint64(0)
@@ -302,10 +302,10 @@ func (l *Ledger) tell(sh *shard, c *cell) (told [classes]uint64, err error) {
 	}
 	sh.mu.Unlock()
 	if !news {
-		return told, nil
+		return nil
 	}
 	for class := range classes {
-		n, before := c.load(cSettled+class), c.load(cTold+class)
+		n, before := c.load(cSettled+class), told[class]
 		if n <= before {
 			continue
 		}
@@ -318,11 +318,12 @@ func (l *Ledger) tell(sh *shard, c *cell) (told [classes]uint64, err error) {
 			sh.mu.Lock()
 			c.store(cFrom, from)
 			sh.mu.Unlock()
-			return told, err
+			return err
 		}
 		told[class] = n
+		l.said[c] = told
 	}
-	return told, nil
+	return nil
 }
 
 // tellLost writes the gap record for what could not be kept.
