@@ -71,6 +71,13 @@ bench-fleet: ## N proxies on one issuer: an edit until the ack of each (N=4000)
 	@go build -o $(BIN)/bench-fleet ./bench/fleet
 	@$(BIN)/bench-fleet -issuer $(BIN)/issuer -n $(N) $(ARGS)
 
+.PHONY: bench-http1
+bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (ARGS="-rounds 9")
+	@for p in nginx haproxy; do command -v $$p >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$p >/dev/null; }; done
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-http1 ./bench/http1
+	@$(BIN)/bench-http1 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

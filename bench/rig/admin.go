@@ -15,7 +15,7 @@ import (
 // Metric adds up the samples of a metric of the issuer, by the value of its
 // first label.
 func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, error) {
-	body, err := i.get(ctx, "/metrics")
+	body, err := get(ctx, i.path("data", "run", "admin.sock"), "/metrics")
 	if err != nil {
 		return nil, err
 	}
@@ -45,12 +45,22 @@ func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, e
 // Profile writes a CPU profile of the issuer's next d to a file. It needs
 // Config.Pprof.
 func (i *Issuer) Profile(ctx context.Context, file string, d time.Duration) error {
+	return profile(ctx, i.path("data", "run", "admin.sock"), file, d)
+}
+
+// Profile writes a CPU profile of a sidecar's next d to a file. Its
+// configuration must ask for pprof.
+func (p *Process) Profile(ctx context.Context, file string, d time.Duration) error {
+	return profile(ctx, p.admin, file, d)
+}
+
+func profile(ctx context.Context, socket, file string, d time.Duration) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	body, err := i.get(ctx, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
+	body, err := get(ctx, socket, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
 	if err != nil {
 		return err
 	}
@@ -59,12 +69,12 @@ func (i *Issuer) Profile(ctx context.Context, file string, d time.Duration) erro
 	return err
 }
 
-// get asks the issuer's admin socket.
-func (i *Issuer) get(ctx context.Context, path string) (io.ReadCloser, error) {
+// get asks an admin socket.
+func get(ctx context.Context, socket, path string) (io.ReadCloser, error) {
 	tr := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", i.path("data", "run", "admin.sock"))
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://issuer"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://admin"+path, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -23,7 +23,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -80,7 +79,7 @@ func Start(ctx context.Context, cfg Config) (_ *Issuer, err error) {
 			err = errors.Join(err, i.Close())
 		}
 	}()
-	if i.address, err = freePort(); err != nil {
+	if i.address, err = FreePort(); err != nil {
 		return nil, err
 	}
 	if err = os.Mkdir(i.policies(), 0o700); err != nil {
@@ -212,21 +211,7 @@ func (i *Issuer) Close() error {
 }
 
 // CPU is the time that the issuer's process has computed, in steps of 10 ms.
-func (i *Issuer) CPU() (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", i.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	// The name in parentheses may hold blanks; utime and stime are the 12th and
-	// 13th field after it.
-	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(f) < 13 {
-		return 0, errors.New("read /proc stat: too few fields")
-	}
-	user, err1 := strconv.Atoi(f[11])
-	system, err2 := strconv.Atoi(f[12])
-	return time.Duration(user+system) * tick, errors.Join(err1, err2)
-}
+func (i *Issuer) CPU() (time.Duration, error) { return CPUOf(i.cmd.Process.Pid) }
 
 // OwnCPU is the time that this process has computed.
 func OwnCPU() (time.Duration, error) {
@@ -238,19 +223,7 @@ func OwnCPU() (time.Duration, error) {
 }
 
 // RSS is the memory that the issuer's process has, MB of 10^6 bytes.
-func (i *Issuer) RSS() (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", i.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if kib, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			n, err := strconv.Atoi(strings.Fields(kib)[0])
-			return float64(n) * 1024 / 1e6, err
-		}
-	}
-	return 0, errors.New("read /proc status: no VmRSS")
-}
+func (i *Issuer) RSS() (float64, error) { return RSSOf(i.cmd.Process.Pid) }
 
 // Agent is the identity of the node of that name.
 func Agent(name string) spiffeid.ID {
@@ -289,7 +262,8 @@ func (i *Issuer) Join(ctx context.Context, name string) (*control.Client, error)
 	return c, nil
 }
 
-func freePort() (string, error) {
+// FreePort is a loopback address that nothing listens on.
+func FreePort() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return "", err

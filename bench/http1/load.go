@@ -1,0 +1,342 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/bench/rig"
+)
+
+// An order is what a load process is asked to do.
+type order struct {
+	Target string        `json:"target"`
+	Path   string        `json:"path"`
+	Size   int           `json:"size"` // of the answer's body, bytes
+	Conns  int           `json:"conns"`
+	Trace  bool          `json:"trace"` // send a traceparent
+	Warm   time.Duration `json:"warm"`  // not counted
+	For    time.Duration `json:"for"`
+	Rate   int           `json:"rate"` // requests per second, 0 for as many as go
+}
+
+// coldLimit bounds the wait for one answer.
+const coldLimit = 20 * time.Second
+
+// A report is what it did between warming up and the end.
+type report struct {
+	Requests int64   `json:"requests"`
+	Failed   int64   `json:"failed"`
+	Fault    string  `json:"fault,omitempty"`
+	Seconds  float64 `json:"seconds"`
+	// P50 and P99 are milliseconds; at a rate from the moment the request was due.
+	P50 float64 `json:"p50"`
+	P99 float64 `json:"p99"`
+}
+
+// serveLoad takes orders on a Unix socket until its peer goes. An order is one
+// line of JSON, and answered by "warm" and the report.
+func serveLoad(socket string) error {
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return err
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			in, out := json.NewDecoder(c), json.NewEncoder(c)
+			for {
+				var o order
+				if in.Decode(&o) != nil {
+					return
+				}
+				r := o.run(func() { _ = out.Encode("warm") })
+				if out.Encode(r) != nil {
+					return
+				}
+			}
+		}()
+	}
+}
+
+// A loader is a load process, asked from here.
+type loader struct {
+	c   net.Conn
+	in  *json.Decoder
+	out *json.Encoder
+}
+
+func dialLoad(socket string) (*loader, error) {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	return &loader{c: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}, nil
+}
+
+// do has an order carried out; at warm the measured time begins.
+func (l *loader) do(o order, warm func()) (report, error) {
+	var (
+		r    report
+		word string
+	)
+	if err := l.out.Encode(o); err != nil {
+		return r, err
+	}
+	if err := l.in.Decode(&word); err != nil {
+		return r, fmt.Errorf("load process: %w", err)
+	}
+	warm()
+	err := l.in.Decode(&r)
+	return r, err
+}
+
+// A run is the state that the connections of an order share.
+type run struct {
+	order
+	request  []byte
+	from, to time.Time
+	counting atomic.Bool
+	over     atomic.Bool
+	requests atomic.Int64
+	failed   atomic.Int64
+	fault    atomic.Pointer[error]
+
+	mu   sync.Mutex // guards took
+	took []float64  // milliseconds
+}
+
+func (o order) run(warm func()) report {
+	r := &run{order: o, request: o.bytes()}
+	// All connections stand before the first counts.
+	conns := make([]net.Conn, 0, o.Conns)
+	defer func() {
+		for _, c := range conns {
+			_ = c.Close()
+		}
+	}()
+	for range o.Conns {
+		c, err := net.Dial("tcp", o.Target)
+		if err != nil {
+			return report{Failed: 1, Fault: err.Error()}
+		}
+		conns = append(conns, c)
+	}
+	// Each is answered once before the others send more: a cold pair makes its
+	// own connections meanwhile.
+	var first, all sync.WaitGroup
+	first.Add(len(conns))
+	start := make(chan time.Time)
+	for n, c := range conns {
+		all.Go(func() {
+			if err := r.drive(c, n, &first, start); err != nil {
+				r.failed.Add(1)
+				r.fault.CompareAndSwap(nil, &err)
+			}
+		})
+	}
+	first.Wait()
+	now := time.Now()
+	for range conns {
+		start <- now
+	}
+	time.Sleep(o.Warm)
+	r.counting.Store(true)
+	r.from = time.Now()
+	warm()
+	time.Sleep(o.For)
+	r.counting.Store(false)
+	r.to = time.Now()
+	r.over.Store(true)
+	all.Wait()
+	out := report{Requests: r.requests.Load(), Failed: r.failed.Load(), Seconds: r.to.Sub(r.from).Seconds()}
+	if err := r.fault.Load(); err != nil {
+		out.Fault = (*err).Error()
+	}
+	out.P50, out.P99 = rig.Quantile(r.took, 0.50), rig.Quantile(r.took, 0.99)
+	return out
+}
+
+func (o order) bytes() []byte {
+	b := fmt.Appendf(nil, "GET %s HTTP/1.1\r\nHost: origin.mesh.internal\r\nUser-Agent: bench/1\r\nAccept: application/json\r\n", o.Path)
+	if o.Trace {
+		b = append(b, "traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n"...)
+	}
+	return append(b, "\r\n"...)
+}
+
+// drive sends requests on one connection, one at a time: the first by itself,
+// the others from the start of all until the run is over.
+func (r *run) drive(c net.Conn, n int, first *sync.WaitGroup, start <-chan time.Time) error {
+	answer := answer{c: c, buf: make([]byte, 32<<10)}
+	_ = c.SetDeadline(time.Now().Add(coldLimit))
+	_, err := c.Write(r.request)
+	if err == nil {
+		err = answer.read(r.Size)
+	}
+	first.Done()
+	due := <-start
+	if err != nil {
+		return err
+	}
+	_ = c.SetDeadline(due.Add(r.Warm + r.For + coldLimit))
+	var took []float64
+	defer func() {
+		r.mu.Lock()
+		r.took = append(r.took, took...)
+		r.mu.Unlock()
+	}()
+	var gap time.Duration
+	if r.Rate > 0 {
+		gap = time.Second * time.Duration(r.Conns) / time.Duration(r.Rate)
+		due = due.Add(gap * time.Duration(n) / time.Duration(r.Conns))
+	}
+	for !r.over.Load() {
+		if r.Rate > 0 {
+			time.Sleep(time.Until(due))
+		} else {
+			due = time.Now()
+		}
+		if _, err := c.Write(r.request); err != nil {
+			return err
+		}
+		if err := answer.read(r.Size); err != nil {
+			return err
+		}
+		if r.counting.Load() {
+			r.requests.Add(1)
+			took = append(took, float64(time.Since(due))/1e6)
+		}
+		due = due.Add(gap)
+	}
+	return nil
+}
+
+// An answer reads one answer after another, and checks status and length.
+type answer struct {
+	c   net.Conn
+	buf []byte
+	n   int
+}
+
+var (
+	headEnd  = []byte("\r\n\r\n")
+	statusOK = []byte("HTTP/1.1 200")
+	lengthIs = []byte("content-length:")
+)
+
+func (a *answer) read(size int) error {
+	end := -1
+	for end < 0 {
+		if a.n == len(a.buf) {
+			return errors.New("the head is too long")
+		}
+		n, err := a.c.Read(a.buf[a.n:])
+		if err != nil {
+			return err
+		}
+		from := max(0, a.n-3)
+		a.n += n
+		if end = bytes.Index(a.buf[from:a.n], headEnd); end >= 0 {
+			end += from + len(headEnd)
+		}
+	}
+	head := a.buf[:end]
+	if !bytes.HasPrefix(head, statusOK) {
+		line, _, _ := bytes.Cut(head, []byte("\r\n"))
+		return fmt.Errorf("answered %q", line)
+	}
+	if n := contentLength(head); n != size {
+		return fmt.Errorf("the answer has %d bytes, want %d", n, size)
+	}
+	left := size - (a.n - end)
+	a.n = 0
+	for left > 0 {
+		n, err := a.c.Read(a.buf[:min(left, len(a.buf))])
+		if err != nil {
+			return err
+		}
+		left -= n
+	}
+	if left < 0 {
+		return errors.New("more came than the answer has")
+	}
+	return nil
+}
+
+// contentLength is that of a head, -1 when it has none.
+func contentLength(head []byte) int {
+	for line := range bytes.Lines(head) {
+		if len(line) > len(lengthIs) && bytes.EqualFold(line[:len(lengthIs)], lengthIs) {
+			n, err := strconv.Atoi(string(bytes.TrimSpace(line[len(lengthIs):])))
+			if err == nil {
+				return n
+			}
+		}
+	}
+	return -1
+}
+
+// serveOrigin is the application behind all pairs: it answers /v1/KIB with so
+// many KiB.
+func serveOrigin(address string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	answers := map[string][]byte{}
+	for _, kib := range []int{1, 64} {
+		body := bytes.Repeat([]byte{'x'}, kib<<10)
+		head := fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(body))
+		answers[fmt.Sprintf("/v1/%d", kib)] = append(head, body...)
+	}
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer c.Close()
+			fmt.Fprintln(os.Stderr, "origin:", originConn(c, answers))
+		}()
+	}
+}
+
+// originConn answers on one connection and returns why it ended.
+func originConn(c net.Conn, answers map[string][]byte) error {
+	buf, n := make([]byte, 16<<10), 0
+	for {
+		got, err := c.Read(buf[n:])
+		if err != nil {
+			return err
+		}
+		n += got
+		if !bytes.HasSuffix(buf[:n], headEnd) {
+			if n == len(buf) {
+				return errors.New("the head is too long")
+			}
+			continue
+		}
+		_, rest, _ := bytes.Cut(buf[:n], []byte(" "))
+		path, _, _ := bytes.Cut(rest, []byte(" "))
+		a, ok := answers[string(path)]
+		if !ok {
+			return fmt.Errorf("asked for %q", path)
+		}
+		if _, err := c.Write(a); err != nil {
+			return err
+		}
+		n = 0
+	}
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"sallyport/bench/rig"
+)
+
+// A pair is two proxies, app -> proxy -> mutual TLS -> proxy -> app.
+type pair struct {
+	name     string
+	settings string
+	target   string // where requests go
+	trace    bool
+	load     *loader
+	procs    []*rig.Process
+	workers  bool // the processes have workers
+}
+
+func (p *pair) stop() {
+	for _, proc := range p.procs {
+		proc.Stop()
+	}
+}
+
+func (p *pair) pids() (out []int) {
+	for _, proc := range p.procs {
+		out = append(out, proc.PIDs(p.workers)...)
+	}
+	return out
+}
+
+// bench is what all pairs share.
+type bench struct {
+	dir    string // with ca.pem, client.pem and server.pem, each certificate and key
+	self   string // this program
+	origin string
+	load   *loader // of the pairs that are not ours
+	ends   []func()
+}
+
+// spawnPair starts two proxies, the far one first, and waits for both.
+func (b *bench) spawnPair(ctx context.Context, p *pair, far string, back, front []string) (*pair, error) {
+	p.load = b.load
+	for i, argv := range [][]string{back, front} {
+		proc, err := rig.Spawn(b.dir, fmt.Sprintf("%s-%d", p.name, i), argv...)
+		if err != nil {
+			p.stop()
+			return nil, err
+		}
+		p.procs = append(p.procs, proc)
+		if err := proc.Await(ctx, "tcp", []string{far, p.target}[i]); err != nil {
+			p.stop()
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (b *bench) file(name, text string) (string, error) {
+	path := filepath.Join(b.dir, name)
+	return path, os.WriteFile(path, []byte(text), 0o600)
+}
+
+func (b *bench) ports() (front, far string, err error) {
+	front, err1 := rig.FreePort()
+	far, err2 := rig.FreePort()
+	return front, far, errors.Join(err1, err2)
+}
+
+// nginx is a pair of nginx with so many workers each. Its hop is HTTP/1.1: it
+// speaks nothing else to upstreams.
+func (b *bench) nginx(ctx context.Context, workers int) (*pair, error) {
+	front, far, err := b.ports()
+	if err != nil {
+		return nil, err
+	}
+	common := func(name, server string) (string, error) {
+		home := filepath.Join(b.dir, name)
+		if err := os.MkdirAll(home, 0o700); err != nil {
+			return "", err
+		}
+		return b.file(name+".conf", fmt.Sprintf(`daemon off;
+worker_processes %d;
+pid %s/pid;
+error_log %s/error.log;
+events { worker_connections 8192; multi_accept on; }
+http {
+  access_log off;
+  client_body_temp_path %s/b; proxy_temp_path %s/p; fastcgi_temp_path %s/f; uwsgi_temp_path %s/u; scgi_temp_path %s/s;
+  keepalive_timeout 300; keepalive_requests 100000000;
+  proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
+  proxy_buffers 16 16k; proxy_buffer_size 16k; proxy_max_temp_file_size 0;
+  %s
+}
+`, workers, home, home, home, home, home, home, home, server))
+	}
+	back, err := common(fmt.Sprintf("nginx%d-back", workers), fmt.Sprintf(`upstream o { server %s; keepalive 2000; keepalive_requests 100000000; keepalive_timeout 300; }
+  server {
+    listen %s ssl;
+    ssl_protocols TLSv1.3; ssl_certificate %s/server.pem; ssl_certificate_key %s/server.pem;
+    ssl_verify_client on; ssl_client_certificate %s/ca.pem; ssl_buffer_size 16k;
+    location / { proxy_pass http://o; }
+  }`, b.origin, far, b.dir, b.dir, b.dir))
+	if err != nil {
+		return nil, err
+	}
+	head, err := common(fmt.Sprintf("nginx%d-front", workers), fmt.Sprintf(`upstream o { server %s; keepalive 2000; keepalive_requests 100000000; keepalive_timeout 300; }
+  server {
+    listen %s;
+    location / {
+      proxy_pass https://o; proxy_ssl_protocols TLSv1.3; proxy_ssl_name server.bench.test; proxy_ssl_server_name on;
+      proxy_ssl_certificate %s/client.pem; proxy_ssl_certificate_key %s/client.pem;
+      proxy_ssl_verify on; proxy_ssl_trusted_certificate %s/ca.pem;
+    }
+  }`, far, front, b.dir, b.dir, b.dir))
+	if err != nil {
+		return nil, err
+	}
+	p := &pair{name: fmt.Sprintf("nginx-w%d", workers), target: front, workers: true, trace: true,
+		settings: fmt.Sprintf("%s, %d workers each, no access log, keep-alive on both sides", version("nginx", "-v"), workers)}
+	return b.spawnPair(ctx, p, far, []string{"nginx", "-c", back}, []string{"nginx", "-c", head})
+}
+
+// haproxy is a pair of HAProxy with so many threads each, the hop as HTTP/2 or
+// HTTP/1.1.
+func (b *bench) haproxy(ctx context.Context, threads int, h2 bool) (*pair, error) {
+	front, far, err := b.ports()
+	if err != nil {
+		return nil, err
+	}
+	name, alpn, offer := fmt.Sprintf("haproxy-t%d", threads), "alpn http/1.1", ""
+	if h2 {
+		name, alpn, offer = fmt.Sprintf("haproxy-h2-t%d", threads), "alpn h2", "alpn h2"
+	}
+	common := func(file, rest string) (string, error) {
+		return b.file(file, fmt.Sprintf(`global
+  nbthread %d
+  maxconn 8000
+  ssl-default-bind-options ssl-min-ver TLSv1.3
+  ssl-default-server-options ssl-min-ver TLSv1.3
+defaults
+  mode http
+  timeout client 300s
+  timeout server 300s
+  timeout connect 5s
+  timeout http-keep-alive 300s
+  http-reuse always
+%s`, threads, rest))
+	}
+	back, err := common(name+"-back.cfg", fmt.Sprintf(`frontend f
+  bind %s ssl crt %s/server.pem ca-file %s/ca.pem verify required %s
+  default_backend o
+backend o
+  server s %s maxconn 4000 pool-max-conn 4000
+`, far, b.dir, b.dir, alpn, b.origin))
+	if err != nil {
+		return nil, err
+	}
+	head, err := common(name+"-front.cfg", fmt.Sprintf(`frontend f
+  bind %s
+  default_backend o
+backend o
+  server s %s ssl crt %s/client.pem ca-file %s/ca.pem verify required sni str(server.bench.test) %s maxconn 4000 pool-max-conn 4000
+`, front, far, b.dir, b.dir, offer))
+	if err != nil {
+		return nil, err
+	}
+	hop := "HTTP/1.1"
+	if h2 {
+		hop = "HTTP/2"
+	}
+	p := &pair{name: name, target: front, trace: true, settings: fmt.Sprintf("%s, %d threads each, hop %s, http-reuse always, no log", version("haproxy", "-v"), threads, hop)}
+	return b.spawnPair(ctx, p, far, []string{"haproxy", "-db", "-f", back}, []string{"haproxy", "-db", "-f", head})
+}
+
+// reverse is a pair of net/http/httputil.ReverseProxy.
+func (b *bench) reverse(ctx context.Context) (*pair, error) {
+	front, far, err := b.ports()
+	if err != nil {
+		return nil, err
+	}
+	p := &pair{name: "nethttp", target: front, trace: true, settings: "httputil.ReverseProxy, HTTP/1.1, 2,000 idle connections kept"}
+	return b.spawnPair(ctx, p, far,
+		[]string{b.self, "reverse", b.dir, far, "http://" + b.origin}, []string{b.self, "reverse", b.dir, front, "https://" + far})
+}
+
+// serveReverse is one half of the pair: towards https it is the client's.
+func serveReverse(dir, listen, to string) error {
+	u, err := url.Parse(to)
+	if err != nil {
+		return err
+	}
+	near := u.Scheme == "https"
+	half := "server"
+	if near {
+		half = "client"
+	}
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, half+".pem"), filepath.Join(dir, half+".pem"))
+	if err != nil {
+		return err
+	}
+	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
+	if err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(ca)
+	conf := &tls.Config{
+		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: roots, ClientCAs: roots,
+		ClientAuth: tls.RequireAndVerifyClientCert, ServerName: "server.bench.test",
+	}
+	tr := &http.Transport{MaxIdleConns: 4000, MaxIdleConnsPerHost: 2000, TLSClientConfig: conf, DisableCompression: true}
+	srv := &http.Server{Addr: listen, TLSConfig: conf, Handler: &httputil.ReverseProxy{
+		Transport: tr,
+		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u); r.Out.Host = r.In.Host },
+	}}
+	if near {
+		return srv.ListenAndServe()
+	}
+	srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
+	return srv.ListenAndServeTLS("", "")
+}
+
+// version is the first line that a program says of itself.
+func version(program, flag string) string {
+	out, _ := exec.Command(program, flag).CombinedOutput()
+	line, _, _ := strings.Cut(string(out), "\n")
+	return strings.TrimSpace(line)
+}
