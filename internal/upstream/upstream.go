@@ -3,11 +3,12 @@
 //
 // A connection between proxies is mutual TLS to the one identity the service
 // has; a connection to the local application is plain. The package judges
-// nothing and holds no goroutine: the caller's dials, and a timer closes what
-// was kept unused for too long.
+// nothing and holds no goroutine: the caller's dials, a crowd of callers in
+// turn, and a timer closes what was kept unused for too long.
 package upstream
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -55,6 +56,11 @@ type Config struct {
 	Limits http1.Limits
 	// ConnectTimeout bounds TCP and TLS together. Default 5 s.
 	ConnectTimeout time.Duration
+	// MaxDials is how many connections to one endpoint are made at once. Further
+	// calls wait for one that comes back, or for their turn: a crowd that finds
+	// a peer cold would otherwise make a handshake each, and all would be late.
+	// Default 16, which is 160 connections a second at 100 ms each.
+	MaxDials int
 	// MaxIdle is how many connections are kept to one endpoint. Default 256.
 	MaxIdle int
 	// MaxIdleTime is how long a connection is kept unused. It must be shorter
@@ -79,6 +85,9 @@ func (c Config) validate() error {
 func (c Config) withDefaults() Config {
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = 5 * time.Second
+	}
+	if c.MaxDials == 0 {
+		c.MaxDials = 16
 	}
 	if c.MaxIdle == 0 {
 		c.MaxIdle = 256
@@ -262,6 +271,14 @@ type Pool struct {
 	idle   []*Conn    // the one that came back last at the end
 	closed bool
 	timer  *time.Timer // closes what is idle for too long; set while any is
+	// dialling counts the dials under way and the rights to dial that were
+	// given to waiters; queue has the waiters, of *waiter, the first in front.
+	dialling int
+	queue    list.List
+	moved    time.Time // when a connection was last made, or handed to a waiter
+
+	// connect is a field for tests.
+	connect func(context.Context) (net.Conn, time.Time, error)
 }
 
 // NewLocal returns a pool of plain connections to the local application.
@@ -270,7 +287,11 @@ func NewLocal(addr netip.AddrPort, limits http1.Limits) *Pool {
 	return newPool(cfg.withDefaults(), target{addr: addr})
 }
 
-func newPool(cfg Config, t target) *Pool { return &Pool{cfg: cfg, t: t} }
+func newPool(cfg Config, t target) *Pool {
+	p := &Pool{cfg: cfg, t: t}
+	p.connect = p.dial
+	return p
+}
 
 // A Conn is a lent connection.
 type Conn struct {
@@ -318,25 +339,37 @@ func (c *Conn) usable(gen uint64, now time.Time) bool {
 		(c.until.IsZero() || now.Before(c.until)) && !c.Stale() && c.Stands() == nil
 }
 
-// Get lends the connection that was used last, or dials.
+// Get lends the connection that was used last, or dials, or waits for either
+// while enough others dial.
 func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
-	gen := p.cfg.Generation()
-	for !fresh {
-		c := p.pop()
-		if c == nil {
-			break
+	for {
+		c, w := p.enter(fresh)
+		if w != nil {
+			var err error
+			if c, err = p.wait(ctx, w); err != nil {
+				return nil, err
+			}
 		}
-		if c.usable(gen, time.Now()) {
+		if c == nil {
+			return p.open(ctx)
+		}
+		if c.usable(p.cfg.Generation(), time.Now()) {
 			c.Reused = true
 			return c, nil
 		}
 		c.Discard()
 	}
+}
+
+// open dials by the right that enter or a turn gave.
+func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
+	defer func() { p.dialled(c != nil) }()
+	gen := p.cfg.Generation()
 	var epoch uint64
 	if p.epoch != nil {
 		epoch = p.epoch.Load() // before the handshake looks
 	}
-	nc, until, err := p.dial(ctx)
+	nc, until, err := p.connect(ctx)
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
 		p.restUntil.Store(time.Now().Add(250 * time.Millisecond << (n - 1)).UnixNano())
@@ -348,9 +381,8 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen, until: until, tls: tc, epoch: epoch}, nil
 }
 
+// pop takes the connection that came back last. The caller holds the lock.
 func (p *Pool) pop() *Conn {
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	n := len(p.idle)
 	if n == 0 {
 		return nil
@@ -396,6 +428,7 @@ func (c *Conn) Put() {
 	switch {
 	case p.closed, c.Stands() != nil:
 		out = c
+	case p.queue.Len() > 0 && c.gen == p.cfg.Generation() && p.handOn(c):
 	case len(p.idle) >= p.cfg.MaxIdle:
 		out = p.idle[0]
 		p.idle = append(slices.Delete(p.idle, 0, 1), c)
