@@ -56,8 +56,12 @@ func (in *issuer) pushedPolicies() {
 		in.ready.Set("policy", nil)
 		return
 	}
-	in.ready.Set("policy", errors.New("no policies were pushed yet"))
-	in.log.Warn("no policies were pushed yet; next: sallyport policy push DIR")
+	why := "no policies were pushed yet"
+	if passed := in.registry.LastRefusal(); passed != "" {
+		why = passed
+	}
+	in.ready.Set("policy", errors.New(why))
+	in.log.Warn("no policies are in force; next: sallyport policy push DIR", "why", why)
 }
 
 // pushes is control.PolicyKeeper.
@@ -96,12 +100,25 @@ func (k pushes) accept(ctx context.Context, b []byte) (*policyset.Signed, error)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", registry.ErrUnfit, err)
 	}
-	if pins := k.in.cfg.Policy.Signers; pins.Pinned() {
-		if err := pins.Verify(set); err != nil {
-			return nil, fmt.Errorf("%w: %w", registry.ErrUnfit, err)
-		}
-	}
 	return set, k.in.registry.PushPolicies(ctx, set)
+}
+
+// verifier is nil when nobody must have signed.
+func (in *issuer) verifier() func(*policyset.Signed) error {
+	if pins := in.cfg.Policy.Signers; pins.Pinned() {
+		return pins.Verify
+	}
+	return nil
+}
+
+// passedOver says that policies in the store are not signed: somebody but an
+// issuer wrote them, or they are from before anything was pinned.
+func (in *issuer) passedOver(why error) {
+	in.metrics.PolicyRejected().Inc()
+	in.log.Error("policies in the store passed over; next: sallyport policy push", "err", why)
+	if err := in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Deny, Detail: why.Error()}); err != nil {
+		in.log.Error("policies that are passed over not recorded", "err", err)
+	}
 }
 
 // toPusher is an error as the one who pushed hears it.

@@ -164,7 +164,10 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.writeBundle(); err != nil {
 		return err
 	}
-	in.registry, err = registry.New(registry.Config{Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked})
+	in.registry, err = registry.New(registry.Config{
+		Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked,
+		Verify: in.verifier(), OnUnsigned: in.passedOver,
+	})
 	if err != nil {
 		return err
 	}

@@ -239,6 +239,9 @@ type Snapshot struct {
 	Tokens *Tokens `json:"tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.
 	Modes []FileMode `json:"modes,omitempty"`
+	// PolicySet is the hash of the signed set that says all this but Endpoints;
+	// empty when nobody must have signed. It travels beside the rest.
+	PolicySet string `json:"-"`
 	// Candidate has the rows that are tried beside these, and nothing else; nil
 	// when none are. It travels and is hashed apart: a proxy that cannot use it
 	// uses the rest.

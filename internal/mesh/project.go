@@ -75,7 +75,7 @@ func (s *Snapshot) ProjectGateway() *Snapshot {
 func (s *Snapshot) head() *Snapshot {
 	return &Snapshot{
 		Revision: s.Revision, PolicyRevision: s.PolicyRevision,
-		PolicyHash: s.PolicyHash, TrustDomain: s.TrustDomain, Modes: slices.Clone(s.Modes),
+		PolicyHash: s.PolicyHash, PolicySet: s.PolicySet, TrustDomain: s.TrustDomain, Modes: slices.Clone(s.Modes),
 	}
 }
 

@@ -22,6 +22,8 @@ type accepted struct {
 	Policies *mesh.Policies
 	// Set is the hash of the set that was pushed; empty of files.
 	Set string
+	// file is that set as it was signed; nil when nobody must have signed it.
+	file []byte
 	// stored is the revision of the record that holds it.
 	stored int64
 }
@@ -62,6 +64,9 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	hash := p.Hash()
 	if old := r.state.Load().accepted; old != nil && old.Hash == hash {
 		return old.Revision, nil
+	}
+	if r.cfg.Verify != nil {
+		return 0, errors.New("apply policies: they come from files, which nobody has signed")
 	}
 	if err := p.Validate(); err != nil {
 		return 0, err
@@ -108,9 +113,9 @@ func (r *Registry) accept(ctx context.Context, acc, old *accepted, with ...store
 	if err != nil {
 		return fmt.Errorf("apply policies: compile: %w", err)
 	}
-	at := int64(0)
+	at := r.passed
 	if old != nil {
-		at = old.stored
+		at = max(at, old.stored)
 	}
 	// It comes last: the revision is then its own.
 	rev, err := r.write(ctx, append(with, store.Op{Kind: store.KindPolicy, Key: currentPolicies, Value: value, IfRevision: &at})...)
@@ -127,6 +132,9 @@ func (r *Registry) accept(ctx context.Context, acc, old *accepted, with ...store
 // adopt puts in force what another issuer accepted. mu is held.
 func (r *Registry) adopt(ctx context.Context) error {
 	acc, err := r.loadPolicies(ctx)
+	if errors.Is(err, errUnsigned) {
+		return nil // said; what is in force stays
+	}
 	if err != nil || acc == nil {
 		return err
 	}
@@ -139,6 +147,9 @@ func (r *Registry) adopt(ctx context.Context) error {
 	}
 	r.lose(r.state.Load(), next)
 	r.publish(next, acc.stored)
+	if acc.file != nil {
+		r.refusal.Store(nil)
+	}
 	r.cfg.Log.Info("policies of another issuer in force", "policy_revision", acc.Revision, "hash", acc.Hash)
 	return nil
 }
@@ -151,6 +162,9 @@ func (r *Registry) loadPolicies(ctx context.Context) (*accepted, error) {
 	}
 	if err != nil {
 		return nil, fmt.Errorf("load policies: %w", err)
+	}
+	if r.cfg.Verify != nil {
+		return r.loadSigned(ctx, rec)
 	}
 	var pr policyRecord
 	if err := json.Unmarshal(rec.Value, &pr); err != nil {

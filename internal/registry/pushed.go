@@ -2,6 +2,7 @@ package registry
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -25,21 +26,23 @@ var ErrStale = errors.New("stale policy set")
 // ErrUnfit says that a set can't be in force as it is, and what is wrong with it.
 var ErrUnfit = errors.New("policies refused")
 
+// errUnsigned says that the policies in the store are passed over.
+var errUnsigned = errors.New("policies are not signed as they must be")
+
 // setKey orders sets by revision.
 func setKey(revision uint64) string { return fmt.Sprintf("%s%020d", pushedSets, revision) }
 
 // PushPolicies puts a set in force: it is validated, checked and stored, with
 // the two before it. It must follow on what is in force, with a greater
 // revision and its hash, or the error is ErrStale; after any error the old set
-// stays. To push what is in force changes nothing. Who signed it is the
-// caller's to have checked.
+// stays. To push what is in force changes nothing.
 func (r *Registry) PushPolicies(ctx context.Context, s *policyset.Signed) error {
 	r.applying.Lock()
 	defer r.applying.Unlock()
 	if s.TrustDomain != r.cfg.TrustDomain {
 		return fmt.Errorf("%w: the set is for trust domain %q, this issuer serves %q", ErrUnfit, s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
-	p, err := s.Policies()
+	p, err := r.signedPolicies(s)
 	if err == nil {
 		err = r.cfg.Check(p)
 	}
@@ -60,7 +63,7 @@ func (r *Registry) PushPolicies(ctx context.Context, s *policyset.Signed) error 
 		if err != nil {
 			return err
 		}
-		err = r.accept(ctx, &accepted{Revision: s.Revision, Hash: p.Hash(), Policies: p, Set: s.Hash()}, old, ops...)
+		err = r.accept(ctx, r.acceptedSet(s, p), old, ops...)
 		switch {
 		case err == nil:
 			r.refusal.Store(nil)
@@ -98,6 +101,113 @@ func named(hash string) string {
 		return "none"
 	}
 	return hash
+}
+
+// signedPolicies are what a set says, once those who must have signed it did.
+func (r *Registry) signedPolicies(s *policyset.Signed) (*mesh.Policies, error) {
+	if r.cfg.Verify != nil {
+		if err := r.cfg.Verify(s); err != nil {
+			return nil, err
+		}
+	}
+	return s.Policies()
+}
+
+func (r *Registry) acceptedSet(s *policyset.Signed, p *mesh.Policies) *accepted {
+	acc := &accepted{Revision: s.Revision, Hash: p.Hash(), Policies: p, Set: s.Hash()}
+	if r.cfg.Verify != nil {
+		acc.file = s.Encode()
+	}
+	return acc
+}
+
+// loadSigned is loadPolicies for policies that must be signed: the record in
+// force names a set, and that says everything. Whoever else can write to the
+// store changes nothing: the error is then errUnsigned, and was said. mu is
+// held.
+func (r *Registry) loadSigned(ctx context.Context, rec store.Record) (*accepted, error) {
+	if rec.Revision == r.passed {
+		return nil, errUnsigned
+	}
+	var pr policyRecord
+	err := json.Unmarshal(rec.Value, &pr)
+	if err == nil && pr.Set == "" {
+		err = errors.New("they do not come from a set")
+	}
+	var acc *accepted
+	if err == nil {
+		kept, lost := r.cfg.Store.Get(ctx, store.KindPolicy, setKey(pr.Revision))
+		if lost != nil && !errors.Is(lost, store.ErrNotFound) {
+			return nil, fmt.Errorf("load policies: set of revision %d: %w", pr.Revision, lost)
+		}
+		if err = lost; err == nil {
+			acc, err = r.readSigned(kept.Value, pr)
+		}
+	}
+	if err == nil {
+		acc.stored = rec.Revision
+		return acc, nil
+	}
+	r.passed = rec.Revision
+	err = fmt.Errorf("the policies of revision %d in the store are not taken, policy.signers have not signed them: %w", pr.Revision, err)
+	r.Refuse(err)
+	r.cfg.OnUnsigned(err)
+	return nil, errUnsigned
+}
+
+// readSigned checks a set that the store holds, and its place in the order.
+func (r *Registry) readSigned(b []byte, pr policyRecord) (*accepted, error) {
+	s, err := policyset.Parse(b)
+	if err != nil {
+		return nil, err
+	}
+	old := r.state.Load().accepted
+	switch {
+	case s.TrustDomain != r.cfg.TrustDomain:
+		return nil, fmt.Errorf("the set is for trust domain %q, this issuer serves %q", s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
+	case s.Revision != pr.Revision || s.Hash() != pr.Set:
+		return nil, fmt.Errorf("set %.12s of revision %d stands where set %.12s should", s.Hash(), s.Revision, pr.Set)
+	case old != nil && (s.Revision < old.Revision || s.Revision == old.Revision && s.Hash() != old.Set):
+		return nil, fmt.Errorf("set %.12s of revision %d is no newer than that of revision %d in force", s.Hash(), s.Revision, old.Revision)
+	}
+	p, err := r.signedPolicies(s)
+	if err != nil {
+		return nil, err
+	}
+	return r.acceptedSet(s, p), nil
+}
+
+// A setFile is a signed set as it is given out.
+type setFile struct {
+	hash string
+	file []byte
+}
+
+// keepFile holds the set in force, and those before it for proxies that are
+// late. mu is held.
+func (r *Registry) keepFile(acc *accepted) {
+	var before []setFile
+	if p := r.files.Load(); p != nil {
+		before = *p
+	}
+	if acc.file == nil || len(before) > 0 && before[0].hash == acc.Set {
+		return
+	}
+	next := append([]setFile{{acc.Set, acc.file}}, before[:min(len(before), keepSets-1)]...)
+	r.files.Store(&next)
+}
+
+// PolicySetFile returns a signed set by its hash; mesh.ErrNotFound when it is
+// none of the last that were in force here. The caller must not change it.
+func (r *Registry) PolicySetFile(hash string) ([]byte, error) {
+	if p := r.files.Load(); p != nil {
+		for _, f := range *p {
+			if f.hash == hash {
+				return f.file, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("policy set %.12s: %w", hash, mesh.ErrNotFound)
 }
 
 // setOps keep a set and forget those that are too many.

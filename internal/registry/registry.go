@@ -21,6 +21,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/policyset"
 	"sallyport/internal/store"
 )
 
@@ -36,6 +37,13 @@ type Config struct {
 	// Check is asked before policies are accepted and says what is wrong with
 	// them: the tests that reviewers wrote. Default: nothing is wrong.
 	Check func(*mesh.Policies) error
+	// Verify says why those who must have signed a set did not. With it no other
+	// policies come into force, pushed or found in the store: what that says of
+	// them is not believed. Default: nobody must have signed.
+	Verify func(*policyset.Signed) error
+	// OnUnsigned is told why policies in the store are passed over for that. It
+	// does not call back. Default none.
+	OnUnsigned func(error)
 	// Instance names this process among those that share the store: unique,
 	// and another one at each start. Empty when the store is this process's
 	// alone.
@@ -87,6 +95,10 @@ type Registry struct {
 	alive map[string]bool
 	// wake tells Run that the next end of a lease may be another.
 	wake chan struct{}
+	// files are the last signed sets that were in force, the newest first.
+	files atomic.Pointer[[]setFile]
+	// passed is the revision of the record of policies that are passed over.
+	passed int64
 	// lost says that something was withdrawn and may not be revoked yet.
 	lost bool
 
@@ -126,6 +138,9 @@ func New(cfg Config) (*Registry, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
+	if cfg.OnUnsigned == nil {
+		cfg.OnUnsigned = func(error) {}
+	}
 	if cfg.Check == nil {
 		cfg.Check = func(*mesh.Policies) error { return nil }
 	}
@@ -156,6 +171,9 @@ func (r *Registry) Load(ctx context.Context) error {
 		return err
 	}
 	acc, err := r.loadPolicies(ctx)
+	if errors.Is(err, errUnsigned) {
+		acc, err = nil, nil // said; without policies nobody has a right
+	}
 	if err != nil {
 		return err
 	}
@@ -194,6 +212,9 @@ func (r *Registry) compile(acc *accepted) (*state, error) {
 	next := r.register(acc)
 	var err error
 	next.snapshot, err = mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(next))
+	if err == nil && acc.file != nil {
+		next.snapshot.PolicySet = acc.Set
+	}
 	return next, err
 }
 
@@ -217,6 +238,7 @@ func (r *Registry) publish(next *state, rev int64) {
 	if now := r.Current(); now != nil {
 		next.snapshot.Revision = max(next.snapshot.Revision, now.Revision+1)
 	}
+	r.keepFile(next.accepted)
 	close(r.state.Swap(next).changed)
 	if !next.lapses.IsZero() {
 		r.rouse()

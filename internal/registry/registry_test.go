@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/policyset"
 	"sallyport/internal/registry"
 	"sallyport/internal/store"
 )
@@ -58,6 +59,9 @@ type issuer struct {
 	store *store.SQLite
 	log   bytes.Buffer
 	check func(*mesh.Policies) error
+	// verify and unsigned are the Config's Verify and OnUnsigned.
+	verify   func(*policyset.Signed) error
+	unsigned func(error)
 }
 
 func start(t *testing.T) *issuer {
@@ -92,6 +96,7 @@ func (in *issuer) restart() {
 			}
 			return nil
 		},
+		Verify: in.verify, OnUnsigned: in.unsigned,
 	})
 	if err != nil {
 		in.t.Fatalf("New: %v", err)

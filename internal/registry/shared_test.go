@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/policyset"
 	"sallyport/internal/registry"
 	"sallyport/internal/store"
 	"sallyport/internal/store/postgrestest"
@@ -27,6 +28,8 @@ type fleet struct {
 	t     *testing.T
 	ahead atomic.Int64
 	open  func(now func() time.Time) store.Store
+	// verify is the Verify of every Config.
+	verify func(*policyset.Signed) error
 }
 
 func (f *fleet) now() time.Time { return time.Now().Add(time.Duration(f.ahead.Load())) }
@@ -63,7 +66,7 @@ func (f *fleet) join(name string, run bool) *member {
 	f.t.Helper()
 	s, log := f.open(f.now), new(journal)
 	r, err := registry.New(registry.Config{
-		Store: s, TrustDomain: td, Log: slog.New(slog.NewTextHandler(log, nil)), Instance: name, Now: f.now,
+		Store: s, TrustDomain: td, Log: slog.New(slog.NewTextHandler(log, nil)), Instance: name, Now: f.now, Verify: f.verify,
 	})
 	if err != nil {
 		f.t.Fatal(err)
@@ -125,6 +128,7 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		run  func(*fleet)
 	}{
 		{"policies of one are in force at all", sharedPolicies},
+		{"policies that nobody signed are in force at none", sharedUnsigned},
 		{"edits at once follow on each other", racingPolicies},
 		{"a token counts once in all", sharedTokens},
 		{"an alias holds at all", sharedAliases},
