@@ -1,0 +1,302 @@
+package hop
+
+import (
+	"encoding/binary"
+	"time"
+)
+
+const (
+	firstBuffer = 4 << 10
+	readBuffer  = 32 << 10
+)
+
+// A reader is what only the goroutine that reads knows.
+type reader struct {
+	stream  *Stream // whose data frame is being read; nil: it is thrown away
+	left    int     // payload bytes of it still to come
+	end     bool    // it ends its direction
+	greeted bool
+	noise   bucket
+}
+
+// noiseBurst and noiseRate bound what costs us more than it costs the peer:
+// streams opened and reset, pings, frames without content.
+const (
+	noiseBurst = 1000
+	noiseRate  = 1000 // per second
+)
+
+// A bucket bounds a rate.
+type bucket struct {
+	tokens int
+	last   time.Time
+}
+
+func (b *bucket) spend() bool {
+	if b.tokens == 0 {
+		now := time.Now()
+		n := int(now.Sub(b.last).Seconds() * noiseRate)
+		if n <= 0 {
+			return false
+		}
+		b.tokens, b.last = min(n, noiseBurst), now
+	}
+	b.tokens--
+	return true
+}
+
+// read takes frames in until the connection ends.
+func (c *Conn) read() error {
+	buf := make([]byte, firstBuffer)
+	r, w := 0, 0
+	for {
+		n, err := c.frames(buf[r:w])
+		if err != nil {
+			return err
+		}
+		if r += n; r == w {
+			r, w = 0, 0
+		} else {
+			w = copy(buf, buf[r:w]) // less than a header and a small payload
+			r = 0
+		}
+		n, err = c.nc.Read(buf[w:])
+		if n > 0 {
+			c.heard.Add(1)
+		} else if err != nil {
+			return err
+		}
+		if w += n; w == len(buf) && len(buf) < readBuffer {
+			buf = append(make([]byte, 0, 2*len(buf)), buf...)
+			buf = buf[:cap(buf)]
+		}
+	}
+}
+
+// frames takes in what b holds and says how much that was.
+func (c *Conn) frames(b []byte) (n int, err error) {
+	in := &c.in
+	for {
+		if in.left > 0 {
+			k := min(in.left, len(b)-n)
+			if k == 0 {
+				return n, nil
+			}
+			if err := c.data(b[n : n+k]); err != nil {
+				return n, err
+			}
+			n += k
+			continue
+		}
+		if len(b)-n < headerSize {
+			return n, nil
+		}
+		h, err := parseHeader(b[n:])
+		if err != nil {
+			return n, err
+		}
+		if c.accept == nil && !in.greeted && h.kind != kindHello {
+			return n, violated(BadHello)
+		}
+		if h.kind == kindData {
+			n += headerSize
+			if err := c.begin(h); err != nil {
+				return n, err
+			}
+			continue
+		}
+		if len(b)-n < headerSize+h.length {
+			return n, nil
+		}
+		if err := c.noted(h, b[n+headerSize:n+headerSize+h.length]); err != nil {
+			return n, err
+		}
+		n += headerSize + h.length
+	}
+}
+
+// data takes in payload of the data frame that is being read.
+func (c *Conn) data(p []byte) error {
+	in := &c.in
+	in.left -= len(p)
+	if in.stream == nil {
+		return nil
+	}
+	if err := in.stream.deliver(p); err != nil {
+		return err
+	}
+	if in.left == 0 && in.end {
+		c.peerEnded(in.stream)
+	}
+	return nil
+}
+
+// begin looks at the header of a data frame.
+func (c *Conn) begin(h header) error {
+	in := &c.in
+	in.left, in.end = h.length, h.flags&flagEnd != 0
+	if h.length == 0 && h.flags == 0 && !in.noise.spend() {
+		return violated(Flood)
+	}
+	s, err := c.find(h)
+	if in.stream = s; err != nil || s == nil {
+		return err
+	}
+	if h.length == 0 && in.end {
+		c.peerEnded(s)
+	}
+	return nil
+}
+
+// find gives the stream of a data frame, a new one if it opens one; nil when
+// nobody reads it any more.
+func (c *Conn) find(h header) (*Stream, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if h.flags&flagOpen != 0 {
+		if c.accept == nil || h.stream <= c.last {
+			return nil, violated(BadStream)
+		}
+		c.last = h.stream
+		return c.take(h)
+	}
+	if h.stream > c.last {
+		return nil, violated(BadStream)
+	}
+	s := c.streams[h.stream]
+	if s != nil && s.peerEnd {
+		return nil, violated(AfterEnd)
+	}
+	return s, nil
+}
+
+// take accepts a stream or refuses it. It gives the lock up for accept, which
+// has locks of its own.
+func (c *Conn) take(h header) (*Stream, error) {
+	if c.err == nil && !c.leaving && len(c.held) < c.cfg.Streams {
+		s := c.hold()
+		s.id = h.stream
+		c.streams[s.id] = s
+		c.mu.Unlock()
+		ok := c.accept(s)
+		c.mu.Lock()
+		if ok {
+			return s, nil
+		}
+		delete(c.streams, s.id)
+		c.release(s)
+	}
+	return nil, c.say(resetFrame(h.stream, resetRefused))
+}
+
+// say queues a frame in answer to the peer, who has to read such answers.
+func (c *Conn) say(n note) error {
+	if !c.out.control(n) {
+		return violated(Unread)
+	}
+	c.out.wake()
+	return nil
+}
+
+// peerEnded is the end of what the peer sends on a stream.
+func (c *Conn) peerEnded(s *Stream) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s.peerEnd = true
+	if s.ended {
+		delete(c.streams, s.id)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.eof = true
+	s.more.Broadcast()
+}
+
+// noted takes in a frame other than data.
+func (c *Conn) noted(h header, p []byte) error {
+	var value uint64
+	if len(p) == 8 {
+		value = binary.BigEndian.Uint64(p)
+	} else {
+		value = uint64(binary.BigEndian.Uint32(p))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch h.kind {
+	case kindHello:
+		if c.accept != nil || c.in.greeted || value == 0 || value > maxStream {
+			return violated(BadHello)
+		}
+		c.in.greeted = true
+		c.limit = int(value)
+	case kindWindow:
+		return c.granted(h.stream, value)
+	case kindReset:
+		return c.wasReset(h.stream, value)
+	case kindPing:
+		if !c.in.noise.spend() {
+			return violated(Flood)
+		}
+		return c.say(note{kindPong, 0, value})
+	case kindPong:
+		if c.pings == 0 || value != pingWord {
+			return violated(Unexpected)
+		}
+		c.pings--
+	case kindGoaway:
+		if value != goDrain && value != goViolation {
+			return violated(BadCode)
+		}
+		if c.leaving && !c.in.noise.spend() {
+			return violated(Flood)
+		}
+		c.leaving = true
+		c.parting()
+	}
+	return nil
+}
+
+// granted lets a stream send more.
+func (c *Conn) granted(stream uint32, n uint64) error {
+	if stream > c.last {
+		return violated(BadStream)
+	}
+	s := c.streams[stream]
+	switch {
+	case n == 0 || n > maxCredit:
+		return violated(BadWindow)
+	case s == nil:
+		return nil
+	case int64(s.credit)+int64(n) > maxCredit:
+		return violated(BadWindow)
+	}
+	s.credit += int(n)
+	s.room.Broadcast()
+	return nil
+}
+
+// wasReset ends a stream on behalf of the peer.
+func (c *Conn) wasReset(stream uint32, code uint64) error {
+	if stream > c.last {
+		return violated(BadStream)
+	}
+	s := c.streams[stream]
+	// What this end opened itself is no flood.
+	if (c.accept != nil || s == nil) && !c.in.noise.spend() {
+		return violated(Flood)
+	}
+	var err error
+	switch code {
+	case resetCancel:
+		err = ErrCancelled
+	case resetRefused:
+		err = ErrRefused
+	default:
+		return violated(BadCode)
+	}
+	if s != nil {
+		delete(c.streams, stream)
+		s.broke(err)
+	}
+	return nil
+}

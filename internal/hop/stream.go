@@ -1,0 +1,423 @@
+package hop
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"math/bits"
+	"net"
+	"os"
+	"sync"
+	"time"
+)
+
+// errEnded is returned by Write after CloseWrite.
+var errEnded = errors.New("stream was ended in this direction")
+
+// A Stream is one connection within a Conn. One goroutine at a time may read
+// it, and one write it; Close and the deadlines are for everybody. It must be
+// closed, or it counts as open for ever.
+type Stream struct {
+	c *Conn
+
+	// Guarded by the lock of c.
+	id      uint32 // 0 until the first write of who opened it
+	credit  int    // what the peer lets us send
+	queued  int    // our bytes in c.out.pend
+	ended   bool   // we have sent the end
+	peerEnd bool   // the peer has
+	closed  bool
+	werr    error
+	wend    deadline
+	room    sync.Cond // for credit, and for room in the queue
+
+	mu       sync.Mutex // guards the fields below
+	buf      []byte     // received: buf[r:] is not read yet
+	r        int
+	dst      []byte // where a reader waits for bytes
+	got      int    // how many it has been given there
+	left     int    // what the peer may still send
+	consumed int    // what was read and not granted anew
+	window   int
+	starved  bool // the peer has used up the window
+	eof      bool
+	rerr     error
+	rend     deadline
+	more     sync.Cond
+}
+
+func newStream(c *Conn) *Stream {
+	s := &Stream{c: c, credit: baseWindow, left: baseWindow, window: baseWindow}
+	s.room.L, s.more.L = &c.mu, &s.mu
+	return s
+}
+
+// Read reads what the peer has written. What came before the end of the stream
+// is read first, however it ended.
+func (s *Stream) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	s.mu.Lock()
+	for s.r == len(s.buf) {
+		if err := s.over(); err != nil {
+			s.mu.Unlock()
+			return 0, err
+		}
+		s.dst = p
+		s.c.waiting.Add(1)
+		s.more.Wait()
+		s.c.waiting.Add(-1)
+		s.dst = nil
+		if n := s.got; n > 0 {
+			s.got = 0
+			return n, s.took(n)
+		}
+	}
+	n := copy(p, s.buf[s.r:])
+	if s.r += n; s.r == len(s.buf) {
+		s.drop()
+	}
+	return n, s.took(n)
+}
+
+func (s *Stream) over() error {
+	switch {
+	case s.rerr == net.ErrClosed:
+		return s.rerr
+	case s.eof: // all is here, whatever became of the stream since
+		return io.EOF
+	case s.rerr != nil:
+		return s.rerr
+	case s.rend.passed:
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// took counts what was read, and unlocks. When half of the window was, the peer
+// gets it anew, and more if it has had to wait.
+func (s *Stream) took(n int) error {
+	s.consumed += n
+	if s.consumed < s.window/2 || s.eof || s.rerr != nil {
+		s.mu.Unlock()
+		return nil
+	}
+	grant := s.consumed
+	if s.starved && s.window < s.c.cfg.MaxWindow && s.c.grow(s.window) {
+		grant += s.window
+		s.window *= 2
+	}
+	s.starved, s.consumed = false, 0
+	s.left += grant
+	s.mu.Unlock()
+	s.grant(grant)
+	return nil
+}
+
+// grow takes from what all windows together may grow.
+func (c *Conn) grow(n int) bool {
+	if c.extra.Add(int64(n)) > int64(c.cfg.Extra) || !c.cfg.Budget.take(n) {
+		c.extra.Add(-int64(n))
+		return false
+	}
+	return true
+}
+
+func (s *Stream) grant(n int) {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.werr != nil || s.closed || s.peerEnd {
+		return
+	}
+	if err := c.say(windowFrame(s.id, n)); err != nil {
+		c.endLocked(err)
+	}
+}
+
+// deliver takes what the peer has sent: to where a reader waits, else into the
+// buffer, for which the window is the bound.
+func (s *Stream) deliver(p []byte) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(p) > s.left {
+		return violated(Overrun)
+	}
+	if s.left -= len(p); s.left == 0 {
+		s.starved = true
+	}
+	if s.rerr != nil {
+		return nil // nobody will read it
+	}
+	if s.dst != nil && s.r == len(s.buf) && s.got < len(s.dst) {
+		n := copy(s.dst[s.got:], p)
+		s.got += n
+		p = p[n:]
+	}
+	if len(p) > 0 {
+		s.store(p)
+	}
+	s.more.Signal()
+	return nil
+}
+
+// smallBuffer is what a stream keeps while nothing is in it.
+const smallBuffer = 2 << 10
+
+// buffers holds the larger ones, of baseWindow and more.
+var buffers sync.Pool
+
+func (s *Stream) store(p []byte) {
+	if need := len(s.buf) - s.r + len(p); need > cap(s.buf) {
+		b := larger(need)
+		b = append(b, s.buf[s.r:]...)
+		s.retire()
+		s.buf, s.r = b, 0
+	} else if len(s.buf)+len(p) > cap(s.buf) {
+		s.buf = s.buf[:copy(s.buf, s.buf[s.r:])]
+		s.r = 0
+	}
+	s.buf = append(s.buf, p...)
+}
+
+// larger gives an empty buffer for n bytes.
+func larger(n int) []byte {
+	if n <= smallBuffer {
+		return make([]byte, 0, smallBuffer)
+	}
+	if b, _ := buffers.Get().(*[]byte); b != nil && cap(*b) >= n {
+		return (*b)[:0]
+	}
+	return make([]byte, 0, max(1<<bits.Len(uint(n-1)), baseWindow))
+}
+
+// drop empties the buffer, and lets go of one that is not small.
+func (s *Stream) drop() {
+	s.r, s.buf = 0, s.buf[:0]
+	if cap(s.buf) > smallBuffer {
+		s.retire()
+		s.buf = nil
+	}
+}
+
+func (s *Stream) retire() {
+	if cap(s.buf) >= baseWindow {
+		b := s.buf[:0]
+		buffers.Put(&b)
+	}
+}
+
+// Write queues p and sees that it is sent. It waits while the peer lets nothing
+// more be sent.
+func (s *Stream) Write(p []byte) (n int, err error) {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(p) > 0 {
+		k, err := s.sendable(len(p))
+		if err != nil {
+			return n, err
+		}
+		s.queue(p[:k], 0)
+		n += k
+		p = p[k:]
+	}
+	if !c.out.flushing && len(c.out.pend) > 0 {
+		c.flush()
+	}
+	return n, nil
+}
+
+// sendable waits until some of n bytes can be queued.
+func (s *Stream) sendable(n int) (int, error) {
+	c := s.c
+	for {
+		switch {
+		case s.werr != nil:
+			return 0, s.werr
+		case s.ended:
+			return 0, errEnded
+		case s.wend.passed:
+			return 0, os.ErrDeadlineExceeded
+		}
+		most := share
+		if len(c.out.pend) < gather {
+			most = gather
+		}
+		if k := min(n, s.credit, most-s.queued); k > 0 {
+			return k, nil
+		}
+		if !c.out.flushing && len(c.out.pend) > 0 {
+			c.flush()
+			continue
+		}
+		s.room.Wait()
+	}
+}
+
+// queue appends a data frame to what is pending.
+func (s *Stream) queue(p []byte, flags uint8) {
+	c := s.c
+	if s.id == 0 {
+		c.last++
+		s.id = c.last
+		c.streams[s.id] = s
+		flags |= flagOpen
+	}
+	if s.queued == 0 && len(p) > 0 {
+		c.out.batch = append(c.out.batch, s)
+	}
+	s.credit -= len(p)
+	s.queued += len(p)
+	c.out.pend = append(appendHeader(c.out.pend, len(p), kindData, flags, s.id), p...)
+}
+
+// CloseWrite ends what this end sends. The peer reads EOF behind it.
+func (s *Stream) CloseWrite() error {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case s.werr != nil:
+		return s.werr
+	case s.ended:
+		return nil
+	}
+	s.queue(nil, flagEnd)
+	s.ended = true
+	s.room.Signal()
+	if s.peerEnd {
+		delete(c.streams, s.id)
+	}
+	c.out.wake()
+	return nil
+}
+
+// Close ends the stream both ways at once. A peer that has not got the end yet
+// learns that what it has is not the whole. It never waits.
+func (s *Stream) Close() error { return s.close(resetCancel) }
+
+// Refuse is Close of who accepted the stream, with the assurance that nothing
+// was acted on since the last answer.
+func (s *Stream) Refuse() error { return s.close(resetRefused) }
+
+func (s *Stream) close(code uint32) error {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	s.wend.stop()
+	s.broke(net.ErrClosed)
+	if c.streams[s.id] == s {
+		delete(c.streams, s.id)
+		if err := c.say(resetFrame(s.id, code)); err != nil {
+			c.endLocked(err)
+		}
+	}
+	c.release(s)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rend.stop()
+	s.rerr = net.ErrClosed
+	s.r, s.buf = 0, s.buf[:0]
+	s.retire()
+	s.buf = nil
+	if n := s.window - baseWindow; n > 0 {
+		c.extra.Add(-int64(n))
+		c.cfg.Budget.give(n)
+		s.window = baseWindow
+	}
+	return nil
+}
+
+// broke ends the stream with an error; the lock of the Conn is held.
+func (s *Stream) broke(err error) {
+	if s.werr == nil {
+		s.werr = err
+	}
+	s.room.Signal()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.rerr == nil {
+		s.rerr = err
+	}
+	s.more.Signal()
+}
+
+// Stale says that a stream at rest must not be used for another call: it has
+// ended, something came that nobody asked for, or its connection takes no more.
+func (s *Stream) Stale() bool {
+	c := s.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.leaving || s.werr != nil {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.r < len(s.buf) || s.eof || s.rerr != nil
+}
+
+// Conn is the connection that the stream is in.
+func (s *Stream) Conn() *Conn { return s.c }
+
+// ConnectionState is that of the TLS connection underneath.
+func (s *Stream) ConnectionState() tls.ConnectionState { return s.c.ConnectionState() }
+
+// LocalAddr is that of the connection.
+func (s *Stream) LocalAddr() net.Addr { return s.c.nc.LocalAddr() }
+
+// RemoteAddr is that of the connection.
+func (s *Stream) RemoteAddr() net.Addr { return s.c.nc.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (s *Stream) SetDeadline(t time.Time) error {
+	return errors.Join(s.SetReadDeadline(t), s.SetWriteDeadline(t))
+}
+
+// SetReadDeadline ends what waits in Read then.
+func (s *Stream) SetReadDeadline(t time.Time) error { return s.rend.set(&s.more, t) }
+
+// SetWriteDeadline ends what waits in Write then.
+func (s *Stream) SetWriteDeadline(t time.Time) error { return s.wend.set(&s.room, t) }
+
+// A deadline wakes who waits for a condition. It is guarded by the lock of that.
+type deadline struct {
+	at     time.Time
+	passed bool
+	timer  *time.Timer
+}
+
+func (d *deadline) set(cond *sync.Cond, t time.Time) error {
+	cond.L.Lock()
+	defer cond.L.Unlock()
+	d.at, d.passed = t, !t.IsZero() && !time.Now().Before(t)
+	switch {
+	case d.passed:
+		cond.Broadcast()
+	case t.IsZero():
+		d.stop()
+	case d.timer != nil:
+		d.timer.Reset(time.Until(t))
+	default:
+		d.timer = time.AfterFunc(time.Until(t), func() {
+			cond.L.Lock()
+			defer cond.L.Unlock()
+			if !d.at.IsZero() && !time.Now().Before(d.at) {
+				d.passed = true
+				cond.Broadcast()
+			}
+		})
+	}
+	return nil
+}
+
+func (d *deadline) stop() {
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+}
