@@ -339,7 +339,7 @@ func proxyToWire(p mesh.Proxy) *meshpb.Proxy {
 		Workload: p.Workload.String(), Kind: p.Kind,
 		SvidExpires: timeToWire(p.SVIDExpires), PolicyRevision: p.PolicyRevision,
 		State: string(p.State), Reason: p.Reason, Connected: p.Connected, LastSeen: timeToWire(p.LastSeen),
-		Revoked: p.Revoked, CandidateRefused: p.CandidateRefused,
+		Revoked: p.Revoked, CandidateRefused: p.CandidateRefused, Verified: p.Verified,
 	}
 	if !p.Agent.IsZero() {
 		w.Agent = p.Agent.String()
@@ -351,7 +351,7 @@ func proxyFromWire(w *meshpb.Proxy) (mesh.Proxy, error) {
 	p := mesh.Proxy{
 		Kind: w.GetKind(), SVIDExpires: timeFromWire(w.GetSvidExpires()), PolicyRevision: w.GetPolicyRevision(),
 		State: mesh.ProxyState(w.GetState()), Reason: w.GetReason(), Connected: w.GetConnected(), LastSeen: timeFromWire(w.GetLastSeen()),
-		Revoked: w.GetRevoked(), CandidateRefused: w.GetCandidateRefused(),
+		Revoked: w.GetRevoked(), CandidateRefused: w.GetCandidateRefused(), Verified: w.GetVerified(),
 	}
 	var err error
 	if p.Workload, err = spiffeid.FromString(w.GetWorkload()); err != nil {

@@ -5,6 +5,8 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
+	"fmt"
 	"testing"
 	"time"
 
@@ -53,39 +55,70 @@ func FuzzSubscriber(f *testing.F) {
 	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Revocations{Revocations: &meshpb.Revocations{
 		Revision: 4, Revoked: []*meshpb.Revoked{{Serial: "ff", Until: timeToWire(time.Unix(4e9, 0)), Why: mesh.WhyBanned}},
 	}}}), []byte{})
+	vouched := proto.Clone(m).(*meshpb.Snapshot)
+	vouched.PolicySet = "good"
+	f.Add(wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: vouched}}),
+		wire(f, &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{Revision: 11, PolicyRevision: 4, PolicySet: "bad"}}}))
 	f.Fuzz(func(t *testing.T, first, second []byte) {
-		k := &keeper{}
-		s := &subscriberState{hello: Hello{Kind: KindSidecar, Workload: billing}, handler: k}
-		s.greeting()
-		for _, b := range [][]byte{first, second} {
-			var m meshpb.SubscribeResponse
-			if proto.Unmarshal(b, &m) != nil {
-				continue
-			}
-			before := s.revoked
-			if err := s.distrust(t.Context(), m.GetRevocations()); err != nil && s.revoked != before {
-				t.Fatalf("confirmed %d beside %v", s.revoked, err)
-			}
-			for _, r := range k.revoked {
-				if err := r.Validate(); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if !s.take(t.Context(), &m) {
-				continue
-			}
-			a := s.answer()
-			if a.GetAck().GetRevision()+a.GetNack().GetRevision() != s.told {
-				t.Fatalf("answer %v to revision %d", a, s.told)
-			}
-			if a.GetAck() != nil && (k.last == nil || k.last.Revision != a.GetAck().GetRevision()) {
-				t.Fatalf("acknowledged %d without putting it in force", a.GetAck().GetRevision())
-			}
-			if sn := m.GetSnapshot(); sn != nil && a.GetAck() != nil && k.last.ContentHash() != sn.GetHash() {
-				t.Fatal("put in force what the hash does not cover")
-			}
+		for _, pins := range []bool{false, true} {
+			feed(t, pins, first, second)
 		}
 	})
+}
+
+func feed(t *testing.T, pins bool, messages ...[]byte) {
+	k := &keeper{}
+	s := &subscriberState{hello: Hello{Kind: KindSidecar, Workload: billing}, handler: k}
+	if pins {
+		s.hello.Vouch = func(_ context.Context, set string, _ func() ([]byte, error)) error {
+			switch set {
+			case "good":
+				return nil
+			case "":
+				return fmt.Errorf("%w: it is gone", errUnfetched)
+			}
+			return errors.New("nobody signed it")
+		}
+	}
+	s.greeting()
+	for _, b := range messages {
+		var m meshpb.SubscribeResponse
+		if proto.Unmarshal(b, &m) != nil {
+			continue
+		}
+		before := s.revoked
+		if err := s.distrust(t.Context(), m.GetRevocations()); err != nil && s.revoked != before {
+			t.Fatalf("confirmed %d beside %v", s.revoked, err)
+		}
+		for _, r := range k.revoked {
+			if err := r.Validate(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		answer, err := s.take(t.Context(), &m)
+		if err != nil && !pins {
+			t.Fatalf("a stream without pins is ended: %v", err)
+		}
+		if err != nil {
+			return
+		}
+		if pins && k.last != nil && k.last.PolicySet != "good" {
+			t.Fatalf("put in force what set %q says", k.last.PolicySet)
+		}
+		if !answer {
+			continue
+		}
+		a := s.answer()
+		if a.GetAck().GetRevision()+a.GetNack().GetRevision() != s.told {
+			t.Fatalf("answer %v to revision %d", a, s.told)
+		}
+		if a.GetAck() != nil && (k.last == nil || k.last.Revision != a.GetAck().GetRevision()) {
+			t.Fatalf("acknowledged %d without putting it in force", a.GetAck().GetRevision())
+		}
+		if sn := m.GetSnapshot(); sn != nil && a.GetAck() != nil && k.last.ContentHash() != sn.GetHash() {
+			t.Fatal("put in force what the hash does not cover")
+		}
+	}
 }
 
 // FuzzFromWire reads what a peer might send in every message that is decoded

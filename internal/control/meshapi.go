@@ -113,8 +113,8 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	if h == nil {
 		return nil, refuse(codes.InvalidArgument, "the first message of a subscription is the hello")
 	}
-	if h.GetKind() != KindSidecar && h.GetKind() != KindGateway {
-		return nil, refuse(codes.InvalidArgument, "kind %.64q is neither %q nor %q", h.GetKind(), KindSidecar, KindGateway)
+	if err := checkKind(h.GetKind()); err != nil {
+		return nil, err
 	}
 	workload, err := workloadID(h.GetWorkload(), s.cfg.TrustDomain)
 	if err != nil {
@@ -139,6 +139,13 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	s.mu.Unlock()
 	sub.report()
 	return sub, nil
+}
+
+func checkKind(kind string) error {
+	if kind != KindSidecar && kind != KindGateway {
+		return refuse(codes.InvalidArgument, "kind %.64q is neither %q nor %q", kind, KindSidecar, KindGateway)
+	}
+	return nil
 }
 
 // readEndpoints refuses an endpoint of a service that is another workload's. One
@@ -342,7 +349,7 @@ func (sub *subscription) push(snap *mesh.Snapshot) error {
 		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}
 	case m.Revision != sub.sentRevision || m.PolicyRevision != sub.sentPolicy:
 		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{
-			Revision: m.Revision, PolicyRevision: m.PolicyRevision, PolicyHash: snap.PolicyHash,
+			Revision: m.Revision, PolicyRevision: m.PolicyRevision, PolicyHash: snap.PolicyHash, PolicySet: snap.PolicySet,
 		}}}
 	default:
 		return nil
@@ -371,6 +378,7 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 		// A proxy may hold more than an issuer that was set back has.
 		sub.proxy.State, sub.proxy.Reason = "", ""
 		sub.proxy.PolicyRevision = min(ack.GetPolicyRevision(), sub.sentPolicy)
+		sub.proxy.Verified = ack.GetVerified()
 		sub.tried(ack)
 	case revision == sub.sentRevision:
 		reason := plain(nack.GetReason())

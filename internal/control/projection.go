@@ -76,6 +76,7 @@ func (pr *projection) project(snap *mesh.Snapshot, key projectionKey) error {
 		PolicyRevision: own.PolicyRevision,
 		Hash:           own.ContentHash(),
 		Body:           own.Encode(),
+		PolicySet:      own.PolicySet,
 	}
 	const room = maxMessage - 4096
 	if len(m.Body) > room {

@@ -111,6 +111,7 @@ var rights = map[string]right{
 	meshpb.Mesh_UploadAudit_FullMethodName: toAgents,
 	meshpb.Mesh_ReportEdges_FullMethodName: toAgents,
 	meshpb.Mesh_Cosign_FullMethodName:      toAgents,
+	meshpb.Mesh_FetchSet_FullMethodName:    toAgents,
 
 	meshpb.Admin_CreateJoinToken_FullMethodName: toLocal,
 	meshpb.Admin_Status_FullMethodName:          toLocal,

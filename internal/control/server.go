@@ -176,6 +176,9 @@ type ServerConfig struct {
 	Keeper Keeper
 	// Policies takes policies that are pushed. Default: such calls are refused.
 	Policies PolicyKeeper
+	// SetFile gives out a signed set by its hash, mesh.ErrNotFound when it is none
+	// of the last in force. The Server does not change it. Default: none is.
+	SetFile func(hash string) ([]byte, error)
 	// Admins makes an operator's right finer. Default: as SPIRE has it.
 	Admins AdminJudge
 	// OnAdmin is told of each operator's call before it is made, and of each

@@ -49,6 +49,11 @@ type Hello struct {
 	// process with many subscriptions decodes what they share once. Default:
 	// mesh.DecodeSnapshot and its ContentHash.
 	Decode func(body []byte) (s *mesh.Snapshot, hash string, err error)
+	// Vouch, when set, is called before a snapshot is handed over with the hash of
+	// the signed set that it comes from, empty when it names none. An error
+	// refuses the snapshot. fetch gets the set; its error, passed on, ends the
+	// stream instead: what nobody could look at is not refused.
+	Vouch func(ctx context.Context, set string, fetch func() ([]byte, error)) error
 	// OnState, when set, is told nil when connected and why when not.
 	OnState func(error)
 }
@@ -83,7 +88,10 @@ type subscriberState struct {
 	candidate *mesh.Snapshot
 	refused   string
 	// rejected is why the content sent last was refused; empty when it was not.
-	rejected string
+	// rejectedSet is the signed set that it came from.
+	rejected, rejectedSet string
+	// fetch gets a signed set over the link of the stream.
+	fetch func(ctx context.Context, hash string) ([]byte, error)
 	// told is the revision answered last.
 	told uint64
 	// revoked is the revision of the revocations in force; spoiled says that
@@ -109,6 +117,7 @@ func (c *Client) persist(ctx context.Context, verb string, state func(error), on
 		state = func(error) {}
 	}
 	for pause := c.retryMin; ; pause = min(2*pause, c.retryMax) {
+		before := pause
 		err := once(ctx, func() {
 			pause = c.retryMin
 			c.cfg.Log.Info("connected to issuer", slog.String("for", verb))
@@ -120,6 +129,9 @@ func (c *Client) persist(ctx context.Context, verb string, state func(error), on
 		if err == nil {
 			pause = c.retryMin
 			continue
+		}
+		if errors.Is(err, errUnfetched) {
+			pause = before // that it got through helped nothing
 		}
 		state(err)
 		if final(err) {
@@ -156,6 +168,7 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 		return c.explain(ctx, verb, l, err)
 	}
 	up()
+	s.fetch = func(ctx context.Context, hash string) ([]byte, error) { return c.fetchSet(ctx, l, &s.hello, hash) }
 	got, ended := receiveClient(ctx, st)
 	alive := time.NewTicker(c.alive)
 	defer alive.Stop()
@@ -179,7 +192,11 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 			if err := s.distrust(ctx, m.GetRevocations()); err != nil {
 				c.cfg.Log.Error("revocations not understood, nothing more is confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
 			}
-			if !s.take(ctx, m) {
+			wants, err := s.take(ctx, m)
+			if err != nil {
+				return fmt.Errorf("%s: %w", verb, err)
+			}
+			if !wants {
 				continue
 			}
 		case <-look.C:
@@ -225,7 +242,7 @@ func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 		h.HaveCandidate = s.candidate.ContentHash()
 	}
 	// What was rejected is offered again on a new stream.
-	s.rejected, s.refused, s.told = "", "", 0
+	s.rejected, s.rejectedSet, s.refused, s.told = "", "", "", 0
 	// Another issuer's store may count otherwise.
 	s.revoked, s.spoiled = 0, false
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
@@ -253,39 +270,55 @@ func (s *subscriberState) authorities() *meshpb.Authorities {
 	return authoritiesToWire(s.hello.Authorities())
 }
 
-// take acts on one message and reports whether it wants an answer.
-func (s *subscriberState) take(ctx context.Context, m *meshpb.SubscribeResponse) bool {
+// take acts on one message and reports whether it wants an answer. An error ends
+// the stream.
+func (s *subscriberState) take(ctx context.Context, m *meshpb.SubscribeResponse) (answer bool, err error) {
 	switch {
 	case m.GetSyncNow() != nil:
 		s.handler.OnSyncNow(ctx)
-		return false
+		return false, nil
 	case m.GetRevocations() != nil:
-		return s.told > 0 // otherwise the answer to a snapshot says it
+		return s.told > 0, nil // otherwise the answer to a snapshot says it
 	case m.GetSnapshot() != nil:
 		s.told = m.GetSnapshot().GetRevision()
-		s.use(ctx, m.GetSnapshot())
-		return true
+		return true, s.use(ctx, m.GetSnapshot())
 	case m.GetSame() != nil:
 		s.told = m.GetSame().GetRevision()
-		s.renumber(ctx, m.GetSame())
-		return true
+		return true, s.renumber(ctx, m.GetSame())
 	}
 	// A message of a newer issuer: nothing to do.
-	return false
+	return false, nil
 }
 
-func (s *subscriberState) use(ctx context.Context, m *meshpb.Snapshot) {
+// use puts a snapshot in force, or remembers why it was refused.
+func (s *subscriberState) use(ctx context.Context, m *meshpb.Snapshot) error {
 	snap, err := readSnapshot(m, s.hello.Decode)
 	if err == nil {
-		err = s.handler.OnSnapshot(ctx, snap)
+		err = s.handOver(ctx, snap)
 	}
 	if err != nil {
-		s.rejected = reasonText(err)
-		return
+		return s.reject(err, m.GetPolicySet())
 	}
 	s.inForce, s.rejected = snap, ""
 	rows, err := readCandidate(m)
 	s.try(ctx, rows, err)
+	return nil
+}
+
+func (s *subscriberState) handOver(ctx context.Context, snap *mesh.Snapshot) error {
+	if err := s.vouch(ctx, snap.PolicySet); err != nil {
+		return err
+	}
+	return s.handler.OnSnapshot(ctx, snap)
+}
+
+// reject remembers why a snapshot was refused, unless nobody could look at it.
+func (s *subscriberState) reject(err error, set string) error {
+	if errors.Is(err, errUnfetched) {
+		return err
+	}
+	s.rejected, s.rejectedSet = reasonText(err), set
+	return nil
 }
 
 // try hands on the rows to try, or why there are none.
@@ -327,6 +360,11 @@ func readSnapshot(m *meshpb.Snapshot, decode func([]byte) (*mesh.Snapshot, strin
 	if hash != m.GetHash() {
 		return nil, fmt.Errorf("snapshot has hash %.16s, its envelope says %.16s", hash, m.GetHash())
 	}
+	if set := m.GetPolicySet(); set != "" {
+		own := *snap // others may have decoded the same
+		own.PolicySet = set
+		snap = &own
+	}
 	return snap, nil
 }
 
@@ -339,27 +377,29 @@ func decodeSnapshot(body []byte) (*mesh.Snapshot, string, error) {
 }
 
 // renumber puts the content in force under new revisions. What was rejected
-// stays so.
-func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) {
+// stays so, unless another set vouches for it now: then it is asked for anew.
+func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) error {
 	if s.rejected != "" {
-		return
+		if s.hello.Vouch != nil && m.GetPolicySet() != s.rejectedSet {
+			return fmt.Errorf("%w: another one vouches for what was refused, which is to be sent anew", errUnfetched)
+		}
+		return nil
 	}
 	if s.inForce == nil {
 		s.rejected = "the issuer calls unchanged what this proxy does not have"
-		return
+		return nil
 	}
-	if s.inForce.Revision == m.GetRevision() && s.inForce.PolicyRevision == m.GetPolicyRevision() {
-		return
+	if s.inForce.Revision == m.GetRevision() && s.inForce.PolicyRevision == m.GetPolicyRevision() && s.inForce.PolicySet == m.GetPolicySet() {
+		return nil
 	}
 	next := *s.inForce
-	next.Revision, next.PolicyRevision, next.PolicyHash = m.GetRevision(), m.GetPolicyRevision(), m.GetPolicyHash()
-	if err := s.handler.OnSnapshot(ctx, &next); err != nil {
-		s.rejected = reasonText(err)
-		return
+	next.Revision, next.PolicyRevision, next.PolicyHash, next.PolicySet = m.GetRevision(), m.GetPolicyRevision(), m.GetPolicyHash(), m.GetPolicySet()
+	if err := s.handOver(ctx, &next); err != nil {
+		return s.reject(err, m.GetPolicySet())
 	}
 	s.inForce = &next
 	if s.refused != "" {
-		return
+		return nil
 	}
 	var rows *mesh.Snapshot
 	if s.candidate != nil {
@@ -368,6 +408,7 @@ func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) {
 		rows = &same
 	}
 	s.try(ctx, rows, nil)
+	return nil
 }
 
 func reasonText(err error) string {
@@ -390,7 +431,7 @@ func (s *subscriberState) answer() *meshpb.SubscribeRequest {
 	}
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
 		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
-		CandidateRefused: s.refused,
+		CandidateRefused: s.refused, Verified: s.hello.Vouch != nil && s.inForce != nil,
 	}}}
 }
 

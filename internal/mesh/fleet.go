@@ -55,6 +55,8 @@ type Proxy struct {
 	LastSeen         time.Time `json:"last_seen"`
 	// Authorities is nil when the proxy does not say what it trusts.
 	Authorities *Authorities `json:"authorities,omitempty"`
+	// Verified says that it has counted the signatures of its policies itself.
+	Verified bool `json:"verified,omitempty"`
 	// Revoked is the revision of the newest revocations that it acts on.
 	Revoked uint64 `json:"revoked,omitempty"`
 }

@@ -349,8 +349,10 @@ type Ack struct {
 	Revoked uint64 `protobuf:"varint,5,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	// Why the proxy does not try the candidate; empty when it does.
 	CandidateRefused string `protobuf:"bytes,6,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The proxy has counted the signatures of the set itself.
+	Verified      bool `protobuf:"varint,7,opt,name=verified,proto3" json:"verified,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
@@ -423,6 +425,13 @@ func (x *Ack) GetCandidateRefused() string {
 		return x.CandidateRefused
 	}
 	return ""
+}
+
+func (x *Ack) GetVerified() bool {
+	if x != nil {
+		return x.Verified
+	}
+	return false
 }
 
 type Nack struct {
@@ -634,7 +643,10 @@ type Snapshot struct {
 	Body []byte `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`
 	// The rows to try beside those of body, as a mesh.Snapshot; empty when there
 	// are none. hash does not cover them.
-	Candidate     []byte `protobuf:"bytes,5,opt,name=candidate,proto3" json:"candidate,omitempty"`
+	Candidate []byte `protobuf:"bytes,5,opt,name=candidate,proto3" json:"candidate,omitempty"`
+	// The hash of the signed set that says all this but the endpoints; empty when
+	// the issuer pins no keys. hash does not cover it.
+	PolicySet     string `protobuf:"bytes,6,opt,name=policy_set,json=policySet,proto3" json:"policy_set,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -704,12 +716,20 @@ func (x *Snapshot) GetCandidate() []byte {
 	return nil
 }
 
+func (x *Snapshot) GetPolicySet() string {
+	if x != nil {
+		return x.PolicySet
+	}
+	return ""
+}
+
 // Same says that the content sent last is also that of these revisions.
 type Same struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Revision       uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
 	PolicyRevision uint64                 `protobuf:"varint,2,opt,name=policy_revision,json=policyRevision,proto3" json:"policy_revision,omitempty"`
 	PolicyHash     string                 `protobuf:"bytes,3,opt,name=policy_hash,json=policyHash,proto3" json:"policy_hash,omitempty"`
+	PolicySet      string                 `protobuf:"bytes,4,opt,name=policy_set,json=policySet,proto3" json:"policy_set,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -761,6 +781,13 @@ func (x *Same) GetPolicyRevision() uint64 {
 func (x *Same) GetPolicyHash() string {
 	if x != nil {
 		return x.PolicyHash
+	}
+	return ""
+}
+
+func (x *Same) GetPolicySet() string {
+	if x != nil {
+		return x.PolicySet
 	}
 	return ""
 }
@@ -1036,6 +1063,112 @@ func (x *AuditAck) GetLastSeq() uint64 {
 	return 0
 }
 
+type FetchSetRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Who asks, as in Hello.
+	Kind     string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Workload string `protobuf:"bytes,2,opt,name=workload,proto3" json:"workload,omitempty"`
+	// Snapshot.policy_set.
+	Hash          string `protobuf:"bytes,3,opt,name=hash,proto3" json:"hash,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FetchSetRequest) Reset() {
+	*x = FetchSetRequest{}
+	mi := &file_mesh_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FetchSetRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FetchSetRequest) ProtoMessage() {}
+
+func (x *FetchSetRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FetchSetRequest.ProtoReflect.Descriptor instead.
+func (*FetchSetRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *FetchSetRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *FetchSetRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *FetchSetRequest) GetHash() string {
+	if x != nil {
+		return x.Hash
+	}
+	return ""
+}
+
+type SetPart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetPart) Reset() {
+	*x = SetPart{}
+	mi := &file_mesh_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetPart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetPart) ProtoMessage() {}
+
+func (x *SetPart) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetPart.ProtoReflect.Descriptor instead.
+func (*SetPart) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *SetPart) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type CosignRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The SPIFFE ID of the workload whose proxy keeps the log.
@@ -1053,7 +1186,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1198,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1211,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{14}
+	return file_mesh_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *CosignRequest) GetWorkload() string {
@@ -1130,7 +1263,7 @@ type CosignReply struct {
 
 func (x *CosignReply) Reset() {
 	*x = CosignReply{}
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1142,7 +1275,7 @@ func (x *CosignReply) String() string {
 func (*CosignReply) ProtoMessage() {}
 
 func (x *CosignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1155,7 +1288,7 @@ func (x *CosignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignReply.ProtoReflect.Descriptor instead.
 func (*CosignReply) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{15}
+	return file_mesh_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CosignReply) GetSigned() []byte {
@@ -1188,7 +1321,7 @@ type EdgeReport struct {
 
 func (x *EdgeReport) Reset() {
 	*x = EdgeReport{}
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1200,7 +1333,7 @@ func (x *EdgeReport) String() string {
 func (*EdgeReport) ProtoMessage() {}
 
 func (x *EdgeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1213,7 +1346,7 @@ func (x *EdgeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeReport.ProtoReflect.Descriptor instead.
 func (*EdgeReport) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{16}
+	return file_mesh_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *EdgeReport) GetEdges() []*Edge {
@@ -1240,7 +1373,7 @@ type Edge struct {
 
 func (x *Edge) Reset() {
 	*x = Edge{}
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1252,7 +1385,7 @@ func (x *Edge) String() string {
 func (*Edge) ProtoMessage() {}
 
 func (x *Edge) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1265,7 +1398,7 @@ func (x *Edge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Edge.ProtoReflect.Descriptor instead.
 func (*Edge) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{17}
+	return file_mesh_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Edge) GetSrc() string {
@@ -1339,7 +1472,7 @@ type EdgeAck struct {
 
 func (x *EdgeAck) Reset() {
 	*x = EdgeAck{}
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1351,7 +1484,7 @@ func (x *EdgeAck) String() string {
 func (*EdgeAck) ProtoMessage() {}
 
 func (x *EdgeAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1364,7 +1497,7 @@ func (x *EdgeAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeAck.ProtoReflect.Descriptor instead.
 func (*EdgeAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{18}
+	return file_mesh_proto_rawDescGZIP(), []int{20}
 }
 
 // Refusal is the detail of a status: a reason from a closed set, so that the
@@ -1378,7 +1511,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1523,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1536,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{19}
+	return file_mesh_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Refusal) GetReason() string {
@@ -1424,7 +1557,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1436,7 +1569,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1449,7 +1582,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{20}
+	return file_mesh_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CreateJoinTokenRequest) GetAgentName() string {
@@ -1477,7 +1610,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1489,7 +1622,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1502,7 +1635,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{21}
+	return file_mesh_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -1534,7 +1667,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1546,7 +1679,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1559,7 +1692,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{22}
+	return file_mesh_proto_rawDescGZIP(), []int{24}
 }
 
 type StatusResponse struct {
@@ -1578,7 +1711,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1590,7 +1723,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1603,7 +1736,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{23}
+	return file_mesh_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -1663,7 +1796,7 @@ type ProxiesRequest struct {
 
 func (x *ProxiesRequest) Reset() {
 	*x = ProxiesRequest{}
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +1808,7 @@ func (x *ProxiesRequest) String() string {
 func (*ProxiesRequest) ProtoMessage() {}
 
 func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +1821,7 @@ func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesRequest.ProtoReflect.Descriptor instead.
 func (*ProxiesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{24}
+	return file_mesh_proto_rawDescGZIP(), []int{26}
 }
 
 type ProxiesResponse struct {
@@ -1700,7 +1833,7 @@ type ProxiesResponse struct {
 
 func (x *ProxiesResponse) Reset() {
 	*x = ProxiesResponse{}
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1845,7 @@ func (x *ProxiesResponse) String() string {
 func (*ProxiesResponse) ProtoMessage() {}
 
 func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1858,7 @@ func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesResponse.ProtoReflect.Descriptor instead.
 func (*ProxiesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{25}
+	return file_mesh_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ProxiesResponse) GetProxies() []*Proxy {
@@ -1750,13 +1883,15 @@ type Proxy struct {
 	Revoked uint64 `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	// Why it does not try the candidate; empty when it does or there is none.
 	CandidateRefused string `protobuf:"bytes,11,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// It has counted the signatures of the set itself.
+	Verified      bool `protobuf:"varint,20,opt,name=verified,proto3" json:"verified,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1768,7 +1903,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1781,7 +1916,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{26}
+	return file_mesh_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *Proxy) GetAgent() string {
@@ -1861,6 +1996,13 @@ func (x *Proxy) GetCandidateRefused() string {
 	return ""
 }
 
+func (x *Proxy) GetVerified() bool {
+	if x != nil {
+		return x.Verified
+	}
+	return false
+}
+
 type EdgesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1869,7 +2011,7 @@ type EdgesRequest struct {
 
 func (x *EdgesRequest) Reset() {
 	*x = EdgesRequest{}
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2023,7 @@ func (x *EdgesRequest) String() string {
 func (*EdgesRequest) ProtoMessage() {}
 
 func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2036,7 @@ func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesRequest.ProtoReflect.Descriptor instead.
 func (*EdgesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{27}
+	return file_mesh_proto_rawDescGZIP(), []int{29}
 }
 
 type EdgesResponse struct {
@@ -1906,7 +2048,7 @@ type EdgesResponse struct {
 
 func (x *EdgesResponse) Reset() {
 	*x = EdgesResponse{}
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1918,7 +2060,7 @@ func (x *EdgesResponse) String() string {
 func (*EdgesResponse) ProtoMessage() {}
 
 func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1931,7 +2073,7 @@ func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesResponse.ProtoReflect.Descriptor instead.
 func (*EdgesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{28}
+	return file_mesh_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *EdgesResponse) GetEdges() []*Edge {
@@ -1949,7 +2091,7 @@ type AuditHeadsRequest struct {
 
 func (x *AuditHeadsRequest) Reset() {
 	*x = AuditHeadsRequest{}
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1961,7 +2103,7 @@ func (x *AuditHeadsRequest) String() string {
 func (*AuditHeadsRequest) ProtoMessage() {}
 
 func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1974,7 +2116,7 @@ func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsRequest.ProtoReflect.Descriptor instead.
 func (*AuditHeadsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{29}
+	return file_mesh_proto_rawDescGZIP(), []int{31}
 }
 
 type AuditHeadsResponse struct {
@@ -1989,7 +2131,7 @@ type AuditHeadsResponse struct {
 
 func (x *AuditHeadsResponse) Reset() {
 	*x = AuditHeadsResponse{}
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2001,7 +2143,7 @@ func (x *AuditHeadsResponse) String() string {
 func (*AuditHeadsResponse) ProtoMessage() {}
 
 func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2014,7 +2156,7 @@ func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsResponse.ProtoReflect.Descriptor instead.
 func (*AuditHeadsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{30}
+	return file_mesh_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *AuditHeadsResponse) GetWitnesses() []string {
@@ -2039,7 +2181,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2193,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2206,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{31}
+	return file_mesh_proto_rawDescGZIP(), []int{33}
 }
 
 type MoveRootsRequest struct {
@@ -2081,7 +2223,7 @@ type MoveRootsRequest struct {
 
 func (x *MoveRootsRequest) Reset() {
 	*x = MoveRootsRequest{}
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2235,7 @@ func (x *MoveRootsRequest) String() string {
 func (*MoveRootsRequest) ProtoMessage() {}
 
 func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2248,7 @@ func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
 func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{32}
+	return file_mesh_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MoveRootsRequest) GetMove() string {
@@ -2157,7 +2299,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2169,7 +2311,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2182,7 +2324,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{33}
+	return file_mesh_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RootsResponse) GetPhase() string {
@@ -2299,7 +2441,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2453,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2466,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{34}
+	return file_mesh_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Authority) GetId() string {
@@ -2385,7 +2527,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +2539,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +2552,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{35}
+	return file_mesh_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *RevokeRequest) GetWhat() isRevokeRequest_What {
@@ -2483,7 +2625,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2495,7 +2637,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2508,7 +2650,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{36}
+	return file_mesh_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RevokeResponse) GetRevoked() []*Revoked {
@@ -2535,7 +2677,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2547,7 +2689,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2560,7 +2702,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{37}
+	return file_mesh_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *WhyRequest) GetId() string {
@@ -2580,7 +2722,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2592,7 +2734,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2605,7 +2747,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{38}
+	return file_mesh_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *WhyResponse) GetAccount() []byte {
@@ -2625,7 +2767,7 @@ type PushPolicyRequest struct {
 
 func (x *PushPolicyRequest) Reset() {
 	*x = PushPolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2637,7 +2779,7 @@ func (x *PushPolicyRequest) String() string {
 func (*PushPolicyRequest) ProtoMessage() {}
 
 func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2650,7 +2792,7 @@ func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{39}
+	return file_mesh_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *PushPolicyRequest) GetSet() []byte {
@@ -2668,7 +2810,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2680,7 +2822,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2693,7 +2835,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{40}
+	return file_mesh_proto_rawDescGZIP(), []int{42}
 }
 
 type PolicySetRequest struct {
@@ -2706,7 +2848,7 @@ type PolicySetRequest struct {
 
 func (x *PolicySetRequest) Reset() {
 	*x = PolicySetRequest{}
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +2860,7 @@ func (x *PolicySetRequest) String() string {
 func (*PolicySetRequest) ProtoMessage() {}
 
 func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +2873,7 @@ func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
 func (*PolicySetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{41}
+	return file_mesh_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *PolicySetRequest) GetRevision() uint64 {
@@ -2750,7 +2892,7 @@ type PolicySetResponse struct {
 
 func (x *PolicySetResponse) Reset() {
 	*x = PolicySetResponse{}
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2762,7 +2904,7 @@ func (x *PolicySetResponse) String() string {
 func (*PolicySetResponse) ProtoMessage() {}
 
 func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2775,7 +2917,7 @@ func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
 func (*PolicySetResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{42}
+	return file_mesh_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PolicySetResponse) GetSet() []byte {
@@ -2810,14 +2952,15 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05shows\x18\x02 \x03(\tR\x05shows\">\n" +
 	"\bEndpoint\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\x92\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xae\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12=\n" +
 	"\fsvid_expires\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12\x18\n" +
 	"\arevoked\x18\x05 \x01(\x04R\arevoked\x12+\n" +
-	"\x11candidate_refused\x18\x06 \x01(\tR\x10candidateRefused\"\xfe\x01\n" +
+	"\x11candidate_refused\x18\x06 \x01(\tR\x10candidateRefused\x12\x1a\n" +
+	"\bverified\x18\a \x01(\bR\bverified\"\xfe\x01\n" +
 	"\x04Nack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12'\n" +
@@ -2830,18 +2973,22 @@ const file_mesh_proto_rawDesc = "" +
 	"\x04same\x18\x02 \x01(\v2\x17.sallyport.mesh.v1.SameH\x00R\x04same\x127\n" +
 	"\bsync_now\x18\x03 \x01(\v2\x1a.sallyport.mesh.v1.SyncNowH\x00R\asyncNow\x12B\n" +
 	"\vrevocations\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.RevocationsH\x00R\vrevocationsB\t\n" +
-	"\amessage\"\x95\x01\n" +
+	"\amessage\"\xb4\x01\n" +
 	"\bSnapshot\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12\x12\n" +
 	"\x04hash\x18\x03 \x01(\tR\x04hash\x12\x12\n" +
 	"\x04body\x18\x04 \x01(\fR\x04body\x12\x1c\n" +
-	"\tcandidate\x18\x05 \x01(\fR\tcandidate\"l\n" +
+	"\tcandidate\x18\x05 \x01(\fR\tcandidate\x12\x1d\n" +
+	"\n" +
+	"policy_set\x18\x06 \x01(\tR\tpolicySet\"\x8b\x01\n" +
 	"\x04Same\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12\x1f\n" +
 	"\vpolicy_hash\x18\x03 \x01(\tR\n" +
-	"policyHash\"\t\n" +
+	"policyHash\x12\x1d\n" +
+	"\n" +
+	"policy_set\x18\x04 \x01(\tR\tpolicySet\"\t\n" +
 	"\aSyncNow\"_\n" +
 	"\vRevocations\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x124\n" +
@@ -2857,7 +3004,13 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05lines\x18\x02 \x03(\fR\x05lines\x12\x19\n" +
 	"\blast_seq\x18\x03 \x01(\x04R\alastSeq\"%\n" +
 	"\bAuditAck\x12\x19\n" +
-	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\"\x8e\x01\n" +
+	"\blast_seq\x18\x01 \x01(\x04R\alastSeq\"U\n" +
+	"\x0fFetchSetRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1a\n" +
+	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
+	"\x04hash\x18\x03 \x01(\tR\x04hash\"\x1d\n" +
+	"\aSetPart\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"\x8e\x01\n" +
 	"\rCosignRequest\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x10\n" +
 	"\x03key\x18\x02 \x01(\tR\x03key\x12\x1e\n" +
@@ -2908,7 +3061,7 @@ const file_mesh_proto_rawDesc = "" +
 	"policy_set\x18\a \x01(\tR\tpolicySet\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
-	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x81\x03\n" +
+	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x9d\x03\n" +
 	"\x05Proxy\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
@@ -2921,7 +3074,8 @@ const file_mesh_proto_rawDesc = "" +
 	"\tlast_seen\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x18\n" +
 	"\arevoked\x18\n" +
 	" \x01(\x04R\arevoked\x12+\n" +
-	"\x11candidate_refused\x18\v \x01(\tR\x10candidateRefused\"\x0e\n" +
+	"\x11candidate_refused\x18\v \x01(\tR\x10candidateRefused\x12\x1a\n" +
+	"\bverified\x18\x14 \x01(\bR\bverified\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
 	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x13\n" +
@@ -2979,11 +3133,12 @@ const file_mesh_proto_rawDesc = "" +
 	"\x10PolicySetRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\"%\n" +
 	"\x11PolicySetResponse\x12\x10\n" +
-	"\x03set\x18\x01 \x01(\fR\x03set2\xc7\x02\n" +
+	"\x03set\x18\x01 \x01(\fR\x03set2\x95\x03\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
-	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12H\n" +
+	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
+	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
 	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xa1\a\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
@@ -3012,7 +3167,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -3028,101 +3183,105 @@ var file_mesh_proto_goTypes = []any{
 	(*Revoked)(nil),                 // 11: sallyport.mesh.v1.Revoked
 	(*AuditBatch)(nil),              // 12: sallyport.mesh.v1.AuditBatch
 	(*AuditAck)(nil),                // 13: sallyport.mesh.v1.AuditAck
-	(*CosignRequest)(nil),           // 14: sallyport.mesh.v1.CosignRequest
-	(*CosignReply)(nil),             // 15: sallyport.mesh.v1.CosignReply
-	(*EdgeReport)(nil),              // 16: sallyport.mesh.v1.EdgeReport
-	(*Edge)(nil),                    // 17: sallyport.mesh.v1.Edge
-	(*EdgeAck)(nil),                 // 18: sallyport.mesh.v1.EdgeAck
-	(*Refusal)(nil),                 // 19: sallyport.mesh.v1.Refusal
-	(*CreateJoinTokenRequest)(nil),  // 20: sallyport.mesh.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 21: sallyport.mesh.v1.CreateJoinTokenResponse
-	(*StatusRequest)(nil),           // 22: sallyport.mesh.v1.StatusRequest
-	(*StatusResponse)(nil),          // 23: sallyport.mesh.v1.StatusResponse
-	(*ProxiesRequest)(nil),          // 24: sallyport.mesh.v1.ProxiesRequest
-	(*ProxiesResponse)(nil),         // 25: sallyport.mesh.v1.ProxiesResponse
-	(*Proxy)(nil),                   // 26: sallyport.mesh.v1.Proxy
-	(*EdgesRequest)(nil),            // 27: sallyport.mesh.v1.EdgesRequest
-	(*EdgesResponse)(nil),           // 28: sallyport.mesh.v1.EdgesResponse
-	(*AuditHeadsRequest)(nil),       // 29: sallyport.mesh.v1.AuditHeadsRequest
-	(*AuditHeadsResponse)(nil),      // 30: sallyport.mesh.v1.AuditHeadsResponse
-	(*RootsRequest)(nil),            // 31: sallyport.mesh.v1.RootsRequest
-	(*MoveRootsRequest)(nil),        // 32: sallyport.mesh.v1.MoveRootsRequest
-	(*RootsResponse)(nil),           // 33: sallyport.mesh.v1.RootsResponse
-	(*Authority)(nil),               // 34: sallyport.mesh.v1.Authority
-	(*RevokeRequest)(nil),           // 35: sallyport.mesh.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 36: sallyport.mesh.v1.RevokeResponse
-	(*WhyRequest)(nil),              // 37: sallyport.mesh.v1.WhyRequest
-	(*WhyResponse)(nil),             // 38: sallyport.mesh.v1.WhyResponse
-	(*PushPolicyRequest)(nil),       // 39: sallyport.mesh.v1.PushPolicyRequest
-	(*PushPolicyResponse)(nil),      // 40: sallyport.mesh.v1.PushPolicyResponse
-	(*PolicySetRequest)(nil),        // 41: sallyport.mesh.v1.PolicySetRequest
-	(*PolicySetResponse)(nil),       // 42: sallyport.mesh.v1.PolicySetResponse
-	(*timestamppb.Timestamp)(nil),   // 43: google.protobuf.Timestamp
+	(*FetchSetRequest)(nil),         // 14: sallyport.mesh.v1.FetchSetRequest
+	(*SetPart)(nil),                 // 15: sallyport.mesh.v1.SetPart
+	(*CosignRequest)(nil),           // 16: sallyport.mesh.v1.CosignRequest
+	(*CosignReply)(nil),             // 17: sallyport.mesh.v1.CosignReply
+	(*EdgeReport)(nil),              // 18: sallyport.mesh.v1.EdgeReport
+	(*Edge)(nil),                    // 19: sallyport.mesh.v1.Edge
+	(*EdgeAck)(nil),                 // 20: sallyport.mesh.v1.EdgeAck
+	(*Refusal)(nil),                 // 21: sallyport.mesh.v1.Refusal
+	(*CreateJoinTokenRequest)(nil),  // 22: sallyport.mesh.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 23: sallyport.mesh.v1.CreateJoinTokenResponse
+	(*StatusRequest)(nil),           // 24: sallyport.mesh.v1.StatusRequest
+	(*StatusResponse)(nil),          // 25: sallyport.mesh.v1.StatusResponse
+	(*ProxiesRequest)(nil),          // 26: sallyport.mesh.v1.ProxiesRequest
+	(*ProxiesResponse)(nil),         // 27: sallyport.mesh.v1.ProxiesResponse
+	(*Proxy)(nil),                   // 28: sallyport.mesh.v1.Proxy
+	(*EdgesRequest)(nil),            // 29: sallyport.mesh.v1.EdgesRequest
+	(*EdgesResponse)(nil),           // 30: sallyport.mesh.v1.EdgesResponse
+	(*AuditHeadsRequest)(nil),       // 31: sallyport.mesh.v1.AuditHeadsRequest
+	(*AuditHeadsResponse)(nil),      // 32: sallyport.mesh.v1.AuditHeadsResponse
+	(*RootsRequest)(nil),            // 33: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 34: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 35: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 36: sallyport.mesh.v1.Authority
+	(*RevokeRequest)(nil),           // 37: sallyport.mesh.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 38: sallyport.mesh.v1.RevokeResponse
+	(*WhyRequest)(nil),              // 39: sallyport.mesh.v1.WhyRequest
+	(*WhyResponse)(nil),             // 40: sallyport.mesh.v1.WhyResponse
+	(*PushPolicyRequest)(nil),       // 41: sallyport.mesh.v1.PushPolicyRequest
+	(*PushPolicyResponse)(nil),      // 42: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 43: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 44: sallyport.mesh.v1.PolicySetResponse
+	(*timestamppb.Timestamp)(nil),   // 45: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	43, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	45, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	43, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	45, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	43, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	45, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
 	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
 	10, // 13: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
 	11, // 14: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	43, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
-	17, // 16: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	43, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	43, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	43, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	43, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	26, // 21: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	43, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	43, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	17, // 24: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	43, // 25: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	34, // 26: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	43, // 27: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	43, // 28: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	43, // 29: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	45, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	19, // 16: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	45, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	45, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	45, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	45, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	28, // 21: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	45, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	45, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	19, // 24: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	45, // 25: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	36, // 26: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	45, // 27: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	45, // 28: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	45, // 29: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
 	11, // 30: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
 	0,  // 31: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
 	12, // 32: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	14, // 33: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	16, // 34: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	20, // 35: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	22, // 36: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	24, // 37: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	27, // 38: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	31, // 39: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	32, // 40: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	29, // 41: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	35, // 42: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	37, // 43: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	39, // 44: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	41, // 45: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	6,  // 46: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 47: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	15, // 48: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	18, // 49: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	21, // 50: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	23, // 51: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	25, // 52: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	28, // 53: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	33, // 54: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	33, // 55: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	30, // 56: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	36, // 57: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	38, // 58: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	40, // 59: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	42, // 60: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	46, // [46:61] is the sub-list for method output_type
-	31, // [31:46] is the sub-list for method input_type
+	16, // 33: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 34: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 35: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	22, // 36: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	24, // 37: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	26, // 38: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	29, // 39: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	33, // 40: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	34, // 41: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	31, // 42: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	37, // 43: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	39, // 44: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	41, // 45: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	43, // 46: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	6,  // 47: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 48: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 49: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 50: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 51: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 52: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	25, // 53: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	27, // 54: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	30, // 55: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	35, // 56: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	35, // 57: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	32, // 58: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	38, // 59: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	40, // 60: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	42, // 61: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	44, // 62: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	47, // [47:63] is the sub-list for method output_type
+	31, // [31:47] is the sub-list for method input_type
 	31, // [31:31] is the sub-list for extension type_name
 	31, // [31:31] is the sub-list for extension extendee
 	0,  // [0:31] is the sub-list for field type_name
@@ -3144,7 +3303,7 @@ func file_mesh_proto_init() {
 		(*SubscribeResponse_SyncNow)(nil),
 		(*SubscribeResponse_Revocations)(nil),
 	}
-	file_mesh_proto_msgTypes[35].OneofWrappers = []any{
+	file_mesh_proto_msgTypes[37].OneofWrappers = []any{
 		(*RevokeRequest_Serial)(nil),
 		(*RevokeRequest_Entry)(nil),
 		(*RevokeRequest_Id)(nil),
@@ -3155,7 +3314,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   43,
+			NumMessages:   45,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

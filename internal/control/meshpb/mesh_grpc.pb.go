@@ -27,6 +27,7 @@ const (
 	Mesh_Subscribe_FullMethodName   = "/sallyport.mesh.v1.Mesh/Subscribe"
 	Mesh_UploadAudit_FullMethodName = "/sallyport.mesh.v1.Mesh/UploadAudit"
 	Mesh_Cosign_FullMethodName      = "/sallyport.mesh.v1.Mesh/Cosign"
+	Mesh_FetchSet_FullMethodName    = "/sallyport.mesh.v1.Mesh/FetchSet"
 	Mesh_ReportEdges_FullMethodName = "/sallyport.mesh.v1.Mesh/ReportEdges"
 )
 
@@ -45,6 +46,9 @@ type MeshClient interface {
 	// Cosign signs a checkpoint of an audit log that continues what was signed
 	// before.
 	Cosign(ctx context.Context, in *CosignRequest, opts ...grpc.CallOption) (*CosignReply, error)
+	// FetchSet sends a signed set of policies in order, so that a proxy that pins
+	// keys sees for itself. NOT_FOUND when it is none of the last in force.
+	FetchSet(ctx context.Context, in *FetchSetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SetPart], error)
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(ctx context.Context, in *EdgeReport, opts ...grpc.CallOption) (*EdgeAck, error)
 }
@@ -93,6 +97,25 @@ func (c *meshClient) Cosign(ctx context.Context, in *CosignRequest, opts ...grpc
 	return out, nil
 }
 
+func (c *meshClient) FetchSet(ctx context.Context, in *FetchSetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SetPart], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Mesh_ServiceDesc.Streams[2], Mesh_FetchSet_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[FetchSetRequest, SetPart]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Mesh_FetchSetClient = grpc.ServerStreamingClient[SetPart]
+
 func (c *meshClient) ReportEdges(ctx context.Context, in *EdgeReport, opts ...grpc.CallOption) (*EdgeAck, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EdgeAck)
@@ -118,6 +141,9 @@ type MeshServer interface {
 	// Cosign signs a checkpoint of an audit log that continues what was signed
 	// before.
 	Cosign(context.Context, *CosignRequest) (*CosignReply, error)
+	// FetchSet sends a signed set of policies in order, so that a proxy that pins
+	// keys sees for itself. NOT_FOUND when it is none of the last in force.
+	FetchSet(*FetchSetRequest, grpc.ServerStreamingServer[SetPart]) error
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error)
 	mustEmbedUnimplementedMeshServer()
@@ -138,6 +164,9 @@ func (UnimplementedMeshServer) UploadAudit(grpc.BidiStreamingServer[AuditBatch, 
 }
 func (UnimplementedMeshServer) Cosign(context.Context, *CosignRequest) (*CosignReply, error) {
 	return nil, status.Error(codes.Unimplemented, "method Cosign not implemented")
+}
+func (UnimplementedMeshServer) FetchSet(*FetchSetRequest, grpc.ServerStreamingServer[SetPart]) error {
+	return status.Error(codes.Unimplemented, "method FetchSet not implemented")
 }
 func (UnimplementedMeshServer) ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportEdges not implemented")
@@ -195,6 +224,17 @@ func _Mesh_Cosign_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Mesh_FetchSet_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(FetchSetRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(MeshServer).FetchSet(m, &grpc.GenericServerStream[FetchSetRequest, SetPart]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Mesh_FetchSetServer = grpc.ServerStreamingServer[SetPart]
+
 func _Mesh_ReportEdges_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(EdgeReport)
 	if err := dec(in); err != nil {
@@ -241,6 +281,11 @@ var Mesh_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Mesh_UploadAudit_Handler,
 			ServerStreams: true,
 			ClientStreams: true,
+		},
+		{
+			StreamName:    "FetchSet",
+			Handler:       _Mesh_FetchSet_Handler,
+			ServerStreams: true,
 		},
 	},
 	Metadata: "mesh.proto",
