@@ -45,6 +45,7 @@ func buildAndRun(m *testing.M) int {
 	}
 	code := m.Run()
 	conformed.print()
+	strictness.print()
 	return code
 }
 

@@ -100,6 +100,7 @@ func (w *workload) run() error {
 	answer(mux, "/serve", w.serve)
 	answer(mux, "/dial", w.dial)
 	answer(mux, "/load", w.load)
+	answer(mux, "/say", say)
 	ln, err := net.Listen("unix", os.Getenv(envControl))
 	if err != nil {
 		return err

@@ -129,6 +129,7 @@ func TestInboundServesPathsOnly(t *testing.T) {
 		status        int
 	}{
 		{"CONNECT", "CONNECT evil.test:443 HTTP/1.1\r\nHost: evil.test:443\r\n\r\n", 405},
+		{"TRACE", "TRACE /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n", 405},
 		{"asterisk", "OPTIONS * HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n", 405},
 		{"two lengths", "POST /ok/1 HTTP/1.1\r\nHost: b\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400},
 		{"encoded slash", "GET /ok/..%2fsecret HTTP/1.1\r\nHost: b\r\n\r\n", 400},
@@ -172,6 +173,28 @@ func TestSmuggledRequestIsABody(t *testing.T) {
 	}
 	if a, b := <-paths, <-paths; a != "/ok/1 "+inner || b != "/ok/1 " {
 		t.Errorf("the application saw %q and %q", a, b)
+	}
+}
+
+// An application that does not read the body of a GET takes it for the next
+// request, so there is none on its connection.
+func TestBodyOfAGETEndsTheConnection(t *testing.T) {
+	accepted := make(chan struct{}, 8)
+	r := newRig(t, rawApp(t, func(c net.Conn, br *bufioReader) {
+		accepted <- struct{}{}
+		for skipHead(br) == nil { // and the body is taken for what comes next
+			fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	}))
+	w := r.dialIn(r.web)
+	for _, method := range []string{"GET", "POST", "DELETE", "GET"} {
+		w.say(method + " /ok/1 HTTP/1.1\r\nHost: b\r\nContent-Length: 1\r\n\r\nx")
+		if resp, body := w.answer(method); resp.StatusCode != 200 || body != "ok" {
+			t.Errorf("%s got %s %q", method, resp.Status, body)
+		}
+	}
+	if n := len(accepted); n != 3 { // POST and DELETE shared one
+		t.Errorf("the application got %d connections, want 3", n)
 	}
 }
 

@@ -294,6 +294,9 @@ func (in *Inbound) target(x *call) *refusal {
 	if x.req.Form == http1.Authority || x.req.Form == http1.Asterisk {
 		return &refusal{status: 405, reason: "method", detail: "only requests for a path are served here", head: allow}
 	}
+	if r := noTrace(x); r != nil {
+		return r
+	}
 	if in.cfg.Name == nil {
 		return nil
 	}
@@ -306,6 +309,15 @@ func (in *Inbound) target(x *call) *refusal {
 	}
 	x.ex.ToUp.Authority = x.host.of(name)
 	return nil
+}
+
+// noTrace refuses TRACE: its answer would show the caller what only the
+// application may see (RFC 9110 section 9.3.8).
+func noTrace(x *call) *refusal {
+	if string(x.req.Method) != "TRACE" {
+		return nil
+	}
+	return &refusal{status: 405, reason: "method", detail: "TRACE is not served", head: allow}
 }
 
 // ownHost is the Host that the application sees, made once for a name.
@@ -373,11 +385,23 @@ func (in *Inbound) handOver(x *call, g authz.Grant) *refusal {
 	if !g.Covers(in.self, x.port) {
 		return &refusal{status: 500, reason: "no_grant", detail: "the call was not judged"}
 	}
+	// What ignores such a body takes it for the next request: there is none.
+	x.ex.ToUp.Close = !x.req.Body.Empty() && !wantsBody(x.req.Method)
 	r := x.exchange()
 	if r != nil && r.reason == "no_endpoint" {
 		r.detail = "the application does not accept connections"
 	}
 	return r
+}
+
+// wantsBody says whether a body has a meaning with this method (RFC 9110
+// section 9.3), so that every application reads it.
+func wantsBody(method []byte) bool {
+	switch string(method) {
+	case "GET", "HEAD", "DELETE", "OPTIONS":
+		return false
+	}
+	return true
 }
 
 func (in *Inbound) lend(x *call, fresh bool) (*upstream.Conn, error) {

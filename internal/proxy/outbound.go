@@ -191,6 +191,9 @@ func (d *door) route(x *call) *refusal {
 		x.runs()
 		return nil
 	}
+	if r := noTrace(x); r != nil {
+		return r
+	}
 	snap := d.cfg.Snapshot()
 	if snap == nil {
 		return d.noRoute(x, "no_policy")
