@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"strings"
 	"testing"
 	"time"
 
@@ -108,8 +109,9 @@ func (w *workload) run() error {
 	return http.Serve(ln, mux)
 }
 
-// echo answers with what the application sees of a request; an upgraded
-// connection it keeps until the other end closes it.
+// echo answers with what the application sees of a request. An upgraded
+// connection it keeps until the other end closes it, and to /stream it answers
+// for as long as somebody listens.
 func echo(rw http.ResponseWriter, r *http.Request) {
 	if r.Header.Get("Upgrade") == "websocket" {
 		c, _, err := http.NewResponseController(rw).Hijack()
@@ -121,6 +123,10 @@ func echo(rw http.ResponseWriter, r *http.Request) {
 		_, _ = io.Copy(io.Discard, c)
 		return
 	}
+	if strings.HasSuffix(r.URL.Path, "/stream") {
+		stream(rw, r)
+		return
+	}
 	body, err := io.ReadAll(r.Body)
 	if err != nil {
 		return
@@ -130,6 +136,21 @@ func echo(rw http.ResponseWriter, r *http.Request) {
 		"method": r.Method, "path": r.URL.Path, "host": r.Host, "body": string(body),
 		"caller": r.Header.Get("X-Forwarded-Client-Cert"), "user": r.Header.Get("X-User"), "authorization": r.Header.Get("Authorization"),
 	})
+}
+
+// stream sends events until the client is gone.
+func stream(rw http.ResponseWriter, r *http.Request) {
+	rw.Header().Set("Content-Type", "text/event-stream")
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for http.NewResponseController(rw).Flush() == nil {
+		select {
+		case <-r.Context().Done():
+			return
+		case at := <-tick.C:
+			fmt.Fprintf(rw, "data: %s\n\n", at.Format(time.RFC3339Nano))
+		}
+	}
 }
 
 // answer makes a function that takes and gives JSON.

@@ -241,6 +241,12 @@ func (j *Judge) Allows(c *Call) (ok bool) {
 	return d.Allow
 }
 
+// Reaches reports whether the policy in force allows any call at all from src to
+// dst, if its conditions hold. It is for connections between calls.
+func (j *Judge) Reaches(dir mesh.Direction, src spiffeid.ID, dst string, port uint16) bool {
+	return j.set.Load().reaches(dir, src, dst, port)
+}
+
 // record writes the decision, and only then makes the grant.
 func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	r := j.records.Get().(*audit.Record)

@@ -15,6 +15,12 @@ func modeRows(t *testing.T, access, guard mesh.Mode) *Set {
 p, stop-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, 8443, POST, /v1/refunds, -, deny
 p, guard-1, in, **, spiffe://corp.example/ns/shop/sa/billing, *, *, /v1/admin/**, -, deny
 `)
+	return compileModal(t, snap, access, guard)
+}
+
+// compileModal takes the rows named guard for guardrails.
+func compileModal(t *testing.T, snap *mesh.Snapshot, access, guard mesh.Mode) *Set {
+	t.Helper()
 	for i := range snap.Rules {
 		snap.Rules[i].Origin.File = "access.csv"
 		if strings.HasPrefix(snap.Rules[i].ID, "guard") {
@@ -115,6 +121,33 @@ func TestUnknownModeIsNoPolicy(t *testing.T) {
 		snap.Modes = []mesh.FileMode{m}
 		if _, err := Compile(snap); err == nil {
 			t.Errorf("%v was compiled", m)
+		}
+	}
+}
+
+func TestReaches(t *testing.T) {
+	const all = `p, pay-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, 8443, POST, /v1/**, when=Mon-Fri/09:00-17:00, allow
+`
+	const guard = `p, guard-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, *, *, **, -, deny
+`
+	for _, c := range []struct {
+		name, csv     string
+		access, guard mesh.Mode
+		want          bool
+	}{
+		{"a row, whatever its conditions", all, mesh.Enforce, mesh.Enforce, true},
+		{"a guardrail over all of it", all + guard, mesh.Enforce, mesh.Enforce, false},
+		{"a guardrail over part of it", all + strings.Replace(guard, "*, **", "*, /v1/x", 1), mesh.Enforce, mesh.Enforce, true},
+		{"a guardrail under a condition", all + strings.Replace(guard, "-, deny", "until=2027-01-01T00:00:00Z, deny", 1), mesh.Enforce, mesh.Enforce, true},
+		{"a guardrail that is not enforced", all + guard, mesh.Enforce, mesh.Observe, true},
+		{"for another port", strings.Replace(all, "8443", "9443", 1), mesh.Enforce, mesh.Enforce, false},
+		{"for others", strings.Replace(all, "payment", "web", 1), mesh.Enforce, mesh.Enforce, false},
+		{"for others, and not enforced", strings.Replace(all, "payment", "web", 1), mesh.Warn, mesh.Enforce, true},
+		{"no policy", "", mesh.Enforce, mesh.Enforce, false},
+	} {
+		j := judgeWith(t, recorder(func(*audit.Record) error { return nil }), compileModal(t, rows(t, c.csv), c.access, c.guard))
+		if got := j.Reaches(mesh.In, pay, bill.String(), 8443); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
 		}
 	}
 }

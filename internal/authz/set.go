@@ -290,3 +290,28 @@ func (sl *Slice) Decide(c *Call) Decision {
 	}
 	return Decision{Reason: reason}
 }
+
+// reaches reports whether a row allows a call between the two and none denies
+// them all, or the rows that would are not enforced.
+func (s *Set) reaches(dir mesh.Direction, src spiffeid.ID, dst string, port uint16) bool {
+	switch {
+	case s.Len() == 0:
+		return false
+	case s.lenient != nil && s.lenient.access != mesh.Enforce:
+		return true
+	}
+	for _, r := range s.Slice(dir, src, dst, port).rules { // denials first
+		switch {
+		case !r.deny:
+			return true
+		case r.verbs == anyVerb && r.kind == anyPath && len(r.conds) == 0 && !s.lenientOn(&r):
+			return false
+		}
+	}
+	return false
+}
+
+// lenientOn says that the file of a row is not enforced.
+func (s *Set) lenientOn(r *rule) bool {
+	return s.lenient != nil && s.lenient.guards[r.id] && s.lenient.guard != mesh.Enforce
+}

@@ -16,12 +16,13 @@ type basis struct {
 	hash string    // of an API key, as tokens.yaml has it
 }
 
-// Standing looks again at a credential that counted when a connection was
-// upgraded, and gives the Token as it counts now: nil without a fault when the
+// Standing looks again at a credential that counted when a call began that goes
+// on, and gives the Token as it counts now: nil without a fault when the
 // policy in force does not look at such credentials any more, so that rows which
 // ask for one do not hold. What binds it was proved on the same connection and
-// is not asked for again. It is quick and fetches nothing.
-func (v *Verifier) Standing(t *Token) (now *Token, f *Fault) {
+// is not asked for again. A token may have ended up to grace ago; what was
+// revoked or taken away has none. It is quick and fetches nothing.
+func (v *Verifier) Standing(t *Token, grace time.Duration) (now *Token, f *Fault) {
 	st := v.state.Load()
 	if st == nil || t == nil {
 		return nil, nil
@@ -34,7 +35,7 @@ func (v *Verifier) Standing(t *Token) (now *Token, f *Fault) {
 	}()
 	switch {
 	case t.basis.jwt != nil && len(st.issuers) > 0:
-		if f := v.standingJWT(st, t.basis.jwt); f != nil {
+		if f := v.standingJWT(st, t.basis.jwt, grace); f != nil {
 			return nil, fault(f.Code, f.Detail+"; "+t.detail())
 		}
 		return t, nil
@@ -50,14 +51,14 @@ func (v *Verifier) Standing(t *Token) (now *Token, f *Fault) {
 	return nil, nil
 }
 
-func (v *Verifier) standingJWT(st *verifierState, e *verified) *Fault {
+func (v *Verifier) standingJWT(st *verifierState, e *verified, grace time.Duration) *Fault {
 	is := st.issuers[e.issuer.name]
 	switch {
 	case is == nil:
 		return fault(FaultIssuer, "token is of an issuer that does not count here any more")
 	case is.rules != e.issuer.rules:
 		return fault(FaultClaims, "tokens of its issuer are held to other rules than before")
-	case !v.cfg.Now().Before(e.ends):
+	case !v.cfg.Now().Before(e.ends.Add(grace)):
 		return fault(FaultExpired, "token has expired")
 	case st.revoked != nil && st.revoked[is.name].holds(e):
 		return fault(FaultRevoked, "token was revoked")

@@ -31,11 +31,15 @@ func TestStanding(t *testing.T) {
 		change func(*tokenRig)
 		want   FaultCode
 		none   bool // the credential is not looked at any more
+		grace  time.Duration
 	}{
 		{name: "nothing has changed", by: token, change: wait(0)},
 		{name: "beyond the time that it is known", by: token, change: wait(5*time.Minute + 29*time.Second)},
 		{name: "its end", by: token, change: wait(5*time.Minute + 30*time.Second), want: FaultExpired},
+		{name: "beyond its end, within a grace", by: token, change: wait(6*time.Minute + 29*time.Second), grace: time.Minute},
+		{name: "its end and the grace", by: token, change: wait(6*time.Minute + 30*time.Second), grace: time.Minute, want: FaultExpired},
 		{name: "revoked by name", by: token, change: revoke(mesh.Revocation{JTI: "j1"}), want: FaultRevoked},
+		{name: "revoked, and no grace helps", by: token, change: revoke(mesh.Revocation{JTI: "j1"}), grace: time.Minute, want: FaultRevoked},
 		{name: "revoked by subject", by: token, change: revoke(mesh.Revocation{Subject: "alice"}), want: FaultRevoked},
 		{name: "another one revoked", by: token, change: revoke(mesh.Revocation{JTI: "j2"})},
 		{name: "its key is gone", by: token, want: FaultKey,
@@ -81,7 +85,7 @@ func TestStanding(t *testing.T) {
 			if err := r.start(); err != nil {
 				t.Fatal(err)
 			}
-			got, f := r.v.Standing(tok)
+			got, f := r.v.Standing(tok, c.grace)
 			switch {
 			case c.want != "":
 				if f == nil || f.Code != c.want || got != nil {
@@ -107,22 +111,22 @@ func TestStandingAPIKeyHasItsNewScopes(t *testing.T) {
 	if err := r.start(); err != nil {
 		t.Fatal(err)
 	}
-	if now, f := r.v.Standing(old); f != nil || !maps.Equal(now.Scopes, map[string]bool{"new": true}) {
+	if now, f := r.v.Standing(old, 0); f != nil || !maps.Equal(now.Scopes, map[string]bool{"new": true}) {
 		t.Errorf("got %+v, %+v", now, f)
 	}
 }
 
 func TestStandingOfWhatNobodyVerified(t *testing.T) {
 	r := newTokenRig(t, nil)
-	if _, f := r.v.Standing(&Token{Issuer: ciIssuer, Subject: "alice"}); f == nil || f.Code != FaultInternal {
+	if _, f := r.v.Standing(&Token{Issuer: ciIssuer, Subject: "alice"}, 0); f == nil || f.Code != FaultInternal {
 		t.Errorf("got %+v", f)
 	}
-	if tok, f := r.v.Standing(nil); tok != nil || f != nil {
+	if tok, f := r.v.Standing(nil, 0); tok != nil || f != nil {
 		t.Errorf("of no token: %v, %+v", tok, f)
 	}
 	tok, _ := r.check(bearer(good(nil, nil)))
 	r.v.cfg.Keys = panicking{}
-	if got, f := r.v.Standing(tok); got != nil || f == nil || f.Code != FaultInternal {
+	if got, f := r.v.Standing(tok, 0); got != nil || f == nil || f.Code != FaultInternal {
 		t.Errorf("in a panic: %v, %+v", got, f)
 	}
 }

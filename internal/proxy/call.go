@@ -56,14 +56,14 @@ type call struct {
 	token      *authz.Token
 	verified   time.Time // when the proof was last looked at
 	epoch      uint64    // of the Rejudge that has seen it
-	// again, when set, looks at the call once more after a Rejudge.
-	again  func() bool
-	port   uint16 // of the rules
-	judge  *authz.Conn
-	judged authz.Call
-	grant  authz.Grant
-	caller []byte // the field line that tells the application
-	host   ownHost
+	// standing, when set, refuses a call that a Rejudge has overtaken.
+	standing func() *refusal
+	port     uint16 // of the rules
+	judge    *authz.Conn
+	judged   authz.Call
+	grant    authz.Grant
+	caller   []byte // the field line that tells the application
+	host     ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
 	// service meant.
@@ -218,18 +218,23 @@ func (x *call) exchange() *refusal {
 			return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
 		}
 		x.ex.Up = up.Conn
-		if !x.conn.bind(up.NetConn()) {
+		if !x.bind(up) {
 			up.Discard()
 			x.broken = true
 			return nil
 		}
 		if up.Stands() != nil && !fresh {
-			x.conn.bind(nil)
+			x.unbind()
 			up.Discard()
 			continue // the next handshake says why
 		}
+		if r := x.again(); r != nil {
+			x.unbind()
+			up.Put()
+			return r
+		}
 		x.res, x.err = x.ex.Run()
-		x.conn.bind(nil)
+		x.unbind()
 		if x.err == nil {
 			x.finish(up)
 			return nil
@@ -309,7 +314,7 @@ func (x *call) relay(up *upstream.Conn) {
 	}
 	defer stop()
 	sent, got, err := http1.Relay(x.down, up.Conn, relayIdle)
-	x.conn.bind(nil)
+	x.unbind()
 	x.res.ReqBytes += sent
 	x.res.RespBytes += got
 	x.err = err

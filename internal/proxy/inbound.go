@@ -95,8 +95,8 @@ type Inbound struct {
 	drops    dropSets
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
-	// verifyEvery and handshakeTimeout are fields for tests.
-	verifyEvery, handshakeTimeout time.Duration
+	// verifyEvery, handshakeTimeout and tokenGrace are fields for tests.
+	verifyEvery, handshakeTimeout, tokenGrace time.Duration
 }
 
 // NewInbound checks the configuration; Run does the work.
@@ -104,7 +104,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, handshakeTimeout: handshakeTimeout}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, handshakeTimeout: handshakeTimeout, tokenGrace: tokenGrace}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
 	in.chain = in.makeChain()
@@ -129,7 +129,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	tc := tls.Server(c.Conn, in.cfg.TLS)
 	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: c.RemoteAddr().String()}
-	x.again = func() bool { reason, _ := in.stands(x); return reason == "" }
+	x.standing = func() *refusal { return in.overtaken(x) }
 	if err := in.handshake(ctx, tc, x); err != nil {
 		in.refusedHandshake(x, err)
 		return
@@ -243,8 +243,11 @@ func (in *Inbound) failedCall(x *call) {
 	r := audit.Record{Kind: audit.KindError, Reason: "upstream", Rule: x.grant.Rule(), Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
 		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Duration: time.Since(x.start),
 		Class: audit.Class(x.status()), Detail: "decision " + x.grant.ID(), Open: true, Done: true}
-	if x.refused != nil {
+	switch {
+	case x.refused != nil:
 		r.Reason = x.refused.reason
+	case x.conn.look().cut:
+		r.Reason = "cut_off" // by us; another record says why
 	}
 	if err := in.Audit.Append(&r); err != nil {
 		in.Log.Error("audit record lost", "err", err)
@@ -280,6 +283,19 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	if reason == "" {
 		return nil
 	}
+	return in.refuseAgain(x, reason, detail)
+}
+
+// overtaken refuses a call that was judged before a Rejudge that did not see it.
+func (in *Inbound) overtaken(x *call) *refusal {
+	if reason, detail := in.stands(x); reason != "" {
+		return in.refuseAgain(x, reason, detail)
+	}
+	return nil
+}
+
+// refuseAgain refuses a call by who was believed before.
+func (in *Inbound) refuseAgain(x *call, reason, detail string) *refusal {
 	x.ex.ToDown.Close = true
 	r := audit.Record{Reason: reason, Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
 		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Detail: detail}

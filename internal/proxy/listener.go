@@ -42,12 +42,13 @@ type conn struct {
 	// state orders the end of an idle connection against its next call.
 	state atomic.Int32
 
-	mu     sync.Mutex // guards the fields below
-	up     net.Conn   // what the call in flight talks to
-	cut    bool
-	who    *peer       // the peer of an inbound connection, once it is known
-	tunnel bool        // it was upgraded, or leads through a gateway
-	call   *authz.Call // what an upgraded inbound connection was judged by
+	mu      sync.Mutex // guards the fields below
+	up      net.Conn   // what the call in flight talks to
+	cut     bool
+	who     *peer       // the peer of an inbound connection, once it is known
+	tunnel  bool        // it was upgraded, or leads through a gateway
+	call    *authz.Call // what the inbound call in flight was judged by
+	carried bool        // it has had such a call
 }
 
 // The states of a conn.
@@ -64,12 +65,22 @@ func (c *conn) begin() bool { return c.state.CompareAndSwap(idle, busy) }
 // rest marks the connection as idle.
 func (c *conn) rest() { c.state.CompareAndSwap(busy, idle) }
 
-// bind says what the call talks to from now on, nil for nothing. It is false
-// when the connection has been severed.
-func (c *conn) bind(up net.Conn) bool {
+// end closes the connection if it carries no call.
+func (c *conn) end() bool {
+	if !c.state.CompareAndSwap(idle, ended) {
+		return false
+	}
+	c.Close()
+	return true
+}
+
+// bind says what the call talks to from now on, nil for nothing, and what it
+// was judged by if it was. It is false when the connection has been severed.
+func (c *conn) bind(up net.Conn, call *authz.Call) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.up = up
+	c.up, c.call = up, call
+	c.carried = c.carried || call != nil
 	return !c.cut
 }
 
@@ -209,9 +220,7 @@ func (l *listener) closeIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for c := range l.open {
-		if c.state.CompareAndSwap(idle, ended) {
-			c.Close()
-		}
+		c.end()
 	}
 }
 

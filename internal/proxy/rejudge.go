@@ -21,15 +21,20 @@ import (
 // time: the end of SVIDs, the until= and when= of rules.
 const rejudgeEvery = 15 * time.Second
 
-// recheckEvery is how often upgraded connections are held to the credential
-// that they were upgraded by.
-const recheckEvery = time.Second
+const (
+	// recheckEvery is how often what is carried by a token or an API key is
+	// held to it.
+	recheckEvery = time.Second
+	// tokenGrace is how long a call that is no upgrade may go on after the end
+	// of its token: as long as an application may take to begin its answer.
+	tokenGrace = time.Minute
+)
 
 // Why a connection was closed, or a call on it refused.
 const (
 	reasonRevoked = "svid_revoked" // the peer's SVID was revoked
 	reasonExpired = "svid_expired" // a tunnel has come to the end of the peer's SVID
-	reasonPolicy  = "revoked"      // the policy in force does not allow a tunnel any more
+	reasonPolicy  = "revoked"      // the policy in force does not allow what it carries any more
 )
 
 // A peer is who has proved an identity on a connection.
@@ -40,17 +45,24 @@ type peer struct {
 
 // A look is what a connection carries, for who judges it again.
 type look struct {
-	who    *peer       // the peer of an inbound connection, once it is known
-	up     net.Conn    // what the call in flight talks to
-	tunnel bool        // it was upgraded, or leads through a gateway
-	call   *authz.Call // what an upgraded inbound connection was judged by
-	cut    bool        // it is on its way out
+	who    *peer      // the peer of an inbound connection, once it is known
+	up     net.Conn   // what the call in flight talks to
+	tunnel bool       // it was upgraded, or leads through a gateway
+	call   authz.Call // what an inbound call in flight was judged by, if carries
+	// carries and carried say that it carries a call now, or has carried one,
+	// that was allowed.
+	carries, carried bool
+	cut              bool // it is on its way out
 }
 
 func (c *conn) look() look {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return look{c.who, c.up, c.tunnel, c.call, c.cut}
+	v := look{who: c.who, up: c.up, tunnel: c.tunnel, carries: c.call != nil, carried: c.carried, cut: c.cut}
+	if v.carries {
+		v.call = *c.call
+	}
+	return v
 }
 
 // proved says whose the connection is.
@@ -60,11 +72,11 @@ func (c *conn) proved(p *peer) {
 	c.who = p
 }
 
-// carry says that the connection is a tunnel from now on.
-func (c *conn) carry(call *authz.Call) {
+// pass says that the connection is a tunnel from now on.
+func (c *conn) pass() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.tunnel, c.call = true, call
+	c.tunnel = true
 }
 
 // every looks again now and then until ctx ends.
@@ -114,20 +126,21 @@ func (s Shared) closed(list ...audit.Record) {
 }
 
 // Rejudge looks at every open connection again and closes those whose peer's
-// SVID was revoked, and the upgraded ones whose peer's SVID has ended, whose
-// credential does not count any more or that the policy in force does not
-// allow. It is called after each revocation and each change of policy; when it
-// returns they are closed and recorded.
+// SVID was revoked; those that carry a call, upgraded or not, whose credential
+// does not count any more or that the policy in force does not allow; those
+// that carry none and whose peer may call nothing any more; and the upgraded
+// ones whose peer's SVID has ended. It is called after each revocation and each
+// change of policy; when it returns they are closed and recorded.
 func (in *Inbound) Rejudge() {
 	in.epoch.Add(1)
 	// Without an identity there is nothing to look at: who proves one looks then.
 	in.rejudge(func(v look) bool { return v.who != nil })
 }
 
-// recheck is Rejudge for the connections that were upgraded by a token or an
-// API key. Its end, and its issuer's keys, come without a word.
+// recheck is Rejudge for the connections that carry a call by a token or an API
+// key. Its end, and its issuer's keys, come without a word.
 func (in *Inbound) recheck() {
-	in.rejudge(func(v look) bool { return v.call != nil && v.call.Token != nil })
+	in.rejudge(func(v look) bool { return v.carries && v.call.Token != nil })
 }
 
 func (in *Inbound) rejudge(which func(look) bool) {
@@ -137,12 +150,24 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		if v.cut || !which(v) {
 			continue
 		}
-		if reason, detail := in.standing(v); reason != "" {
+		reason, detail := in.standing(v)
+		switch {
+		case reason != "":
 			c.sever()
-			over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: c.RemoteAddr().String(), Detail: detail})
+		case in.idleForGood(v) && c.end():
+			reason, detail = reasonPolicy, "the policy in force allows the peer no call any more"
+		default:
+			continue
 		}
+		over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: c.RemoteAddr().String(), Detail: detail})
 	}
 	in.closed(over...)
+}
+
+// idleForGood says that a connection was of use, is idle, and will not be of
+// use again. One that only ever got refusals is left: each of them is told.
+func (in *Inbound) idleForGood(v look) bool {
+	return v.carried && !v.carries && !in.cfg.Judge.Reaches(mesh.In, v.who.id, in.self, in.cfg.Port())
 }
 
 // standing says why a connection may not go on; empty when it may.
@@ -150,19 +175,22 @@ func (in *Inbound) standing(v look) (reason, detail string) {
 	if err := in.cfg.Standing(v.who.tls); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
 		return whyNot(err), err.Error()
 	}
-	if v.call == nil {
+	if !v.carries {
 		return "", ""
 	}
-	call := *v.call
-	if call.Token != nil {
-		t, f := in.cfg.Tokens.Standing(call.Token)
-		if f != nil {
-			return string(f.Code), "the credential by which it was upgraded does not count any more: " + f.Detail
-		}
-		call.Token = t
+	what, grace := "call in flight", in.tokenGrace
+	if v.tunnel {
+		what, grace = "upgraded connection", 0
 	}
-	if !in.cfg.Judge.Allows(&call) {
-		return reasonPolicy, "the policy in force does not allow the upgraded connection"
+	if v.call.Token != nil {
+		t, f := in.cfg.Tokens.Standing(v.call.Token, grace)
+		if f != nil {
+			return string(f.Code), "the credential of the " + what + " does not count any more: " + f.Detail
+		}
+		v.call.Token = t
+	}
+	if !in.cfg.Judge.Allows(&v.call) {
+		return reasonPolicy, "the policy in force does not allow the " + what
 	}
 	return "", ""
 }
@@ -237,21 +265,40 @@ func idOf(cs tls.ConnectionState) string {
 // tie makes what the call talks to known to Rejudge, and looks whether it still
 // stands: a Rejudge that came before has not seen it.
 func (x *call) tie(up *upstream.Conn) bool {
-	return x.conn.bind(up.NetConn()) && up.Stands() == nil
+	return x.bind(up) && up.Stands() == nil
+}
+
+// bind makes what the call talks to, and what it was judged by, known to
+// Rejudge.
+func (x *call) bind(up *upstream.Conn) bool {
+	if x.grant.Valid() {
+		return x.conn.bind(up.NetConn(), &x.judged)
+	}
+	return x.conn.bind(up.NetConn(), nil)
+}
+
+// unbind is called before another request may overwrite what bind has shown.
+func (x *call) unbind() { x.conn.bind(nil, nil) }
+
+// again judges the call once more if a Rejudge came between its judgement and
+// bind: that one has not seen it.
+func (x *call) again() *refusal {
+	if x.standing == nil {
+		return nil
+	}
+	return x.standing()
 }
 
 // lasting has an upgraded connection or a tunnel end mesh.Grace after the SVID by
 // which its peer was let in, and be judged again meanwhile. It reports whether it
 // may begin; stop is called at its end.
 func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
-	var call *authz.Call
 	dir, until := mesh.Out, up.Until()
 	if x.grant.Valid() {
-		judged := x.judged
-		dir, call, until = mesh.In, &judged, x.peerUntil
+		dir, until = mesh.In, x.peerUntil
 	}
-	x.conn.carry(call)
-	if !x.tie(up) || x.again != nil && !x.again() {
+	x.conn.pass()
+	if !x.tie(up) || x.again() != nil {
 		return nil, false
 	}
 	if until.IsZero() {

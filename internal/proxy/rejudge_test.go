@@ -44,10 +44,12 @@ func severed(t *testing.T, w *wire, what string) {
 	}
 }
 
+const slowRequest = "GET /ok/slow HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n"
+
 const wsRequest = "GET /ok/ws HTTP/1.1\r\nHost: billing.mesh.internal\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
 
-// echoApp upgrades and then gives back what it gets; a call for /ok/slow is
-// answered in part and then waits.
+// echoApp upgrades and then gives back what it gets; a call that ends in slow
+// is answered in part and then waits.
 func echoApp(t *testing.T) string {
 	return rawApp(t, func(c net.Conn, br *bufioReader) {
 		for {
@@ -60,7 +62,7 @@ func echoApp(t *testing.T) string {
 				fmt.Fprint(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
 				_, _ = io.Copy(c, br)
 				return
-			case strings.HasSuffix(req.URL.Path, "/slow"):
+			case strings.HasSuffix(req.RequestURI, "slow"):
 				fmt.Fprint(c, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
 			default:
 				fmt.Fprint(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
@@ -89,19 +91,25 @@ func (w *wire) echo() {
 	}
 }
 
+// streams asks for an answer that does not end and reads its beginning.
+func (w *wire) streams(request string) {
+	w.t.Helper()
+	w.say(request)
+	if resp, err := http.ReadResponse(w.r, nil); err != nil || resp.StatusCode != 200 {
+		w.t.Fatal(resp, err)
+	}
+	if _, err := io.ReadFull(w.r, make([]byte, 4)); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 func TestARevokedCallerIsCutOffWhateverItDoes(t *testing.T) {
 	r := newRig(t, echoApp(t))
 	thief := meshtest.Source(t, r.ca, web)
 	idle, slow, ws, bare := r.dialIn(thief), r.dialIn(thief), r.dialIn(thief), r.dialIn(thief)
 	idle.say(okRequest)
 	idle.answer("GET")
-	slow.say(strings.Replace(okRequest, "/ok/1", "/ok/slow", 1))
-	if resp, err := http.ReadResponse(slow.r, nil); err != nil || resp.StatusCode != 200 {
-		t.Fatal(resp, err)
-	}
-	if _, err := io.ReadFull(slow.r, make([]byte, 4)); err != nil {
-		t.Fatal(err)
-	}
+	slow.streams(slowRequest)
 	ws.upgraded(wsRequest)
 	honest := r.dialIn(r.web) // the same identity by another SVID
 	honest.upgraded(wsRequest)
@@ -179,6 +187,74 @@ func TestPolicyEndsAnUpgradedConnection(t *testing.T) {
 	if got := closedFor(r.inAudit, "revoked"); len(got) != 1 {
 		t.Errorf("recorded %+v", got)
 	}
+}
+
+// What an edit takes away ends whatever it is in the middle of; what it leaves
+// goes on.
+func TestPolicyEndsWhatItDoesNotAllowAnyMore(t *testing.T) {
+	r := newRig(t, echoApp(t))
+	idle, slow, ws, refused := r.dialIn(r.web), r.dialIn(r.web), r.dialIn(r.web), r.dialIn(r.web)
+	idle.say(okRequest)
+	idle.answer("GET")
+	slow.streams(slowRequest)
+	ws.upgraded(wsRequest)
+	nothing := strings.Replace(okRequest, "/ok/1", "/secret", 1)
+	refused.say(nothing)
+	refused.answer("GET")
+	row := func(path string) string {
+		return "p, all, in, " + web.String() + ", " + billing.String() + ", 8443, *, " + path + ", -, allow\n"
+	}
+
+	r.use(row("/ok/ws") + row2(row("/ok/1")))
+	r.inbound.Rejudge()
+	severed(t, slow, "a call in flight that is not allowed any more")
+	ws.echo()
+	idle.say(okRequest)
+	if resp, _ := idle.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("the connection of a peer that has lost some of its rights got %s", resp.Status)
+	}
+
+	r.use(row("/elsewhere"))
+	r.inbound.Rejudge()
+	severed(t, ws, "an upgraded connection that is not allowed any more")
+	idle.say(nothing) // it may call something, so that it is told
+	if resp, _ := idle.answer("GET"); resp.StatusCode != 403 {
+		t.Errorf("got %s", resp.Status)
+	}
+
+	r.use("")
+	r.inbound.Rejudge()
+	severed(t, idle, "a connection of a peer that may call nothing any more")
+	r.inbound.Rejudge()
+	refused.say(nothing) // it had nothing to lose
+	if resp, _ := refused.answer("GET"); resp.StatusCode != 403 {
+		t.Errorf("got %s", resp.Status)
+	}
+	if got := closedFor(r.inAudit, "revoked"); len(got) != 3 {
+		t.Errorf("recorded %+v", got)
+	}
+}
+
+// row2 is a row under another name.
+func row2(row string) string { return strings.Replace(row, "p, all,", "p, all-2,", 1) }
+
+// A call that was judged by the policy before is not forwarded by the one after,
+// although no Rejudge has seen it.
+func TestACallThatAnEditOvertakes(t *testing.T) {
+	r := newParts(t, echoApp(t))
+	forward := &r.inbound.chain[len(r.inbound.chain)-1]
+	take := forward.enter
+	forward.enter = func(x *call) *refusal {
+		r.use("") // after the judge
+		r.inbound.Rejudge()
+		return take(x)
+	}
+	r.inAddr, _ = start(t, r.inbound.Run)
+	r.use(r.access)
+	w := r.dialIn(r.web)
+	w.say(okRequest)
+	resp, body := w.answer("GET")
+	denied(t, resp, body, r.inAudit, reasonPolicy)
 }
 
 func TestARevokedServiceIsLeft(t *testing.T) {

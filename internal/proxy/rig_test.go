@@ -3,6 +3,7 @@ package proxy
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"io"
@@ -87,6 +88,7 @@ type rig struct {
 	access         string
 	nextRevision   uint64
 	endpointsExtra []mesh.Endpoint
+	tokenGrace     time.Duration // of inbound; 0 for the usual
 }
 
 // logBuffer is where the operator's log goes.
@@ -173,6 +175,7 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	r.inbound.handshakeTimeout = time.Minute
+	r.inbound.tokenGrace = cmp.Or(r.tokenGrace, r.inbound.tokenGrace)
 	if r.outbound, err = NewOutbound(r.outCfg); err != nil {
 		t.Fatal(err)
 	}

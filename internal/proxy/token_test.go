@@ -50,7 +50,7 @@ func echo(w http.ResponseWriter, r *http.Request) {
 
 func newTokenRig(t *testing.T) *tokenRig { return newTokenRigBefore(t, app(t, echo)) }
 
-func newTokenRigBefore(t *testing.T, app string) *tokenRig {
+func newTokenRigBefore(t *testing.T, app string, change ...func(*rig)) *tokenRig {
 	t.Helper()
 	tr := &tokenRig{key: josetest.NewKey(t, "ES256")}
 	jwk := josetest.JWK(t, tr.key.Public())
@@ -83,11 +83,11 @@ api_keys:
 	}
 	v.Use(compiled)
 	tr.v = v
-	tr.rig = newRig(t, app, func(r *rig) {
+	tr.rig = newRig(t, app, append(change, func(r *rig) {
 		r.access = tokenRowsCSV
 		r.inCfg.Tokens = v
 		r.inCfg.Name = func() mesh.ServiceName { return "billing" }
-	})
+	})...)
 	tr.other = meshtest.Source(t, tr.ca, meshtest.ID("/ns/shop/sa/inventory"))
 	return tr
 }
@@ -134,6 +134,30 @@ func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
 	}
 	long.echo()
 	none.echo()
+}
+
+// A call that is no upgrade may go on for a while after the end of its token,
+// and not for long.
+func TestACallInFlightEndsAGraceAfterItsToken(t *testing.T) {
+	const grace = 2 * time.Second
+	r := newTokenRigBefore(t, echoApp(t), func(r *rig) { r.tokenGrace = grace })
+	end := time.Now().Truncate(time.Second).Add(2 * time.Second)
+	stream := func(token string) *wire {
+		w := r.dialIn(r.web)
+		w.streams("GET /pay?slow HTTP/1.1\r\nHost: billing.mesh.internal\r\nAuthorization: Bearer " + token + "\r\n\r\n")
+		return w
+	}
+	stream(r.tokenUntil(end.Add(time.Hour)))
+	severed(t, stream(r.tokenUntil(end)), "an answer whose token has expired")
+	if late := time.Since(end); late < grace || late > grace+5*time.Second {
+		t.Errorf("closed %s after the end of the token, want %s", late, grace)
+	} else {
+		t.Logf("closed %s after the end of the token", late)
+	}
+	await(t, func() bool { return len(closedFor(r.inAudit, "token_expired")) == 1 })
+	if n := known(r.inbound); n != 1 {
+		t.Errorf("%d connections are left, want the one whose token counts", n)
+	}
 }
 
 // Nor its issuer, its API key and what the policy gives for them.

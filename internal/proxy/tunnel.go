@@ -38,7 +38,7 @@ func (d *door) connect(x *call) *refusal {
 		x.broken = true
 		return nil
 	}
-	defer x.conn.bind(nil)
+	defer x.unbind()
 	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", x.req.Authority, x.req.Authority)
 	head = append(append(head, x.extra...), '\r', '\n')
 	if _, err := up.Write(head); err != nil {
