@@ -166,7 +166,7 @@ func (in *issuer) open(ctx context.Context) error {
 	}
 	in.registry, err = registry.New(registry.Config{
 		Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked,
-		Verify: in.verifier(), OnUnsigned: in.passedOver,
+		Verify: in.verifier(), OnUnsigned: in.passedOver, OnRollout: in.recordRollout,
 	})
 	if err != nil {
 		return err

@@ -113,6 +113,32 @@ func billingHello() Hello {
 	}
 }
 
+// TestCanarySubscriber is told of what its group tries, and of it alone.
+func TestCanarySubscriber(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	canary, _ := r.joined("node-b")
+	other, _ := r.joined("node-a")
+	first, second := newWatcher(), newWatcher()
+	_, stop := subscribe(t, canary, billingHello(), first)
+	defer stop()
+	_, stopOther := subscribe(t, other, Hello{Kind: KindSidecar, Workload: payment}, second)
+	defer stopOther()
+	recv(t, "snapshot", first.snaps)
+	recv(t, "snapshot", second.snaps)
+	r.reg.change(func() { r.reg.canary, r.reg.tried = billing, snapshot(t, 11, 4, "PUT") })
+	if got := recv(t, "the snapshot that is tried", first.snaps); got.PolicyRevision != 4 {
+		t.Errorf("the canary is told of revision %d", got.PolicyRevision)
+	}
+	report(t, r, "ack of the canary", func(p mesh.Proxy) bool { return p.Workload == billing && p.PolicyRevision == 4 })
+	// What comes next for all is the first that the other hears.
+	r.reg.change(func() { r.reg.tried, r.reg.snap = nil, snapshot(t, 12, 5, "GET|POST") })
+	for who, w := range map[string]*watcher{"the canary": first, "the other": second} {
+		if got := recv(t, "the snapshot of all", w.snaps); got.PolicyRevision != 5 {
+			t.Errorf("%s is told of revision %d", who, got.PolicyRevision)
+		}
+	}
+}
+
 func TestASubscriberGetsItsSliceAndAnswers(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	c, _ := r.joined("node-b")

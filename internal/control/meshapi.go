@@ -280,7 +280,7 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if err := sub.revoke(); err != nil {
 		return err
 	}
-	snap := s.cfg.Registry.Current()
+	snap, canary := s.cfg.Registry.SnapshotFor(sub.who.id, sub.key.workload, sub.key.kind)
 	if err := sub.announce(ctx, snap); err != nil {
 		return err
 	}
@@ -290,7 +290,11 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if snap == nil {
 		return nil
 	}
-	return sub.push(snap)
+	from := &s.projections
+	if canary {
+		from = &s.tried
+	}
+	return sub.push(snap, from)
 }
 
 // announce makes known the endpoints that are due, each only while its service
@@ -337,8 +341,8 @@ func (sub *subscription) syncNow() error {
 
 // push sends the proxy's projection when its content is new, and the new
 // revisions when only they are.
-func (sub *subscription) push(snap *mesh.Snapshot) error {
-	own, err := sub.s.projections.of(snap, sub.key.kind, sub.key.workload)
+func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
+	own, err := from.of(snap, sub.key.kind, sub.key.workload)
 	if err != nil {
 		return err
 	}

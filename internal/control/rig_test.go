@@ -162,6 +162,8 @@ type memory struct {
 	entries   []mesh.Entry
 	agents    map[spiffeid.ID]mesh.Agent
 	snap      *mesh.Snapshot
+	tried     *mesh.Snapshot // by canary
+	canary    spiffeid.ID
 	changed   chan struct{}
 	proxies   map[spiffeid.ID]mesh.Proxy
 	announced map[mesh.Endpoint]int
@@ -253,6 +255,14 @@ func (m *memory) Revocations() *mesh.RevokedSVIDs {
 }
 func (m *memory) Current() *mesh.Snapshot {
 	return read(m, func() *mesh.Snapshot { return m.snap })
+}
+func (m *memory) SnapshotFor(_, workload spiffeid.ID, _ string) (*mesh.Snapshot, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.tried != nil && workload == m.canary {
+		return m.tried, true
+	}
+	return m.snap, false
 }
 func (m *memory) Changed() <-chan struct{} {
 	return read(m, func() chan struct{} { return m.changed })

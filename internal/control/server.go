@@ -52,6 +52,9 @@ type Registry interface {
 	Revocations() *mesh.RevokedSVIDs
 	// Current is nil before the first policy.
 	Current() *mesh.Snapshot
+	// SnapshotFor is what a proxy is to act on, and whether that is what its
+	// canary group tries: Current otherwise.
+	SnapshotFor(agent, workload spiffeid.ID, kind string) (s *mesh.Snapshot, canary bool)
 	// Changed is closed at the next change of Current or Entries.
 	Changed() <-chan struct{}
 	// Announce keeps an endpoint for the lease, counted from now; announcing
@@ -229,8 +232,10 @@ type Server struct {
 	conns, strangers, agentCalls tally
 	refusals, work, uploads      budgets
 
-	projections projections
-	revisions   entryRevisions
+	// projections are of the snapshot of the fleet, tried of that of a canary
+	// group.
+	projections, tried projections
+	revisions          entryRevisions
 	// stopping is closed once the Server is to end its streams.
 	stopping chan struct{}
 	stopOnce sync.Once

@@ -47,6 +47,14 @@ type Proxy struct {
 	// PolicyRevision is the newest that the proxy has acknowledged.
 	PolicyRevision uint64     `json:"policy_revision"`
 	State          ProxyState `json:"state"`
+	// Since is when it acknowledged that, at the earliest known.
+	Since time.Time `json:"since,omitzero"`
+	// Wanted is the revision that it should act on, Group its group while that
+	// depends on it, and PolicyHash the hash of the policies it acts on, empty
+	// when they are neither those in force nor those of the canary group.
+	Wanted     uint64 `json:"wanted,omitempty"`
+	Group      string `json:"group,omitempty"`
+	PolicyHash string `json:"policy_hash,omitempty"`
 	// Reason says why a revision was rejected.
 	Reason string `json:"reason,omitempty"`
 	// CandidateRefused says why the candidate is not tried.
@@ -99,6 +107,11 @@ type IssuerStatus struct {
 	// PolicySet is the hash of the set that was pushed; empty when the policies
 	// come from files.
 	PolicySet string `json:"policy_set,omitempty"`
+	// NextRevision is the first that no set has used, also none that was given
+	// to a canary group only.
+	NextRevision uint64 `json:"next_revision,omitempty"`
+	// Rollout is the newest that went to a canary group first, nil before any.
+	Rollout *Rollout `json:"rollout,omitempty"`
 	// LastRefusal is why the newest edit of the policy files was refused;
 	// empty when the newest edit is in force.
 	LastRefusal string    `json:"last_refusal,omitempty"`

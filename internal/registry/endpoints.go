@@ -162,9 +162,10 @@ func (r *Registry) Withdraw(_ context.Context, agent spiffeid.ID) error {
 // Run ends leases and entries in time and, in a shared store, takes part with the other
 // issuers. It returns nil when ctx ends.
 func (r *Registry) Run(ctx context.Context) error {
+	var others sync.WaitGroup
+	defer others.Wait()
+	others.Go(func() { r.conduct(ctx) })
 	if r.shared() {
-		var others sync.WaitGroup
-		defer others.Wait()
 		others.Go(func() { r.follow(ctx) })
 		others.Go(func() { r.attend(ctx) })
 	}
@@ -260,26 +261,24 @@ func (r *Registry) refresh(rev int64) {
 	if now.accepted == nil {
 		return
 	}
-	endpoints := r.eligible(now)
-	if slices.Equal(endpoints, now.snapshot.Endpoints) {
+	endpoints, ro := r.eligible(now, now.accepted.Policies.Services), r.moved(now, now.rollout)
+	if slices.Equal(endpoints, now.snapshot.Endpoints) && ro == now.rollout {
 		return
 	}
 	next, snapshot := *now, *now.snapshot
-	snapshot.Endpoints = endpoints
+	snapshot.Endpoints, next.rollout = endpoints, ro
 	next.snapshot, next.changed = &snapshot, make(chan struct{})
 	r.publish(&next, rev)
 }
 
-// eligible returns the endpoints that may be distributed, in the order that
-// mesh.Compile gives them. Of
-// several agents at one address of a service only the latest is named: one
+// eligible returns the endpoints of services that may be distributed, in the
+// order that mesh.Compile gives them. Of several agents at one address of a service only the latest is named: one
 // that attested anew under another name. mu is held.
-func (r *Registry) eligible(s *state) []mesh.Endpoint {
+func (r *Registry) eligible(s *state, services []mesh.Service) []mesh.Endpoint {
 	type spot struct {
 		service mesh.ServiceName
 		address netip.AddrPort
 	}
-	services := s.accepted.Policies.Services
 	ids := make(map[mesh.ServiceName]spiffeid.ID, len(services))
 	for _, svc := range services {
 		ids[svc.Name] = svc.ID

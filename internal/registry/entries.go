@@ -92,8 +92,8 @@ func (r *Registry) republish(rev int64) {
 		return
 	}
 	next, snapshot := r.register(now.accepted), *now.snapshot
-	snapshot.Endpoints = r.eligible(next)
-	next.snapshot = &snapshot
+	snapshot.Endpoints = r.eligible(next, now.accepted.Policies.Services)
+	next.snapshot, next.rollout = &snapshot, r.moved(next, now.rollout)
 	r.lose(now, next)
 	r.publish(next, rev)
 }

@@ -181,6 +181,7 @@ func (r *Registry) ReportProxy(p mesh.Proxy) {
 		in.refused = cmp.Or(p.PolicyRevision, current)
 		in.PolicyRevision = f.proxies[key].PolicyRevision
 	}
+	in.Since = f.since(key, in.PolicyRevision, now)
 	if f.proxies == nil {
 		f.proxies = make(map[proxyKey]proxy)
 	}
@@ -202,10 +203,24 @@ func (r *Registry) ReportProxy(p mesh.Proxy) {
 	}
 }
 
+// since is when a proxy acknowledged a revision, by what it said before, here
+// or to another issuer. mu is held.
+func (f *fleet) since(key proxyKey, revision uint64, now time.Time) time.Time {
+	for _, said := range []map[proxyKey]proxy{f.proxies, f.elsewhere} {
+		if p, known := said[key]; known && p.PolicyRevision == revision && !p.Since.IsZero() {
+			return p.Since
+		}
+	}
+	if revision == 0 {
+		return time.Time{}
+	}
+	return now.UTC()
+}
+
 // Proxies returns every proxy that was seen in the last day, by workload and
 // agent, with its state as of now.
 func (r *Registry) Proxies() []mesh.Proxy {
-	current := r.policyRevision()
+	st := r.state.Load()
 	now := r.cfg.Now()
 	f := &r.fleet
 	f.mu.Lock()
@@ -224,16 +239,18 @@ func (r *Registry) Proxies() []mesh.Proxy {
 		if !p.Connected && now.Sub(p.LastSeen) > keepProxy {
 			continue
 		}
+		p.Wanted, p.Group = r.wanted(st, p)
 		switch {
-		case current == 0:
+		case p.Wanted == 0:
 			p.State = mesh.Stale
-		case p.refused == current:
+		case p.refused == p.Wanted:
 			p.State = mesh.Rejected
-		case p.PolicyRevision == current:
+		case p.PolicyRevision == p.Wanted:
 			p.State = mesh.Synced
 		default:
 			p.State = mesh.Stale
 		}
+		p.PolicyHash = st.hashOf(p.PolicyRevision)
 		if p.State != mesh.Rejected {
 			p.Reason = ""
 		}
@@ -243,6 +260,32 @@ func (r *Registry) Proxies() []mesh.Proxy {
 		return cmp.Or(cmp.Compare(a.Workload.String(), b.Workload.String()), cmp.Compare(a.Agent.String(), b.Agent.String()))
 	})
 	return out
+}
+
+// wanted is the policy revision that a proxy should act on, and its group while
+// there are two.
+func (r *Registry) wanted(st *state, p proxy) (uint64, string) {
+	switch {
+	case st.snapshot == nil:
+		return 0, ""
+	case !st.rollout.serves():
+		return st.snapshot.PolicyRevision, ""
+	case st.rollout.has(p.Agent, p.Workload, p.Kind, r.factsOf(p.Agent)):
+		return st.rollout.snapshot.PolicyRevision, mesh.GroupCanary
+	}
+	return st.snapshot.PolicyRevision, mesh.GroupFleet
+}
+
+// hashOf is the hash of the policies of a revision, as far as it is known: that
+// of the set, or of the files.
+func (s *state) hashOf(revision uint64) string {
+	if acc := s.accepted; acc != nil && acc.Revision == revision {
+		return cmp.Or(acc.Set, acc.Hash)
+	}
+	if s.rollout.serves() && s.rollout.tried.Revision == revision {
+		return s.rollout.tried.Set
+	}
+	return ""
 }
 
 // policyRevision is that in force, 0 before the first.

@@ -83,9 +83,12 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 			if old.Hash == hash {
 				return old.Revision, nil
 			}
-			acc.Revision = old.Revision + 1
+			acc.Revision = r.state.Load().nextRevision()
 		}
-		err := r.accept(ctx, acc, old)
+		ro, ops, err := r.finish(r.state.Load().rollout, acc.Revision, mesh.Overtaken, "an edit of the policy files is in force")
+		if err == nil {
+			err = r.accept(ctx, acc, old, ro, ops...)
+		}
 		switch {
 		case err == nil:
 			if err := r.settleLost(ctx); err != nil {
@@ -103,13 +106,13 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 }
 
 // accept stores and publishes a set that follows on old, with what else is to
-// be written. mu is held.
-func (r *Registry) accept(ctx context.Context, acc, old *accepted, with ...store.Op) error {
+// be written: the record of the rollout last. mu is held.
+func (r *Registry) accept(ctx context.Context, acc, old *accepted, ro *rollout, with ...store.Op) error {
 	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), acc.Policies.Encode(), acc.Set})
 	if err != nil {
 		return fmt.Errorf("apply policies: encode: %w", err)
 	}
-	next, err := r.compile(acc)
+	next, err := r.compile(acc, ro)
 	if err != nil {
 		return fmt.Errorf("apply policies: compile: %w", err)
 	}
@@ -123,25 +126,39 @@ func (r *Registry) accept(ctx context.Context, acc, old *accepted, with ...store
 		return fmt.Errorf("apply policies: %w", err)
 	}
 	acc.stored = rev
+	next.rollout.stored = rev - 1
 	r.lose(r.state.Load(), next)
 	r.publish(next, rev)
 	r.cfg.Log.Info("policies accepted", "policy_revision", acc.Revision, "revision", rev, "hash", acc.Hash)
 	return nil
 }
 
-// adopt puts in force what another issuer accepted. mu is held.
+// adopt puts in force what another issuer accepted, and follows the rollout. The
+// rollout is read first: what it has led to is then read too. mu is held.
 func (r *Registry) adopt(ctx context.Context) error {
-	acc, err := r.loadPolicies(ctx)
-	if errors.Is(err, errUnsigned) {
-		return nil // said; what is in force stays
-	}
-	if err != nil || acc == nil {
+	now := r.state.Load()
+	ro, err := r.loadRollout(ctx, now.rollout)
+	if err != nil {
 		return err
 	}
-	if old := r.state.Load().accepted; old != nil && old.stored >= acc.stored {
-		return nil
+	acc, err := r.loadPolicies(ctx)
+	if errors.Is(err, errUnsigned) {
+		acc, err = nil, nil // said; what is in force stays
 	}
-	next, err := r.compile(acc)
+	if err != nil {
+		return err
+	}
+	switch {
+	case now.rollout == nil:
+	case ro == nil: // its record is gone; the next write makes it anew
+		ro = now.rollout.as(now.rollout.rolloutRecord, 0)
+	case ro.stored <= now.rollout.stored:
+		ro = now.rollout
+	}
+	if acc == nil || now.accepted != nil && now.accepted.stored >= acc.stored {
+		return r.adoptRollout(ro)
+	}
+	next, err := r.compile(acc, ro)
 	if err != nil {
 		return fmt.Errorf("compile the policies that another issuer accepted: %w", err)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"sallyport/internal/mesh"
@@ -23,6 +24,9 @@ const (
 // pushed meanwhile, or an old set is played back.
 var ErrStale = errors.New("stale policy set")
 
+// ErrRolling says that a rollout is under way, or that none is.
+var ErrRolling = errors.New("rollout of policies")
+
 // ErrUnfit says that a set can't be in force as it is, and what is wrong with it.
 var ErrUnfit = errors.New("policies refused")
 
@@ -34,36 +38,70 @@ func setKey(revision uint64) string { return fmt.Sprintf("%s%020d", pushedSets, 
 
 // PushPolicies puts a set in force: it is validated, checked and stored, with
 // the two before it. It must follow on what is in force, with a greater
-// revision and its hash, or the error is ErrStale; after any error the old set
-// stays. To push what is in force changes nothing.
+// revision than any before and the hash of that, or the error is ErrStale; while
+// another is tried by a canary group it is ErrRolling. After any error the old
+// set stays. To push what is in force changes nothing.
 func (r *Registry) PushPolicies(ctx context.Context, s *policyset.Signed) error {
+	return r.push(ctx, s, false)
+}
+
+// OvertakePolicies is PushPolicies that ends what a canary group tries.
+func (r *Registry) OvertakePolicies(ctx context.Context, s *policyset.Signed) error {
+	return r.push(ctx, s, true)
+}
+
+func (r *Registry) push(ctx context.Context, s *policyset.Signed, overtake bool) error {
 	r.applying.Lock()
 	defer r.applying.Unlock()
-	if s.TrustDomain != r.cfg.TrustDomain {
-		return fmt.Errorf("%w: the set is for trust domain %q, this issuer serves %q", ErrUnfit, s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
-	}
-	p, err := r.signedPolicies(s)
-	if err == nil {
-		err = r.cfg.Check(p)
-	}
+	next, err := r.review(s)
 	if err != nil {
-		return fmt.Errorf("%w: %w", ErrUnfit, err)
+		return err
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for {
-		old := r.state.Load().accepted
-		if old != nil && old.Set == s.Hash() {
+	return r.again(ctx, func() error {
+		now := r.state.Load()
+		if now.accepted != nil && now.accepted.Set == s.Hash() {
 			return nil
 		}
-		if err := follows(s, old); err != nil {
+		if now.rollout.active() && !overtake {
+			return now.rollout.busy()
+		}
+		if err := follows(s, now); err != nil {
 			return err
 		}
 		ops, err := r.setOps(ctx, s)
 		if err != nil {
 			return err
 		}
-		err = r.accept(ctx, r.acceptedSet(s, p), old, ops...)
+		ro, more, err := r.finish(now.rollout, s.Revision, mesh.Overtaken, fmt.Sprintf("revision %d was pushed to all", s.Revision))
+		if err != nil {
+			return err
+		}
+		return r.accept(ctx, next, now.accepted, ro, append(ops, more...)...)
+	})
+}
+
+// review checks what a set says, whoever is to act on it.
+func (r *Registry) review(s *policyset.Signed) (*accepted, error) {
+	if s.TrustDomain != r.cfg.TrustDomain {
+		return nil, fmt.Errorf("%w: the set is for trust domain %q, this issuer serves %q", ErrUnfit, s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
+	}
+	p, err := r.signedPolicies(s)
+	if err == nil {
+		err = r.cfg.Check(p)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrUnfit, err)
+	}
+	return r.acceptedSet(s, p), nil
+}
+
+// again lets write put something in force, as often as another issuer is
+// faster. mu is held.
+func (r *Registry) again(ctx context.Context, write func() error) error {
+	for {
+		err := write()
 		switch {
 		case err == nil:
 			r.refusal.Store(nil)
@@ -74,7 +112,6 @@ func (r *Registry) PushPolicies(ctx context.Context, s *policyset.Signed) error 
 		case !errors.Is(err, store.ErrConflict):
 			return err
 		}
-		// Another issuer was faster.
 		if err := r.adopt(ctx); err != nil {
 			return err
 		}
@@ -82,14 +119,16 @@ func (r *Registry) PushPolicies(ctx context.Context, s *policyset.Signed) error 
 }
 
 // follows says why a set does not come after the one in force.
-func follows(s *policyset.Signed, old *accepted) error {
+func follows(s *policyset.Signed, at *state) error {
 	now := accepted{}
-	if old != nil {
-		now = *old
+	if at.accepted != nil {
+		now = *at.accepted
 	}
 	switch {
 	case s.Revision <= now.Revision:
 		return fmt.Errorf("%w: it has revision %d, in force is revision %d", ErrStale, s.Revision, now.Revision)
+	case s.Revision < at.nextRevision():
+		return fmt.Errorf("%w: revision %d was given out with a rollout, the next is %d", ErrStale, s.Revision, at.nextRevision())
 	case s.Previous != now.Set:
 		return fmt.Errorf("%w: it follows on set %s, in force is %s", ErrStale, named(s.Previous), named(now.Set))
 	}
@@ -183,14 +222,14 @@ type setFile struct {
 	file []byte
 }
 
-// keepFile holds the set in force, and those before it for proxies that are
-// late. mu is held.
+// keepFile holds a set that is given out, and those before it for proxies that
+// are late. mu is held.
 func (r *Registry) keepFile(acc *accepted) {
 	var before []setFile
 	if p := r.files.Load(); p != nil {
 		before = *p
 	}
-	if acc.file == nil || len(before) > 0 && before[0].hash == acc.Set {
+	if acc.file == nil || slices.ContainsFunc(before, func(f setFile) bool { return f.hash == acc.Set }) {
 		return
 	}
 	next := append([]setFile{{acc.Set, acc.file}}, before[:min(len(before), keepSets-1)]...)

@@ -51,6 +51,9 @@ type Config struct {
 	// OnRevoke is told of what is revoked here, once it is durable.
 	// It does not call back. Default none.
 	OnRevoke func([]mesh.RevokedSVID)
+	// OnRollout is told of each step of a rollout before it is made, and an
+	// error keeps it from being made. It does not call back. Default none.
+	OnRollout func(RolloutStep) error
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -122,6 +125,7 @@ type Registry struct {
 type state struct {
 	accepted *accepted      // nil before the first policies
 	snapshot *mesh.Snapshot // nil before the first policies
+	rollout  *rollout       // nil before the first
 	// entries are those in force when it was made, lineage says whose they are.
 	entries []mesh.Entry
 	lineage *mesh.Lineage
@@ -143,6 +147,9 @@ func New(cfg Config) (*Registry, error) {
 	}
 	if cfg.Check == nil {
 		cfg.Check = func(*mesh.Policies) error { return nil }
+	}
+	if cfg.OnRollout == nil {
+		cfg.OnRollout = func(RolloutStep) error { return nil }
 	}
 	r := &Registry{
 		cfg:       cfg,
@@ -170,6 +177,10 @@ func (r *Registry) Load(ctx context.Context) error {
 	if err := errors.Join(r.loadKeys(ctx), r.loadFederations(ctx)); err != nil {
 		return err
 	}
+	ro, err := r.loadRollout(ctx, nil)
+	if err != nil {
+		return err
+	}
 	acc, err := r.loadPolicies(ctx)
 	if errors.Is(err, errUnsigned) {
 		acc, err = nil, nil // said; without policies nobody has a right
@@ -193,11 +204,13 @@ func (r *Registry) Load(ctx context.Context) error {
 		return fmt.Errorf("load registry: %w", err)
 	}
 	if acc != nil {
-		next, err := r.compile(acc)
+		next, err := r.compile(acc, ro)
 		if err != nil {
 			return fmt.Errorf("load registry: compile the accepted policies: %w", err)
 		}
 		r.publish(next, rev)
+	} else if err := r.adoptRollout(ro); err != nil {
+		return fmt.Errorf("load registry: %w", err)
 	}
 	// An issuer that was killed may have withdrawn what it did not revoke.
 	if err := r.revokeGone(ctx); err != nil {
@@ -206,16 +219,26 @@ func (r *Registry) Load(ctx context.Context) error {
 	return nil
 }
 
-// compile makes the state that follows from policies and today's endpoints.
-// mu is held.
-func (r *Registry) compile(acc *accepted) (*state, error) {
+// compile makes the state that follows from policies, a rollout and today's
+// endpoints. mu is held.
+func (r *Registry) compile(acc *accepted, ro *rollout) (*state, error) {
 	next := r.register(acc)
 	var err error
-	next.snapshot, err = mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(next))
-	if err == nil && acc.file != nil {
-		next.snapshot.PolicySet = acc.Set
+	if next.snapshot, err = r.snapshotOf(acc, next); err != nil {
+		return nil, err
 	}
+	next.rollout, err = r.try(next, ro)
 	return next, err
+}
+
+// snapshotOf compiles policies with the endpoints and entries of a state. mu is
+// held.
+func (r *Registry) snapshotOf(acc *accepted, s *state) (*mesh.Snapshot, error) {
+	snap, err := mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(s, acc.Policies.Services))
+	if err == nil && acc.file != nil {
+		snap.PolicySet = acc.Set
+	}
+	return snap, err
 }
 
 // register is a state without a snapshot, of policies and the entries beside
@@ -234,11 +257,12 @@ func (r *Registry) register(acc *accepted) *state {
 // publish puts a state in force under a revision, or a greater one: what is
 // distributed here never goes back. mu is held.
 func (r *Registry) publish(next *state, rev int64) {
-	next.snapshot.Revision = uint64(rev)
-	if now := r.Current(); now != nil {
-		next.snapshot.Revision = max(next.snapshot.Revision, now.Revision+1)
-	}
+	next.snapshot.Revision = max(uint64(rev), r.state.Load().newest()+1)
+	next.rollout = next.rollout.numbered(next.snapshot.Revision)
 	r.keepFile(next.accepted)
+	if next.rollout.serves() {
+		r.keepFile(next.rollout.tried)
+	}
 	close(r.state.Swap(next).changed)
 	if !next.lapses.IsZero() {
 		r.rouse()
@@ -313,6 +337,15 @@ func (r *Registry) EntriesFor(agent spiffeid.ID) []mesh.Entry {
 func (r *Registry) Status() mesh.IssuerStatus {
 	st := mesh.IssuerStatus{TrustDomain: r.cfg.TrustDomain, LastRefusal: r.LastRefusal(), Started: r.started}
 	now := r.state.Load()
+	st.NextRevision = now.nextRevision()
+	if ro := now.rollout; ro != nil && ro.Rollout.Revision > 0 {
+		last := ro.Rollout
+		if ro.active() {
+			v := ro.judge(r.Proxies(), r.cfg.Now(), r.cfg.Now())
+			last.Members, last.Acked = len(v.members), v.acked
+		}
+		st.Rollout = &last
+	}
 	if s := now.snapshot; s != nil {
 		st.Revision, st.PolicyRevision, st.PolicyHash = s.Revision, s.PolicyRevision, s.PolicyHash
 		st.PolicySet = now.accepted.Set

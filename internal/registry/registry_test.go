@@ -62,6 +62,8 @@ type issuer struct {
 	// verify and unsigned are the Config's Verify and OnUnsigned.
 	verify   func(*policyset.Signed) error
 	unsigned func(error)
+	// onRollout is the Config's OnRollout.
+	onRollout func(registry.RolloutStep) error
 }
 
 func start(t *testing.T) *issuer {
@@ -96,7 +98,7 @@ func (in *issuer) restart() {
 			}
 			return nil
 		},
-		Verify: in.verify, OnUnsigned: in.unsigned,
+		Verify: in.verify, OnUnsigned: in.unsigned, OnRollout: in.onRollout,
 	})
 	if err != nil {
 		in.t.Fatalf("New: %v", err)

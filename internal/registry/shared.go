@@ -153,9 +153,8 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			agents = append(agents, c.Key)
 		case store.KindRevocation:
 			revocations = revocations || r.Revocations().Revision < uint64(c.Revision)
-		case store.KindPolicy:
-			acc := r.state.Load().accepted
-			policies = policies || acc == nil || acc.stored < c.Revision
+		case store.KindPolicy, store.KindRollout:
+			policies = policies || r.state.Load().older(c)
 		case store.KindEndpoint:
 			e, err := parseKey(c.Key)
 			if err != nil {

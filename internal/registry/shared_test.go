@@ -129,6 +129,8 @@ func TestIssuersThatShareAStore(t *testing.T) {
 	}{
 		{"policies of one are in force at all", sharedPolicies},
 		{"policies that nobody signed are in force at none", sharedUnsigned},
+		{"a rollout is the same at all, and outlives who began it", sharedRollout},
+		{"of a rollout and a push at once there is one", racingRollout},
 		{"edits at once follow on each other", racingPolicies},
 		{"a token counts once in all", sharedTokens},
 		{"an alias holds at all", sharedAliases},
