@@ -654,22 +654,6 @@ func TestAppendDoesNotAllocate(t *testing.T) {
 	}
 }
 
-func FuzzParseLine(f *testing.F) {
-	l := NewMemory()
-	mustAppend(f, l, 1)
-	f.Add(l.Lines())
-	f.Add([]byte(`{"v":1,"seq":1,"time":"2026-11-22T23:10:04.000000056Z","kind":"x","ms":0.001,"prev":""}` + "\n"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		r, prev, err := ParseLine(b)
-		if err != nil {
-			return
-		}
-		if again := appendRecord(nil, &r, &prev); !bytes.Equal(again, b) {
-			t.Errorf("accepted %q, would write %q", b, again)
-		}
-	})
-}
-
 // FuzzVerify changes one byte of a good log: it must not verify, unless the
 // byte is in the last line, which nothing in the file vouches for.
 func FuzzVerify(f *testing.F) {

@@ -165,14 +165,12 @@ func (c *confirmer) heads(public []byte) error {
 }
 
 // line adds one line to the tree and notes how it stands at each claim.
-func (c *confirmer) line(b []byte, r *Record) {
-	_ = c.edge.add(tlog.RecordHash(b), func(int, uint64, []tlog.Hash) error { return nil })
+func (c *confirmer) line(l *read) {
+	_ = c.edge.add(l.leaf, keepNothing)
 	i, _ := slices.BinarySearchFunc(c.claims, c.edge.size, func(a *claim, n uint64) int { return cmp.Compare(a.Size, n) })
 	for ; i < len(c.claims) && c.claims[i].Size == c.edge.size; i++ {
 		c.claims[i].seen, c.claims[i].root = true, c.edge.root()
-		if r != nil {
-			c.claims[i].time = r.Time
-		}
+		c.claims[i].time = l.rec.Time
 	}
 }
 
