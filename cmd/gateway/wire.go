@@ -72,6 +72,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })
+	g.Go(func() error { return gw.audit.Keep(cfg.Audit.Keep, gw.checked).Run(ground) })
 	g.Go(func() error { return gw.checked.Run(ground) })
 	for _, k := range gw.sinks {
 		g.Go(func() error { return k.Run(ground) })
@@ -104,7 +105,7 @@ func (gw *gateway) open() error {
 	}
 	var err error
 	path := filepath.Join(cfg.DataDir, "audit.jsonl")
-	if gw.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: gw.log}, audit.LedgerConfig{}); err != nil {
+	if gw.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile()}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
 	if gw.checked, err = gw.audit.Tree(); err != nil {

@@ -39,6 +39,7 @@ const (
 // disk of another.
 type received struct {
 	dir  string
+	keep audit.KeepConfig
 	log  *slog.Logger
 	tell func(*audit.Record) error
 	now  func() time.Time
@@ -64,7 +65,7 @@ type copied struct {
 	since   int // batches that did not continue, since told
 }
 
-func openReceived(dir string, log *slog.Logger, tell func(*audit.Record) error) (*received, error) {
+func openReceived(dir string, keep audit.KeepConfig, log *slog.Logger, tell func(*audit.Record) error) (*received, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("keep received audit records: %w", err)
 	}
@@ -73,7 +74,7 @@ func openReceived(dir string, log *slog.Logger, tell func(*audit.Record) error) 
 		err := unix.Statfs(dir, &st)
 		return st.Bavail * uint64(st.Bsize), st.Blocks * uint64(st.Bsize), err
 	}
-	return &received{dir: dir, log: log, tell: tell, now: time.Now, free: free, copies: map[proxyName]*copied{}}, nil
+	return &received{dir: dir, keep: keep, log: log, tell: tell, now: time.Now, free: free, copies: map[proxyName]*copied{}}, nil
 }
 
 // Receive is control.AuditSink.
@@ -122,7 +123,7 @@ func (r *received) copyOf(p proxyName) (*copied, error) {
 		return nil, errors.New("the issuer is stopping")
 	}
 	path := filepath.Join(r.dir, audit.CopyName(p.workload, p.agent))
-	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log})
+	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log, MaxFile: r.keep.MaxFile()})
 	if err != nil {
 		return nil, err
 	}

@@ -30,7 +30,7 @@ type desk struct {
 func newDesk(t *testing.T) *desk {
 	t.Helper()
 	d := &desk{t: t, clock: time.Unix(1e9, 0)}
-	r, err := openReceived(filepath.Join(t.TempDir(), "received"), slog.New(slog.DiscardHandler), func(r *audit.Record) error {
+	r, err := openReceived(filepath.Join(t.TempDir(), "received"), audit.KeepConfig{}, slog.New(slog.DiscardHandler), func(r *audit.Record) error {
 		d.told = append(d.told, *r)
 		return nil
 	})

@@ -91,7 +91,7 @@ func (r *received) files() ([]string, error) {
 	var all []file
 	for _, e := range entries {
 		info, err := e.Info()
-		if err != nil || !info.Mode().IsRegular() || !strings.Contains(e.Name(), ".jsonl") || strings.HasSuffix(e.Name(), ".loose") {
+		if err != nil || !info.Mode().IsRegular() || !logFile.MatchString(e.Name()) {
 			continue // gone meanwhile, or no log
 		}
 		all = append(all, file{filepath.Join(r.dir, e.Name()), info.ModTime()})

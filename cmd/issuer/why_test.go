@@ -16,7 +16,7 @@ import (
 func TestFindsADecisionInEveryLog(t *testing.T) {
 	dir := t.TempDir()
 	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
-	r, err := openReceived(dir, quiet, nil)
+	r, err := openReceived(dir, audit.KeepConfig{}, quiet, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -100,6 +100,8 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	defer context.AfterFunc(now, func() { os.Exit(daemon.Failed) })()
 	g.Go(func() error { return in.audit.Run(run) })
 	g.Go(func() error { return in.witness.tree.Run(run) })
+	g.Go(func() error { return in.audit.Keep(cfg.Audit.Keep, in.witness.tree).Run(run) })
+	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.audit) })
 	for _, k := range in.sinks {
 		g.Go(func() error { return k.Run(run) })
 	}
@@ -180,7 +182,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.firstPolicies(ctx); err != nil {
 		return err
 	}
-	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received"), in.log, in.audit.Append); err != nil {
+	if in.received, err = openReceived(filepath.Join(cfg.DataDir, "received"), cfg.Audit.Keep, in.log, in.audit.Append); err != nil {
 		return err
 	}
 	verifiers, err := nodeVerifiers(cfg, in.registry)
@@ -207,7 +209,7 @@ func (in *issuer) open(ctx context.Context) error {
 
 // openAudit opens the issuer's own log, and what sends it away.
 func (in *issuer) openAudit() (err error) {
-	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Log: in.log}); err != nil {
+	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Log: in.log, MaxFile: in.cfg.Audit.Keep.MaxFile()}); err != nil {
 		return err
 	}
 	if in.sinks, err = sink.NewAll(in.cfg.Audit, sink.Env{

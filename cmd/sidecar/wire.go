@@ -97,6 +97,7 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return s.audit.Run(ground) })
+	g.Go(func() error { return s.audit.Keep(cfg.Audit.Keep, s.checked).Run(ground) })
 	g.Go(func() error { return s.checked.Run(ground) })
 	for _, k := range s.sinks {
 		g.Go(func() error { return k.Run(ground) })
@@ -133,7 +134,7 @@ func (s *sidecar) open() error {
 		}
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
-	if s.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: s.log}, audit.LedgerConfig{}); err != nil {
+	if s.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}, audit.LedgerConfig{}); err != nil {
 		return err
 	}
 	if s.checked, err = s.audit.Tree(); err != nil {

@@ -42,6 +42,9 @@ const (
 	// KindShadow is a call that a candidate policy would decide otherwise: its
 	// Decision is the candidate's. Detail says how both decide.
 	KindShadow Kind = "shadow"
+	// KindRemoved says which records were removed, and by which rule, before they
+	// are.
+	KindRemoved Kind = "removed"
 	// KindRollup counts the events of one kind in a stretch of time.
 	KindRollup Kind = "rollup"
 )
@@ -49,7 +52,7 @@ const (
 // Kinds has every kind of record.
 var Kinds = []Kind{
 	KindDecision, KindRollup, KindEgressOpen, KindEgressClose, KindTLS, KindAttest,
-	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow,
+	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow, KindRemoved,
 }
 
 // The values of Record.Decision.

@@ -144,6 +144,14 @@ func verifierText(name string, public []byte) string {
 	return fmt.Sprintf("%s+%08x+%s", name, noteHash(name, public), base64.StdEncoding.EncodeToString(public))
 }
 
+// opener verifies what the key has signed.
+func (k *noteKey) opener() (note.Verifier, error) {
+	if k.alg == algCosigned {
+		return parseWitnessKey(k.verifier())
+	}
+	return note.NewVerifier(k.verifier())
+}
+
 func decodeKey(data string) ([]byte, error) { return base64.StdEncoding.DecodeString(data) }
 
 func (k *noteKey) Sign(msg []byte) ([]byte, error) {

@@ -52,9 +52,12 @@ type claim struct {
 type confirmer struct {
 	trust  Trust
 	claims []*claim
-	edge   edge
+	tree   spine
+	gone   goneCheck
 	// keyed: the key of the log is known.
 	keyed bool
+	// own verifies what the log has signed itself; nil when its key is not known.
+	own note.Verifier
 	// refusal is why a signature was not good, unknown why there is no claim of
 	// a witness.
 	refusal, unknown string
@@ -71,6 +74,11 @@ func VerifyFile(path string, trust Trust) (Report, error) {
 	if err := c.gather(TreeDir(path)); err != nil {
 		return Report{}, err
 	}
+	if err := c.begin(path); err != nil {
+		return Report{}, err
+	}
+	// A crash may have left some that are gone by the evidence.
+	names = slices.DeleteFunc(names, func(name string) bool { return c.gone.covers(path, name) })
 	var rs []io.Reader
 	for _, name := range names {
 		f, err := os.Open(name)
@@ -80,7 +88,7 @@ func VerifyFile(path string, trust Trust) (Report, error) {
 		defer f.Close()
 		rs = append(rs, f)
 	}
-	v := verifier{each: c.line}
+	v := verifier{each: c.line, gone: c.gone.removal}
 	rep, err := v.read(io.MultiReader(rs...))
 	if err != nil && !errors.Is(err, ErrBroken) {
 		return rep, err
@@ -110,6 +118,9 @@ func (c *confirmer) gather(dir string) error {
 		return fmt.Errorf("%s: %w", filepath.Join(dir, verifierFile), err)
 	}
 	c.keyed = true
+	if c.own, err = note.NewVerifier(own); err != nil {
+		return fmt.Errorf("%s: %w", filepath.Join(dir, verifierFile), err)
+	}
 	for file, who := range map[string]string{checkpointFile: "the checkpoint", cosignedFile: "the cosigned checkpoint"} {
 		b, err := os.ReadFile(filepath.Join(dir, file))
 		if errors.Is(err, fs.ErrNotExist) {
@@ -166,11 +177,16 @@ func (c *confirmer) heads(public []byte) error {
 
 // line adds one line to the tree and notes how it stands at each claim.
 func (c *confirmer) line(l *read) {
-	_ = c.edge.add(l.leaf, keepNothing)
-	i, _ := slices.BinarySearchFunc(c.claims, c.edge.size, func(a *claim, n uint64) int { return cmp.Compare(a.Size, n) })
-	for ; i < len(c.claims) && c.claims[i].Size == c.edge.size; i++ {
-		c.claims[i].seen, c.claims[i].root = true, c.edge.root()
-		c.claims[i].time = l.rec.Time
+	c.tree.add(l.leaf)
+	c.gone.line(l)
+	c.stand(l.rec.Time)
+}
+
+// stand notes how the tree is at each claim.
+func (c *confirmer) stand(at time.Time) {
+	i, _ := slices.BinarySearchFunc(c.claims, c.tree.size, func(a *claim, n uint64) int { return cmp.Compare(a.Size, n) })
+	for ; i < len(c.claims) && c.claims[i].Size == c.tree.size; i++ {
+		c.claims[i].seen, c.claims[i].root, c.claims[i].time = true, c.tree.root(), at
 	}
 }
 
@@ -179,12 +195,13 @@ func (c *confirmer) judge(rep *Report) {
 	if !c.keyed {
 		c.onlyOurs()
 	}
+	defer c.gone.judge(rep, c.trust.Witnesses)
 	var best *claim
 	outside := false
 	for _, a := range c.claims {
 		switch {
 		case !a.seen:
-			rep.Completeness.fail(0, "%s speaks of %d records, the log has %d: its end was cut off", a.who, a.Size, c.edge.size)
+			rep.Completeness.fail(0, "%s speaks of %d records, the log has %d: its end was cut off", a.who, a.Size, c.tree.size)
 		case a.root != tlog.Hash(a.Root):
 			rep.Integrity.fail(0, "the tree over the first %d records is not what %s says: records were changed", a.Size, a.who)
 		}
@@ -248,7 +265,7 @@ func (c *confirmer) confirm(rep *Report, best *claim, outside bool) {
 		rep.Completeness.doubt("complete up to record %d as it was at %s; ask the issuer whether it has signed more since", best.Size, at)
 	}
 	if rep.Completeness.OK {
-		rep.Completeness.Detail = fmt.Sprintf("up to record %d, signed at %s; %d came after", best.Size, at, c.edge.size-best.Size)
+		rep.Completeness.Detail = fmt.Sprintf("up to record %d, signed at %s; %d came after", best.Size, at, c.tree.size-best.Size)
 	}
 }
 

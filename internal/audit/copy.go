@@ -40,7 +40,14 @@ func HeadsOf(heads []Head, copyName string) (out []Head, owner LogOwner) {
 // the copy that an issuer keeps. It stands on the newest of the heads that fits
 // the copy.
 func ProveCopy(path string, seq uint64, heads []Head) (p Proof, err error) {
-	h, err := fitting(path, seq, heads)
+	gone, err := kept(path)
+	if err == nil && gone.last() >= seq && seq > 0 {
+		err = goneError(gone)
+	}
+	var h Head
+	if err == nil {
+		h, err = fitting(path, seq, heads, gone.removal)
+	}
 	if err != nil {
 		return p, fmt.Errorf("prove record %d: %w", seq, err)
 	}
@@ -48,15 +55,20 @@ func ProveCopy(path string, seq uint64, heads []Head) (p Proof, err error) {
 	way := beside(seq-1, 0, h.Size)
 	order := slices.Clone(way)
 	slices.SortFunc(order, func(a, b *stretch) int { return int(a.from) - int(b.from) }) //nolint:gosec // counts records
-	var n uint64
-	err = readLines(path, 0, h.Size, func(b []byte) error {
+	n := gone.last()
+	e := gone.edge()
+	before := e.spine()
+	for _, s := range order {
+		s.begin(before)
+	}
+	err = readLines(path, n, h.Size, func(b []byte) error {
 		if n == seq-1 {
 			p.Record = string(b)
 		} else {
-			if n >= order[0].to {
+			for n >= order[0].to {
 				order = order[1:]
 			}
-			_ = order[0].edge.add(tlog.RecordHash(b), keepNothing)
+			order[0].tree.add(tlog.RecordHash(b))
 		}
 		n++
 		return nil
@@ -65,7 +77,7 @@ func ProveCopy(path string, seq uint64, heads []Head) (p Proof, err error) {
 		return p, fmt.Errorf("prove record %d: %w", seq, err)
 	}
 	for _, s := range way {
-		root := s.edge.root()
+		root := s.tree.root()
 		p.Hashes = append(p.Hashes, bytes.Clone(root[:]))
 	}
 	return p, nil
@@ -74,7 +86,24 @@ func ProveCopy(path string, seq uint64, heads []Head) (p Proof, err error) {
 // A stretch is the records of one subtree, from and to not included.
 type stretch struct {
 	from, to uint64
-	edge     edge
+	tree     spine
+}
+
+// begin takes what was removed from the subtree. Nothing in it is divided: a
+// subtree of what was removed that is not whole in this one holds the leaf.
+func (s *stretch) begin(gone spine) {
+	at := uint64(0)
+	for _, n := range gone.nodes {
+		if at >= s.from && at+n.width <= s.to {
+			s.tree.push(n)
+		}
+		at += n.width
+	}
+}
+
+func goneError(gone signedRemoval) error {
+	k := Kept{From: gone.Last + 1, Removed: gone.Last, At: gone.At, Rule: gone.Rule}
+	return fmt.Errorf("it was removed: the log is %v", &k)
 }
 
 // beside lists the subtrees next to the way from a leaf up to the root of the
@@ -96,7 +125,7 @@ func beside(leaf, from, to uint64) []*stretch {
 func keepNothing(int, uint64, []tlog.Hash) error { return nil }
 
 // fitting finds the newest head whose tree is that of the copy's first records.
-func fitting(path string, seq uint64, heads []Head) (best Head, err error) {
+func fitting(path string, seq uint64, heads []Head, gone *removal) (best Head, err error) {
 	last, err := LastSeq(path)
 	if err != nil {
 		return best, err
@@ -110,12 +139,13 @@ func fitting(path string, seq uint64, heads []Head) (best Head, err error) {
 		return best, fmt.Errorf("no head that was given speaks of it and is within the %d records of the copy", last)
 	}
 	slices.SortFunc(all, func(a, b Head) int { return int(a.Size) - int(b.Size) }) //nolint:gosec // counts records
-	var e edge
-	err = readLines(path, 0, all[len(all)-1].Size, func(b []byte) error {
-		_ = e.add(tlog.RecordHash(b), keepNothing)
-		for ; len(all) > 0 && all[0].Size == e.size; all = all[1:] {
+	e := gone.edge()
+	tree := e.spine()
+	err = readLines(path, tree.size, all[len(all)-1].Size, func(b []byte) error {
+		tree.add(tlog.RecordHash(b))
+		for ; len(all) > 0 && all[0].Size == tree.size; all = all[1:] {
 			c, err := OpenCheckpoint(all[0].Note, all[0].Key)
-			if root := e.root(); err == nil && c.Size == e.size && bytes.Equal(c.Root[:], root[:]) {
+			if root := tree.root(); err == nil && c.Size == tree.size && bytes.Equal(c.Root[:], root[:]) {
 				best = all[0]
 			}
 		}

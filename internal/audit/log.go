@@ -52,6 +52,8 @@ func (c Config) Validate() error {
 	return errors.Join(errs...)
 }
 
+const defaultMaxFile = 256 << 20
+
 // disk is what a log needs of its file.
 type disk interface {
 	Write([]byte) (int, error)
@@ -106,7 +108,7 @@ type Log struct {
 
 func newLog(cfg Config) *Log {
 	cfg.SyncEvery = cmp.Or(cfg.SyncEvery, 10*time.Millisecond)
-	cfg.MaxFile = cmp.Or(cfg.MaxFile, 256<<20)
+	cfg.MaxFile = cmp.Or(cfg.MaxFile, defaultMaxFile)
 	return &Log{
 		cfg:     cfg,
 		nonce:   strings.ToLower(rand.Text()[:6]) + "-",

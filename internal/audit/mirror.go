@@ -6,7 +6,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"strconv"
@@ -24,6 +23,10 @@ var ErrNotNext = errors.New("audit records do not continue the copy")
 type Mirror struct {
 	cfg Config
 
+	// keeping is the right to remove files, and to name them anew. It is taken
+	// after mu.
+	keeping sync.Mutex
+
 	// mu guards what follows, and is taken before Log.mu.
 	mu    sync.Mutex
 	log   *Log
@@ -40,32 +43,20 @@ func OpenMirror(cfg Config) (*Mirror, error) {
 	if l.seq == 0 {
 		return m, nil
 	}
-	names, err := Segments(cfg.Path)
-	if err == nil {
-		m.start, err = firstHash(names[0])
-	}
-	if err != nil {
+	if m.start, err = firstHash(cfg.Path); err != nil {
 		return nil, errors.Join(fmt.Errorf("open copy of audit log: %w", err), l.Close())
 	}
 	return m, nil
 }
 
-func firstHash(name string) (hash, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return hash{}, err
+// firstHash is the hash of record 1, whether that is still there or not.
+func firstHash(path string) (hash, error) {
+	gone, err := kept(path)
+	if err != nil || gone.removal != nil {
+		return gone.name(), err
 	}
-	defer f.Close()
-	buf := make([]byte, maxLine)
-	n, err := f.ReadAt(buf, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return hash{}, err
-	}
-	i := bytes.IndexByte(buf[:n], '\n')
-	if i < 0 {
-		return hash{}, fmt.Errorf("%s does not start with an audit record", name)
-	}
-	return sha256.Sum256(buf[:i+1]), nil
+	id, _, _, err := Begin(path)
+	return id, err
 }
 
 // Receive adds lines, with or without their line feeds, in order, and returns
@@ -83,6 +74,22 @@ func (m *Mirror) Receive(ctx context.Context, lines [][]byte) error {
 		}
 	}
 	return m.log.Sync(ctx)
+}
+
+// Sweep keeps the copy by a rule, as a Keeper does: the witness signs the
+// evidence, and the log of who keeps the copy has the record. Lines are received
+// meanwhile.
+func (m *Mirror) Sweep(ctx context.Context, cfg KeepConfig, w *Witness, into *Log) error {
+	m.mu.Lock()
+	m.keeping.Lock()
+	log := m.log
+	m.mu.Unlock()
+	defer m.keeping.Unlock()
+	if !cfg.WithoutSink {
+		return nil
+	}
+	k := &Keeper{cfg: cfg, log: log, into: into, key: w.key, free: func() (uint64, string) { return log.Durable(), "it is not on the disk" }}
+	return k.Sweep(ctx)
 }
 
 // Head returns the number of the newest record and the hash of its line.
@@ -134,12 +141,19 @@ func (m *Mirror) add(b []byte) error {
 // startAgain keeps all files of the copy under another name and opens an empty
 // one, under mu.
 func (m *Mirror) startAgain() error {
+	m.keeping.Lock()
+	defer m.keeping.Unlock()
 	if err := m.log.Close(); err != nil {
 		return err
 	}
 	names, err := Segments(m.cfg.Path)
 	if err != nil {
 		return err
+	}
+	for _, suffix := range []string{keptSuffix, plannedSuffix} {
+		if _, err := os.Lstat(m.cfg.Path + suffix); err == nil {
+			names = append([]string{m.cfg.Path + suffix}, names...)
+		}
 	}
 	old := ""
 	for n := 1; old == ""; n++ {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // Open opens the log at cfg.Path and continues its chain, or starts one. What
@@ -139,8 +140,17 @@ func sameFile(a, b string) bool {
 // came between putting it aside and the first record of the new one.
 func (l *Log) resumeAside() error {
 	aside, err := asideFiles(l.cfg.Path)
-	if err != nil || len(aside) == 0 {
+	if err != nil {
 		return err
+	}
+	gone, err := kept(l.cfg.Path)
+	if err != nil {
+		return err
+	}
+	aside = slices.DeleteFunc(aside, func(name string) bool { return gone.covers(l.cfg.Path, name) })
+	if len(aside) == 0 {
+		l.seq, l.prev = gone.last(), gone.prev()
+		return nil
 	}
 	f, err := os.Open(aside[len(aside)-1])
 	if err != nil {
@@ -167,6 +177,7 @@ type lineEnd struct {
 	end int64
 	seq uint64
 	sum hash
+	at  time.Time
 }
 
 // lastRecord finds the last whole record. The zero lineEnd means that there is
@@ -185,7 +196,7 @@ func lastRecord(f io.ReaderAt, size int64) (lineEnd, error) {
 		start := bytes.LastIndexByte(buf[:nl], '\n') + 1
 		line := buf[start : nl+1]
 		if r, _, err := ParseLine(line); err == nil {
-			return lineEnd{from + int64(nl) + 1, r.Seq, sha256.Sum256(line)}, nil
+			return lineEnd{from + int64(nl) + 1, r.Seq, sha256.Sum256(line), r.Time}, nil
 		}
 		end = nl
 	}

@@ -64,6 +64,13 @@ func Prove(path string, seq uint64) (p Proof, err error) {
 		return p, fmt.Errorf("prove record %d: %w", seq, err)
 	}
 	p.Hashes = hashes(hs)
+	gone, err := kept(path)
+	if err == nil && gone.last() >= seq {
+		err = goneError(gone)
+	}
+	if err != nil {
+		return p, fmt.Errorf("prove record %d: %w", seq, err)
+	}
 	err = readLines(path, seq-1, seq, func(b []byte) error { p.Record = string(b); return nil })
 	if err != nil {
 		return p, fmt.Errorf("prove record %d: %w", seq, err)

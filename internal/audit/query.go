@@ -54,10 +54,9 @@ func Each(path string, fn func(line []byte, r *Record) error) error {
 		return err
 	}
 	for _, name := range names {
-		if err := eachOf(name, fn); err != nil {
-			if errors.Is(err, ErrStop) {
-				return nil
-			}
+		if err := eachOf(name, fn); errors.Is(err, ErrStop) {
+			return nil
+		} else if err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
@@ -113,5 +112,6 @@ func LastSeq(path string) (uint64, error) {
 			return last.seq, nil
 		}
 	}
-	return 0, nil
+	gone, err := kept(path)
+	return gone.last(), err
 }

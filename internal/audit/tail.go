@@ -27,8 +27,8 @@ type Tail struct {
 	used  int // how much of that was returned
 }
 
-// OpenTail starts after record number after; 0 means from the beginning. The
-// log need not exist yet.
+// OpenTail starts after record number after; 0 means from the beginning, which is
+// the oldest record that is kept. The log need not exist yet.
 func OpenTail(path string, after uint64) (*Tail, error) {
 	if path == "" {
 		return nil, errors.New("tail audit log: path: missing")
@@ -144,6 +144,13 @@ func (t *Tail) openSegment() error {
 	}
 	if err != nil {
 		return err
+	}
+	if t.after == 0 {
+		first, err := beginning(t.path)
+		if err != nil {
+			return err
+		}
+		t.after = first - 1
 	}
 	for i := len(names) - 1; ; i-- {
 		if err := t.use(names[i]); err != nil || t.f == nil || i == 0 {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -42,11 +43,13 @@ type Tree struct {
 	key *noteKey
 
 	// mu guards what follows.
-	mu     sync.Mutex
-	edge   edge
-	tail   *Tail
-	signed []byte // the newest checkpoint
-	size   uint64 // of signed
+	mu   sync.Mutex
+	edge edge
+	tail *Tail
+	// witnessed is how many records a witness has signed, as far as is known.
+	witnessed uint64
+	signed    []byte // the newest checkpoint
+	size      uint64 // of signed
 	// signedRoot is the root of signed.
 	signedRoot tlog.Hash
 }
@@ -126,7 +129,28 @@ func OpenTree(log *Log) (*Tree, error) {
 	if err := t.resume(); err != nil {
 		return nil, fmt.Errorf("open audit tree %s: %w", t.dir, err)
 	}
+	t.recall()
 	return t, t.seek()
+}
+
+// recall reads what a witness has signed. Without it nothing is removed until a
+// witness signs again.
+func (t *Tree) recall() {
+	b, err := os.ReadFile(filepath.Join(t.dir, cosignedFile))
+	if err != nil {
+		return
+	}
+	name, _, _ := strings.Cut(string(b), "\n")
+	if c, err := OpenCheckpoint(b, t.key.named(name).verifier()); err == nil {
+		t.witnessed = c.Size
+	}
+}
+
+// Witnessed is how many records a witness has signed.
+func (t *Tree) Witnessed() uint64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.witnessed
 }
 
 // Key is the verifier key of the log, in the form of package note.
@@ -137,7 +161,8 @@ func (t *Tree) Key() string { return t.key.verifier() }
 func (t *Tree) resume() error {
 	signed, err := os.ReadFile(filepath.Join(t.dir, checkpointFile))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		t.edge, err = t.begin()
+		return err
 	}
 	if err != nil {
 		return err
@@ -168,10 +193,32 @@ func (t *Tree) resume() error {
 	return t.rebuild(c)
 }
 
+// begin is the tree of the records that were removed.
+func (t *Tree) begin() (edge, error) {
+	gone, err := kept(t.log.cfg.Path)
+	if err != nil || gone.removal == nil {
+		return edge{}, err
+	}
+	v, err := t.key.opener()
+	if err == nil {
+		err = gone.signedBy(v)
+	}
+	if err != nil {
+		return edge{}, fmt.Errorf("%s: %w; the key that has signed it is gone: move the whole log away to begin another", filepath.Base(t.log.cfg.Path)+keptSuffix, err)
+	}
+	return gone.edge(), nil
+}
+
 // rebuild makes all tiles anew and holds them against the checkpoint.
 func (t *Tree) rebuild(c Checkpoint) error {
-	t.edge = edge{}
-	err := t.log.lines(0, c.Size, func(b []byte) error { return t.edge.add(tlog.RecordHash(b), t.writeTile) })
+	var err error
+	if t.edge, err = t.begin(); err != nil {
+		return err
+	}
+	if t.edge.size > c.Size {
+		return fmt.Errorf("the checkpoint speaks of %d records, and %d were removed", c.Size, t.edge.size)
+	}
+	err = t.log.lines(t.edge.size, c.Size, func(b []byte) error { return t.edge.add(tlog.RecordHash(b), t.writeTile) })
 	if err != nil {
 		return err
 	}
@@ -420,12 +467,16 @@ func (t *Tree) Ask(name string, old uint64) (q CosignRequest, ok bool, err error
 // Cosigned keeps a checkpoint that a witness has signed. What is not a
 // checkpoint of this log is refused.
 func (t *Tree) Cosigned(name string, signed []byte) error {
-	if _, err := OpenCheckpoint(signed, t.key.named(name).verifier()); err != nil {
+	c, err := OpenCheckpoint(signed, t.key.named(name).verifier())
+	if err != nil {
 		return fmt.Errorf("keep cosigned checkpoint: %w", err)
 	}
 	if err := replaceFile(filepath.Join(t.dir, cosignedFile), signed); err != nil {
 		return fmt.Errorf("keep cosigned checkpoint: %w", err)
 	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.witnessed = c.Size
 	return nil
 }
 

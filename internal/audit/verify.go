@@ -44,20 +44,38 @@ type Report struct {
 	// First and Last are the numbers of the first and last record.
 	First uint64 `json:"first"`
 	Last  uint64 `json:"last"`
+	// Kept says what was removed by rule before First; nil when nothing was.
+	Kept *Kept `json:"kept,omitempty"`
 	// Head is the hash of the last line in hex. A chain alone cannot show that
 	// its end was cut off.
 	Head string `json:"head"`
 	// Integrity: each line is a record and holds the hash of the line before,
 	// and the tree over them is the one that was signed.
 	Integrity Verdict `json:"integrity"`
-	// Completeness: the log starts with record 1, no number is missing, the
-	// last line is whole, and no less is there than was signed.
+	// Completeness: the log starts with record 1, or with the one that signed
+	// evidence of a removal names, no number is missing, the last line is whole,
+	// and no less is there than was signed.
 	Completeness Verdict `json:"completeness"`
 	// Identity: whose log it is, as a witness has signed it.
 	Identity Verdict `json:"identity"`
 	// Time: no record is more than clockSlack earlier than the one before, nor
 	// later than when a witness signed it.
 	Time Verdict `json:"time"`
+}
+
+// Kept is what a verified log goes on from.
+type Kept struct {
+	// From is the oldest record that is kept, Removed how many there were before
+	// it.
+	From    uint64 `json:"from"`
+	Removed uint64 `json:"removed"`
+	// At is when the last of them were removed, Rule by which rule.
+	At   time.Time `json:"at"`
+	Rule string    `json:"rule"`
+}
+
+func (k *Kept) String() string {
+	return fmt.Sprintf("kept from record %d; %d before it were removed until %s by %s, evidence signed", k.From, k.Removed, k.At.UTC().Format(time.RFC3339), k.Rule)
 }
 
 // clockSlack is how far a clock may be set back without a word.
@@ -103,6 +121,9 @@ func (v *verifier) read(r io.Reader) (Report, error) {
 	if err != nil {
 		return v.rep, fmt.Errorf("read audit log: %w", err)
 	}
+	if v.lines == 0 {
+		v.rep.Last, v.prev = v.gone.last(), v.gone.prev()
+	}
 	v.rep.Head = hex.EncodeToString(v.prev[:])
 	return v.rep, v.rep.Err()
 }
@@ -111,6 +132,7 @@ func (v *verifier) read(r io.Reader) (Report, error) {
 type verifier struct {
 	rep    Report
 	lines  int
+	gone   *removal // what was removed before
 	prev   hash
 	at     time.Time
 	broken bool // the line before was no record: its successor cannot be judged
@@ -136,11 +158,7 @@ func (v *verifier) line(l *read) {
 	}
 	switch {
 	case n == 1:
-		if r.Seq != 1 {
-			v.rep.Completeness.fail(n, "starts with record %d, not 1", r.Seq)
-		} else if l.prev != (hash{}) {
-			v.rep.Integrity.fail(n, "record 1 names a record before it")
-		}
+		v.begins(r.Seq, l.prev)
 	case l.prev != want:
 		v.rep.Integrity.fail(n, "record %d does not hold the hash of the line before it: one of the two was changed", r.Seq)
 	}
@@ -153,4 +171,18 @@ func (v *verifier) line(l *read) {
 		v.rep.Time.fail(n, "record %d is %v earlier than the one before it", r.Seq, v.at.Sub(r.Time))
 	}
 	v.rep.Last, v.at = r.Seq, r.Time
+}
+
+// begins judges the first line.
+func (v *verifier) begins(seq uint64, prev hash) {
+	switch {
+	case seq != v.gone.last()+1 && v.gone == nil:
+		v.rep.Completeness.fail(1, "starts with record %d, not 1, and nothing says what became of those before", seq)
+	case seq != v.gone.last()+1:
+		v.rep.Completeness.fail(1, "starts with record %d; by the evidence of what was removed it is kept from record %d", seq, v.gone.last()+1)
+	case prev != v.gone.prev() && v.gone == nil:
+		v.rep.Integrity.fail(1, "record 1 names a record before it")
+	case prev != v.gone.prev():
+		v.rep.Integrity.fail(1, "record %d does not hold the hash of the last that was removed: one of the two was changed", seq)
+	}
 }

@@ -1,9 +1,7 @@
 package sink
 
 import (
-	"bufio"
 	"bytes"
-	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -70,17 +68,18 @@ func (s *Sink) resume() error {
 // know compares the cursor with the log, once that has a record. Of another log
 // nothing was sent yet.
 func (s *Sink) know() error {
-	id, first, err := logID(s.env.Path)
+	begin, first, known, err := audit.Begin(s.env.Path)
 	if err != nil {
 		return err
 	}
+	id := hex.EncodeToString(begin[:8])
 	last, err := audit.LastSeq(s.env.Path)
 	if err != nil {
 		return err
 	}
 	was := s.at
 	switch {
-	case first == 1 && was.log != "" && was.log != id:
+	case known && was.log != "" && was.log != id:
 		s.env.Log.Warn("the audit log is another than the one that was sent; sending it from its beginning", "sink", s.name, "sent", was.sent)
 		s.at = cursor{log: id}
 	case last < was.sent:
@@ -119,30 +118,6 @@ func (s *Sink) skip(gone uint64) error {
 	}
 	s.at.sent, s.at.begun = gone, 0
 	return s.save()
-}
-
-// logID names a log by the oldest record that is there, which is the first
-// unless files were removed.
-func logID(path string) (id string, first uint64, err error) {
-	names, err := audit.Segments(path)
-	if err != nil {
-		return "", 0, err
-	}
-	f, err := os.Open(names[0])
-	if err != nil {
-		return "", 0, err
-	}
-	defer f.Close()
-	line, err := bufio.NewReader(f).ReadBytes('\n')
-	if err != nil {
-		return "", 0, err
-	}
-	r, _, err := audit.ParseLine(line)
-	if err != nil {
-		return "", 0, err
-	}
-	sum := sha256.Sum256(line)
-	return hex.EncodeToString(sum[:8]), r.Seq, nil
 }
 
 // passed notes what the cursor on the disk has passed.

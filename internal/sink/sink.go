@@ -182,6 +182,8 @@ type ListConfig struct {
 	Sinks []Config `yaml:"sinks"`
 	// Spool bounds what waits for them, and for the issuer.
 	Spool audit.SpoolConfig `yaml:"spool"`
+	// Keep says how long records are kept on this machine. Default for good.
+	Keep audit.KeepConfig `yaml:"keep"`
 }
 
 // Validate reports every mistake by field name.
@@ -199,6 +201,7 @@ func (l ListConfig) Validate() error {
 	if err := l.Spool.Validate(); err != nil {
 		errs = append(errs, fmt.Errorf("audit.spool.%w", err))
 	}
+	errs = append(errs, within("audit.keep", l.Keep.Validate()))
 	return errors.Join(errs...)
 }
 
