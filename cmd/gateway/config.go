@@ -40,6 +40,7 @@ type Config struct {
 	Resolvers []netip.AddrPort `yaml:"resolvers"`
 
 	Issuer agent.Join         `yaml:"issuer"`
+	Policy agent.Policy       `yaml:"policy"`
 	Limits LimitsConfig       `yaml:"limits"`
 	Audit  sink.ListConfig    `yaml:"audit"`
 	Log    daemon.LogConfig   `yaml:"log"`
@@ -74,7 +75,7 @@ func (c *Config) Validate() error {
 	need(c.DataDir != "", "data_dir", `missing; write a directory of the gateway's own, such as "/var/lib/sallyport/gateway"`)
 	need(c.Listen != "", "listen", `missing; write host:port, such as "0.0.0.0:15443"`)
 	need(len(c.Resolvers) > 0, "resolvers", `missing; write the DNS servers to ask, such as ["192.0.2.53:53"]`)
-	errs = append(errs, c.Issuer.Validate())
+	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate())
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
 	for field, n := range map[string]int{"limits.tunnels": c.Limits.Tunnels, "limits.tunnels_per_workload": c.Limits.TunnelsPerWorkload} {
 		need(n >= 0, field, fmt.Sprintf("%d is negative", n))

@@ -137,7 +137,7 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Spool: spool, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Policy: cfg.Policy, Record: gw.audit.Append, Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Spool: spool, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err

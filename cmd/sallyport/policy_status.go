@@ -154,6 +154,9 @@ func (c *cli) emitDistribution(d distribution) error {
 		switch p.State {
 		case mesh.Synced:
 			answer = "ack"
+			if p.Verified {
+				answer = "ack, signatures counted"
+			}
 		case mesh.Rejected:
 			answer = "nack: " + firstLine(p.Reason)
 		}

@@ -33,6 +33,7 @@ type Config struct {
 	RunDir string `yaml:"run_dir"`
 
 	Issuer   agent.Join         `yaml:"issuer"`
+	Policy   agent.Policy       `yaml:"policy"`
 	Workload WorkloadConfig     `yaml:"workload"`
 	Inbound  InboundConfig      `yaml:"inbound"`
 	Outbound OutboundConfig     `yaml:"outbound"`
@@ -102,7 +103,7 @@ func (c *Config) Validate() error {
 	}
 	need(!c.TrustDomain.IsZero(), "trust_domain", `missing; write the name of your trust domain, such as "corp.example"`)
 	need(c.DataDir != "", "data_dir", `missing; write a directory of the sidecar's own, such as "/var/lib/sallyport/sidecar"`)
-	errs = append(errs, c.Issuer.Validate(), c.Workload.Kubelet.Validate())
+	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate(), c.Workload.Kubelet.Validate())
 	id := c.Workload.Identity
 	need(id.IsZero() || id.MemberOf(c.TrustDomain), "workload.identity", fmt.Sprintf("%s is not in trust domain %s", id, c.TrustDomain))
 	if c.Inbound.Listen != "" {

@@ -82,6 +82,10 @@ type Config struct {
 	// DataDir keeps the state of the proxy, mode 0700. Required.
 	DataDir string
 	Join    Join
+	// Policy says whose policies are acted on.
+	Policy Policy
+	// Record keeps what became of signed sets. Required when Policy pins keys.
+	Record func(*audit.Record) error
 	// Identity is the SPIFFE ID to serve, when the node has several.
 	Identity spiffeid.ID
 	// Inbound is announced as the endpoint of the services of this identity.
@@ -127,7 +131,7 @@ func (c Config) validate() error {
 	}{
 		{"trust domain", c.TrustDomain.IsZero()}, {"kind", c.Kind == ""}, {"data dir", c.DataDir == ""},
 		{"use", c.Use == nil}, {"rejudge", c.Rejudge == nil}, {"audit", c.Audit == ""}, {"edges", c.Edges == nil},
-		{"metrics", c.Metrics == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
+		{"record", c.Policy.Signers.Pinned() && c.Record == nil}, {"metrics", c.Metrics == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
 	} {
 		if f.missing {
 			errs = append(errs, errors.New(f.name+": missing"))
@@ -136,7 +140,7 @@ func (c Config) validate() error {
 	if !c.Identity.IsZero() && !c.Identity.MemberOf(c.TrustDomain) {
 		errs = append(errs, fmt.Errorf("identity: %s is not in trust domain %s", c.Identity, c.TrustDomain))
 	}
-	return errors.Join(append(errs, c.Join.Validate())...)
+	return errors.Join(append(errs, c.Join.Validate(), c.Policy.Validate())...)
 }
 
 // An Agent is one proxy's tie to the issuer. It is safe for concurrent use.
@@ -150,6 +154,10 @@ type Agent struct {
 	node     *svid.Source        // the node's own identity
 	held     *svid.Source        // the workload's
 	rot      *svid.Rotator
+	// pins is nil when the proxy acts on what the issuer sends.
+	pins *pins
+	// refusals bounds what is recorded of those.
+	refusals refusals
 
 	// kept is the bundle of an earlier run whose SVIDs have all expired.
 	kept *x509bundle.Bundle
@@ -213,6 +221,9 @@ func Open(cfg Config) (*Agent, error) {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
 	}
 	if a.evidence, err = attest.NewEvidence(cfg.Join.Attest); err != nil {
+		return nil, err
+	}
+	if a.pins, err = openPins(cfg); err != nil {
 		return nil, err
 	}
 	cfg.Ready.Expect(readySVID, readyPolicy)
@@ -283,6 +294,9 @@ func (a *Agent) resume() error {
 	if err == nil {
 		err = a.own(snap)
 	}
+	if err == nil && a.pins != nil {
+		snap, err = a.pins.resume(a.identity(), snap)
+	}
 	if err == nil {
 		err = a.use(snap)
 	}
@@ -330,6 +344,14 @@ func (a *Agent) Self() (svid.Identity, error) {
 		return svid.Identity{}, svid.ErrNoIdentity
 	}
 	return st.Identities[0], nil
+}
+
+// identity is the SPIFFE ID that is or will be served, zero while that is open.
+func (a *Agent) identity() spiffeid.ID {
+	if self, err := a.Self(); err == nil {
+		return self.ID
+	}
+	return a.cfg.Identity
 }
 
 // AwaitPolicy waits until there are an identity and a policy, and returns the

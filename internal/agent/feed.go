@@ -44,21 +44,23 @@ func (a *Agent) own(s *mesh.Snapshot) error {
 
 // OnSnapshot is control.Handler. A disk that is full does not keep a new
 // policy from being in force: it is said, and the next start waits for the
-// issuer.
+// issuer. Only a signed set that cannot be kept is not taken: after a restart
+// an older one would be.
 func (a *Agent) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
-	if err := a.own(s); err != nil {
-		a.cfg.Metrics.PolicyRejected().Inc()
-		return err
-	}
-	if have := a.Snapshot(); have != nil && s.PolicyRevision < have.PolicyRevision {
+	err := a.own(s)
+	if have := a.Snapshot(); err == nil && have != nil && s.PolicyRevision < have.PolicyRevision {
 		// Another issuer's memory is older, or somebody plays back the past.
-		a.cfg.Metrics.PolicyRejected().Inc()
-		return errors.New("the policy in force is newer: revision " + strconv.FormatUint(have.PolicyRevision, 10))
+		err = errors.New("the policy in force is newer: revision " + strconv.FormatUint(have.PolicyRevision, 10))
 	}
-	if err := a.use(s); err != nil {
-		a.cfg.Metrics.PolicyRejected().Inc()
-		a.cfg.Log.Error("policy rejected, the former stays in force", "revision", s.PolicyRevision, "err", err)
-		return err
+	switch {
+	case err != nil:
+	case a.pins == nil:
+		err = a.use(s)
+	default:
+		s, err = a.usePinned(s)
+	}
+	if err != nil {
+		return a.rejected(err)
 	}
 	a.cfg.Log.Info("policy in force", "revision", s.PolicyRevision, "hash", s.PolicyHash)
 	if err := daemon.WriteFile(a.file(snapshotFile), s.Encode(), 0o600); err != nil {
@@ -77,7 +79,11 @@ func (a *Agent) OnCandidate(_ context.Context, rows *mesh.Snapshot) error {
 	case rows == nil:
 		return a.cfg.Try(nil)
 	}
-	if err := a.own(rows); err != nil {
+	err := a.own(rows)
+	if err == nil && a.pins != nil {
+		rows, err = a.pins.candidate(rows)
+	}
+	if err != nil {
 		return errors.Join(err, a.cfg.Try(nil))
 	}
 	if err := a.cfg.Try(rows); err != nil {
@@ -111,7 +117,7 @@ func (a *Agent) follow(ctx context.Context) error {
 		})
 		err = a.client.Subscribe(sub, control.Hello{
 			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), HaveCandidate: a.candidate.Load(), SVIDExpires: a.expires,
-			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState,
+			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState, Vouch: a.voucher(self.ID),
 		}, a)
 		cancel()
 		watch.Wait()

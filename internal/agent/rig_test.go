@@ -117,6 +117,24 @@ type issuer struct {
 	addr     string
 	stop     func()
 	bundle   string // PEM file
+	// setFile gives out signed sets.
+	setFile func(hash string) ([]byte, error)
+	// hostile, when set, is what the issuer sends in the place of a snapshot.
+	hostile func(*mesh.Snapshot) *mesh.Snapshot
+}
+
+// told is a registry of which the issuer says something else.
+type told struct {
+	*registry.Registry
+	is *issuer
+}
+
+func (r told) Current() *mesh.Snapshot {
+	s := r.Registry.Current()
+	if s != nil && r.is.hostile != nil {
+		return r.is.hostile(s)
+	}
+	return s
 }
 
 func newIssuer(t *testing.T) *issuer {
@@ -162,7 +180,7 @@ func (is *issuer) apply(entries, access string) {
 func (is *issuer) start(addr string) {
 	is.t.Helper()
 	srv, err := control.NewServer(control.ServerConfig{
-		TrustDomain: meshtest.TD, Registry: is.registry, Authority: is.ca, Audit: is.sink,
+		TrustDomain: meshtest.TD, Registry: told{is.registry, is}, SetFile: is.setFile, Authority: is.ca, Audit: is.sink,
 		Verifiers: map[string]control.NodeVerifier{"join_token": attest.NewJoinToken(meshtest.TD, is.registry)},
 		Why: func(err error) control.Refusal {
 			switch {

@@ -27,9 +27,9 @@ const (
 	setWork = 16 << 10
 )
 
-// errUnfetched says that a signed set could not be looked at. It ends the stream
-// and is no nack: nobody knows what is in it.
-var errUnfetched = errors.New("policy set not fetched")
+// ErrUnfetched says that a signed set could not be looked at. It ends the stream
+// and is no nack: nobody knows what is in it. Trying again may help.
+var ErrUnfetched = errors.New("policy set not fetched")
 
 // FetchSet sends a signed set to a proxy. It says more than the proxy's own
 // snapshot does: all rows, the entries, and hashes of API keys. So only an
@@ -77,14 +77,14 @@ func (a *meshAPI) FetchSet(req *meshpb.FetchSetRequest, st grpc.ServerStreamingS
 }
 
 // fetchSet gets a signed set from the issuer at the other end of a link. An
-// error wraps errUnfetched unless there is more than a set may have.
+// error wraps ErrUnfetched unless there is more than a set may have.
 func (c *Client) fetchSet(ctx context.Context, l *link, h *Hello, hash string) ([]byte, error) {
 	const verb = "fetch policy set"
 	ctx, cancel := context.WithTimeout(ctx, fetchTimeout)
 	defer cancel()
 	st, err := meshpb.NewMeshClient(l.cc).FetchSet(ctx, &meshpb.FetchSetRequest{Kind: h.Kind, Workload: h.Workload.String(), Hash: hash})
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errUnfetched, c.explain(ctx, verb, l, err))
+		return nil, fmt.Errorf("%w: %w", ErrUnfetched, c.explain(ctx, verb, l, err))
 	}
 	var out []byte
 	for {
@@ -93,7 +93,7 @@ func (c *Client) fetchSet(ctx context.Context, l *link, h *Hello, hash string) (
 		case errors.Is(err, io.EOF):
 			return out, nil
 		case err != nil:
-			return nil, fmt.Errorf("%w: %w", errUnfetched, c.explain(ctx, verb, l, err))
+			return nil, fmt.Errorf("%w: %w", ErrUnfetched, c.explain(ctx, verb, l, err))
 		case len(out)+len(m.GetData()) > maxSet:
 			return nil, fmt.Errorf("the issuer sends more than %d bytes as a policy set", maxSet)
 		}

@@ -196,7 +196,7 @@ func TestBackoffGrowsWhileASetIsNotFetched(t *testing.T) {
 			if tries++; tries == 40 {
 				stop()
 			}
-			return fmt.Errorf("%w: not there", errUnfetched)
+			return fmt.Errorf("%w: not there", ErrUnfetched)
 		}); err != nil {
 			t.Error(err)
 		}
@@ -273,7 +273,7 @@ func TestASetCostsWhatItWeighs(t *testing.T) {
 	most := 2 * workBurst * setWork / maxSet
 	for n := 0; n < most; n++ {
 		if _, err := c.fetchSet(t.Context(), l, &h, "a"); err != nil {
-			if !errors.Is(err, errUnfetched) || !errors.Is(err, ErrFailed) {
+			if !errors.Is(err, ErrUnfetched) || !errors.Is(err, ErrFailed) {
 				t.Errorf("fetch %d: %v", n, err)
 			}
 			return

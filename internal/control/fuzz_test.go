@@ -75,7 +75,7 @@ func feed(t *testing.T, pins bool, messages ...[]byte) {
 			case "good":
 				return nil
 			case "":
-				return fmt.Errorf("%w: it is gone", errUnfetched)
+				return fmt.Errorf("%w: it is gone", ErrUnfetched)
 			}
 			return errors.New("nobody signed it")
 		}

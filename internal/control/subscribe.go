@@ -130,7 +130,7 @@ func (c *Client) persist(ctx context.Context, verb string, state func(error), on
 			pause = c.retryMin
 			continue
 		}
-		if errors.Is(err, errUnfetched) {
+		if errors.Is(err, ErrUnfetched) {
 			pause = before // that it got through helped nothing
 		}
 		state(err)
@@ -314,7 +314,7 @@ func (s *subscriberState) handOver(ctx context.Context, snap *mesh.Snapshot) err
 
 // reject remembers why a snapshot was refused, unless nobody could look at it.
 func (s *subscriberState) reject(err error, set string) error {
-	if errors.Is(err, errUnfetched) {
+	if errors.Is(err, ErrUnfetched) {
 		return err
 	}
 	s.rejected, s.rejectedSet = reasonText(err), set
@@ -381,7 +381,7 @@ func decodeSnapshot(body []byte) (*mesh.Snapshot, string, error) {
 func (s *subscriberState) renumber(ctx context.Context, m *meshpb.Same) error {
 	if s.rejected != "" {
 		if s.hello.Vouch != nil && m.GetPolicySet() != s.rejectedSet {
-			return fmt.Errorf("%w: another one vouches for what was refused, which is to be sent anew", errUnfetched)
+			return fmt.Errorf("%w: another one vouches for what was refused, which is to be sent anew", ErrUnfetched)
 		}
 		return nil
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -383,5 +384,55 @@ func BenchmarkProject(b *testing.B) {
 	id := spiffeid.RequireFromString(billing)
 	for b.Loop() {
 		s.Project(id)
+	}
+}
+
+// TestProjectingAProjectionChangesNothing but its endpoints: a proxy keeps that of
+// a set and puts in endpoints as they come.
+func TestProjectingAProjectionChangesNothing(t *testing.T) {
+	dirs, err := filepath.Glob("testdata/good/*")
+	if err != nil || len(dirs) == 0 {
+		t.Fatal(dirs, err)
+	}
+	for _, dir := range append(dirs, "../../policies") {
+		p, err := ParseDir(dir, demoDomain)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var eps []Endpoint
+		who := []spiffeid.ID{{}}
+		for i, svc := range p.Services {
+			eps = append(eps, endpoint(svc.Name, uint16(1000+i)))
+			who = append(who, svc.ID)
+		}
+		for _, e := range p.Entries {
+			who = append(who, e.SPIFFEID)
+		}
+		bare, err := Compile(p, 7, 3, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		whole, err := Compile(p, 7, 3, eps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again(t, dir+" gateway", (*Snapshot).ProjectGateway, bare, whole)
+		for _, id := range who {
+			again(t, dir+" "+id.String(), func(s *Snapshot) *Snapshot { return s.Project(id) }, bare, whole)
+		}
+	}
+}
+
+func again(t *testing.T, name string, project func(*Snapshot) *Snapshot, bare, whole *Snapshot) {
+	t.Helper()
+	want := project(whole)
+	with := *project(bare)
+	with.Endpoints = want.Endpoints
+	got := project(&with)
+	if diff := cmp.Diff(string(want.Encode()), string(got.Encode())); diff != "" {
+		t.Errorf("%s:\n%s", name, diff)
+	}
+	if (want.Candidate == nil) != (got.Candidate == nil) || want.Candidate != nil && want.Candidate.ContentHash() != got.Candidate.ContentHash() {
+		t.Errorf("%s: another candidate", name)
 	}
 }

@@ -90,7 +90,7 @@ func FuzzDocuments(f *testing.F) {
 }
 
 // FuzzSnapshot: what is accepted is canonical, and validating and projecting it
-// never panics.
+// never panics. Projecting it again changes nothing.
 func FuzzSnapshot(f *testing.F) {
 	f.Add(demoSnapshot(f).Encode())
 	f.Add((&Snapshot{}).Encode())
@@ -104,9 +104,12 @@ func FuzzSnapshot(f *testing.F) {
 		if string(s.Encode()) != string(b) {
 			t.Error("accepted what is not canonical")
 		}
-		_ = s.Validate()
+		good := s.Validate() == nil
 		for _, v := range s.Services {
-			s.Project(v.ID)
+			own := s.Project(v.ID)
+			if good && own.Project(v.ID).ContentHash() != own.ContentHash() {
+				t.Errorf("the projection for %s, projected again, is another one", v.ID)
+			}
 		}
 		s.ProjectGateway()
 	})
