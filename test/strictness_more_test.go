@@ -90,3 +90,22 @@ func answerClasses() []strictClass {
 		}},
 	}
 }
+
+// limitClasses are tried where the limits are set in the configuration.
+func limitClasses() []strictClass {
+	long := func(n int) string { return strings.Repeat("a", n) }
+	return []strictClass{
+		{30, "sizes that are set", []strictCase{
+			refuse("too many fields", 431, strictGet(strings.Repeat("A: b\r\n", 20))...), refuse("a head too large", 431, strictGet("A: "+long(2<<10)+"\r\n")...),
+			refuse("a target too long", 414, strictTarget("/v1/strict/"+long(512))...), refuse("an underscore", 400, strictGet("My_Field: x\r\n")...),
+			pass("a small head", strictGet(""), "GET"),
+		}},
+		{31, "slow clients", []strictCase{
+			refuse("a head that never ends", 408, "GET "+strictPath+" HTTP/1.1\r\n"+strictHost), refuse("a request line that never ends", 408, "GET /v1"),
+			refuse("a body that never comes", 408, strictPost("Content-Length: 2\r\n", "")...), refuse("a body that never ends", 408, strictPost("Content-Length: 2\r\n", "a")...),
+			refuse("a chunk that never comes", 408, strictPost(chunkedField, "")...), refuse("a client that waits for 100 and then says nothing", 408, strictPost("Content-Length: 2\r\nExpect: 100-continue\r\n", "")...),
+			{name: "a chunk that never ends", say: strictPost(chunkedField, "5\r\nab"), status: 408, reach: cutOff},
+			{name: "a connection that says nothing", say: []string{""}, reach: nothing},
+		}},
+	}
+}

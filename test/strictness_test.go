@@ -75,6 +75,7 @@ const (
 func TestStrictness(t *testing.T) {
 	t.Parallel()
 	s := newStrictRig(t, "")
+	slow := newStrictRig(t, "limits: {head: 2048, headers: 20, target: 512, head_timeout: 1s, body_timeout: 1s, idle_timeout: 1s, refuse_underscores: true, connections: 300}\n")
 	t.Run("a peer that speaks HTTP/2 alone is sent away", func(t *testing.T) {
 		only := s.tls.Clone()
 		only.NextProtos = []string{"h2"}
@@ -86,7 +87,10 @@ func TestStrictness(t *testing.T) {
 	for _, c := range strictClasses() {
 		s.class(t, c)
 	}
-	for _, f := range s.app.since(0) {
+	for _, c := range limitClasses() {
+		slow.class(t, c)
+	}
+	for _, f := range append(s.app.since(0), slow.app.since(0)...) {
 		if f.target == smuggledPath {
 			t.Errorf("a request in the body of another reached the application: %q", f.raw)
 		}

@@ -38,6 +38,7 @@ type Config struct {
 	Inbound  InboundConfig      `yaml:"inbound"`
 	Outbound OutboundConfig     `yaml:"outbound"`
 	Egress   EgressConfig       `yaml:"egress"`
+	Limits   LimitsConfig       `yaml:"limits"`
 	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
 	Drain    daemon.DrainConfig `yaml:"drain"`
@@ -121,7 +122,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
+	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate())
 	return errors.Join(errs...)
 }
 

@@ -25,7 +25,6 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
-	"sallyport/internal/http1"
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
@@ -159,6 +158,7 @@ func (s *sidecar) open() error {
 		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(s.agent.Source(), want, "http/1.1") },
 		Generation: func() uint64 { return s.agent.Generation() },
 		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
+		Limits:     cfg.Limits.http(),
 	}
 	if s.services, err = upstream.New(up); err != nil {
 		return err
@@ -259,7 +259,8 @@ func (s *sidecar) name() mesh.ServiceName {
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
 		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log,
-		DrainTimeout: s.cfg.Drain.Timeout,
+		DrainTimeout: s.cfg.Drain.Timeout, Metrics: s.metrics, Reporter: reporter,
+		Limits: s.cfg.Limits.http(), MaxConns: s.cfg.Limits.Connections, MaxInFlight: s.cfg.Limits.Calls,
 	}
 }
 
@@ -302,7 +303,8 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
-			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, http1.Limits{}),
+			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
+			MaxHandshakes: s.cfg.Limits.Handshakes, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 		})
 		if e != nil {
 			return nil, nil, e

@@ -314,6 +314,9 @@ func TestTooManyConnectionsAreClosed(t *testing.T) {
 			t.Errorf("one too many got %q", got)
 		}
 	}
+	if n := r.metric(`sallyport_connections_refused_total{reason="total",reporter="outbound"}`); n != "3" {
+		t.Errorf("counted %s", n)
+	}
 	if strings.Count(r.log.String(), "too many connections") != 1 {
 		t.Errorf("log: %s", r.log)
 	}
@@ -342,6 +345,9 @@ func TestHandshakeFloodDoesNotKeepOthersOut(t *testing.T) {
 	}
 	if _, err := bufio.NewReader(idle[0]).ReadByte(); err == nil {
 		t.Error("the one that waits longest is still there")
+	}
+	if n := r.metric(`sallyport_connections_refused_total{reason="handshakes",reporter="inbound"}`); n != "17" { // 21 came
+		t.Errorf("counted %s", n)
 	}
 	for _, rec := range r.inAudit.Records() {
 		if rec.Kind == audit.KindTLS {

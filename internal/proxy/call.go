@@ -259,6 +259,9 @@ func (x *call) unanswered() bool {
 // failed says how to answer an exchange that came to nothing.
 func (x *call) failed(err error) *refusal {
 	x.err = err
+	if http1.FailedSide(err) == http1.Client {
+		x.on.Metrics.RequestsRefused(x.on.Reporter, unreadReason(err)).Inc()
+	}
 	if x.res.ResponseStarted {
 		x.broken = true
 		return nil

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"cmp"
-	"container/list"
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
@@ -26,9 +25,6 @@ import (
 )
 
 const (
-	// handshakeTimeout bounds a TLS handshake: a peer without an SVID must not
-	// hold a connection for long.
-	handshakeTimeout = 10 * time.Second
 	// verifyEvery is how often the proof of a kept connection is looked at
 	// again: an authority may have been withdrawn. Its end is looked at for
 	// each call.
@@ -66,6 +62,11 @@ type InboundConfig struct {
 	// identity yet. One more closes the one that has taken the longest.
 	// Default 512.
 	MaxHandshakes int
+	// HandshakeTimeout bounds a handshake. Default 10 s.
+	HandshakeTimeout time.Duration
+	// MaxPerPeer bounds the connections of one identity. Default: half of
+	// MaxConns.
+	MaxPerPeer int
 }
 
 func (c InboundConfig) validate() error {
@@ -92,11 +93,12 @@ type Inbound struct {
 	chain    chain
 	self     string
 	unproved anteroom
+	peers    crowd
 	drops    dropSets
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
-	// verifyEvery, handshakeTimeout and tokenGrace are fields for tests.
-	verifyEvery, handshakeTimeout, tokenGrace time.Duration
+	// verifyEvery and tokenGrace are fields for tests.
+	verifyEvery, tokenGrace time.Duration
 }
 
 // NewInbound checks the configuration; Run does the work.
@@ -104,9 +106,13 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, handshakeTimeout: handshakeTimeout, tokenGrace: tokenGrace}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
+	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
+	in.unproved.waiting = in.Metrics.Connections(in.Reporter, "proving")
+	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
+	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
 	in.chain = in.makeChain()
 	return in, nil
 }
@@ -134,6 +140,11 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		in.refusedHandshake(x, err)
 		return
 	}
+	if !in.peers.enter(x.peer) {
+		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
+		return
+	}
+	defer in.peers.leave(x.peer)
 	x.down = http1.NewConn(tc, in.Limits)
 	defer x.down.Release()
 	x.series = in.Signals.Series(x.src, x.dst, "")
@@ -144,7 +155,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 
 func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 	defer in.unproved.leave(x.conn)
-	ctx, cancel := context.WithTimeout(ctx, in.handshakeTimeout)
+	ctx, cancel := context.WithTimeout(ctx, in.cfg.HandshakeTimeout)
 	defer cancel()
 	x.epoch = in.epoch.Load()
 	if err := tc.HandshakeContext(ctx); err != nil {
@@ -179,35 +190,8 @@ func (in *Inbound) refusedHandshake(x *call, err error) {
 	if err := in.Audit.Append(&r); err != nil {
 		in.Log.Error("audit record lost", "err", err)
 	}
+	in.Metrics.TLSFailures(in.Reporter, "handshake").Inc()
 	in.Edges.Add("", in.self, "http", telemetry.Denied, false, time.Now())
-}
-
-// An anteroom bounds the connections of peers that have proved nothing yet. Who
-// has been there longest must go first: an honest handshake takes milliseconds.
-type anteroom struct {
-	max int
-
-	mu   sync.Mutex // guards here
-	here list.List  // of *conn, in the order of arrival
-}
-
-// enter takes a connection in. The order of calls is the order of arrival: a
-// goroutine for each would mix it up, and put out who came last.
-func (a *anteroom) enter(c *conn) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	c.place = a.here.PushBack(c)
-	if a.here.Len() > a.max {
-		longest := a.here.Front()
-		a.here.Remove(longest)
-		longest.Value.(*conn).Close()
-	}
-}
-
-func (a *anteroom) leave(c *conn) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.here.Remove(c.place) // does nothing when it was put out
 }
 
 // isClosed says that the peer went away before it said anything.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -14,6 +15,7 @@ import (
 
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
+	"sallyport/internal/telemetry"
 )
 
 // A listener accepts connections and knows the open ones.
@@ -25,6 +27,7 @@ type listener struct {
 	// goroutine of its own runs. Optional.
 	arrive func(c *conn)
 
+	opened   *telemetry.Gauge // the connections in open
 	draining atomic.Bool
 	inFlight atomic.Int64
 	panics   atomic.Int64
@@ -113,6 +116,7 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.mu.Lock()
 	l.open = map[*conn]struct{}{}
 	l.mu.Unlock()
+	l.opened = l.Metrics.Connections(l.Reporter, "open")
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 	var wg sync.WaitGroup
@@ -189,28 +193,51 @@ func (l *listener) accept(ctx context.Context, ln net.Listener, start func(*conn
 	}
 }
 
+// The limits that close connections, as they are counted.
+const (
+	limitTotal      = "total"
+	limitPeer       = "peer"
+	limitHandshakes = "handshakes"
+)
+
 // fullEvery is how often a listener that is full says so.
 const fullEvery = 10 * time.Second
 
 // admit takes the connection into the open ones unless there are too many.
 func (l *listener) admit(c *conn) bool {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if len(l.open) < l.MaxConns {
+	room := len(l.open) < l.MaxConns
+	if room {
 		l.open[c] = struct{}{}
-		return true
+		l.opened.Add(1)
 	}
-	if now := time.Now(); now.Sub(l.toldFull) >= fullEvery {
+	l.mu.Unlock()
+	if !room {
+		l.turnAway(limitTotal, "limit", l.MaxConns)
+	}
+	return room
+}
+
+// turnAway counts a connection that a limit closes, and says so now and then.
+func (l *listener) turnAway(limit string, about ...any) {
+	l.Metrics.ConnectionsRefused(l.Reporter, limit).Inc()
+	l.mu.Lock()
+	now := time.Now()
+	tell := now.Sub(l.toldFull) >= fullEvery
+	if tell {
 		l.toldFull = now
-		l.Log.Warn("too many connections, new ones are closed", "limit", l.MaxConns)
 	}
-	return false
+	l.mu.Unlock()
+	if tell {
+		l.Log.Warn("too many connections, new ones are closed", append([]any{"of", limit}, about...)...)
+	}
 }
 
 func (l *listener) forget(c *conn) {
 	c.Close()
 	l.mu.Lock()
 	delete(l.open, c)
+	l.opened.Add(-1)
 	l.mu.Unlock()
 }
 
@@ -276,7 +303,23 @@ func (l *listener) unreadable(x *call, err error) {
 		reason = p.Detail
 	}
 	x.unread.Observe(status, 0, 0, 0)
+	l.Metrics.RequestsRefused(l.Reporter, unreadReason(err)).Inc()
 	if _, err := x.down.WriteError(nil, status, nil, errorBody(reason, "")); err == nil {
 		_ = x.down.Linger() // best effort, the connection ends anyway
 	}
+}
+
+// unreadReason says in one word why a request was refused unread.
+func unreadReason(err error) string {
+	switch p := (*http1.ProtocolError)(nil); {
+	case errors.As(err, &p):
+		return p.Reason.String()
+	case errors.Is(err, http1.ErrHeadTimeout):
+		return "head_timeout"
+	case errors.Is(err, http1.ErrSlowBody):
+		return "slow_body"
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return "body_timeout"
+	}
+	return "broken_off"
 }

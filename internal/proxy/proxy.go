@@ -27,6 +27,10 @@ type Shared struct {
 	// Signals and Edges count what passes. Required.
 	Signals *telemetry.Signals
 	Edges   *telemetry.Edges
+	// Metrics counts connections and what no judge sees, under the name of
+	// Reporter. Optional.
+	Metrics  *telemetry.Registry
+	Reporter string
 	// Log is for operators. Required.
 	Log *slog.Logger
 	// Limits bound what a client may send. Zero means http1's defaults.

@@ -70,6 +70,7 @@ type rig struct {
 	web      *svid.Source
 	billing  *svid.Source
 	log      *logBuffer
+	metrics  *telemetry.Registry
 	modes    string // modes.yaml
 	services *upstream.Services
 	gateways *upstream.Services
@@ -145,17 +146,17 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.services.Close)
-	metrics := telemetry.NewRegistry()
+	r.metrics = telemetry.NewRegistry()
 	edges := telemetry.NewEdges()
 	shared := func(reporter string, a *audit.Log) Shared {
-		return Shared{Audit: a, Signals: telemetry.NewSignals(metrics, reporter), Edges: edges, Log: log, DrainTimeout: 10 * time.Second}
+		return Shared{Audit: a, Signals: telemetry.NewSignals(r.metrics, reporter), Edges: edges, Log: log, Metrics: r.metrics, Reporter: reporter, DrainTimeout: 10 * time.Second}
 	}
 	local := upstream.NewLocal(netip.MustParseAddrPort(app), http1.Limits{})
 	t.Cleanup(local.Close)
 	r.inCfg = InboundConfig{
 		Shared: shared("inbound", r.inAudit), Self: billing, Port: func() uint16 { return 8443 },
-		TLS:    svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, "http/1.1"),
-		PeerID: svid.PeerID, Standing: r.billing.Standing, Judge: r.judge, App: local,
+		TLS:              svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, "http/1.1"),
+		HandshakeTimeout: time.Minute, PeerID: svid.PeerID, Standing: r.billing.Standing, Judge: r.judge, App: local,
 	}
 	r.outCfg = OutboundConfig{
 		Shared: shared("outbound", r.outAudit), Self: web, Snapshot: r.snap.Load, Services: r.services, Gateways: r.gateways,
@@ -174,7 +175,6 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	if r.inbound, err = NewInbound(r.inCfg); err != nil {
 		t.Fatal(err)
 	}
-	r.inbound.handshakeTimeout = time.Minute
 	r.inbound.tokenGrace = cmp.Or(r.tokenGrace, r.inbound.tokenGrace)
 	if r.outbound, err = NewOutbound(r.outCfg); err != nil {
 		t.Fatal(err)

@@ -87,6 +87,33 @@ func (r *Registry) UpstreamConnects(dst, result string) *Counter {
 	return r.connects.get(labels{result, dst})
 }
 
+// Connections is the number of connections to a listener in a state, "open" or
+// "proving".
+func (r *Registry) Connections(reporter, state string) *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.open.get(labels{reporter, state})
+}
+
+// ConnectionsRefused counts connections that a limit closed: "total", "peer" or
+// "handshakes".
+func (r *Registry) ConnectionsRefused(reporter, limit string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.turned.get(labels{reporter, limit})
+}
+
+// RequestsRefused counts requests that were refused before anybody judged them.
+// The reason is from a closed set of the caller, never text of the peer.
+func (r *Registry) RequestsRefused(reporter, reason string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.unread.get(labels{reporter, reason})
+}
+
 // EgressTunnels is the number of open tunnels of a caller.
 func (r *Registry) EgressTunnels(src string) *Gauge {
 	if r == nil {

@@ -142,6 +142,9 @@ type Registry struct {
 	tls       *family[*Counter]
 	conns     *family[*Gauge]
 	connects  *family[*Counter]
+	open      *family[*Gauge]
+	turned    *family[*Counter]
+	unread    *family[*Counter]
 	tunnels   *family[*Gauge]
 	tunnelB   *family[*Counter]
 	expiry    *family[*Expiry]
@@ -184,6 +187,9 @@ func NewRegistry() *Registry {
 	r.tls = counters(r, 1, "sallyport_tls_failures_total", "TLS handshakes that failed, by reason.", "reporter", "reason")
 	r.conns = gauges(r, 1, "sallyport_upstream_connections", "Connections to a service, active or idle in the pool.", "state", "dst")
 	r.connects = counters(r, 1, "sallyport_upstream_connects_total", "Attempts to connect to a service, by result.", "result", "dst")
+	r.open = gauges(r, 1, "sallyport_connections", "Connections that are open to a listener; proving are those whose peer has not proved an identity yet.", "reporter", "state")
+	r.turned = counters(r, 2, "sallyport_connections_refused_total", "Connections that were closed because of a limit, by which: total, peer, handshakes.", "reporter", "reason")
+	r.unread = counters(r, 2, "sallyport_requests_refused_total", "Requests that were refused for their form, size or slowness, by reason.", "reporter", "reason")
 	r.tunnels = gauges(r, 0, "sallyport_egress_tunnels", "Tunnels that are open, by caller.", "src")
 	r.tunnelB = counters(r, 1, "sallyport_egress_bytes_total", "Bytes through tunnels, up is out of the mesh.", "direction", "src", "dst")
 	r.reloads = counters(r, 1, "sallyport_reloads_total", "Reloads of files, by result.", "result", "what")
