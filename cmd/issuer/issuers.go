@@ -132,8 +132,9 @@ func (in *issuer) followIssuers(ctx context.Context) error {
 	}
 }
 
-// seenFile keeps the hash of the policy folder as it was last put in force.
-func (in *issuer) seenFile() string { return filepath.Join(in.cfg.DataDir, "policies.seen") }
+// seenFile keeps the hash of the policy folder as it was last put in force. The
+// name goes with the form of the hash: one of an older form is not there.
+func (in *issuer) seenFile() string { return filepath.Join(in.cfg.DataDir, "policies.taken") }
 
 // sawFolder says that the policy folder is no edit. Issuers that share a
 // database have a folder each, and one that starts, or whose folder is updated

@@ -8,6 +8,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 )
 
 // firstPolicies reads the policy folder at the start. A mistake in it matters
@@ -38,7 +39,7 @@ func (in *issuer) reload(ctx context.Context) {
 // the reason known: in the log, in the status, in a metric and in the audit.
 func (in *issuer) applyFolder(ctx context.Context) error {
 	before := in.registry.Status().PolicyRevision
-	p, err := settled(ctx, in.folder.Parse)
+	p, err := in.readFolder(ctx)
 	if ctx.Err() != nil {
 		return ctx.Err() // stopping, which is no refusal
 	}
@@ -67,4 +68,14 @@ func (in *issuer) applyFolder(ctx context.Context) error {
 	}
 	in.log.Info("policy in force", "revision", st.PolicyRevision, "hash", st.PolicyHash)
 	return in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Allow, Revision: st.PolicyRevision, Detail: st.PolicyHash})
+}
+
+// readFolder parses the folder as it is at rest.
+func (in *issuer) readFolder(ctx context.Context) (*mesh.Policies, error) {
+	files, err := settled(ctx, in.folder.Read, in.files)
+	if err != nil {
+		return nil, err
+	}
+	in.files = files
+	return in.folder.Parse(files)
 }

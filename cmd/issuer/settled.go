@@ -9,8 +9,11 @@ import (
 )
 
 const (
-	// settle is how far apart two readings of the policy folder are.
-	settle = 50 * time.Millisecond
+	// settle is how far apart two readings of the policy folder are. One that
+	// is written in place may be cut off for longer than one that is moved there
+	// is without its like: settleInPlace.
+	settle        = 25 * time.Millisecond
+	settleInPlace = 75 * time.Millisecond
 	// settleTries bounds the readings while they differ: about a second.
 	settleTries = 20
 )
@@ -18,29 +21,37 @@ const (
 // errRestless says that the folder changed all the time it was read.
 var errRestless = errors.New("the policy folder keeps changing while it is read; it is read again at its next change: write files beside it and move them into place")
 
-// settled reads the policies until two readings agree. Half of a set is often
-// a valid one: a guardrails.csv that was cut off to be written anew forbids
-// nothing.
-func settled(ctx context.Context, read func() (*mesh.Policies, mesh.Sum, error)) (*mesh.Policies, error) {
-	_, last, lastErr := read()
+// settled reads the policy folder until two readings agree. Half of a set is
+// often a valid one: a guardrails.csv that was cut off to be written anew
+// forbids nothing. What was read before, if anything, says how files came by
+// what is in them.
+func settled(ctx context.Context, read func() (*mesh.Files, error), before *mesh.Files) (*mesh.Files, error) {
+	last, lastErr := read()
 	for range settleTries {
-		t := time.NewTimer(settle)
+		t := time.NewTimer(pauseAfter(last, before))
 		select {
 		case <-ctx.Done():
 			t.Stop()
 			return nil, ctx.Err()
 		case <-t.C:
 		}
-		p, sum, err := read()
-		if sum == last && agree(lastErr, err) {
-			return p, err
+		now, err := read()
+		if agree(lastErr, err) && (err != nil || now.Sum() == last.Sum()) {
+			return now, err
 		}
-		last, lastErr = sum, err
+		last, lastErr = now, err
 	}
 	return nil, errRestless
 }
 
-// agree compares what stood in the way: a file that cannot be read has no sum.
+func pauseAfter(last, before *mesh.Files) time.Duration {
+	if last == nil || last.Rewritten(before) {
+		return settleInPlace
+	}
+	return settle
+}
+
+// agree compares what stood in the way.
 func agree(a, b error) bool {
 	if a == nil || b == nil {
 		return a == nil && b == nil

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -31,30 +32,71 @@ func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	write("guardrails.csv", "")
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
-		p, err := settled(t.Context(), func() (*mesh.Policies, mesh.Sum, error) {
+		files, err := settled(t.Context(), func() (*mesh.Files, error) {
 			if n++; n == 2 {
 				write("guardrails.csv", guard)
 			}
-			return folder.Parse()
-		})
-		if err != nil || len(p.Rules) != 1 || n != 3 {
-			t.Errorf("%d readings gave %+v, %v; want the guardrail after 3", n, p, err)
+			return folder.Read()
+		}, nil)
+		if err != nil || n != 3 {
+			t.Fatalf("%d readings, %v; want 3", n, err)
+		}
+		if p, err := folder.Parse(files); err != nil || len(p.Rules) != 1 {
+			t.Errorf("got %+v, %v; want the guardrail", p, err)
 		}
 	})
 	synctest.Test(t, func(t *testing.T) {
 		n := 0
-		_, err := settled(t.Context(), func() (*mesh.Policies, mesh.Sum, error) {
+		_, err := settled(t.Context(), func() (*mesh.Files, error) {
 			n++
 			write("guardrails.csv", map[bool]string{true: guard, false: ""}[n%2 == 0])
-			return folder.Parse()
-		})
+			return folder.Read()
+		}, nil)
 		if !errors.Is(err, errRestless) {
 			t.Errorf("a folder that never rests: %v", err)
 		}
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := settled(ctx, folder.Parse); !errors.Is(err, context.Canceled) {
+	if _, err := settled(ctx, folder.Read, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("stopping: %v", err)
 	}
+}
+
+// TestOneWhoWritesInPlaceIsGivenLonger than one who moves files there.
+func TestOneWhoWritesInPlaceIsGivenLonger(t *testing.T) {
+	folder := &mesh.Folder{Dir: t.TempDir(), TrustDomain: spiffeid.RequireTrustDomainFromString("corp.example")}
+	path := filepath.Join(folder.Dir, "access.csv")
+	write := func(path, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Error(err)
+		}
+	}
+	write(path, "# one\n")
+	synctest.Test(t, func(t *testing.T) {
+		var before *mesh.Files
+		for _, step := range []struct {
+			name string
+			edit func()
+			want time.Duration
+		}{
+			{"the first reading", func() {}, settleInPlace},
+			{"nothing new", func() {}, settle},
+			{"written in place", func() { write(path, "# two\n") }, settleInPlace},
+			{"moved", func() {
+				write(path+".go", "# three\n")
+				if err := os.Rename(path+".go", path); err != nil {
+					t.Error(err)
+				}
+			}, settle},
+		} {
+			step.edit()
+			start := time.Now()
+			files, err := settled(t.Context(), folder.Read, before)
+			if err != nil || time.Since(start) != step.want {
+				t.Errorf("%s: after %s, %v; want %s", step.name, time.Since(start), err, step.want)
+			}
+			before = files
+		}
+	})
 }

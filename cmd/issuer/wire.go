@@ -36,6 +36,7 @@ import (
 type issuer struct {
 	cfg      *Config
 	folder   *mesh.Folder
+	files    *mesh.Files // as the folder was last at rest
 	log      *slog.Logger
 	level    *slog.LevelVar
 	ready    *daemon.Ready

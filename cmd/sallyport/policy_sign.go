@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 	"sallyport/internal/policyset"
 	"sallyport/internal/review"
 )
@@ -147,8 +148,12 @@ func packed(dir, td string, revision uint64, previous string) (*policyset.Signed
 // checkedSet says what is wrong with the policies in a set.
 func checkedSet(s *policyset.Signed) error {
 	p, err := s.Policies()
+	if err != nil {
+		return failed(err)
+	}
+	c, err := mesh.Check(p, nil)
 	if err == nil {
-		err = review.Red(p)
+		err = review.Red(c)
 	}
 	return failed(err)
 }

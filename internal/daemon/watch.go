@@ -17,8 +17,9 @@ import (
 
 const (
 	// settle is how long a file must be quiet before it is looked at: editors
-	// and checkouts write in several steps.
-	settle = 50 * time.Millisecond
+	// and checkouts write in several steps. Whoever must not read half of what
+	// takes longer reads again until nothing changes.
+	settle = 25 * time.Millisecond
 	// restless bounds the wait when writes never stop.
 	restless = 500 * time.Millisecond
 	// hashUpTo is the size up to which content decides whether a file changed.

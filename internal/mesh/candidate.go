@@ -1,7 +1,6 @@
 package mesh
 
 import (
-	"io/fs"
 	"path"
 	"slices"
 	"strings"
@@ -29,18 +28,15 @@ func (p *Policies) WithCandidate() *Policies {
 
 // candidateFiles reads the folder of the candidate. A file that is not there is
 // the one in force.
-func (r *reader) candidateFiles(p *Policies) error {
-	if !r.candidate {
-		return nil
-	}
-	entries, err := fs.ReadDir(r.fsys, candidateFolder)
-	if err != nil {
-		return err
+func (r *reader) candidateFiles(p *Policies) {
+	entries, there := r.files.folders[candidateFolder]
+	if !there {
+		return
 	}
 	found := map[string]bool{}
 	for _, e := range entries {
 		switch name := e.Name(); {
-		case strings.HasPrefix(name, ".") || slices.Contains(Beside, path.Ext(name)):
+		case aside(name):
 		case e.IsDir() || name != accessFile && name != guardFile:
 			r.errs = append(r.errs, &Problem{File: path.Join(candidateFolder, name), Msg: "unexpected file: a candidate has access.csv, guardrails.csv or both"})
 		default:
@@ -49,14 +45,12 @@ func (r *reader) candidateFiles(p *Policies) error {
 	}
 	if len(found) == 0 {
 		r.errs = append(r.errs, &Problem{File: candidateFolder, Msg: "folder has neither access.csv nor guardrails.csv: remove it, or write the rows to try"})
-		return nil
+		return
 	}
 	next := &Policies{}
 	for _, name := range []string{accessFile, guardFile} {
 		if found[name] {
-			if err := r.rows(next, path.Join(candidateFolder, name), name == guardFile); err != nil {
-				return err
-			}
+			r.rows(next, path.Join(candidateFolder, name), name == guardFile)
 			continue
 		}
 		for _, rule := range p.Rules {
@@ -69,7 +63,6 @@ func (r *reader) candidateFiles(p *Policies) error {
 		}
 	}
 	p.Candidate = &Rows{Rules: next.Rules, Memberships: next.Memberships}
-	return nil
 }
 
 // rowsOfCandidate checks the candidate as if it were in force. The rest of the

@@ -11,30 +11,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Compile makes the snapshot of everything: the reviewed set, which must be
-// valid, and where its services are at the moment. Endpoints of services that
-// the set does not name are left out.
-func Compile(p *Policies, rev, policyRev uint64, eps []Endpoint) (*Snapshot, error) {
-	if err := p.Validate(); err != nil {
-		return nil, fmt.Errorf("compile policies: %w", err)
-	}
-	s := &Snapshot{
-		Revision: rev, PolicyRevision: policyRev, PolicyHash: p.Hash(),
-		TrustDomain: p.TrustDomain,
-		Services:    slices.Clone(p.Services), Rules: slices.Clone(p.Rules),
-		Memberships: slices.Clone(p.Memberships), Destinations: slices.Clone(p.Destinations),
-		Tokens: p.Tokens, Modes: slices.Clone(p.Modes),
-	}
-	for _, e := range eps {
-		if _, ok := s.Service(e.Service); ok {
-			s.Endpoints = append(s.Endpoints, e)
-		}
-	}
-	s.canonical()
-	s.Candidate = p.tried(s)
-	return s, nil
-}
-
 // canonical sorts every list and makes empty ones equal, so that equal contents
 // have equal bytes.
 func (s *Snapshot) canonical() {
@@ -48,7 +24,7 @@ func (s *Snapshot) canonical() {
 }
 
 // sorted returns a copy in order, never nil.
-func sorted[T any](list []T, less func(a, b T) int) []T {
+func sorted[T any](list []T, less func(a, b *T) int) []T {
 	if len(list) == 0 {
 		return []T{}
 	}
@@ -57,7 +33,7 @@ func sorted[T any](list []T, less func(a, b T) int) []T {
 	for i := range list {
 		order[i] = &list[i]
 	}
-	slices.SortStableFunc(order, func(a, b *T) int { return less(*a, *b) })
+	slices.SortStableFunc(order, less)
 	out := make([]T, len(list))
 	for i, x := range order {
 		out[i] = *x
@@ -65,45 +41,24 @@ func sorted[T any](list []T, less func(a, b T) int) []T {
 	return out
 }
 
-func compareServices(a, b Service) int { return cmp.Compare(a.Name, b.Name) }
+func compareServices(a, b *Service) int { return cmp.Compare(a.Name, b.Name) }
 
-func compareRules(a, b Rule) int { return cmp.Compare(a.ID, b.ID) }
+func compareRules(a, b *Rule) int { return cmp.Compare(a.ID, b.ID) }
 
-func compareDestinations(a, b Destination) int { return cmp.Compare(a.Host, b.Host) }
+func compareEntries(a, b *Entry) int { return cmp.Compare(a.ID, b.ID) }
 
-func compareEndpoints(a, b Endpoint) int {
+func compareCases(a, b *Case) int { return cmp.Compare(a.Name, b.Name) }
+
+func compareAdmin(a, b *AdminRule) int { return cmp.Compare(a.ID, b.ID) }
+
+func compareDestinations(a, b *Destination) int { return cmp.Compare(a.Host, b.Host) }
+
+func compareEndpoints(a, b *Endpoint) int {
 	return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
 }
 
-func compareMemberships(a, b Membership) int {
+func compareMemberships(a, b *Membership) int {
 	return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Group, b.Group), cmp.Compare(a.Member, b.Member))
-}
-
-// Hash is the SHA-256, in hex, of what the reviewed set says. Comments, blanks,
-// the order of rows and, when every file is enforced, the file a row stands in
-// do not change it.
-func (p *Policies) Hash() string {
-	c := Policies{
-		TrustDomain:  p.TrustDomain,
-		Services:     sorted(without(p.Services, func(s *Service) { s.Origin = Origin{} }), compareServices),
-		Rules:        p.plainRules(p.Rules),
-		Memberships:  plainMemberships(p.Memberships),
-		Destinations: sorted(without(p.Destinations, func(d *Destination) { d.Origin = Origin{} }), compareDestinations),
-		Entries: sorted(without(p.Entries, func(e *Entry) { e.Origin = Origin{} }), func(a, b Entry) int {
-			return cmp.Compare(a.ID, b.ID)
-		}),
-		Cases: sorted(without(p.Cases, func(c *Case) { c.Origin = Origin{} }), func(a, b Case) int {
-			return cmp.Compare(a.Name, b.Name)
-		}),
-		Admin: sorted(without(p.Admin, func(r *AdminRule) { r.Origin = Origin{} }), func(a, b AdminRule) int {
-			return cmp.Compare(a.ID, b.ID)
-		}),
-		Tokens: p.Tokens.withoutOrigins(),
-		Modes:  withoutOrigins(p.Modes),
-
-		Candidate: p.Candidate.withoutOrigins(p),
-	}
-	return hashJSON(c)
 }
 
 func (p *Policies) plainRules(list []Rule) []Rule {

@@ -36,7 +36,12 @@ func TestAFolderReadAgainIsAsReadAfresh(t *testing.T) {
 		write(step.file, step.text)
 		want, wantErr := ParseFS(os.DirFS(dir), td)
 		for range 2 {
-			got, sum, err := f.Parse()
+			files, err := f.Read()
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := f.Parse(files)
+			sum := files.Sum()
 			if (err == nil) != (wantErr == nil) || err != nil && err.Error() != wantErr.Error() {
 				t.Errorf("%s: %v, want %v", step.name, err, wantErr)
 			}
@@ -53,16 +58,82 @@ func TestAFolderReadAgainIsAsReadAfresh(t *testing.T) {
 		}
 	}
 	write(entriesFile, entry("d"))
-	if _, _, err := f.Parse(); err != nil {
-		t.Fatal(err)
+	parse := func() (*Policies, Sum) {
+		t.Helper()
+		files, err := f.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := f.Parse(files)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p, files.Sum()
 	}
+	parse()
 	if len(f.known.entries) != 1 || f.known.entries[0].SPIFFEID.Path() != "/d" {
 		t.Errorf("entries of the last good file are not kept: %+v", f.known.entries)
 	}
 	if err := os.Remove(filepath.Join(dir, entriesFile)); err != nil {
 		t.Fatal(err)
 	}
-	if p, sum, err := f.Parse(); err != nil || len(p.Entries) != 0 || sums[sum] != "" {
-		t.Errorf("without the file: %d entries, %v, sum of %q", len(p.Entries), err, sums[sum])
+	if p, sum := parse(); len(p.Entries) != 0 || sums[sum] != "" {
+		t.Errorf("without the file: %d entries, sum of %q", len(p.Entries), sums[sum])
+	}
+}
+
+// TestAFileWrittenInPlaceIsTold apart from one that was moved there whole.
+func TestAFileWrittenInPlaceIsTold(t *testing.T) {
+	f := &Folder{Dir: t.TempDir(), TrustDomain: demoDomain}
+	read := func() *Files {
+		t.Helper()
+		files, err := f.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return files
+	}
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(f.Dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move := func(name, text string) {
+		t.Helper()
+		write(".new", text)
+		if err := os.Rename(filepath.Join(f.Dir, ".new"), filepath.Join(f.Dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(accessFile, "# one\n")
+	write(guardFile, "# two\n")
+	before := read()
+	if !before.Rewritten(nil) {
+		t.Error("files that nobody knew count as whole")
+	}
+	for _, step := range []struct {
+		name string
+		do   func()
+		want bool
+	}{
+		{"nothing", func() {}, false},
+		{"the same bytes in place", func() { write(accessFile, "# one\n") }, false},
+		{"moved", func() { move(accessFile, "# three\n") }, false},
+		{"written", func() { write(guardFile, "") }, true},
+		{"moved and written", func() { move(accessFile, "# four\n"); write(guardFile, "# five\n") }, true},
+		{"a new file", func() { write(entriesFile, "entries: []\n") }, true},
+		{"a file less", func() {
+			if err := os.Remove(filepath.Join(f.Dir, guardFile)); err != nil {
+				t.Fatal(err)
+			}
+		}, false},
+	} {
+		step.do()
+		now := read()
+		if got := now.Rewritten(before); got != step.want {
+			t.Errorf("%s: rewritten is %t", step.name, got)
+		}
+		before = now
 	}
 }

@@ -28,6 +28,8 @@ type validator struct {
 	partial bool
 	// lone is true of an entry that is looked at without the others.
 	lone bool
+	// knownEntries is true of entries that were found good as they are.
+	knownEntries bool
 	// parents is filled when first asked for.
 	parents map[spiffeid.ID]bool
 	errs    Errors
@@ -41,7 +43,9 @@ func (v *validator) run() Errors {
 	v.rules()
 	v.memberships()
 	v.destinations()
-	v.entries()
+	if !v.knownEntries {
+		v.entries()
+	}
 	v.cases()
 	v.adminRules()
 	v.tokens()

@@ -136,18 +136,18 @@ func (r *Registry) mayTry(now *state, t Trial) (former *accepted, err error) {
 		return nil, err
 	}
 	back := t.Fallback
-	p, err := r.signedPolicies(back)
+	c, err := r.signedPolicies(back)
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("%w: fallback: %w", ErrUnfit, err)
-	case back.TrustDomain != r.cfg.TrustDomain || p.Hash() != now.accepted.Hash:
+	case back.TrustDomain != r.cfg.TrustDomain || c.Hash() != now.accepted.Hash:
 		return nil, fmt.Errorf("%w: the fallback does not say what revision %d says, which is in force", ErrUnfit, now.accepted.Revision)
 	case back.Previous != now.accepted.Set:
 		return nil, fmt.Errorf("%w: the fallback follows on set %s, in force is %s", ErrStale, named(back.Previous), now.accepted.Set)
 	case back.Revision <= t.Set.Revision:
 		return nil, fmt.Errorf("%w: the fallback has revision %d, which is not above revision %d that it would take back", ErrStale, back.Revision, t.Set.Revision)
 	}
-	return r.acceptedSet(back, p), nil
+	return r.acceptedSet(back, c), nil
 }
 
 // beginTrial writes a rollout and tells its canary proxies. mu is held.
@@ -157,10 +157,7 @@ func (r *Registry) beginTrial(ctx context.Context, t Trial, ro *rollout, rec rol
 		return err
 	}
 	next := *now
-	var err error
-	if next.rollout, err = r.try(now, ro.as(rec, 0)); err != nil {
-		return err
-	}
+	next.rollout = r.try(now, ro.as(rec, 0))
 	op, err := rec.op(now.rollout)
 	if err != nil {
 		return err

@@ -103,7 +103,7 @@ func (r *Registry) republish(rev int64) {
 // revoked is revoked once. mu is held.
 func (r *Registry) lapse(ctx context.Context) error {
 	st, now := r.state.Load(), r.cfg.Now()
-	if st.lapses.IsZero() || now.Before(st.lapses) {
+	if !st.lapsed(now) {
 		return nil
 	}
 	rev, err := r.cfg.Store.Revision(ctx)

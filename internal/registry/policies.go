@@ -24,6 +24,8 @@ type accepted struct {
 	Set string
 	// file is that set as it was signed; nil when nobody must have signed it.
 	file []byte
+	// checked is the proof that they are valid.
+	checked *mesh.Checked
 	// stored is the revision of the record that holds it.
 	stored int64
 }
@@ -61,23 +63,24 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	if p.TrustDomain != r.cfg.TrustDomain {
 		return 0, fmt.Errorf("apply policies: they are written for trust domain %q, this issuer serves %q; check trust_domain in both", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
-	hash := p.Hash()
+	c, err := r.check(p)
+	if err != nil {
+		return 0, err
+	}
+	hash := c.Hash()
 	if old := r.state.Load().accepted; old != nil && old.Hash == hash {
 		return old.Revision, nil
 	}
 	if r.cfg.Verify != nil {
 		return 0, errors.New("apply policies: they come from files, which nobody has signed")
 	}
-	if err := p.Validate(); err != nil {
-		return 0, err
-	}
-	if err := r.cfg.Check(p); err != nil {
+	if err := r.cfg.Check(c); err != nil {
 		return 0, err
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for {
-		acc := &accepted{Revision: 1, Hash: hash, Policies: p}
+		acc := &accepted{Revision: 1, Hash: hash, Policies: p, checked: c}
 		old := r.state.Load().accepted
 		if old != nil {
 			if old.Hash == hash {
@@ -105,17 +108,26 @@ func (r *Registry) apply(ctx context.Context, p *mesh.Policies) (uint64, error) 
 	}
 }
 
+// check validates a set: the entries that are in force already were validated.
+func (r *Registry) check(p *mesh.Policies) (*mesh.Checked, error) {
+	var before *mesh.Checked
+	if old := r.state.Load().accepted; old != nil {
+		before = old.checked
+	}
+	return mesh.Check(p, before)
+}
+
 // accept stores and publishes a set that follows on old, with what else is to
 // be written: the record of the rollout last. mu is held.
 func (r *Registry) accept(ctx context.Context, acc, old *accepted, ro *rollout, with ...store.Op) error {
-	value, err := json.Marshal(policyRecord{acc.Revision, acc.Hash, r.cfg.Now().UTC(), acc.Policies.Encode(), acc.Set})
+	value, err := json.Marshal(struct {
+		policyRecord
+		Policies *mesh.Policies `json:"policies"`
+	}{policyRecord{Revision: acc.Revision, Hash: acc.Hash, At: r.cfg.Now().UTC(), Set: acc.Set}, acc.Policies})
 	if err != nil {
 		return fmt.Errorf("apply policies: encode: %w", err)
 	}
-	next, err := r.compile(acc, ro)
-	if err != nil {
-		return fmt.Errorf("apply policies: compile: %w", err)
-	}
+	next := r.compile(acc, ro)
 	at := r.passed
 	if old != nil {
 		at = max(at, old.stored)
@@ -156,12 +168,10 @@ func (r *Registry) adopt(ctx context.Context) error {
 		ro = now.rollout
 	}
 	if acc == nil || now.accepted != nil && now.accepted.stored >= acc.stored {
-		return r.adoptRollout(ro)
+		r.adoptRollout(ro)
+		return nil
 	}
-	next, err := r.compile(acc, ro)
-	if err != nil {
-		return fmt.Errorf("compile the policies that another issuer accepted: %w", err)
-	}
+	next := r.compile(acc, ro)
 	r.lose(r.state.Load(), next)
 	r.publish(next, acc.stored)
 	if acc.file != nil {
@@ -195,8 +205,12 @@ func (r *Registry) loadPolicies(ctx context.Context) (*accepted, error) {
 	if p.TrustDomain != r.cfg.TrustDomain {
 		return nil, fmt.Errorf("load policies: the store belongs to trust domain %q, this issuer serves %q; set trust_domain back or give another store", p.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
+	c, err := r.check(p)
+	if err != nil {
+		return nil, fmt.Errorf("load policies: what the store holds is not valid for this issuer: %w", err)
+	}
 	// Hashed anew: another version may hash another form of the same set.
-	return &accepted{Revision: pr.Revision, Hash: p.Hash(), Policies: p, Set: pr.Set, stored: rec.Revision}, nil
+	return &accepted{Revision: pr.Revision, Hash: c.Hash(), Policies: p, Set: pr.Set, checked: c, stored: rec.Revision}, nil
 }
 
 func unreadable(err error) error {

@@ -87,14 +87,14 @@ func (r *Registry) review(s *policyset.Signed) (*accepted, error) {
 	if s.TrustDomain != r.cfg.TrustDomain {
 		return nil, fmt.Errorf("%w: the set is for trust domain %q, this issuer serves %q", ErrUnfit, s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
-	p, err := r.signedPolicies(s)
+	c, err := r.signedPolicies(s)
 	if err == nil {
-		err = r.cfg.Check(p)
+		err = r.cfg.Check(c)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnfit, err)
 	}
-	return r.acceptedSet(s, p), nil
+	return r.acceptedSet(s, c), nil
 }
 
 // again lets write put something in force, as often as another issuer is
@@ -143,17 +143,21 @@ func named(hash string) string {
 }
 
 // signedPolicies are what a set says, once those who must have signed it did.
-func (r *Registry) signedPolicies(s *policyset.Signed) (*mesh.Policies, error) {
+func (r *Registry) signedPolicies(s *policyset.Signed) (*mesh.Checked, error) {
 	if r.cfg.Verify != nil {
 		if err := r.cfg.Verify(s); err != nil {
 			return nil, err
 		}
 	}
-	return s.Policies()
+	p, err := s.Policies()
+	if err != nil {
+		return nil, err
+	}
+	return r.check(p)
 }
 
-func (r *Registry) acceptedSet(s *policyset.Signed, p *mesh.Policies) *accepted {
-	acc := &accepted{Revision: s.Revision, Hash: p.Hash(), Policies: p, Set: s.Hash()}
+func (r *Registry) acceptedSet(s *policyset.Signed, c *mesh.Checked) *accepted {
+	acc := &accepted{Revision: s.Revision, Hash: c.Hash(), Policies: c.Policies(), Set: s.Hash(), checked: c}
 	if r.cfg.Verify != nil {
 		acc.file = s.Encode()
 	}
@@ -209,11 +213,11 @@ func (r *Registry) readSigned(b []byte, pr policyRecord) (*accepted, error) {
 	case old != nil && (s.Revision < old.Revision || s.Revision == old.Revision && s.Hash() != old.Set):
 		return nil, fmt.Errorf("set %.12s of revision %d is no newer than that of revision %d in force", s.Hash(), s.Revision, old.Revision)
 	}
-	p, err := r.signedPolicies(s)
+	c, err := r.signedPolicies(s)
 	if err != nil {
 		return nil, err
 	}
-	return r.acceptedSet(s, p), nil
+	return r.acceptedSet(s, c), nil
 }
 
 // A setFile is a signed set as it is given out.

@@ -36,7 +36,7 @@ type Config struct {
 	Log *slog.Logger
 	// Check is asked before policies are accepted and says what is wrong with
 	// them: the tests that reviewers wrote. Default: nothing is wrong.
-	Check func(*mesh.Policies) error
+	Check func(*mesh.Checked) error
 	// Verify says why those who must have signed a set did not. With it no other
 	// policies come into force, pushed or found in the store: what that says of
 	// them is not believed. Default: nobody must have signed.
@@ -126,13 +126,18 @@ type state struct {
 	accepted *accepted      // nil before the first policies
 	snapshot *mesh.Snapshot // nil before the first policies
 	rollout  *rollout       // nil before the first
-	// entries are those in force when it was made, lineage says whose they are.
+	// entries are those in force when it was made, lineage says whose they are,
+	// and calls are those of them that were made by calls, and others.
 	entries []mesh.Entry
+	calls   *kept
 	lineage *mesh.Lineage
 	// lapses is when the first of them ends, zero if none does.
 	lapses  time.Time
 	changed chan struct{}
 }
+
+// lapsed says that one of the entries has ended since.
+func (s *state) lapsed(now time.Time) bool { return !s.lapses.IsZero() && !now.Before(s.lapses) }
 
 // New returns a registry that knows nothing until Load.
 func New(cfg Config) (*Registry, error) {
@@ -146,7 +151,7 @@ func New(cfg Config) (*Registry, error) {
 		cfg.OnUnsigned = func(error) {}
 	}
 	if cfg.Check == nil {
-		cfg.Check = func(*mesh.Policies) error { return nil }
+		cfg.Check = func(*mesh.Checked) error { return nil }
 	}
 	if cfg.OnRollout == nil {
 		cfg.OnRollout = func(RolloutStep) error { return nil }
@@ -204,13 +209,9 @@ func (r *Registry) Load(ctx context.Context) error {
 		return fmt.Errorf("load registry: %w", err)
 	}
 	if acc != nil {
-		next, err := r.compile(acc, ro)
-		if err != nil {
-			return fmt.Errorf("load registry: compile the accepted policies: %w", err)
-		}
-		r.publish(next, rev)
-	} else if err := r.adoptRollout(ro); err != nil {
-		return fmt.Errorf("load registry: %w", err)
+		r.publish(r.compile(acc, ro), rev)
+	} else {
+		r.adoptRollout(ro)
 	}
 	// An issuer that was killed may have withdrawn what it did not revoke.
 	if err := r.revokeGone(ctx); err != nil {
@@ -221,30 +222,33 @@ func (r *Registry) Load(ctx context.Context) error {
 
 // compile makes the state that follows from policies, a rollout and today's
 // endpoints. mu is held.
-func (r *Registry) compile(acc *accepted, ro *rollout) (*state, error) {
+func (r *Registry) compile(acc *accepted, ro *rollout) *state {
 	next := r.register(acc)
-	var err error
-	if next.snapshot, err = r.snapshotOf(acc, next); err != nil {
-		return nil, err
-	}
-	next.rollout, err = r.try(next, ro)
-	return next, err
+	next.snapshot = r.snapshotOf(acc, next)
+	next.rollout = r.try(next, ro)
+	return next
 }
 
 // snapshotOf compiles policies with the endpoints and entries of a state. mu is
 // held.
-func (r *Registry) snapshotOf(acc *accepted, s *state) (*mesh.Snapshot, error) {
-	snap, err := mesh.Compile(acc.Policies, 0, acc.Revision, r.eligible(s, acc.Policies.Services))
-	if err == nil && acc.file != nil {
+func (r *Registry) snapshotOf(acc *accepted, s *state) *mesh.Snapshot {
+	snap := acc.checked.Compile(0, acc.Revision, r.eligible(s, acc.Policies.Services))
+	if acc.file != nil {
 		snap.PolicySet = acc.Set
 	}
-	return snap, err
+	return snap
 }
 
-// register is a state without a snapshot, of policies and the entries beside
-// them. mu is held.
+// register is a state that has no snapshot of its own yet, of policies and the
+// entries beside them. mu is held.
 func (r *Registry) register(acc *accepted) *state {
-	next := &state{accepted: acc, entries: r.union(acc.Policies.Entries), changed: make(chan struct{})}
+	now, calls := r.state.Load(), r.calls.Load()
+	if now.accepted != nil && acc.checked.SameEntries(now.accepted.checked) && calls == now.calls && !now.lapsed(r.cfg.Now()) {
+		next := *now
+		next.accepted, next.changed = acc, make(chan struct{})
+		return &next
+	}
+	next := &state{accepted: acc, entries: r.union(acc.Policies.Entries), calls: calls, changed: make(chan struct{})}
 	next.lineage = mesh.NewLineage(next.entries)
 	for _, e := range next.entries {
 		if e.ExpiresAt.After(r.cfg.Now()) && (next.lapses.IsZero() || e.ExpiresAt.Before(next.lapses)) {

@@ -92,9 +92,9 @@ func (in *issuer) restart() {
 	in.store = s
 	in.Registry, err = registry.New(registry.Config{
 		Store: s, TrustDomain: td, Log: slog.New(slog.NewTextHandler(&in.log, nil)),
-		Check: func(p *mesh.Policies) error {
+		Check: func(c *mesh.Checked) error {
 			if in.check != nil {
-				return in.check(p)
+				return in.check(c.Policies())
 			}
 			return nil
 		},

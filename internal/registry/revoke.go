@@ -253,6 +253,9 @@ func (r *Registry) Revoke(ctx context.Context, o mesh.RevokeOrder) (mesh.RevokeR
 // lose notes whether a new state has less than the old, so that what was
 // issued for that is revoked. mu is held.
 func (r *Registry) lose(old, next *state) {
+	if next.lineage == old.lineage {
+		return
+	}
 	if !next.lineage.Keeps(old.lineage) {
 		r.lost = true
 		return

@@ -166,11 +166,11 @@ func (r *Registry) loadSets(ctx context.Context, ro *rollout, of mesh.Rollout) e
 		if s.TrustDomain != r.cfg.TrustDomain || s.Revision != revision {
 			return nil, nil, fmt.Errorf("set %.12s of %s, revision %d, stands where revision %d should", s.Hash(), s.TrustDomain.Name(), s.Revision, revision)
 		}
-		p, err := r.signedPolicies(s)
+		c, err := r.signedPolicies(s)
 		if err != nil {
 			return nil, nil, err
 		}
-		return s, r.acceptedSet(s, p), nil
+		return s, r.acceptedSet(s, c), nil
 	}
 	group, err := mesh.ParseGroup(of.Group)
 	var set, back *policyset.Signed
@@ -196,20 +196,16 @@ func (r *Registry) loadSets(ctx context.Context, ro *rollout, of mesh.Rollout) e
 
 // try compiles what the canary proxies of a rollout act on, if it is under way
 // and newer than what is in force. mu is held.
-func (r *Registry) try(s *state, ro *rollout) (*rollout, error) {
+func (r *Registry) try(s *state, ro *rollout) *rollout {
 	if ro == nil || ro.tried == nil {
-		return ro, nil
+		return ro
 	}
 	next := *ro
 	next.snapshot = nil
-	if !ro.active() || s.accepted == nil || ro.tried.Revision <= s.accepted.Revision {
-		return &next, nil
+	if ro.active() && s.accepted != nil && ro.tried.Revision > s.accepted.Revision {
+		next.snapshot = r.snapshotOf(ro.tried, s)
 	}
-	var err error
-	if next.snapshot, err = r.snapshotOf(ro.tried, s); err != nil {
-		return nil, fmt.Errorf("compile the set that is tried: %w", err)
-	}
-	return &next, nil
+	return &next
 }
 
 // moved is a rollout with the endpoints as they are now; the same one when they
@@ -230,23 +226,19 @@ func (r *Registry) moved(s *state, ro *rollout) *rollout {
 
 // adoptRollout takes what another issuer made of the rollout while what is in
 // force is the same. Only what its proxies act on wakes them. mu is held.
-func (r *Registry) adoptRollout(ro *rollout) error {
+func (r *Registry) adoptRollout(ro *rollout) {
 	now := r.state.Load()
 	if ro == now.rollout {
-		return nil
+		return
 	}
 	next := *now
-	var err error
 	if ro.serves() && ro.active() && now.rollout.serves() && now.rollout.Rollout.Revision == ro.Rollout.Revision {
 		next.rollout = ro
 		r.state.Store(&next)
-		return nil
+		return
 	}
-	if next.rollout, err = r.try(now, ro); err != nil {
-		return err
-	}
+	next.rollout = r.try(now, ro)
 	r.tell(&next, ro.stored)
-	return nil
 }
 
 // tell puts a rollout in force for its canary proxies; the fleet is told

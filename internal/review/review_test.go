@@ -131,16 +131,20 @@ func TestTestOfEgress(t *testing.T) {
 	}
 }
 
-func TestRedRefusesWhatIsInvalid(t *testing.T) {
-	if err := Red(&mesh.Policies{}); err == nil {
+func TestNothingIsTestedThatIsInvalid(t *testing.T) {
+	if err := Test(&mesh.Policies{}).Err(); err == nil {
 		t.Error("policies without trust domain were accepted")
 	}
 	p := parse(t, "", "")
-	if err := Red(p); err != nil {
+	c, err := mesh.Check(p, nil)
+	if err == nil {
+		err = Red(c)
+	}
+	if err != nil {
 		t.Errorf("no tests: %v", err)
 	}
 	p.Rules = append(p.Rules, mesh.Rule{ID: "x"})
-	if _, ok := errors.AsType[mesh.Errors](Red(p)); !ok {
+	if _, ok := errors.AsType[mesh.Errors](Test(p).Err()); !ok {
 		t.Error("an empty row was accepted")
 	}
 }

@@ -105,15 +105,12 @@ func (r Report) Err() error {
 
 // Red returns why policies must not be put in force: a case that is not decided
 // as wanted. The issuer asks before it accepts an edit.
-func Red(p *mesh.Policies) error {
-	if err := Test(p).Err(); err != nil || p.Candidate == nil {
+func Red(c *mesh.Checked) error {
+	snap := c.Compile(0, 0, nil)
+	if err := test(c.Policies(), snap).Err(); err != nil || snap.Candidate == nil {
 		return err
 	}
-	snap, err := mesh.Compile(p, 0, 0, nil)
-	if err == nil {
-		_, err = authz.Compile(snap.Candidate)
-	}
-	if err != nil {
+	if _, err := authz.Compile(snap.Candidate); err != nil {
 		return fmt.Errorf("the candidate: %w", err)
 	}
 	return nil
@@ -125,6 +122,10 @@ func Test(p *mesh.Policies) Report {
 	if err != nil {
 		return Report{Broken: err}
 	}
+	return test(p, snap)
+}
+
+func test(p *mesh.Policies, snap *mesh.Snapshot) Report {
 	set, err := authz.Compile(snap)
 	if err != nil {
 		return Report{Broken: err}
