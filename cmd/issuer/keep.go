@@ -76,6 +76,14 @@ func (r *received) sweepOne(ctx context.Context, path string, w *audit.Witness, 
 // what was kept of one that started again, and the number of a file put aside.
 var logFile = regexp.MustCompile(`^(.+\.jsonl(?:\.old-[0-9]+)?)(\.[0-9]{20})?$`)
 
+// logOf is the name of the log that a file is of.
+func logOf(path string) string {
+	if m := logFile.FindStringSubmatch(filepath.Base(path)); m != nil {
+		return m[1]
+	}
+	return filepath.Base(path)
+}
+
 // due lists the copies of which something may have to be removed. One look at
 // the directory serves all of them.
 func (r *received) due(now time.Time) (out []string, err error) {

@@ -41,6 +41,9 @@ func (in *issuer) why(ctx context.Context, id string) ([]byte, error) {
 		}
 	}
 	told := set.Recorded(&r)
+	if r.Kind == audit.KindGap {
+		told = authz.Unrecordable(id, &r)
+	}
 	told.Log = log
 	return json.Marshal(told)
 }
@@ -55,17 +58,19 @@ func (r *received) find(ctx context.Context, id string) (rec audit.Record, log s
 	if err != nil {
 		return rec, "", fmt.Errorf("search received audit records: %w", err)
 	}
-	s := search{id: id, filter: audit.Filter{ID: id}, left: searchMost}
+	s := search{id: id, filter: audit.Filter{ID: id}, left: searchMost, ran: map[string]bool{}, gaps: map[string]audit.Record{}}
 	// The id of a count: a restart changes what stands before the "-".
 	s.needle = []byte(id[strings.LastIndexByte(id, '-')+1:] + `"`)
+	s.run, s.number, s.refusal = audit.RefusalOf(id)
 	for _, f := range files {
 		if err := s.file(ctx, f); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return rec, "", fmt.Errorf("search received audit records: %w", err)
 		}
-		if s.found.Kind == audit.KindDecision {
+		if s.found.Kind == audit.KindDecision || s.found.Kind == audit.KindGap {
 			break
 		}
 	}
+	s.sameLog()
 	switch {
 	case s.found.Kind != "":
 		return s.found, s.log, nil
@@ -114,6 +119,43 @@ type search struct {
 
 	found audit.Record
 	log   string
+
+	// Of a refusal: which run of a proxy made it, and its number in the log.
+	refusal bool
+	run     string
+	number  uint64
+	// ran has the logs in which that run wrote, gaps the records that count the
+	// number and were written by another.
+	ran  map[string]bool
+	gaps map[string]audit.Record
+}
+
+// gap looks at a line for a refusal.
+func (s *search) gap(b []byte, log string) {
+	if !s.ran[log] && bytes.Contains(b, []byte(`"id":"`+s.run+"-")) {
+		s.ran[log] = true
+	}
+	if !bytes.Contains(b, []byte(`"kind":"gap"`)) {
+		return
+	}
+	rec, _, err := audit.ParseLine(b)
+	switch {
+	case err != nil || !rec.Refuses(s.number):
+	case strings.HasPrefix(rec.ID, s.run+"-"):
+		s.found, s.log = rec, log
+	default:
+		s.gaps[log] = rec
+	}
+}
+
+// sameLog takes the gap record that a later run wrote, of the log in which the
+// run that refused has written, too: numbers go on over a restart.
+func (s *search) sameLog() {
+	for log, rec := range s.gaps {
+		if s.found.Kind == "" && s.ran[log] {
+			s.found, s.log = rec, log
+		}
+	}
 }
 
 func (s *search) file(ctx context.Context, name string) error {
@@ -135,6 +177,11 @@ func (s *search) file(ctx context.Context, name string) error {
 			continue
 		case err != nil:
 			return err
+		case s.refusal && !long:
+			if s.gap(b, logOf(name)); s.found.Kind != "" {
+				return nil
+			}
+			continue
 		case long || !bytes.Contains(b, s.needle):
 			long = false
 			continue

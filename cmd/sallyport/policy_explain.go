@@ -64,7 +64,11 @@ func writeAccount(w io.Writer, a *authz.Account) {
 			by += " (" + a.Origin + ")"
 		}
 	}
-	fmt.Fprintf(w, "%-8s %s %s -> %s port %d %s %s\n", verdict, a.Dir, a.Identity, a.Dst, a.Port, a.Verb, a.Path)
+	if a.Identity+a.Dst == "" {
+		fmt.Fprintf(w, "%-8s what was asked is not in a record\n", verdict)
+	} else {
+		fmt.Fprintf(w, "%-8s %s %s -> %s port %d %s %s\n", verdict, a.Dir, a.Identity, a.Dst, a.Port, a.Verb, a.Path)
+	}
 	fmt.Fprintf(w, "by       %s\n", by)
 	for _, t := range a.Tried {
 		fmt.Fprintf(w, "tried    %s\n", t)

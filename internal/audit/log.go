@@ -188,7 +188,7 @@ func (l *Log) failed(err error, r *Record) error {
 	}
 	if r != nil && !r.Open {
 		n := atomic.AddUint64(l.refused, 1)
-		r.ID = cmp.Or(r.ID, l.nonce+"r"+strconv.FormatUint(n, 16))
+		r.ID = cmp.Or(r.ID, strings.TrimSuffix(l.nonce, "-")+refusalMark+strconv.FormatUint(n, 16))
 	}
 	l.blocked.Store(true)
 	return err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -29,7 +30,7 @@ func (f *Filter) Match(r *Record) bool {
 			return false
 		}
 	}
-	if f.ID != "" && f.ID != r.ID && !sameCell(f.ID, r.ID) {
+	if f.ID != "" && f.ID != r.ID && !sameCell(f.ID, r.ID) && !r.refuses(f.ID) {
 		return false
 	}
 	return (f.Since.IsZero() || !r.Time.Before(f.Since)) && (f.Until.IsZero() || r.Time.Before(f.Until))
@@ -41,6 +42,28 @@ func sameCell(a, b string) bool {
 	i, gen, ok := cellOf(a)
 	j, other, too := cellOf(b)
 	return ok && too && i == j && gen == other
+}
+
+// RefusalOf reads the id of something that was refused since its record could not
+// be kept: which run of the program refused it, and its number in the log. Only
+// the gap record that counts it tells of it.
+func RefusalOf(id string) (run string, n uint64, ok bool) {
+	run, num, ok := strings.Cut(id, refusalMark)
+	if !ok || run == "" {
+		return "", 0, false
+	}
+	n, err := strconv.ParseUint(num, 16, 64)
+	return run, n, err == nil && n > 0
+}
+
+// Refuses says if the record counts the refusal with a number.
+func (r *Record) Refuses(n uint64) bool {
+	return r.Kind == KindGap && r.Reason == reasonRefused && n <= r.Total && n > r.Total-min(r.Count, r.Total)
+}
+
+func (r *Record) refuses(id string) bool {
+	_, n, ok := RefusalOf(id)
+	return ok && r.Refuses(n)
 }
 
 // ErrStop ends Each without an error.

@@ -287,6 +287,13 @@ func (s *Spool) sample(name string, size, step int64) error {
 	return nil
 }
 
+// reasonRefused is that of the gap records which count what was refused, and
+// refusalMark stands before its number in an id.
+const (
+	reasonRefused = "refused"
+	refusalMark   = "-r"
+)
+
 // lost is how many refused records no gap record speaks of yet, under mu.
 func (l *Log) lost() uint64 {
 	return atomic.LoadUint64(l.refused) - atomic.LoadUint64(l.refusedTold)
@@ -296,7 +303,7 @@ func (l *Log) lost() uint64 {
 func (l *Log) tellRefused() error {
 	all, told := atomic.LoadUint64(l.refused), atomic.LoadUint64(l.refusedTold)
 	gap := Record{
-		Kind: KindGap, Reason: "refused", Count: all - told, Total: all,
+		Kind: KindGap, Reason: reasonRefused, Count: all - told, Total: all,
 		Detail: fmt.Sprintf("%d records could not be written, refusals r%x to r%x: %v", all-told, told+1, all, l.fail),
 	}
 	if err := l.write(&gap); err != nil {

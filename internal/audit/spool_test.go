@@ -36,6 +36,16 @@ func spoolOf(t *testing.T, l *Log) *Spool {
 	return s
 }
 
+// refusalID is the number in the id of a refusal.
+func refusalID(t *testing.T, id string) uint64 {
+	t.Helper()
+	_, n, ok := RefusalOf(id)
+	if !ok {
+		t.Errorf("%s is no id of a refusal", id)
+	}
+	return n
+}
+
 func TestSpoolRefusesAndRecovers(t *testing.T) {
 	l := NewMemory()
 	s := spoolOf(t, l)
@@ -58,6 +68,9 @@ func TestSpoolRefusesAndRecovers(t *testing.T) {
 	recs := l.Records()
 	if gap := recs[len(recs)-1]; gap.Kind != KindGap || gap.Reason != "refused" || gap.Count != 2 || gap.Total != 2 {
 		t.Errorf("the room was not used for the gap: %+v", gap)
+	}
+	if gap, f := recs[len(recs)-1], (&Filter{ID: r.ID}); refusalID(t, r.ID) != 2 || !f.Match(&gap) || !gap.Refuses(1) || gap.Refuses(3) || gap.Refuses(0) {
+		t.Errorf("the refusal %s is not in %+v", r.ID, gap)
 	}
 	if l.Append(&r) != nil || l.blocked.Load() || l.Healthy() != nil {
 		t.Errorf("there is room, and it goes on: %v", l.Healthy())

@@ -256,9 +256,12 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 	j.records.Put(r)
 	switch {
 	case err != nil || id == "":
+		if id != "" {
+			j.denials.keep(id, c, set, err)
+		}
 		return Grant{}, &Denial{ID: id, Reason: Unrecorded}
 	case !d.Allow:
-		j.denials.keep(id, c, set)
+		j.denials.keep(id, c, set, nil)
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
 	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, warn: d.Reason == Warned, tally: tally}, nil

@@ -62,6 +62,14 @@ func (s *Set) Recorded(r *audit.Record) Recorded {
 	return out
 }
 
+// Unrecordable explains a refusal by the gap record that counts it: what was
+// asked is not in it.
+func Unrecordable(id string, gap *audit.Record) Recorded {
+	out := Recorded{Why: Why{ID: id, Time: gap.Time}, Detail: gap.Detail}
+	out.unrecorded("no row would have helped, the record of the call could not be kept")
+	return out
+}
+
 // byRule says where the row that decided is written. It fitted the call.
 func (x *Recorded) byRule(s *Set) {
 	at := slices.IndexFunc(s.rows, func(r mesh.Rule) bool { return r.ID == x.Rule })

@@ -2,6 +2,7 @@ package authz
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -29,12 +30,14 @@ type refused struct {
 	id   string
 	call Call
 	set  *Set
+	// unkept is why the record could not be kept; nil when it was.
+	unkept error
 }
 
 // keep takes note of a denial. The copy does not hold on to the caller's
 // buffers.
-func (k *denials) keep(id string, c *Call, set *Set) {
-	d := refused{id: strings.Clone(id), call: *c, set: set}
+func (k *denials) keep(id string, c *Call, set *Set, unkept error) {
+	d := refused{id: strings.Clone(id), call: *c, set: set, unkept: unkept}
 	for _, s := range []*string{&d.call.Dst, &d.call.Verb, &d.call.Path, &d.call.SNI, &d.call.Peer, &d.call.Trace} {
 		*s = strings.Clone(*s)
 	}
@@ -83,7 +86,17 @@ func (j *Judge) Why(id string) (Why, bool) {
 	if !ok {
 		return Why{}, false
 	}
-	return Why{ID: id, Time: d.call.Now, Account: d.set.Account(&d.call)}, true
+	w := Why{ID: id, Time: d.call.Now, Account: d.set.Account(&d.call)}
+	if d.unkept != nil {
+		w.unrecorded(fmt.Sprintf("whatever the rows say, the call was refused since its record could not be kept: %v", d.unkept))
+	}
+	return w, true
+}
+
+// unrecorded makes the account that of a call which no row would have helped.
+func (w *Why) unrecorded(why string) {
+	w.Allow, w.Reason, w.Rule, w.Origin = false, Unrecorded, "", ""
+	w.Nearest, w.Add, w.NoAdd = nil, "", why
 }
 
 // WhyHandler answers "GET /why/{id}" on the admin socket of a proxy. It is for

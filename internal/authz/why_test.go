@@ -99,3 +99,29 @@ func TestDenialsTellCallersNothing(t *testing.T) {
 		t.Errorf("the error names a row that is near: %s", text)
 	}
 }
+
+// noRoom is a recorder that keeps nothing.
+type noRoom struct{}
+
+func (noRoom) Append(r *audit.Record) error {
+	r.ID = "run-r1"
+	return errors.New("audit spool is full")
+}
+
+// A call that was refused for want of a record is explained, too.
+func TestWhyUnrecorded(t *testing.T) {
+	j, err := NewJudge(JudgeConfig{Audit: noRoom{}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j.Use(compile(t, shop))
+	id := refuse(t, j, Call{Dir: mesh.In, Src: pay, Dst: bill.String(), Port: 8443, Verb: "GET", Path: "/v1/charges/1", Now: mon})
+	w, ok := j.Why(id)
+	if !ok || w.Allow || w.Reason != Unrecorded || w.Rule != "" || w.Add != "" || w.Identity != pay.String() || !strings.HasSuffix(w.NoAdd, "could not be kept: audit spool is full") {
+		t.Errorf("%+v %v", w, ok)
+	}
+	gap := audit.Record{Kind: audit.KindGap, ID: "later-3", Time: mon, Detail: "1 records could not be written"}
+	if r := Unrecordable(id, &gap); r.ID != id || r.Allow || r.Reason != Unrecorded || r.NoAdd == "" || r.Detail != gap.Detail || !r.Time.Equal(mon) {
+		t.Errorf("%+v", r)
+	}
+}
