@@ -304,24 +304,6 @@ func TestFailedWriteIsToldAndMended(t *testing.T) {
 	}
 }
 
-func TestFailedSyncEndsTheLog(t *testing.T) {
-	bad := errors.New("input/output error")
-	f := &failing{sync: bad}
-	l := withDisk(f)
-	mustAppend(t, l, 1)
-	if err := l.Sync(t.Context()); !errors.Is(err, bad) {
-		t.Fatal(err)
-	}
-	f.sync = nil
-	r := sample()
-	if err := l.Append(&r); !errors.Is(err, bad) {
-		t.Errorf("append after a failed sync: %v", err)
-	}
-	if err := l.Healthy(); !errors.Is(err, bad) {
-		t.Errorf("healthy: %v", err)
-	}
-}
-
 func TestRunSyncsUntilTheEnd(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "audit.log")
 	l := openAt(t, path)

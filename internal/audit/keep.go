@@ -385,8 +385,14 @@ func (w *walk) file(name string) (out hash, err error) {
 	}
 	defer f.Close()
 	h := sha256.New()
+	err = w.lines(io.TeeReader(f, h), true)
+	return hash(h.Sum(nil)), err
+}
+
+// lines goes over lines, for the tree too if leaves is set.
+func (w *walk) lines(r io.Reader, leaves bool) error {
 	var wrong error
-	err = readBlocks(io.TeeReader(f, h), true, func(l *read) {
+	err := readBlocks(r, leaves, func(l *read) {
 		switch {
 		case wrong != nil:
 			return
@@ -404,9 +410,11 @@ func (w *walk) file(name string) (out hash, err error) {
 			w.begin = l.sum
 		}
 		w.seq, w.prev, w.until = l.rec.Seq, l.sum, l.rec.Time
-		_ = w.edge.add(l.leaf, keepNothing)
+		if leaves {
+			_ = w.edge.add(l.leaf, keepNothing)
+		}
 	}, func() { wrong = cmp.Or(wrong, errors.New("its last line is torn")) })
-	return hash(h.Sum(nil)), cmp.Or(err, wrong)
+	return cmp.Or(err, wrong)
 }
 
 // agrees says if a tree is the beginning of the one that was signed.

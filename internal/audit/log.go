@@ -97,9 +97,11 @@ type Log struct {
 	// spool bounds what waits to be delivered; nil when nothing does.
 	spool *Spool
 	// dead is set when fsync failed: the kernel may have dropped pages, so
-	// nothing that follows could be trusted.
-	dead error
-	mem  *bytes.Buffer
+	// nothing that follows could be trusted until all was written anew. mended
+	// is when that was tried last.
+	dead   error
+	mended time.Time
+	mem    *bytes.Buffer
 
 	// copied is set for the log inside a Mirror, which writes no record of its
 	// own.
@@ -126,11 +128,10 @@ func newLog(cfg Config) *Log {
 func (l *Log) Append(r *Record) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if err := l.usable(); err != nil {
-		if l.torn {
-			return l.failed(err, r)
-		}
+	if err := l.usable(); errors.Is(err, ErrClosed) {
 		return err
+	} else if err != nil {
+		return l.failed(err, r)
 	}
 	if l.lost() > 0 && !r.Done {
 		if err := l.tellRefused(); err != nil {
@@ -282,8 +283,9 @@ func (l *Log) Durable() uint64 {
 }
 
 // Sync returns once every record appended before the call is on the disk. One
-// fsync serves all callers that wait for it. After a failed fsync the log
-// takes nothing more until it is opened again.
+// fsync serves all callers that wait for it. After a failed fsync the log takes
+// nothing more until one of them has written the file anew, which is tried once a
+// second.
 func (l *Log) Sync(ctx context.Context) error {
 	l.mu.Lock()
 	want := l.seq
@@ -297,15 +299,17 @@ func (l *Log) Sync(ctx context.Context) error {
 
 	l.mu.Lock()
 	file, now, done := l.file, l.seq, l.synced >= want
-	err := l.dead
-	if l.closed {
-		err = ErrClosed
-	}
+	dead, closed := l.dead != nil, l.closed
 	l.mu.Unlock()
-	if err != nil || done {
-		return err
+	switch {
+	case closed:
+		return ErrClosed
+	case dead:
+		return l.mend() // which brings all of it to the disk
+	case done:
+		return nil
 	}
-	err = file.Sync()
+	err := file.Sync()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.synced >= now {
@@ -320,14 +324,15 @@ func (l *Log) Sync(ctx context.Context) error {
 
 // die ends the use of the log, under mu.
 func (l *Log) die(err error) error {
-	l.dead = fmt.Errorf("sync audit log: %w; restart to write again", err)
+	l.dead = fmt.Errorf("sync audit log: %w", err)
 	l.blocked.Store(true)
-	l.cfg.Log.Error("audit log cannot be synced", "path", l.cfg.Path, "error", err)
+	l.cfg.Log.Error("audit log cannot be synced; records are refused until it is written anew", "path", l.cfg.Path, "error", err)
 	return l.dead
 }
 
 // Run brings records to the disk every SyncEvery until ctx ends, and once more
-// then. It returns nil, or the failure that makes the log unusable.
+// then. A failure is logged where it happens, and mended by a later round. It
+// returns nil, or why the last records may not be on the disk.
 func (l *Log) Run(ctx context.Context) error {
 	tick := time.NewTicker(l.cfg.SyncEvery)
 	defer tick.Stop()
@@ -340,9 +345,7 @@ func (l *Log) Run(ctx context.Context) error {
 			}
 			return err
 		case <-tick.C:
-			if err := l.Sync(ctx); err != nil && ctx.Err() == nil {
-				return err
-			}
+			_ = l.Sync(ctx)
 		}
 	}
 }
@@ -358,7 +361,7 @@ func (l *Log) Close() error {
 		return nil
 	}
 	l.closed = true
-	return errors.Join(l.file.Sync(), l.file.Close())
+	return errors.Join(l.dead, l.file.Sync(), l.file.Close())
 }
 
 // rotate puts the file aside and continues the chain in a new one, under mu.

@@ -68,6 +68,10 @@ func firstHash(path string) (hash, error) {
 func (m *Mirror) Receive(ctx context.Context, lines [][]byte) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	// A Sync that failed before is mended here: nobody runs the log of a copy.
+	if err := m.log.Sync(ctx); err != nil {
+		return err
+	}
 	for _, b := range lines {
 		if err := m.add(b); err != nil {
 			return err

@@ -206,8 +206,11 @@ func (t *Tail) nextSegment() (bool, error) {
 		return false, err
 	}
 	done, next := segmentName(t.path, first), t.path
+	if again, err := os.Stat(done); err == nil && !os.SameFile(mine, again) {
+		next = done // written anew since a sync failed, and then put aside
+	}
 	for _, name := range names {
-		if name != t.path && name > done {
+		if next == t.path && name != t.path && name > done {
 			next = name
 			break
 		}
