@@ -19,7 +19,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"testing/fstest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -153,13 +152,7 @@ func orNone(s string) string {
 }
 
 // FS is the folder of the set, to be parsed.
-func (s *Set) FS() fs.FS {
-	m := fstest.MapFS{}
-	for _, f := range s.Files {
-		m[f.Name] = &fstest.MapFile{Data: f.Data, Mode: 0o444}
-	}
-	return m
-}
+func (s *Set) FS() fs.FS { return folder(s.Files) }
 
 // Policies parses and checks what the set says. Mistakes are mesh.Errors, with
 // file and line.
