@@ -299,6 +299,12 @@ func (w *world) awaitAudit(name, what string, ok func(auditLine) bool) {
 // await waits for something in the world.
 func (w *world) await(what string, ok func() bool) {
 	w.t.Helper()
+	w.awaitFor(within, what, ok)
+}
+
+// awaitFor waits for something that takes longer than others.
+func (w *world) awaitFor(within time.Duration, what string, ok func() bool) {
+	w.t.Helper()
 	deadline := time.After(within)
 	for !ok() {
 		select {

@@ -426,24 +426,18 @@ func TestSinkOutage(t *testing.T) {
 // awaitSinks waits until every peer of billing has a record.
 func (w *world) awaitSinks(peers map[string]sinkPeer, last uint64) {
 	w.t.Helper()
-	// A sink that was down comes back after its longest wait, and one attempt
-	// that began too early.
-	deadline := time.Now().Add(2 * time.Minute)
 	for name := range peers {
-		for {
+		// A sink that was down comes back after its longest wait, and one attempt
+		// that began too early.
+		w.awaitFor(2*time.Minute, fmt.Sprintf("see sink %s at record %d", name, last), func() bool {
 			b, err := os.ReadFile(w.path("billing", "audit.jsonl.sink-"+name))
 			if err != nil {
 				w.t.Fatal(err)
 			}
 			text, _, _ := strings.Cut(string(b), "\n")
-			if n, err := strconv.ParseUint(text, 10, 64); err == nil && n >= last {
-				break
-			}
-			if time.Now().After(deadline) {
-				w.t.Fatalf("sink %s is at record %s of %d", name, text, last)
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
+			n, err := strconv.ParseUint(text, 10, 64)
+			return err == nil && n >= last
+		})
 	}
 	w.await("see what syslog has brought to its file", func() bool {
 		lines := peers["syslog"].lines()
