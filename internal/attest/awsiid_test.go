@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -25,14 +27,23 @@ import (
 	"sallyport/internal/meshtest"
 )
 
-func rsaKey(t testing.TB, bits int) *rsa.PrivateKey {
+// rsaKey gives one of three keys in turn, so that those of one test differ:
+// making one takes seconds under the race detector.
+func rsaKey(t testing.TB) *rsa.PrivateKey {
 	t.Helper()
-	k, err := rsa.GenerateKey(rand.Reader, bits)
+	k, err := rsaKeys[rsaGiven.Add(1)%3]()
 	if err != nil {
 		t.Fatal(err)
 	}
 	return k
 }
+
+var (
+	rsaGiven atomic.Uint32
+	rsaKeys  = [3]func() (*rsa.PrivateKey, error){sync.OnceValues(makeRSA), sync.OnceValues(makeRSA), sync.OnceValues(makeRSA)}
+)
+
+func makeRSA() (*rsa.PrivateKey, error) { return rsa.GenerateKey(rand.Reader, 2048) }
 
 func der(t testing.TB, v any, params string) []byte {
 	t.Helper()
@@ -166,7 +177,7 @@ func newAWS(t testing.TB, certs ...*x509.Certificate) *awsIID {
 }
 
 func TestAWSIID(t *testing.T) {
-	amazon, former, other := authority{}.sign(t, rsaKey(t, 2048)), authority{}.sign(t, rsaKey(t, 2048)), authority{}.sign(t, rsaKey(t, 2048))
+	amazon, former, other := authority{}.sign(t, rsaKey(t)), authority{}.sign(t, rsaKey(t)), authority{}.sign(t, rsaKey(t))
 	for name, c := range map[string]cms{
 		"with attributes": {by: amazon, attrs: true}, "without": {by: amazon}, "detached": {by: amazon, attrs: true, detached: true}, "with its certificate": {by: amazon, withCert: true},
 	} {
@@ -209,7 +220,7 @@ func TestAWSIID(t *testing.T) {
 }
 
 func TestAnInstanceCountsOnceForEver(t *testing.T) {
-	amazon := authority{}.sign(t, rsaKey(t, 2048))
+	amazon := authority{}.sign(t, rsaKey(t))
 	v := newAWS(t, amazon.cert)
 	first, second := awsDocument(t), awsDocument(t, "privateIp", "10.0.0.1")
 	key := attesttest.Key(t)
@@ -230,7 +241,11 @@ func TestAnInstanceCountsOnceForEver(t *testing.T) {
 
 func TestWeakCertificatesAreNoConfiguration(t *testing.T) {
 	t.Setenv("GODEBUG", "rsa1024min=0")
-	weak := authority{}.sign(t, rsaKey(t, 1024))
+	small, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // to be refused
+	if err != nil {
+		t.Fatal(err)
+	}
+	weak := authority{}.sign(t, small)
 	c := AWSIIDConfig{Accounts: []string{"123456789012"}, Certificates: map[string]string{"us-west-2": pemFile(t, weak.cert)}}
 	if _, err := NewAWSIID(td, c, &memSeen{}); err == nil {
 		t.Error("a certificate of 1,024 bits was taken")
@@ -242,7 +257,7 @@ func TestWeakCertificatesAreNoConfiguration(t *testing.T) {
 
 // TestSignedDataOfOpenSSL reads what another implementation makes.
 func TestSignedDataOfOpenSSL(t *testing.T) {
-	amazon := authority{}.sign(t, rsaKey(t, 2048))
+	amazon := authority{}.sign(t, rsaKey(t))
 	keyDER, err := x509.MarshalPKCS8PrivateKey(amazon.key)
 	if err != nil {
 		t.Fatal(err)
@@ -302,7 +317,7 @@ func TestAnInstanceAsksItsMetadata(t *testing.T) {
 }
 
 func FuzzSignedData(f *testing.F) {
-	amazon := authority{}.sign(f, rsaKey(f, 2048))
+	amazon := authority{}.sign(f, rsaKey(f))
 	doc := awsDocument(f)
 	for _, c := range []cms{{by: amazon}, {by: amazon, attrs: true, withCert: true}} {
 		f.Add(c.sign(f, doc))

@@ -49,8 +49,9 @@ func isAzure(c *x509.Certificate) { c.DNSNames = []string{"westus.metadata.azure
 
 func TestAzureIMDS(t *testing.T) {
 	root := authority{}.sign(t, nil, isCA)
-	microsoft := root.sign(t, rsaKey(t, 2048), isCA, func(c *x509.Certificate) { c.Subject.CommonName = "intermediate" })
-	azure := microsoft.sign(t, rsaKey(t, 2048), isAzure)
+	microsoft := root.sign(t, rsaKey(t), isCA, func(c *x509.Certificate) { c.Subject.CommonName = "intermediate" })
+	azure := microsoft.sign(t, rsaKey(t), isAzure)
+	stranger := rsaKey(t)
 	fresh := func(t *testing.T) *azureIMDS {
 		c := AzureIMDSConfig{Subscriptions: map[string]string{azureSub: azureTenant}, CAFile: pemFile(t, root.cert, microsoft.cert)}
 		if errs := c.validate("azure_imds"); len(errs) > 0 {
@@ -83,12 +84,12 @@ func TestAzureIMDS(t *testing.T) {
 			},
 			Foreign: [][]byte{
 				say("subscriptionId", azureTenant), say("subscriptionId", nil),
-				by(authority{}.sign(t, rsaKey(t, 2048), isAzure)), // of no authority
-				by(microsoft.sign(t, rsaKey(t, 2048), func(c *x509.Certificate) {
+				by(authority{}.sign(t, stranger, isAzure)), // of no authority
+				by(microsoft.sign(t, stranger, func(c *x509.Certificate) {
 					c.DNSNames = []string{"metadata.azure.com.evil.example", "evilmetadata.azure.com"}
 				})),
-				by(microsoft.sign(t, rsaKey(t, 2048))),
-				by(microsoft.sign(t, rsaKey(t, 2048), isAzure, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })),
+				by(microsoft.sign(t, stranger)),
+				by(microsoft.sign(t, stranger, isAzure, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })),
 			},
 			Forged: [][]byte{
 				say("vmId", nil), say("vmId", "../../server"),
@@ -133,7 +134,7 @@ func TestAzureIMDS(t *testing.T) {
 }
 
 func FuzzAzureAnswer(f *testing.F) {
-	azure := authority{}.sign(f, rsaKey(f, 2048), isAzure)
+	azure := authority{}.sign(f, rsaKey(f), isAzure)
 	f.Add(azureAnswer(f, cms{by: azure, attrs: true, withCert: true}.sign(f, azureDocument(f))))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if sd, err := parseAzureAnswer(b); err == nil && sd.hash == 0 {

@@ -55,7 +55,12 @@ type signer struct {
 
 func newSigner(t testing.TB, alg string) signer {
 	t.Helper()
-	s := signer{t: t, kid: "key-1", alg: alg, key: josetest.NewKey(t, alg)}
+	s := signer{t: t, kid: "key-1", alg: alg}
+	if strings.HasPrefix(alg, "RS") || strings.HasPrefix(alg, "PS") {
+		s.key = rsaKey(t)
+	} else {
+		s.key = josetest.NewKey(t, alg)
+	}
 	return s
 }
 

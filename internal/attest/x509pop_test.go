@@ -6,7 +6,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha1"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -134,11 +133,7 @@ func fingerprint(c *x509.Certificate) string {
 }
 
 func TestX509PoP(t *testing.T) {
-	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, key := range map[string]crypto.Signer{"ECDSA": nil, "RSA": rsaKey} {
+	for name, key := range map[string]crypto.Signer{"ECDSA": nil, "RSA": rsaKey(t)} {
 		t.Run(name, func(t *testing.T) {
 			root := authority{}.sign(t, nil, isCA)
 			middle := root.sign(t, nil, isCA)
