@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 )
 
 // dice turns bytes into choices; when they run out it always says 0.
@@ -213,7 +214,11 @@ func FuzzIndexText(f *testing.F) {
 func TestIndexAgreesWithCasbin(t *testing.T) {
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1))
 	calls, allowed, byRule := 0, 0, 0
-	for range 30 {
+	rounds := 30
+	if meshtest.Race {
+		rounds /= 5 // make test takes all of them without
+	}
+	for range rounds {
 		seed := r.Uint64()
 		d := &dice{}
 		g := rand.New(rand.NewPCG(seed, 5))
@@ -237,7 +242,7 @@ func TestIndexAgreesWithCasbin(t *testing.T) {
 			t.Fatalf("seed %d", seed)
 		}
 	}
-	if calls < 15_000 || allowed < calls/100 || byRule < calls/100 {
+	if calls < 500*rounds || allowed < calls/100 || byRule < calls/100 {
 		t.Errorf("of %d calls %d were allowed and %d denied by a row: the universe is not worth the test", calls, allowed, byRule)
 	}
 	t.Logf("%d calls, %d allowed, %d denied by a row", calls, allowed, byRule)

@@ -361,8 +361,17 @@ func TestShortLivesNeedPermission(t *testing.T) {
 	}
 }
 
+// passphrases are those that a CA is tried with. Each key that has one costs
+// 600,000 rounds of PBKDF2, which take five seconds under the race detector.
+func passphrases() []string {
+	if meshtest.Race {
+		return []string{""}
+	}
+	return []string{"", "correct horse"}
+}
+
 func TestReopenKeepsEverything(t *testing.T) {
-	for _, pass := range []string{"", "correct horse"} {
+	for _, pass := range passphrases() {
 		cfg := config(t)
 		cfg.Passphrase = []byte(pass)
 		c := open(t, cfg)
@@ -502,7 +511,17 @@ func harmState(t *testing.T, cfg Config, harm func(*state)) {
 	}
 }
 
+// withPassphrase leaves a test of passphrases to the run without the race
+// detector.
+func withPassphrase(t *testing.T) {
+	t.Helper()
+	if len(passphrases()) == 1 {
+		t.Skip("under the race detector PBKDF2 takes too long")
+	}
+}
+
 func TestWrongPassphrase(t *testing.T) {
+	withPassphrase(t)
 	cfg := config(t)
 	cfg.Passphrase = []byte("right")
 	open(t, cfg).Close()
@@ -706,6 +725,11 @@ func TestOpenSSLVerifies(t *testing.T) {
 			t.Errorf("openssl does not see %q: %v\n%s", want, err, out)
 		}
 	}
+}
+
+func TestOpenSSLOpensAnEncryptedKey(t *testing.T) {
+	meshtest.Need(t, "openssl")
+	withPassphrase(t)
 	enc := config(t)
 	enc.Passphrase = []byte("correct horse")
 	open(t, enc)

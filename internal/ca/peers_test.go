@@ -720,7 +720,8 @@ func TestTheRootIsReplacedByTime(t *testing.T) {
 		for i := range 3 {
 			cfg := inFleet(config(t), f)
 			cfg.SharedRoot, cfg.RootDir, cfg.Log = true, dir, slog.New(slog.DiscardHandler)
-			cfg.RootTTL, cfg.IntermediateTTL, cfg.X509TTL, cfg.AllowShort = 4*time.Hour, time.Hour, 5*time.Minute, true
+			cfg.RootTTL, cfg.IntermediateTTL, cfg.AllowShort = time.Hour, 15*time.Minute, true
+			cfg.X509TTL, cfg.JWTTTL = 75*time.Second, 75*time.Second
 			c := open(t, cfg)
 			name := fmt.Sprint("issuer-", i)
 			h.set(name, true)
@@ -738,10 +739,10 @@ func TestTheRootIsReplacedByTime(t *testing.T) {
 			})
 		}
 		first := RootID(cas[0].Bundle().X509[0])
-		// A proxy asks every issuer twice a minute. At 4 h the next replacement
-		// would begin.
+		// A proxy asks every issuer twice a minute. After an hour the next
+		// replacement would begin.
 		phases := map[Phase]bool{}
-		for range 2 * 60 * 39 / 10 {
+		for range 2 * 60 * 39 / 40 {
 			var ids []string
 			for _, c := range cas {
 				b := c.Bundle()

@@ -1,0 +1,6 @@
+//go:build !race
+
+package meshtest
+
+// Race says that the race detector is off.
+const Race = false
