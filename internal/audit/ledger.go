@@ -239,6 +239,7 @@ func (l *Ledger) slow(r *Record, sh *shard, k cellKey, tpl string) error {
 	if full || l.log.blocked.Load() {
 		if err := l.log.Append(r); err != nil {
 			if !r.Open {
+				l.unclaim(sh, c, full)
 				return err
 			}
 			if full {
@@ -253,18 +254,12 @@ func (l *Ledger) slow(r *Record, sh *shard, k cellKey, tpl string) error {
 	switch k.what {
 	case allowed:
 		r.Tally.c = c
-		if full {
-			c.fresh = false
-		}
 	case denied, turned:
 		c.settle(class4xx, r.Trace)
 	case insecure:
 		c.settle(classNone, r.Trace)
 	case gained, lost:
 		c.settle(classNone, r.Trace)
-		if full {
-			c.fresh = false
-		}
 	case failed:
 		c.settle(classByName(r.Class), r.Trace)
 	}
@@ -296,7 +291,7 @@ func (l *Ledger) wanted(r *Record, sh *shard, c *cell) bool {
 	sh.mu.Lock()
 	defer sh.mu.Unlock()
 	if c.key.what.counted() {
-		return c.fresh || r.Full
+		return l.claim(c) || r.Full
 	}
 	if c.budget > 0 {
 		c.budget--
@@ -307,6 +302,40 @@ func (l *Ledger) wanted(r *Record, sh *shard, c *cell) bool {
 		return true
 	}
 	return r.Full
+}
+
+// due says if the next event of a kind is the first in a day, under mu.
+func (l *Ledger) due(k cellKey) bool {
+	return k.what.counted() && time.Since(l.seen(k).full) >= fullEvery
+}
+
+// claim says if the event of a fresh cell is to be the one of its kind that is
+// kept, under the shard's lock. Of another path one may have been since.
+func (l *Ledger) claim(c *cell) bool {
+	if !c.fresh {
+		return false
+	}
+	c.fresh = false
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.due(c.key) {
+		return false
+	}
+	l.seen(c.key).full = time.Now()
+	return true
+}
+
+// unclaim asks for the next event of the kind, since this one was not kept.
+func (l *Ledger) unclaim(sh *shard, c *cell, full bool) {
+	if !full || !c.key.what.counted() {
+		return
+	}
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	c.fresh = true
+	l.seen(c.key).full = time.Time{}
 }
 
 // cell finds or makes the cell of a key and pins it; it has another key when
@@ -389,12 +418,7 @@ func (l *Ledger) make(k cellKey) *cell {
 		c.store(i, 0)
 	}
 	copy(c.text[cText*8:], text)
-	if k.what.counted() {
-		s := l.seen(k)
-		if now := time.Now(); now.Sub(s.full) >= fullEvery {
-			c.fresh, s.full = true, now
-		}
-	}
+	c.fresh = l.due(k)
 	gen := atomic.AddUint64(&l.table.W[hGen], 1)
 	c.id = cellID(l.log.nonce, index, gen)
 	c.store(cGen, gen)

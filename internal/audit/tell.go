@@ -350,14 +350,9 @@ func (l *Ledger) retire(sh *shard) {
 	defer sh.mu.Unlock()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now := time.Now()
 	for k, c := range sh.cells {
 		c.budget = l.cfg.Budget
-		if k.what.counted() && !c.fresh {
-			if s := l.seen(k); now.Sub(s.full) >= fullEvery {
-				c.fresh, s.full = true, now
-			}
-		}
+		c.fresh = c.fresh || l.due(k)
 		if c.idle++; c.idle <= idleWindows || c.pins > 0 || !c.quiet() {
 			continue
 		}
