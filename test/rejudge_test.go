@@ -2,6 +2,7 @@ package test
 
 import (
 	"bufio"
+	"context"
 	"crypto"
 	"fmt"
 	"io"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/coder/websocket"
 
 	"sallyport/internal/jose/josetest"
 )
@@ -146,6 +149,26 @@ func TestRejudge(t *testing.T) {
 	})
 }
 
+// webSocket opens one to billing and says how it ends.
+func (s *thief) webSocket(addr string) <-chan error {
+	s.w.t.Helper()
+	transport := &http.Transport{DialTLSContext: func(context.Context, string, string) (net.Conn, error) { return s.dial(addr) }}
+	c, _, err := websocket.Dial(s.w.t.Context(), "wss://billing.mesh.internal/v1/charges/live", &websocket.DialOptions{HTTPClient: &http.Client{Transport: transport}})
+	if err != nil {
+		s.w.t.Fatal(err)
+	}
+	s.w.t.Cleanup(func() { _ = c.CloseNow() })
+	if _, b, err := c.Read(s.w.t.Context()); err != nil || string(b) != "open" {
+		s.w.t.Fatalf("got %q, %v", b, err)
+	}
+	end := make(chan error, 1)
+	go func() {
+		_, _, err := c.Read(context.Background())
+		end <- err
+	}()
+	return end
+}
+
 // rejudgeEdit takes the rights of payment to billing, and of billing to the
 // world outside.
 func (w *world) rejudgeEdit(t *testing.T, bill *node, gateway string, stripe *outside, stays string) {
@@ -155,6 +178,7 @@ func (w *world) rejudgeEdit(t *testing.T, bill *node, gateway string, stripe *ou
 		"an answer on its way":   ends(payment.hold(bill.in, "/v1/charges/stream", "").br),
 		"an upgraded connection": ends(payment.hold(bill.in, "/v1/charges/ws", upgrade).br),
 	}
+	told := payment.webSocket(bill.in)
 	out, err := leaver.tunnel(gateway, stripe)
 	if err != nil {
 		t.Fatal(err)
@@ -175,6 +199,15 @@ func (w *world) rejudgeEdit(t *testing.T, bill *node, gateway string, stripe *ou
 	w.put(filepath.Join(w.policy, "access.csv"), "g2, host:api.stripe.test, hosts:payments\n"+stays)
 	for what, at := range lost {
 		closed(t, "an edit that takes the right away: "+what, began, at)
+	}
+	select {
+	case err := <-told:
+		t.Logf("an edit that takes the right away: a WebSocket was told %s after the edit: %v", time.Since(began).Round(time.Millisecond), err)
+		if websocket.CloseStatus(err) != websocket.StatusPolicyViolation {
+			t.Error("it was not told why")
+		}
+	case <-time.After(within):
+		t.Error("an edit that takes the right away: a WebSocket is still open")
 	}
 	for what, at := range left {
 		open(t, what, at)

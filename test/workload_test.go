@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/coder/websocket"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -113,7 +114,15 @@ func (w *workload) run() error {
 // connection it keeps until the other end closes it, and to /stream it answers
 // for as long as somebody listens.
 func echo(rw http.ResponseWriter, r *http.Request) {
-	if r.Header.Get("Upgrade") == "websocket" {
+	if r.Header.Get("Sec-WebSocket-Key") != "" {
+		if c, err := websocket.Accept(rw, r, nil); err == nil {
+			_ = c.Write(r.Context(), websocket.MessageText, []byte("open"))
+			<-c.CloseRead(r.Context()).Done()
+			_ = c.CloseNow()
+		}
+		return
+	}
+	if r.Header.Get("Upgrade") == "websocket" { // in name only
 		c, _, err := http.NewResponseController(rw).Hijack()
 		if err != nil {
 			return

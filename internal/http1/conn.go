@@ -1,7 +1,7 @@
 // Package http1 is a strict HTTP/1.1 engine for a proxy: it parses heads and
 // bodies, writes them anew and drives one exchange between two connections.
 // What RFC 9112 does not allow without doubt is refused. It knows no policy and
-// keeps no pool. A Conn belongs to one goroutine; Exchange and Relay start a
+// keeps no pool. A Conn belongs to one goroutine; Exchange and Tunnel start a
 // second one only while two directions must move at once, and join it.
 package http1
 

@@ -76,7 +76,7 @@ type Result struct {
 	// close it with Linger, or with Close after an error, so that the client
 	// sees the response cut off.
 	DownstreamReusable bool
-	// Upgraded says that 101 was passed on: Relay both connections now.
+	// Upgraded says that 101 was passed on: a Tunnel takes both connections now.
 	Upgraded bool
 }
 

@@ -367,7 +367,7 @@ func TestUpstreamDiesDuringUpload(t *testing.T) {
 	}
 }
 
-func TestUpgradeAndRelay(t *testing.T) {
+func TestUpgradeAndTunnel(t *testing.T) {
 	client, down := tcpPair(t)
 	up, upstream := tcpPair(t)
 	type end struct {
@@ -382,7 +382,7 @@ func TestUpgradeAndRelay(t *testing.T) {
 			return
 		}
 		var e end
-		e.ab, e.ba, e.err = Relay(a, b, time.Minute)
+		e.ab, e.ba, e.err = NewTunnel(a, b, time.Minute).Run()
 		over <- e
 	}()
 	// Frames come together with the heads: none may be lost.
@@ -413,17 +413,17 @@ func TestUpgradeAndRelay(t *testing.T) {
 		t.Fatalf("client got %q, %v", b, err)
 	}
 	if e := <-over; e.err != nil || e.ab != 6 || e.ba != 16 {
-		t.Errorf("relay: %+v", e)
+		t.Errorf("tunnel: %+v", e)
 	}
 }
 
-func TestRelayEnds(t *testing.T) {
+func TestTunnelEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a1, a2 := net.Pipe()
 		b1, b2 := net.Pipe()
 		over := make(chan error, 1)
 		go func() {
-			_, _, err := Relay(NewConn(a2, Limits{}), NewConn(b1, Limits{}), 10*time.Second)
+			_, _, err := NewTunnel(NewConn(a2, Limits{}), NewConn(b1, Limits{}), 10*time.Second).Run()
 			over <- err
 		}()
 		start := time.Now()
@@ -448,13 +448,13 @@ func TestRelayEnds(t *testing.T) {
 	})
 }
 
-func TestRelayStopsWhenClosedElsewhere(t *testing.T) {
+func TestTunnelStopsWhenClosedElsewhere(t *testing.T) {
 	a1, a2 := net.Pipe()
 	b1, b2 := net.Pipe()
 	a, b := NewConn(a2, Limits{}), NewConn(b1, Limits{})
 	over := make(chan error, 1)
 	go func() {
-		_, _, err := Relay(a, b, 0)
+		_, _, err := NewTunnel(a, b, 0).Run()
 		over <- err
 	}()
 	a.Close()

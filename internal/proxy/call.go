@@ -316,7 +316,10 @@ func (x *call) relay(up *upstream.Conn) {
 		return
 	}
 	defer stop()
-	sent, got, err := http1.Relay(x.down, up.Conn, relayIdle)
+	t := http1.NewTunnel(x.down, up.Conn, relayIdle)
+	t.WebSocket = x.res.Upgraded && is(x.req.Get("upgrade"), "websocket") && is(x.ex.Response.Get("upgrade"), "websocket")
+	x.conn.leads(t)
+	sent, got, err := t.Run()
 	x.unbind()
 	x.res.ReqBytes += sent
 	x.res.RespBytes += got

@@ -52,6 +52,7 @@ type conn struct {
 	tunnel  bool        // it was upgraded, or leads through a gateway
 	call    *authz.Call // what the inbound call in flight was judged by
 	carried bool        // it has had such a call
+	through *http1.Tunnel
 }
 
 // The states of a conn.
@@ -99,6 +100,29 @@ func (c *conn) sever() {
 		c.up.Close()
 	}
 	c.Close()
+}
+
+// leads says which tunnel the connection is an end of.
+func (c *conn) leads(t *http1.Tunnel) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.through = t
+}
+
+// partTime is how long the ends of an upgraded connection may take to say
+// farewell. Nothing else is carried meanwhile.
+const partTime = 250 * time.Millisecond
+
+// part is sever for a connection whose ends can be told, by a code of RFC 6455.
+func (c *conn) part(code uint16) {
+	c.mu.Lock()
+	c.cut = true
+	t := c.through
+	c.mu.Unlock()
+	if t != nil {
+		t.Part(code, partTime)
+	}
+	c.sever()
 }
 
 // abort closes the connection such that the peer cannot take what it has got
@@ -252,10 +276,10 @@ func (l *listener) closeIdle() {
 }
 
 func (l *listener) severAll() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for c := range l.open {
-		c.sever()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, c := range l.conns() {
+		wg.Go(func() { c.part(http1.CloseGoingAway) })
 	}
 }
 

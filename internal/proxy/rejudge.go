@@ -6,12 +6,14 @@ import (
 	"errors"
 	"net"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/svid"
 	"sallyport/internal/upstream"
@@ -145,6 +147,7 @@ func (in *Inbound) recheck() {
 
 func (in *Inbound) rejudge(which func(look) bool) {
 	var over []audit.Record
+	var wg sync.WaitGroup
 	for _, c := range in.conns() {
 		v := c.look()
 		if v.cut || !which(v) {
@@ -153,7 +156,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		reason, detail := in.standing(v)
 		switch {
 		case reason != "":
-			c.sever()
+			wg.Go(func() { c.part(http1.ClosePolicy) })
 		case in.idleForGood(v) && c.end():
 			reason, detail = reasonPolicy, "the policy in force allows the peer no call any more"
 		default:
@@ -161,6 +164,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		}
 		over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: c.RemoteAddr().String(), Detail: detail})
 	}
+	wg.Wait()
 	in.closed(over...)
 }
 
@@ -234,6 +238,8 @@ func (o *Outbound) Rejudge() {
 
 // rejudge is Rejudge for one door.
 func (d *door) rejudge() (over []audit.Record) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
 	for _, c := range d.conns() {
 		v := c.look()
 		tc, ok := v.up.(*tls.Conn)
@@ -242,7 +248,7 @@ func (d *door) rejudge() (over []audit.Record) {
 		}
 		cs := tc.ConnectionState()
 		if err := d.cfg.Standing(cs); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
-			c.sever()
+			wg.Go(func() { c.part(http1.ClosePolicy) })
 			over = append(over, d.lost(idOf(cs), tc.RemoteAddr().String(), err))
 		}
 	}
@@ -309,7 +315,7 @@ func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
 		Detail: "the SVID of the peer ended at " + until.UTC().Format(time.RFC3339)}
 	// A clock that is set meanwhile is noticed by the next Rejudge.
 	t := time.AfterFunc(time.Until(until.Add(mesh.Grace)), func() {
-		c.sever()
+		c.part(http1.ClosePolicy)
 		on.closed(r)
 	})
 	return func() { t.Stop() }, true
