@@ -129,12 +129,12 @@ type told struct {
 	is *issuer
 }
 
-func (r told) Current() *mesh.Snapshot {
-	s := r.Registry.Current()
+func (r told) SnapshotFor(agent, workload spiffeid.ID, kind string) (*mesh.Snapshot, bool) {
+	s, canary := r.Registry.SnapshotFor(agent, workload, kind)
 	if s != nil && r.is.hostile != nil {
-		return r.is.hostile(s)
+		return r.is.hostile(s), canary
 	}
-	return s
+	return s, canary
 }
 
 func newIssuer(t *testing.T) *issuer {
