@@ -1,18 +1,29 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
 )
 
+// earlier is what an issuer keeps of a log in whose place another was begun.
+var earlier = regexp.MustCompile(`^(.+\.jsonl)\.old-[0-9]+$`)
+
+// looseSuffix names the file of lines that do not continue a copy.
+const looseSuffix = ".loose"
+
 // copies are the logs that a path names: one, or all in the directory where an
-// issuer keeps its copies.
+// issuer keeps its copies, those that ended among them.
 func copies(path string) ([]string, error) {
 	if st, err := os.Stat(path); err != nil || !st.IsDir() {
 		return []string{path}, nil //nolint:nilerr // who opens the log says what is wrong
@@ -21,7 +32,24 @@ func copies(path string) ([]string, error) {
 	if err == nil && len(names) == 0 {
 		err = fmt.Errorf("no audit log (*.jsonl) is in %s", path)
 	}
+	if err != nil {
+		return nil, err
+	}
+	old, err := filepath.Glob(filepath.Join(path, "*.jsonl.old-*"))
+	for _, name := range old {
+		if earlier.MatchString(filepath.Base(name)) { // and no file put aside, or evidence
+			names = append(names, name)
+		}
+	}
 	return names, err
+}
+
+// currentName is the name of the copy that took the place of one.
+func currentName(base string) (name string, old bool) {
+	if m := earlier.FindStringSubmatch(base); m != nil {
+		return m[1], true
+	}
+	return base, false
 }
 
 // checkedCopy is what verify says of one of several logs.
@@ -31,8 +59,57 @@ type checkedCopy struct {
 	Owner string `json:"owner,omitempty"`
 	// Missing: the issuer has signed this many records of a log that is not
 	// here.
-	Missing uint64        `json:"missing,omitempty"`
-	Report  *audit.Report `json:"report,omitempty"`
+	Missing uint64 `json:"missing,omitempty"`
+	// Loose lines do not continue the copy. Nothing vouches for them.
+	Loose  int           `json:"loose,omitempty"`
+	Report *audit.Report `json:"report,omitempty"`
+}
+
+// verdicts are the rows of a copy in a table.
+func (k *checkedCopy) verdicts() (rows [][]string) {
+	for _, v := range []struct {
+		what string
+		audit.Verdict
+	}{{"integrity", k.Report.Integrity}, {"completeness", k.Report.Completeness}, {"identity", k.Report.Identity}, {"time", k.Report.Time}} {
+		rows = append(rows, []string{k.Copy, v.what, sayVerdict(v.Verdict)})
+	}
+	return rows
+}
+
+// checkCopy checks one copy, against what was signed of the log that it must be
+// of; ok is false when that is another's than the workload which was asked for.
+// What ended before another log took its place need not be whole, and which of
+// the earlier heads is of it only its records show: without one that fits it is
+// not confirmed.
+func checkCopy(name string, trust audit.Trust) (k checkedCopy, ok bool, err error) {
+	k.Copy = filepath.Base(name)
+	base, old := currentName(k.Copy)
+	heads, owner := audit.HeadsOf(trust.Heads, base)
+	of := trust.Workload
+	if trust.Heads = heads; len(heads) > 0 {
+		trust.Workload, k.Owner = owner.Workload, owner.String()
+	}
+	if !of.IsZero() && trust.Workload != of {
+		return k, false, nil
+	}
+	if old {
+		trust.Workload = spiffeid.ID{}
+	}
+	rep, err := audit.VerifyFile(name, trust)
+	if err != nil && !errors.Is(err, audit.ErrBroken) {
+		return k, false, err
+	}
+	k.Report = &rep
+	return k, true, nil
+}
+
+// looseLines counts the lines that do not continue a copy, if there are any.
+func looseLines(name string) (int, error) {
+	b, err := os.ReadFile(name + looseSuffix)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	return bytes.Count(b, []byte("\n")), err
 }
 
 // verifyCopies checks each copy in a directory against what was signed of the
@@ -47,35 +124,28 @@ func (c *cli) verifyCopies(dir string, trust audit.Trust) error {
 	var bad, doubt int
 	here := map[string]bool{}
 	for _, name := range names {
-		base := filepath.Base(name)
-		here[base] = true
-		one := trust
-		heads, owner := audit.HeadsOf(trust.Heads, base)
-		if one.Heads = heads; len(heads) > 0 {
-			one.Workload = owner.Workload
-		}
-		if !trust.Workload.IsZero() && one.Workload != trust.Workload {
-			continue
-		}
-		rep, err := audit.VerifyFile(name, one)
-		if err != nil && !errors.Is(err, audit.ErrBroken) {
+		k, ok, err := checkCopy(name, trust)
+		if err != nil {
 			return usage(err)
 		}
-		k := checkedCopy{Copy: base, Report: &rep}
-		if len(heads) > 0 {
-			k.Owner = owner.String()
+		if here[k.Copy] = true; !ok {
+			continue
 		}
-		out = append(out, k)
-		if rep.Err() != nil {
+		out, rows = append(out, k), append(rows, k.verdicts()...)
+		if k.Report.Err() != nil {
 			bad++
-		} else if !rep.Confirmed() {
+		} else if !k.Report.Confirmed() {
 			doubt++
 		}
-		for _, v := range []struct {
-			what string
-			audit.Verdict
-		}{{"integrity", rep.Integrity}, {"completeness", rep.Completeness}, {"identity", rep.Identity}, {"time", rep.Time}} {
-			rows = append(rows, []string{base, v.what, sayVerdict(v.Verdict)})
+		n, err := looseLines(name)
+		if err != nil {
+			return usage(err)
+		}
+		if n > 0 {
+			doubt++
+			base := k.Copy + looseSuffix
+			out = append(out, checkedCopy{Copy: base, Owner: k.Owner, Loose: n})
+			rows = append(rows, []string{base, "all", fmt.Sprintf("unconfirmed  not covered: %d lines that do not continue the copy, and that nothing vouches for", n)})
 		}
 	}
 	for _, h := range trust.Heads {
@@ -120,5 +190,5 @@ func prove(path string, seq uint64, heads []audit.Head) (audit.Proof, error) {
 
 // copyLabel goes before a line when several logs are shown in one table.
 func copyLabel(path string) string {
-	return strings.TrimSuffix(filepath.Base(path), ".jsonl") + "  "
+	return strings.Replace(filepath.Base(path), ".jsonl", "", 1) + "  "
 }

@@ -3,6 +3,7 @@ package audit
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -25,7 +26,15 @@ type Tail struct {
 	buf   []byte
 	n     int // how much of buf is of the file from off on
 	used  int // how much of that was returned
+	// one is the hash of record 1, zero when it was not read. moved: the file is
+	// not the first that was opened.
+	one   hash
+	moved bool
 }
+
+// ErrBegunAgain is returned by a Tail of a log in whose place another was begun,
+// as in a copy of a log that started again.
+var ErrBegunAgain = errors.New("another audit log was begun in the place of the one that was read")
 
 // OpenTail starts after record number after; 0 means from the beginning, which is
 // the oldest record that is kept. The log need not exist yet.
@@ -56,9 +65,9 @@ func (t *Tail) Next(ctx context.Context) ([]byte, uint64, error) {
 		if err := ctx.Err(); err != nil {
 			return nil, 0, context.Cause(ctx)
 		}
-		b, seq, err := t.poll()
+		b, seq, err := t.Poll()
 		if err != nil {
-			return nil, 0, fmt.Errorf("tail audit log: %w", err)
+			return nil, 0, err
 		}
 		if b != nil {
 			return b, seq, nil
@@ -70,6 +79,15 @@ func (t *Tail) Next(ctx context.Context) ([]byte, uint64, error) {
 		case <-timer.C:
 		}
 	}
+}
+
+// Poll is Next without the wait: the line is nil when there is nothing yet.
+func (t *Tail) Poll() ([]byte, uint64, error) {
+	b, seq, err := t.poll()
+	if err != nil {
+		err = fmt.Errorf("tail audit log: %w", err)
+	}
+	return b, seq, err
 }
 
 // poll returns nil when there is nothing yet.
@@ -94,6 +112,14 @@ func (t *Tail) poll() ([]byte, uint64, error) {
 		seq, ok := lineSeq(b)
 		if !ok {
 			return nil, 0, fmt.Errorf("%s: a line after record %d is not a record; run audit verify", t.f.Name(), t.after)
+		}
+		if seq == 1 {
+			// A file that was written anew has the same record.
+			sum := sha256.Sum256(b)
+			if t.moved && sum != t.one {
+				return nil, 0, ErrBegunAgain
+			}
+			t.one = sum
 		}
 		if seq <= t.after {
 			continue
@@ -218,6 +244,7 @@ func (t *Tail) nextSegment() (bool, error) {
 	if err := t.Close(); err != nil {
 		return false, err
 	}
+	t.moved = true
 	if err := t.use(next); err != nil || t.f == nil {
 		return false, err
 	}
