@@ -494,11 +494,7 @@ func TestAGatewayGetsTheWayOut(t *testing.T) {
 func TestWhoAnswersMustBeTheIssuer(t *testing.T) {
 	good := newCA(t, td)
 	other := spiffeid.RequireTrustDomainFromString("other.example")
-	dead, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	dead.Close()
+	const dead = "127.0.0.1:1" // a port that the servers of other tests are never given
 	day := 24 * time.Hour
 	for _, tt := range []struct {
 		name   string
@@ -516,7 +512,7 @@ func TestWhoAnswersMustBeTheIssuer(t *testing.T) {
 			id := agentID("node-a")
 			c.URIs[0] = id.URL()
 		}), func(*ClientConfig) {}, ErrUntrusted, "/spire/server"},
-		{"nobody", good, func(c *ClientConfig) { c.Addresses = []string{dead.Addr().String()} }, ErrUnreachable, "connection refused"},
+		{"nobody", good, func(c *ClientConfig) { c.Addresses = []string{dead} }, ErrUnreachable, "connection refused"},
 	} {
 		r := newRig(t, tt.ca)
 		c := r.client(&holder{}, tt.change)

@@ -43,12 +43,22 @@ func (s *Server) entitled(agent, workload spiffeid.ID) bool {
 // view is that of the whole way out, so its entry must be that of a proxy that
 // is its own workload: self:true. Otherwise any sidecar's node could ask for it.
 func (s *Server) speaksFor(agent, workload spiffeid.ID, kind string) error {
-	if !s.entitled(agent, workload) {
+	return s.mayBe(s.cfg.Registry.EntriesFor(agent), agent, workload, kind)
+}
+
+// mayBe is speaksFor by the entries that the agent has.
+func (s *Server) mayBe(entries []mesh.Entry, agent, workload spiffeid.ID, kind string) error {
+	itself, entitled := false, false
+	for i := range entries {
+		if e := &entries[i]; e.SPIFFEID == workload {
+			entitled = true
+			itself = itself || slices.Contains(e.Selectors, mesh.Selector{Type: "self", Value: "true"})
+		}
+	}
+	if !entitled {
 		return s.errNotEntitled(agent, workload)
 	}
-	if kind == KindGateway && !slices.ContainsFunc(s.cfg.Registry.EntriesFor(agent), func(e mesh.Entry) bool {
-		return e.SPIFFEID == workload && slices.Contains(e.Selectors, mesh.Selector{Type: "self", Value: "true"})
-	}) {
+	if kind == KindGateway && !itself {
 		return refuse(codes.PermissionDenied, "the entry of %s for %s is not a gateway's: its selectors must hold self:true", agent, workload)
 	}
 	return nil
@@ -79,11 +89,13 @@ type subscription struct {
 	hash, candidate          string
 	// revoked is the revision of the revocations told last.
 	revoked uint64
-	// identity is the hash of the agent's entries and the bundle; forced counts
-	// the calls of SyncNow that were passed on.
-	identity [32]byte
-	forced   uint64
-	proxy    mesh.Proxy
+	// told says that the proxy was told to fetch the identities of entries, and
+	// what trust hashes; forced counts the calls of SyncNow that were passed on.
+	told    bool
+	entries []mesh.Entry
+	trust   [sha256.Size]byte
+	forced  uint64
+	proxy   mesh.Proxy
 }
 
 // Subscribe pushes snapshots to one proxy until either end leaves.
@@ -244,7 +256,9 @@ func (sub *subscription) run(ctx context.Context) error {
 			clear(sub.announced)
 			// What is held is true as far as this issuer hears of the others:
 			// a proxy does not stay longer than this where it does not.
-			find = sub.s.cfg.Registry.GetAgent
+			if !sub.s.cfg.Alone {
+				find = sub.s.cfg.Registry.GetAgent
+			}
 		case <-expiry.C:
 		case <-changed:
 		}
@@ -256,17 +270,6 @@ func (sub *subscription) run(ctx context.Context) error {
 	}
 }
 
-// syncForced lets the next look say SyncNow if that was asked for since the
-// last one, whatever woke this one, and returns what is closed when it is asked
-// for again.
-func (sub *subscription) syncForced() <-chan struct{} {
-	again, n := sub.s.syncRequested()
-	if n != sub.forced {
-		sub.identity, sub.forced = [32]byte{}, n
-	}
-	return again
-}
-
 // step checks that the proxy may still be here, by what find says of its agent,
 // and brings it up to date.
 func (sub *subscription) step(ctx context.Context, find findAgent) error {
@@ -274,7 +277,8 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if err := s.judge(ctx, sub.who, find); err != nil {
 		return err
 	}
-	if err := s.speaksFor(sub.who.id, sub.key.workload, sub.key.kind); err != nil {
+	entries := s.cfg.Registry.EntriesFor(sub.who.id)
+	if err := s.mayBe(entries, sub.who.id, sub.key.workload, sub.key.kind); err != nil {
 		return err
 	}
 	if err := sub.revoke(); err != nil {
@@ -284,7 +288,7 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if err := sub.announce(ctx, snap); err != nil {
 		return err
 	}
-	if err := sub.syncNow(); err != nil {
+	if err := sub.syncNow(entries); err != nil {
 		return err
 	}
 	if snap == nil {
@@ -317,28 +321,6 @@ func (sub *subscription) announce(ctx context.Context, snap *mesh.Snapshot) erro
 	return nil
 }
 
-// syncNow tells the proxy to fetch identities when its entries or the bundle
-// are not those it was told of.
-func (sub *subscription) syncNow() error {
-	content := fingerprint(sub.s.cfg.Registry.EntriesFor(sub.who.id)...)
-	h := sha256.New()
-	h.Write(content[:])
-	for _, c := range sub.s.cfg.Authority.X509Bundle() {
-		h.Write(c.Raw)
-	}
-	for _, c := range sub.s.tainted() {
-		h.Write(c.Raw)
-	}
-	for _, k := range sub.s.cfg.Authority.JWTKeys() {
-		io.WriteString(h, k.KeyID)
-	}
-	if now := [32]byte(h.Sum(nil)); now != sub.identity {
-		sub.identity = now
-		return sub.st.Send(&meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_SyncNow{SyncNow: &meshpb.SyncNow{}}})
-	}
-	return nil
-}
-
 // push sends the proxy's projection when its content is new, and the new
 // revisions when only they are.
 func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
@@ -346,15 +328,11 @@ func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
 	if err != nil {
 		return err
 	}
-	m := own.msg
-	var resp *meshpb.SubscribeResponse
+	m, wire := own.msg, own.whole
 	switch {
 	case m.Hash != sub.hash || own.candidate != sub.candidate:
-		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: m}}
 	case m.Revision != sub.sentRevision || m.PolicyRevision != sub.sentPolicy:
-		resp = &meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{
-			Revision: m.Revision, PolicyRevision: m.PolicyRevision, PolicyHash: snap.PolicyHash, PolicySet: snap.PolicySet,
-		}}}
+		wire = own.same
 	default:
 		return nil
 	}
@@ -363,7 +341,7 @@ func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
 			slog.Int("bytes", own.tooLong), slog.Int("message", maxMessage))
 	}
 	sub.hash, sub.candidate, sub.sentRevision, sub.sentPolicy = m.Hash, own.candidate, m.Revision, m.PolicyRevision
-	return sub.st.Send(resp)
+	return sub.st.SendMsg(wire)
 }
 
 // answer takes what the proxy says of a snapshot, or says again.
@@ -429,6 +407,7 @@ func plain(s string) string {
 func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req, Resp], gap time.Duration) (<-chan *Req, <-chan error) {
 	got, ended := make(chan *Req), make(chan error, 1)
 	go func() {
+		var last time.Time
 		for {
 			m, err := st.Recv()
 			if errors.Is(err, io.EOF) {
@@ -440,12 +419,15 @@ func receive[Req, Resp any](ctx context.Context, st grpc.BidiStreamingServer[Req
 				ended <- err
 				return
 			}
+			if gap > 0 {
+				if early := gap - time.Since(last); early > 0 && !pause(ctx, early) {
+					return
+				}
+			}
 			select {
 			case got <- m:
+				last = time.Now()
 			case <-ctx.Done():
-				return
-			}
-			if gap > 0 && !pause(ctx, gap) {
 				return
 			}
 		}

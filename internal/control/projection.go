@@ -27,6 +27,8 @@ type projectionKey struct {
 type projection struct {
 	once sync.Once
 	msg  *meshpb.Snapshot
+	// whole is msg as it is sent, same what is sent to who has its content.
+	whole, same *encoded
 	// candidate is the content hash of the candidate in msg; tooLong is how
 	// many bytes it has when it is not there for that.
 	candidate string
@@ -41,7 +43,11 @@ func (p *projections) of(snap *mesh.Snapshot, kind string, workload spiffeid.ID)
 		key.workload = spiffeid.ID{}
 	}
 	pr := p.slot(snap, key)
-	pr.once.Do(func() { pr.err = pr.project(snap, key) })
+	pr.once.Do(func() {
+		if pr.err = pr.project(snap, key); pr.err == nil {
+			pr.err = pr.encode(snap)
+		}
+	})
 	return pr, pr.err
 }
 
@@ -93,4 +99,15 @@ func (pr *projection) project(snap *mesh.Snapshot, key projectionKey) error {
 		m.Candidate, pr.candidate = b, own.Candidate.ContentHash()
 	}
 	return nil
+}
+
+// encode writes down what is sent to each of its readers.
+func (pr *projection) encode(snap *mesh.Snapshot) (err error) {
+	if pr.whole, err = encode(&meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Snapshot{Snapshot: pr.msg}}); err != nil {
+		return err
+	}
+	pr.same, err = encode(&meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Same{Same: &meshpb.Same{
+		Revision: pr.msg.Revision, PolicyRevision: pr.msg.PolicyRevision, PolicyHash: snap.PolicyHash, PolicySet: snap.PolicySet,
+	}}})
+	return err
 }

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -190,6 +191,9 @@ type ServerConfig struct {
 	// OnMessage is told of each message of a caller, by the full name of its
 	// method: of those over mutual TLS only. Default none.
 	OnMessage func(method string)
+	// Alone says that nobody else writes to what the Registry keeps, so that
+	// HeldAgent is always true. Default: other issuers may.
+	Alone bool
 	// StreamsPerAgent bounds the streams one agent has open. Default 16.
 	StreamsPerAgent int
 	// AttestsAtOnce bounds the attestations that are judged at once. Default 64.
@@ -235,6 +239,7 @@ type Server struct {
 	// projections are of the snapshot of the fleet, tried of that of a canary
 	// group.
 	projections, tried projections
+	trusted            atomic.Pointer[trusted]
 	revisions          entryRevisions
 	// stopping is closed once the Server is to end its streams.
 	stopping chan struct{}
@@ -300,6 +305,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 // calls in flight. It closes l.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	g := grpc.NewServer(append(s.options(),
+		grpc.ForceServerCodecV2(newCodec()),
 		grpc.Creds(&doorCreds{credentials.NewTLS(s.tlsConfig()), &s.conns, strangerConns}),
 		grpc.InTapHandle(s.tap),
 		grpc.ChainUnaryInterceptor(s.recoverUnary, s.countUnary, s.guardUnary),

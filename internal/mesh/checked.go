@@ -111,10 +111,4 @@ func hashEntries(list []Entry) [sha256.Size]byte {
 }
 
 // sameEntry compares everything, where it is written too.
-func sameEntry(a, b Entry) bool {
-	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID &&
-		slices.Equal(a.Selectors, b.Selectors) && a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
-		slices.Equal(a.DNSNames, b.DNSNames) && a.Hint == b.Hint && slices.Equal(a.FederatesWith, b.FederatesWith) &&
-		a.WeakSelectors == b.WeakSelectors && a.Admin == b.Admin && a.Downstream == b.Downstream &&
-		a.ExpiresAt.Equal(b.ExpiresAt) && a.CreatedAt.Equal(b.CreatedAt) && a.Revision == b.Revision && a.Origin == b.Origin
-}
+func sameEntry(a, b Entry) bool { return a.Origin == b.Origin && a.Says(b) }

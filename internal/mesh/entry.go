@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"errors"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -27,6 +28,16 @@ func NewEntryID(e Entry) string { return entryID(e) }
 
 // Reviewed reports whether the entry stands in a reviewed file.
 func (e Entry) Reviewed() bool { return e.Origin.File != "" }
+
+// Says reports whether the entry says what another does, wherever that is
+// written.
+func (e Entry) Says(o Entry) bool {
+	return e.ID == o.ID && e.SPIFFEID == o.SPIFFEID && e.ParentID == o.ParentID &&
+		slices.Equal(e.Selectors, o.Selectors) && e.X509TTL == o.X509TTL && e.JWTTTL == o.JWTTTL &&
+		slices.Equal(e.DNSNames, o.DNSNames) && e.Hint == o.Hint && slices.Equal(e.FederatesWith, o.FederatesWith) &&
+		e.WeakSelectors == o.WeakSelectors && e.Admin == o.Admin && e.Downstream == o.Downstream &&
+		e.ExpiresAt.Equal(o.ExpiresAt) && e.CreatedAt.Equal(o.CreatedAt) && e.Revision == o.Revision
+}
 
 // An EntryEdit changes one entry that is kept beside the reviewed files.
 type EntryEdit struct {

@@ -58,6 +58,9 @@ func NewLineage(entries []Entry) *Lineage {
 // Of returns the entries of an agent with those selectors as of now. It has
 // none twice, and the order is always the same.
 func (l *Lineage) Of(agent spiffeid.ID, selectors []Selector, now time.Time) (out []Entry) {
+	if l.flat {
+		return slices.DeleteFunc(slices.Clone(l.children[agent]), func(e Entry) bool { return e.Lapsed(now) })
+	}
 	seen := map[spiffeid.ID]bool{}
 	add := func(parent spiffeid.ID) {
 		below := l.children[parent]
@@ -72,9 +75,6 @@ func (l *Lineage) Of(agent spiffeid.ID, selectors []Selector, now time.Time) (ou
 		}
 	}
 	add(agent)
-	if l.flat {
-		return out
-	}
 	for _, a := range l.aliasesOf(agent, selectors, now) {
 		add(a.SPIFFEID)
 	}
