@@ -10,7 +10,7 @@ TOOL := go tool -modfile=tools/go.mod
 # The race detector needs a C compiler; without one the tests run all the same.
 RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 # Packages with tests that do a part of their work under the race detector.
-PARTLY = $(addprefix ./,$(sort $(dir $(shell grep -rl --include='*_test.go' 'meshtest[.]Race\b' internal))))
+PARTLY = $(addprefix ./,$(sort $(dir $(shell grep -rl --include='*_test.go' 'meshtest[.]Race\b' cmd internal))))
 ARGS ?=
 N ?= 4000
 FUZZTIME ?= 60s
@@ -41,8 +41,9 @@ test: ## every test, with the race detector where a C compiler is
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
 	@# After the others, not beside them: these hold real processes to lives of
-	@# a few seconds, which a test that takes every core would starve.
-	go test $(RACE) -vet=off -timeout 10m ./test
+	@# a few seconds, which a test that takes every core would starve. Most of
+	@# the time they wait, so one more than there are cores may run at once.
+	go test $(RACE) -vet=off -timeout 10m -parallel $$(($$(getconf _NPROCESSORS_ONLN) + 1)) ./test
 
 .PHONY: check
 check: ## format, vet, staticcheck

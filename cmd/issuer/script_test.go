@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -10,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"sallyport/internal/meshtest"
 )
 
 func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"issuer": main}) }
@@ -17,6 +20,12 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"issuer": mai
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
+		Condition: func(cond string) (bool, error) {
+			if cond != "race" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return meshtest.Race, nil
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"fails": fails, "taken": taken},
 	})
 }
