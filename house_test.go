@@ -60,7 +60,7 @@ var rooms = map[string][]string{
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
 	"github.com/spiffe/spire-api-sdk":            {"internal/control", "internal/conform"},
 	"github.com/envoyproxy/go-control-plane":     {"internal/svid"},
-	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform"},
+	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform", "internal/sink"},
 	"github.com/twmb/franz-go":                   {"internal/sink"},
 	"github.com/minio/minio-go/v7":               {"internal/sink"},
 	"go.opentelemetry.io/proto/slim/otlp":        {"internal/sink"},

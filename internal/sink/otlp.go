@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"strings"
 	"time"
@@ -16,10 +17,13 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// OTLPConfig is an OpenTelemetry collector, by OTLP over HTTP with protobuf.
+// OTLPConfig is an OpenTelemetry collector.
 type OTLPConfig struct {
-	// URL with the path, such as https://otel.corp.example:4318/v1/logs.
-	// https, or http on loopback. Required.
+	// Protocol is "http", protobuf by POST, or "grpc". Default "http".
+	Protocol string `yaml:"protocol"`
+	// URL is https, or http on loopback: with the path for http, such as
+	// https://otel.corp.example:4318/v1/logs, and without one for grpc, such as
+	// https://otel.corp.example:4317. Required.
 	URL string `yaml:"url"`
 	// Token is sent as bearer token.
 	Token Secret `yaml:"token"`
@@ -27,39 +31,55 @@ type OTLPConfig struct {
 }
 
 func (c *OTLPConfig) validate() error {
-	return errors.Join(validateURL("url", c.URL, "https://otel.corp.example:4318/v1/logs"), within("token", c.Token.validate()), c.TLS.validate())
+	var errs []error
+	example := "https://otel.corp.example:4318/v1/logs"
+	switch c.Protocol {
+	case "", "http":
+	case "grpc":
+		example = "https://otel.corp.example:4317"
+		if u, err := url.Parse(c.URL); err == nil && (strings.Trim(u.Path, "/") != "" || u.RawQuery != "") {
+			errs = append(errs, fmt.Errorf("url: gRPC has no path; write scheme, host and port alone, such as %q", example))
+		}
+	default:
+		errs = append(errs, fmt.Errorf("protocol: %q is neither http nor grpc", c.Protocol))
+	}
+	return errors.Join(append(errs, validateURL("url", c.URL, example), within("token", c.Token.validate()), c.TLS.validate())...)
 }
 
 func (c *OTLPConfig) open(env Env, _ string) (peer, error) {
-	p, err := newPost(c.URL, "application/x-protobuf", c.Token, c.TLS, env)
-	if err != nil {
-		return nil, err
-	}
 	host, err := os.Hostname()
 	if err != nil {
 		return nil, err
 	}
-	return &otlp{post: p, program: env.Program, host: host}, nil
+	carry := newOTLPHTTP
+	if c.Protocol == "grpc" {
+		carry = newOTLPGRPC
+	}
+	e, err := carry(c, env)
+	if err != nil {
+		return nil, err
+	}
+	return &otlp{exporter: e, program: env.Program, host: host}, nil
+}
+
+// An exporter carries a request to a collector, and the answer. What it makes of
+// answers that took nothing is what a peer's deliver says. After close it may be
+// used again.
+type exporter interface {
+	export(context.Context, *export.ExportLogsServiceRequest) (*export.ExportLogsServiceResponse, error)
+	close()
 }
 
 // otlp is the peer of kind otlp.
 type otlp struct {
-	post          *post
+	exporter
 	program, host string
 }
 
 func (o *otlp) deliver(ctx context.Context, b *batch) error {
-	body, err := proto.Marshal(o.request(b))
-	if err != nil {
-		return &refusal{err: err}
-	}
-	answer, err := o.post.send(ctx, body, nil)
+	resp, err := o.export(ctx, o.request(b))
 	if err != nil {
 		return err
-	}
-	var resp export.ExportLogsServiceResponse
-	if err := proto.Unmarshal(answer, &resp); err != nil {
-		return fmt.Errorf("the server's answer is not OTLP: %w", err)
 	}
 	part := resp.GetPartialSuccess()
 	if n := part.GetRejectedLogRecords(); n > 0 {
@@ -70,7 +90,34 @@ func (o *otlp) deliver(ctx context.Context, b *batch) error {
 	return nil
 }
 
-func (o *otlp) close() { o.post.client.CloseIdleConnections() }
+// otlpHTTP carries OTLP by HTTP with protobuf.
+type otlpHTTP struct{ post *post }
+
+func newOTLPHTTP(c *OTLPConfig, env Env) (exporter, error) {
+	p, err := newPost(c.URL, "application/x-protobuf", c.Token, c.TLS, env)
+	if err != nil {
+		return nil, err
+	}
+	return &otlpHTTP{p}, nil
+}
+
+func (o *otlpHTTP) export(ctx context.Context, q *export.ExportLogsServiceRequest) (*export.ExportLogsServiceResponse, error) {
+	body, err := proto.Marshal(q)
+	if err != nil {
+		return nil, &refusal{err: err}
+	}
+	answer, err := o.post.send(ctx, body, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp := new(export.ExportLogsServiceResponse)
+	if err := proto.Unmarshal(answer, resp); err != nil {
+		return nil, fmt.Errorf("the server's answer is not OTLP: %w", err)
+	}
+	return resp, nil
+}
+
+func (o *otlpHTTP) close() { o.post.client.CloseIdleConnections() }
 
 func text(key, v string) *common.KeyValue {
 	return &common.KeyValue{Key: key, Value: &common.AnyValue{Value: &common.AnyValue_StringValue{StringValue: v}}}
