@@ -68,6 +68,9 @@ type InboundConfig struct {
 	Advertise netip.AddrPort `yaml:"advertise"`
 	// App is where the application listens in clear text, on this machine.
 	App netip.AddrPort `yaml:"app"`
+	// Rates bound how often each caller may make which calls; beyond it 429. A
+	// call must be within every rate that speaks of it.
+	Rates []mesh.CallRate `yaml:"rates"`
 }
 
 // OutboundConfig is how the application reaches others.
@@ -110,6 +113,11 @@ func (c *Config) Validate() error {
 	if c.Inbound.Listen != "" {
 		need(c.Inbound.App.IsValid(), "inbound.app", `missing; write where the application listens, such as "127.0.0.1:8080"`)
 		need(!c.Inbound.App.IsValid() || c.Inbound.App.Addr().IsLoopback(), "inbound.app", "is not a loopback address; what leaves the machine in clear text is not protected")
+	}
+	for i, r := range c.Inbound.Rates {
+		for _, err := range r.Validate() {
+			errs = append(errs, fmt.Errorf("inbound.rates[%d].%w", i, err))
+		}
 	}
 	loopback := func(field string, a netip.AddrPort) {
 		need(!a.IsValid() || a.Addr().IsLoopback(), field, fmt.Sprintf("%s is not a loopback address; only programs on this machine may use it", a))

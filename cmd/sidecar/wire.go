@@ -304,7 +304,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
-			MaxHandshakes: s.cfg.Limits.Handshakes, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
+			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 		})
 		if e != nil {
 			return nil, nil, e

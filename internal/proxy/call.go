@@ -62,7 +62,8 @@ type call struct {
 	judge    *authz.Conn
 	judged   authz.Call
 	grant    authz.Grant
-	caller   []byte // the field line that tells the application
+	intro    introduction
+	bounds   []bound // of how often the caller may call
 	host     ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
@@ -174,6 +175,9 @@ func (x *call) traceOf() {
 	x.extra = append(x.extra, "Traceparent: "...)
 	x.extra = x.trace.AppendTraceparent(x.extra)
 	x.extra = append(x.extra, '\r', '\n')
+	if x.req.Form != http1.Authority {
+		x.requestID()
+	}
 }
 
 // traceText is the trace as records and logs have it. The texts of 32 calls
@@ -195,7 +199,7 @@ func (x *call) traceText() string {
 // The fields that only a proxy may set: dropped from what goes to an upstream,
 // whether spelled with '-' or '_', and mine from what an application answers.
 var (
-	reserved         = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent"}
+	reserved         = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent", "x-request-id"}
 	dropped          = http1.NewNameSet(reserved...)
 	droppedWithState = http1.NewNameSet(append([]string{"tracestate"}, reserved...)...)
 	mine             = http1.NewNameSet("sallyport-*")

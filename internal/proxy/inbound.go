@@ -64,6 +64,9 @@ type InboundConfig struct {
 	MaxHandshakes int
 	// HandshakeTimeout bounds a handshake. Default 10 s.
 	HandshakeTimeout time.Duration
+	// Rates bound how often each caller may call; a call must be within all
+	// that speak of it. Optional.
+	Rates []mesh.CallRate
 	// MaxPerPeer bounds the connections of one identity. Default: half of
 	// MaxConns.
 	MaxPerPeer int
@@ -94,6 +97,7 @@ type Inbound struct {
 	self     string
 	unproved anteroom
 	peers    crowd
+	rates    rates
 	drops    dropSets
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
@@ -114,6 +118,10 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
 	in.chain = in.makeChain()
+	var err error
+	if in.rates, err = newRates(cfg.Rates); err != nil {
+		return nil, fmt.Errorf("inbound proxy: %w", err)
+	}
 	return in, nil
 }
 
@@ -149,7 +157,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	defer x.down.Release()
 	x.series = in.Signals.Series(x.src, x.dst, "")
 	x.unread = x.series
-	x.caller = fmt.Appendf(nil, "X-Forwarded-Client-Cert: By=%s;URI=%s\r\n", in.self, x.src)
+	x.intro, x.bounds = introduce(in.self, x.src, x.remote), in.rates.bounds(x.peer)
 	in.calls(x, in.chain)
 }
 
@@ -203,7 +211,6 @@ func isClosed(err error) bool {
 
 func (in *Inbound) trace(x *call) *refusal {
 	x.traceOf()
-	x.extra = append(x.extra, x.caller...)
 	return nil
 }
 

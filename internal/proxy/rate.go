@@ -1,0 +1,132 @@
+package proxy
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+)
+
+// mostCounts bounds the callers that are counted apart under one rate. It takes
+// as many identities to fill it; who comes then shares one count.
+const mostCounts = 4096
+
+// rates are the bounds on the calls of each caller.
+type rates []*rate
+
+// A rate counts the calls that one entry of the configuration speaks of.
+type rate struct {
+	mesh.CallRate
+	step  time.Duration // between two calls, in the long run
+	burst time.Duration // what may be used up at once
+
+	mu     sync.Mutex // guards of
+	of     map[spiffeid.ID]*count
+	shared count
+}
+
+// A count is when all calls that were let pass will have had their step, in
+// Unix nanoseconds.
+type count struct{ free atomic.Int64 }
+
+func newRates(list []mesh.CallRate) (rates, error) {
+	var all rates
+	for i, c := range list {
+		if err := errors.Join(c.Validate()...); err != nil {
+			return nil, fmt.Errorf("rates[%d]: %w", i, err)
+		}
+		c = c.WithDefaults()
+		r := &rate{CallRate: c, step: max(c.Rate.Per/time.Duration(c.Rate.Calls), 1), of: map[spiffeid.ID]*count{}}
+		r.burst = r.step * time.Duration(c.Burst)
+		all = append(all, r)
+	}
+	return all, nil
+}
+
+// A bound is the count of one caller under one rate. A connection looks its
+// own up once.
+type bound struct {
+	*rate
+	*count
+}
+
+// bounds are those of a caller.
+func (all rates) bounds(id spiffeid.ID) (list []bound) {
+	for _, r := range all {
+		if mesh.MatchSrc(r.Caller, id.String()) {
+			list = append(list, bound{r, r.counted(id, time.Now())})
+		}
+	}
+	return list
+}
+
+// counted is the count of a caller. Those that have nothing left to wait for
+// are forgotten when there are too many: a new one is the same.
+func (r *rate) counted(id spiffeid.ID, now time.Time) *count {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	c := r.of[id]
+	if c != nil {
+		return c
+	}
+	if len(r.of) >= mostCounts {
+		for other, c := range r.of {
+			if c.free.Load() <= now.UnixNano() {
+				delete(r.of, other)
+			}
+		}
+	}
+	if len(r.of) >= mostCounts {
+		return &r.shared
+	}
+	c = new(count)
+	r.of[id] = c
+	return c
+}
+
+// take lets one call pass, or says after what time one may.
+func (b bound) take(now int64) (wait time.Duration) {
+	for {
+		was := b.free.Load()
+		free := max(was, now) + int64(b.step)
+		if over := free - now - int64(b.burst); over > 0 {
+			return time.Duration(over)
+		}
+		if b.free.CompareAndSwap(was, free) {
+			return 0
+		}
+	}
+}
+
+// rateLimit holds a caller to the rates of the calls it makes.
+func (in *Inbound) rateLimit(x *call) *refusal {
+	for _, b := range x.bounds {
+		if !b.Counts(x.req.Verb(), x.req.PathText()) {
+			continue
+		}
+		if wait := b.take(x.start.UnixNano()); wait > 0 {
+			return in.tooOften(x, b, wait)
+		}
+	}
+	return nil
+}
+
+func (in *Inbound) tooOften(x *call, b bound, wait time.Duration) *refusal {
+	in.Metrics.RequestsRefused(in.Reporter, "rate").Inc()
+	r := in.deny(audit.Record{Reason: "rate", Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: in.cfg.Port(),
+		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(),
+		Detail: fmt.Sprintf("more calls %s %s than %d in %s, %d at once", b.Verb, b.Path, b.Rate.Calls, b.Rate.Per, b.Burst)})
+	if r.status != 403 {
+		return r // it could not be recorded
+	}
+	seconds := (wait + time.Second - 1) / time.Second
+	r.status, r.told = 429, "too many calls"
+	r.head = fmt.Sprintf("Retry-After: %d\r\n", seconds)
+	return r
+}
