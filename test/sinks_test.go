@@ -24,6 +24,7 @@ import (
 	"github.com/twmb/franz-go/pkg/kfake"
 	"github.com/twmb/franz-go/pkg/kgo"
 	export "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	"sallyport/internal/audit"
@@ -109,11 +110,49 @@ func takeOTLP(b []byte) (lines []string, answer []byte, err error) {
 	if err := proto.Unmarshal(b, &q); err != nil {
 		return nil, nil, err
 	}
+	answer, err = proto.Marshal(&export.ExportLogsServiceResponse{})
+	return bodies(&q), answer, err
+}
+
+// A grpcPeer is a collector that takes OTLP over gRPC.
+type grpcPeer struct {
+	webPeer
+	srv *grpc.Server
+}
+
+func (p *grpcPeer) start() {
+	p.t.Helper()
+	ln, err := net.Listen("tcp", p.addr)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.srv = grpc.NewServer()
+	p.srv.RegisterService(&grpc.ServiceDesc{
+		ServiceName: "opentelemetry.proto.collector.logs.v1.LogsService", HandlerType: (*any)(nil),
+		Methods: []grpc.MethodDesc{{MethodName: "Export", Handler: p.export}},
+	}, p)
+	go p.srv.Serve(ln) //nolint:errcheck // ends with stop
+}
+
+func (p *grpcPeer) stop() { p.srv.Stop() }
+
+func (p *grpcPeer) export(_ any, _ context.Context, decode func(any) error, _ grpc.UnaryServerInterceptor) (any, error) {
+	var q export.ExportLogsServiceRequest
+	if err := decode(&q); err != nil {
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.got = append(p.got, bodies(&q)...)
+	return &export.ExportLogsServiceResponse{}, nil
+}
+
+// bodies are the records in a request.
+func bodies(q *export.ExportLogsServiceRequest) (lines []string) {
 	for _, r := range q.ResourceLogs[0].ScopeLogs[0].LogRecords {
 		lines = append(lines, r.Body.GetStringValue())
 	}
-	answer, err = proto.Marshal(&export.ExportLogsServiceResponse{})
-	return lines, answer, err
+	return lines
 }
 
 // An s3Peer keeps its objects while it is down.
@@ -340,6 +379,7 @@ func TestSinkOutage(t *testing.T) {
 	}
 	peers := map[string]sinkPeer{
 		"file":   away,
+		"grpc":   &grpcPeer{webPeer: webPeer{t: t, addr: freePort(t), section: "otlp: {protocol: grpc, url: \"http://%s\"}"}},
 		"http":   &webPeer{t: t, addr: freePort(t), section: "http: {url: \"http://%s/in\"}", take: takeNDJSON},
 		"kafka":  &kafkaPeer{t: t, addr: freePort(t), dir: w.path("kafka")},
 		"otlp":   &webPeer{t: t, addr: freePort(t), section: "otlp: {url: \"http://%s/v1/logs\"}", take: takeOTLP},
@@ -347,7 +387,7 @@ func TestSinkOutage(t *testing.T) {
 		"syslog": syslogPeer{meshtest.NewRsyslog(t)},
 	}
 	each := func(do func(name string, p sinkPeer)) {
-		for _, name := range []string{"file", "http", "kafka", "otlp", "s3", "syslog"} {
+		for _, name := range []string{"file", "grpc", "http", "kafka", "otlp", "s3", "syslog"} {
 			do(name, peers[name])
 		}
 	}
