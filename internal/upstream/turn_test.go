@@ -86,6 +86,39 @@ func TestACrowdSharesWhatAFewDial(t *testing.T) {
 	})
 }
 
+// A thousand callers that all pause now and then need each connection once.
+func TestManyCallersKeepTheirConnections(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		peer := &coldPeer{takes: time.Millisecond}
+		p := peer.pool()
+		var wg sync.WaitGroup
+		const callers = 1000
+		for range callers {
+			wg.Go(func() {
+				for range 5 {
+					c, err := p.Get(t.Context(), false)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					time.Sleep(time.Second) // the call
+					c.Put()
+					time.Sleep(time.Second)
+				}
+			})
+		}
+		wg.Wait()
+		if peer.made != callers {
+			t.Errorf("%d connections were made for %d callers", peer.made, callers)
+		}
+		time.Sleep(p.cfg.MaxIdleTime)
+		if synctest.Wait(); len(p.idle) != 0 {
+			t.Errorf("%d connections are kept that nobody needs", len(p.idle))
+		}
+		settled(t, p)
+	})
+}
+
 func TestCallsThatKeepTheirConnectionsDialInTurn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		peer := &coldPeer{takes: 3 * time.Second}

@@ -61,7 +61,9 @@ type Config struct {
 	// a peer cold would otherwise make a handshake each, and all would be late.
 	// Default 16, which is 160 connections a second at 100 ms each.
 	MaxDials int
-	// MaxIdle is how many connections are kept to one endpoint. Default 256.
+	// MaxIdle is how many connections are kept to one endpoint. What is not
+	// needed ages out; a bound below what is needed now and then would have
+	// handshakes made over and over. Default 4,096.
 	MaxIdle int
 	// MaxIdleTime is how long a connection is kept unused. It must be shorter
 	// than the peer's idle limit. Default 50 s.
@@ -90,7 +92,7 @@ func (c Config) withDefaults() Config {
 		c.MaxDials = 16
 	}
 	if c.MaxIdle == 0 {
-		c.MaxIdle = 256
+		c.MaxIdle = 4096
 	}
 	if c.MaxIdleTime == 0 {
 		c.MaxIdleTime = 50 * time.Second
