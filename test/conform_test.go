@@ -25,7 +25,8 @@ type conformResult struct {
 		Failed  int `json:"failed"`
 		Skipped int `json:"skipped"`
 	} `json:"cases"`
-	Verdicts []conformVerdict `json:"verdicts"`
+	Figures  map[string]float64 `json:"figures,omitempty"`
+	Verdicts []conformVerdict   `json:"verdicts,omitempty"`
 }
 
 type conformVerdict struct {

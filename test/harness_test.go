@@ -46,6 +46,7 @@ func buildAndRun(m *testing.M) int {
 	code := m.Run()
 	conformed.print()
 	strictness.print()
+	hostile.print()
 	return code
 }
 

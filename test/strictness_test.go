@@ -105,6 +105,7 @@ type strictRig struct {
 	bill    *node
 	pay     *node
 	payment *hand
+	billing *proc
 	tls     *tls.Config
 }
 
@@ -119,7 +120,8 @@ func newStrictRig(t *testing.T, conf string) *strictRig {
 	s.bill.app = s.app.ln.Addr().String()
 	w.write("billing", w.sidecarConfig(s.bill, w.token("billing"))+conf)
 	w.write("payment", w.sidecarConfig(s.pay, w.token("payment"))+conf)
-	w.awaitReady(w.start("billing", nil, "sidecar", "run", "--config", w.path("billing", "config.yaml")))
+	s.billing = w.start("billing", nil, "sidecar", "run", "--config", w.path("billing", "config.yaml"))
+	w.awaitReady(s.billing)
 	s.payment = w.startNode(s.pay)
 	w.minted("/ns/shop/sa/payment", "peer")
 	cert, err := tls.LoadX509KeyPair(w.path("peer", "svid.pem"), w.path("peer", "key.pem"))
