@@ -47,6 +47,7 @@ func buildAndRun(m *testing.M) int {
 	conformed.print()
 	strictness.print()
 	hostile.print()
+	readersSum.print()
 	return code
 }
 

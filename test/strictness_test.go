@@ -148,12 +148,20 @@ func (s *strictRig) throughOut(say []string) saidReply {
 // throughIn says something to billing's sidecar, as a peer with an SVID.
 func (s *strictRig) throughIn(t *testing.T, say []string, between func()) saidReply {
 	t.Helper()
+	c := s.connect(t)
+	defer c.Close()
+	return converse(c, say, between)
+}
+
+// connect shakes hands with billing's sidecar.
+func (s *strictRig) connect(t *testing.T) net.Conn {
+	t.Helper()
 	c, err := tls.Dial("tcp", s.bill.in, s.tls)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close()
-	return converse(c, say, between)
+	_ = c.SetDeadline(time.Now().Add(within))
+	return c
 }
 
 func (s *strictRig) class(t *testing.T, class strictClass) {
