@@ -159,8 +159,13 @@ type proc struct {
 // shown when the test failed.
 func (w *world) start(name string, env []string, program string, args ...string) *proc {
 	w.t.Helper()
-	p := &proc{t: w.t, name: name, out: &lockedBuffer{}, done: make(chan struct{})}
-	p.cmd = exec.Command(filepath.Join(bin, program), args...)
+	return w.launch(name, env, exec.Command(filepath.Join(bin, program), args...))
+}
+
+// launch is start of any command.
+func (w *world) launch(name string, env []string, cmd *exec.Cmd) *proc {
+	w.t.Helper()
+	p := &proc{t: w.t, name: name, cmd: cmd, out: &lockedBuffer{}, done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}

@@ -14,6 +14,8 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -381,6 +383,13 @@ func try[R any](h *hand, path string, q any) (r R, err error) {
 // configuration file that is there, and waits until both serve.
 func (w *world) startWorkload(name string, env ...string) *hand {
 	w.t.Helper()
+	return w.startWorkloadBy(name, nil, env...)
+}
+
+// startWorkloadBy is startWorkload with a command before that of the sidecar,
+// which ends in executing it.
+func (w *world) startWorkloadBy(name string, by []string, env ...string) *hand {
+	w.t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		w.t.Fatal(err)
@@ -388,7 +397,8 @@ func (w *world) startWorkload(name string, env ...string) *hand {
 	socket := w.path(name, "control.sock")
 	_ = os.Remove(socket) // of a workload before this one
 	env = append(env, envRole+"=workload", envControl+"="+socket)
-	p := w.start(name, env, "sidecar", "run", "--config", w.path(name, "config.yaml"), "--", self)
+	args := append(slices.Clone(by), filepath.Join(bin, "sidecar"), "run", "--config", w.path(name, "config.yaml"), "--", self)
+	p := w.launch(name, env, exec.Command(args[0], args[1:]...))
 	h := &hand{proc: p, client: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", socket)

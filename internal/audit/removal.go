@@ -212,7 +212,8 @@ func kept(path string) (signedRemoval, error) { return readRemoval(path + keptSu
 const removedDigest = "; evidence "
 
 // record is what the log says of a removal: all of it but the hashes that only
-// a program has a use for, of which it has the digest.
+// a program has a use for, of which it has the digest. When it cannot be kept
+// nothing is removed, and no refusal is counted.
 func (s signedRemoval) record(log string) (Record, error) {
 	digest, err := s.digest()
 	var files []string
@@ -222,7 +223,7 @@ func (s signedRemoval) record(log string) (Record, error) {
 	}
 	rule, _, _ := strings.Cut(s.Rule, " ")
 	return Record{
-		Kind: KindRemoved, Reason: strings.TrimPrefix(rule, ruleOf), Count: s.Last - s.First + 1, Total: s.Last, From: s.Since, Done: true,
+		Kind: KindRemoved, Reason: strings.TrimPrefix(rule, ruleOf), Count: s.Last - s.First + 1, Total: s.Last, From: s.Since, Done: true, Open: true,
 		Detail: fmt.Sprintf("records %d to %d of %s, %s to %s, by %s; last %x; root %x; files %s%s%x", s.First, s.Last, log,
 			s.Since.Format(time.RFC3339), s.Until.Format(time.RFC3339), s.Rule, s.Prev, s.Root, strings.Join(files, " "), removedDigest, digest),
 	}, err

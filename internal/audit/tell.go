@@ -311,6 +311,7 @@ func (l *Ledger) tell(sh *shard, c *cell) error {
 		}
 		r := c.key.record()
 		r.ID, r.Class, r.Count, r.Total, r.Trace = c.id, classNames[class], n-before, n, c.trace(class)
+		r.Open = true // if it cannot be kept nothing is lost: it is told later
 		if from != 0 {
 			r.From = time.Unix(0, int64(from)) //nolint:gosec // nanoseconds since 1970 as they were stored
 		}
@@ -334,7 +335,7 @@ func (l *Ledger) tellLost() error {
 		return nil
 	}
 	err := l.log.Append(&Record{
-		Kind: KindGap, Reason: "lost", Count: lost - told, Total: lost,
+		Kind: KindGap, Reason: "lost", Count: lost - told, Total: lost, Open: true,
 		Detail: "records could not be kept; the calls went on, as their route says",
 	})
 	if err == nil {

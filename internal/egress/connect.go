@@ -130,7 +130,10 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, trace string
 		}
 	}()
 	if err := g.dial(ctx, t, grant); err != nil {
-		t.stop(reasonOf(err))
+		reason := reasonOf(err)
+		if t.stop(reason); reason == ReasonAudit {
+			return nil, answerTo(reason, t.id) // the log has counted it; it would count this again
+		}
 		return nil, g.deny(t.record(audit.KindDecision), err)
 	}
 	kept = true
