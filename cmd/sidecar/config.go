@@ -71,6 +71,10 @@ type InboundConfig struct {
 	// Rates bound how often each caller may make which calls; beyond it 429. A
 	// call must be within every rate that speaks of it.
 	Rates []mesh.CallRate `yaml:"rates"`
+	// ProxyProtocol are the load balancers, as prefixes, whose connections begin
+	// with a header of the PROXY protocol, version 2. It is the address in audit
+	// records, and proves nothing.
+	ProxyProtocol []netip.Prefix `yaml:"proxy_protocol"`
 }
 
 // OutboundConfig is how the application reaches others.

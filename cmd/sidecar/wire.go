@@ -53,6 +53,8 @@ type sidecar struct {
 	agent  *agent.Agent
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
+	// streams are the services that speak TCP.
+	streams *upstream.Services
 	// inbound and outbound are nil before there is an identity.
 	inbound  atomic.Pointer[proxy.Inbound]
 	outbound atomic.Pointer[proxy.Outbound]
@@ -163,6 +165,11 @@ func (s *sidecar) open() error {
 	if s.services, err = upstream.New(up); err != nil {
 		return err
 	}
+	plain := up
+	plain.TLS = func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(s.agent.Source(), want) }
+	if s.streams, err = upstream.New(plain); err != nil {
+		return err
+	}
 	if len(cfg.Egress.Addresses) > 0 {
 		if s.gateways, err = upstream.New(up); err != nil {
 			return err
@@ -218,6 +225,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	s.judge.Use(set)
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
+	s.streams.Use(snap)
 	if in := s.inbound.Load(); in != nil {
 		in.Rejudge()
 	}
@@ -243,6 +251,17 @@ func (s *sidecar) port() uint16 {
 	}
 	svc, _ := snap.ServiceByID(self.ID)
 	return svc.Port
+}
+
+// stream says how streams are carried, if the workload's service speaks TCP.
+func (s *sidecar) stream() (mesh.Stream, bool) {
+	snap := s.agent.Snapshot()
+	self, err := s.agent.Self()
+	if err != nil || snap == nil {
+		return mesh.Stream{}, false
+	}
+	svc, ok := snap.ServiceByID(self.ID)
+	return svc.Stream, ok && svc.Protocol == mesh.TCP
 }
 
 // name is the name of the workload's service.
@@ -301,7 +320,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 	}
 	if s.cfg.Inbound.Listen != "" {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
-			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name,
+			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
@@ -314,7 +333,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 	}
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
-		Services: s.services, Gateways: s.gateways, Standing: s.agent.Source().Standing,
+		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing,
 	})
 	if e != nil {
 		return nil, nil, e

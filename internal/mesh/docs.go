@@ -34,8 +34,15 @@ type serviceDoc struct {
 	Identity spiffeid.ID `yaml:"identity"`
 	Port     uint16      `yaml:"port"`
 	Protocol string      `yaml:"protocol"`
+	Stream   streamDoc   `yaml:"stream"`
 	Audit    string      `yaml:"audit"`
 	Fail     string      `yaml:"fail"`
+}
+
+type streamDoc struct {
+	Idle  time.Duration `yaml:"idle_timeout"`
+	Life  time.Duration `yaml:"max_life"`
+	Proxy string        `yaml:"proxy_protocol"`
 }
 
 func (d servicesDoc) nouns() []Service {
@@ -45,7 +52,7 @@ func (d servicesDoc) nouns() []Service {
 			continue
 		}
 		if s.Protocol == "" {
-			s.Protocol = "http"
+			s.Protocol = HTTP
 		}
 		if s.Audit == "counted" {
 			s.Audit = "" // the default, spelled out
@@ -55,7 +62,7 @@ func (d servicesDoc) nouns() []Service {
 		}
 		out = append(out, Service{
 			Name: ServiceName(s.Name), ID: s.Identity, Port: s.Port,
-			Protocol: s.Protocol, Audit: s.Audit, Fail: s.Fail, Origin: s.origin,
+			Protocol: s.Protocol, Stream: Stream(s.Stream), Audit: s.Audit, Fail: s.Fail, Origin: s.origin,
 		})
 	}
 	return out

@@ -48,8 +48,10 @@ type Service struct {
 	ID spiffeid.ID `json:"identity"`
 	// Port is the port that rules name, not the port an endpoint listens on.
 	Port uint16 `json:"port"`
-	// Protocol is "http". Other protocols are refused.
+	// Protocol is HTTP or TCP.
 	Protocol string `json:"protocol"`
+	// Stream says how the connections of a TCP service are carried.
+	Stream Stream `json:"stream,omitzero"`
 	// Audit is AuditFull when each call to the service has a record of its
 	// own; empty when calls that are allowed are counted.
 	Audit string `json:"audit,omitempty"`
@@ -57,6 +59,26 @@ type Service struct {
 	// it is refused.
 	Fail   string `json:"fail,omitempty"`
 	Origin Origin `json:"origin"`
+}
+
+// The values of Service.Protocol.
+const (
+	// HTTP: every request is judged by its verb and path.
+	HTTP = "http"
+	// TCP: a connection is judged once, as CONNECT with the path "-", and then
+	// carried as it is.
+	TCP = "tcp"
+)
+
+// A Stream says how the connections of a TCP service are carried.
+type Stream struct {
+	// Idle ends a connection on which nothing moves. Default 1 h.
+	Idle time.Duration `json:"idle,omitempty"`
+	// Life ends a connection whatever moves. 0: no limit.
+	Life time.Duration `json:"life,omitempty"`
+	// Proxy is "v2" when the application is told the caller by a header of the
+	// PROXY protocol before all else; empty for none.
+	Proxy string `json:"proxy,omitempty"`
 }
 
 // The values of Service.Audit and Service.Fail that are not usual.

@@ -123,9 +123,7 @@ func (v *validator) services() {
 		if s.Port == 0 {
 			v.missing(s.Origin, "port")
 		}
-		if s.Protocol != "http" {
-			v.item(s.Origin, s.Protocol, "unknown protocol %q: only \"http\" is supported", s.Protocol)
-		}
+		v.stream(s)
 		if s.Audit != "" && s.Audit != AuditFull {
 			v.item(s.Origin, s.Audit, "audit: %q is neither \"counted\" nor \"full\"", s.Audit)
 		}
@@ -135,6 +133,25 @@ func (v *validator) services() {
 		if s.Audit == AuditFull && s.Fail == FailOpen {
 			v.item(s.Origin, s.Fail, "fail: \"open\" contradicts audit: \"full\": what must be recorded must not happen unrecorded")
 		}
+	}
+}
+
+// longest bounds the limits of a stream, so that a slip of the unit is seen.
+const longest = 30 * 24 * time.Hour
+
+func (v *validator) stream(s Service) {
+	x := s.Stream
+	switch {
+	case s.Protocol != HTTP && s.Protocol != TCP:
+		v.item(s.Origin, s.Protocol, "unknown protocol %q%s", s.Protocol, didYouMean(s.Protocol, []string{HTTP, TCP}))
+	case s.Protocol != TCP && x != Stream{}:
+		v.item(s.Origin, "stream:", "stream has no meaning for protocol %s: leave it out, or write protocol: tcp", s.Protocol)
+	case x.Idle < 0 || x.Idle > longest:
+		v.item(s.Origin, "idle_timeout:", "idle_timeout %s is not from 0 to 720h", x.Idle)
+	case x.Life < 0 || x.Life > longest:
+		v.item(s.Origin, "max_life:", "max_life %s is not from 0 to 720h", x.Life)
+	case x.Proxy != "" && x.Proxy != "v2":
+		v.item(s.Origin, x.Proxy, "proxy_protocol: %q is not \"v2\"", x.Proxy)
 	}
 }
 

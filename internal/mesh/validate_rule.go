@@ -21,16 +21,43 @@ func IsGroup(ref string) bool {
 }
 
 func (v *validator) rules() {
-	seen := map[string]Origin{}
+	seen, tcp := map[string]Origin{}, v.p.streams()
 	for _, r := range v.p.Rules {
 		for _, c := range v.p.checkRule(r) {
 			v.cell(r.Origin, c.column, "%s", c.err)
+		}
+		if tcp[r.Dst] && r.Dir == In && r.Effect == Allow {
+			v.streamRule(r)
 		}
 		if first, ok := seen[r.ID]; ok {
 			v.cell(r.Origin, colID, "id %q is written twice, first at %s", r.ID, first)
 			continue
 		}
 		seen[r.ID] = r.Origin
+	}
+}
+
+// streams are the identities of the TCP services.
+func (p *Policies) streams() map[string]bool {
+	out := map[string]bool{}
+	for _, s := range p.Services {
+		if s.Protocol == TCP && !s.ID.IsZero() {
+			out[s.ID.String()] = true
+		}
+	}
+	return out
+}
+
+// streamRule refuses a row that can allow nothing at a TCP service.
+func (v *validator) streamRule(r Rule) {
+	if r.Verb != "CONNECT" && r.Verb != "*" {
+		v.cell(r.Origin, colVerb, "verb %q never matches: the destination speaks tcp, whose connections are judged as CONNECT with path \"-\"", clip(r.Verb))
+	}
+	conds, _ := ParseCond(r.Cond) // its mistakes are told elsewhere
+	for _, c := range conds {
+		if c.NeedsToken() {
+			v.cell(r.Origin, colCond, "condition %q never holds: the destination speaks tcp, and a connection shows no token", string(c.Word)+c.Key+c.Value)
+		}
 	}
 }
 

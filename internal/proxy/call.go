@@ -77,13 +77,17 @@ type call struct {
 	err     error
 	keep    bool // the connection may carry another call
 	tunnel  bool // the connection was handed over
-	broken  bool // the client must see that the answer is not whole
+	opaque  bool // nobody speaks HTTP on it
+	// idle is how long nothing may move on a tunnel, 0 for relayIdle.
+	idle   time.Duration
+	broken bool // the client must see that the answer is not whole
 }
 
 // reset makes the call ready for the next request on its connection.
 func (x *call) reset() {
 	x.res, x.refused, x.err = http1.Result{}, nil, nil
 	x.keep, x.tunnel, x.broken = false, false, false
+	x.idle = 0
 	x.grant = authz.Grant{}
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
@@ -112,6 +116,9 @@ type refusal struct {
 func (x *call) refuse(r *refusal) {
 	x.refused = r
 	x.res.Status = r.status
+	if x.opaque {
+		return
+	}
 	head := []byte(r.head)
 	if r.decision != "" {
 		head = append(append(append(head, "Sallyport-Decision: "...), r.decision...), "\r\n"...)
@@ -320,7 +327,7 @@ func (x *call) relay(up *upstream.Conn) {
 		return
 	}
 	defer stop()
-	t := http1.NewTunnel(x.down, up.Conn, relayIdle)
+	t := http1.NewTunnel(x.down, up.Conn, x.relayWithin())
 	t.WebSocket = x.res.Upgraded && is(x.req.Get("upgrade"), "websocket") && is(x.ex.Response.Get("upgrade"), "websocket")
 	x.conn.leads(t)
 	sent, got, err := t.Run()

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -43,6 +44,13 @@ type InboundConfig struct {
 	// none. With it the application sees no other Host than its own name in
 	// the mesh, and a call for another service is sent away (421). Optional.
 	Name func() mesh.ServiceName
+	// Stream says how streams are carried, if the service of Self speaks TCP in
+	// the policy in force. Nil: it speaks HTTP.
+	Stream func() (mesh.Stream, bool)
+	// ProxyFrom are the load balancers whose connections begin with a header of
+	// the PROXY protocol, version 2. It changes the address in records, nothing
+	// of who the peer is. Optional.
+	ProxyFrom []netip.Prefix
 	// TLS is the server side of mutual TLS. Its VerifyConnection is asked again
 	// during the life of a connection. Required.
 	TLS *tls.Config
@@ -94,6 +102,7 @@ type Inbound struct {
 	listener
 	cfg      InboundConfig
 	chain    chain
+	opaque   chain // of streams
 	self     string
 	unproved anteroom
 	peers    crowd
@@ -117,7 +126,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.unproved.waiting = in.Metrics.Connections(in.Reporter, "proving")
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
-	in.chain = in.makeChain()
+	in.chain, in.opaque = in.makeChain(), in.streamChain()
 	var err error
 	if in.rates, err = newRates(cfg.Rates); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
@@ -140,11 +149,17 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 }
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
+	remote, err := in.announced(c)
 	tc := tls.Server(c.Conn, in.cfg.TLS)
 	defer tc.Close()
-	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: c.RemoteAddr().String()}
+	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote}
+	if err != nil {
+		in.unproved.leave(c)
+		in.refusedHandshake(x, err)
+		return
+	}
 	x.standing = func() *refusal { return in.overtaken(x) }
-	if err := in.handshake(ctx, tc, x); err != nil {
+	if err = in.handshake(ctx, tc, x); err != nil {
 		in.refusedHandshake(x, err)
 		return
 	}
@@ -158,6 +173,10 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	x.series = in.Signals.Series(x.src, x.dst, "")
 	x.unread = x.series
 	x.intro, x.bounds = introduce(in.self, x.src, x.remote), in.rates.bounds(x.peer)
+	if _, ok := in.streams(); ok {
+		in.listener.opaque(x, in.opaque)
+		return
+	}
 	in.calls(x, in.chain)
 }
 
@@ -181,7 +200,7 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 			x.peerUntil = c.NotAfter
 		}
 	}
-	x.conn.proved(&peer{id, x.tls})
+	x.conn.proved(&peer{id, x.tls, x.remote})
 	if reason, detail := in.stands(x); reason != "" {
 		return fmt.Errorf("%s: %s", reason, detail)
 	}
@@ -303,6 +322,10 @@ func (in *Inbound) target(x *call) *refusal {
 	}
 	if r := noTrace(x); r != nil {
 		return r
+	}
+	if _, ok := in.streams(); ok {
+		x.ex.ToDown.Close = true
+		return &refusal{status: 421, reason: "protocol", detail: "the service speaks no HTTP any more"}
 	}
 	if in.cfg.Name == nil {
 		return nil

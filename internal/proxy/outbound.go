@@ -9,6 +9,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -33,6 +34,9 @@ type OutboundConfig struct {
 	Snapshot func() *mesh.Snapshot
 	// Services lends connections to the endpoints of services. Required.
 	Services *upstream.Services
+	// Streams lends connections to the endpoints of services that speak TCP,
+	// which negotiate no protocol. Without it no such service is reached.
+	Streams *upstream.Services
 	// Standing looks again at what a peer has proved: an error wraps
 	// svid.ErrRevoked or svid.ErrExpired. It is quick. Required.
 	Standing func(tls.ConnectionState) error
@@ -108,9 +112,12 @@ type door struct {
 	service mesh.ServiceName
 	host    []byte
 	chain   chain
+	opaque  chain // of streams
 	// nowhere counts calls that lead to no service, outside those that leave
 	// the mesh.
 	nowhere, outside *telemetry.Series
+	// tcp is what the service spoke when it was last known.
+	tcp atomic.Bool
 	// askEvery is a field for tests.
 	askEvery time.Duration
 }
@@ -125,7 +132,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.Series(o.self, "gateway", "")
-	d.chain = d.makeChain()
+	d.chain, d.opaque = d.makeChain(), d.streamChain()
 	return d
 }
 
@@ -133,6 +140,10 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 	x := &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: c.RemoteAddr().String(), unread: d.nowhere}
 	x.down = http1.NewConn(c.Conn, d.Limits)
 	defer x.down.Release()
+	if d.speaksTCP() {
+		d.listener.opaque(x, d.opaque)
+		return
+	}
 	d.calls(x, d.chain)
 }
 
@@ -179,6 +190,7 @@ type target struct {
 	name      mesh.ServiceName
 	dst       string
 	series    *telemetry.Series
+	stream    mesh.Stream
 }
 
 // route finds the service that is meant, or sees that the call leads out.
@@ -204,8 +216,11 @@ func (d *door) route(x *call) *refusal {
 		if !ok {
 			return d.noRoute(x, "no_route")
 		}
+		if svc.Protocol == mesh.TCP {
+			return &refusal{status: 421, reason: "protocol", detail: "the service speaks tcp: it is reached by CONNECT, or by a port of its own"}
+		}
 		dst := svc.ID.String()
-		*t = target{snap, append(t.authority[:0], x.req.Authority...), svc.Name, dst, d.Signals.Series(x.src, dst, string(svc.Name))}
+		*t = target{snap: snap, authority: append(t.authority[:0], x.req.Authority...), name: svc.Name, dst: dst, series: d.Signals.Series(x.src, dst, string(svc.Name))}
 	}
 	x.dst, x.series = t.dst, t.series
 	x.ex.ToUp.Authority = d.host

@@ -41,8 +41,9 @@ const (
 
 // A peer is who has proved an identity on a connection.
 type peer struct {
-	id  spiffeid.ID
-	tls tls.ConnectionState
+	id     spiffeid.ID
+	tls    tls.ConnectionState
+	remote string // its address, as records have it
 }
 
 // A look is what a connection carries, for who judges it again.
@@ -162,7 +163,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		default:
 			continue
 		}
-		over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: c.RemoteAddr().String(), Detail: detail})
+		over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: v.who.remote, Detail: detail})
 	}
 	wg.Wait()
 	in.closed(over...)
@@ -193,6 +194,9 @@ func (in *Inbound) standing(v look) (reason, detail string) {
 		}
 		v.call.Token = t
 	}
+	if _, ok := in.streams(); !ok && v.call.Verb == "CONNECT" {
+		return reasonPolicy, "the service speaks no tcp any more"
+	}
 	if !in.cfg.Judge.Allows(&v.call) {
 		return reasonPolicy, "the policy in force does not allow the " + what
 	}
@@ -218,8 +222,10 @@ func (in *Inbound) stands(x *call) (reason, detail string) {
 // revocation; when it returns they are closed and recorded.
 func (o *Outbound) Rejudge() {
 	gone := o.cfg.Services.Recheck()
-	if o.cfg.Gateways != nil {
-		gone = append(gone, o.cfg.Gateways.Recheck()...)
+	for _, s := range []*upstream.Services{o.cfg.Streams, o.cfg.Gateways} {
+		if s != nil {
+			gone = append(gone, s.Recheck()...)
+		}
 	}
 	var over []audit.Record
 	for _, p := range gone {

@@ -72,7 +72,9 @@ type rig struct {
 	log      *logBuffer
 	metrics  *telemetry.Registry
 	modes    string // modes.yaml
+	served   string // services.yaml
 	services *upstream.Services
+	streams  *upstream.Services
 	gateways *upstream.Services
 	gen      atomic.Uint64
 	stranger atomic.Pointer[error]
@@ -124,7 +126,7 @@ func newRig(t testing.TB, app string, change ...func(*rig)) *rig {
 // newParts makes all that is in a rig, and opens no port.
 func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	t.Helper()
-	r := &rig{t: t, ca: meshtest.NewCA(t, meshtest.TD), inAudit: audit.NewMemory(), outAudit: audit.NewMemory(), log: new(logBuffer), access: accessCSV}
+	r := &rig{t: t, ca: meshtest.NewCA(t, meshtest.TD), inAudit: audit.NewMemory(), outAudit: audit.NewMemory(), log: new(logBuffer), access: accessCSV, served: servicesYAML}
 	r.web, r.billing = meshtest.Source(t, r.ca, web), meshtest.Source(t, r.ca, billing)
 	var err error
 	log := slog.New(slog.NewTextHandler(r.log, nil))
@@ -142,6 +144,11 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	if r.services, err = upstream.New(up); err != nil {
 		t.Fatal(err)
 	}
+	plain := up
+	plain.TLS = func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(r.web, want) }
+	if r.streams, err = upstream.New(plain); err != nil {
+		t.Fatal(err)
+	}
 	if r.gateways, err = upstream.New(up); err != nil {
 		t.Fatal(err)
 	}
@@ -157,9 +164,17 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 		Shared: shared("inbound", r.inAudit), Self: billing, Port: func() uint16 { return 8443 },
 		TLS:              svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, "http/1.1"),
 		HandshakeTimeout: time.Minute, PeerID: svid.PeerID, Standing: r.billing.Standing, Judge: r.judge, App: local,
+		Stream: func() (mesh.Stream, bool) {
+			snap := r.snap.Load()
+			if snap == nil {
+				return mesh.Stream{}, false
+			}
+			svc, _ := snap.ServiceByID(billing)
+			return svc.Stream, svc.Protocol == mesh.TCP
+		},
 	}
 	r.outCfg = OutboundConfig{
-		Shared: shared("outbound", r.outAudit), Self: web, Snapshot: r.snap.Load, Services: r.services, Gateways: r.gateways,
+		Shared: shared("outbound", r.outAudit), Self: web, Snapshot: r.snap.Load, Services: r.services, Streams: r.streams, Gateways: r.gateways,
 		Standing: r.web.Standing,
 		Local: func(net.Conn) error {
 			r.locals.Add(1)
@@ -208,7 +223,7 @@ func start(t testing.TB, run func(context.Context, net.Listener) error) (addr st
 func (r *rig) use(access string) {
 	r.t.Helper()
 	r.nextRevision++
-	p := meshtest.Policies(r.t, map[string]string{"services.yaml": servicesYAML, "access.csv": access, "modes.yaml": r.modes})
+	p := meshtest.Policies(r.t, map[string]string{"services.yaml": r.served, "access.csv": access, "modes.yaml": r.modes})
 	eps := append([]mesh.Endpoint{meshtest.Endpoint(r.t, "billing", r.inAddr)}, r.endpointsExtra...)
 	snap, err := mesh.Compile(p, r.nextRevision, r.nextRevision, eps)
 	if err != nil {
@@ -220,6 +235,7 @@ func (r *rig) use(access string) {
 	}
 	r.judge.Use(set)
 	r.services.Use(snap)
+	r.streams.Use(snap)
 	r.snap.Store(snap)
 }
 

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
 )
 
@@ -24,6 +25,11 @@ const (
 // the connection. What the gateway refuses is passed on as it said it.
 func (d *door) connect(x *call) *refusal {
 	if _, inside := serviceOf(x.req.Authority); inside {
+		if snap := d.cfg.Snapshot(); snap != nil {
+			if svc, ok := d.serviceOf(snap, x.req.Authority); ok && svc.Protocol == mesh.TCP {
+				return d.connectStream(x, svc)
+			}
+		}
 		return &refusal{status: 400, reason: "connect_inside", detail: "a service of the mesh is called as http://, the proxies encrypt"}
 	}
 	if d.cfg.Gateways == nil {
