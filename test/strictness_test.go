@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -39,10 +40,11 @@ type strictCase struct {
 	hides  []string // and none of these, and neither does the answer
 	tells  []string // what the client gets holds these
 
-	answer string // what the application says; empty: 200 with two bytes
-	early  bool   // as soon as it has the head
-	hangUp bool   // and then it closes
-	fresh  bool   // its connection is not used again
+	answer string        // what the application says; empty: 200 with two bytes
+	early  bool          // as soon as it has the head
+	hangUp bool          // and then it closes
+	gate   chan struct{} // not before this is closed
+	fresh  bool          // its connection is not used again
 }
 
 // doors are the listeners that a case is tried at; none means both.
@@ -90,6 +92,7 @@ func TestStrictness(t *testing.T) {
 	for _, c := range limitClasses() {
 		slow.class(t, c)
 	}
+	strictness.one(t.Run("34 drain", s.drains))
 	for _, f := range append(s.app.since(0), slow.app.since(0)...) {
 		if f.target == smuggledPath {
 			t.Errorf("a request in the body of another reached the application: %q", f.raw)
@@ -217,6 +220,44 @@ func (s *strictRig) one(t *testing.T, c strictCase, door string) {
 		if strings.Contains(told, bad) {
 			t.Errorf("the client got %q with %q in it", told, bad)
 		}
+	}
+}
+
+// drains ends billing's sidecar while a call is in flight: nobody gets in any
+// more, an idle connection ends, the call is answered, and then it exits.
+func (s *strictRig) drains(t *testing.T) {
+	gate := make(chan struct{})
+	s.app.expect(strictCase{gate: gate})
+	idle, busy := s.connect(t), s.connect(t)
+	defer idle.Close()
+	defer busy.Close()
+	if _, err := io.WriteString(busy, strictGet("")[0]); err != nil {
+		t.Fatal(err)
+	}
+	s.w.await("have a call in flight", s.app.begun)
+	if err := s.billing.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	s.w.await("be refused", func() bool {
+		c, err := net.Dial("tcp", s.bill.in)
+		if err == nil {
+			c.Close()
+		}
+		return err != nil
+	})
+	if b, _ := io.ReadAll(idle); len(b) > 0 { // it may end by a reset
+		t.Errorf("an idle connection got %q", b)
+	}
+	close(gate)
+	resp, err := http.ReadResponse(bufio.NewReader(busy), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := io.ReadAll(resp.Body); resp.StatusCode != 200 || string(b) != "ok" || err != nil || !resp.Close {
+		t.Errorf("the call in flight got %d %q (%v), close %v", resp.StatusCode, b, err, resp.Close)
+	}
+	if code := s.billing.end(); code != 0 {
+		t.Errorf("it ended with %d", code)
 	}
 }
 
@@ -372,6 +413,9 @@ func (a *bareApp) serve(c net.Conn) {
 		a.mu.Lock()
 		a.got = append(a.got, f)
 		a.mu.Unlock()
+		if next.gate != nil && f.target != againPath {
+			<-next.gate
+		}
 		if err != nil || !f.answer(c, next) {
 			return
 		}

@@ -14,6 +14,15 @@ var update = flag.Bool("update", false, "write testdata/chains.golden")
 func TestChainsAreTheListsThatWereReviewed(t *testing.T) {
 	r := newRig(t, "127.0.0.1:1")
 	got := "inbound\n" + r.inbound.chain.String() + "\noutbound\n" + newDoor(r.outbound, "").chain.String()
+	for _, c := range []chain{r.inbound.chain, newDoor(r.outbound, "").chain} {
+		seen := map[string]bool{}
+		for _, l := range c {
+			if seen[l.name] || l.why == "" || l.enter == nil && l.leave == nil {
+				t.Errorf("link %q stands twice, says not why it is there, or does nothing", l.name)
+			}
+			seen[l.name] = true
+		}
+	}
 	const file = "testdata/chains.golden"
 	if *update {
 		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {

@@ -286,6 +286,12 @@ func (l *listener) severAll() {
 // calls takes one request after the other from x's connection through the
 // chain, until the connection may carry no more.
 func (l *listener) calls(x *call, way chain) {
+	// A drain that begins while a call is in flight is told with its answer: a
+	// client that saw only the end could have sent the next request into it.
+	x.ex.Accept = func(*http1.Response) bool {
+		x.ex.ToDown.Close = x.ex.ToDown.Close || l.draining.Load()
+		return true
+	}
 	for {
 		if err := x.down.ReadRequest(&x.req); err != nil {
 			l.unreadable(x, err)
