@@ -66,27 +66,18 @@ type confirmer struct {
 // VerifyFile verifies all files of the log at path as one chain, with its
 // checkpoints, and holds it against what witnesses have signed.
 func VerifyFile(path string, trust Trust) (Report, error) {
-	names, err := Segments(path)
-	if err != nil {
-		return Report{}, err
-	}
 	c := confirmer{trust: trust}
 	if err := c.gather(TreeDir(path)); err != nil {
 		return Report{}, err
 	}
-	if err := c.begin(path); err != nil {
+	files, err := c.open(path)
+	if err != nil {
 		return Report{}, err
 	}
-	// A crash may have left some that are gone by the evidence.
-	names = slices.DeleteFunc(names, func(name string) bool { return c.gone.covers(path, name) })
-	var rs []io.Reader
-	for _, name := range names {
-		f, err := os.Open(name)
-		if err != nil {
-			return Report{}, fmt.Errorf("open audit log: %w", err)
-		}
-		defer f.Close()
-		rs = append(rs, f)
+	defer closeAll(files)
+	rs := make([]io.Reader, len(files))
+	for i, f := range files {
+		rs[i] = f
 	}
 	v := verifier{each: c.line, gone: c.gone.removal}
 	rep, err := v.read(io.MultiReader(rs...))
@@ -95,6 +86,59 @@ func VerifyFile(path string, trust Trust) (Report, error) {
 	}
 	c.judge(&rep)
 	return rep, rep.Err()
+}
+
+// open opens the files of a log that is perhaps being written: a file may be put
+// aside or removed at any moment. What is opened belongs together when nothing
+// has changed meanwhile.
+func (c *confirmer) open(path string) (files []*os.File, err error) {
+	for range 10 {
+		if err := c.begin(path); err != nil {
+			return nil, err
+		}
+		names, err := c.segments(path)
+		if err != nil {
+			return nil, err
+		}
+		files, err = openAll(names)
+		gone, keptErr := kept(path)
+		again, listErr := c.segments(path)
+		if err == nil && keptErr == nil && listErr == nil && bytes.Equal(gone.signed, c.gone.signed) && slices.Equal(names, again) {
+			return files, nil
+		}
+		closeAll(files)
+		if err := errors.Join(keptErr, listErr); err != nil {
+			return nil, err
+		}
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("open audit log: %w", err)
+		}
+	}
+	return nil, fmt.Errorf("open audit log: the files of %s change too fast; try again", path)
+}
+
+// segments lists the files but those that are gone by the evidence, which a crash
+// may have left.
+func (c *confirmer) segments(path string) ([]string, error) {
+	names, err := Segments(path)
+	return slices.DeleteFunc(names, func(name string) bool { return c.gone.covers(path, name) }), err
+}
+
+func openAll(names []string) (files []*os.File, err error) {
+	for _, name := range names {
+		f, err := os.Open(name)
+		if err != nil {
+			return files, err
+		}
+		files = append(files, f)
+	}
+	return files, nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
 }
 
 // gather reads the checkpoints beside the log, and finds the heads that speak

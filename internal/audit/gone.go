@@ -22,6 +22,7 @@ type goneCheck struct {
 // begin reads the evidence and goes on from it. What witnesses have signed of
 // less than was removed cannot be looked at any more.
 func (c *confirmer) begin(path string) error {
+	c.gone, c.tree = goneCheck{}, spine{}
 	gone, err := kept(path)
 	if err != nil || gone.removal == nil {
 		return err

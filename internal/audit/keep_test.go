@@ -2,9 +2,11 @@ package audit
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -654,4 +656,38 @@ func TestKeepConfig(t *testing.T) {
 			t.Errorf("%+v: %q, want %q", tt.c, got, tt.want)
 		}
 	}
+}
+
+// TestVerifyWhileRecordsAreRemoved verifies a log that is written, put aside and
+// removed from meanwhile: it is whole at every moment.
+func TestVerifyWhileRecordsAreRemoved(t *testing.T) {
+	k := newKeptLog(t)
+	trust := k.trust(t)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for ctx.Err() == nil {
+			k.grow(t, 20)
+			k.sweep(t)
+		}
+	}()
+	for n := 0; n < 40; {
+		rep, err := VerifyFile(k.path, trust)
+		if err != nil && strings.Contains(err.Error(), "change too fast") {
+			continue
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the first record is not written yet
+		}
+		if err != nil {
+			t.Errorf("%+v %v", rep, err)
+			break
+		}
+		if n++; rep.Kept == nil {
+			n = 0
+		}
+	}
+	stop()
+	<-ended
 }

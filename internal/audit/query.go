@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -77,9 +78,16 @@ func Each(path string, fn func(line []byte, r *Record) error) error {
 		return err
 	}
 	for _, name := range names {
-		if err := eachOf(name, fn); errors.Is(err, ErrStop) {
+		err := eachOf(name, fn)
+		if errors.Is(err, fs.ErrNotExist) {
+			if gone, e := kept(path); e == nil && gone.covers(path, name) {
+				continue // removed since it was listed
+			}
+		}
+		switch {
+		case errors.Is(err, ErrStop):
 			return nil
-		} else if err != nil {
+		case err != nil:
 			return fmt.Errorf("%s: %w", name, err)
 		}
 	}
