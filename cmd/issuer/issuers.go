@@ -115,8 +115,10 @@ func (in *issuer) followIssuers(ctx context.Context) error {
 	for {
 		changed, keys := in.registry.Changed(), in.registry.KeysChanged()
 		now, have := in.registry.Status().PolicyRevision, in.registry.Keys()
-		if now != revision && in.instance != "" {
+		if now != revision { // by another issuer, or at the end of a rollout
 			in.metrics.PolicyRevision().Set(float64(now))
+		}
+		if now != revision && in.instance != "" {
 			in.ready.Set("policy", nil)
 			in.server.SyncNow()
 		} else if !slices.EqualFunc(known, have, func(a, b registry.Key) bool { return a.KeyID == b.KeyID }) {

@@ -77,9 +77,9 @@ func (in *issuer) policyKeeper() control.PolicyKeeper {
 
 // PushPolicies is control.PolicyKeeper. That somebody pushes is recorded by
 // then; what came of it is recorded here.
-func (k pushes) PushPolicies(ctx context.Context, b []byte) error {
+func (k pushes) PushPolicies(ctx context.Context, p control.PolicyPush) error {
 	in := k.in
-	set, err := k.accept(ctx, b)
+	set, err := k.accept(ctx, p)
 	st := in.registry.Status()
 	if err != nil {
 		in.metrics.PolicyRejected().Inc()
@@ -89,18 +89,41 @@ func (k pushes) PushPolicies(ctx context.Context, b []byte) error {
 		}
 		return toPusher(err)
 	}
+	if len(p.Group) > 0 {
+		return nil // which was recorded before
+	}
 	in.metrics.PolicyRevision().Set(float64(st.PolicyRevision))
 	in.ready.Set("policy", nil)
 	in.log.Info("pushed policies in force", "revision", set.Revision, "set", set.Hash(), "signatures", len(set.Keys()))
 	return in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Allow, Revision: set.Revision, Detail: "set " + set.Hash()})
 }
 
-func (k pushes) accept(ctx context.Context, b []byte) (*policyset.Signed, error) {
-	set, err := policyset.Parse(b)
-	if err != nil {
+func (k pushes) accept(ctx context.Context, p control.PolicyPush) (set *policyset.Signed, err error) {
+	if set, err = policyset.Parse(p.Set); err != nil {
 		return nil, fmt.Errorf("%w: %w", registry.ErrUnfit, err)
 	}
-	return set, k.in.registry.PushPolicies(ctx, set)
+	r := k.in.registry
+	switch {
+	case p.Overtake:
+		return set, r.OvertakePolicies(ctx, set)
+	case len(p.Group) == 0:
+		return set, r.PushPolicies(ctx, set)
+	}
+	t := registry.Trial{Set: set, Group: p.Group, Bake: p.Bake, By: p.By}
+	if len(p.Fallback) > 0 {
+		if t.Fallback, err = policyset.Parse(p.Fallback); err != nil {
+			return nil, fmt.Errorf("%w: fallback: %w", registry.ErrUnfit, err)
+		}
+	}
+	return set, r.TryPolicies(ctx, t)
+}
+
+// MovePolicies is control.PolicyKeeper. Each step is recorded before it is made.
+func (k pushes) MovePolicies(ctx context.Context, m control.PolicyMove) error {
+	if m.Move == control.MovePromote {
+		return toPusher(k.in.registry.PromotePolicies(ctx, m.Revision, m.Force, m.By))
+	}
+	return toPusher(k.in.registry.TakeBackPolicies(ctx, m.Revision, m.By))
 }
 
 // verifier is nil when nobody must have signed.
@@ -135,7 +158,7 @@ func toPusher(err error) error {
 	switch {
 	case errors.Is(err, registry.ErrUnfit):
 		return control.Unfit(err)
-	case errors.Is(err, registry.ErrStale):
+	case errors.Is(err, registry.ErrStale), errors.Is(err, registry.ErrRolling):
 		return control.Unready(err)
 	}
 	return err

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,7 +31,7 @@ func (c *cli) policyStatus() *cobra.Command {
 			}
 			var d distribution
 			err := c.with(cmd, "sallyport status", func(ctx context.Context, a *control.Admin) (err error) {
-				d, err = awaitPolicies(ctx, a, wait, timeout)
+				d, err = awaitPolicies(ctx, a, wait, timeout, 0)
 				return err
 			})
 			if err == nil {
@@ -51,6 +52,13 @@ func (c *cli) policyStatus() *cobra.Command {
 type distribution struct {
 	Revision uint64 `json:"revision"`
 	Hash     string `json:"hash"`
+	// Set is the hash of the set that was pushed, NextRevision that of the next.
+	Set          string `json:"set,omitempty"`
+	NextRevision uint64 `json:"next_revision,omitempty"`
+	// Rollout is what a canary group tries, or tried last.
+	Rollout *mesh.Rollout `json:"rollout,omitempty"`
+	// tried is the revision of the rollout that is waited for, 0 for none.
+	tried uint64
 	// Refused is why the newest edit is not in force.
 	Refused string `json:"refused,omitempty"`
 	// Connected proxies have acknowledged the revision, have refused it, or have
@@ -63,7 +71,10 @@ type distribution struct {
 }
 
 func distributed(st mesh.IssuerStatus, ps []mesh.Proxy) distribution {
-	d := distribution{Revision: st.PolicyRevision, Hash: st.PolicyHash, Refused: st.LastRefusal, Proxies: ps}
+	d := distribution{
+		Revision: st.PolicyRevision, Hash: st.PolicyHash, Set: st.PolicySet, NextRevision: st.NextRevision, Rollout: st.Rollout,
+		Refused: st.LastRefusal, Proxies: ps,
+	}
 	for _, p := range ps {
 		if !p.Connected {
 			continue
@@ -82,12 +93,19 @@ func distributed(st mesh.IssuerStatus, ps []mesh.Proxy) distribution {
 }
 
 // settled reports whether waiting longer would tell nothing new.
-func (d distribution) settled() bool { return d.Refused != "" || d.Nacked > 0 || d.Waiting == 0 }
+func (d distribution) settled() bool {
+	if ro := d.Rollout; d.tried > 0 && ro.Active() && ro.Revision == d.tried {
+		// The issuer decides, unless only an operator does.
+		return ro.State == mesh.Held || ro.Bake == 0 && (d.Nacked > 0 || d.Waiting == 0)
+	}
+	return d.Refused != "" || d.Nacked > 0 || d.Waiting == 0
+}
 
 // awaitPolicies asks once, or until the distribution has settled or the time is
-// over.
-func awaitPolicies(ctx context.Context, a *control.Admin, wait bool, timeout time.Duration) (distribution, error) {
-	for end := time.Now().Add(timeout); ; {
+// over: what is tried has the time of its bake beside. Tried is the revision of
+// the rollout that is waited for; 0 is the one that is under way, if any.
+func awaitPolicies(ctx context.Context, a *control.Admin, wait bool, timeout time.Duration, tried uint64) (distribution, error) {
+	for start := time.Now(); ; {
 		// The proxies before the issuer: their states are then of its revision,
 		// or of an older one and looked at again.
 		ps, err := a.Proxies(ctx)
@@ -99,6 +117,13 @@ func awaitPolicies(ctx context.Context, a *control.Admin, wait bool, timeout tim
 			return distribution{}, err
 		}
 		d := distributed(st, ps)
+		if d.Rollout.Active() && tried == 0 {
+			tried = d.Rollout.Revision
+		}
+		end := start.Add(timeout)
+		if d.tried = tried; d.tried > 0 && d.Rollout != nil && d.Rollout.Revision == d.tried {
+			end = end.Add(d.Rollout.Bake)
+		}
 		if !wait || d.settled() && d.of(ps) || !time.Now().Before(end) {
 			return d, nil
 		}
@@ -114,7 +139,11 @@ func awaitPolicies(ctx context.Context, a *control.Admin, wait bool, timeout tim
 // edit may have come between the two questions.
 func (d distribution) of(ps []mesh.Proxy) bool {
 	for _, p := range ps {
-		if p.Connected && p.State == mesh.Synced && p.PolicyRevision != d.Revision {
+		want := d.Revision
+		if p.Group == mesh.GroupCanary && d.Rollout.Active() {
+			want = d.Rollout.Revision
+		}
+		if p.Connected && p.State == mesh.Synced && p.PolicyRevision != want {
 			return false
 		}
 	}
@@ -134,11 +163,20 @@ func (d distribution) failure(timeout time.Duration) error {
 		}
 	}
 	err := error(nil)
+	refused := d.Revision
+	if ro := d.Rollout; d.tried > 0 && ro != nil && ro.Revision == d.tried {
+		if err = outcome(ro); err != nil {
+			return failed(err)
+		}
+		if ro.Active() {
+			refused = ro.Revision
+		}
+	}
 	switch {
 	case d.Refused != "":
 		err = daemon.Hint(fmt.Errorf("the issuer refuses the newest edit, revision %d stays in force: %s", d.Revision, firstLine(d.Refused)), "sallyport policy test DIR")
 	case d.Nacked > 0:
-		err = daemon.Hint(fmt.Errorf("%d of %d connected proxies refuse revision %d: %s", d.Nacked, d.Connected, d.Revision, strings.Join(who, "; ")), "mend the row, or put the former policies back")
+		err = daemon.Hint(fmt.Errorf("%d of %d connected proxies refuse revision %d: %s", d.Nacked, d.Connected, refused, strings.Join(who, "; ")), "mend the row, or put the former policies back")
 	case d.Waiting > 0:
 		err = daemon.Hint(fmt.Errorf("%d of %d connected proxies do not act on revision %d after %s: %s", d.Waiting, d.Connected, d.Revision, timeout, strings.Join(who, ", ")), "look at the logs of these proxies")
 	case d.Revision == 0:
@@ -163,14 +201,24 @@ func (c *cli) emitDistribution(d distribution) error {
 		if !p.Connected {
 			seen = age(time.Since(p.LastSeen)) + " ago"
 		}
-		rows = append(rows, []string{p.Workload.String(), p.Kind, strconv.FormatUint(d.Revision, 10), strconv.FormatUint(p.PolicyRevision, 10), seen, answer})
+		since := "-"
+		if !p.Since.IsZero() {
+			since = age(time.Since(p.Since))
+		}
+		rows = append(rows, []string{
+			p.Workload.String(), p.Kind, cmp.Or(p.Group, "-"), strconv.FormatUint(cmp.Or(p.Wanted, d.Revision), 10), strconv.FormatUint(p.PolicyRevision, 10),
+			cmp.Or(fmt.Sprintf("%.12s", p.PolicyHash), "-"), since, seen, answer,
+		})
 	}
 	if c.format == "table" {
 		fmt.Fprintf(c.stdout, "revision %d, hash %.12s: %d connected proxies, %d ack, %d nack, %d without an answer\n", d.Revision, d.Hash, d.Connected, d.Acked, d.Nacked, d.Waiting)
+		if d.Rollout != nil {
+			fmt.Fprintln(c.stdout, rolloutLine(d.Rollout, time.Now()))
+		}
 		if d.Refused != "" {
 			fmt.Fprintf(c.stdout, "the newest edit was REFUSED, revision %d stays in force:\n%s\n", d.Revision, indent(d.Refused))
 		}
 		fmt.Fprintln(c.stdout)
 	}
-	return c.emit(d, []string{"IDENTITY", "KIND", "WANTED", "HAS", "SEEN", "ANSWER"}, rows)
+	return c.emit(d, []string{"IDENTITY", "KIND", "GROUP", "WANTED", "HAS", "HASH", "SINCE", "SEEN", "ANSWER"}, rows)
 }

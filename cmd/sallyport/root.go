@@ -21,7 +21,9 @@ import (
 type cli struct {
 	stdout, stderr io.Writer
 	socket         string
-	format         string
+	// address and identity are those of an issuer that is elsewhere.
+	address, identity string
+	format            string
 }
 
 // run executes one command line.
@@ -41,6 +43,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetErr(stderr)
 	root.SetArgs(args)
 	root.PersistentFlags().StringVar(&c.socket, "socket", defaultSocket, "the issuer's API socket")
+	root.PersistentFlags().StringVar(&c.address, "address", "", "host:port of the issuer, instead of its socket; with --identity")
+	root.PersistentFlags().StringVar(&c.identity, "identity", "", "the directory of the SVID to show it: svid.pem, key.pem and bundle.pem, as svid mint writes them")
 	root.PersistentFlags().StringVarP(&c.format, "output", "o", "table", "table or json; of policy diff also markdown")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return c.checkFormat(cmd) }
 	root.AddCommand(c.demo(), c.demoApp(), c.status(), c.policy(), c.why(), c.audit(), c.token(), c.apikey(), c.entry(), c.conform(), c.agent(), c.svid(), c.ca(), c.revoke())
@@ -85,8 +89,11 @@ func noArgsAreUsage(cmd *cobra.Command) {
 	}
 }
 
-// admin connects to the issuer on this machine.
+// admin connects to the issuer on this machine, or to the one at --address.
 func (c *cli) admin() (*control.Admin, error) {
+	if c.address != "" || c.identity != "" {
+		return c.remoteAdmin()
+	}
 	a, err := control.DialAdmin(c.socket)
 	if err != nil {
 		return nil, c.unreachable(err)
@@ -95,6 +102,9 @@ func (c *cli) admin() (*control.Admin, error) {
 }
 
 func (c *cli) unreachable(err error) error {
+	if c.address != "" {
+		return daemon.Hint(&daemon.ExitError{Code: daemon.Unreachable, Err: err}, "check --address, and that the issuer runs")
+	}
 	return daemon.Hint(&daemon.ExitError{Code: daemon.Unreachable, Err: fmt.Errorf("the issuer does not answer on %s: %w", c.socket, err)},
 		"start it with: issuer run --config FILE, or name its socket with --socket")
 }

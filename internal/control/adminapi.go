@@ -7,9 +7,11 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
 	"sallyport/internal/control/meshpb"
+	"sallyport/internal/mesh"
 )
 
 // Lifetimes of a join token.
@@ -18,8 +20,8 @@ const (
 	maxTokenTTL     = 24 * time.Hour
 )
 
-// adminAPI is the operator's hand. It is served on the admin socket only, whose
-// listener has checked the user.
+// adminAPI is the operator's hand. It is served on the admin socket, whose
+// listener has checked the user, and over mutual TLS to who has a right to it.
 type adminAPI struct {
 	meshpb.UnimplementedAdminServer
 	s *Server
@@ -70,18 +72,26 @@ func errTokenTTL() error {
 }
 
 // Status says what the issuer acts on.
-func (a *adminAPI) Status(context.Context, *meshpb.StatusRequest) (*meshpb.StatusResponse, error) {
+func (a *adminAPI) Status(ctx context.Context, _ *meshpb.StatusRequest) (*meshpb.StatusResponse, error) {
+	if _, ok, _ := a.s.verdict(ctx, spiffeid.ID{}); !ok {
+		return nil, a.s.may(ctx, spiffeid.ID{}) // which records that it may not
+	}
 	st := a.s.cfg.Registry.Status()
+	rollout, err := rolloutToWire(st.Rollout)
+	if err != nil {
+		return nil, fmt.Errorf("encode rollout: %w", err)
+	}
 	return &meshpb.StatusResponse{
 		TrustDomain: st.TrustDomain.Name(), Revision: st.Revision, PolicyRevision: st.PolicyRevision,
 		PolicyHash: st.PolicyHash, LastRefusal: st.LastRefusal, Started: timeToWire(st.Started), PolicySet: st.PolicySet,
+		NextRevision: st.NextRevision, Rollout: rollout,
 	}, nil
 }
 
-// Proxies says what each proxy acts on.
-func (a *adminAPI) Proxies(context.Context, *meshpb.ProxiesRequest) (*meshpb.ProxiesResponse, error) {
+// Proxies says what each proxy acts on that the caller may see.
+func (a *adminAPI) Proxies(ctx context.Context, _ *meshpb.ProxiesRequest) (*meshpb.ProxiesResponse, error) {
 	resp := &meshpb.ProxiesResponse{}
-	for _, p := range a.s.cfg.Registry.Proxies() {
+	for _, p := range visible(ctx, a.s, a.s.cfg.Registry.Proxies(), func(p mesh.Proxy) spiffeid.ID { return p.Workload }) {
 		resp.Proxies = append(resp.Proxies, proxyToWire(p))
 	}
 	return resp, nil

@@ -18,10 +18,12 @@ import (
 	"sallyport/internal/mesh"
 )
 
-// Admin speaks to the issuer on its admin socket.
+// Admin speaks to the issuer on its admin socket, or from afar.
 type Admin struct {
 	cc     *grpc.ClientConn
 	socket string
+	// remote says why no issuer answered from afar; nil on the socket.
+	remote func(text string) error
 }
 
 // DialAdmin prepares an Admin for the socket at a path. It connects at the first
@@ -101,9 +103,14 @@ func (a *Admin) Status(ctx context.Context) (mesh.IssuerStatus, error) {
 	if err != nil {
 		return mesh.IssuerStatus{}, fmt.Errorf("read status: %w", err)
 	}
+	rollout, err := rolloutFromWire(resp.GetRollout())
+	if err != nil {
+		return mesh.IssuerStatus{}, fmt.Errorf("read status: rollout: %w", err)
+	}
 	return mesh.IssuerStatus{
 		TrustDomain: td, Revision: resp.GetRevision(), PolicyRevision: resp.GetPolicyRevision(),
 		PolicyHash: resp.GetPolicyHash(), LastRefusal: resp.GetLastRefusal(), Started: timeFromWire(resp.GetStarted()), PolicySet: resp.GetPolicySet(),
+		NextRevision: resp.GetNextRevision(), Rollout: rollout,
 	}, nil
 }
 
@@ -138,6 +145,12 @@ func convert[W, T any](verb string, in []W, f func(W) (T, error)) ([]T, error) {
 
 func (a *Admin) explain(verb string, err error) error {
 	st := status.Convert(err)
+	if st.Code() == codes.Unimplemented && a.remote != nil {
+		return fmt.Errorf("%s: %w: the issuer does this on its own socket only", verb, ErrRefused)
+	}
+	if st.Code() == codes.Unavailable && a.remote != nil {
+		return fmt.Errorf("%s: %w", verb, a.remote(st.Message()))
+	}
 	if st.Code() == codes.Unavailable {
 		return fmt.Errorf("%s: %w at %s: %s; check that the issuer runs and that you are its user", verb, ErrUnreachable, a.socket, plain(st.Message()))
 	}

@@ -340,6 +340,7 @@ func proxyToWire(p mesh.Proxy) *meshpb.Proxy {
 		SvidExpires: timeToWire(p.SVIDExpires), PolicyRevision: p.PolicyRevision,
 		State: string(p.State), Reason: p.Reason, Connected: p.Connected, LastSeen: timeToWire(p.LastSeen),
 		Revoked: p.Revoked, CandidateRefused: p.CandidateRefused, Verified: p.Verified,
+		Since: timeToWire(p.Since), PolicyHash: p.PolicyHash, Wanted: p.Wanted, Group: p.Group,
 	}
 	if !p.Agent.IsZero() {
 		w.Agent = p.Agent.String()
@@ -352,6 +353,7 @@ func proxyFromWire(w *meshpb.Proxy) (mesh.Proxy, error) {
 		Kind: w.GetKind(), SVIDExpires: timeFromWire(w.GetSvidExpires()), PolicyRevision: w.GetPolicyRevision(),
 		State: mesh.ProxyState(w.GetState()), Reason: w.GetReason(), Connected: w.GetConnected(), LastSeen: timeFromWire(w.GetLastSeen()),
 		Revoked: w.GetRevoked(), CandidateRefused: w.GetCandidateRefused(), Verified: w.GetVerified(),
+		Since: timeFromWire(w.GetSince()), PolicyHash: w.GetPolicyHash(), Wanted: w.GetWanted(), Group: w.GetGroup(),
 	}
 	var err error
 	if p.Workload, err = spiffeid.FromString(w.GetWorkload()); err != nil {

@@ -317,6 +317,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	trustdomainv1.RegisterTrustDomainServer(g, &trustDomainAPI{s: s})
 	localauthorityv1.RegisterLocalAuthorityServer(g, &localAuthorityAPI{s: s})
 	meshpb.RegisterMeshServer(g, &meshAPI{s: s})
+	g.RegisterService(remoteAdmin(), &adminAPI{s: s})
 	healthpb.RegisterHealthServer(g, s.health)
 	return s.serve(ctx, g, l)
 }

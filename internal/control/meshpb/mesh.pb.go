@@ -1704,7 +1704,11 @@ type StatusResponse struct {
 	LastRefusal    string                 `protobuf:"bytes,5,opt,name=last_refusal,json=lastRefusal,proto3" json:"last_refusal,omitempty"`
 	Started        *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=started,proto3" json:"started,omitempty"`
 	// The hash of the set that was pushed; empty when policies come from files.
-	PolicySet     string `protobuf:"bytes,7,opt,name=policy_set,json=policySet,proto3" json:"policy_set,omitempty"`
+	PolicySet string `protobuf:"bytes,7,opt,name=policy_set,json=policySet,proto3" json:"policy_set,omitempty"`
+	// The first revision that no set has used.
+	NextRevision uint64 `protobuf:"varint,8,opt,name=next_revision,json=nextRevision,proto3" json:"next_revision,omitempty"`
+	// The JSON of mesh.Rollout; empty before the first.
+	Rollout       []byte `protobuf:"bytes,9,opt,name=rollout,proto3" json:"rollout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1786,6 +1790,20 @@ func (x *StatusResponse) GetPolicySet() string {
 		return x.PolicySet
 	}
 	return ""
+}
+
+func (x *StatusResponse) GetNextRevision() uint64 {
+	if x != nil {
+		return x.NextRevision
+	}
+	return 0
+}
+
+func (x *StatusResponse) GetRollout() []byte {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
 }
 
 type ProxiesRequest struct {
@@ -1883,6 +1901,12 @@ type Proxy struct {
 	Revoked uint64 `protobuf:"varint,10,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	// Why it does not try the candidate; empty when it does or there is none.
 	CandidateRefused string `protobuf:"bytes,11,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
+	// When it acknowledged policy_revision, and the hash of that as far as known.
+	Since      *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=since,proto3" json:"since,omitempty"`
+	PolicyHash string                 `protobuf:"bytes,13,opt,name=policy_hash,json=policyHash,proto3" json:"policy_hash,omitempty"`
+	// What it should act on, and its group while that depends on it.
+	Wanted uint64 `protobuf:"varint,14,opt,name=wanted,proto3" json:"wanted,omitempty"`
+	Group  string `protobuf:"bytes,15,opt,name=group,proto3" json:"group,omitempty"`
 	// It has counted the signatures of the set itself.
 	Verified      bool `protobuf:"varint,20,opt,name=verified,proto3" json:"verified,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1992,6 +2016,34 @@ func (x *Proxy) GetRevoked() uint64 {
 func (x *Proxy) GetCandidateRefused() string {
 	if x != nil {
 		return x.CandidateRefused
+	}
+	return ""
+}
+
+func (x *Proxy) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Proxy) GetPolicyHash() string {
+	if x != nil {
+		return x.PolicyHash
+	}
+	return ""
+}
+
+func (x *Proxy) GetWanted() uint64 {
+	if x != nil {
+		return x.Wanted
+	}
+	return 0
+}
+
+func (x *Proxy) GetGroup() string {
+	if x != nil {
+		return x.Group
 	}
 	return ""
 }
@@ -2757,10 +2809,17 @@ func (x *WhyResponse) GetAccount() []byte {
 	return nil
 }
 
+// The files of many messages are put together; all else is in the first.
 type PushPolicyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The canonical file, with its signatures.
-	Set           []byte `protobuf:"bytes,1,opt,name=set,proto3" json:"set,omitempty"`
+	Set []byte `protobuf:"bytes,1,opt,name=set,proto3" json:"set,omitempty"`
+	// Who tries it first; none: it is in force for all.
+	Canary *Canary `protobuf:"bytes,2,opt,name=canary,proto3" json:"canary,omitempty"`
+	// End what a canary group tries.
+	Overtake bool `protobuf:"varint,3,opt,name=overtake,proto3" json:"overtake,omitempty"`
+	// The set by which the canary group goes back; empty when there is none.
+	Fallback      []byte `protobuf:"bytes,4,opt,name=fallback,proto3" json:"fallback,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2802,6 +2861,180 @@ func (x *PushPolicyRequest) GetSet() []byte {
 	return nil
 }
 
+func (x *PushPolicyRequest) GetCanary() *Canary {
+	if x != nil {
+		return x.Canary
+	}
+	return nil
+}
+
+func (x *PushPolicyRequest) GetOvertake() bool {
+	if x != nil {
+		return x.Overtake
+	}
+	return false
+}
+
+func (x *PushPolicyRequest) GetFallback() []byte {
+	if x != nil {
+		return x.Fallback
+	}
+	return nil
+}
+
+type Canary struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As mesh.ParseGroup reads them.
+	Group []string `protobuf:"bytes,1,rep,name=group,proto3" json:"group,omitempty"`
+	// How long they must do well until all others follow; 0 is for ever.
+	BakeSeconds   int64 `protobuf:"varint,2,opt,name=bake_seconds,json=bakeSeconds,proto3" json:"bake_seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Canary) Reset() {
+	*x = Canary{}
+	mi := &file_mesh_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Canary) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Canary) ProtoMessage() {}
+
+func (x *Canary) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Canary.ProtoReflect.Descriptor instead.
+func (*Canary) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *Canary) GetGroup() []string {
+	if x != nil {
+		return x.Group
+	}
+	return nil
+}
+
+func (x *Canary) GetBakeSeconds() int64 {
+	if x != nil {
+		return x.BakeSeconds
+	}
+	return 0
+}
+
+type MovePolicyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "promote" or "take_back".
+	Move string `protobuf:"bytes,1,opt,name=move,proto3" json:"move,omitempty"`
+	// The revision that is meant; 0 is whichever is tried.
+	Revision uint64 `protobuf:"varint,2,opt,name=revision,proto3" json:"revision,omitempty"`
+	// Promote without the canary proxies that have not acknowledged.
+	Force         bool `protobuf:"varint,3,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MovePolicyRequest) Reset() {
+	*x = MovePolicyRequest{}
+	mi := &file_mesh_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MovePolicyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MovePolicyRequest) ProtoMessage() {}
+
+func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MovePolicyRequest.ProtoReflect.Descriptor instead.
+func (*MovePolicyRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *MovePolicyRequest) GetMove() string {
+	if x != nil {
+		return x.Move
+	}
+	return ""
+}
+
+func (x *MovePolicyRequest) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *MovePolicyRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type MovePolicyResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MovePolicyResponse) Reset() {
+	*x = MovePolicyResponse{}
+	mi := &file_mesh_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MovePolicyResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MovePolicyResponse) ProtoMessage() {}
+
+func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MovePolicyResponse.ProtoReflect.Descriptor instead.
+func (*MovePolicyResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{44}
+}
+
 type PushPolicyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2810,7 +3043,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2822,7 +3055,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2835,7 +3068,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{42}
+	return file_mesh_proto_rawDescGZIP(), []int{45}
 }
 
 type PolicySetRequest struct {
@@ -2848,7 +3081,7 @@ type PolicySetRequest struct {
 
 func (x *PolicySetRequest) Reset() {
 	*x = PolicySetRequest{}
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2860,7 +3093,7 @@ func (x *PolicySetRequest) String() string {
 func (*PolicySetRequest) ProtoMessage() {}
 
 func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2873,7 +3106,7 @@ func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
 func (*PolicySetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{43}
+	return file_mesh_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PolicySetRequest) GetRevision() uint64 {
@@ -2892,7 +3125,7 @@ type PolicySetResponse struct {
 
 func (x *PolicySetResponse) Reset() {
 	*x = PolicySetResponse{}
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2904,7 +3137,7 @@ func (x *PolicySetResponse) String() string {
 func (*PolicySetResponse) ProtoMessage() {}
 
 func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2917,7 +3150,7 @@ func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
 func (*PolicySetResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{44}
+	return file_mesh_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PolicySetResponse) GetSet() []byte {
@@ -3048,7 +3281,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x124\n" +
 	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\x12\x19\n" +
 	"\bagent_id\x18\x03 \x01(\tR\aagentId\"\x0f\n" +
-	"\rStatusRequest\"\x91\x02\n" +
+	"\rStatusRequest\"\xd0\x02\n" +
 	"\x0eStatusResponse\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12'\n" +
@@ -3058,10 +3291,12 @@ const file_mesh_proto_rawDesc = "" +
 	"\flast_refusal\x18\x05 \x01(\tR\vlastRefusal\x124\n" +
 	"\astarted\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\astarted\x12\x1d\n" +
 	"\n" +
-	"policy_set\x18\a \x01(\tR\tpolicySet\"\x10\n" +
+	"policy_set\x18\a \x01(\tR\tpolicySet\x12#\n" +
+	"\rnext_revision\x18\b \x01(\x04R\fnextRevision\x12\x18\n" +
+	"\arollout\x18\t \x01(\fR\arollout\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
-	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x9d\x03\n" +
+	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x9e\x04\n" +
 	"\x05Proxy\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
@@ -3074,7 +3309,12 @@ const file_mesh_proto_rawDesc = "" +
 	"\tlast_seen\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12\x18\n" +
 	"\arevoked\x18\n" +
 	" \x01(\x04R\arevoked\x12+\n" +
-	"\x11candidate_refused\x18\v \x01(\tR\x10candidateRefused\x12\x1a\n" +
+	"\x11candidate_refused\x18\v \x01(\tR\x10candidateRefused\x120\n" +
+	"\x05since\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x1f\n" +
+	"\vpolicy_hash\x18\r \x01(\tR\n" +
+	"policyHash\x12\x16\n" +
+	"\x06wanted\x18\x0e \x01(\x04R\x06wanted\x12\x14\n" +
+	"\x05group\x18\x0f \x01(\tR\x05group\x12\x1a\n" +
 	"\bverified\x18\x14 \x01(\bR\bverified\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
@@ -3126,9 +3366,20 @@ const file_mesh_proto_rawDesc = "" +
 	"WhyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"'\n" +
 	"\vWhyResponse\x12\x18\n" +
-	"\aaccount\x18\x01 \x01(\fR\aaccount\"%\n" +
+	"\aaccount\x18\x01 \x01(\fR\aaccount\"\x90\x01\n" +
 	"\x11PushPolicyRequest\x12\x10\n" +
-	"\x03set\x18\x01 \x01(\fR\x03set\"\x14\n" +
+	"\x03set\x18\x01 \x01(\fR\x03set\x121\n" +
+	"\x06canary\x18\x02 \x01(\v2\x19.sallyport.mesh.v1.CanaryR\x06canary\x12\x1a\n" +
+	"\bovertake\x18\x03 \x01(\bR\bovertake\x12\x1a\n" +
+	"\bfallback\x18\x04 \x01(\fR\bfallback\"A\n" +
+	"\x06Canary\x12\x14\n" +
+	"\x05group\x18\x01 \x03(\tR\x05group\x12!\n" +
+	"\fbake_seconds\x18\x02 \x01(\x03R\vbakeSeconds\"Y\n" +
+	"\x11MovePolicyRequest\x12\x12\n" +
+	"\x04move\x18\x01 \x01(\tR\x04move\x12\x1a\n" +
+	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x14\n" +
+	"\x05force\x18\x03 \x01(\bR\x05force\"\x14\n" +
+	"\x12MovePolicyResponse\"\x14\n" +
 	"\x12PushPolicyResponse\".\n" +
 	"\x10PolicySetRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\"%\n" +
@@ -3139,7 +3390,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
 	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xa1\a\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\x80\b\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
@@ -3150,10 +3401,12 @@ const file_mesh_proto_rawDesc = "" +
 	"\n" +
 	"AuditHeads\x12$.sallyport.mesh.v1.AuditHeadsRequest\x1a%.sallyport.mesh.v1.AuditHeadsResponse\x12M\n" +
 	"\x06Revoke\x12 .sallyport.mesh.v1.RevokeRequest\x1a!.sallyport.mesh.v1.RevokeResponse\x12D\n" +
-	"\x03Why\x12\x1d.sallyport.mesh.v1.WhyRequest\x1a\x1e.sallyport.mesh.v1.WhyResponse\x12Y\n" +
+	"\x03Why\x12\x1d.sallyport.mesh.v1.WhyRequest\x1a\x1e.sallyport.mesh.v1.WhyResponse\x12[\n" +
 	"\n" +
-	"PushPolicy\x12$.sallyport.mesh.v1.PushPolicyRequest\x1a%.sallyport.mesh.v1.PushPolicyResponse\x12V\n" +
-	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"PushPolicy\x12$.sallyport.mesh.v1.PushPolicyRequest\x1a%.sallyport.mesh.v1.PushPolicyResponse(\x01\x12Y\n" +
+	"\n" +
+	"MovePolicy\x12$.sallyport.mesh.v1.MovePolicyRequest\x1a%.sallyport.mesh.v1.MovePolicyResponse\x12X\n" +
+	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponse0\x01B#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -3167,7 +3420,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -3211,80 +3464,87 @@ var file_mesh_proto_goTypes = []any{
 	(*WhyRequest)(nil),              // 39: sallyport.mesh.v1.WhyRequest
 	(*WhyResponse)(nil),             // 40: sallyport.mesh.v1.WhyResponse
 	(*PushPolicyRequest)(nil),       // 41: sallyport.mesh.v1.PushPolicyRequest
-	(*PushPolicyResponse)(nil),      // 42: sallyport.mesh.v1.PushPolicyResponse
-	(*PolicySetRequest)(nil),        // 43: sallyport.mesh.v1.PolicySetRequest
-	(*PolicySetResponse)(nil),       // 44: sallyport.mesh.v1.PolicySetResponse
-	(*timestamppb.Timestamp)(nil),   // 45: google.protobuf.Timestamp
+	(*Canary)(nil),                  // 42: sallyport.mesh.v1.Canary
+	(*MovePolicyRequest)(nil),       // 43: sallyport.mesh.v1.MovePolicyRequest
+	(*MovePolicyResponse)(nil),      // 44: sallyport.mesh.v1.MovePolicyResponse
+	(*PushPolicyResponse)(nil),      // 45: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 46: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 47: sallyport.mesh.v1.PolicySetResponse
+	(*timestamppb.Timestamp)(nil),   // 48: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	45, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	48, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	45, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	48, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	45, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	48, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
 	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
 	10, // 13: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
 	11, // 14: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	45, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	48, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
 	19, // 16: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	45, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	45, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	45, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	45, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	48, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	48, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	48, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	48, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	28, // 21: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	45, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	45, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	19, // 24: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	45, // 25: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	36, // 26: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	45, // 27: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	45, // 28: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	45, // 29: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 30: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	0,  // 31: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 32: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 33: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 34: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 35: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	22, // 36: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	24, // 37: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	26, // 38: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	29, // 39: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	33, // 40: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	34, // 41: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	31, // 42: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	37, // 43: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	39, // 44: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	41, // 45: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	43, // 46: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	6,  // 47: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 48: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 49: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 50: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 51: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 52: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	25, // 53: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	27, // 54: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	30, // 55: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	35, // 56: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	35, // 57: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	32, // 58: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	38, // 59: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	40, // 60: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	42, // 61: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	44, // 62: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	47, // [47:63] is the sub-list for method output_type
-	31, // [31:47] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	48, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	48, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	48, // 24: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	19, // 25: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	48, // 26: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	36, // 27: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	48, // 28: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	48, // 29: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	48, // 30: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	11, // 31: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	42, // 32: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	0,  // 33: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	12, // 34: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	16, // 35: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 36: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 37: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	22, // 38: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	24, // 39: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	26, // 40: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	29, // 41: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	33, // 42: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	34, // 43: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	31, // 44: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	37, // 45: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	39, // 46: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	41, // 47: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	43, // 48: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	46, // 49: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	6,  // 50: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 51: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 52: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 53: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 54: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 55: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	25, // 56: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	27, // 57: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	30, // 58: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	35, // 59: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	35, // 60: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	32, // 61: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	38, // 62: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	40, // 63: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	45, // 64: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	44, // 65: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	47, // 66: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	50, // [50:67] is the sub-list for method output_type
+	33, // [33:50] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -3314,7 +3574,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   45,
+			NumMessages:   48,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -302,6 +302,7 @@ const (
 	Admin_Revoke_FullMethodName          = "/sallyport.mesh.v1.Admin/Revoke"
 	Admin_Why_FullMethodName             = "/sallyport.mesh.v1.Admin/Why"
 	Admin_PushPolicy_FullMethodName      = "/sallyport.mesh.v1.Admin/PushPolicy"
+	Admin_MovePolicy_FullMethodName      = "/sallyport.mesh.v1.Admin/MovePolicy"
 	Admin_PolicySet_FullMethodName       = "/sallyport.mesh.v1.Admin/PolicySet"
 )
 
@@ -309,7 +310,8 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Admin is served on the issuer's admin socket only.
+// Admin is served on the issuer's admin socket; what concerns policies, also
+// over mutual TLS to callers that a row of admin.csv names.
 type AdminClient interface {
 	CreateJoinToken(ctx context.Context, in *CreateJoinTokenRequest, opts ...grpc.CallOption) (*CreateJoinTokenResponse, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
@@ -325,11 +327,14 @@ type AdminClient interface {
 	Revoke(ctx context.Context, in *RevokeRequest, opts ...grpc.CallOption) (*RevokeResponse, error)
 	// Why explains a decision of a proxy whose audit log was received.
 	Why(ctx context.Context, in *WhyRequest, opts ...grpc.CallOption) (*WhyResponse, error)
-	// PushPolicy puts a set of policies in force. FAILED_PRECONDITION when it does
-	// not follow on the one in force.
-	PushPolicy(ctx context.Context, in *PushPolicyRequest, opts ...grpc.CallOption) (*PushPolicyResponse, error)
+	// PushPolicy puts a set of policies in force, or has a canary group try it.
+	// FAILED_PRECONDITION when it does not follow on the one in force.
+	PushPolicy(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[PushPolicyRequest, PushPolicyResponse], error)
+	// MovePolicy ends what a canary group tries. FAILED_PRECONDITION when it may
+	// not end so.
+	MovePolicy(ctx context.Context, in *MovePolicyRequest, opts ...grpc.CallOption) (*MovePolicyResponse, error)
 	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
-	PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (*PolicySetResponse, error)
+	PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PolicySetResponse], error)
 }
 
 type adminClient struct {
@@ -430,31 +435,54 @@ func (c *adminClient) Why(ctx context.Context, in *WhyRequest, opts ...grpc.Call
 	return out, nil
 }
 
-func (c *adminClient) PushPolicy(ctx context.Context, in *PushPolicyRequest, opts ...grpc.CallOption) (*PushPolicyResponse, error) {
+func (c *adminClient) PushPolicy(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[PushPolicyRequest, PushPolicyResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(PushPolicyResponse)
-	err := c.cc.Invoke(ctx, Admin_PushPolicy_FullMethodName, in, out, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[0], Admin_PushPolicy_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[PushPolicyRequest, PushPolicyResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_PushPolicyClient = grpc.ClientStreamingClient[PushPolicyRequest, PushPolicyResponse]
+
+func (c *adminClient) MovePolicy(ctx context.Context, in *MovePolicyRequest, opts ...grpc.CallOption) (*MovePolicyResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MovePolicyResponse)
+	err := c.cc.Invoke(ctx, Admin_MovePolicy_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
 	return out, nil
 }
 
-func (c *adminClient) PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (*PolicySetResponse, error) {
+func (c *adminClient) PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PolicySetResponse], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
-	out := new(PolicySetResponse)
-	err := c.cc.Invoke(ctx, Admin_PolicySet_FullMethodName, in, out, cOpts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_PolicySet_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	return out, nil
+	x := &grpc.GenericClientStream[PolicySetRequest, PolicySetResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
 }
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_PolicySetClient = grpc.ServerStreamingClient[PolicySetResponse]
 
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
 //
-// Admin is served on the issuer's admin socket only.
+// Admin is served on the issuer's admin socket; what concerns policies, also
+// over mutual TLS to callers that a row of admin.csv names.
 type AdminServer interface {
 	CreateJoinToken(context.Context, *CreateJoinTokenRequest) (*CreateJoinTokenResponse, error)
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
@@ -470,11 +498,14 @@ type AdminServer interface {
 	Revoke(context.Context, *RevokeRequest) (*RevokeResponse, error)
 	// Why explains a decision of a proxy whose audit log was received.
 	Why(context.Context, *WhyRequest) (*WhyResponse, error)
-	// PushPolicy puts a set of policies in force. FAILED_PRECONDITION when it does
-	// not follow on the one in force.
-	PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error)
+	// PushPolicy puts a set of policies in force, or has a canary group try it.
+	// FAILED_PRECONDITION when it does not follow on the one in force.
+	PushPolicy(grpc.ClientStreamingServer[PushPolicyRequest, PushPolicyResponse]) error
+	// MovePolicy ends what a canary group tries. FAILED_PRECONDITION when it may
+	// not end so.
+	MovePolicy(context.Context, *MovePolicyRequest) (*MovePolicyResponse, error)
 	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
-	PolicySet(context.Context, *PolicySetRequest) (*PolicySetResponse, error)
+	PolicySet(*PolicySetRequest, grpc.ServerStreamingServer[PolicySetResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -512,11 +543,14 @@ func (UnimplementedAdminServer) Revoke(context.Context, *RevokeRequest) (*Revoke
 func (UnimplementedAdminServer) Why(context.Context, *WhyRequest) (*WhyResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Why not implemented")
 }
-func (UnimplementedAdminServer) PushPolicy(context.Context, *PushPolicyRequest) (*PushPolicyResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method PushPolicy not implemented")
+func (UnimplementedAdminServer) PushPolicy(grpc.ClientStreamingServer[PushPolicyRequest, PushPolicyResponse]) error {
+	return status.Error(codes.Unimplemented, "method PushPolicy not implemented")
 }
-func (UnimplementedAdminServer) PolicySet(context.Context, *PolicySetRequest) (*PolicySetResponse, error) {
-	return nil, status.Error(codes.Unimplemented, "method PolicySet not implemented")
+func (UnimplementedAdminServer) MovePolicy(context.Context, *MovePolicyRequest) (*MovePolicyResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MovePolicy not implemented")
+}
+func (UnimplementedAdminServer) PolicySet(*PolicySetRequest, grpc.ServerStreamingServer[PolicySetResponse]) error {
+	return status.Error(codes.Unimplemented, "method PolicySet not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -701,41 +735,41 @@ func _Admin_Why_Handler(srv interface{}, ctx context.Context, dec func(interface
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Admin_PushPolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(PushPolicyRequest)
+func _Admin_PushPolicy_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(AdminServer).PushPolicy(&grpc.GenericServerStream[PushPolicyRequest, PushPolicyResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_PushPolicyServer = grpc.ClientStreamingServer[PushPolicyRequest, PushPolicyResponse]
+
+func _Admin_MovePolicy_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MovePolicyRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
 	if interceptor == nil {
-		return srv.(AdminServer).PushPolicy(ctx, in)
+		return srv.(AdminServer).MovePolicy(ctx, in)
 	}
 	info := &grpc.UnaryServerInfo{
 		Server:     srv,
-		FullMethod: Admin_PushPolicy_FullMethodName,
+		FullMethod: Admin_MovePolicy_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(AdminServer).PushPolicy(ctx, req.(*PushPolicyRequest))
+		return srv.(AdminServer).MovePolicy(ctx, req.(*MovePolicyRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Admin_PolicySet_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(PolicySetRequest)
-	if err := dec(in); err != nil {
-		return nil, err
+func _Admin_PolicySet_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(PolicySetRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
 	}
-	if interceptor == nil {
-		return srv.(AdminServer).PolicySet(ctx, in)
-	}
-	info := &grpc.UnaryServerInfo{
-		Server:     srv,
-		FullMethod: Admin_PolicySet_FullMethodName,
-	}
-	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(AdminServer).PolicySet(ctx, req.(*PolicySetRequest))
-	}
-	return interceptor(ctx, in, info, handler)
+	return srv.(AdminServer).PolicySet(m, &grpc.GenericServerStream[PolicySetRequest, PolicySetResponse]{ServerStream: stream})
 }
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_PolicySetServer = grpc.ServerStreamingServer[PolicySetResponse]
 
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
@@ -781,14 +815,21 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Admin_Why_Handler,
 		},
 		{
-			MethodName: "PushPolicy",
-			Handler:    _Admin_PushPolicy_Handler,
-		},
-		{
-			MethodName: "PolicySet",
-			Handler:    _Admin_PolicySet_Handler,
+			MethodName: "MovePolicy",
+			Handler:    _Admin_MovePolicy_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "PushPolicy",
+			Handler:       _Admin_PushPolicy_Handler,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "PolicySet",
+			Handler:       _Admin_PolicySet_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "mesh.proto",
 }
