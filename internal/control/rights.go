@@ -273,7 +273,11 @@ func (s *Server) denied(ctx context.Context, id spiffeid.ID, method string) erro
 			return err
 		}
 	}
-	return refuse(codes.PermissionDenied, "authorization denied for method %s: %s has no right to it", method, id)
+	next := ""
+	if rights[method]&toNamed != 0 {
+		next = "; a row of admin.csv gives it, for the method " + shortMethod(method)
+	}
+	return refuse(codes.PermissionDenied, "authorization denied for method %s: %s has no right to it%s", method, id, next)
 }
 
 // operate records an operator's call and lets it in.
