@@ -72,8 +72,6 @@ func (t *Tunnel) stop(err error) {
 
 // move carries one direction, whose frames f follows if there are any.
 func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
-	bulk := bulkPool.Get().(*[bulkSize]byte)
-	defer bulkPool.Put(bulk)
 	if src.w > src.r {
 		k, err := dst.Write(src.buf[src.r:src.w])
 		f.follow(src.buf[src.r : src.r+k])
@@ -86,22 +84,41 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 	if t.Idle == 0 {
 		src.readUntil(time.Time{})
 	}
+	// A tunnel waits in the buffer that its connection has anyhow, and takes a
+	// large one only while bytes come in large pieces.
+	var bulk *[bulkSize]byte
+	defer func() {
+		if bulk != nil {
+			bulkPool.Put(bulk)
+		}
+	}()
 	for {
 		if t.Idle > 0 {
 			src.readWithin(t.Idle)
 		}
-		k, rerr := src.nc.Read(bulk[:])
+		buf := src.buf
+		if bulk != nil {
+			buf = bulk[:]
+		}
+		k, rerr := src.nc.Read(buf)
 		if f != nil && t.parts.code.Load() != 0 {
-			t.farewell(dst, src, f, bulk[:])
+			t.farewell(dst, src, f, buf)
 			return n
 		}
 		if k > 0 {
 			t.last.Store(int64(time.Since(t.start)))
-			w, werr := dst.Write(bulk[:k])
-			f.follow(bulk[:w])
+			w, werr := dst.Write(buf[:k])
+			f.follow(buf[:w])
 			if n += int64(w); werr != nil {
 				t.stop(werr)
 				return n
+			}
+			switch {
+			case bulk == nil && k == len(buf):
+				bulk = bulkPool.Get().(*[bulkSize]byte)
+			case bulk != nil && k < bufferSize:
+				bulkPool.Put(bulk)
+				bulk = nil
 			}
 		}
 		switch {
