@@ -141,6 +141,7 @@ func (p *pins) look(who spiffeid.ID, hash string, fetch func() ([]byte, error)) 
 	case p.next.is(hash, who):
 		return nil
 	case p.now.is(hash, who):
+		p.next = nil
 		return p.follows(p.now.setName)
 	case p.bad.hash == hash && time.Now().Before(p.bad.until):
 		return p.bad.err

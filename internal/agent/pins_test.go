@@ -41,12 +41,12 @@ func twoOfThree() Policy {
 }
 
 // setOf makes a set of the files of the rig.
-func setOf(t *testing.T, revision uint64, previous, access string, by ...byte) *policyset.Signed {
+func setOf(t testing.TB, revision uint64, previous, access string, by ...byte) *policyset.Signed {
 	t.Helper()
 	return setIn(t, "demo.sallyport", revision, previous, access, by...)
 }
 
-func setIn(t *testing.T, domain string, revision uint64, previous, access string, by ...byte) *policyset.Signed {
+func setIn(t testing.TB, domain string, revision uint64, previous, access string, by ...byte) *policyset.Signed {
 	t.Helper()
 	of := func(s string) []byte { return []byte(strings.ReplaceAll(s, "demo.sallyport", domain)) }
 	s, err := policyset.New(policyset.Set{
@@ -63,7 +63,7 @@ func setIn(t *testing.T, domain string, revision uint64, previous, access string
 }
 
 // sent is what an issuer makes of a set for billing.
-func sent(t *testing.T, s *policyset.Signed, rev uint64, eps ...mesh.Endpoint) *mesh.Snapshot {
+func sent(t testing.TB, s *policyset.Signed, rev uint64, eps ...mesh.Endpoint) *mesh.Snapshot {
 	t.Helper()
 	p, err := s.Policies()
 	if err != nil {
@@ -529,4 +529,61 @@ func TestAPolicyThatIsNotRecordedIsNotTaken(t *testing.T) {
 	}
 	is.push(setOf(t, 5, fourth.Hash(), selfRow+otherRow, 1, 2))
 	await(t, func() bool { return p.Snapshot().PolicyRevision == 5 })
+}
+
+// TestAPinnedCanary tries a set that the fleet does not have, and goes on to what
+// overtakes it. It does not go back to the fleet's lower revision.
+func TestAPinnedCanary(t *testing.T) {
+	is := signedIssuer(t)
+	first := is.push(setOf(t, 1, "", otherRow, 1, 2))
+	p := is.newProxy(t.TempDir(), is.token("node-b"), pinning(new(journal))).join()
+	await(t, func() bool {
+		ps := is.registry.Proxies()
+		return len(ps) == 1 && ps[0].Connected && ps[0].Verified
+	})
+	tried := setOf(t, 2, first.Hash(), otherRow+selfRow, 1, 2)
+	if err := is.registry.TryPolicies(t.Context(), registry.Trial{Set: tried, Group: []string{"agent=" + node.String()}, By: "boss"}); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() bool { return p.Snapshot().PolicySet == tried.Hash() && len(p.Snapshot().Rules) == 2 })
+	next := setOf(t, 3, first.Hash(), selfRow, 2, 3)
+	if err := is.registry.OvertakePolicies(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() bool { return p.Snapshot().PolicySet == next.Hash() })
+}
+
+// BenchmarkLook is what a push costs a proxy that pins keys, and a change of an
+// endpoint, with 10,000 rows of which it needs 100.
+func BenchmarkLook(b *testing.B) {
+	var rows strings.Builder
+	for i := range 10_000 {
+		dst := "stock"
+		if i%100 == 0 {
+			dst = "billing"
+		}
+		fmt.Fprintf(&rows, "p, r-%d, in, spiffe://demo.sallyport/ns/shop/sa/caller-%d, spiffe://demo.sallyport/ns/shop/sa/%s, 8443, GET, /v1/%d/**, -, allow\n", i, i%500, dst, i)
+	}
+	s := setOf(b, 1, "", rows.String(), 1, 2)
+	p, err := openPins(Config{TrustDomain: meshtest.TD, Kind: control.KindSidecar, DataDir: b.TempDir(), Policy: twoOfThree()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	file := s.Encode()
+	b.Run("push", func(b *testing.B) {
+		b.SetBytes(int64(len(file)))
+		for b.Loop() {
+			if p.next, err = p.read(billing, s.Hash(), file); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("endpoint", func(b *testing.B) {
+		snap := sent(b, s, 1)
+		for b.Loop() {
+			if _, _, err := p.own(snap); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -1,7 +1,9 @@
 package control
 
 import (
+	"bytes"
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 	"testing"
@@ -55,4 +57,31 @@ func BenchmarkPush(b *testing.B) {
 	slices.Sort(took)
 	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
 	b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+}
+
+// BenchmarkFetchSet is what a proxy that pins keys costs its issuer, and itself,
+// for each push.
+func BenchmarkFetchSet(b *testing.B) {
+	for _, size := range []int{200 << 10, maxSet} {
+		b.Run(fmt.Sprintf("%dKiB", size>>10), func(b *testing.B) {
+			all := sets{"a": bytes.Repeat([]byte("x"), size)}
+			r := newRig(b, newCA(b, td), all.with)
+			c, _ := r.joined("node-b")
+			l, err := c.acquire()
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer c.release(l)
+			h := billingHello()
+			b.SetBytes(int64(size))
+			for b.Loop() {
+				r.srv.work.mu.Lock()
+				r.srv.work.left = nil // what a node may ask for is not what is measured
+				r.srv.work.mu.Unlock()
+				if _, err := c.fetchSet(b.Context(), l, &h, "a"); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

@@ -18,8 +18,9 @@ const (
 	// maxSet bounds a signed set, bytes, as those who parse it do.
 	maxSet = 8 << 20
 	// setPart bounds the bytes of one message of it: thousands of proxies ask at
-	// once, and each message is copied.
-	setPart = 64 << 10
+	// once, and a message and the 64 KiB that gRPC takes ahead of a slow one are
+	// copied for each.
+	setPart = 32 << 10
 	// fetchTimeout bounds the wait for a whole set: a proxy acts on nothing
 	// else meanwhile.
 	fetchTimeout = time.Minute

@@ -40,6 +40,11 @@ type signature struct {
 	sig []byte
 }
 
+func (g signature) good(body []byte) bool {
+	pub, err := g.key.public()
+	return err == nil && ed25519.Verify(pub, body, g.sig)
+}
+
 func (g signature) text() string { return base64.StdEncoding.EncodeToString(g.sig) }
 
 // Sign adds the signature of a key, in the place of an earlier one of it.
@@ -54,7 +59,7 @@ func (s *Signed) Sign(k ed25519.PrivateKey) {
 func (s *Signed) Keys() []Key {
 	var out []Key
 	for _, g := range s.signatures {
-		if pub, err := g.key.public(); err == nil && ed25519.Verify(pub, s.body, g.sig) {
+		if g.good(s.body) {
 			out = append(out, g.key)
 		}
 	}
@@ -134,13 +139,15 @@ func (s Signers) Verify(set *Signed) error {
 		return errors.New("policy set: no keys are pinned that could vouch for it")
 	}
 	good, known := 0, 0
-	signed := set.Keys()
+	// Those of others are not looked at: each costs a hash of the whole set.
 	for _, k := range s.Keys {
-		if slices.Contains(signed, k) {
-			good++
+		i := slices.IndexFunc(set.signatures, func(g signature) bool { return g.key == k })
+		if i < 0 {
+			continue
 		}
-		if slices.ContainsFunc(set.signatures, func(g signature) bool { return g.key == k }) {
-			known++
+		known++
+		if set.signatures[i].good(set.body) {
+			good++
 		}
 	}
 	if good >= s.Need() {

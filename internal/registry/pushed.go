@@ -243,6 +243,14 @@ func (r *Registry) keepFile(acc *accepted) {
 // PolicySetFile returns a signed set by its hash; mesh.ErrNotFound when it is
 // none of the last that were in force here. The caller must not change it.
 func (r *Registry) PolicySetFile(hash string) ([]byte, error) {
+	// What is in force is there however many were tried since.
+	now := r.state.Load()
+	if acc := now.accepted; acc != nil && acc.file != nil && acc.Set == hash {
+		return acc.file, nil
+	}
+	if ro := now.rollout; ro.serves() && ro.tried.file != nil && ro.tried.Set == hash {
+		return ro.tried.file, nil
+	}
 	if p := r.files.Load(); p != nil {
 		for _, f := range *p {
 			if f.hash == hash {
