@@ -309,11 +309,13 @@ func (c *Conn) endLocked(err error) {
 	if c.err != nil {
 		return
 	}
-	c.err = err
 	var v *Violation
 	if errors.As(err, &v) {
 		c.out.control(goawayFrame(goViolation))
+	} else if c.leaving && len(c.held) == 0 {
+		err = ErrClosing // both ends meant to close, and one was first
 	}
+	c.err = err
 	told := err
 	if err == io.EOF {
 		told = io.ErrUnexpectedEOF // to a stream the end came without a word

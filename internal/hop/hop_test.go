@@ -73,11 +73,11 @@ func echo(s *Stream) {
 	}
 }
 
-// hold keeps a stream without reading it, until the peer ends it.
+// hold keeps a stream without reading it, until it is reset.
 func hold(s *Stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.rerr == nil && !s.eof {
+	for s.rerr == nil {
 		s.more.Wait()
 	}
 }
@@ -294,6 +294,7 @@ func TestEndsOfAStream(t *testing.T) {
 			bubble(t, func(t *testing.T) {
 				p := newPair(t, Config{}, Config{}, func(s *Stream) {
 					_, _ = s.Write([]byte("answer"))
+					time.Sleep(time.Second) // until it has been sent
 					tt.serve(s)
 				})
 				s := p.open(t)
@@ -348,7 +349,9 @@ func TestStreamsAreBounded(t *testing.T) {
 		if _, err := p.near.Open(); err != ErrFull {
 			t.Errorf("a stream too many: %v", err)
 		}
+		p.near.mu.Lock()
 		p.near.limit = 10 // a peer that does not keep to it is refused
+		p.near.mu.Unlock()
 		s := p.open(t)
 		say(t, s, "x")
 		if _, err := s.Read(make([]byte, 1)); err != ErrRefused {
@@ -467,8 +470,12 @@ func TestQuietConnectionLives(t *testing.T) {
 		time.Sleep(time.Hour)
 		say(t, s, "y")
 		hear(t, s, "y")
-		if p.near.pings > 1 || p.far.pings > 1 {
-			t.Errorf("pings unanswered: %d, %d", p.near.pings, p.far.pings)
+		for _, c := range []*Conn{p.near, p.far} {
+			c.mu.Lock()
+			if c.pings > 1 {
+				t.Errorf("%d pings unanswered", c.pings)
+			}
+			c.mu.Unlock()
 		}
 	})
 }
