@@ -25,6 +25,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
+	"sallyport/internal/hop"
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
@@ -157,7 +158,9 @@ func (s *sidecar) open() error {
 		return err
 	}
 	up := upstream.Config{
-		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(s.agent.Source(), want, "http/1.1") },
+		TLS: func(want spiffeid.ID) *tls.Config {
+			return svid.ClientTLS(s.agent.Source(), want, hop.Proto, "http/1.1")
+		},
 		Generation: func() uint64 { return s.agent.Generation() },
 		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
 		Limits:     cfg.Limits.http(),
@@ -321,7 +324,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 	if s.cfg.Inbound.Listen != "" {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
-			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), "http/1.1"), PeerID: svid.PeerID,
+			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 		})

@@ -17,7 +17,7 @@ const (
 	// maxCredit bounds the sum of what a peer grants and has not got.
 	maxCredit = 1<<31 - 1
 	// firstStreams is how many streams may be opened before the peer's hello.
-	firstStreams = 32
+	firstStreams = 128
 )
 
 // kind is what a frame is.

@@ -209,6 +209,14 @@ func (c *Conn) Open() (*Stream, error) {
 	return c.hold(), nil
 }
 
+// forget takes a stream out of those that frames are for.
+func (c *Conn) forget(s *Stream) {
+	delete(c.streams, s.id)
+	if len(c.streams) == 0 {
+		c.parting()
+	}
+}
+
 // hold makes a stream that counts until it is closed at this end.
 func (c *Conn) hold() *Stream {
 	s := newStream(c)
@@ -264,13 +272,14 @@ func (c *Conn) leave() {
 
 // parting ends a connection that is to end and has no stream left. The end that
 // takes streams leaves it to the other one to close: what that may just be
-// opening must hear that it was refused.
+// opening must hear that it was refused. That end in turn does not wait for who
+// holds streams that are over.
 func (c *Conn) parting() {
 	switch {
-	case !c.leaving || len(c.held) > 0 || c.err != nil:
-	case c.accept == nil:
+	case !c.leaving || c.err != nil:
+	case c.accept == nil && len(c.streams) == 0:
 		c.endLocked(ErrClosing)
-	case !c.parted:
+	case c.accept != nil && len(c.held) == 0 && !c.parted:
 		c.parted = true
 		time.AfterFunc(lingering, func() { c.end(ErrClosing) })
 	}

@@ -20,7 +20,7 @@ type reader struct {
 }
 
 // noiseBurst and noiseRate bound what costs us more than it costs the peer:
-// streams opened and reset, pings, frames without content.
+// calls broken off, pings, frames without content.
 const (
 	noiseBurst = 1000
 	noiseRate  = 1000 // per second
@@ -203,13 +203,10 @@ func (c *Conn) peerEnded(s *Stream) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s.peerEnd = true
+	s.atEnd()
 	if s.ended {
-		delete(c.streams, s.id)
+		c.forget(s)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.eof = true
-	s.more.Broadcast()
 }
 
 // noted takes in a frame other than data.
@@ -281,8 +278,9 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 		return violated(BadStream)
 	}
 	s := c.streams[stream]
-	// What this end opened itself is no flood.
-	if (c.accept != nil || s == nil) && !c.in.noise.spend() {
+	// What this end opened itself is no flood, and neither is the end of a
+	// stream that carries no call.
+	if (c.accept != nil && s.working() || s == nil) && !c.in.noise.spend() {
 		return violated(Flood)
 	}
 	var err error
@@ -295,8 +293,8 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 		return violated(BadCode)
 	}
 	if s != nil {
-		delete(c.streams, stream)
 		s.broke(err)
+		c.forget(s)
 	}
 	return nil
 }

@@ -288,7 +288,7 @@ func (s *Stream) CloseWrite() error {
 	s.ended = true
 	s.room.Signal()
 	if s.peerEnd {
-		delete(c.streams, s.id)
+		c.forget(s)
 	}
 	c.out.wake()
 	return nil
@@ -313,10 +313,10 @@ func (s *Stream) close(code uint32) error {
 	s.wend.stop()
 	s.broke(net.ErrClosed)
 	if c.streams[s.id] == s {
-		delete(c.streams, s.id)
 		if err := c.say(resetFrame(s.id, code)); err != nil {
 			c.endLocked(err)
 		}
+		c.forget(s)
 	}
 	c.release(s)
 	s.mu.Lock()
@@ -346,6 +346,24 @@ func (s *Stream) broke(err error) {
 		s.rerr = err
 	}
 	s.more.Signal()
+}
+
+// working says whether somebody does something other than wait for the peer.
+func (s *Stream) working() bool {
+	if s == nil {
+		return false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.dst == nil || s.got > 0 || s.r < len(s.buf)
+}
+
+// atEnd notes that the peer sends no more; the lock of the Conn is held.
+func (s *Stream) atEnd() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.eof = true
+	s.more.Broadcast()
 }
 
 // Stale says that a stream at rest must not be used for another call: it has

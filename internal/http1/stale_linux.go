@@ -23,8 +23,8 @@ func (p *peeker) peek(fd uintptr) {
 // next response. It never blocks; a connection without a descriptor is
 // trusted.
 func (c *Conn) Stale() bool {
-	if c.w > c.r {
-		return true
+	if s, ok := c.nc.(interface{ Stale() bool }); c.w > c.r || ok {
+		return c.w > c.r || s.Stale()
 	}
 	p := &c.peeker
 	if p.look == nil {

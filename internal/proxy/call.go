@@ -13,6 +13,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -250,7 +251,7 @@ func (x *call) exchange() *refusal {
 			x.finish(up)
 			return nil
 		}
-		stale := up.Reused && x.unanswered()
+		stale := x.unanswered() && (up.Reused || errors.Is(x.err, hop.ErrRefused))
 		up.Discard()
 		if !stale || fresh {
 			return x.failed(x.err)
@@ -260,11 +261,12 @@ func (x *call) exchange() *refusal {
 
 // unanswered says that the failed exchange may be done again on another
 // connection: the upstream has said nothing, it did not merely take too long,
-// and it cannot have acted on the request, or may twice.
+// and it has not acted on the request, as it says itself or as can be told, or
+// may twice.
 func (x *call) unanswered() bool {
 	return !x.res.ResponseSeen && x.res.Replayable &&
 		http1.FailedSide(x.err) == http1.Upstream && http1.StatusOf(x.err) != 504 &&
-		(x.res.RequestBytesSent == 0 || idempotent(x.req.Method))
+		(x.res.RequestBytesSent == 0 || idempotent(x.req.Method) || errors.Is(x.err, hop.ErrRefused))
 }
 
 // failed says how to answer an exchange that came to nothing.

@@ -19,6 +19,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
@@ -108,6 +109,7 @@ type Inbound struct {
 	peers    crowd
 	rates    rates
 	drops    dropSets
+	windows  *hop.Budget
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
 	// verifyEvery and tokenGrace are fields for tests.
@@ -119,7 +121,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: hop.NewBudget(windows)}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
@@ -150,7 +152,7 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
-	tc := tls.Server(c.Conn, in.cfg.TLS)
+	tc := tls.Server(hop.NewSocket(c.Conn), in.cfg.TLS)
 	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote}
 	if err != nil {
@@ -168,12 +170,19 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		return
 	}
 	defer in.peers.leave(x.peer)
-	x.down = http1.NewConn(tc, in.Limits)
-	defer x.down.Release()
 	x.series = in.Signals.Series(x.src, x.dst, "")
 	x.unread = x.series
 	x.intro, x.bounds = introduce(in.self, x.src, x.remote), in.rates.bounds(x.peer)
-	if _, ok := in.streams(); ok {
+	_, opaque := in.streams()
+	if x.tls.NegotiatedProtocol == hop.Proto {
+		if !opaque { // frames are no bytes for an application
+			in.serveHop(ctx, c, tc, x)
+		}
+		return
+	}
+	x.down = http1.NewConn(tc, in.Limits)
+	defer x.down.Release()
+	if opaque {
 		in.listener.opaque(x, in.opaque)
 		return
 	}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/internal/authz"
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/telemetry"
 )
@@ -40,6 +41,8 @@ type listener struct {
 // A conn is one downstream connection.
 type conn struct {
 	net.Conn
+	// on is the connection that this one is a stream of; nil for one that is not.
+	on *conn
 	// place is where it waits until its peer has proved an identity.
 	place *list.Element
 	// state orders the end of an idle connection against its next call.
@@ -53,6 +56,7 @@ type conn struct {
 	call    *authz.Call // what the inbound call in flight was judged by
 	carried bool        // it has had such a call
 	through *http1.Tunnel
+	hop     *hop.Conn // what serves it when streams carry its calls
 }
 
 // The states of a conn.
@@ -74,6 +78,7 @@ func (c *conn) end() bool {
 	if !c.state.CompareAndSwap(idle, ended) {
 		return false
 	}
+	c.refuse()
 	c.Close()
 	return true
 }
@@ -271,7 +276,12 @@ func (l *listener) closeIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for c := range l.open {
-		c.end()
+		c.leave() // the peer must know before its streams end
+	}
+	for c := range l.open {
+		if !c.end() {
+			c.leave() // it may have come to be shared meanwhile
+		}
 	}
 }
 
@@ -298,6 +308,7 @@ func (l *listener) calls(x *call, way chain) {
 			return
 		}
 		if !x.conn.begin() {
+			x.conn.refuse()
 			return
 		}
 		x.reset()
@@ -326,7 +337,8 @@ func (l *listener) calls(x *call, way chain) {
 func (l *listener) unreadable(x *call, err error) {
 	status := http1.StatusOf(err)
 	if status == 0 {
-		return // nothing, or not all of a request: there is nobody to answer
+		x.conn.refuse() // nothing, or not all of a request: there is nobody to answer
+		return
 	}
 	reason := "the request head did not arrive in time"
 	if p := (*http1.ProtocolError)(nil); errors.As(err, &p) {

@@ -3,7 +3,8 @@
 // the application and brings them to a peer or to a gateway.
 //
 // What happens to a call is the chain of its direction, a list in chain.go. A
-// connection has one goroutine, which also drives the upstream connection; Run
+// connection, or a stream of one that proxies share (package hop), has one
+// goroutine, which also drives the upstream connection; Run
 // owns them all and returns when they have ended. Rejudge closes at once what
 // is open to a peer whose SVID was revoked; an upgraded connection is judged
 // again by each policy and ends with the token that let it in, and neither it

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -96,7 +97,7 @@ func every(ctx context.Context, d time.Duration, rejudge func()) {
 	}
 }
 
-// conns are the open connections.
+// conns are the open connections, before their streams.
 func (l *listener) conns() []*conn {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -104,7 +105,16 @@ func (l *listener) conns() []*conn {
 	for c := range l.open {
 		out = append(out, c)
 	}
+	slices.SortFunc(out, func(a, b *conn) int { return cmp.Compare(depth(a), depth(b)) })
 	return out
+}
+
+// depth is 0 for a connection and 1 for a stream on one.
+func depth(c *conn) int {
+	if c.on != nil {
+		return 1
+	}
+	return 0
 }
 
 // whyNot names what Standing said.
@@ -148,6 +158,7 @@ func (in *Inbound) recheck() {
 
 func (in *Inbound) rejudge(which func(look) bool) {
 	var over []audit.Record
+	var doomed []*conn // that are shared
 	var wg sync.WaitGroup
 	for _, c := range in.conns() {
 		v := c.look()
@@ -156,8 +167,13 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		}
 		reason, detail := in.standing(v)
 		switch {
+		case reason != "" && c.shared():
+			doomed = append(doomed, c) // after its streams, which come next
 		case reason != "":
 			wg.Go(func() { c.part(http1.ClosePolicy) })
+			if slices.Contains(doomed, c.on) {
+				continue // one record does for all of them
+			}
 		case in.idleForGood(v) && c.end():
 			reason, detail = reasonPolicy, "the policy in force allows the peer no call any more"
 		default:
@@ -166,6 +182,9 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		over = append(over, audit.Record{Reason: reason, Dir: string(mesh.In), Src: v.who.id.String(), Dst: in.self, Peer: v.who.remote, Detail: detail})
 	}
 	wg.Wait()
+	for _, c := range doomed {
+		c.sever()
+	}
 	in.closed(over...)
 }
 
@@ -248,14 +267,14 @@ func (d *door) rejudge() (over []audit.Record) {
 	defer wg.Wait()
 	for _, c := range d.conns() {
 		v := c.look()
-		tc, ok := v.up.(*tls.Conn)
+		up, ok := v.up.(interface{ ConnectionState() tls.ConnectionState })
 		if !ok {
 			continue
 		}
-		cs := tc.ConnectionState()
+		cs := up.ConnectionState()
 		if err := d.cfg.Standing(cs); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
 			wg.Go(func() { c.part(http1.ClosePolicy) })
-			over = append(over, d.lost(idOf(cs), tc.RemoteAddr().String(), err))
+			over = append(over, d.lost(idOf(cs), v.up.RemoteAddr().String(), err))
 		}
 	}
 	return over

@@ -24,6 +24,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/meshtest"
@@ -71,8 +72,9 @@ type rig struct {
 	billing  *svid.Source
 	log      *logBuffer
 	metrics  *telemetry.Registry
-	modes    string // modes.yaml
-	served   string // services.yaml
+	modes    string   // modes.yaml
+	served   string   // services.yaml
+	protos   []string // what web offers
 	services *upstream.Services
 	streams  *upstream.Services
 	gateways *upstream.Services
@@ -126,7 +128,7 @@ func newRig(t testing.TB, app string, change ...func(*rig)) *rig {
 // newParts makes all that is in a rig, and opens no port.
 func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	t.Helper()
-	r := &rig{t: t, ca: meshtest.NewCA(t, meshtest.TD), inAudit: audit.NewMemory(), outAudit: audit.NewMemory(), log: new(logBuffer), access: accessCSV, served: servicesYAML}
+	r := &rig{t: t, ca: meshtest.NewCA(t, meshtest.TD), inAudit: audit.NewMemory(), outAudit: audit.NewMemory(), log: new(logBuffer), access: accessCSV, served: servicesYAML, protos: []string{hop.Proto, "http/1.1"}}
 	r.web, r.billing = meshtest.Source(t, r.ca, web), meshtest.Source(t, r.ca, billing)
 	var err error
 	log := slog.New(slog.NewTextHandler(r.log, nil))
@@ -134,7 +136,7 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 		t.Fatal(err)
 	}
 	up := upstream.Config{
-		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(r.web, want, "http/1.1") },
+		TLS:        func(want spiffeid.ID) *tls.Config { return svid.ClientTLS(r.web, want, r.protos...) },
 		Generation: r.gen.Load,
 		Standing:   r.web.Standing,
 		// A test that makes many connections at once must not depend on how
@@ -162,7 +164,7 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	t.Cleanup(local.Close)
 	r.inCfg = InboundConfig{
 		Shared: shared("inbound", r.inAudit), Self: billing, Port: func() uint16 { return 8443 },
-		TLS:              svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, "http/1.1"),
+		TLS:              svid.ServerTLS(r.billing, func(spiffeid.ID) error { return nil }, hop.Proto, "http/1.1"),
 		HandshakeTimeout: time.Minute, PeerID: svid.PeerID, Standing: r.billing.Standing, Judge: r.judge, App: local,
 		Stream: func() (mesh.Stream, bool) {
 			snap := r.snap.Load()

@@ -82,7 +82,9 @@ func conns(l *listener) map[*conn]bool {
 	defer l.mu.Unlock()
 	out := map[*conn]bool{}
 	for c := range l.open {
-		out[c] = true
+		if c.on == nil { // not a stream
+			out[c] = true
+		}
 	}
 	return out
 }

@@ -27,7 +27,10 @@ func (p *Pool) enter(fresh bool) (*Conn, *waiter) {
 			return c, nil
 		}
 	}
-	if p.dialling < p.cfg.MaxDials {
+	if c := p.stream(); c != nil {
+		return c, nil
+	}
+	if p.dialling < p.maxDials() {
 		p.dialling++
 		return nil, nil
 	}
@@ -56,7 +59,7 @@ func (p *Pool) wait(ctx context.Context, w *waiter) (*Conn, error) {
 				continue
 			}
 			p.resign(w)
-			return nil, fmt.Errorf("%s: no connection within %s, while %d are being made: %w", p.t.addr, p.cfg.ConnectTimeout, p.cfg.MaxDials, context.DeadlineExceeded)
+			return nil, fmt.Errorf("%s: no connection within %s, while others are being made: %w", p.t.addr, p.cfg.ConnectTimeout, context.DeadlineExceeded)
 		}
 	}
 }
@@ -99,11 +102,18 @@ func (p *Pool) dialled(moved bool) {
 	if moved {
 		p.moved = time.Now()
 	}
-	if first := p.queue.Front(); first != nil {
-		p.give(first, nil)
-		return
+	for first := p.queue.Front(); first != nil; first = p.queue.Front() {
+		c := p.stream()
+		if c == nil {
+			break
+		}
+		p.give(first, c)
 	}
 	p.dialling--
+	for p.queue.Front() != nil && p.dialling < p.maxDials() {
+		p.dialling++
+		p.give(p.queue.Front(), nil)
+	}
 }
 
 // handOn gives a connection that has come back to the first who waits for any.

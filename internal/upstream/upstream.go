@@ -2,9 +2,11 @@
 // one, and lends out connections that are kept alive between calls.
 //
 // A connection between proxies is mutual TLS to the one identity the service
-// has; a connection to the local application is plain. The package judges
-// nothing and holds no goroutine: the caller's dials, a crowd of callers in
-// turn, and a timer closes what was kept unused for too long.
+// has; a connection to the local application is plain. Calls to a proxy of our
+// own share few connections (package hop), each of which a goroutine serves
+// until it ends. Apart from that the package judges nothing and holds no
+// goroutine: the caller's dials, a crowd of callers in turn, and a timer closes
+// what was kept unused for too long.
 package upstream
 
 import (
@@ -23,6 +25,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 )
@@ -271,6 +274,8 @@ type Pool struct {
 
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end
+	lines  []*line
+	single bool // the peer takes one call at a time on a connection
 	closed bool
 	timer  *time.Timer // closes what is idle for too long; set while any is
 	// dialling counts the dials under way and the rights to dial that were
@@ -380,6 +385,12 @@ func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 	p.failures.Store(0)
 	p.restUntil.Store(0)
 	tc, _ := nc.(*tls.Conn)
+	if tc != nil && wireProto(tc) == hop.Proto {
+		return p.firstOn(tc, gen, until, epoch)
+	}
+	p.mu.Lock()
+	p.single = true
+	p.mu.Unlock()
 	return &Conn{Conn: http1.NewConn(nc, p.cfg.Limits), pool: p, gen: gen, until: until, tls: tc, epoch: epoch}, nil
 }
 
@@ -407,7 +418,7 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	if p.t.id.IsZero() {
 		return nc, time.Time{}, nil
 	}
-	tc := tls.Client(nc, p.cfg.TLS(p.t.id))
+	tc := tls.Client(hop.NewSocket(nc), p.cfg.TLS(p.t.id))
 	if err := tc.HandshakeContext(ctx); err != nil {
 		nc.Close()
 		return nil, time.Time{}, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
@@ -450,11 +461,14 @@ func (c *Conn) Put() {
 // same lock, so that none comes back unseen.
 func (p *Pool) recheck() (gone []Peer) {
 	p.mu.Lock()
+	gone = p.recheckLines()
 	var out []*Conn
 	p.idle = slices.DeleteFunc(p.idle, func(c *Conn) bool {
 		err := c.Stands()
 		if err != nil {
 			out = append(out, c)
+		}
+		if err != nil && !c.onLine() {
 			gone = append(gone, Peer{ID: p.t.id, Addr: p.t.addr, Err: err})
 		}
 		return err != nil
@@ -498,6 +512,9 @@ func (p *Pool) Close() {
 	p.mu.Lock()
 	idle := p.idle
 	p.idle, p.closed = nil, true
+	for _, l := range p.lines {
+		l.Drain()
+	}
 	if p.timer != nil {
 		p.timer.Stop()
 		p.timer = nil

@@ -1,0 +1,100 @@
+package proxy
+
+import (
+	"context"
+	"crypto/tls"
+	"sync"
+
+	"sallyport/internal/hop"
+	"sallyport/internal/http1"
+)
+
+// windows is by how much the windows of all streams of a listener may grow.
+const windows = 64 << 20
+
+// serveHop serves a connection of one of our own proxies: each stream on it is
+// to the chain a connection of its own, with the peer that x has found.
+func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	h := hop.Accepted(tc, hop.Config{Budget: in.windows}, func(s *hop.Stream) bool {
+		sc := &conn{Conn: s, on: c, who: c.who}
+		if in.draining.Load() || !in.enterStream(sc, x) {
+			return false
+		}
+		wg.Go(func() {
+			defer in.peers.leave(x.peer)
+			defer in.forget(sc)
+			defer in.survive(sc)
+			in.serveStream(ctx, sc, x)
+		})
+		return true
+	})
+	if !c.shares(h) {
+		return
+	}
+	if err := h.Run(); err != nil {
+		in.Log.Debug("connection of a proxy ended", "peer", x.src, "remote", x.remote, "err", err)
+	}
+}
+
+// enterStream takes a stream in, which counts as a connection does.
+func (in *Inbound) enterStream(c *conn, x *call) bool {
+	if !in.peers.enter(x.peer) {
+		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
+		return false
+	}
+	if !in.admit(c) {
+		in.peers.leave(x.peer)
+		return false
+	}
+	return true
+}
+
+// serveStream serves one stream. What was proved on the connection holds for
+// it; x itself is left alone.
+func (in *Inbound) serveStream(ctx context.Context, c *conn, x *call) {
+	y := &call{
+		ctx: ctx, on: &in.listener, conn: c, lend: in.lend, src: x.src, dst: x.dst, remote: x.remote,
+		series: x.series, unread: x.unread, peer: x.peer, tls: x.tls, peerUntil: x.peerUntil,
+		thumbprint: x.thumbprint, intro: x.intro, bounds: x.bounds, verified: x.verified, epoch: x.epoch,
+	}
+	y.standing = func() *refusal { return in.overtaken(y) }
+	y.down = http1.NewConn(c.Conn, in.Limits)
+	defer y.down.Release()
+	in.calls(y, in.chain)
+}
+
+// shares marks the connection as one whose streams carry the calls; false means
+// that the drain has closed it first.
+func (c *conn) shares(h *hop.Conn) bool {
+	c.mu.Lock()
+	c.hop = h
+	c.mu.Unlock()
+	return c.begin()
+}
+
+// shared says whether streams carry its calls.
+func (c *conn) shared() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.hop != nil
+}
+
+// leave has a connection that is shared end with its last call.
+func (c *conn) leave() {
+	c.mu.Lock()
+	h := c.hop
+	c.mu.Unlock()
+	if h != nil {
+		h.Drain()
+	}
+}
+
+// refuse has the peer of a stream learn that nothing was acted on since the
+// last answer.
+func (c *conn) refuse() {
+	if s, ok := c.Conn.(*hop.Stream); ok {
+		_ = s.Refuse()
+	}
+}
