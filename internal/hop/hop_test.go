@@ -541,7 +541,7 @@ func TestPeerThatTakesNothing(t *testing.T) {
 		if !errors.Is(end, os.ErrDeadlineExceeded) {
 			t.Errorf("it ended with %v", end)
 		}
-		if n := cap(c.out.pend); n > 4<<20 {
+		if n := cap(c.out.pend); n > 4*crowded {
 			t.Errorf("%d bytes were queued", n)
 		}
 	})

@@ -24,6 +24,9 @@ type Stream struct {
 	id      uint32 // 0 until the first write of who opened it
 	credit  int    // what the peer lets us send
 	queued  int    // our bytes in c.out.pend
+	waits   bool   // its writer waits for room
+	inLine  bool   // in c.out.line
+	turn    bool   // it has waited there
 	ended   bool   // we have sent the end
 	peerEnd bool   // the peer has
 	closed  bool
@@ -233,27 +236,53 @@ func (s *Stream) Write(p []byte) (n int, err error) {
 func (s *Stream) sendable(n int) (int, error) {
 	c := s.c
 	for {
+		var err error
 		switch {
 		case s.werr != nil:
-			return 0, s.werr
+			err = s.werr
 		case s.ended:
-			return 0, errEnded
+			err = errEnded
 		case s.wend.passed:
-			return 0, os.ErrDeadlineExceeded
+			err = os.ErrDeadlineExceeded
 		}
-		most := share
-		if len(c.out.pend) < gather {
-			most = gather
+		if err != nil {
+			if s.turn {
+				s.turn = false
+				c.out.turns()
+			}
+			return 0, err
 		}
-		if k := min(n, s.credit, most-s.queued); k > 0 {
-			return k, nil
+		if s.credit > 0 {
+			if k := min(n, s.credit, s.mayQueue(n)-s.queued); k > 0 {
+				s.turn = false
+				return k, nil
+			}
 		}
 		if !c.out.flushing && len(c.out.pend) > 0 {
 			c.flush()
 			continue
 		}
+		s.waits = true
 		s.room.Wait()
+		s.waits = false
 	}
+}
+
+// mayQueue is how much of n bytes the stream may have queued. In a crowd it
+// waits for its turn.
+func (s *Stream) mayQueue(n int) int {
+	o := &s.c.out
+	switch {
+	case len(o.pend) == 0 && !o.flushing, len(o.pend) < gather && len(o.line) == 0:
+		return gather
+	case s.turn || n <= tiny || len(o.pend) < crowded && len(o.line) == 0:
+		return share
+	}
+	if !s.inLine {
+		s.inLine = true
+		o.line = append(o.line, s)
+	}
+	return 0
 }
 
 // queue appends a data frame to what is pending.

@@ -2,6 +2,7 @@ package hop
 
 import (
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 )
@@ -12,6 +13,10 @@ const (
 	share = 16 << 10
 	// gather is how much may be queued by streams that want more than that.
 	gather = 64 << 10
+	// crowded is from where on who has more than tiny to send waits in line, so
+	// that what is queued stays bounded however many streams there are.
+	crowded = 256 << 10
+	tiny    = 2 << 10
 	// maxNotes bounds the queued frames other than data, in bytes: those that
 	// answer a peer which does not read.
 	maxNotes = 64 << 10
@@ -27,6 +32,7 @@ type writer struct {
 	pend, spare []byte
 	notes       int       // bytes of frames other than data in pend
 	batch       []*Stream // those that have data in pend
+	line        []*Stream // those that wait for room, who came first in front
 	flushing    bool      // somebody sends what was pending
 	until       time.Time // the write deadline now set
 	work        sync.Cond // for the goroutine that writes what nobody else does
@@ -43,6 +49,22 @@ func (o *writer) control(n note) bool {
 	o.pend = n.append(o.pend)
 	o.notes += len(o.pend) - was
 	return o.notes <= maxNotes
+}
+
+// turns gives those in front of the line their turn, as many as fit. One that
+// does not use it calls turns again: somebody must be sending while others wait.
+func (o *writer) turns() {
+	n := 0
+	for given := 0; n < len(o.line) && given < crowded/share; n++ {
+		s := o.line[n]
+		s.inLine = false
+		if s.waits {
+			s.turn = true
+			s.room.Signal()
+			given++
+		}
+	}
+	o.line = slices.Delete(o.line, 0, n)
 }
 
 // write sends what nobody else does, until the connection ends, then what is
@@ -87,6 +109,7 @@ func (c *Conn) flush() {
 		o.batch[i] = nil
 	}
 	o.batch = o.batch[:0]
+	o.turns()
 	if d, now := c.cfg.WriteTimeout, time.Now(); c.err == nil && o.until.Sub(now) < d {
 		o.until = now.Add(d + d/8)
 		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
