@@ -56,6 +56,7 @@ type settings struct {
 	services int
 	edits    int
 	sync     bool
+	push     bool
 	watch    time.Duration
 	profile  string
 }
@@ -76,6 +77,7 @@ func run(ctx context.Context, w io.Writer) error {
 	flag.IntVar(&s.services, "services", 100, "services that the proxies are replicas of")
 	flag.IntVar(&s.edits, "edits", 10, "edits of each kind")
 	flag.BoolVar(&s.sync, "sync", true, "fetch the entries whenever the issuer asks for it, as a sidecar does")
+	flag.BoolVar(&s.push, "push", false, "push each edit as sallyport policy push does, in place of moving a file into the folder")
 	flag.DurationVar(&s.watch, "idle", window, "how long the idle fleet is watched")
 	flag.StringVar(&s.profile, "profile", "", "write a CPU profile of the issuer during the edits to this file")
 	flag.Parse()
@@ -90,8 +92,8 @@ func run(ctx context.Context, w io.Writer) error {
 	debug.SetGCPercent(heap)
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	fmt.Fprintf(w, "settings: %d proxies, each a node with a join token, an SVID and a mutual TLS connection of its own; replicas of %d services, one row each; SQLite, audit on; entries fetched after each edit: %t; %s, GOMAXPROCS %d, proxies and issuer on the same cores; a proxy compares revisions and hash and answers, bodies that are alike are decoded once\n",
-		s.n, s.services, s.sync, runtime.Version(), runtime.GOMAXPROCS(0))
+	fmt.Fprintf(w, "settings: %d proxies, each a node with a join token, an SVID and a mutual TLS connection of its own; replicas of %d services, one row each; SQLite, audit on; entries fetched when asked for: %t; edits are pushed: %t; %s, GOMAXPROCS %d, proxies and issuer on the same cores; a proxy compares revisions and hash and answers, bodies that are alike are decoded once\n",
+		s.n, s.services, s.sync, s.push, runtime.Version(), runtime.GOMAXPROCS(0))
 	res := &rig.Result{Name: "bench-fleet", Figures: map[string]float64{"proxies": float64(s.n)}}
 	if err := s.measure(ctx, w, res); err != nil {
 		return err

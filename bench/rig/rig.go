@@ -30,6 +30,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/control"
+	"sallyport/internal/policyset"
 )
 
 // TrustDomain of the benches.
@@ -50,6 +51,8 @@ type Config struct {
 	Database string
 	// Files are the policy files by name. Required.
 	Files map[string]string
+	// Pushed has the issuer take its policies by Push, Files the first.
+	Pushed bool
 	// Pprof has the issuer serve profiles, for Profile.
 	Pprof bool
 }
@@ -61,6 +64,9 @@ type Issuer struct {
 	address string
 	roots   []*x509.Certificate
 	log     *os.File
+	// pushed is the revision of the last set, set its hash.
+	pushed uint64
+	set    string
 	// Admin speaks to its admin socket.
 	Admin *control.Admin
 
@@ -90,7 +96,11 @@ func Start(ctx context.Context, cfg Config) (_ *Issuer, err error) {
 			return nil, err
 		}
 	}
-	conf := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: %s\npolicies: %s\n", TrustDomain.Name(), i.path("data"), i.address, i.policies())
+	source := "policies: " + i.policies()
+	if cfg.Pushed {
+		source = "policy: {source: pushed}"
+	}
+	conf := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: %s\n%s\n", TrustDomain.Name(), i.path("data"), i.address, source)
 	if err = os.WriteFile(i.path("config.yaml"), []byte(conf), 0o600); err != nil {
 		return nil, err
 	}
@@ -126,6 +136,22 @@ func (i *Issuer) WritePolicy(name, text string) error {
 	return os.Rename(tmp, filepath.Join(i.policies(), name))
 }
 
+// Push pushes the policy files as they are, as sallyport policy push does.
+func (i *Issuer) Push(ctx context.Context) error {
+	files, err := policyset.Pack(os.DirFS(i.policies()))
+	if err != nil {
+		return err
+	}
+	set, err := policyset.New(policyset.Set{
+		TrustDomain: TrustDomain, Revision: i.pushed + 1, Previous: i.set, Created: time.Now().UTC().Truncate(time.Second), Files: files,
+	})
+	if err != nil {
+		return err
+	}
+	i.pushed, i.set = set.Revision, set.Hash()
+	return i.Admin.PushPolicy(ctx, control.PolicyPush{Set: set.Encode()})
+}
+
 // Run starts the process, anew after Stop, and waits until it answers.
 func (i *Issuer) Run(ctx context.Context) error {
 	args := []string{"run", "--config", i.path("config.yaml")}
@@ -149,7 +175,14 @@ func (i *Issuer) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
-		if st, err := i.Admin.Status(ctx); err == nil && st.PolicyRevision > 0 && i.listens() {
+		st, err := i.Admin.Status(ctx)
+		if err == nil && st.PolicyRevision == 0 && i.cfg.Pushed {
+			if err := i.Push(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		if err == nil && st.PolicyRevision > 0 && i.listens() {
 			return nil
 		}
 		select {

@@ -59,7 +59,7 @@ func ParseFS(fsys fs.FS, td spiffeid.TrustDomain) (*Policies, error) {
 // which may be thousands where the rules are a few, are decoded anew only when
 // their file changed. One goroutine at a time may use it.
 type Folder struct {
-	// Dir is its path, TrustDomain that of its rows. Required.
+	// Dir is its path, for Read; TrustDomain that of its rows. Required.
 	Dir         string
 	TrustDomain spiffeid.TrustDomain
 
@@ -82,6 +82,15 @@ func (f *Folder) Read() (*Files, error) {
 		return nil, fmt.Errorf("read policies: %s is not a folder", f.Dir)
 	}
 	return readFiles(os.DirFS(f.Dir))
+}
+
+// ParseFS is ParseFS of another folder with the same entries, most likely.
+func (f *Folder) ParseFS(fsys fs.FS) (*Policies, error) {
+	files, err := readFiles(fsys)
+	if err != nil {
+		return nil, err
+	}
+	return f.Parse(files)
 }
 
 // Parse is ParseDir of what was read.

@@ -149,11 +149,21 @@ func (r *Registry) signedPolicies(s *policyset.Signed) (*mesh.Checked, error) {
 			return nil, err
 		}
 	}
-	p, err := s.Policies()
+	p, err := r.parse(s)
 	if err != nil {
 		return nil, err
 	}
 	return r.check(p)
+}
+
+// parse reads a set. Its entries are most often those of the one before.
+func (r *Registry) parse(s *policyset.Signed) (*mesh.Policies, error) {
+	if s.TrustDomain != r.cfg.TrustDomain {
+		return s.Policies() // which is refused, whatever it says
+	}
+	r.parsing.Lock()
+	defer r.parsing.Unlock()
+	return r.parsed.ParseFS(s.FS())
 }
 
 func (r *Registry) acceptedSet(s *policyset.Signed, c *mesh.Checked) *accepted {

@@ -91,6 +91,10 @@ type Registry struct {
 	// applying lets one set of policies be judged at a time.
 	applying sync.Mutex
 
+	// parsing guards parsed, which knows the entries of the last set.
+	parsing sync.Mutex
+	parsed  mesh.Folder
+
 	// mu orders every change of state, with its write to the store.
 	mu        sync.Mutex
 	endpoints map[mesh.Endpoint]*held
@@ -158,6 +162,7 @@ func New(cfg Config) (*Registry, error) {
 	}
 	r := &Registry{
 		cfg:       cfg,
+		parsed:    mesh.Folder{TrustDomain: cfg.TrustDomain},
 		started:   cfg.Now(),
 		endpoints: make(map[mesh.Endpoint]*held),
 		wake:      make(chan struct{}, 1),
