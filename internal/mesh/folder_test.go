@@ -42,6 +42,9 @@ func TestAFolderReadAgainIsAsReadAfresh(t *testing.T) {
 			}
 			got, err := f.Parse(files)
 			sum := files.Sum()
+			if p, again := f.ParseFS(os.DirFS(dir)); (again == nil) != (err == nil) || err == nil && p.Hash() != got.Hash() {
+				t.Errorf("%s: as the files of a set: %v", step.name, again)
+			}
 			if (err == nil) != (wantErr == nil) || err != nil && err.Error() != wantErr.Error() {
 				t.Errorf("%s: %v, want %v", step.name, err, wantErr)
 			}
