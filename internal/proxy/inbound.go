@@ -112,6 +112,8 @@ type Inbound struct {
 	windows  *hop.Budget
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
+	// rechecked is the epoch that recheck has seen.
+	rechecked uint64
 	// verifyEvery and tokenGrace are fields for tests.
 	verifyEvery, tokenGrace time.Duration
 }
@@ -144,9 +146,7 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 	looking, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop() // connections in flight are looked at while they drain
 	wg.Go(func() { every(looking, rejudgeEvery, in.Rejudge) })
-	if in.cfg.Tokens != nil {
-		wg.Go(func() { every(looking, recheckEvery, in.recheck) })
-	}
+	wg.Go(func() { every(looking, recheckEvery, in.recheck) })
 	return in.run(ctx, ln)
 }
 

@@ -26,7 +26,7 @@ const rejudgeEvery = 15 * time.Second
 
 const (
 	// recheckEvery is how often what is carried by a token or an API key is
-	// held to it.
+	// held to it, and how long after a Rejudge all is looked at once more.
 	recheckEvery = time.Second
 	// tokenGrace is how long a call that is no upgrade may go on after the end
 	// of its token: as long as an application may take to begin its answer.
@@ -151,9 +151,16 @@ func (in *Inbound) Rejudge() {
 }
 
 // recheck is Rejudge for the connections that carry a call by a token or an API
-// key. Its end, and its issuer's keys, come without a word.
+// key, whose end, and its issuer's keys, come without a word. After a Rejudge it
+// looks at all of them once more: one on which a call was just ending was not
+// idle.
 func (in *Inbound) recheck() {
-	in.rejudge(func(v look) bool { return v.carries && v.call.Token != nil })
+	e := in.epoch.Load()
+	late := e != in.rechecked
+	in.rechecked = e
+	if late || in.cfg.Tokens != nil {
+		in.rejudge(func(v look) bool { return v.who != nil && (late || v.carries && v.call.Token != nil) })
+	}
 }
 
 func (in *Inbound) rejudge(which func(look) bool) {

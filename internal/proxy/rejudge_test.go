@@ -213,6 +213,7 @@ func TestPolicyEndsWhatItDoesNotAllowAnyMore(t *testing.T) {
 	if resp, _ := idle.answer("GET"); resp.StatusCode != 200 {
 		t.Errorf("the connection of a peer that has lost some of its rights got %s", resp.Status)
 	}
+	await(t, func() bool { return carrying(r.inbound) == 1 }) // ws alone: the answer came before the end of its call
 
 	r.use(row("/elsewhere"))
 	r.inbound.Rejudge()
@@ -233,6 +234,16 @@ func TestPolicyEndsWhatItDoesNotAllowAnyMore(t *testing.T) {
 	if got := closedFor(r.inAudit, "revoked"); len(got) != 3 {
 		t.Errorf("recorded %+v", got)
 	}
+}
+
+// carrying counts the connections that carry a call that was allowed.
+func carrying(in *Inbound) (n int) {
+	for _, c := range in.conns() {
+		if c.look().carries {
+			n++
+		}
+	}
+	return n
 }
 
 // row2 is a row under another name.
