@@ -230,6 +230,8 @@ func fieldClasses() []strictClass {
 			{name: "names and values are dropped", say: strictPost(chunkedField+"Trailer: X-Forwarded-For, Authorization\r\n", "2\r\nab\r\n0\r\nX-Forwarded-For: gone\r\nAuthorization: gone\r\nA: gone\r\n\r\n"), status: 200, keep: true, reach: whole, sees: []string{"0\r\n\r\n"}, hides: []string{"gone", "Trailer"}},
 			refuse("bad", 400, strictPost(chunkedField, "0\r\nA : b\r\n\r\n")...), refuse("folded", 400, strictPost(chunkedField, "0\r\nA: b\r\n c\r\n\r\n")...),
 			refuse("bare LF", 400, strictPost(chunkedField, "0\r\nA: b\n\r\n")...), refuse("with a length and a coding", 400, strictPost(chunkedField, "0\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n")...),
+			refuse("bad, of a request that policy refuses", 403, "POST /v1/secret HTTP/1.1\r\n"+strictHost+chunkedField+"\r\n0\r\nA : b\r\n\r\n").at(atIn),
+			refuse("good, of a request that policy refuses", 403, "POST /v1/secret HTTP/1.1\r\n"+strictHost+chunkedField+"\r\n0\r\nA: b\r\n\r\n").at(atIn).kept(),
 			refuse("too large", 431, strictPost(chunkedField, "0\r\nA: "+strings.Repeat("a", 9<<10)+"\r\n\r\n")...).part(),
 		}},
 		{12, "TE", []strictCase{

@@ -130,8 +130,12 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 	for {
 		var k int
 		out, k, readErr = d.feed(out, src.buf[src.r:src.w], framed)
-		if readErr == nil && d.done() && framed {
+		switch {
+		case readErr != nil || !d.done():
+		case framed:
 			out, readErr = d.appendLast(out, src.trailers, src.dropped, &src.lim)
+		default:
+			_, readErr = d.fields(&src.lim)
 		}
 		if readErr != nil {
 			return d.data, readErr, nil

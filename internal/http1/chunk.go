@@ -146,19 +146,26 @@ func (d *decoder) trailerByte(c byte) error {
 // dropped, do not pass.
 func (d *decoder) appendLast(out []byte, pass bool, dropped *NameSet, lim *Limits) ([]byte, error) {
 	out = append(out, "0\r\n"...)
-	if len(d.trailer) > 0 {
-		var f framing
-		fields, err := parseFields(nil, d.trailer, lim, &f)
-		if err != nil {
-			return out, err
-		}
-		for i := range fields {
-			if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) && !dropped.Has(fields[i].Name) {
-				out = appendField(out, fields[i].Name, fields[i].Value)
-			}
+	fields, err := d.fields(lim)
+	if err != nil {
+		return out, err
+	}
+	for i := range fields {
+		if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) && !dropped.Has(fields[i].Name) {
+			out = appendField(out, fields[i].Name, fields[i].Value)
 		}
 	}
 	return append(out, '\r', '\n'), nil
+}
+
+// fields are the trailers. They are looked at where they do not pass, too: a
+// body whose end is in doubt says nothing of where the next message begins.
+func (d *decoder) fields(lim *Limits) ([]Field, error) {
+	if len(d.trailer) == 0 {
+		return nil, nil
+	}
+	var f framing
+	return parseFields(nil, d.trailer, lim, &f)
 }
 
 // appendChunk appends data, as one chunk when framed.

@@ -25,6 +25,7 @@ func FuzzAnswer(f *testing.F) {
 		"HTTP/1.1 204\r\n\r\nGET",
 		"HTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n" + okAnswer,
 		"HTTP/1.1 200 OK\r\nTrailer: A\r\nTransfer-Encoding: chunked\r\n\r\n2;x\r\nab\r\n0\r\nA: b\r\n\r\n",
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nhello\r\n3\r\nyou\r\n0\r\n\r\n",
 		"HTTP/1.1 200 OK\r\nConnection: a, close\r\nA: 1\r\nSet-Cookie: b\r\nSet-Cookie: c\r\nContent-Length: 2\r\n\r\nok",
 	} {
 		for kind := range uint8(3) {

@@ -188,6 +188,9 @@ func (c *Conn) discard(r *Request) bool {
 		if err != nil || !d.done() {
 			return false
 		}
+		if _, err := d.fields(&c.lim); err != nil {
+			return false
+		}
 		c.r += n
 	}
 	r.started = true
