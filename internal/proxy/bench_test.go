@@ -9,11 +9,13 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/hop"
 	"sallyport/internal/svid"
 )
 
@@ -32,7 +34,7 @@ var noDeadline time.Time
 const kilobyte = 1 << 10
 
 // benchRig is a rig whose application answers 1 KiB from a fixed buffer.
-func benchRig(b *testing.B) *rig {
+func benchRig(b *testing.B, change ...func(*rig)) *rig {
 	answer := []byte("HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 1024\r\n\r\n" + strings.Repeat("x", kilobyte))
 	app := rawApp(b, func(c net.Conn, r *bufio.Reader) {
 		for skipHead(r) == nil {
@@ -41,14 +43,14 @@ func benchRig(b *testing.B) *rig {
 			}
 		}
 	})
-	return newRig(b, app, func(r *rig) {
+	return newRig(b, app, append(change, func(r *rig) {
 		log := &discard{}
 		j, err := authz.NewJudge(authz.JudgeConfig{Audit: log, Log: r.inCfg.Log})
 		if err != nil {
 			b.Fatal(err)
 		}
 		r.judge, r.inCfg.Judge, r.inCfg.Audit, r.outCfg.Audit = j, j, log, log
-	})
+	})...)
 }
 
 // skipHead reads a head without body and keeps nothing.
@@ -88,18 +90,27 @@ func BenchmarkPair(b *testing.B) {
 	}
 }
 
-// BenchmarkPairParallel has 64 such connections.
+// BenchmarkPairParallel has 64 such connections, whose calls share the hop or
+// have a connection each between the proxies.
 func BenchmarkPairParallel(b *testing.B) {
-	r := benchRig(b)
-	b.SetParallelism(32)
-	b.ReportAllocs()
-	b.RunParallel(func(pb *testing.PB) {
-		w := newWire(b, r.outAddr, nil)
-		_ = w.SetDeadline(noDeadline)
-		for pb.Next() {
-			roundTrip(b, w, benchRequest)
-		}
-	})
+	for name, protos := range map[string][]string{"hop": {hop.Proto}, "http1": {"http/1.1"}} {
+		b.Run(name, func(b *testing.B) {
+			r := benchRig(b, func(r *rig) { r.protos = protos })
+			b.SetParallelism(32)
+			b.ReportAllocs()
+			var before, after syscall.Rusage
+			_ = syscall.Getrusage(syscall.RUSAGE_SELF, &before)
+			b.RunParallel(func(pb *testing.PB) {
+				w := newWire(b, r.outAddr, nil)
+				_ = w.SetDeadline(noDeadline)
+				for pb.Next() {
+					roundTrip(b, w, benchRequest)
+				}
+			})
+			_ = syscall.Getrusage(syscall.RUSAGE_SELF, &after)
+			b.ReportMetric(float64(after.Utime.Nano()+after.Stime.Nano()-before.Utime.Nano()-before.Stime.Nano())/float64(b.N)/1000, "cpu-us/op")
+		})
+	}
 }
 
 // BenchmarkDirect is the same call without proxies, to be subtracted.
