@@ -287,9 +287,17 @@ func (l *listener) closeIdle() {
 
 func (l *listener) severAll() {
 	var wg sync.WaitGroup
-	defer wg.Wait()
+	var last []*conn // streams say farewell on them
 	for _, c := range l.conns() {
+		if c.shared() {
+			last = append(last, c)
+			continue
+		}
 		wg.Go(func() { c.part(http1.CloseGoingAway) })
+	}
+	wg.Wait()
+	for _, c := range last {
+		c.sever()
 	}
 }
 
