@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -109,16 +110,65 @@ func (s *sidecar) tree() attest.ChildTree {
 
 // entriesOf are the entries that a local process satisfies.
 func (s *sidecar) entriesOf(ctx context.Context, p capture.Process) ([]mesh.Entry, error) {
-	have, err := attest.Gather(p, s.tree())
+	have, err := s.selectorsOf(ctx, p)
 	if err != nil {
 		return nil, err
 	}
-	if s.kubelet != nil {
-		if have, err = s.kubelet.Selectors(ctx, have); err != nil {
-			return nil, err
-		}
-	}
 	return attest.Match(s.agent.Entries(), have), nil
+}
+
+// selectorsOf are the selectors that are true of a local process.
+func (s *sidecar) selectorsOf(ctx context.Context, p capture.Process) ([]mesh.Selector, error) {
+	have, err := attest.Gather(p, s.tree())
+	if err != nil || s.kubelet == nil {
+		return have, err
+	}
+	return s.kubelet.Selectors(ctx, have)
+}
+
+// callers remembers for a moment what is true of the processes that call, so
+// that one with a thousand connections is not looked into a thousand times.
+type callers struct {
+	owners capture.Owners
+
+	mu   sync.Mutex // guards seen
+	seen map[int]caller
+}
+
+type caller struct {
+	process capture.Process
+	have    []mesh.Selector
+	until   time.Time
+}
+
+const (
+	// callerHolds is how long what was seen of a caller counts. It adds to the
+	// time between two looks at a connection.
+	callerHolds = 500 * time.Millisecond
+	maxCallers  = 1024
+)
+
+// selectors returns what gather says of a process, or said a moment ago while
+// it was in the same state.
+func (c *callers) selectors(p capture.Process, gather func() ([]mesh.Selector, error)) ([]mesh.Selector, error) {
+	now := time.Now()
+	c.mu.Lock()
+	last, ok := c.seen[p.PID]
+	c.mu.Unlock()
+	if ok && now.Before(last.until) && last.process.Same(p) {
+		return last.have, nil
+	}
+	have, err := gather()
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.seen == nil || len(c.seen) >= maxCallers {
+		c.seen = map[int]caller{}
+	}
+	c.seen[p.PID] = caller{p, have, now.Add(callerHolds)}
+	return have, nil
 }
 
 // isWorkload says whether the process at the other end of a local connection
@@ -133,7 +183,7 @@ func (s *sidecar) isWorkload(c net.Conn) error {
 	if c := s.child.Load(); c != nil {
 		candidates = append(candidates, c.PID())
 	}
-	p, err := capture.OwnerOf(local.AddrPort(), remote.AddrPort(), candidates...)
+	p, err := s.callers.owners.Of(local.AddrPort(), remote.AddrPort(), candidates...)
 	if err != nil {
 		return err
 	}
@@ -141,11 +191,11 @@ func (s *sidecar) isWorkload(c net.Conn) error {
 	if err != nil {
 		return err
 	}
-	got, err := s.entriesOf(context.Background(), p)
+	have, err := s.callers.selectors(p, func() ([]mesh.Selector, error) { return s.selectorsOf(context.Background(), p) })
 	if err != nil {
 		return err
 	}
-	if !slices.ContainsFunc(got, func(e mesh.Entry) bool { return e.SPIFFEID == self.ID }) {
+	if !slices.ContainsFunc(attest.Match(s.agent.Entries(), have), func(e mesh.Entry) bool { return e.SPIFFEID == self.ID }) {
 		return fmt.Errorf("pid %d (%s, uid %d) is not the workload %s", p.PID, p.ExePath, p.UID, self.ID)
 	}
 	return nil

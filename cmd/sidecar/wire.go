@@ -65,6 +65,7 @@ type sidecar struct {
 	// serving is closed when the application has accepted a connection.
 	serving chan struct{}
 	kubelet *attest.Kubelet // nil when it is not asked
+	callers callers
 }
 
 // auditFile is the audit log inside DataDir.

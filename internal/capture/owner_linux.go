@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,23 +42,65 @@ type socket struct {
 // the holder of now. User, cgroup and process tree do not change that way, the
 // executable does; so the executable alone is no boundary for a TCP connection.
 func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
+	return new(Owners).Of(local, remote, candidates...)
+}
+
+// Owners answers as OwnerOf does, and remembers by which descriptor of which
+// process a connection was held: a process with a thousand connections would
+// otherwise be searched a thousand times. Nothing of that is believed, it is
+// only looked at first; so the holder that was named once is named as long as
+// it holds the connection. The zero value is ready, and safe for concurrent use.
+type Owners struct {
+	mu   sync.Mutex // guards last
+	last map[socket]place
+}
+
+// A place is a descriptor of a process.
+type place struct {
+	pid int
+	fd  string
+}
+
+// maxPlaces bounds what Owners remember. Beyond it they begin anew.
+const maxPlaces = 1 << 16
+
+func (o *Owners) place(s socket) place {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.last[s]
+}
+
+func (o *Owners) keep(s socket, p place) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.last == nil || len(o.last) >= maxPlaces {
+		o.last = map[socket]place{}
+	}
+	o.last[s] = p
+}
+
+// Of is OwnerOf.
+func (o *Owners) Of(local, remote netip.AddrPort, candidates ...int) (Process, error) {
 	local, remote = unmap(local), unmap(remote)
 	s, err := lookup(remote, local)
 	if err != nil {
 		return Process{}, err
 	}
-	pid, fd := findHolder(s, candidates)
-	if pid == 0 {
-		return Process{}, ErrNoOwner
+	at := o.place(s)
+	if at.pid == 0 || !at.holds(s) {
+		if at.pid, at.fd = findHolder(s, candidates); at.pid == 0 {
+			return Process{}, ErrNoOwner
+		}
+		o.keep(s, at)
 	}
-	p, err := Inspect(pid)
+	p, err := Inspect(at.pid)
 	if err != nil {
 		return Process{}, fmt.Errorf("owner of connection from %s: %w", remote, err)
 	}
-	if !isSocket("/proc/"+strconv.Itoa(pid)+"/fd/"+fd, socketLink(s)) {
+	if !at.holds(s) {
 		return Process{}, ErrNoOwner
 	}
-	_, start, err := readStat("/proc/" + strconv.Itoa(pid))
+	_, start, err := readStat("/proc/" + strconv.Itoa(at.pid))
 	if err != nil || start != p.Start {
 		return Process{}, ErrNoOwner
 	}
@@ -225,6 +268,11 @@ func holds(pid int, link string) (fd string) {
 		return fd == ""
 	})
 	return fd
+}
+
+// holds reports whether the descriptor is the socket now.
+func (p place) holds(s socket) bool {
+	return isSocket("/proc/"+strconv.Itoa(p.pid)+"/fd/"+p.fd, socketLink(s))
 }
 
 func isSocket(path, link string) bool {

@@ -139,6 +139,44 @@ func FuzzParseDiag(f *testing.F) {
 	})
 }
 
+// TestOwnersForgetWhoLetGo closes the descriptor of the holder that was named.
+func TestOwnersForgetWhoLetGo(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	s, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	local, remote := ends(s)
+	var o Owners
+	for range 2 { // the second time by what is remembered
+		if p, err := o.Of(local, remote); err != nil || p.PID != os.Getpid() {
+			t.Fatalf("got pid %d, %v; want this process", p.PID, err)
+		}
+	}
+	f, err := c.(*net.TCPConn).File() // under another number
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	if p, err := o.Of(local, remote); err != nil || p.PID != os.Getpid() {
+		t.Errorf("after the descriptor moved: pid %d, %v", p.PID, err)
+	}
+	f.Close()
+	if p, err := o.Of(local, remote); !errors.Is(err, ErrNoOwner) {
+		t.Errorf("nobody holds it any more: pid %d, %v", p.PID, err)
+	}
+}
+
 func BenchmarkOwnerOf(b *testing.B) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {

@@ -79,6 +79,12 @@ func HashFile(string) ([32]byte, error) { return [32]byte{}, ErrNeedsLinux }
 // OwnerOf fails with ErrNeedsLinux.
 func OwnerOf(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }
 
+// Owners cannot be had outside Linux.
+type Owners struct{}
+
+// Of fails with ErrNeedsLinux.
+func (*Owners) Of(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }
+
 // A UnixListener cannot be had outside Linux.
 type UnixListener struct{ net.Listener }
 
