@@ -73,7 +73,7 @@ type InboundConfig struct {
 	Rates []mesh.CallRate `yaml:"rates"`
 	// ProxyProtocol are the load balancers, as prefixes, whose connections begin
 	// with a header of the PROXY protocol, version 2. It is the address in audit
-	// records, and proves nothing.
+	// records and in what the application is told, and proves nothing.
 	ProxyProtocol []netip.Prefix `yaml:"proxy_protocol"`
 }
 

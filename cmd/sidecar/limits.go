@@ -50,7 +50,8 @@ type LimitsConfig struct {
 	// Handshakes are the connections whose peer has not proved an identity yet.
 	// Default 512; one more closes the one that has taken longest.
 	Handshakes int `yaml:"handshakes"`
-	// Calls in flight at one listener. Default 1024; above it 503.
+	// Calls in flight at one listener. Default 2048; above it, or for one
+	// caller above half of it, 503.
 	Calls int `yaml:"calls"`
 
 	// RefuseUnderscores answers 400 to a field name with "_". Default: only those

@@ -341,13 +341,17 @@ func TestWhatAgentsMayNotCall(t *testing.T) {
 			_, err := svidv1.NewSVIDClient(l.cc).MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{})
 			return err
 		},
-		"mesh.Admin": func() error {
+		"mesh.Status": func() error {
 			_, err := meshpb.NewAdminClient(l.cc).Status(ctx, &meshpb.StatusRequest{})
+			return err
+		},
+		"mesh.Revoke": func() error {
+			_, err := meshpb.NewAdminClient(l.cc).Revoke(ctx, &meshpb.RevokeRequest{})
 			return err
 		},
 	} {
 		want := codes.PermissionDenied
-		if name == "mesh.Admin" {
+		if name == "mesh.Revoke" {
 			want = codes.Unimplemented // it is on the admin socket only
 		}
 		if got := status.Code(call()); got != want {

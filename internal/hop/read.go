@@ -135,7 +135,8 @@ func (c *Conn) data(p []byte) error {
 func (c *Conn) begin(h header) error {
 	in := &c.in
 	in.left, in.end = h.length, h.flags&flagEnd != 0
-	if h.length == 0 && h.flags == 0 && !in.noise.spend() {
+	// Our own end opens a stream with the first bytes on it.
+	if h.length == 0 && (h.flags == 0 || h.flags&flagOpen != 0) && !in.noise.spend() {
 		return violated(Flood)
 	}
 	s, err := c.find(h)

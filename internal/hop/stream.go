@@ -189,10 +189,14 @@ func larger(n int) []byte {
 	if n <= smallBuffer {
 		return make([]byte, 0, smallBuffer)
 	}
-	if b, _ := buffers.Get().(*[]byte); b != nil && cap(*b) >= n {
-		return (*b)[:0]
+	size := max(1<<bits.Len(uint(n-1)), baseWindow)
+	if b, _ := buffers.Get().(*[]byte); b != nil {
+		if cap(*b) == size {
+			return (*b)[:0]
+		}
+		buffers.Put(b) // a small window holds no large buffer
 	}
-	return make([]byte, 0, max(1<<bits.Len(uint(n-1)), baseWindow))
+	return make([]byte, 0, size)
 }
 
 // drop empties the buffer, and lets go of one that is not small.

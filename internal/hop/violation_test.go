@@ -93,6 +93,7 @@ func TestViolations(t *testing.T) {
 		{"a pong to no ping", false, []any{note{kindPong, 0, pingWord}}, Unexpected},
 		{"a hello by who dialled", false, []any{hello}, BadHello},
 		{"empty frames without end", false, append([]any{dataFrame(flagOpen, 1, "x")}, repeat(2*noiseBurst, dataFrame(0, 1, ""))...), Flood},
+		{"streams that say nothing without end", false, emptyOpens(2 * noiseBurst), Flood},
 		{"pings without end", false, repeat(2*noiseBurst, note{kindPing, 0, 1}), Flood},
 		{"goaways without end", false, repeat(2*noiseBurst, note{kindGoaway, 0, goDrain}), Flood},
 		{"resets without end", false, opensAndResets(2 * noiseBurst), Flood},
@@ -152,6 +153,14 @@ func TestViolations(t *testing.T) {
 			})
 		})
 	}
+}
+
+// emptyOpens opens streams with no byte on them, each at its end.
+func emptyOpens(n int) (out []any) {
+	for i := range n {
+		out = append(out, dataFrame(flagOpen|flagEnd, uint32(i)+1, ""))
+	}
+	return out
 }
 
 func opensAndResets(n int) (out []any) {
@@ -216,7 +225,7 @@ func TestAnswersThatNobodyReads(t *testing.T) {
 		var end error
 		wg.Go(func() { end = c.Run() })
 		for i := range uint32(1 << 20) {
-			if _, err := peer.Write(dataFrame(flagOpen, i+1, "")); err != nil {
+			if _, err := peer.Write(dataFrame(flagOpen, i+1, "x")); err != nil {
 				break
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -55,8 +56,12 @@ type call struct {
 	thumbprint [32]byte
 	shown      authz.Credential
 	token      *authz.Token
-	verified   time.Time // when the proof was last looked at
-	epoch      uint64    // of the Rejudge that has seen it
+	// verified is when the proof was last looked at, in Unix nanoseconds; share
+	// what the peer has of the listener. The streams of a connection have both
+	// in common.
+	verified *atomic.Int64
+	share    *member
+	epoch    uint64 // of the Rejudge that has seen it
 	// standing, when set, refuses a call that a Rejudge has overtaken.
 	standing func() *refusal
 	port     uint16 // of the rules
@@ -235,10 +240,13 @@ func (x *call) exchange() *refusal {
 			x.broken = true
 			return nil
 		}
-		if up.Stands() != nil && !fresh {
+		if x.err = up.Stands(); x.err != nil {
 			x.unbind()
 			up.Discard()
-			continue // the next handshake says why
+			if !fresh {
+				continue // the next handshake says why
+			}
+			return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
 		}
 		if r := x.again(); r != nil {
 			x.unbind()

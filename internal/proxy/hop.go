@@ -40,7 +40,7 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 
 // enterStream takes a stream in, which counts as a connection does.
 func (in *Inbound) enterStream(c *conn, x *call) bool {
-	if !in.peers.enter(x.peer) {
+	if in.peers.enter(x.peer) == nil {
 		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
 		return false
 	}
@@ -57,7 +57,7 @@ func (in *Inbound) serveStream(ctx context.Context, c *conn, x *call) {
 	y := &call{
 		ctx: ctx, on: &in.listener, conn: c, lend: in.lend, src: x.src, dst: x.dst, remote: x.remote,
 		series: x.series, unread: x.unread, peer: x.peer, tls: x.tls, peerUntil: x.peerUntil,
-		thumbprint: x.thumbprint, intro: x.intro, bounds: x.bounds, verified: x.verified, epoch: x.epoch,
+		thumbprint: x.thumbprint, intro: x.intro, bounds: x.bounds, verified: x.verified, share: x.share, epoch: x.epoch,
 	}
 	y.standing = func() *refusal { return in.overtaken(y) }
 	y.down = http1.NewConn(c.Conn, in.Limits)

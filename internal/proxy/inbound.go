@@ -49,8 +49,8 @@ type InboundConfig struct {
 	// the policy in force. Nil: it speaks HTTP.
 	Stream func() (mesh.Stream, bool)
 	// ProxyFrom are the load balancers whose connections begin with a header of
-	// the PROXY protocol, version 2. It changes the address in records, nothing
-	// of who the peer is. Optional.
+	// the PROXY protocol, version 2. It changes the address in records and in
+	// what the application is told, nothing of who the peer is. Optional.
 	ProxyFrom []netip.Prefix
 	// TLS is the server side of mutual TLS. Its VerifyConnection is asked again
 	// during the life of a connection. Required.
@@ -130,6 +130,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.unproved.waiting = in.Metrics.Connections(in.Reporter, "proving")
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
+	in.peers.maxCalls = int64(max(in.MaxInFlight/2, 1))
 	in.chain, in.opaque = in.makeChain(), in.streamChain()
 	var err error
 	if in.rates, err = newRates(cfg.Rates); err != nil {
@@ -154,7 +155,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
 	tc := tls.Server(hop.NewSocket(c.Conn), in.cfg.TLS)
 	defer tc.Close()
-	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote}
+	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
 	if err != nil {
 		in.unproved.leave(c)
 		in.refusedHandshake(x, err)
@@ -165,7 +166,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		in.refusedHandshake(x, err)
 		return
 	}
-	if !in.peers.enter(x.peer) {
+	if x.share = in.peers.enter(x.peer); x.share == nil {
 		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
 		return
 	}
@@ -174,10 +175,8 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	x.unread = x.series
 	x.intro, x.bounds = introduce(in.self, x.src, x.remote), in.rates.bounds(x.peer)
 	_, opaque := in.streams()
-	if x.tls.NegotiatedProtocol == hop.Proto {
-		if !opaque { // frames are no bytes for an application
-			in.serveHop(ctx, c, tc, x)
-		}
+	if x.tls.NegotiatedProtocol == hop.Proto && !opaque {
+		in.serveHop(ctx, c, tc, x)
 		return
 	}
 	x.down = http1.NewConn(tc, in.Limits)
@@ -197,7 +196,8 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 	if err := tc.HandshakeContext(ctx); err != nil {
 		return err
 	}
-	x.tls, x.verified = tc.ConnectionState(), time.Now()
+	x.tls = tc.ConnectionState()
+	x.verified.Store(time.Now().UnixNano())
 	id, err := in.cfg.PeerID(x.tls)
 	if err != nil {
 		return err
@@ -273,6 +273,24 @@ func (in *Inbound) failedCall(x *call) {
 	}
 }
 
+// enterFlight bounds the calls of one caller as well: one that takes no answer
+// holds its place as long as it likes to.
+func (in *Inbound) enterFlight(x *call) *refusal {
+	if r := in.listener.enterFlight(x); r != nil {
+		return r
+	}
+	if x.share.calls.Add(1) > in.peers.maxCalls {
+		in.leaveFlight(x)
+		return &refusal{status: 503, reason: "overload", detail: "too many calls in flight of this caller"}
+	}
+	return nil
+}
+
+func (in *Inbound) leaveFlight(x *call) {
+	x.share.calls.Add(-1)
+	in.listener.leaveFlight(x)
+}
+
 // drainGate also keeps what the application says from looking like ours.
 func (in *Inbound) drainGate(x *call) *refusal {
 	x.ex.ToDown.Drop = mine
@@ -286,11 +304,11 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	switch {
 	case !x.start.Before(x.peerUntil):
 		reason = reasonExpired
-	case x.start.Sub(x.verified) >= in.verifyEvery:
+	case x.start.UnixNano()-x.verified.Load() >= int64(in.verifyEvery):
 		if cause = in.cfg.TLS.VerifyConnection(x.tls); cause != nil {
 			reason = "svid_invalid"
 		}
-		x.verified = x.start
+		x.verified.Store(x.start.UnixNano())
 	}
 	detail := ""
 	if cause != nil {

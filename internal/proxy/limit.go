@@ -3,6 +3,7 @@ package proxy
 import (
 	"container/list"
 	"sync"
+	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -42,33 +43,46 @@ func (a *anteroom) leave(c *conn) {
 	a.waiting.Set(float64(a.here.Len()))
 }
 
-// A crowd bounds the connections of one identity, so that none of them can
-// take all that there are.
+// A crowd bounds the connections and the calls of one identity, so that none of
+// them can take all that there are.
 type crowd struct {
-	max int
+	max      int   // connections
+	maxCalls int64 // in flight
 
-	mu sync.Mutex // guards n
-	n  map[spiffeid.ID]int
+	mu sync.Mutex // guards of, and the connections of members
+	of map[spiffeid.ID]*member
 }
 
-// enter is false when the identity has as many as it may.
-func (c *crowd) enter(id spiffeid.ID) bool {
+// A member is one identity with connections.
+type member struct {
+	conns int
+	calls atomic.Int64
+}
+
+// enter counts a connection; nil when the identity has as many as it may.
+func (c *crowd) enter(id spiffeid.ID) *member {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.n[id] >= c.max {
-		return false
+	m := c.of[id]
+	if m == nil {
+		if c.of == nil {
+			c.of = map[spiffeid.ID]*member{}
+		}
+		m = new(member)
+		c.of[id] = m
 	}
-	if c.n == nil {
-		c.n = map[spiffeid.ID]int{}
+	if m.conns >= c.max {
+		return nil
 	}
-	c.n[id]++
-	return true
+	m.conns++
+	return m
 }
 
 func (c *crowd) leave(id spiffeid.ID) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.n[id]--; c.n[id] == 0 {
-		delete(c.n, id)
+	m := c.of[id]
+	if m.conns--; m.conns == 0 {
+		delete(c.of, id)
 	}
 }

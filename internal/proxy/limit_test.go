@@ -3,6 +3,7 @@ package proxy
 import (
 	"fmt"
 	"io"
+	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
@@ -87,5 +88,44 @@ func TestRefusedRequestsAreCounted(t *testing.T) {
 		if n := r.metric(fmt.Sprintf(`sallyport_requests_refused_total{reason=%q,reporter="inbound"}`, c.reason)); n != "1" {
 			t.Errorf("%s: counted %q", c.reason, n)
 		}
+	}
+}
+
+// One identity cannot take the places of all calls either, by answers that it
+// does not take.
+func TestOnePeerHasItsShareOfCalls(t *testing.T) {
+	enter, leave := make(chan struct{}, 4), make(chan struct{})
+	r := newRig(t, app(t, func(http.ResponseWriter, *http.Request) {
+		enter <- struct{}{}
+		<-leave
+	}), func(r *rig) { r.inCfg.MaxInFlight = 4 })
+	var held []*wire
+	for range 2 {
+		w := r.dialIn(r.web)
+		w.say(okRequest)
+		<-enter
+		held = append(held, w)
+	}
+	third := r.dialIn(r.web)
+	third.say(okRequest)
+	if resp, body := third.answer("GET"); resp.StatusCode != 503 || !has(body, "of this caller") {
+		t.Errorf("one too many got %s %s", resp.Status, body)
+	}
+	other := r.dialIn(meshtest.Source(t, r.ca, meshtest.ID("/ns/shop/sa/batch")))
+	other.say(okRequest)
+	if resp, _ := other.answer("GET"); resp.StatusCode != 403 { // it is let in, and judged
+		t.Errorf("another peer got %s", resp.Status)
+	}
+	close(leave)
+	for _, w := range held {
+		if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
+			t.Errorf("a call in flight got %s", resp.Status)
+		}
+	}
+	await(t, func() bool { return r.inbound.inFlight.Load() == 0 })
+	third = r.dialIn(r.web)
+	third.say(okRequest)
+	if resp, _ := third.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("afterwards: %s", resp.Status)
 	}
 }

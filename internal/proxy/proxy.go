@@ -38,7 +38,8 @@ type Shared struct {
 	Limits http1.Limits
 	// MaxConns bounds the open connections of the listener. Default 10,000.
 	MaxConns int
-	// MaxInFlight bounds the calls that are being served. Default 1,024.
+	// MaxInFlight bounds the calls that are being served. Default 2,048; one
+	// peer may have half of them.
 	MaxInFlight int
 	// DrainTimeout bounds the calls in flight after Run's context has ended.
 	// Default 25 s.
@@ -68,7 +69,7 @@ func (s Shared) withDefaults() Shared {
 		s.MaxConns = 10_000
 	}
 	if s.MaxInFlight == 0 {
-		s.MaxInFlight = 1024
+		s.MaxInFlight = 2048
 	}
 	if s.DrainTimeout == 0 {
 		s.DrainTimeout = 25 * time.Second
