@@ -291,22 +291,25 @@ func (p *pins) took(v *vouched) error {
 	return err
 }
 
-// resume makes of a snapshot of an earlier run that of the set it came from.
+// resume makes of a snapshot of an earlier run that of the set it came from, or
+// of the newer one that was in force last: the end may have come before the
+// snapshot of that was kept.
 func (p *pins) resume(who spiffeid.ID, s *mesh.Snapshot) (*mesh.Snapshot, error) {
 	all, err := p.onDisk()
 	if err != nil {
 		return nil, err
 	}
-	i := slices.IndexFunc(all, func(n setName) bool { return n.revision == s.PolicyRevision })
+	last := max(s.PolicyRevision, p.floor.revision)
+	i := slices.IndexFunc(all, func(n setName) bool { return n.revision == last })
 	if i < 0 {
-		return nil, fmt.Errorf("no signed set of revision %d is kept", s.PolicyRevision)
+		return nil, fmt.Errorf("no signed set of revision %d is kept", last)
 	}
 	v, err := p.kept(who, all[i].hash)
 	if err != nil {
 		return nil, err
 	}
-	if v.revision != s.PolicyRevision {
-		return nil, fmt.Errorf("policy set %.12s has revision %d, it is kept as that of revision %d", v.hash, v.revision, s.PolicyRevision)
+	if v.revision != last {
+		return nil, fmt.Errorf("policy set %.12s has revision %d, it is kept as that of revision %d", v.hash, v.revision, last)
 	}
 	p.now = v
 	return p.at(v, s), nil

@@ -287,7 +287,13 @@ func TestPinsOnDisk(t *testing.T) {
 	if s, err := openTestPins(t, dir).resume(billing, lie); err != nil || len(s.Rules) != 1 {
 		t.Errorf("resumed from other rows is %+v, %v", s, err)
 	}
-	if _, err := openTestPins(t, dir).resume(billing, sent(t, all[0], 79)); err == nil || !strings.Contains(err.Error(), "no signed set of revision 1") {
+	// A snapshot of before the last set does not bring back what that ended.
+	if s, err := openTestPins(t, dir).resume(billing, sent(t, all[3], 79)); err != nil || s.PolicySet != last.Hash() || s.PolicyRevision != last.Revision {
+		t.Errorf("resumed from a snapshot of an older set is %+v, %v", s, err)
+	}
+	above := sent(t, last, 80)
+	above.PolicyRevision++
+	if _, err := openTestPins(t, dir).resume(billing, above); err == nil || !strings.Contains(err.Error(), "no signed set of revision 6") {
 		t.Errorf("resumed from a set that is not kept: %v", err)
 	}
 

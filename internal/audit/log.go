@@ -312,7 +312,10 @@ func (l *Log) Sync(ctx context.Context) error {
 	err := file.Sync()
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.synced >= now {
+	switch {
+	case l.dead != nil:
+		return l.dead // rotate has heard of a failure, which is told to one of both only
+	case l.synced >= now && (err == nil || errors.Is(err, os.ErrClosed)):
 		return nil // rotate was faster: it has synced and closed the file
 	}
 	if err != nil {

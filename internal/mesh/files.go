@@ -34,8 +34,16 @@ type Files struct {
 func (f *Files) Sum() Sum { return f.sum }
 
 // Rewritten reports whether some file has other bytes than before, which may be
-// nil, and was not moved into place since: what was read of it may be half.
+// nil, and was not moved into place since: what was read of it may be half. One
+// that is gone may be on its way back.
 func (f *Files) Rewritten(before *Files) bool {
+	if before != nil {
+		for name := range before.infos {
+			if f.infos[name] == nil {
+				return true
+			}
+		}
+	}
 	for name, info := range f.infos {
 		if before == nil || before.infos[name] == nil {
 			return true // a new file, and nobody knows how it came

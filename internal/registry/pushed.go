@@ -97,10 +97,14 @@ func (r *Registry) review(s *policyset.Signed) (*accepted, error) {
 	return r.acceptedSet(s, c), nil
 }
 
+// maxConflicts bounds how often another issuer may be faster, or the database
+// not as it was read.
+const maxConflicts = 100
+
 // again lets write put something in force, as often as another issuer is
 // faster. mu is held.
 func (r *Registry) again(ctx context.Context, write func() error) error {
-	for {
+	for try := 1; ; try++ {
 		err := write()
 		switch {
 		case err == nil:
@@ -109,7 +113,7 @@ func (r *Registry) again(ctx context.Context, write func() error) error {
 				r.cfg.Log.Error("policies accepted, but not yet revoked what they withdraw", "error", err)
 			}
 			return nil
-		case !errors.Is(err, store.ErrConflict):
+		case !errors.Is(err, store.ErrConflict) || try == maxConflicts:
 			return err
 		}
 		if err := r.adopt(ctx); err != nil {
