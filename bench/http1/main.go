@@ -77,18 +77,19 @@ func measure(ctx context.Context, w io.Writer) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
-	b, err := newBench(ctx)
+	ground, err := rig.NewGround()
 	if err != nil {
 		return err
 	}
-	defer b.close()
+	defer ground.Close()
+	b := &bench{Ground: ground}
 	if s.profile != "" {
 		return b.profile(ctx, s)
 	}
 	pairs, err := b.pairs(ctx, w, s)
 	defer func() {
 		for _, p := range pairs {
-			p.stop()
+			p.Stop()
 		}
 	}()
 	if err != nil {
@@ -97,7 +98,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	fmt.Fprintf(w, "settings: %s, %d cores for everything; TLS 1.3, ECDSA P-256; %d rounds of %s a pair after %s of warming up; ours with %d rows, metrics, trace headers and audit, bare with one row and no trace header\n",
 		runtime.Version(), runtime.NumCPU(), s.rounds, s.each, s.warm, s.rules)
 	for _, p := range pairs {
-		fmt.Fprintf(w, "  %s: %s\n", p.name, p.settings)
+		fmt.Fprintf(w, "  %s: %s\n", p.Name, p.Settings)
 	}
 	res := &rig.Result{Name: "bench-http1", Figures: map[string]float64{}}
 	if err := b.rounds(ctx, w, s, pairs, res); err != nil {
@@ -158,16 +159,16 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 			err = errors.New(r.Fault)
 		}
 		if err != nil {
-			p.stop()
-			return nil, fmt.Errorf("%s: %w", p.name, err)
+			p.Stop()
+			return nil, fmt.Errorf("%s: %w", p.Name, err)
 		}
-		fmt.Fprintf(w, "tried %s: %d requests in %.1f s\n", p.name, r.Requests, r.Seconds)
+		fmt.Fprintf(w, "tried %s: %d requests in %.1f s\n", p.Name, r.Requests, r.Seconds)
 		if r.Requests <= most {
-			p.stop()
+			p.Stop()
 			continue
 		}
 		if kept != nil {
-			kept.stop()
+			kept.Stop()
 		}
 		kept, most = p, r.Requests
 	}
@@ -177,21 +178,21 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 // ours is a pair of sidecars with an issuer of its own. The load process is
 // the child of one, the origin of the other.
 func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, error) {
-	p := &pair{name: "ours", trace: true, settings: fmt.Sprintf("a pair of sidecars, %d rows", s.rules)}
+	p := &pair{Pair: rig.Pair{Name: "ours", Settings: fmt.Sprintf("a pair of sidecars, %d rows", s.rules)}, trace: true}
 	rules := s.rules
 	if bare {
-		p.name, p.trace, rules, p.settings = "bare", false, 1, "the same with one row"
+		p.Name, p.trace, rules, p.Settings = "bare", false, 1, "the same with one row"
 	}
 	issuer, err := rig.Start(ctx, rig.Config{Program: s.issuer, Files: policy(rules)})
 	if err != nil {
 		return nil, err
 	}
-	b.atEnd(func() { _ = issuer.Close() })
-	front, far, err := b.ports()
+	b.AtEnd(func() { _ = issuer.Close() })
+	front, far, err := b.Ports()
 	if err != nil {
 		return nil, err
 	}
-	p.target = front
+	p.Target = front
 	origin, err := rig.FreePort()
 	if err != nil {
 		return nil, err
@@ -199,25 +200,25 @@ func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, 
 	if b.origin == "" {
 		b.origin = origin // peers use that of our first pair
 	}
-	socket := filepath.Join(b.dir, p.name+".sock")
+	socket := filepath.Join(b.Dir, p.Name+".sock")
 	more := ""
 	if pprof {
 		more = "pprof: true\n"
 	}
-	server, err := issuer.Sidecar(ctx, s.sidecar, "server", more+fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin), b.self, "origin", origin)
+	server, err := issuer.Sidecar(ctx, s.sidecar, "server", more+fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin), b.Self, "origin", origin)
 	if err != nil {
 		return nil, err
 	}
-	p.procs = append(p.procs, server)
-	b.atEnd(p.stop)
+	p.Procs = append(p.Procs, server)
+	b.AtEnd(p.Stop)
 	if err := server.Await(ctx, "tcp", origin, far); err != nil {
 		return nil, err
 	}
-	client, err := issuer.Sidecar(ctx, s.sidecar, "client", more+fmt.Sprintf("outbound: {upstreams: [{service: origin, listen: %q}]}\n", front), b.self, "load", socket)
+	client, err := issuer.Sidecar(ctx, s.sidecar, "client", more+fmt.Sprintf("outbound: {upstreams: [{service: origin, listen: %q}]}\n", front), b.Self, "load", socket)
 	if err != nil {
 		return nil, err
 	}
-	p.procs = append(p.procs, client)
+	p.Procs = append(p.Procs, client)
 	if err := errors.Join(client.Await(ctx, "unix", socket), client.Await(ctx, "tcp", front)); err != nil {
 		return nil, err
 	}
@@ -240,7 +241,7 @@ func (b *bench) answers(ctx context.Context, p *pair, s settings) error {
 			return nil
 		}
 		if ctx.Err() != nil || time.Now().After(end) {
-			return fmt.Errorf("%s does not answer: %s", p.name, r.Fault)
+			return fmt.Errorf("%s does not answer: %s", p.Name, r.Fault)
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
@@ -267,9 +268,9 @@ func table(w io.Writer, pairs []*pair, got map[cell][]sample) {
 	fmt.Fprintln(t, "scene\tpair\trequests/s\tCPU s/100k\tp50 ms\tp99 ms\tRSS MB\t")
 	for _, sc := range scenes {
 		for _, p := range pairs {
-			list := got[cell{sc.name, p.name}]
+			list := got[cell{sc.name, p.Name}]
 			m := func(f func(sample) float64) float64 { return median(list, f) }
-			fmt.Fprintf(t, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f\t%.0f\t\n", sc.name, p.name, m(sample.rps), m(sample.cpu),
+			fmt.Fprintf(t, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f\t%.0f\t\n", sc.name, p.Name, m(sample.rps), m(sample.cpu),
 				m(func(s sample) float64 { return s.P50 }), m(func(s sample) float64 { return s.P99 }), m(func(s sample) float64 { return s.rss }))
 		}
 	}

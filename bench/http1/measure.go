@@ -3,18 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -38,7 +29,7 @@ var scenes = []scene{
 }
 
 func (sc scene) order(p *pair, s settings) order {
-	return order{Target: p.target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Trace: p.trace, Warm: s.warm, For: s.each, Rate: sc.rate}
+	return order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Trace: p.trace, Warm: s.warm, For: s.each, Rate: sc.rate}
 }
 
 // A cell is a scene with a pair.
@@ -75,27 +66,27 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pa
 				}
 				one, err := p.measure(sc.order(p, s))
 				if err != nil {
-					return fmt.Errorf("%s, %s: %w", p.name, sc.name, err)
+					return fmt.Errorf("%s, %s: %w", p.Name, sc.name, err)
 				}
 				res.Cases.Tried += one.Requests + one.Failed
 				res.Cases.Passed += one.Requests
 				res.Cases.Failed += one.Failed
 				if one.Failed > 0 {
-					fmt.Fprintf(w, "%s, %s: %d connections failed: %s\n", p.name, sc.name, one.Failed, one.Fault)
+					fmt.Fprintf(w, "%s, %s: %d connections failed: %s\n", p.Name, sc.name, one.Failed, one.Fault)
 				}
-				got[cell{sc.name, p.name}] = append(got[cell{sc.name, p.name}], one)
+				got[cell{sc.name, p.Name}] = append(got[cell{sc.name, p.Name}], one)
 			}
 			slices.Reverse(pairs) // nobody is always first
 		}
 	}
-	slices.SortStableFunc(pairs, func(a, b *pair) int { return rank(a.name) - rank(b.name) })
+	slices.SortStableFunc(pairs, func(a, b *pair) int { return rank(a.Name) - rank(b.Name) })
 	table(w, pairs, got)
 	figures(res.Figures, pairs, got)
 	return nil
 }
 
 func (p *pair) measure(o order) (sample, error) {
-	pids := p.pids()
+	pids := p.PIDs()
 	var before, after time.Duration
 	var failed error
 	rep, err := p.load.do(o, func() { before, failed = rig.CPUOf(pids...) })
@@ -132,10 +123,10 @@ func figures(out map[string]float64, pairs []*pair, got map[cell][]sample) {
 				head = "bare_"
 			}
 			for _, p := range pairs {
-				if p.name == "ours" || p.name == "bare" {
+				if p.Name == "ours" || p.Name == "bare" {
 					continue
 				}
-				theirs, name := got[cell{sc.name, p.name}], names[rank(p.name)].figure
+				theirs, name := got[cell{sc.name, p.Name}], names[rank(p.Name)].figure
 				if sc.rate > 0 {
 					out[fmt.Sprintf("%sp99_%s_ratio_%s", head, name, sc.name)] = ratio(ours, theirs, func(s sample) float64 { return s.P99 })
 					continue
@@ -159,73 +150,6 @@ func ratio(a, b []sample, f func(sample) float64) float64 {
 	return rig.Quantile(v, 0.5)
 }
 
-// newBench makes the directory with the peers' certificates.
-func newBench(ctx context.Context) (*bench, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	dir, err := os.MkdirTemp("", "spb-")
-	if err != nil {
-		return nil, err
-	}
-	b := &bench{dir: dir, self: self}
-	b.atEnd(func() { _ = os.RemoveAll(dir) })
-	return b, b.certificates()
-}
-
-func (b *bench) atEnd(f func()) { b.ends = append(b.ends, f) }
-
-func (b *bench) close() {
-	for _, f := range slices.Backward(b.ends) {
-		f()
-	}
-}
-
-// certificates makes a CA and two leaves, as our own are: ECDSA P-256.
-func (b *bench) certificates() error {
-	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "bench CA"}, NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, ca, ca, caKey.Public(), caKey)
-	if err != nil {
-		return err
-	}
-	if err := os.WriteFile(filepath.Join(b.dir, "ca.pem"), pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600); err != nil {
-		return err
-	}
-	for i, name := range []string{"client", "server"} {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			return err
-		}
-		leaf := &x509.Certificate{
-			SerialNumber: big.NewInt(int64(2 + i)), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name + ".bench.test"},
-			NotBefore: now.Add(-time.Hour), NotAfter: now.Add(24 * time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
-			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
-		}
-		der, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), caKey)
-		if err != nil {
-			return err
-		}
-		secret, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			return err
-		}
-		text := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})...)
-		if err := os.WriteFile(filepath.Join(b.dir, name+".pem"), text, 0o600); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // profile writes what both sidecars do under the first scene.
 func (b *bench) profile(ctx context.Context, s settings) error {
 	p, err := b.ours(ctx, s, false, true)
@@ -237,7 +161,7 @@ func (b *bench) profile(ctx context.Context, s settings) error {
 	o.For = 12 * time.Second
 	_, err = p.load.do(o, func() {
 		for i, half := range []string{"server", "client"} {
-			go func() { done <- p.procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
+			go func() { done <- p.Procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
 		}
 	})
 	return errors.Join(err, <-done, <-done)

@@ -4,94 +4,49 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"strings"
 
 	"sallyport/bench/rig"
 )
 
-// A pair is two proxies, app -> proxy -> mutual TLS -> proxy -> app.
+// A pair is two proxies under the load of this bench.
 type pair struct {
-	name     string
-	settings string
-	target   string // where requests go
-	trace    bool
-	load     *loader
-	procs    []*rig.Process
-	workers  bool // the processes have workers
-}
-
-func (p *pair) stop() {
-	for _, proc := range p.procs {
-		proc.Stop()
-	}
-}
-
-func (p *pair) pids() (out []int) {
-	for _, proc := range p.procs {
-		out = append(out, proc.PIDs(p.workers)...)
-	}
-	return out
+	rig.Pair
+	trace bool
+	load  *loader
 }
 
 // bench is what all pairs share.
 type bench struct {
-	dir    string // with ca.pem, client.pem and server.pem, each certificate and key
-	self   string // this program
+	*rig.Ground
 	origin string
 	load   *loader // of the pairs that are not ours
-	ends   []func()
 }
 
 // spawnPair starts two proxies, the far one first, and waits for both.
 func (b *bench) spawnPair(ctx context.Context, p *pair, far string, back, front []string) (*pair, error) {
 	p.load = b.load
-	for i, argv := range [][]string{back, front} {
-		proc, err := rig.Spawn(b.dir, fmt.Sprintf("%s-%d", p.name, i), argv...)
-		if err != nil {
-			p.stop()
-			return nil, err
-		}
-		p.procs = append(p.procs, proc)
-		if err := proc.Await(ctx, "tcp", []string{far, p.target}[i]); err != nil {
-			p.stop()
-			return nil, err
-		}
-	}
-	return p, nil
-}
-
-func (b *bench) file(name, text string) (string, error) {
-	path := filepath.Join(b.dir, name)
-	return path, os.WriteFile(path, []byte(text), 0o600)
-}
-
-func (b *bench) ports() (front, far string, err error) {
-	front, err1 := rig.FreePort()
-	far, err2 := rig.FreePort()
-	return front, far, errors.Join(err1, err2)
+	return p, b.SpawnPair(ctx, &p.Pair, far, back, front)
 }
 
 // nginx is a pair of nginx with so many workers each. Its hop is HTTP/1.1: it
 // speaks nothing else to upstreams.
 func (b *bench) nginx(ctx context.Context, workers int) (*pair, error) {
-	front, far, err := b.ports()
+	front, far, err := b.Ports()
 	if err != nil {
 		return nil, err
 	}
 	common := func(name, server string) (string, error) {
-		home := filepath.Join(b.dir, name)
+		home := filepath.Join(b.Dir, name)
 		if err := os.MkdirAll(home, 0o700); err != nil {
 			return "", err
 		}
-		return b.file(name+".conf", fmt.Sprintf(`daemon off;
+		return b.File(name+".conf", fmt.Sprintf(`daemon off;
 worker_processes %d;
 pid %s/pid;
 error_log %s/error.log;
@@ -112,7 +67,7 @@ http {
     ssl_protocols TLSv1.3; ssl_certificate %s/server.pem; ssl_certificate_key %s/server.pem;
     ssl_verify_client on; ssl_client_certificate %s/ca.pem; ssl_buffer_size 16k;
     location / { proxy_pass http://o; }
-  }`, b.origin, far, b.dir, b.dir, b.dir))
+  }`, b.origin, far, b.Dir, b.Dir, b.Dir))
 	if err != nil {
 		return nil, err
 	}
@@ -124,19 +79,19 @@ http {
       proxy_ssl_certificate %s/client.pem; proxy_ssl_certificate_key %s/client.pem;
       proxy_ssl_verify on; proxy_ssl_trusted_certificate %s/ca.pem;
     }
-  }`, far, front, b.dir, b.dir, b.dir))
+  }`, far, front, b.Dir, b.Dir, b.Dir))
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{name: fmt.Sprintf("nginx-w%d", workers), target: front, workers: true, trace: true,
-		settings: fmt.Sprintf("%s, %d workers each, no access log, keep-alive on both sides", version("nginx", "-v"), workers)}
+	p := &pair{Pair: rig.Pair{Name: fmt.Sprintf("nginx-w%d", workers), Target: front, Workers: true,
+		Settings: fmt.Sprintf("%s, %d workers each, no access log, keep-alive on both sides", rig.Version("nginx", "-v"), workers)}, trace: true}
 	return b.spawnPair(ctx, p, far, []string{"nginx", "-c", back}, []string{"nginx", "-c", head})
 }
 
 // haproxy is a pair of HAProxy with so many threads each, the hop as HTTP/2 or
 // HTTP/1.1.
 func (b *bench) haproxy(ctx context.Context, threads int, h2 bool) (*pair, error) {
-	front, far, err := b.ports()
+	front, far, err := b.Ports()
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +100,7 @@ func (b *bench) haproxy(ctx context.Context, threads int, h2 bool) (*pair, error
 		name, alpn, offer = fmt.Sprintf("haproxy-h2-t%d", threads), "alpn h2", "alpn h2"
 	}
 	common := func(file, rest string) (string, error) {
-		return b.file(file, fmt.Sprintf(`global
+		return b.File(file, fmt.Sprintf(`global
   nbthread %d
   maxconn 8000
   ssl-default-bind-options ssl-min-ver TLSv1.3
@@ -164,7 +119,7 @@ defaults
   default_backend o
 backend o
   server s %s maxconn 4000 pool-max-conn 4000
-`, far, b.dir, b.dir, alpn, b.origin))
+`, far, b.Dir, b.Dir, alpn, b.origin))
 	if err != nil {
 		return nil, err
 	}
@@ -173,7 +128,7 @@ backend o
   default_backend o
 backend o
   server s %s ssl crt %s/client.pem ca-file %s/ca.pem verify required sni str(server.bench.test) %s maxconn 4000 pool-max-conn 4000
-`, front, far, b.dir, b.dir, offer))
+`, front, far, b.Dir, b.Dir, offer))
 	if err != nil {
 		return nil, err
 	}
@@ -181,19 +136,19 @@ backend o
 	if h2 {
 		hop = "HTTP/2"
 	}
-	p := &pair{name: name, target: front, trace: true, settings: fmt.Sprintf("%s, %d threads each, hop %s, http-reuse always, no log", version("haproxy", "-v"), threads, hop)}
+	p := &pair{Pair: rig.Pair{Name: name, Target: front, Settings: fmt.Sprintf("%s, %d threads each, hop %s, http-reuse always, no log", rig.Version("haproxy", "-v"), threads, hop)}, trace: true}
 	return b.spawnPair(ctx, p, far, []string{"haproxy", "-db", "-f", back}, []string{"haproxy", "-db", "-f", head})
 }
 
 // reverse is a pair of net/http/httputil.ReverseProxy.
 func (b *bench) reverse(ctx context.Context) (*pair, error) {
-	front, far, err := b.ports()
+	front, far, err := b.Ports()
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{name: "nethttp", target: front, trace: true, settings: "httputil.ReverseProxy, HTTP/1.1, 2,000 idle connections kept"}
+	p := &pair{Pair: rig.Pair{Name: "nethttp", Target: front, Settings: "httputil.ReverseProxy, HTTP/1.1, 2,000 idle connections kept"}, trace: true}
 	return b.spawnPair(ctx, p, far,
-		[]string{b.self, "reverse", b.dir, far, "http://" + b.origin}, []string{b.self, "reverse", b.dir, front, "https://" + far})
+		[]string{b.Self, "reverse", b.Dir, far, "http://" + b.origin}, []string{b.Self, "reverse", b.Dir, front, "https://" + far})
 }
 
 // serveReverse is one half of the pair: towards https it is the client's.
@@ -231,11 +186,4 @@ func serveReverse(dir, listen, to string) error {
 	}
 	srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
 	return srv.ListenAndServeTLS("", "")
-}
-
-// version is the first line that a program says of itself.
-func version(program, flag string) string {
-	out, _ := exec.Command(program, flag).CombinedOutput()
-	line, _, _ := strings.Cut(string(out), "\n")
-	return strings.TrimSpace(line)
 }

@@ -15,7 +15,7 @@ import (
 // Metric adds up the samples of a metric of the issuer, by the value of its
 // first label.
 func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, error) {
-	body, err := get(ctx, i.path("data", "run", "admin.sock"), "/metrics")
+	body, err := get(ctx, i.admin, "/metrics")
 	if err != nil {
 		return nil, err
 	}
@@ -42,25 +42,15 @@ func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, e
 	return sums, nil
 }
 
-// Profile writes a CPU profile of the issuer's next d to a file. It needs
-// Config.Pprof.
-func (i *Issuer) Profile(ctx context.Context, file string, d time.Duration) error {
-	return profile(ctx, i.path("data", "run", "admin.sock"), file, d)
-}
-
-// Profile writes a CPU profile of a sidecar's next d to a file. Its
-// configuration must ask for pprof.
+// Profile writes a CPU profile of the next d of a program of ours to a file. It
+// must have been told to serve them (Config.Pprof, pprof: true).
 func (p *Process) Profile(ctx context.Context, file string, d time.Duration) error {
-	return profile(ctx, p.admin, file, d)
-}
-
-func profile(ctx context.Context, socket, file string, d time.Duration) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	body, err := get(ctx, socket, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
+	body, err := get(ctx, p.admin, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
 	if err != nil {
 		return err
 	}

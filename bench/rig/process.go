@@ -21,17 +21,22 @@ type Process struct {
 	log  *os.File
 	done chan struct{}
 
-	admin string // its admin socket, of a sidecar
+	admin    string        // its admin socket, of a program of ours
+	patience time.Duration // how long its end may take
 }
 
 // Spawn starts a program whose output goes to a file of that name in dir. It
 // dies with the bench.
-func Spawn(dir, name string, argv ...string) (*Process, error) {
-	log, err := os.Create(filepath.Join(dir, name+".log"))
+func Spawn(dir, name string, argv ...string) (*Process, error) { return spawn(dir, name, nil, argv...) }
+
+// spawn is Spawn with more in the environment.
+func spawn(dir, name string, env []string, argv ...string) (*Process, error) {
+	log, err := os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, err
 	}
-	p := &Process{name: name, log: log, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan struct{})}
+	p := &Process{name: name, log: log, cmd: exec.Command(argv[0], argv[1:]...), done: make(chan struct{}), patience: patience / 6}
+	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := p.cmd.Start(); err != nil {
@@ -77,10 +82,17 @@ func (p *Process) Stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
-	case <-time.After(patience / 6):
+	case <-time.After(p.patience):
 		_ = p.cmd.Process.Kill()
 		<-p.done
 	}
+	_ = p.log.Close()
+}
+
+// Kill ends the process as a crash does.
+func (p *Process) Kill() {
+	_ = p.cmd.Process.Kill()
+	<-p.done
 	_ = p.log.Close()
 }
 

@@ -19,7 +19,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -59,19 +58,17 @@ type Config struct {
 
 // An Issuer is a running process of cmd/issuer in a directory of its own.
 type Issuer struct {
+	*Process // nil before Run
+
 	cfg     Config
 	dir     string
 	address string
 	roots   []*x509.Certificate
-	log     *os.File
 	// pushed is the revision of the last set, set its hash.
 	pushed uint64
 	set    string
 	// Admin speaks to its admin socket.
 	Admin *control.Admin
-
-	cmd  *exec.Cmd
-	done chan struct{}
 }
 
 // Start starts an issuer and waits until it answers.
@@ -102,9 +99,6 @@ func Start(ctx context.Context, cfg Config) (_ *Issuer, err error) {
 	}
 	conf := fmt.Sprintf("trust_domain: %s\ndata_dir: %s\nlisten: %s\n%s\n", TrustDomain.Name(), i.path("data"), i.address, source)
 	if err = os.WriteFile(i.path("config.yaml"), []byte(conf), 0o600); err != nil {
-		return nil, err
-	}
-	if i.log, err = os.Create(i.path("issuer.log")); err != nil {
 		return nil, err
 	}
 	if i.Admin, err = control.DialAdmin(i.path("data", "run", "api.sock")); err != nil {
@@ -158,20 +152,16 @@ func (i *Issuer) Run(ctx context.Context) error {
 	if i.cfg.Pprof {
 		args = append(args, "--pprof")
 	}
-	i.cmd = exec.Command(i.cfg.Program, args...)
-	i.cmd.Env = os.Environ()
+	var env []string
 	if i.cfg.Database != "" {
-		i.cmd.Env = append(i.cmd.Env, "SALLYPORT_DATABASE_URL="+i.cfg.Database)
+		env = append(env, "SALLYPORT_DATABASE_URL="+i.cfg.Database)
 	}
-	i.cmd.Stdout, i.cmd.Stderr = i.log, i.log
-	if err := i.cmd.Start(); err != nil {
+	var err error
+	if i.Process, err = spawn(i.dir, "issuer", env, append([]string{i.cfg.Program}, args...)...); err != nil {
 		return err
 	}
-	i.done = make(chan struct{})
-	go func(cmd *exec.Cmd, done chan struct{}) {
-		_ = cmd.Wait() // its log says why
-		close(done)
-	}(i.cmd, i.done)
+	i.admin = i.path("data", "run", "admin.sock")
+	i.patience = patience // thousands may hang on it
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -203,48 +193,19 @@ func (i *Issuer) listens() bool {
 	return c.Close() == nil
 }
 
-// Log is the end of what the issuer said.
-func (i *Issuer) Log() string {
-	text, _ := os.ReadFile(i.path("issuer.log"))
-	return string(text[max(0, len(text)-4000):])
-}
-
-// Stop ends the process: in order, or by force when that takes too long.
-func (i *Issuer) Stop() {
-	if i.cmd == nil || i.cmd.Process == nil {
-		return
-	}
-	_ = i.cmd.Process.Signal(syscall.SIGTERM)
-	select {
-	case <-i.done:
-	case <-time.After(patience):
-		_ = i.cmd.Process.Kill()
-		<-i.done
-	}
-	i.cmd = nil
-}
-
-// Kill ends the process as a crash does.
-func (i *Issuer) Kill() {
-	_ = i.cmd.Process.Kill()
-	<-i.done
-	i.cmd = nil
-}
-
 // Close stops the issuer and removes its directory.
 func (i *Issuer) Close() error {
-	i.Stop()
+	if i.Process != nil {
+		i.Stop()
+	}
 	if i.Admin != nil {
 		_ = i.Admin.Close()
-	}
-	if i.log != nil {
-		_ = i.log.Close()
 	}
 	return os.RemoveAll(i.dir)
 }
 
 // CPU is the time that the issuer's process has computed, in steps of 10 ms.
-func (i *Issuer) CPU() (time.Duration, error) { return CPUOf(i.cmd.Process.Pid) }
+func (i *Issuer) CPU() (time.Duration, error) { return CPUOf(i.PIDs(false)...) }
 
 // OwnCPU is the time that this process has computed.
 func OwnCPU() (time.Duration, error) {
@@ -256,7 +217,7 @@ func OwnCPU() (time.Duration, error) {
 }
 
 // RSS is the memory that the issuer's process has, MB of 10^6 bytes.
-func (i *Issuer) RSS() (float64, error) { return RSSOf(i.cmd.Process.Pid) }
+func (i *Issuer) RSS() (float64, error) { return RSSOf(i.PIDs(false)...) }
 
 // Agent is the identity of the node of that name.
 func Agent(name string) spiffeid.ID {
