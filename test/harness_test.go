@@ -260,11 +260,15 @@ func freePort(t *testing.T) string {
 // command runs a program to its end.
 func command(t *testing.T, name string, args ...string) runReply {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), name, args...)
+	return ran(t, exec.CommandContext(t.Context(), name, args...))
+}
+
+func ran(t *testing.T, cmd *exec.Cmd) runReply {
+	t.Helper()
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); cmd.ProcessState == nil {
-		t.Fatalf("%s: %v", name, err)
+		t.Fatalf("%s: %v", cmd.Path, err)
 	}
 	return runReply{out.String(), cmd.ProcessState.ExitCode()}
 }
@@ -273,7 +277,10 @@ func command(t *testing.T, name string, args ...string) runReply {
 func (w *world) sallyport(args ...string) runReply {
 	w.t.Helper()
 	args = append(args, "--socket", w.path("issuer", "run", "api.sock"))
-	return command(w.t, filepath.Join(bin, "sallyport"), args...)
+	cmd := exec.CommandContext(w.t.Context(), filepath.Join(bin, "sallyport"), args...)
+	// What is signed is recorded there.
+	cmd.Env = append(os.Environ(), "XDG_STATE_HOME="+w.path("state"))
+	return ran(w.t, cmd)
 }
 
 // auditLine is what tests read of an audit record.

@@ -41,8 +41,9 @@ ca: {agent_ttl: 1m, allow_short_ttl: true}
 	w.awaitReady(issuer)
 
 	_, _, payment, _ := w.pair()
+	// What was refused has used up its revisions: it is signed.
 	before := w.awaitSynced(2)
-	if before.PolicyRevision != 1 || before.PolicySet == "" {
+	if before.PolicyRevision != 3 || before.PolicySet == "" {
 		t.Fatalf("in force is %+v", before)
 	}
 
@@ -74,24 +75,39 @@ ca: {agent_ttl: 1m, allow_short_ttl: true}
 
 	// Back, under a new revision; not with a key that has not signed it before.
 	w.refused("is not signed by "+pins[2], "policy", "rollback", "--key", c)
-	w.refused("kept are: 1, 2", "policy", "rollback", "9", "--key", a+","+b)
+	w.refused("kept are: 3, 4", "policy", "rollback", "9", "--key", a+","+b)
 	out = w.ok("policy", "rollback", "--key", a+","+b, "--wait", "--timeout", "30s")
-	if !strings.Contains(out, "revision 3") || !strings.Contains(out, "2 ack, 0 nack") {
+	if !strings.Contains(out, "revision 5") || !strings.Contains(out, "2 ack, 0 nack") {
 		t.Errorf("rollback --wait says\n%s", out)
 	}
 	w.awaitReach(payment, charges)
 
 	// Another's set that follows on an older one.
 	set := w.path("set")
-	w.ok("policy", "sign", w.policy, "--key", a+","+b, "--out", set, "--revision", "4", "--previous", before.PolicySet)
+	w.ok("policy", "sign", w.policy, "--key", a+","+b, "--out", set, "--revision", "6", "--previous", before.PolicySet)
 	w.refused("stale policy set: it follows on set "+before.PolicySet, "policy", "push", set)
 
 	// A restart keeps all of it.
 	issuer.kill()
-	w.startIssuer()
-	if st := w.awaitSynced(2); st.PolicyRevision != 3 {
+	issuer = w.startIssuer()
+	if st := w.awaitSynced(2); st.PolicyRevision != 5 {
 		t.Errorf("after a restart in force is %+v", st)
 	}
+
+	// A database that is set back to the first set, which both have signed, gets
+	// nothing signed again: neither for a canary group to go back by, nor as
+	// what was there before.
+	issuer.kill()
+	w.putBack(3)
+	w.startIssuer()
+	for _, args := range [][]string{
+		{"policy", "push", w.policy, "--canary", "50%"}, {"policy", "push", w.policy}, {"policy", "rollback"},
+	} {
+		w.refused("here revision 5, set ", append(args, "--key", a+","+b)...)
+	}
+	w.refused("--in-force says 4", "policy", "rollback", "--in-force", "4", "--key", a+","+b)
+	// Who knows that it was set back says so.
+	w.ok("policy", "push", w.policy, "--key", a+","+b, "--in-force", before.PolicySet, "--wait", "--timeout", "30s")
 }
 
 // rewrite replaces a file.

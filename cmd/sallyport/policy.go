@@ -26,7 +26,7 @@ func (c *cli) policy() *cobra.Command {
 	cmd.AddCommand(&cobra.Command{
 		Use: "lint DIR", Short: "Find mistakes and rows that do not do what they seem to", Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error { return c.lint(args[0], td) },
-	}, c.policyTest(&td), c.policyDiff(&td), c.policyExplain(&td), c.policyWhoCan(&td), c.policyCanReach(&td), c.policyReplay(&td), c.policySuggest(&td), c.policyShadow(), c.policyStatus(), c.policyPush(&td), c.policyPromote(), c.policyRollback(), c.policyKey(), c.policySign(&td), c.policyVerify())
+	}, c.policyTest(&td), c.policyDiff(&td), c.policyExplain(&td), c.policyWhoCan(&td), c.policyCanReach(&td), c.policyReplay(&td), c.policySuggest(&td), c.policyShadow(), c.policyStatus(), c.policyPush(&td), c.policyPromote(), c.policyRollback(&td), c.policyKey(), c.policySign(&td), c.policyVerify())
 	return cmd
 }
 

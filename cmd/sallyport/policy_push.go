@@ -3,11 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
-	"crypto/ed25519"
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"strconv"
 	"time"
 
@@ -18,27 +16,25 @@ import (
 	"sallyport/internal/policyset"
 )
 
-// signers are the keys that sign a set.
-type signers []ed25519.PrivateKey
-
-func (k signers) sign(s *policyset.Signed) {
-	for _, key := range k {
-		s.Sign(key)
-	}
-}
-
 // A pusher is what push, promote and rollback share.
 type pusher struct {
-	c       *cli
-	keys    []string
-	canary  canaryFlags
-	over    bool
-	wait    bool
-	timeout time.Duration
+	c      *cli
+	td     *string
+	keys   []string
+	canary canaryFlags
+	over   bool
+	// record, inForce and revision are what the signer knows without the issuer.
+	record   string
+	inForce  string
+	revision uint64
+	wait     bool
+	timeout  time.Duration
 }
 
 func (p *pusher) flags(cmd *cobra.Command) *cobra.Command {
 	cmd.Flags().StringSliceVar(&p.keys, "key", nil, "the file of a private key that signs the set, may be repeated")
+	cmd.Flags().StringVar(&p.inForce, "in-force", "", "what is in force, if the record does not know it: a revision, the hash of a set, or none")
+	cmd.Flags().StringVar(&p.record, "record", "", "the file that remembers what is signed with --key (default: ~/.local/state/"+recordFile+")")
 	return p.waitFlags(cmd)
 }
 
@@ -50,7 +46,7 @@ func (p *pusher) waitFlags(cmd *cobra.Command) *cobra.Command {
 
 // policyPush is "sallyport policy push".
 func (c *cli) policyPush(td *string) *cobra.Command {
-	p := &pusher{c: c}
+	p := &pusher{c: c, td: td}
 	cmd := p.flags(&cobra.Command{
 		Use: "push DIR|SET", Short: "Put a folder, or a set that is signed already, in force", Args: cobra.ExactArgs(1),
 		Long: "Put a folder of policies in force, or a set that sallyport policy sign has made.\n" +
@@ -69,14 +65,28 @@ func (c *cli) policyPush(td *string) *cobra.Command {
 			if p.over && len(p.canary.group) > 0 {
 				return usage(errors.New("--overtake is for a set that goes to all: leave --canary out"))
 			}
-			return p.run(cmd, func(_ context.Context, _ *control.Admin, st mesh.IssuerStatus, _ signers) (*policyset.Signed, error) {
+			if !info.IsDir() && p.revision > 0 {
+				return usage(fmt.Errorf("%s is a set, whose revision stands: leave out --revision", args[0]))
+			}
+			return p.run(cmd, func(_ context.Context, _ *control.Admin, g *signing) (*policyset.Signed, error) {
+				if err := g.check(); err != nil {
+					return nil, err
+				}
 				if !info.IsDir() {
 					return readSet(args[0])
 				}
-				return packed(args[0], *td, nextRevision(st), st.PolicySet)
+				if ro := g.st.Rollout; ro.Active() && len(g.keys) > 0 && !p.over {
+					return nil, failed(fmt.Errorf("revision %d is tried by the canary group; first: sallyport policy promote, or sallyport policy rollback", ro.Revision))
+				}
+				next, err := g.next()
+				if err != nil {
+					return nil, err
+				}
+				return packed(args[0], *td, next, g.st.PolicySet)
 			})
 		},
 	})
+	cmd.Flags().Uint64Var(&p.revision, "revision", 0, "the revision of the new set (default: the next, as the issuer and the record have it)")
 	p.canary.flags(cmd)
 	cmd.Flags().BoolVar(&p.over, "overtake", false, "end what a canary group tries")
 	return cmd
@@ -87,8 +97,8 @@ func (c *cli) policyPush(td *string) *cobra.Command {
 func nextRevision(st mesh.IssuerStatus) uint64 { return cmp.Or(st.NextRevision, st.PolicyRevision+1) }
 
 // policyRollback is "sallyport policy rollback".
-func (c *cli) policyRollback() *cobra.Command {
-	p := &pusher{c: c}
+func (c *cli) policyRollback(td *string) *cobra.Command {
+	p := &pusher{c: c, td: td}
 	return p.flags(&cobra.Command{
 		Use: "rollback [REVISION]", Short: "Put an earlier set in force again, under a new revision", Args: cobra.MaximumNArgs(1),
 		Long: "Put an earlier set in force again, under a new revision: revisions never go down.\n" +
@@ -105,52 +115,29 @@ func (c *cli) policyRollback() *cobra.Command {
 					return usage(fmt.Errorf("%q is not a revision: write a number from 1", args[0]))
 				}
 			}
-			return p.run(cmd, func(ctx context.Context, a *control.Admin, st mesh.IssuerStatus, keys signers) (*policyset.Signed, error) {
-				if ro := st.Rollout; ro.Active() {
+			return p.run(cmd, func(ctx context.Context, a *control.Admin, g *signing) (*policyset.Signed, error) {
+				if ro := g.st.Rollout; ro.Active() {
 					if revision == 0 && ro.Fallback > 0 {
 						return nil, p.takeBack(ctx, a, ro)
 					}
-					// What is in force for the fleet, for the canary group too.
-					p.over, revision = true, cmp.Or(revision, st.PolicyRevision)
+					if p.over = true; revision == 0 {
+						return g.still(ctx)
+					}
 				}
-				return again(ctx, a, st, revision, keys)
+				return g.earlier(ctx, revision)
 			})
 		},
 	})
 }
 
-// again makes the set that follows on the one in force and says what an
-// earlier one says.
-func again(ctx context.Context, a *control.Admin, st mesh.IssuerStatus, revision uint64, keys signers) (*policyset.Signed, error) {
-	b, err := a.PolicySet(ctx, revision)
-	if err != nil {
-		return nil, err
-	}
-	old, err := policyset.Parse(b)
-	if err != nil {
-		return nil, err
-	}
-	if revision != 0 && old.Revision != revision {
-		return nil, fmt.Errorf("the issuer sends revision %d instead of %d", old.Revision, revision)
-	}
-	for _, k := range keys {
-		if pin := policyset.KeyOf(k.Public().(ed25519.PublicKey)); !slices.Contains(old.Keys(), pin) {
-			return nil, fmt.Errorf("revision %d is not signed by %s, so that what it says is the issuer's word alone: review the folder and push it", old.Revision, pin)
-		}
-	}
-	set, err := policyset.New(policyset.Set{
-		TrustDomain: old.TrustDomain, Revision: nextRevision(st), Previous: st.PolicySet,
-		Created: time.Now().UTC().Truncate(time.Second), Files: old.Files,
-	})
-	if err != nil {
-		return nil, err
-	}
-	return set, checkedSet(set)
-}
-
 // run signs and pushes the set that make returns, and waits. Without a set, make
 // has done what was to do.
-func (p *pusher) run(cmd *cobra.Command, make func(context.Context, *control.Admin, mesh.IssuerStatus, signers) (*policyset.Signed, error)) error {
+func (p *pusher) run(cmd *cobra.Command, make func(context.Context, *control.Admin, *signing) (*policyset.Signed, error)) error {
+	if p.inForce != "" {
+		if err := checkNamed(p.inForce); err != nil {
+			return err
+		}
+	}
 	var keys signers
 	for _, file := range p.keys {
 		k, err := readKey(file)
@@ -160,29 +147,34 @@ func (p *pusher) run(cmd *cobra.Command, make func(context.Context, *control.Adm
 		keys = append(keys, k)
 	}
 	return p.then(cmd, func(ctx context.Context, a *control.Admin) (uint64, error) {
-		st, err := a.Status(ctx)
+		g, err := p.begin(ctx, a, keys)
 		if err != nil {
 			return 0, err
 		}
-		set, err := make(ctx, a, st, keys)
+		if g.rec != nil {
+			defer g.rec.Close()
+		}
+		set, err := make(ctx, a, g)
 		if err != nil || set == nil {
 			return 0, err
 		}
-		return p.push(ctx, a, st, set, keys)
+		return p.push(ctx, a, g, set)
 	})
 }
 
 // push pushes a set, and returns its revision when a canary group tries it.
-func (p *pusher) push(ctx context.Context, a *control.Admin, st mesh.IssuerStatus, set *policyset.Signed, keys signers) (tried uint64, err error) {
-	keys.sign(set)
-	req := control.PolicyPush{Set: set.Encode(), Group: p.canary.group, Overtake: p.over}
-	back, err := p.canary.back(ctx, a, st, set, keys)
+func (p *pusher) push(ctx context.Context, a *control.Admin, g *signing, set *policyset.Signed) (revision uint64, err error) {
+	back, err := p.canary.back(ctx, g, set)
 	if err != nil {
 		return 0, err
 	}
+	if err := g.sign(set, back); err != nil {
+		return 0, err
+	}
+	req := control.PolicyPush{Set: set.Encode(), Group: p.canary.group, Overtake: p.over}
 	if back != nil {
-		keys.sign(back)
 		req.Fallback = back.Encode()
+		fmt.Fprintf(p.c.stderr, "revision %d, to go back by, says what revision %d says, set %s\n", back.Revision, g.st.PolicyRevision, g.st.PolicySet)
 	}
 	if len(req.Group) > 0 {
 		req.Bake = p.canary.bake
@@ -190,12 +182,12 @@ func (p *pusher) push(ctx context.Context, a *control.Admin, st mesh.IssuerStatu
 	if err := a.PushPolicy(ctx, req); err != nil {
 		return 0, err
 	}
-	where := "is in force on the issuer"
+	where, state := "is in force on the issuer", inForce
 	if len(req.Group) > 0 {
-		where, tried = "is tried by the canary group", set.Revision
+		where, state, revision = "is tried by the canary group", tried, set.Revision
 	}
 	fmt.Fprintf(p.c.stderr, "revision %d %s, set %s, %d signatures\n", set.Revision, where, set.Hash(), len(set.Keys()))
-	return tried, nil
+	return revision, g.taken(set, state)
 }
 
 // then does something, shows how far it has come, and waits. What it tries is

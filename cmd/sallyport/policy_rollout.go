@@ -55,17 +55,16 @@ func (f *canaryFlags) validate(cmd *cobra.Command) error {
 
 // back makes the set by which a canary group goes back from next, nil when there
 // is none.
-func (f *canaryFlags) back(ctx context.Context, a *control.Admin, st mesh.IssuerStatus, next *policyset.Signed, keys signers) (*policyset.Signed, error) {
+func (f *canaryFlags) back(ctx context.Context, g *signing, next *policyset.Signed) (*policyset.Signed, error) {
 	switch {
 	case len(f.group) == 0 || f.hold:
 		return nil, nil
 	case f.fallback != "":
 		return readSet(f.fallback)
-	case st.PolicySet == "":
+	case g.st.PolicySet == "":
 		return nil, errors.New("no pushed set is in force that the other proxies could stay on: push one without --canary first")
 	}
-	st.NextRevision = next.Revision + 1
-	set, err := again(ctx, a, st, st.PolicyRevision, keys)
+	set, err := g.back(ctx, next)
 	if err != nil {
 		return nil, fmt.Errorf("make the fallback: %w; or give one with --fallback, or go without by --hold", err)
 	}

@@ -204,6 +204,9 @@ func (p *pins) read(who spiffeid.ID, hash string, b []byte) (*vouched, error) {
 	if err := p.signers.Verify(s); err != nil {
 		return nil, err
 	}
+	if err := s.InReach(p.floor.revision); err != nil {
+		return nil, err
+	}
 	policies, err := s.Policies()
 	if err != nil {
 		return nil, fmt.Errorf("policy set %.12s: %w", hash, err)

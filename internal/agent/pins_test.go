@@ -144,6 +144,7 @@ func TestASetThatIsNoGood(t *testing.T) {
 		{"an older one", first.Hash(), first.Encode(), "revision 1, which is lower than 2"},
 		{"another one of the same revision", setOf(t, 2, "", otherRow, 1, 2).Hash(), setOf(t, 2, "", otherRow, 1, 2).Encode(), "revision 2, as another one that was in force here"},
 		{"of another trust domain", setIn(t, "other.example", 3, "", otherRow, 1, 2).Hash(), setIn(t, "other.example", 3, "", otherRow, 1, 2).Encode(), "trust domain other.example"},
+		{"one after which there is none", setOf(t, policyset.MaxRevision, "", otherRow, 1, 2).Hash(), setOf(t, policyset.MaxRevision, "", otherRow, 1, 2).Encode(), "too far above 2"},
 		{"a bad row", setOf(t, 3, "", "p, bad\n", 1, 2).Hash(), setOf(t, 3, "", "p, bad\n", 1, 2).Encode(), "access.csv:1"},
 		{"nothing", good.Hash(), nil, "policy set: line 1"},
 		{"more behind it", good.Hash(), append(good.Encode(), 'x'), "policy set: line"},

@@ -32,6 +32,9 @@ const (
 	// MaxRevision keeps a number that nobody reaches by counting from using up
 	// all that could follow.
 	MaxRevision = 1 << 53
+	// maxJump is how far above the one before a set may be: a few that nobody
+	// counted up to leave more numbers than can be used.
+	maxJump = 1 << 32
 	// maxFiles bounds the files of a set, maxSignatures those who sign it.
 	maxFiles      = 1024
 	maxSignatures = 64
@@ -105,6 +108,9 @@ func goodName(name string) bool { return nameForm.MatchString(name) }
 
 var hashForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
 
+// IsHash reports whether a text has the form of a Hash.
+func IsHash(s string) bool { return hashForm.MatchString(s) }
+
 // Validate reports what keeps a set from being written.
 func (s *Set) Validate() error {
 	switch {
@@ -112,7 +118,7 @@ func (s *Set) Validate() error {
 		return errors.New("policy set: trust domain is missing")
 	case s.Revision < 1 || s.Revision > MaxRevision:
 		return fmt.Errorf("policy set: revision %d is not from 1 to %d", s.Revision, uint64(MaxRevision))
-	case s.Previous != "" && !hashForm.MatchString(s.Previous):
+	case s.Previous != "" && !IsHash(s.Previous):
 		return fmt.Errorf("policy set: previous %.80q is not the hash of a set: 64 hex digits", s.Previous)
 	case s.Created.IsZero():
 		return errors.New("policy set: the time it was created is missing")
@@ -128,6 +134,20 @@ func (s *Set) Validate() error {
 		}
 	}
 	return nil
+}
+
+// InReach refuses a set whose revision is so far above the last that few more
+// such sets would leave no number for those that follow: who took it would take
+// nothing lower again. Last is 0 where there was none.
+func (s *Set) InReach(last uint64) error {
+	top := uint64(MaxRevision / 2)
+	if last > 0 {
+		top = last + maxJump
+	}
+	if s.Revision <= top {
+		return nil
+	}
+	return fmt.Errorf("policy set: revision %d is too far above %d: take a number up to %d", s.Revision, last, top)
 }
 
 // encode writes the bytes that are hashed and signed.

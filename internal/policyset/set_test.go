@@ -144,6 +144,22 @@ func TestAlteredByte(t *testing.T) {
 	}
 }
 
+func TestInReach(t *testing.T) {
+	for _, tt := range []struct {
+		last, revision uint64
+		ok             bool
+	}{
+		{0, 1, true}, {0, MaxRevision / 2, true}, {0, MaxRevision/2 + 1, false}, {0, MaxRevision, false},
+		{1, 2, true}, {1, 1 << 32, true}, {1, 1<<32 + 2, false}, {1, MaxRevision, false},
+		{MaxRevision / 2, MaxRevision/2 + 1, true}, {9, 3, true},
+	} {
+		s := Set{Revision: tt.revision}
+		if err := s.InReach(tt.last); (err == nil) != tt.ok {
+			t.Errorf("revision %d after %d: %v", tt.revision, tt.last, err)
+		}
+	}
+}
+
 func TestPins(t *testing.T) {
 	for _, tt := range []struct {
 		name, want string

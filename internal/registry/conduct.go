@@ -147,6 +147,9 @@ func (r *Registry) mayTry(now *state, t Trial) (former *accepted, err error) {
 	case back.Revision <= t.Set.Revision:
 		return nil, fmt.Errorf("%w: the fallback has revision %d, which is not above revision %d that it would take back", ErrStale, back.Revision, t.Set.Revision)
 	}
+	if err := back.InReach(t.Set.Revision); err != nil {
+		return nil, fmt.Errorf("%w: fallback: %w", ErrUnfit, err)
+	}
 	return r.acceptedSet(back, c), nil
 }
 

@@ -136,6 +136,9 @@ func follows(s *policyset.Signed, at *state) error {
 	case s.Previous != now.Set:
 		return fmt.Errorf("%w: it follows on set %s, in force is %s", ErrStale, named(s.Previous), named(now.Set))
 	}
+	if err := s.InReach(at.nextRevision() - 1); err != nil {
+		return fmt.Errorf("%w: %w", ErrUnfit, err)
+	}
 	return nil
 }
 

@@ -54,6 +54,7 @@ func TestPush(t *testing.T) {
 		{"another set of the same revision", pushable(t, 2, first.Hash(), "# other\n"), "revision 2, in force is revision 2", registry.ErrStale},
 		{"a set that does not follow", pushable(t, 3, first.Hash(), "# third\n"), "follows on set " + first.Hash() + ", in force is " + second.Hash(), registry.ErrStale},
 		{"a set that follows on nothing", pushable(t, 3, "", "# third\n"), "follows on set none, in force is " + second.Hash(), registry.ErrStale},
+		{"a set after which there is none", pushable(t, policyset.MaxRevision, second.Hash(), "# third\n"), "too far above 2", registry.ErrUnfit},
 		{"a bad row", pushable(t, 3, second.Hash(), "# third\np, a, in\n"), "access.csv:2", registry.ErrUnfit},
 		{"a red case", pushable(t, 3, second.Hash(), deny+strings.Replace(deny, " a,", " b,", 1)), "a red case", registry.ErrUnfit},
 	} {
