@@ -172,7 +172,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 // that was in order: closed or drained at either end.
 func (c *Conn) Run() error {
 	if c.sock != nil {
-		c.sock.buffer()
+		c.sock.Buffer()
 	}
 	c.mu.Lock()
 	c.tick = time.AfterFunc(c.cfg.KeepAlive, c.lookAround)

@@ -11,7 +11,7 @@ import (
 type Socket struct {
 	net.Conn
 
-	in   []byte // read ahead: in[r:w]; nil before buffer
+	in   []byte // read ahead: in[r:w]; nil before Buffer
 	r, w int
 
 	mu     sync.Mutex // guards the fields below
@@ -32,8 +32,8 @@ const (
 	mostCorked = 256 << 10
 )
 
-// buffer begins to read ahead. Nobody may read meanwhile.
-func (s *Socket) buffer() { s.in = make([]byte, firstAhead) }
+// Buffer begins to read ahead. Nobody may read meanwhile.
+func (s *Socket) Buffer() { s.in = make([]byte, firstAhead) }
 
 // Read is called by one goroutine at a time, as TLS does. A large piece is read
 // where it belongs.
@@ -55,15 +55,15 @@ func (s *Socket) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// cork keeps what is written from here on.
-func (s *Socket) cork() {
+// Cork keeps what is written from here on.
+func (s *Socket) Cork() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.corked = true
 }
 
-// uncork sends what was kept.
-func (s *Socket) uncork() error {
+// Uncork sends what was kept.
+func (s *Socket) Uncork() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.corked = false

@@ -132,11 +132,11 @@ func (c *Conn) flush() {
 // send writes b in one go.
 func (c *Conn) send(b []byte) error {
 	if c.sock != nil {
-		c.sock.cork()
+		c.sock.Cork()
 	}
 	_, err := c.nc.Write(b)
 	if c.sock != nil {
-		if e := c.sock.uncork(); err == nil {
+		if e := c.sock.Uncork(); err == nil {
 			err = e
 		}
 	}

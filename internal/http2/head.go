@@ -1,0 +1,107 @@
+package http2
+
+import "encoding/binary"
+
+// maxContinuations bounds the frames of one field section.
+const maxContinuations = 16
+
+// section takes in a frame that begins a field section.
+func (c *Conn) section(h header, p []byte) error {
+	p, err := h.unpad(p)
+	if err != nil {
+		return err
+	}
+	if h.flags&flagPriority != 0 {
+		if len(p) < 5 {
+			return violated(FrameSize, BadLength)
+		}
+		if binary.BigEndian.Uint32(p)&maxStream == h.stream {
+			return violated(Protocol, BadStream)
+		}
+		p = p[5:]
+	}
+	if h.flags&flagEndHeaders != 0 {
+		return c.sectionWhole(h, p)
+	}
+	in := &c.in
+	in.opener, in.more = h, 0
+	in.fragment = append(in.fragment[:0], p...)
+	return nil
+}
+
+// continued takes in a frame that continues it.
+func (c *Conn) continued(h header, p []byte) error {
+	in := &c.in
+	if in.more++; in.more > maxContinuations || len(in.fragment)+len(p) > 2*c.cfg.Head {
+		return violated(EnhanceYourCalm, TooLarge)
+	}
+	in.fragment = append(in.fragment, p...)
+	if h.flags&flagEndHeaders == 0 {
+		return nil
+	}
+	h = in.opener
+	in.opener = header{}
+	err := c.sectionWhole(h, in.fragment)
+	if cap(in.fragment) > keepFragment {
+		in.fragment = nil
+	}
+	return err
+}
+
+// keepFragment is the size up to which the buffer of fragments is used again.
+const keepFragment = 16 << 10
+
+// sectionWhole takes in a field section: it begins a call, or ends one.
+func (c *Conn) sectionWhole(h header, block []byte) error {
+	s := &c.in.block
+	c.mu.Lock()
+	l := c.streams[h.stream]
+	begins := l == nil
+	var err error
+	switch {
+	case l != nil && l.peerEnd:
+		err = c.fault(l, StreamClosed, AfterEnd)
+		l = nil
+		begins = false
+	case l == nil && c.server && h.stream%2 == 0:
+		err = violated(Protocol, BadStream)
+	case l == nil && !c.isIdle(h.stream):
+		begins = false
+		if !c.wasReset(h.stream) {
+			err = violated(StreamClosed, AfterEnd)
+		}
+	case l == nil && !c.server:
+		err = violated(Protocol, BadStream)
+	}
+	c.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	// A section that nobody reads is decoded all the same: the table goes on.
+	if err := s.decode(block, !c.server && l != nil && !l.answered()); err != nil {
+		return err
+	}
+	switch {
+	case begins:
+		return c.beginCall(h, s)
+	case l == nil:
+		return nil
+	case c.server:
+		return c.trailers(h, l, s)
+	}
+	return c.answer(h, l, s)
+}
+
+// trailers takes in the field section that ends a body.
+func (c *Conn) trailers(h header, l *Lane, s *section) error {
+	if h.flags&flagEnd == 0 || s.pseudo != 0 || s.bad {
+		return c.faulty(l, Protocol, Malformed)
+	}
+	if s.large {
+		return c.faulty(l, EnhanceYourCalm, TooLarge)
+	}
+	l.mu.Lock()
+	l.got.tail = append(l.got.tail[:0], s.lines...)
+	l.mu.Unlock()
+	return c.peerEnded(l)
+}

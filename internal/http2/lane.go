@@ -1,0 +1,513 @@
+package http2
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"math/bits"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+)
+
+var (
+	errEnded       = errors.New("call was ended in this direction")
+	errNoCall      = errors.New("no call to answer")
+	errNoHalfClose = errors.New("nothing but a tunnel is closed in one direction")
+)
+
+// A Lane carries one call after the other, as HTTP/1.1. One goroutine at a time
+// may read it, and one write it; Close and the deadlines are for everybody. It
+// must be closed, or it counts as open for ever.
+type Lane struct {
+	c *Conn
+	// Cut, when set before a server's accept returns, is called when the peer
+	// breaks off a call, which should close the lane. It must not block.
+	Cut func()
+
+	out outgoing // only who writes knows it
+
+	// Guarded by the lock of c.
+	id      uint32 // the stream of the call under way; 0: none
+	credit  int    // what the peer lets us send on it
+	queued  int    // our bytes in c.out.pend
+	waits   bool   // its writer waits for room
+	inLine  bool   // in c.out.line
+	turn    bool   // it has waited there
+	thirsts bool   // in c.thirsty
+	sent    bool   // we have sent the end
+	peerEnd bool   // the peer has
+	resting bool   // in c.idle
+	closed  bool
+	werr    error
+	wend    deadline
+	room    sync.Cond // for credit, and for room in the queue
+
+	mu   sync.Mutex // guards the fields below
+	got  incoming
+	rerr error
+	rend deadline
+	more sync.Cond
+}
+
+// incoming is what was received of a call and not read.
+type incoming struct {
+	text   []byte // HTTP/1.1 that is read before buf: a head, the lines of a chunk
+	store  []byte // where a head is made
+	line   [24]byte
+	buf    []byte // data: buf[r:] is not read yet
+	r      int
+	chunk  int    // bytes of it that belong behind the text that was read
+	chunks bool   // data is read in chunks
+	raw    bool   // data is read until the end, which is EOF
+	held   bool   // not before the tunnel is open
+	begun  bool   // some of it was read
+	end    bool   // the peer sends no more
+	ended  bool   // and the reader has been told
+	tail   []byte // trailers, lines of HTTP/1.1
+	want   int64  // data that content-length still announces; -1: it says nothing
+
+	left     int // what the peer may still send
+	consumed int // what was read and not granted anew
+	window   int
+	starved  bool // the peer has used up the window
+}
+
+func (c *Conn) newLane() *Lane {
+	l := &Lane{c: c}
+	l.room.L, l.more.L = &c.mu, &l.mu
+	c.lanes[l] = struct{}{}
+	c.open.Store(int64(len(c.lanes)))
+	return l
+}
+
+// carry has the lane carry the call of a stream. The lock of c is held.
+func (l *Lane) carry(id uint32) {
+	c := l.c
+	l.id, l.credit, l.sent, l.peerEnd, l.resting = id, c.first, false, false, false
+	c.streams[id] = l
+}
+
+// fresh readies what is received for another call. The lock of l is held.
+func (l *Lane) fresh() {
+	g := &l.got
+	*g = incoming{store: g.store, buf: g.buf[:0], tail: g.tail[:0], want: -1, left: l.c.cfg.Window, window: l.c.cfg.Window}
+}
+
+// forget ends the call of the lane.
+func (c *Conn) forget(l *Lane) {
+	delete(c.streams, l.id)
+	l.id = 0
+	if len(c.streams) == 0 {
+		c.empty = time.Now()
+		c.parting()
+	}
+}
+
+// Read reads what the peer has said: at a server a request, at a client the
+// answer, as HTTP/1.1.
+func (l *Lane) Read(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	l.mu.Lock()
+	for {
+		if n, data := l.got.take(p); n > 0 {
+			l.took(data)
+			return n, nil
+		}
+		if l.rerr == nil && !l.rend.passed && l.c.server && l.got.ended && !l.got.raw {
+			l.mu.Unlock()
+			l.rest()
+			l.mu.Lock()
+			if len(l.got.text) > 0 {
+				continue
+			}
+		}
+		if err := l.over(); err != nil {
+			l.mu.Unlock()
+			if err == os.ErrDeadlineExceeded && !l.stir() {
+				l.mu.Lock()
+				continue
+			}
+			return 0, err
+		}
+		l.c.waiting.Add(1)
+		l.more.Wait()
+		l.c.waiting.Add(-1)
+	}
+}
+
+func (l *Lane) over() error {
+	switch {
+	case l.rerr == net.ErrClosed:
+		return l.rerr
+	case l.got.ended && l.got.raw:
+		return io.EOF
+	case l.rerr != nil:
+		return l.rerr
+	case l.rend.passed:
+		return os.ErrDeadlineExceeded
+	}
+	return nil
+}
+
+// rest offers the lane of a server for the next call.
+func (l *Lane) rest() {
+	c := l.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if l.id == 0 && !l.resting && !l.closed && l.werr == nil {
+		l.resting = true
+		c.idle = append(c.idle, l)
+	}
+}
+
+// stir ends the rest; false when a call has come in the last moment.
+func (l *Lane) stir() bool {
+	c := l.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !l.resting {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return len(l.got.text) == 0
+	}
+	l.resting = false
+	for i, x := range c.idle {
+		if x == l {
+			c.idle = append(c.idle[:i], c.idle[i+1:]...)
+			break
+		}
+	}
+	return true
+}
+
+// take fills p with what there is; data counts the bytes of the body.
+func (g *incoming) take(p []byte) (n, data int) {
+	for n < len(p) {
+		switch {
+		case len(g.text) > 0:
+			k := copy(p[n:], g.text)
+			g.text = g.text[k:]
+			n += k
+		case g.held:
+			return n, data
+		case g.chunk > 0:
+			k := copy(p[n:], g.buf[g.r:g.r+g.chunk])
+			g.r, g.chunk = g.r+k, g.chunk-k
+			n, data = n+k, data+k
+			if g.chunk == 0 && g.chunks {
+				g.text = append(g.line[:0], '\r', '\n')
+			}
+		case g.r < len(g.buf):
+			g.chunk = len(g.buf) - g.r
+			if g.chunks {
+				g.chunk = min(g.chunk, max(len(p)-n-len(g.line), 1))
+				g.text = append(strconv.AppendInt(g.line[:0], int64(g.chunk), 16), '\r', '\n')
+			}
+		case g.end && !g.ended:
+			g.ended = true
+			if g.chunks {
+				g.store = append(append(append(g.store[:0], "0\r\n"...), g.tail...), '\r', '\n')
+				g.text = g.store
+			}
+		default:
+			g.begun = g.begun || n > 0
+			return n, data
+		}
+	}
+	g.begun = true
+	return n, data
+}
+
+// took counts what was read, and unlocks. When half of the window was, the peer
+// gets it anew, and more if it has had to wait.
+func (l *Lane) took(n int) {
+	g := &l.got
+	if g.r == len(g.buf) {
+		g.empty()
+	}
+	if n == 0 {
+		l.mu.Unlock()
+		return
+	}
+	grant := 0
+	g.consumed += n
+	if g.consumed >= g.window/2 && !g.end && l.rerr == nil {
+		grant = g.consumed
+		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) {
+			grant += g.window
+			g.window *= 2
+		}
+		g.starved, g.consumed = false, 0
+		g.left += grant
+	}
+	l.mu.Unlock()
+	l.c.eat(l, n, grant)
+}
+
+// eat grants anew what was read of the connection's window, when it is much,
+// and of the lane's.
+func (c *Conn) eat(l *Lane, n, grant int) {
+	c.cfg.Budget.give(n)
+	whole := c.eaten.Add(int64(n)) >= int64(c.cfg.Buffer/4)
+	if !whole && grant == 0 {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was := len(c.out.pend)
+	if grant > 0 && l.id != 0 && !l.peerEnd && l.werr == nil {
+		c.out.pend = appendWindow(c.out.pend, l.id, grant)
+	}
+	c.refill()
+	if len(c.out.pend) > was {
+		if err := c.out.answered(was); err != nil {
+			c.endLocked(err)
+		}
+	}
+}
+
+// refill grants the window of the connection anew, if it is much.
+func (c *Conn) refill() {
+	n := c.eaten.Load()
+	if n < int64(c.cfg.Buffer/4) || c.err != nil {
+		return
+	}
+	c.eaten.Add(-n)
+	c.inLeft.Add(n)
+	c.out.pend = appendWindow(c.out.pend, 0, int(n))
+}
+
+// smallBuffer is what a lane keeps while nothing is in it.
+const smallBuffer = 2 << 10
+
+// bulk is the size of the smallest buffer that is shared.
+const bulk = 32 << 10
+
+var buffers sync.Pool
+
+// keep takes data in; its window is the bound.
+func (g *incoming) keep(p []byte) {
+	if need := len(g.buf) - g.r + len(p); need > cap(g.buf) {
+		b := append(larger(need), g.buf[g.r:]...)
+		g.retire()
+		g.buf, g.r = b, 0
+	} else if len(g.buf)+len(p) > cap(g.buf) {
+		g.buf = g.buf[:copy(g.buf, g.buf[g.r:])]
+		g.r = 0
+	}
+	g.buf = append(g.buf, p...)
+}
+
+// larger gives an empty buffer for n bytes.
+func larger(n int) []byte {
+	if n <= smallBuffer {
+		return make([]byte, 0, smallBuffer)
+	}
+	size := max(1<<bits.Len(uint(n-1)), bulk)
+	if b, _ := buffers.Get().(*[]byte); b != nil {
+		if cap(*b) == size {
+			return (*b)[:0]
+		}
+		buffers.Put(b) // a small window holds no large buffer
+	}
+	return make([]byte, 0, size)
+}
+
+// empty lets go of a buffer that is not small.
+func (g *incoming) empty() {
+	g.r, g.buf = 0, g.buf[:0]
+	if cap(g.buf) > smallBuffer {
+		g.retire()
+		g.buf = nil
+	}
+}
+
+func (g *incoming) retire() {
+	if cap(g.buf) >= bulk {
+		b := g.buf[:0]
+		buffers.Put(&b)
+	}
+}
+
+// discard throws away what was not read, and says how much data that was. The
+// lock of l is held.
+func (l *Lane) discard() int {
+	g := &l.got
+	n := len(g.buf) - g.r
+	g.text, g.chunk = nil, 0
+	g.r, g.buf = 0, g.buf[:0]
+	g.empty()
+	return n
+}
+
+// CloseWrite ends what this end sends through a tunnel. The peer reads EOF.
+func (l *Lane) CloseWrite() error {
+	if !l.out.tunnel {
+		return errNoHalfClose
+	}
+	c := l.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case l.werr != nil:
+		return l.werr
+	case l.sent:
+		return nil
+	}
+	l.finish(nil)
+	c.out.wake()
+	return nil
+}
+
+// Close ends the lane, and the call on it at both ends. It never waits.
+func (l *Lane) Close() error { return l.Reset(Cancel) }
+
+// Reset is Close with a code that says why, if the answer is not whole. Of a
+// call that nobody has begun to read the peer learns that it may be made again.
+func (l *Lane) Reset(code Code) error {
+	c := l.c
+	c.mu.Lock()
+	if l.closed {
+		c.mu.Unlock()
+		return nil
+	}
+	l.closed, l.resting = true, false
+	l.wend.stop()
+	l.broke(net.ErrClosed)
+	l.mu.Lock()
+	l.rend.stop()
+	l.rerr = net.ErrClosed
+	unread := l.discard()
+	if !l.got.begun && c.server {
+		code = RefusedStream
+	}
+	l.mu.Unlock()
+	if l.id != 0 {
+		if l.sent {
+			code = NoError
+		}
+		c.reset(l.id, code)
+		c.forget(l)
+	}
+	delete(c.lanes, l)
+	c.open.Store(int64(len(c.lanes)))
+	c.mu.Unlock()
+	if unread > 0 {
+		c.eat(l, unread, 0)
+	}
+	return nil
+}
+
+// reset queues the end of a stream, whose late frames will be no mistake.
+func (c *Conn) reset(id uint32, code Code) {
+	was := len(c.out.pend)
+	c.out.pend = appendReset(c.out.pend, id, code)
+	c.resets[c.nresets%len(c.resets)] = id
+	c.nresets++
+	if err := c.out.answered(was); err != nil {
+		c.endLocked(err)
+	}
+}
+
+// wasReset says whether we have reset a stream of late.
+func (c *Conn) wasReset(id uint32) bool {
+	for _, r := range c.resets {
+		if r == id {
+			return true
+		}
+	}
+	return false
+}
+
+// broke ends the lane with an error; the lock of the Conn is held.
+func (l *Lane) broke(err error) {
+	if l.werr == nil {
+		l.werr = err
+	}
+	l.room.Broadcast()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.rerr == nil {
+		l.rerr = err
+	}
+	l.more.Broadcast()
+}
+
+// Stale says that a lane at rest must not be used for another call: it has
+// ended, or its connection takes no more.
+func (l *Lane) Stale() bool {
+	c := l.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.leaving != staying || l.werr != nil {
+		return true
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.got.text) > 0 || l.got.r < len(l.got.buf) || l.rerr != nil
+}
+
+// Conn is the connection that the lane is in.
+func (l *Lane) Conn() *Conn { return l.c }
+
+// ConnectionState is that of the TLS connection underneath.
+func (l *Lane) ConnectionState() tls.ConnectionState { return l.c.ConnectionState() }
+
+// LocalAddr is that of the connection.
+func (l *Lane) LocalAddr() net.Addr { return l.c.nc.LocalAddr() }
+
+// RemoteAddr is that of the connection.
+func (l *Lane) RemoteAddr() net.Addr { return l.c.nc.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (l *Lane) SetDeadline(t time.Time) error {
+	return errors.Join(l.SetReadDeadline(t), l.SetWriteDeadline(t))
+}
+
+// SetReadDeadline ends what waits in Read then.
+func (l *Lane) SetReadDeadline(t time.Time) error { return l.rend.set(&l.more, t) }
+
+// SetWriteDeadline ends what waits in Write then.
+func (l *Lane) SetWriteDeadline(t time.Time) error { return l.wend.set(&l.room, t) }
+
+// A deadline wakes who waits for a condition. It is guarded by the lock of that.
+type deadline struct {
+	at     time.Time
+	passed bool
+	timer  *time.Timer
+}
+
+func (d *deadline) set(cond *sync.Cond, t time.Time) error {
+	cond.L.Lock()
+	defer cond.L.Unlock()
+	d.at, d.passed = t, !t.IsZero() && !time.Now().Before(t)
+	switch {
+	case d.passed:
+		cond.Broadcast()
+	case t.IsZero():
+		d.stop()
+	case d.timer != nil:
+		d.timer.Reset(time.Until(t))
+	default:
+		d.timer = time.AfterFunc(time.Until(t), func() {
+			cond.L.Lock()
+			defer cond.L.Unlock()
+			if !d.at.IsZero() && !time.Now().Before(d.at) {
+				d.passed = true
+				cond.Broadcast()
+			}
+		})
+	}
+	return nil
+}
+
+func (d *deadline) stop() {
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+}

@@ -1,0 +1,352 @@
+package http2
+
+import (
+	"errors"
+	"os"
+	"time"
+)
+
+const (
+	firstBuffer = 4 << 10
+	readBuffer  = 32 << 10
+)
+
+// A reader is what only the goroutine that reads knows.
+type reader struct {
+	lane     *Lane // whose data frame is being read; nil: it is thrown away
+	left     int   // payload bytes of it still to come
+	pad      int   // bytes of padding behind that
+	end      bool  // it ends its direction
+	greeted  bool  // the preface has come
+	settled  bool  // the first SETTINGS have
+	hurried  bool  // a read deadline is set
+	noise    bucket
+	ready    []*Lane // what they wait for has come
+	fragment []byte  // of a field section that is not whole
+	opener   header  // of its first frame; stream 0: there is none
+	more     int     // how many frames have continued it
+	block    section
+}
+
+// read takes frames in until the connection ends.
+func (c *Conn) read() error {
+	buf := make([]byte, firstBuffer)
+	r, w := 0, 0
+	for {
+		n, err := c.frames(buf[r:w])
+		c.wakeReady()
+		if err != nil {
+			return err
+		}
+		if r += n; r == w {
+			r, w = 0, 0
+		} else {
+			w = copy(buf, buf[r:w]) // less than a frame that is not data
+			r = 0
+		}
+		c.hurry(w > 0, n > 0)
+		n, err = c.nc.Read(buf[w:])
+		if n > 0 {
+			c.heard.Add(1)
+		} else if err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) && c.in.hurried {
+				return violated(EnhanceYourCalm, SlowSection)
+			}
+			return err
+		}
+		if w += n; w == len(buf) && len(buf) < readBuffer {
+			buf = append(make([]byte, 0, 2*len(buf)), buf...)
+			buf = buf[:cap(buf)]
+		}
+	}
+}
+
+// hurry gives what has begun a time to end: the preface, a frame, a field
+// section. Data has the time that the reader of its lane gives it. progress says
+// that it is another frame than before.
+func (c *Conn) hurry(begun, progress bool) {
+	in := &c.in
+	greeting := !in.settled || in.opener.stream != 0
+	begun = begun || greeting
+	if begun == in.hurried && (!begun || greeting || !progress) {
+		return
+	}
+	in.hurried = begun
+	until := time.Time{}
+	if begun {
+		until = time.Now().Add(c.cfg.HeadTimeout)
+	}
+	_ = c.nc.SetReadDeadline(until) // a failure shows in the read
+}
+
+// wakeReady tells the readers of lanes what has come for them, once for all
+// that came together.
+func (c *Conn) wakeReady() {
+	in := &c.in
+	for i, l := range in.ready {
+		l.more.Broadcast()
+		in.ready[i] = nil
+	}
+	in.ready = in.ready[:0]
+}
+
+// frames takes in what b holds and says how much that was.
+func (c *Conn) frames(b []byte) (n int, err error) {
+	in := &c.in
+	if c.server && !in.greeted {
+		k := min(len(b), len(preface))
+		if string(b[:k]) != preface[:k] {
+			return 0, violated(Protocol, BadPreface)
+		}
+		if k < len(preface) {
+			return 0, nil
+		}
+		in.greeted = true
+		n = k
+	}
+	for {
+		if k := min(in.left, len(b)-n); k > 0 {
+			if err := c.data(b[n : n+k]); err != nil {
+				return n, err
+			}
+			n += k
+			continue
+		}
+		if k := min(in.pad, len(b)-n); in.left == 0 && k > 0 {
+			in.pad -= k
+			n += k
+			continue
+		}
+		if in.left > 0 || in.pad > 0 || len(b)-n < headerSize {
+			return n, nil
+		}
+		h := parseHeader(b[n:])
+		if err := c.fits(h); err != nil {
+			return n, err
+		}
+		rest := b[n+headerSize:]
+		if h.kind == kindData {
+			k, err := c.begin(h, rest)
+			if err != nil || k < 0 {
+				return n, err
+			}
+			n += headerSize + k
+			continue
+		}
+		if len(rest) < h.length {
+			return n, nil
+		}
+		if err := c.noted(h, rest[:h.length]); err != nil {
+			return n, err
+		}
+		n += headerSize + h.length
+	}
+}
+
+// fits looks whether a frame may stand where it does.
+func (c *Conn) fits(h header) error {
+	in := &c.in
+	switch {
+	case !in.settled && (h.kind != kindSettings || h.flags&flagAck != 0):
+		return violated(Protocol, BadPreface)
+	case (in.opener.stream != 0) != (h.kind == kindContinuation), in.opener.stream != 0 && h.stream != in.opener.stream:
+		return violated(Protocol, BadKind)
+	case h.kind == kindPush:
+		return violated(Protocol, BadKind)
+	}
+	return h.check()
+}
+
+// noisy counts what a peer must not do without end.
+func (c *Conn) noisy() error {
+	if c.in.noise.spend() {
+		return nil
+	}
+	return violated(EnhanceYourCalm, Flood)
+}
+
+// begin looks at the header of a data frame, and at the length of its padding;
+// k is -1 when that has not come yet.
+func (c *Conn) begin(h header, rest []byte) (k int, err error) {
+	in := &c.in
+	in.left, in.pad, in.end = h.length, 0, h.flags&flagEnd != 0
+	if h.flags&flagPadded != 0 {
+		switch {
+		case h.length == 0:
+			return 0, violated(FrameSize, BadLength)
+		case len(rest) == 0:
+			in.left = 0
+			return -1, nil
+		}
+		k = 1
+		in.pad = int(rest[0])
+		if in.left -= 1 + in.pad; in.left < 0 {
+			return 0, violated(Protocol, BadPadding)
+		}
+	}
+	if c.inLeft.Add(-int64(h.length)) < 0 {
+		return 0, violated(FlowControl, Overrun)
+	}
+	if in.left == 0 && !in.end {
+		if err := c.noisy(); err != nil {
+			return 0, err
+		}
+	}
+	if in.lane, err = c.find(h); err != nil {
+		return 0, err
+	}
+	if over := h.length - in.left; over > 0 {
+		c.wasted(in.lane, over)
+	}
+	if in.left == 0 && in.end && in.lane != nil {
+		err = c.peerEnded(in.lane)
+	}
+	return k, err
+}
+
+// wasted grants anew what nobody will read.
+func (c *Conn) wasted(l *Lane, n int) {
+	c.eaten.Add(int64(n))
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if l != nil && l.id != 0 {
+		l.mu.Lock()
+		if l.got.left -= n; l.got.left >= 0 {
+			l.got.consumed += n
+		}
+		l.mu.Unlock()
+	}
+	was := len(c.out.pend)
+	if c.refill(); len(c.out.pend) > was {
+		c.out.wake()
+	}
+}
+
+// find gives the lane of a data frame; nil when nobody reads it any more.
+func (c *Conn) find(h header) (*Lane, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	l := c.streams[h.stream]
+	switch {
+	case l != nil && !l.peerEnd:
+		return l, nil
+	case l != nil:
+		return nil, c.fault(l, StreamClosed, AfterEnd)
+	case c.isIdle(h.stream):
+		return nil, violated(Protocol, BadStream)
+	case c.wasReset(h.stream):
+		return nil, nil
+	}
+	return nil, violated(StreamClosed, AfterEnd)
+}
+
+// isIdle says whether a stream has not been opened yet. Only clients open any.
+func (c *Conn) isIdle(id uint32) bool { return id%2 == 0 || id > c.last }
+
+// data takes in payload of the data frame that is being read.
+func (c *Conn) data(p []byte) error {
+	in := &c.in
+	in.left -= len(p)
+	l := in.lane
+	if l == nil {
+		c.wasted(nil, len(p))
+		return nil
+	}
+	code, reason := l.deliver(p)
+	if reason == errGone {
+		c.wasted(nil, len(p))
+	} else if reason != "" {
+		c.wasted(nil, len(p))
+		in.lane = nil
+		return c.faulty(l, code, reason)
+	} else if in.ready = append(in.ready, l); in.left == 0 && in.end {
+		return c.peerEnded(l)
+	}
+	return nil
+}
+
+// errGone is no reason: what comes for a lane that nobody reads any more is
+// thrown away.
+const errGone Reason = "gone"
+
+// deliver takes in what the peer has sent; the window is the bound.
+func (l *Lane) deliver(p []byte) (Code, Reason) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	g := &l.got
+	if g.left -= len(p); g.left < 0 {
+		return FlowControl, Overrun
+	}
+	g.starved = g.starved || g.left == 0
+	if g.want >= 0 {
+		if g.want -= int64(len(p)); g.want < 0 {
+			return Protocol, BadSize
+		}
+	}
+	if l.rerr != nil {
+		return 0, errGone
+	}
+	if !l.c.cfg.Budget.take(len(p)) {
+		return EnhanceYourCalm, OverBudget
+	}
+	g.keep(p)
+	return 0, ""
+}
+
+// peerEnded is the end of what the peer sends in a call.
+func (c *Conn) peerEnded(l *Lane) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if l.id == 0 {
+		return nil // it was ended meanwhile
+	}
+	l.mu.Lock()
+	short := l.got.want > 0
+	l.mu.Unlock()
+	if short {
+		return c.fault(l, Protocol, BadSize)
+	}
+	l.ends()
+	c.in.ready = append(c.in.ready, l)
+	return nil
+}
+
+// ends takes note that the peer sends no more of the call. The lock of c is held.
+func (l *Lane) ends() {
+	l.mu.Lock()
+	l.got.end = true
+	l.mu.Unlock()
+	if l.peerEnd = true; l.sent {
+		l.c.forget(l)
+	}
+}
+
+// faulty is fault without the lock.
+func (c *Conn) faulty(l *Lane, code Code, reason Reason) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.fault(l, code, reason)
+}
+
+// fault ends a call by the fault of the peer. Who makes us end many pays for it
+// as for those that he breaks off himself. It gives the lock up for Cut.
+func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
+	if l.id == 0 {
+		return nil
+	}
+	c.cfg.Violated(reason)
+	c.reset(l.id, code)
+	c.cut(l, &ResetError{code})
+	return c.noisy()
+}
+
+// cut ends the call of a lane, and the lane.
+func (c *Conn) cut(l *Lane, err error) {
+	c.forget(l)
+	l.broke(err)
+	if l.Cut != nil {
+		c.mu.Unlock()
+		l.Cut()
+		c.mu.Lock()
+	}
+}

@@ -1,0 +1,432 @@
+package http2
+
+import (
+	"bytes"
+	"errors"
+	"os"
+)
+
+// errUnclear ends a lane on which something is written that is not HTTP/1.1 as
+// package http1 writes it.
+var errUnclear = errors.New("what is written is no HTTP/1.1")
+
+// outgoing is where who writes stands within a message.
+type outgoing struct {
+	state  uint8
+	left   int64  // of the body, or of its chunk
+	line   []byte // of a chunk, or of trailers, that is not whole yet
+	block  []byte // the field section being made
+	tunnel bool   // bytes pass as they are
+	head   bool   // the answer to HEAD has no body
+	asked  uint8  // what the call asked for beside
+}
+
+// What a call can ask for beside an answer.
+const (
+	askedConnect   = 1 // a tunnel
+	askedWebSocket = 2
+)
+
+// The states of outgoing.
+const (
+	outHead uint8 = iota
+	outLength
+	outSize     // of a chunk
+	outChunk    // its data
+	outChunkEnd // the CRLF behind it
+	outTrailer
+	outTunnel
+)
+
+// Write takes in HTTP/1.1, at a server an answer, at a client a request, and sees
+// that it is sent. A head is written whole. Write waits while the peer lets
+// nothing more be sent.
+func (l *Lane) Write(p []byte) (n int, err error) {
+	for n < len(p) && err == nil {
+		var k int
+		switch l.out.state {
+		case outHead:
+			k, err = l.writeHead(p[n:])
+		case outLength, outTunnel:
+			k, err = l.writeData(p[n:])
+		default:
+			k, err = l.writeChunks(p[n:])
+		}
+		n += k
+	}
+	c := l.c
+	c.mu.Lock()
+	if !c.out.flushing && len(c.out.pend) > 0 && c.err == nil {
+		c.flush()
+	}
+	c.mu.Unlock()
+	return n, err
+}
+
+var crlf2 = []byte("\r\n\r\n")
+
+// writeHead sends a head.
+func (l *Lane) writeHead(p []byte) (int, error) {
+	i := bytes.Index(p, crlf2)
+	if i < 0 {
+		return 0, errUnclear
+	}
+	var body framing
+	var err error
+	if l.c.server {
+		body, err = l.out.answer(p[:i+2])
+	} else {
+		err = errUnclear // client.go
+	}
+	if err != nil {
+		return 0, err
+	}
+	n := i + len(crlf2)
+	l.c.mu.Lock()
+	defer l.c.mu.Unlock()
+	if err := l.may(); err != nil {
+		return 0, err
+	}
+	o := &l.c.out
+	o.pend = appendHeaders(o.pend, l.id, body == bodyNone, l.out.block)
+	switch body {
+	case bodyNone:
+		l.finished()
+	case bodyLength:
+		l.out.state = outLength
+	case bodyChunks:
+		l.out.state = outSize
+	case bodyTunnel:
+		l.out.state, l.out.tunnel = outTunnel, true
+		l.opened()
+	}
+	return n, nil
+}
+
+// framing is what follows a head.
+type framing uint8
+
+const (
+	bodyNone   framing = iota
+	bodyLater          // it was an interim answer
+	bodyLength         // outgoing.left bytes
+	bodyChunks
+	bodyTunnel
+)
+
+// fields encodes the lines of a head, each ended by CRLF, leaving out those that
+// belong to HTTP/1.1 alone, and tells how the body is framed.
+func (o *outgoing) fields(lines []byte) (chunks bool, length int64, err error) {
+	length = -1
+	for len(lines) > 0 {
+		end := bytes.IndexByte(lines, '\n')
+		colon := bytes.IndexByte(lines, ':')
+		if colon < 1 || end < colon || lines[end-1] != '\r' {
+			return false, 0, errUnclear
+		}
+		name, value := lines[:colon], bytes.TrimLeft(lines[colon+1:end-1], " ")
+		lines = lines[end+1:]
+		switch len(name) {
+		case 4:
+			if is(name, "host") {
+				continue
+			}
+		case 7:
+			if is(name, "upgrade") {
+				continue
+			}
+		case 10:
+			if is(name, "connection") || is(name, "keep-alive") {
+				continue
+			}
+		case 14:
+			if is(name, "content-length") {
+				n, ok := parseLength(string(value))
+				if !ok {
+					return false, 0, errUnclear
+				}
+				length = n
+			}
+		case 16:
+			if is(name, "proxy-connection") {
+				continue
+			}
+		case 20:
+			if is(name, "sec-websocket-accept") {
+				continue
+			}
+		case 17:
+			if is(name, "transfer-encoding") {
+				chunks = true
+				continue
+			}
+		}
+		o.block = appendLine(o.block, name, value)
+	}
+	return chunks, length, nil
+}
+
+// is compares a name of any case with one of letters and '-' in lower case.
+func is(name []byte, low string) bool {
+	if len(name) != len(low) {
+		return false
+	}
+	for i := range name {
+		if name[i]|0x20 != low[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// may says why nothing may be sent. The lock of c is held.
+func (l *Lane) may() error {
+	switch {
+	case l.werr != nil:
+		return l.werr
+	case l.id == 0:
+		return errNoCall
+	case l.sent:
+		return errEnded
+	}
+	return nil
+}
+
+// writeData sends some of a body of known length, or of a tunnel.
+func (l *Lane) writeData(p []byte) (int, error) {
+	o := &l.out
+	if o.state == outLength {
+		p = p[:min(int64(len(p)), o.left)]
+	}
+	l.c.mu.Lock()
+	defer l.c.mu.Unlock()
+	k, err := l.sendable(len(p))
+	if err != nil {
+		return 0, err
+	}
+	if o.state == outLength {
+		if o.left -= int64(k); o.left == 0 {
+			l.finish(p[:k])
+			return k, nil
+		}
+	}
+	l.queue(p[:k], 0)
+	return k, nil
+}
+
+// maxLine bounds a line that is made of pieces: the size of a chunk, or trailers.
+const maxLine = 64 << 10
+
+// writeChunks sends some of a body in chunks, without their sizes.
+func (l *Lane) writeChunks(p []byte) (int, error) {
+	o := &l.out
+	switch o.state {
+	case outChunk:
+		l.c.mu.Lock()
+		defer l.c.mu.Unlock()
+		k, err := l.sendable(int(min(int64(len(p)), o.left)))
+		if err != nil {
+			return 0, err
+		}
+		if o.left -= int64(k); o.left > 0 {
+			l.queue(p[:k], 0)
+			return k, nil
+		}
+		if rest, last := bytes.CutPrefix(p[k:], lastChunk); last {
+			l.finish(p[:k])
+			return len(p) - len(rest), nil
+		}
+		l.queue(p[:k], 0)
+		o.state = outChunkEnd
+		return k, nil
+	case outTrailer:
+		return l.writeTrailer(p)
+	}
+	// A line, which has mostly come whole.
+	i := bytes.IndexByte(p, '\n')
+	if i < 0 {
+		if o.line = append(o.line, p...); len(o.line) > maxLine {
+			return 0, errUnclear
+		}
+		return len(p), nil
+	}
+	line := p[:i+1]
+	if len(o.line) > 0 {
+		o.line = append(o.line, line...)
+		line = o.line
+	}
+	line, ok := bytes.CutSuffix(line, []byte("\r\n"))
+	o.line = o.line[:0]
+	if !ok {
+		return 0, errUnclear
+	}
+	if o.state == outChunkEnd {
+		if o.state = outSize; len(line) > 0 {
+			return 0, errUnclear
+		}
+		return i + 1, nil
+	}
+	if o.left, ok = parseHex(line); !ok {
+		return 0, errUnclear
+	}
+	if o.state = outChunk; o.left == 0 {
+		o.state = outTrailer
+	}
+	return i + 1, nil
+}
+
+// lastChunk is what ends a body without trailers, behind the data of its last
+// chunk.
+var lastChunk = []byte("\r\n0\r\n\r\n")
+
+// writeTrailer ends a body in chunks.
+func (l *Lane) writeTrailer(p []byte) (int, error) {
+	o := &l.out
+	was := len(o.line)
+	if o.line = append(o.line, p...); len(o.line) > maxLine {
+		return 0, errUnclear
+	}
+	lines := o.line
+	n := 0
+	if !bytes.HasPrefix(lines, crlf2[:2]) {
+		if n = bytes.Index(lines, crlf2); n < 0 {
+			return len(p), nil
+		}
+		n += 2
+	}
+	o.block = o.block[:0]
+	if _, _, err := o.fields(lines[:n]); err != nil {
+		return 0, err
+	}
+	o.line = o.line[:0]
+	l.c.mu.Lock()
+	defer l.c.mu.Unlock()
+	if err := l.may(); err != nil {
+		return 0, err
+	}
+	if len(o.block) == 0 {
+		l.finish(nil)
+	} else {
+		l.c.out.pend = appendHeaders(l.c.out.pend, l.id, true, o.block)
+		l.finished()
+	}
+	return n + 2 - was, nil
+}
+
+func parseHex(b []byte) (n int64, ok bool) {
+	for _, c := range b {
+		switch {
+		case '0' <= c && c <= '9':
+			n = n<<4 | int64(c-'0')
+		case 'a' <= c && c <= 'f':
+			n = n<<4 | int64(c-'a'+10)
+		default:
+			return 0, false
+		}
+	}
+	return n, 0 < len(b) && len(b) < 16
+}
+
+// sendable waits until some of n bytes can be queued.
+func (l *Lane) sendable(n int) (int, error) {
+	c := l.c
+	for {
+		err := l.may()
+		if err == nil && l.wend.passed {
+			err = os.ErrDeadlineExceeded
+		}
+		if err != nil {
+			if l.turn {
+				l.turn = false
+				c.out.turns()
+			}
+			return 0, err
+		}
+		if l.credit > 0 && c.credit > 0 {
+			if k := min(n, l.credit, c.credit, maxPayload, l.mayQueue(n)-l.queued); k > 0 {
+				l.turn = false
+				return k, nil
+			}
+		}
+		if !c.out.flushing && len(c.out.pend) > 0 {
+			c.flush()
+			continue
+		}
+		if c.credit <= 0 && !l.thirsts {
+			l.thirsts = true
+			c.thirsty = append(c.thirsty, l)
+		}
+		l.waits = true
+		l.room.Wait()
+		l.waits = false
+	}
+}
+
+// mayQueue is how much of n bytes the lane may have queued. In a crowd it waits
+// for its turn.
+func (l *Lane) mayQueue(n int) int {
+	o := &l.c.out
+	switch {
+	case len(o.pend) == 0 && !o.flushing, len(o.pend) < gather && len(o.line) == 0:
+		return gather
+	case l.turn || n <= tiny || len(o.pend) < crowded && len(o.line) == 0:
+		return share
+	}
+	if !l.inLine {
+		l.inLine = true
+		o.line = append(o.line, l)
+	}
+	return 0
+}
+
+// queue appends a data frame to what is pending.
+func (l *Lane) queue(p []byte, flags uint8) {
+	c := l.c
+	if l.queued == 0 && len(p) > 0 {
+		c.out.batch = append(c.out.batch, l)
+	}
+	l.credit -= len(p)
+	c.credit -= len(p)
+	l.queued += len(p)
+	c.out.earned += 4
+	c.out.pend = append(appendHeader(c.out.pend, len(p), kindData, flags, l.id), p...)
+}
+
+// finish sends the last data of this end, which may be none.
+func (l *Lane) finish(p []byte) {
+	l.queue(p, flagEnd)
+	l.finished()
+}
+
+// finished takes note that this end has sent its last frame of the call. Of a
+// request that is not whole by then a server wants no more (RFC 9113 section
+// 8.1): its lane ends.
+func (l *Lane) finished() {
+	c := l.c
+	l.sent = true
+	l.out.state = outHead
+	switch {
+	case l.peerEnd:
+		c.forget(l)
+	case c.server && !l.out.tunnel:
+		c.reset(l.id, NoError)
+		c.forget(l)
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if l.rerr == nil {
+			l.rerr = errSpent
+		}
+		l.more.Broadcast()
+	}
+}
+
+// errSpent is read behind a request of which no more is wanted.
+var errSpent = errors.New("the call was answered before all of it had come")
+
+// opened lets the bytes of a tunnel be read. The lock of c is held.
+func (l *Lane) opened() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.got.held, l.got.raw = false, true
+	l.more.Signal()
+}

@@ -1,0 +1,156 @@
+package http2
+
+import (
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// share is what a lane may always have queued; the next comes when that is
+	// on its way. So each lane gets its turn, however much another sends.
+	share = 16 << 10
+	// gather is how much may be queued by lanes that want more than that.
+	gather = 64 << 10
+	// crowded is from where on who has more than tiny to send waits in line, so
+	// that what is queued stays bounded however many lanes there are.
+	crowded = 256 << 10
+	tiny    = 2 << 10
+	// maxNotes bounds the queued frames that answer the peer, in bytes: it has
+	// to read them.
+	maxNotes = 64 << 10
+	// keepBuffer is the size up to which a buffer is used again.
+	keepBuffer = 256 << 10
+	// company is how many calls must be on their way for a writer to wait until
+	// the others have had their turn, so that what they write goes along.
+	company = 2
+)
+
+// A writer is what is to be sent. It is guarded by the Conn's lock.
+type writer struct {
+	pend, spare []byte
+	notes       int       // bytes in pend that answer the peer
+	earned      int       // how many grants the data sent is worth
+	batch       []*Lane   // those that have data in pend
+	line        []*Lane   // those that wait for room, who came first in front
+	flushing    bool      // somebody sends what was pending
+	until       time.Time // the write deadline now set
+	work        sync.Cond // for the goroutine that writes what nobody else does
+}
+
+// wake has the goroutine of the Conn write, soon.
+func (o *writer) wake() { o.work.Signal() }
+
+// answered counts what was queued since pend was so long; an error when the peer
+// reads none of its answers.
+func (o *writer) answered(was int) error {
+	if o.notes += len(o.pend) - was; o.notes > maxNotes {
+		return violated(EnhanceYourCalm, Unread)
+	}
+	o.wake()
+	return nil
+}
+
+// turns gives those in front of the line their turn, as many as fit. One that
+// does not use it calls turns again: somebody must be sending while others wait.
+func (o *writer) turns() {
+	n := 0
+	for given := 0; n < len(o.line) && given < crowded/share; n++ {
+		l := o.line[n]
+		l.inLine = false
+		if l.waits {
+			l.turn = true
+			l.room.Signal()
+			given++
+		}
+	}
+	o.line = slices.Delete(o.line, 0, n)
+}
+
+// write sends what nobody else does, until the connection ends, then what is
+// left, and closes.
+func (c *Conn) write() {
+	o := &c.out
+	c.mu.Lock()
+	for c.err == nil {
+		if len(o.pend) == 0 || o.flushing {
+			o.work.Wait()
+			continue
+		}
+		c.flush()
+	}
+	for o.flushing {
+		o.work.Wait()
+	}
+	left := o.pend
+	c.mu.Unlock()
+	if len(left) > 0 {
+		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
+		_ = c.send(left) // the connection has ended, one way or another
+	}
+	c.nc.Close()
+}
+
+// flush sends all that is pending. It is called with the lock held, which it
+// gives up meanwhile.
+func (c *Conn) flush() {
+	o := &c.out
+	o.flushing = true
+	if c.accompanied() {
+		c.mu.Unlock()
+		runtime.Gosched()
+		c.mu.Lock()
+	}
+	b := o.pend
+	o.pend, o.spare, o.notes = o.spare[:0], nil, 0
+	for i, l := range o.batch {
+		l.queued = 0
+		l.room.Signal()
+		o.batch[i] = nil
+	}
+	o.batch = o.batch[:0]
+	o.turns()
+	if d, now := c.cfg.WriteTimeout, time.Now(); c.err == nil && o.until.Sub(now) < d {
+		o.until = now.Add(d + d/8)
+		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
+	}
+	c.mu.Unlock()
+	err := c.send(b)
+	c.mu.Lock()
+	o.flushing = false
+	if cap(b) <= keepBuffer {
+		o.spare = b[:0]
+	}
+	if err != nil {
+		c.endLocked(err)
+	}
+	if len(o.pend) > 0 || c.err != nil {
+		o.wake()
+	}
+}
+
+// send writes b in one go.
+func (c *Conn) send(b []byte) error {
+	if c.sock != nil {
+		c.sock.Cork()
+	}
+	_, err := c.nc.Write(b)
+	if c.sock != nil {
+		if e := c.sock.Uncork(); err == nil {
+			err = e
+		}
+	}
+	return err
+}
+
+// accompanied says whether other calls are under way: at the end that opens
+// streams these wait for an answer, at the other one they do not wait for the
+// next request.
+func (c *Conn) accompanied() bool {
+	n := c.waiting.Load()
+	if c.server {
+		n = c.open.Load() - n
+	}
+	return n > company
+}
