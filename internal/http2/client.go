@@ -1,13 +1,289 @@
 package http2
 
-// answer takes in the field section of an answer.
+import (
+	"bytes"
+	"crypto/sha1" //nolint:gosec // RFC 6455 section 1.3 has it prove nothing
+	"crypto/tls"
+	"encoding/base64"
+	"net"
+	"net/http"
+)
+
+// Dialled makes a Conn of a connection that this end has dialled, to a server
+// that is known to speak HTTP/2.
+func Dialled(nc net.Conn, cfg Config) *Conn { return newConn(nc, cfg, nil) }
+
+// Open makes a new lane. Each request written to it is a stream of its own.
+func (c *Conn) Open() (*Lane, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case c.err != nil || c.leaving != staying:
+		return nil, ErrClosing
+	case len(c.lanes) >= min(c.limit, c.cfg.Streams):
+		return nil, ErrFull
+	}
+	return c.newLane(), nil
+}
+
+// ask begins a call on the next stream. The lock of c is held.
+func (l *Lane) ask() error {
+	c := l.c
+	switch {
+	case l.werr != nil:
+		return l.werr
+	case l.id != 0:
+		return errUnclear
+	case c.leaving != staying || len(c.streams) >= c.limit:
+		return ErrRefused // by us on behalf of the peer: nothing was sent
+	case c.last >= maxStream-2:
+		c.leave() // numbers are not used again
+		return ErrRefused
+	case c.last == 0:
+		c.last = 1
+	default:
+		c.last += 2
+	}
+	l.carry(c.last)
+	l.mu.Lock()
+	l.fresh()
+	l.mu.Unlock()
+	return nil
+}
+
+// secure says whether TLS is underneath.
+func (c *Conn) secure() bool {
+	_, ok := c.nc.(interface{ ConnectionState() tls.ConnectionState })
+	return ok
+}
+
+// takesWebSocket says whether the server has said that it takes extended
+// CONNECT.
+func (c *Conn) takesWebSocket() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.extended
+}
+
+// upgrade is how package http1 writes that a request is for a WebSocket.
+var upgrade = []byte("\r\nUpgrade: websocket\r\n")
+
+// request makes the field section of a request of its head in HTTP/1.1, as
+// package http1 writes it: Host comes first.
+func (o *outgoing) request(head []byte, secure, extended bool) (framing, error) {
+	line, rest, _ := bytes.Cut(head, crlf2[:2])
+	sp := bytes.IndexByte(line, ' ')
+	last := bytes.LastIndexByte(line, ' ')
+	host, lines, ok := bytes.Cut(rest, crlf2[:2])
+	if sp < 1 || last == sp || !ok || !bytes.HasPrefix(host, hostIs) {
+		return 0, errUnclear
+	}
+	method, target, host := line[:sp], line[sp+1:last], host[len(hostIs):]
+	o.head, o.asked, o.tunnel = string(method) == "HEAD", 0, false
+	if string(method) == "GET" && bytes.Contains(rest, upgrade) {
+		if !extended {
+			return 0, ErrNoWebSocket
+		}
+		o.asked = askedWebSocket
+	}
+	b := o.block[:0]
+	switch {
+	case o.asked == askedWebSocket:
+		b = appendNamed(b, indexGET, connect)
+		b = appendLine(b, protocol, websocket)
+	case string(method) == "GET":
+		b = appendIndexed(b, indexGET)
+	case string(method) == "POST":
+		b = appendIndexed(b, indexPOST)
+	case string(method) == "CONNECT":
+		return 0, errUnclear // tunnels are not for other makes
+	default:
+		b = appendNamed(b, indexGET, method)
+	}
+	if secure {
+		b = appendIndexed(b, indexHTTPS)
+	} else {
+		b = appendIndexed(b, indexHTTP)
+	}
+	if len(target) == 1 && target[0] == '/' {
+		b = appendIndexed(b, indexSlash)
+	} else {
+		b = appendNamed(b, indexSlash, target)
+	}
+	o.block = appendNamed(b, indexAuthority, host)
+	chunks, length, err := o.fields(lines)
+	switch {
+	case err != nil:
+		return 0, err
+	case o.asked == askedWebSocket:
+		o.proof = appendProof(o.proof[:0], lines)
+		return bodyTunnel, nil
+	case chunks:
+		return bodyChunks, nil
+	case length <= 0:
+		return bodyNone, nil
+	}
+	o.left = length
+	return bodyLength, nil
+}
+
+// What of the static table begins a request.
+const (
+	indexAuthority = 1 // with another value
+	indexGET       = 2
+	indexPOST      = 3
+	indexSlash     = 4
+	indexHTTP      = 6
+	indexHTTPS     = 7
+)
+
+var (
+	hostIs    = []byte("Host: ")
+	connect   = []byte("CONNECT")
+	protocol  = []byte(":protocol")
+	websocket = []byte("websocket")
+)
+
+// appendNamed appends a field with a name of the static table.
+func appendNamed(b []byte, index uint8, value []byte) []byte {
+	b = appendInt(b, 0, 4, uint64(index))
+	b = appendInt(b, 0, 7, uint64(len(value)))
+	return append(b, value...)
+}
+
+// appendProof appends what answers the key of a request for a WebSocket in
+// HTTP/1.1 (RFC 6455 section 4.2.2); nothing when there is no key.
+func appendProof(b, lines []byte) []byte {
+	for line := range bytes.Lines(lines) {
+		name, value, _ := bytes.Cut(line, []byte(":"))
+		if is(name, "sec-websocket-key") {
+			h := sha1.New() //nolint:gosec // see above
+			h.Write(bytes.TrimSpace(value))
+			h.Write([]byte("258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+			return base64.StdEncoding.AppendEncode(b, h.Sum(nil))
+		}
+	}
+	return b
+}
+
+// maxInterim bounds the interim answers to one call.
+const maxInterim = 8
+
+// answer takes in a field section from a server: an interim answer, an answer,
+// or what ends it.
 func (c *Conn) answer(h header, l *Lane, s *section) error {
-	if h.flags&flagEnd == 0 || !s.answer {
+	if l.answered() {
+		return c.trailers(h, l, s)
+	}
+	end := h.flags&flagEnd != 0
+	status, ok := s.isAnswer(end)
+	switch {
+	case s.large:
+		return c.faulty(l, EnhanceYourCalm, TooLarge)
+	case !ok:
 		return c.faulty(l, Protocol, Malformed)
 	}
-	return c.peerEnded(l)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if l.id != h.stream {
+		return nil // it was ended meanwhile
+	}
+	l.mu.Lock()
+	reason := l.told(s, status, end)
+	l.mu.Unlock()
+	if reason != "" {
+		return c.fault(l, Protocol, reason)
+	}
+	if end {
+		l.ends()
+	}
+	c.in.ready = append(c.in.ready, l)
+	return nil
+}
+
+// isAnswer says whether the section is the head of an answer (RFC 9113 section
+// 8.3.2), and of which status.
+func (s *section) isAnswer(end bool) (status int, ok bool) {
+	if s.bad || s.pseudo != pseudoStatus || len(s.status) != 3 {
+		return 0, false
+	}
+	for i := range 3 {
+		if s.status[i] < '0' || s.status[i] > '9' {
+			return 0, false
+		}
+		status = status*10 + int(s.status[i]-'0')
+	}
+	switch {
+	case status < 100 || status > 599, status == http.StatusSwitchingProtocols:
+		return 0, false
+	case status < 200 && (end || s.length >= 0):
+		return 0, false
+	}
+	return status, true
+}
+
+// hasTrailers says whether trailers are to be expected even where the length of
+// the body was announced, behind which HTTP/1.1 has none.
+func (s *section) hasTrailers() bool {
+	return bytes.Contains(s.lines, grpcIs) || bytes.HasPrefix(s.lines, trailerIs[2:]) || bytes.Contains(s.lines, trailerIs)
+}
+
+var (
+	grpcIs    = []byte("content-type: application/grpc")
+	trailerIs = []byte("\r\ntrailer: ")
+)
+
+// told makes the head of an answer of the section. The locks of c and l are
+// held.
+func (l *Lane) told(s *section, status int, end bool) Reason {
+	g := &l.got
+	unread := bytes.Clone(g.text)
+	b := append(g.store[:0], unread...)
+	if l.out.asked == askedWebSocket && status/100 == 2 && !end {
+		b = append(b, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: "...)
+		b = append(append(append(b, l.out.proof...), "\r\n"...), s.lines...)
+		g.raw, g.told = true, true
+		g.store = append(b, "\r\n"...)
+		g.text = g.store
+		return ""
+	}
+	b = append(b, "HTTP/1.1 "...)
+	b = append(append(append(b, s.status...), ' '), http.StatusText(status)...)
+	b = append(append(b, "\r\n"...), s.lines...)
+	bare := l.out.head || status == http.StatusNoContent || status == http.StatusNotModified
+	switch {
+	case status < 200:
+		if g.interim++; g.interim > maxInterim {
+			return Flood
+		}
+	case bare && s.length >= 0:
+		b = appendNumber(append(b, "Content-Length: "...), s.length)
+	case bare:
+	case end && s.length > 0:
+		return BadSize
+	case end:
+		b = append(b, "Content-Length: 0\r\n"...)
+	case s.length < 0, s.hasTrailers():
+		b = append(b, "Transfer-Encoding: chunked\r\n"...)
+		g.chunks = true
+	default:
+		b = appendNumber(append(b, "Content-Length: "...), s.length)
+	}
+	if status >= 200 {
+		g.told = true
+		if g.want = s.length; bare {
+			g.want = 0
+		}
+	}
+	g.store = append(b, "\r\n"...)
+	g.text = g.store
+	return ""
 }
 
 // answered says whether the head of the answer is here, so that what comes next
 // ends it.
-func (l *Lane) answered() bool { return l.peerEnd }
+func (l *Lane) answered() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.got.told
+}

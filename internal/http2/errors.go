@@ -19,6 +19,10 @@ var ErrFull = errors.New("as many streams as the peer takes")
 // by the lanes of one that was closed at this end.
 var ErrClosing = errors.New("connection is closing")
 
+// ErrNoWebSocket is returned when a request is for a WebSocket and the server
+// does not take them over HTTP/2 (RFC 8441).
+var ErrNoWebSocket = errors.New("the server takes no WebSocket over HTTP/2")
+
 // ErrSilent is the end of a connection whose peer has said nothing for too long.
 var ErrSilent = errors.New("peer is silent")
 

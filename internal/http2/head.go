@@ -67,7 +67,7 @@ func (c *Conn) sectionWhole(h header, block []byte) error {
 		err = violated(Protocol, BadStream)
 	case l == nil && !c.isIdle(h.stream):
 		begins = false
-		if !c.wasReset(h.stream) {
+		if c.server && !c.wasReset(h.stream) {
 			err = violated(StreamClosed, AfterEnd)
 		}
 	case l == nil && !c.server:

@@ -41,7 +41,8 @@ const Proto = "h2"
 // A Config bounds what a peer can make this end hold. The zero value means the
 // defaults.
 type Config struct {
-	// Streams is how many streams the peer may have open at once. Default 100.
+	// Streams is how many streams the peer may have open at once, or we with it,
+	// who take no more than it says either. Default 100.
 	Streams int
 	// Head is the size of a decoded field section in bytes, each field counted
 	// with 32 bytes more. Default 32 KiB.
@@ -58,7 +59,9 @@ type Config struct {
 	// than data may take from its first byte to its last. Default 10 s.
 	HeadTimeout time.Duration
 	// KeepAlive is after how long of silence the peer is asked for a sign of
-	// life; after as long again without one the connection ends. Default 15 s.
+	// life; after as long again without one the connection ends. A client asks
+	// only when the silence follows something that it has sent: servers take
+	// more for a flood. Default 15 s; negative: nobody is asked.
 	KeepAlive time.Duration
 	// Idle is how long a connection without calls is kept, give or take a
 	// KeepAlive. Default 60 s.
@@ -138,6 +141,7 @@ type Conn struct {
 	out      writer
 	tick     *time.Timer
 	seen     uint64    // heard at the last tick
+	said     uint64    // what was sent until then
 	asked    bool      // a sign of life, at the last tick
 	empty    time.Time // since when there is no call
 	parted   bool      // the peer has its time to close
@@ -197,7 +201,7 @@ func (c *Conn) Run() error {
 		c.sock.Buffer()
 	}
 	c.mu.Lock()
-	c.tick = time.AfterFunc(c.cfg.KeepAlive, c.lookAround)
+	c.tick = time.AfterFunc(c.cfg.beat(), c.lookAround)
 	c.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
@@ -349,7 +353,15 @@ const (
 	drainWord = 0x647261696e696e67
 )
 
-// lookAround runs once in a KeepAlive. It asks a peer that is silent for a sign
+// beat is how often lookAround runs.
+func (c Config) beat() time.Duration {
+	if c.KeepAlive < 0 {
+		return c.Idle
+	}
+	return c.KeepAlive
+}
+
+// lookAround runs once in a beat. It asks a peer that is silent for a sign
 // of life, and closes what has no calls for long.
 func (c *Conn) lookAround() {
 	c.mu.Lock()
@@ -360,7 +372,8 @@ func (c *Conn) lookAround() {
 	heard := c.heard.Load()
 	switch {
 	case heard != c.seen:
-		c.seen, c.asked = heard, false
+		c.seen, c.said, c.asked = heard, c.out.sent, false
+	case c.cfg.KeepAlive < 0, !c.server && !c.asked && c.out.sent == c.said:
 	case c.asked:
 		c.endLocked(ErrSilent)
 		return
@@ -372,5 +385,5 @@ func (c *Conn) lookAround() {
 	if len(c.streams) == 0 && time.Since(c.empty) >= c.cfg.Idle {
 		c.leave()
 	}
-	c.tick.Reset(c.cfg.KeepAlive)
+	c.tick.Reset(c.cfg.beat())
 }

@@ -54,20 +54,22 @@ type Lane struct {
 
 // incoming is what was received of a call and not read.
 type incoming struct {
-	text   []byte // HTTP/1.1 that is read before buf: a head, the lines of a chunk
-	store  []byte // where a head is made
-	line   [24]byte
-	buf    []byte // data: buf[r:] is not read yet
-	r      int
-	chunk  int    // bytes of it that belong behind the text that was read
-	chunks bool   // data is read in chunks
-	raw    bool   // data is read until the end, which is EOF
-	held   bool   // not before the tunnel is open
-	begun  bool   // some of it was read
-	end    bool   // the peer sends no more
-	ended  bool   // and the reader has been told
-	tail   []byte // trailers, lines of HTTP/1.1
-	want   int64  // data that content-length still announces; -1: it says nothing
+	text    []byte // HTTP/1.1 that is read before buf: a head, the lines of a chunk
+	store   []byte // where a head is made
+	line    [24]byte
+	buf     []byte // data: buf[r:] is not read yet
+	r       int
+	chunk   int    // bytes of it that belong behind the text that was read
+	chunks  bool   // data is read in chunks
+	raw     bool   // data is read until the end, which is EOF
+	held    bool   // not before the tunnel is open
+	told    bool   // of a client: the answer has begun
+	begun   bool   // some of it was read
+	end     bool   // the peer sends no more
+	ended   bool   // and the reader has been told
+	tail    []byte // trailers, lines of HTTP/1.1
+	want    int64  // data that content-length still announces; -1: it says nothing
+	interim int    // how many interim answers have come
 
 	left     int // what the peer may still send
 	consumed int // what was read and not granted anew
@@ -202,8 +204,8 @@ func (g *incoming) take(p []byte) (n, data int) {
 			if g.chunk == 0 && g.chunks {
 				g.text = append(g.line[:0], '\r', '\n')
 			}
-		case g.r < len(g.buf):
-			g.chunk = len(g.buf) - g.r
+		case g.r < g.ripe():
+			g.chunk = g.ripe() - g.r
 			if g.chunks {
 				g.chunk = min(g.chunk, max(len(p)-n-len(g.line), 1))
 				g.text = append(strconv.AppendInt(g.line[:0], int64(g.chunk), 16), '\r', '\n')
@@ -221,6 +223,16 @@ func (g *incoming) take(p []byte) (n, data int) {
 	}
 	g.begun = true
 	return n, data
+}
+
+// ripe is up to where data may be read. An answer of known length is over for
+// its reader with the last byte, which therefore waits for the end of the stream:
+// the lane is then ready for the next call.
+func (g *incoming) ripe() int {
+	if g.told && g.want == 0 && !g.end && !g.chunks && !g.raw && len(g.buf) > 0 {
+		return len(g.buf) - 1
+	}
+	return len(g.buf)
 }
 
 // took counts what was read, and unlocks. When half of the window was, the peer
@@ -388,7 +400,7 @@ func (l *Lane) Reset(code Code) error {
 	}
 	l.mu.Unlock()
 	if l.id != 0 {
-		if l.sent {
+		if l.sent && c.server {
 			code = NoError
 		}
 		c.reset(l.id, code)
@@ -444,7 +456,7 @@ func (l *Lane) Stale() bool {
 	c := l.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.leaving != staying || l.werr != nil {
+	if c.leaving != staying || l.werr != nil || l.id != 0 {
 		return true
 	}
 	l.mu.Lock()

@@ -234,8 +234,8 @@ func (c *Conn) find(h header) (*Lane, error) {
 		return nil, c.fault(l, StreamClosed, AfterEnd)
 	case c.isIdle(h.stream):
 		return nil, violated(Protocol, BadStream)
-	case c.wasReset(h.stream):
-		return nil, nil
+	case !c.server, c.wasReset(h.stream):
+		return nil, nil // what was on its way when we ended the call
 	}
 	return nil, violated(StreamClosed, AfterEnd)
 }
@@ -274,8 +274,11 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	g := &l.got
-	if g.left -= len(p); g.left < 0 {
+	switch g.left -= len(p); {
+	case g.left < 0:
 		return FlowControl, Overrun
+	case !l.c.server && !g.told:
+		return Protocol, Malformed // data before the head of its answer
 	}
 	g.starved = g.starved || g.left == 0
 	if g.want >= 0 {

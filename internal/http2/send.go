@@ -19,6 +19,7 @@ type outgoing struct {
 	tunnel bool   // bytes pass as they are
 	head   bool   // the answer to HEAD has no body
 	asked  uint8  // what the call asked for beside
+	proof  []byte // of a client: what answers its key, for a WebSocket
 }
 
 // What a call can ask for beside an answer.
@@ -76,7 +77,7 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 	if l.c.server {
 		body, err = l.out.answer(p[:i+2])
 	} else {
-		err = errUnclear // client.go
+		body, err = l.out.request(p[:i+2], l.c.secure(), l.c.takesWebSocket())
 	}
 	if err != nil {
 		return 0, err
@@ -84,7 +85,13 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 	n := i + len(crlf2)
 	l.c.mu.Lock()
 	defer l.c.mu.Unlock()
-	if err := l.may(); err != nil {
+	if !l.c.server {
+		err = l.ask()
+	}
+	if err == nil {
+		err = l.may()
+	}
+	if err != nil {
 		return 0, err
 	}
 	o := &l.c.out
@@ -98,7 +105,9 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 		l.out.state = outSize
 	case bodyTunnel:
 		l.out.state, l.out.tunnel = outTunnel, true
-		l.opened()
+		if l.c.server {
+			l.opened()
+		}
 	}
 	return n, nil
 }

@@ -35,6 +35,7 @@ type writer struct {
 	batch       []*Lane   // those that have data in pend
 	line        []*Lane   // those that wait for room, who came first in front
 	flushing    bool      // somebody sends what was pending
+	sent        uint64    // how often something was
 	until       time.Time // the write deadline now set
 	work        sync.Cond // for the goroutine that writes what nobody else does
 }
@@ -97,6 +98,7 @@ func (c *Conn) write() {
 func (c *Conn) flush() {
 	o := &c.out
 	o.flushing = true
+	o.sent++
 	if c.accompanied() {
 		c.mu.Unlock()
 		runtime.Gosched()
