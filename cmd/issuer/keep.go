@@ -136,8 +136,9 @@ func (r *received) due(now time.Time) (out []string, err error) {
 	return out, nil
 }
 
-// firstTime is the time of the first record in a file; of one that has none, or
-// cannot be read, it is long ago, and who opens it says why.
+// firstTime is the time of the first record in a file, or when that was written
+// if its time is yet to come; of one that has none, or cannot be read, it is long
+// ago, and who opens it says why.
 func firstTime(name string) time.Time {
 	f, err := os.Open(name)
 	if err != nil {
@@ -146,5 +147,8 @@ func firstTime(name string) time.Time {
 	defer f.Close()
 	line, _ := bufio.NewReader(f).ReadBytes('\n')
 	r, _, _ := audit.ParseLine(line)
+	if st, err := f.Stat(); err == nil && r.Time.After(time.Now()) {
+		return st.ModTime()
+	}
 	return r.Time
 }

@@ -54,6 +54,9 @@ type confirmer struct {
 	claims []*claim
 	tree   spine
 	gone   goneCheck
+	// passed is the newest claim of a witness that speaks of removed records
+	// alone, nil when there is none.
+	passed *claim
 	// keyed: the key of the log is known.
 	keyed bool
 	// own verifies what the log has signed itself; nil when its key is not known.
@@ -255,6 +258,12 @@ func (c *confirmer) judge(rep *Report) {
 	}
 	if rep.Identity = (Verdict{OK: true}); c.refusal != "" {
 		rep.Identity.fail(0, "%s", c.refusal)
+	}
+	if best == nil && c.passed != nil && c.own != nil {
+		// Nothing goes from a log before a witness has signed as much: who made
+		// this evidence has the key of the log, and no witness has seen it.
+		rep.Completeness.fail(0, "%s is of %d records, and the evidence says that %d were removed, which no witness has signed: the log was rewritten, or what was given is older than the removal and the cosigned checkpoint is missing",
+			c.passed.who, c.passed.Size, c.gone.Last)
 	}
 	if best == nil {
 		why := c.unknown

@@ -20,7 +20,8 @@ type goneCheck struct {
 }
 
 // begin reads the evidence and goes on from it. What witnesses have signed of
-// less than was removed cannot be looked at any more.
+// less than was removed cannot be looked at any more, so that something that
+// they have signed of what is left has to take its place.
 func (c *confirmer) begin(path string) error {
 	c.gone, c.tree = goneCheck{}, spine{}
 	gone, err := kept(path)
@@ -33,7 +34,12 @@ func (c *confirmer) begin(path string) error {
 	}
 	e := gone.edge()
 	c.tree = e.spine()
-	c.claims = slices.DeleteFunc(c.claims, func(a *claim) bool { return a.Size < gone.Last })
+	c.claims = slices.DeleteFunc(c.claims, func(a *claim) bool {
+		if a.Size < gone.Last && !a.at.IsZero() {
+			c.passed = a
+		}
+		return a.Size < gone.Last
+	})
 	c.stand(gone.Until)
 	return nil
 }

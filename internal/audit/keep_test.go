@@ -404,6 +404,31 @@ func TestWhatAnAttackerCanDoToAKeptLog(t *testing.T) {
 				r.setEdge(e)
 			})
 		}, "ffpp"},
+		{"has the key, and writes evidence of more than was signed", func(t *testing.T, k *keptLog) {
+			// Another log of the same key, longer than what a witness has signed, of
+			// which everything up to its last file is said to be removed by rule.
+			liar := &keptLog{signedLog: &signedLog{path: k.path, heads: &memHeads{}, name: k.name}}
+			var err error
+			if liar.w, err = OpenWitness(t.TempDir(), liar.heads); err != nil {
+				t.Fatal(err)
+			}
+			k.log.Close()
+			for _, name := range append(mustGlob(t, k.path+"*"), filepath.Join(TreeDir(k.path), cosignedFile)) {
+				if info, err := os.Stat(name); err == nil && !info.IsDir() {
+					_ = os.Remove(name)
+				}
+			}
+			key := mustRead(t, filepath.Join(TreeDir(k.path), keyFile))
+			_ = os.RemoveAll(TreeDir(k.path))
+			_ = os.MkdirAll(TreeDir(k.path), 0o700)
+			_ = os.WriteFile(filepath.Join(TreeDir(k.path), keyFile), key, 0o600)
+			liar.open(t)
+			for range 6 {
+				liar.grow(t, 90)
+				liar.sweep(t)
+			}
+			_ = os.Remove(filepath.Join(TreeDir(k.path), cosignedFile))
+		}, "pfuu"},
 		{"changes a record of a file that is kept", func(t *testing.T, k *keptLog) {
 			name := oldest(t, k)
 			_ = os.WriteFile(name, bytes.Replace(mustRead(t, name), []byte(`"port":8443`), []byte(`"port":8444`), 1), 0o600)
@@ -426,6 +451,46 @@ func TestWhatAnAttackerCanDoToAKeptLog(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestRecordsOfTheFutureGrowOld: a proxy that dates its records ahead does not
+// have its copy kept for good.
+func TestRecordsOfTheFutureGrowOld(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l := openAt(t, filepath.Join(t.TempDir(), "audit.log"))
+		for range 20 {
+			r := sample()
+			r.Time = time.Now().Add(10 * 365 * 24 * time.Hour)
+			if err := l.Append(&r); err != nil {
+				t.Fatal(err)
+			}
+		}
+		path := filepath.Join(t.TempDir(), CopyName(billingID, nodeID))
+		m := mirrorAt(t, path)
+		var lines [][]byte
+		for b := range bytes.Lines(mustRead(t, l.cfg.Path)) {
+			lines = append(lines, b)
+		}
+		mustReceive(t, m, lines, 20)
+		into := openAt(t, filepath.Join(t.TempDir(), "audit.jsonl"))
+		w, err := OpenWitness(t.TempDir(), &memHeads{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		written(t, path)
+		for _, tt := range []struct {
+			after time.Duration
+			gone  bool
+		}{{30 * time.Minute, false}, {time.Hour, true}} {
+			time.Sleep(tt.after)
+			if err := m.Sweep(t.Context(), KeepConfig{Age: time.Hour, WithoutSink: true}, w, into); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := os.Stat(path + keptSuffix); (err == nil) != tt.gone {
+				t.Errorf("after %v: %v", tt.after, err)
+			}
+		}
+	})
 }
 
 // TestKeepLeavesWhatWasChanged: a file that is not what was signed is evidence

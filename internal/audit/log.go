@@ -84,6 +84,10 @@ type Log struct {
 	buf    []byte
 	ids    strings.Builder // hands out ids without an allocation for each
 	closed bool
+	// flushing is set while the file is brought to the disk without mu, due when
+	// it is to be put aside as soon as that is over: of two fsyncs at once the
+	// kernel tells a failure to one, and the other would take the file for safe.
+	flushing, due bool
 	// torn is set while the file may end in a part of a line.
 	torn bool
 	// fail is why the last Append failed.
@@ -227,7 +231,7 @@ func (l *Log) write(r *Record) error {
 // put writes the line in buf, which is record seq, under mu.
 func (l *Log) put(seq uint64) error {
 	if l.size >= l.cfg.MaxFile && l.mem == nil {
-		if err := l.rotate(); err != nil {
+		if err := l.putAside(); err != nil {
 			return err
 		}
 	}
@@ -298,30 +302,40 @@ func (l *Log) Sync(ctx context.Context) error {
 	defer func() { <-l.syncing }()
 
 	l.mu.Lock()
-	file, now, done := l.file, l.seq, l.synced >= want
-	dead, closed := l.dead != nil, l.closed
-	l.mu.Unlock()
-	switch {
-	case closed:
-		return ErrClosed
-	case dead:
-		return l.mend() // which brings all of it to the disk
-	case done:
-		return nil
-	}
-	err := file.Sync()
-	l.mu.Lock()
 	defer l.mu.Unlock()
 	switch {
+	case l.closed:
+		return ErrClosed
 	case l.dead != nil:
-		return l.dead // rotate has heard of a failure, which is told to one of both only
-	case l.synced >= now && (err == nil || errors.Is(err, os.ErrClosed)):
-		return nil // rotate was faster: it has synced and closed the file
+		l.mu.Unlock()
+		err := l.mend() // which brings all of it to the disk
+		l.mu.Lock()
+		return err
+	case l.synced >= want:
+		return nil
 	}
+	return l.flush()
+}
+
+// flush brings the file to the disk and lets others write meanwhile, under mu
+// and with the right to call fsync.
+func (l *Log) flush() error {
+	file, now := l.file, l.seq
+	l.flushing = true
+	l.mu.Unlock()
+	err := file.Sync()
+	l.mu.Lock()
+	l.flushing = false
 	if err != nil {
 		return l.die(err)
 	}
 	l.synced = now
+	if l.due {
+		if err := l.rotate(); err != nil {
+			l.cfg.Log.Warn("audit log not put aside; trying again", "path", l.cfg.Path, "err", err)
+			return l.dead // what was asked for is on the disk, unless rotate has heard otherwise
+		}
+	}
 	return nil
 }
 
@@ -367,6 +381,15 @@ func (l *Log) Close() error {
 	return errors.Join(l.dead, l.file.Sync(), l.file.Close())
 }
 
+// putAside is rotate at once, or when the file has been brought to the disk,
+// under mu.
+func (l *Log) putAside() error {
+	if l.due = l.flushing; l.due {
+		return nil
+	}
+	return l.rotate()
+}
+
 // rotate puts the file aside and continues the chain in a new one, under mu.
 // The path names a file at every moment, so that nobody can slip in between.
 func (l *Log) rotate() error {
@@ -389,7 +412,7 @@ func (l *Log) rotate() error {
 		return errors.Join(fmt.Errorf("continue audit log: %w", err), f.Close(), os.Remove(next), os.Remove(aside))
 	}
 	old := l.file
-	l.file, l.size, l.first = f, 0, 0
+	l.file, l.size, l.first, l.due = f, 0, 0, false
 	if err := errors.Join(old.Close(), syncDir(filepath.Dir(aside))); err != nil {
 		l.cfg.Log.Warn("putting the audit log aside was not clean", "path", aside, "error", err)
 	}

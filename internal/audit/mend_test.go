@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -122,6 +123,111 @@ func TestDroppedPagesAreNotMended(t *testing.T) {
 		}
 		mustVerify(t, path, 4)
 	})
+}
+
+// slowSync is a file whose fsync waits, and then fails once.
+type slowSync struct {
+	*os.File
+	began, end chan struct{}
+}
+
+func (f *slowSync) Sync() error {
+	close(f.began)
+	<-f.end
+	return errDisk
+}
+
+// TestNoFileGoesAsideWhileItIsSynced: of two fsyncs at once the kernel tells a
+// failure to one. The file is full while one is under way that fails: it is
+// written anew as a whole, and put aside after that.
+func TestNoFileGoesAsideWhileItIsSynced(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l, err := Open(Config{Path: path, Log: quiet(), MaxFile: 4 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	mustAppend(t, l, 2)
+	held, err := os.Open(path) // so that no other file gets its number
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	was, err := held.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	slow := &slowSync{began: make(chan struct{}), end: make(chan struct{})}
+	l.mu.Lock()
+	slow.File = l.file.(*os.File)
+	l.file = slow
+	l.mu.Unlock()
+	synced := make(chan error, 1)
+	go func() { synced <- l.Sync(t.Context()) }()
+	<-slow.began
+	mustAppend(t, l, 40)
+	if names := mustGlob(t, path+".*"); len(names) > 0 {
+		t.Errorf("put aside while it is brought to the disk: %v", names)
+	}
+	close(slow.end)
+	if err := <-synced; !errors.Is(err, errDisk) || l.Durable() != 0 {
+		t.Fatalf("%v, %d on the disk", err, l.Durable())
+	}
+	if err := l.Sync(t.Context()); err != nil || l.Durable() != 42 {
+		t.Fatalf("not mended: %v, %d on the disk", err, l.Durable())
+	}
+	mustAppend(t, l, 1)
+	names, err := Segments(path)
+	if err != nil || len(names) != 2 {
+		t.Fatalf("%v %v", names, err)
+	}
+	for _, name := range names {
+		if now, err := os.Stat(name); err != nil || os.SameFile(was, now) {
+			t.Errorf("%s is the file that failed: %v", filepath.Base(name), err)
+		}
+	}
+	mustVerify(t, path, 43)
+}
+
+// TestAFullFileGoesAsideAfterItsSync, though nobody writes any more.
+func TestAFullFileGoesAsideAfterItsSync(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "audit.log")
+	l, err := Open(Config{Path: path, Log: quiet(), MaxFile: 4 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	slow := &gatedSync{began: make(chan struct{}), end: make(chan struct{})}
+	l.mu.Lock()
+	slow.File = l.file.(*os.File)
+	l.file = slow
+	l.mu.Unlock()
+	mustAppend(t, l, 2)
+	synced := make(chan error, 1)
+	go func() { synced <- l.Sync(t.Context()) }()
+	<-slow.began
+	mustAppend(t, l, 40)
+	close(slow.end)
+	if err := <-synced; err != nil {
+		t.Fatal(err)
+	}
+	if names := mustGlob(t, path+".*"); len(names) != 1 || l.Durable() != 42 {
+		t.Errorf("%v, %d on the disk", names, l.Durable())
+	}
+	mustAppend(t, l, 1)
+	mustVerify(t, path, 43)
+}
+
+// gatedSync is a file whose first fsync waits.
+type gatedSync struct {
+	*os.File
+	began, end chan struct{}
+	once       sync.Once
+}
+
+func (f *gatedSync) Sync() error {
+	f.once.Do(func() { close(f.began); <-f.end })
+	return f.File.Sync()
 }
 
 // TestRunMends: nobody has to call.

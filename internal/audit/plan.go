@@ -76,10 +76,18 @@ func (k *Keeper) putAside() error {
 		return err
 	}
 	r, _, err := ParseLine(line)
-	if err != nil || time.Since(r.Time) < k.cfg.Part() {
+	if err != nil {
 		return err
 	}
-	return l.rotate()
+	st, err := os.Stat(l.cfg.Path)
+	if err != nil {
+		return err
+	}
+	// Of a file that is being written the time of the first record counts.
+	if at := r.Time; time.Since(at) < k.cfg.Part() && (!at.After(time.Now()) || time.Since(st.ModTime()) < k.cfg.Part()) {
+		return nil
+	}
+	return l.putAside()
 }
 
 // asides lists the files put aside, and how many bytes there are in all files.
@@ -117,6 +125,7 @@ func (l *Log) asides() (files []aside, all int64, err error) {
 
 // newest is when the last record came into a file: not before its time, and not
 // before the file was written, since the times in a copy are another's to choose.
+// A time that is yet to come says nothing: the file would never grow old.
 func newest(name string) (time.Time, error) {
 	f, err := os.Open(name)
 	if err != nil {
@@ -128,8 +137,13 @@ func newest(name string) (time.Time, error) {
 		return time.Time{}, err
 	}
 	last, err := lastRecord(f, st.Size())
-	if at := st.ModTime(); at.After(last.at) {
-		return at, err
+	return agedFrom(last.at, st), err
+}
+
+// agedFrom is from when on something of a time in a file grows old.
+func agedFrom(at time.Time, in os.FileInfo) time.Time {
+	if m := in.ModTime(); m.After(at) || at.After(time.Now()) {
+		return m
 	}
-	return last.at, err
+	return at
 }
