@@ -9,9 +9,10 @@ import (
 )
 
 const (
-	// settle is how far apart two readings of the policy folder are. One that
-	// is written in place may be cut off for longer than one that is moved there
-	// is without its like: settleInPlace.
+	// settle is how far apart two readings of the policy folder are. A file that
+	// is written where it stands may be cut off for longer than one that is moved
+	// there is without its like: settleInPlace, which is also how long nobody may
+	// have written to it.
 	settle        = 25 * time.Millisecond
 	settleInPlace = 75 * time.Millisecond
 	// settleTries bounds the readings while they differ: about a second.
@@ -45,7 +46,7 @@ func settled(ctx context.Context, read func() (*mesh.Files, error), before *mesh
 }
 
 func pauseAfter(last, before *mesh.Files) time.Duration {
-	if last == nil || last.Rewritten(before) {
+	if last == nil || last.Rewritten(before, settleInPlace) {
 		return settleInPlace
 	}
 	return settle

@@ -63,6 +63,42 @@ func TestAHalfWrittenFolderIsNotTaken(t *testing.T) {
 	}
 }
 
+// TestACheckoutIsTakenWhole: it removes a file and writes another one in its
+// place, which is half there when it is read first.
+func TestACheckoutIsTakenWhole(t *testing.T) {
+	folder := &mesh.Folder{Dir: t.TempDir(), TrustDomain: spiffeid.RequireTrustDomainFromString("corp.example")}
+	path := filepath.Join(folder.Dir, "guardrails.csv")
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(folder.Dir, "access.csv"), []byte("# nothing is allowed\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		write("# no guardrail yet\n")
+		before, err := folder.Read()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		write("# half of it\n")
+		// Longer than a file that is moved there is given.
+		time.AfterFunc(2*settle, func() { write("# half of it\n" + guard) })
+		files, err := settled(t.Context(), folder.Read, before)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p, err := folder.Parse(files); err != nil || len(p.Rules) != 1 {
+			t.Errorf("got %+v, %v; want the guardrail", p, err)
+		}
+	})
+}
+
 // TestOneWhoWritesInPlaceIsGivenLonger than one who moves files there.
 func TestOneWhoWritesInPlaceIsGivenLonger(t *testing.T) {
 	folder := &mesh.Folder{Dir: t.TempDir(), TrustDomain: spiffeid.RequireTrustDomainFromString("corp.example")}
@@ -83,9 +119,19 @@ func TestOneWhoWritesInPlaceIsGivenLonger(t *testing.T) {
 			{"the first reading", func() {}, settleInPlace},
 			{"nothing new", func() {}, settle},
 			{"written in place", func() { write(path, "# two\n") }, settleInPlace},
+			{"made anew in place, as by a checkout", func() {
+				if err := os.Remove(path); err != nil {
+					t.Error(err)
+				}
+				write(path, "# three\n")
+			}, settleInPlace},
 			{"moved", func() {
-				write(path+".go", "# three\n")
+				write(path+".go", "# four\n")
 				if err := os.Rename(path+".go", path); err != nil {
+					t.Error(err)
+				}
+				// It was written a while ago, by the clock of the bubble.
+				if err := os.Chtimes(path, time.Time{}, time.Now().Add(-settleInPlace)); err != nil {
 					t.Error(err)
 				}
 			}, settle},

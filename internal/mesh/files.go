@@ -12,6 +12,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 )
 
 // maxRead is how much of a file is read: one byte more shows that it is too
@@ -28,15 +29,18 @@ type Files struct {
 	folders map[string][]fs.DirEntry
 	bytes   map[string][]byte
 	infos   map[string]fs.FileInfo
+	// at is when they were read.
+	at time.Time
 }
 
 // Sum is that of what was read: Files with one Sum have the same bytes.
 func (f *Files) Sum() Sum { return f.sum }
 
 // Rewritten reports whether some file has other bytes than before, which may be
-// nil, and was not moved into place since: what was read of it may be half. One
-// that is gone may be on its way back.
-func (f *Files) Rewritten(before *Files) bool {
+// nil, and may still be written: it is the same file, or another one, such as a
+// checkout makes, to which somebody wrote lately. What was read of it may be
+// half. One that is gone may be on its way back.
+func (f *Files) Rewritten(before *Files, lately time.Duration) bool {
 	if before != nil {
 		for name := range before.infos {
 			if f.infos[name] == nil {
@@ -48,7 +52,10 @@ func (f *Files) Rewritten(before *Files) bool {
 		if before == nil || before.infos[name] == nil {
 			return true // a new file, and nobody knows how it came
 		}
-		if !bytes.Equal(f.bytes[name], before.bytes[name]) && os.SameFile(info, before.infos[name]) {
+		if bytes.Equal(f.bytes[name], before.bytes[name]) {
+			continue
+		}
+		if os.SameFile(info, before.infos[name]) || f.at.Sub(info.ModTime()) < lately {
 			return true
 		}
 	}
@@ -57,7 +64,7 @@ func (f *Files) Rewritten(before *Files) bool {
 
 // readFiles reads what has a meaning, and the names of all.
 func readFiles(fsys fs.FS) (*Files, error) {
-	f := &Files{folders: map[string][]fs.DirEntry{}, bytes: map[string][]byte{}, infos: map[string]fs.FileInfo{}}
+	f := &Files{at: time.Now(), folders: map[string][]fs.DirEntry{}, bytes: map[string][]byte{}, infos: map[string]fs.FileInfo{}}
 	h := sha256.New()
 	err := f.list(fsys, h, ".")
 	if err == nil {

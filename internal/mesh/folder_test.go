@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -105,6 +106,10 @@ func TestAFileWrittenInPlaceIsTold(t *testing.T) {
 	move := func(name, text string) {
 		t.Helper()
 		write(".new", text)
+		long := time.Now().Add(-time.Minute)
+		if err := os.Chtimes(filepath.Join(f.Dir, ".new"), long, long); err != nil {
+			t.Fatal(err)
+		}
 		if err := os.Rename(filepath.Join(f.Dir, ".new"), filepath.Join(f.Dir, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -112,7 +117,7 @@ func TestAFileWrittenInPlaceIsTold(t *testing.T) {
 	write(accessFile, "# one\n")
 	write(guardFile, "# two\n")
 	before := read()
-	if !before.Rewritten(nil) {
+	if !before.Rewritten(nil, time.Second) {
 		t.Error("files that nobody knew count as whole")
 	}
 	for _, step := range []struct {
@@ -123,6 +128,12 @@ func TestAFileWrittenInPlaceIsTold(t *testing.T) {
 		{"nothing", func() {}, false},
 		{"the same bytes in place", func() { write(accessFile, "# one\n") }, false},
 		{"moved", func() { move(accessFile, "# three\n") }, false},
+		{"moved, and written a moment ago", func() {
+			move(accessFile, "# three and a half\n")
+			if err := os.Chtimes(filepath.Join(f.Dir, accessFile), time.Now(), time.Now()); err != nil {
+				t.Fatal(err)
+			}
+		}, true},
 		{"written", func() { write(guardFile, "") }, true},
 		{"moved and written", func() { move(accessFile, "# four\n"); write(guardFile, "# five\n") }, true},
 		{"a new file", func() { write(entriesFile, "entries: []\n") }, true},
@@ -134,7 +145,7 @@ func TestAFileWrittenInPlaceIsTold(t *testing.T) {
 	} {
 		step.do()
 		now := read()
-		if got := now.Rewritten(before); got != step.want {
+		if got := now.Rewritten(before, time.Second); got != step.want {
 			t.Errorf("%s: rewritten is %t", step.name, got)
 		}
 		before = now
