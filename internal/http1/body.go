@@ -203,6 +203,8 @@ func (c *Conn) Prefetch(r *Request) error {
 	switch {
 	case r.started || r.Body.Empty():
 		return nil
+	case r.streams():
+		return nil // who streams both ways may wait for our first word
 	case r.Body.Framing == Length && r.Body.Length <= smallBody:
 		want = int(r.Body.Length)
 	}

@@ -131,6 +131,13 @@ func (c *Conn) NetConn() net.Conn { return c.nc }
 // goroutine to abort what the owner does.
 func (c *Conn) Close() error { return c.nc.Close() }
 
+// duplex says that nothing but one call is on what the client sees of the
+// connection, so that it learns nothing of the next one.
+func (c *Conn) duplex() bool {
+	_, ok := c.nc.(interface{ Duplex() })
+	return ok
+}
+
 // Buffered is the number of bytes received and not yet read.
 func (c *Conn) Buffered() int { return c.w - c.r }
 
@@ -223,6 +230,32 @@ func (c *Conn) fill() error {
 	}
 	return err
 }
+
+// Begins waits until it can be told whether what is received first is this text,
+// and leaves it there. Errors are as for ReadRequest.
+func (c *Conn) Begins(text string) (bool, error) {
+	for armed := false; ; {
+		have := c.buf[c.r:c.w]
+		k := min(len(have), len(text))
+		switch {
+		case string(have[:k]) != text[:k]:
+			return false, nil
+		case k == len(text):
+			return true, nil
+		case k == 0:
+			c.readWithin(c.lim.IdleTimeout)
+		case !armed:
+			armed = true
+			c.readUntil(time.Now().Add(c.lim.HeadTimeout))
+		}
+		if err := c.fill(); err != nil {
+			return false, headError(err, k > 0)
+		}
+	}
+}
+
+// Unread is a copy of what was received and not read.
+func (c *Conn) Unread() []byte { return bytes.Clone(c.buf[c.r:c.w]) }
 
 var crlf2 = []byte("\r\n\r\n")
 

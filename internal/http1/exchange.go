@@ -277,7 +277,10 @@ func (x *Exchange) interim() error {
 // respond passes the final response on.
 func (x *Exchange) respond() error {
 	r, resp, down, up := x.Request, &x.Response, x.Down, x.Up
-	early := x.overtaken()
+	// Where the client is told nothing of the connection, it can be told at the
+	// end what became of it.
+	duplex := x.Down.duplex()
+	early := !duplex && x.overtaken()
 	edit := x.ToDown
 	edit.Close = edit.Close || early || !r.KeepAlive
 	body := resp.Body
@@ -303,9 +306,12 @@ func (x *Exchange) respond() error {
 	case writeErr != nil:
 		return &SideError{Client, "write", writeErr}
 	}
+	if duplex {
+		early = x.overtaken()
+	}
 	x.res.Upgraded = resp.Upgrade
 	x.res.UpstreamReusable = resp.KeepAlive && !early && !resp.Upgrade && up.w == up.r && !x.ToUp.Close
-	x.res.DownstreamReusable = !edit.Close && !resp.Upgrade
+	x.res.DownstreamReusable = !edit.Close && !early && !resp.Upgrade
 	return nil
 }
 
@@ -315,6 +321,9 @@ func (x *Exchange) overtaken() bool {
 	u := x.upload
 	if u == nil {
 		return false
+	}
+	if r := x.Request; u.running() && r.streams() && !x.Down.duplex() {
+		return true // whoever speaks both ways waits for no end
 	}
 	if u.running() && !u.ends(earlyGrace) && !(x.Down.ended.Load() && u.ends(lastGrace)) {
 		return true

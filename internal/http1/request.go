@@ -83,6 +83,10 @@ type Request struct {
 // Get finds the first field of this name, in any case; nil when absent.
 func (r *Request) Get(name string) []byte { return get(r.Fields, name) }
 
+// streams says that both directions may well be in use at once, as in gRPC,
+// whose calls always ask for trailers.
+func (r *Request) streams() bool { return r.TETrailers && r.Body.Framing == Chunked }
+
 // Verb is Method as a string, without allocation for the usual ones.
 func (r *Request) Verb() string {
 	switch string(r.Method) {

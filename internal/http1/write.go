@@ -148,12 +148,25 @@ func appendFraming(dst []byte, b Body) []byte {
 // discarded. Otherwise the answer said Connection: close and the caller should
 // Linger.
 func (c *Conn) WriteError(r *Request, status int, extra, body []byte) (keep bool, err error) {
+	return c.writeError(r, status, jsonLine, extra, body)
+}
+
+// WriteRefusal is WriteError for a client that reads nothing but a head: extra
+// says all, its Content-Type too.
+func (c *Conn) WriteRefusal(r *Request, status int, extra []byte) (keep bool, err error) {
+	return c.writeError(r, status, "", extra, nil)
+}
+
+const jsonLine = "Content-Type: application/json\r\n"
+
+func (c *Conn) writeError(r *Request, status int, kind string, extra, body []byte) (keep bool, err error) {
 	keep = r != nil && r.KeepAlive && c.discard(r)
 	b := append(c.out[:0], "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
 	b = append(b, http.StatusText(status)...)
-	b = append(b, "\r\nContent-Type: application/json\r\nContent-Length: "...)
+	b = append(append(b, "\r\n"...), kind...)
+	b = append(b, "Content-Length: "...)
 	b = strconv.AppendInt(b, int64(len(body)), 10)
 	b = append(b, '\r', '\n')
 	if !keep {

@@ -464,6 +464,9 @@ func (l *Lane) Stale() bool {
 	return len(l.got.text) > 0 || l.got.r < len(l.got.buf) || l.rerr != nil
 }
 
+// Duplex says that a call can end whatever of its request is still to come.
+func (l *Lane) Duplex() {}
+
 // Conn is the connection that the lane is in.
 func (l *Lane) Conn() *Conn { return l.c }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"net/http"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -129,11 +130,17 @@ func (x *call) refuse(r *refusal) {
 	if r.decision != "" {
 		head = append(append(append(head, "Sallyport-Decision: "...), r.decision...), "\r\n"...)
 	}
-	body := errorBody(r.detail, r.decision)
+	detail := r.detail
 	if r.told != "" {
-		body = refusalBody(r.told, r.decision)
+		detail = r.told
+	} else if r.decision != "" {
+		detail = deniedDetail
 	}
-	x.answer(r.status, head, body)
+	if isGRPC(x.req.Get("content-type")) {
+		x.answer(http.StatusOK, appendGRPC(head, r.status, detail), nil)
+		return
+	}
+	x.answer(r.status, head, refusalBody(detail, r.decision))
 }
 
 // answer writes an answer of our own. The client learns whether the connection
@@ -142,15 +149,24 @@ func (x *call) answer(status int, head, body []byte) {
 	if x.ex.ToDown.Close {
 		x.req.KeepAlive = false
 	}
-	keep, err := x.down.WriteError(&x.req, status, head, body)
+	var keep bool
+	var err error
+	if body == nil {
+		keep, err = x.down.WriteRefusal(&x.req, status, head)
+	} else {
+		keep, err = x.down.WriteError(&x.req, status, head, body)
+	}
 	x.keep = keep && err == nil
 	x.err = errors.Join(x.err, err)
 }
 
+// deniedDetail is all that the caller is told of a rule.
+const deniedDetail = "denied by policy"
+
 // errorBody is the JSON of a refusal.
 func errorBody(detail, decision string) []byte {
 	if decision != "" {
-		detail = "denied by policy"
+		detail = deniedDetail
 	}
 	return refusalBody(detail, decision)
 }

@@ -7,6 +7,7 @@ import (
 
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 )
 
 // windows is by how much the windows of all streams of a listener may grow.
@@ -67,24 +68,24 @@ func (in *Inbound) serveStream(ctx context.Context, c *conn, x *call) {
 
 // shares marks the connection as one whose streams carry the calls; false means
 // that the drain has closed it first.
-func (c *conn) shares(h *hop.Conn) bool {
+func (c *conn) shares(h shared) bool {
 	c.mu.Lock()
-	c.hop = h
+	c.shared = h
 	c.mu.Unlock()
 	return c.begin()
 }
 
-// shared says whether streams carry its calls.
-func (c *conn) shared() bool {
+// isShared says whether streams carry its calls.
+func (c *conn) isShared() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.hop != nil
+	return c.shared != nil
 }
 
 // leave has a connection that is shared end with its last call.
 func (c *conn) leave() {
 	c.mu.Lock()
-	h := c.hop
+	h := c.shared
 	c.mu.Unlock()
 	if h != nil {
 		h.Drain()
@@ -94,7 +95,10 @@ func (c *conn) leave() {
 // refuse has the peer of a stream learn that nothing was acted on since the
 // last answer.
 func (c *conn) refuse() {
-	if s, ok := c.Conn.(*hop.Stream); ok {
+	switch s := c.Conn.(type) {
+	case *hop.Stream:
 		_ = s.Refuse()
+	case *http2.Lane:
+		_ = s.Reset(http2.RefusedStream)
 	}
 }

@@ -21,6 +21,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -177,6 +178,10 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	_, opaque := in.streams()
 	if x.tls.NegotiatedProtocol == hop.Proto && !opaque {
 		in.serveHop(ctx, c, tc, x)
+		return
+	}
+	if x.tls.NegotiatedProtocol == http2.Proto && !opaque {
+		in.serveHTTP2(ctx, c, tc, x)
 		return
 	}
 	x.down = http1.NewConn(tc, in.Limits)

@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"sallyport/internal/authz"
-	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/telemetry"
 )
 
@@ -32,6 +32,7 @@ type listener struct {
 	draining atomic.Bool
 	inFlight atomic.Int64
 	panics   atomic.Int64
+	bodies   *http2.Budget // of connections of HTTP/2
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
@@ -56,7 +57,21 @@ type conn struct {
 	call    *authz.Call // what the inbound call in flight was judged by
 	carried bool        // it has had such a call
 	through *http1.Tunnel
-	hop     *hop.Conn // what serves it when streams carry its calls
+	shared  shared // what serves it when streams carry its calls
+}
+
+// A shared connection has streams or lanes, which carry the calls.
+type shared interface {
+	// Drain has it end with its last call, of which the peer is told.
+	Drain()
+}
+
+// base is the connection underneath, which has a descriptor.
+func (c *conn) base() net.Conn {
+	if c.on != nil {
+		return c.on.Conn
+	}
+	return c.Conn
 }
 
 // The states of a conn.
@@ -133,8 +148,11 @@ func (c *conn) part(code uint16) {
 // abort closes the connection such that the peer cannot take what it has got
 // so far for the whole.
 func (c *conn) abort() {
-	if t, ok := c.Conn.(interface{ SetLinger(sec int) error }); ok {
+	switch t := c.Conn.(type) {
+	case interface{ SetLinger(sec int) error }:
 		_ = t.SetLinger(0) // a connection that is closed already needs none
+	case *http2.Lane:
+		_ = t.Reset(http2.Internal) // it never fails
 	}
 	c.Close()
 }
@@ -145,6 +163,7 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.mu.Lock()
 	l.open = map[*conn]struct{}{}
 	l.mu.Unlock()
+	l.bodies = http2.NewBudget(bodies)
 	l.opened = l.Metrics.Connections(l.Reporter, "open")
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
@@ -289,7 +308,7 @@ func (l *listener) severAll() {
 	var wg sync.WaitGroup
 	var last []*conn // streams say farewell on them
 	for _, c := range l.conns() {
-		if c.shared() {
+		if c.isShared() {
 			last = append(last, c)
 			continue
 		}

@@ -137,14 +137,29 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 }
 
 func (d *door) serveConn(ctx context.Context, c *conn) {
-	x := &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: c.RemoteAddr().String(), unread: d.nowhere}
+	x := d.callOn(ctx, c, c.RemoteAddr().String())
 	x.down = http1.NewConn(c.Conn, d.Limits)
-	defer x.down.Release()
+	defer func() {
+		if x.down != nil {
+			x.down.Release()
+		}
+	}()
 	if d.speaksTCP() {
 		d.listener.opaque(x, d.opaque)
 		return
 	}
-	d.calls(x, d.chain)
+	switch h2, err := x.down.Begins(preface); {
+	case err != nil:
+		d.unreadable(x, err)
+	case h2:
+		d.serveHTTP2(ctx, c, x)
+	default:
+		d.calls(x, d.chain)
+	}
+}
+
+func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
+	return &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: remote, unread: d.nowhere}
 }
 
 // The links of the way out.
@@ -166,7 +181,7 @@ func (d *door) count(x *call) { x.observe() }
 // and the number of a process that has ended comes to mean another.
 func (d *door) ownProcess(x *call) *refusal {
 	if x.asked.IsZero() || x.start.Sub(x.asked) >= d.askEvery {
-		x.stranger = d.cfg.Local(x.conn.Conn)
+		x.stranger = d.cfg.Local(x.conn.base())
 		x.asked = x.start
 	}
 	if x.stranger == nil {

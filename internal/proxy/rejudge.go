@@ -174,7 +174,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		}
 		reason, detail := in.standing(v)
 		switch {
-		case reason != "" && c.shared():
+		case reason != "" && c.isShared():
 			doomed = append(doomed, c) // after its streams, which come next
 		case reason != "":
 			wg.Go(func() { c.part(http1.ClosePolicy) })

@@ -1,0 +1,65 @@
+package proxy
+
+import (
+	"fmt"
+	"net/http"
+)
+
+// isGRPC says whether a request is a call of gRPC, whose client reads a status
+// of gRPC and nothing of a body in JSON.
+func isGRPC(contentType []byte) bool {
+	const name = "application/grpc"
+	if len(contentType) < len(name) || !is(contentType[:len(name)], name) {
+		return false
+	}
+	return len(contentType) == len(name) || contentType[len(name)] == '+' || contentType[len(name)] == ';'
+}
+
+// Codes of gRPC.
+const (
+	grpcUnknown           = 2
+	grpcDeadlineExceeded  = 4
+	grpcPermissionDenied  = 7
+	grpcResourceExhausted = 8
+	grpcUnimplemented     = 12
+	grpcInternal          = 13
+	grpcUnavailable       = 14
+	grpcUnauthenticated   = 16
+)
+
+// grpcStatus is the status of gRPC for an answer of ours. Where the table of
+// gRPC is for proxies that know nothing of it, ours says more: 429 is a limit,
+// 504 a deadline, 421 names a service that is not here.
+func grpcStatus(status int) int {
+	switch status {
+	case http.StatusBadRequest, http.StatusInternalServerError:
+		return grpcInternal
+	case http.StatusUnauthorized:
+		return grpcUnauthenticated
+	case http.StatusForbidden:
+		return grpcPermissionDenied
+	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusMisdirectedRequest, http.StatusNotImplemented:
+		return grpcUnimplemented
+	case http.StatusRequestTimeout, http.StatusGatewayTimeout:
+		return grpcDeadlineExceeded
+	case http.StatusTooManyRequests, http.StatusRequestHeaderFieldsTooLarge, http.StatusRequestEntityTooLarge:
+		return grpcResourceExhausted
+	case http.StatusBadGateway, http.StatusServiceUnavailable:
+		return grpcUnavailable
+	}
+	return grpcUnknown
+}
+
+// appendGRPC appends what a refused call of gRPC is answered with: trailers
+// only, which stand in the head (PROTOCOL-HTTP2 of gRPC, "Responses").
+func appendGRPC(head []byte, status int, detail string) []byte {
+	head = fmt.Appendf(head, "Content-Type: application/grpc\r\nGrpc-Status: %d\r\nGrpc-Message: ", grpcStatus(status))
+	for i := range len(detail) {
+		if c := detail[i]; c < ' ' || c > '~' || c == '%' {
+			head = fmt.Appendf(head, "%%%02X", c)
+		} else {
+			head = append(head, c)
+		}
+	}
+	return append(head, '\r', '\n')
+}

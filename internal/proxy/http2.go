@@ -1,0 +1,97 @@
+package proxy
+
+import (
+	"context"
+	"net"
+	"sync"
+
+	"sallyport/internal/http1"
+	"sallyport/internal/http2"
+)
+
+// preface is what a client of HTTP/2 says first, told nobody's ALPN.
+const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+// serveHTTP2 serves a connection of HTTP/2 until it ends: each lane of it is to
+// the chain a connection of its own. enter takes one in, or not; serve serves it
+// and leaves.
+func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serve func(*conn)) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	h := http2.Accepted(nc, l.http2Config(), func(lane *http2.Lane) bool {
+		sc := &conn{Conn: lane, on: c, who: c.who}
+		// A client that breaks a call off ends it at the service too.
+		lane.Cut = sc.sever
+		if !enter(sc) {
+			return false
+		}
+		wg.Go(func() {
+			defer l.forget(sc)
+			defer l.survive(sc)
+			serve(sc)
+		})
+		return true
+	})
+	if !c.shares(h) {
+		return nil
+	}
+	return h.Run()
+}
+
+func (l *listener) http2Config() http2.Config {
+	return http2.Config{
+		Head: l.Limits.Head, Budget: l.bodies, HeadTimeout: l.Limits.HeadTimeout,
+		WriteTimeout: l.Limits.WriteTimeout, Idle: l.Limits.IdleTimeout,
+		Violated: func(r http2.Reason) { l.Metrics.RequestsRefused(l.Reporter, "http2_"+string(r)).Inc() },
+	}
+}
+
+// bodies bounds what all connections of HTTP/2 of a listener hold of bodies
+// that were received and not read.
+const bodies = 64 << 20
+
+// serveHTTP2 serves a peer of another make.
+func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn, x *call) {
+	enter := func(sc *conn) bool { return in.enterStream(sc, x) }
+	err := in.listener.serveHTTP2(c, nc, enter, func(sc *conn) {
+		defer in.peers.leave(x.peer)
+		in.serveStream(ctx, sc, x)
+	})
+	if err != nil {
+		in.Log.Debug("connection of HTTP/2 ended", "peer", x.src, "remote", x.remote, "err", err)
+	}
+}
+
+// serveHTTP2 serves an application that says HTTP/2 by prior knowledge, of which
+// x has read the beginning.
+func (d *door) serveHTTP2(ctx context.Context, c *conn, x *call) {
+	begun := &ahead{Conn: c.Conn, read: x.down.Unread()}
+	x.down.Release() // each lane has buffers of its own
+	x.down = nil
+	err := d.listener.serveHTTP2(c, begun, d.admit, func(sc *conn) { d.serveLane(ctx, sc, x.remote) })
+	if err != nil {
+		d.Log.Debug("connection of HTTP/2 ended", "remote", x.remote, "err", err)
+	}
+}
+
+func (d *door) serveLane(ctx context.Context, c *conn, remote string) {
+	x := d.callOn(ctx, c, remote)
+	x.down = http1.NewConn(c.Conn, d.Limits)
+	defer x.down.Release()
+	d.calls(x, d.chain)
+}
+
+// ahead is a connection of which something was read already.
+type ahead struct {
+	net.Conn
+	read []byte
+}
+
+func (a *ahead) Read(p []byte) (int, error) {
+	if len(a.read) == 0 {
+		return a.Conn.Read(p)
+	}
+	n := copy(p, a.read)
+	a.read = a.read[n:]
+	return n, nil
+}
