@@ -60,6 +60,10 @@ type settings struct {
 	each, warm      time.Duration
 	rules           int
 	profile         string
+	// beside is another sidecar, scenes those to measure, alone leaves the
+	// peers out.
+	beside, scenes string
+	alone          bool
 }
 
 func measure(ctx context.Context, w io.Writer) error {
@@ -71,9 +75,12 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.DurationVar(&s.warm, "warm", 500*time.Millisecond, "how long it is warmed up before")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy")
 	flag.StringVar(&s.profile, "profile", "", "write CPU profiles of both sidecars under load to FILE-client and FILE-server, and measure nothing")
+	flag.StringVar(&s.beside, "beside", "", "another binary of the sidecar, measured as a peer")
+	flag.StringVar(&s.scenes, "scenes", "", "the scenes to measure, with commas between (default all)")
+	flag.BoolVar(&s.alone, "alone", false, "measure no peers")
 	flag.Parse()
-	if s.rounds < 1 || s.rules < 1 || s.each <= 0 {
-		return errors.New("settings: want at least one round, one rule and some time for each")
+	if s.rounds < 1 || s.rules < 1 || s.each <= 0 || len(s.wanted()) == 0 {
+		return errors.New("settings: want at least one round, one rule, one scene and some time for each")
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
@@ -115,8 +122,12 @@ func measure(ctx context.Context, w io.Writer) error {
 // does more.
 func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, error) {
 	var out []*pair
-	for _, bare := range []bool{false, true} {
-		p, err := b.ours(ctx, s, bare, false)
+	whose := []string{"ours", "bare"}
+	if s.beside != "" {
+		whose = append(whose, "beside")
+	}
+	for _, name := range whose {
+		p, err := b.ours(ctx, s, name, false)
 		if err != nil {
 			return out, err
 		}
@@ -124,6 +135,9 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 		if b.load == nil {
 			b.load = p.load
 		}
+	}
+	if s.alone {
+		return out, nil
 	}
 	makers := []func(n int) (*pair, error){
 		func(n int) (*pair, error) { return b.haproxy(ctx, n, false) },
@@ -177,11 +191,14 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 
 // ours is a pair of sidecars with an issuer of its own. The load process is
 // the child of one, the origin of the other.
-func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, error) {
-	p := &pair{Pair: rig.Pair{Name: "ours", Settings: fmt.Sprintf("a pair of sidecars, %d rows", s.rules)}, trace: true}
-	rules := s.rules
-	if bare {
-		p.Name, p.trace, rules, p.Settings = "bare", false, 1, "the same with one row"
+func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (*pair, error) {
+	p := &pair{Pair: rig.Pair{Name: name, Settings: fmt.Sprintf("a pair of sidecars, %d rows", s.rules)}, trace: true}
+	rules, program := s.rules, s.sidecar
+	switch name {
+	case "bare":
+		p.trace, rules, p.Settings = false, 1, "the same with one row"
+	case "beside":
+		program, p.Settings = s.beside, "the same as ours, of "+s.beside
 	}
 	issuer, err := rig.Start(ctx, rig.Config{Program: s.issuer, Files: policy(rules)})
 	if err != nil {
@@ -205,7 +222,7 @@ func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, 
 	if pprof {
 		more = "pprof: true\n"
 	}
-	server, err := issuer.Sidecar(ctx, s.sidecar, "server", more+fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin), b.Self, "origin", origin)
+	server, err := issuer.Sidecar(ctx, program, "server", more+fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin), b.Self, "origin", origin)
 	if err != nil {
 		return nil, err
 	}
@@ -214,7 +231,7 @@ func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, 
 	if err := server.Await(ctx, "tcp", origin, far); err != nil {
 		return nil, err
 	}
-	client, err := issuer.Sidecar(ctx, s.sidecar, "client", more+fmt.Sprintf("outbound: {upstreams: [{service: origin, listen: %q}]}\n", front), b.Self, "load", socket)
+	client, err := issuer.Sidecar(ctx, program, "client", more+fmt.Sprintf("outbound: {upstreams: [{service: origin, listen: %q}]}\n", front), b.Self, "load", socket)
 	if err != nil {
 		return nil, err
 	}
@@ -263,10 +280,10 @@ func policy(rows int) map[string]string {
 }
 
 // table prints the medians of every scene and pair.
-func table(w io.Writer, pairs []*pair, got map[cell][]sample) {
+func table(w io.Writer, pairs []*pair, wanted []scene, got map[cell][]sample) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "scene\tpair\trequests/s\tCPU s/100k\tp50 ms\tp99 ms\tRSS MB\t")
-	for _, sc := range scenes {
+	for _, sc := range wanted {
 		for _, p := range pairs {
 			list := got[cell{sc.name, p.Name}]
 			m := func(f func(sample) float64) float64 { return median(list, f) }

@@ -28,6 +28,16 @@ var scenes = []scene{
 	{"2000rps", 64, 1, 2000},
 }
 
+// wanted are the scenes that are asked for.
+func (s settings) wanted() (out []scene) {
+	for _, sc := range scenes {
+		if s.scenes == "" || slices.Contains(strings.Split(s.scenes, ","), sc.name) {
+			out = append(out, sc)
+		}
+	}
+	return out
+}
+
 func (sc scene) order(p *pair, s settings) order {
 	return order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Trace: p.trace, Warm: s.warm, For: s.each, Rate: sc.rate}
 }
@@ -59,7 +69,7 @@ func median(list []sample, f func(sample) float64) float64 {
 func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pair, res *rig.Result) error {
 	got := map[cell][]sample{}
 	for range s.rounds {
-		for _, sc := range scenes {
+		for _, sc := range s.wanted() {
 			for _, p := range pairs {
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
@@ -80,8 +90,8 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pa
 		}
 	}
 	slices.SortStableFunc(pairs, func(a, b *pair) int { return rank(a.Name) - rank(b.Name) })
-	table(w, pairs, got)
-	figures(res.Figures, pairs, got)
+	table(w, pairs, s.wanted(), got)
+	figures(res.Figures, pairs, s.wanted(), got)
 	return nil
 }
 
@@ -102,7 +112,7 @@ func (p *pair) measure(o order) (sample, error) {
 
 // names are how figures call the pairs.
 var names = []struct{ pair, figure string }{
-	{"ours", "ours"}, {"bare", "bare"}, {"haproxy-t", "haproxy"}, {"haproxy-h2", "haproxy_h2"}, {"nginx", "nginx"}, {"nethttp", "nethttp"},
+	{"ours", "ours"}, {"bare", "bare"}, {"haproxy-t", "haproxy"}, {"haproxy-h2", "haproxy_h2"}, {"nginx", "nginx"}, {"nethttp", "nethttp"}, {"beside", "beside"},
 }
 
 func rank(pair string) int {
@@ -111,8 +121,8 @@ func rank(pair string) int {
 
 // figures are the ratios of the medians' rounds. Those of the first scene have
 // no scene in their name.
-func figures(out map[string]float64, pairs []*pair, got map[cell][]sample) {
-	for _, sc := range scenes {
+func figures(out map[string]float64, pairs []*pair, wanted []scene, got map[cell][]sample) {
+	for _, sc := range wanted {
 		tail := "_" + strings.ReplaceAll(sc.name, "-", "_")
 		if sc == scenes[0] {
 			tail = ""
@@ -137,6 +147,9 @@ func figures(out map[string]float64, pairs []*pair, got map[cell][]sample) {
 		}
 	}
 	for _, who := range []string{"ours", "bare"} {
+		if wanted[0] != scenes[0] {
+			break
+		}
 		out[who+"_cpu_s_per_100k"] = median(got[cell{scenes[0].name, who}], sample.cpu)
 	}
 }
@@ -152,7 +165,7 @@ func ratio(a, b []sample, f func(sample) float64) float64 {
 
 // profile writes what both sidecars do under the first scene.
 func (b *bench) profile(ctx context.Context, s settings) error {
-	p, err := b.ours(ctx, s, false, true)
+	p, err := b.ours(ctx, s, "ours", true)
 	if err != nil {
 		return err
 	}

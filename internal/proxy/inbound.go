@@ -19,6 +19,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/capture"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
@@ -154,7 +155,7 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
-	tc := tls.Server(hop.NewSocket(c.Conn), in.cfg.TLS)
+	tc := tls.Server(hop.NewSocket(capture.NewDirect(c.Conn)), in.cfg.TLS)
 	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
 	if err != nil {

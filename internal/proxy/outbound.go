@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
@@ -138,7 +139,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 
 func (d *door) serveConn(ctx context.Context, c *conn) {
 	x := d.callOn(ctx, c, c.RemoteAddr().String())
-	x.down = http1.NewConn(c.Conn, d.Limits)
+	x.down = http1.NewConn(capture.NewDirect(c.Conn), d.Limits)
 	defer func() {
 		if x.down != nil {
 			x.down.Release()

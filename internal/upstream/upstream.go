@@ -25,6 +25,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/capture"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
@@ -415,6 +416,7 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	if err != nil {
 		return nil, time.Time{}, err
 	}
+	nc = capture.NewDirect(nc)
 	if p.t.id.IsZero() {
 		return nc, time.Time{}, nil
 	}
