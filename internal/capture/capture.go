@@ -1,5 +1,6 @@
 // Package capture tells what the kernel knows about the other end of a local
-// connection: its process, credentials, executable and cgroup.
+// connection: its process, credentials, executable and cgroup. It also reads and
+// writes connections by bare system calls.
 //
 // It asks and reports; it holds no policy and never decides who may call. It
 // works on Linux (the rest of the world gets ErrNeedsLinux), and is the only
@@ -20,6 +21,8 @@ var (
 	ErrNoProcess = errors.New("no such process: it has exited or its pid was reused")
 	// ErrNoOwner says that no visible process holds the connection.
 	ErrNoOwner = errors.New("no process found that owns the connection: it is closed or belongs to a process this one may not see")
+	// ErrSpent says that a connection at rest must not be used any more.
+	ErrSpent = errors.New("connection was closed by the other end, or it has said what nobody asked for")
 	// ErrSenderChanged says that a message on a Unix connection was written by
 	// another process than the one that opened it.
 	ErrSenderChanged = errors.New("message written by another process than the one that opened the connection: connections cannot be handed over")

@@ -19,15 +19,15 @@ type Direct struct {
 	*net.TCPConn
 	raw syscall.RawConn
 
-	rmu   sync.Mutex // guards r and await
-	r     transfer
-	await bool // the look that Await takes was taken
+	rmu    sync.Mutex // guards r and waited; taken before wmu
+	r      transfer
+	waited bool // that the socket has something to read was waited for
 
 	wmu sync.Mutex // guards w
 	w   transfer
 
-	// The methods of the same name, made once.
-	read, look, write func(fd uintptr) bool
+	// The methods of the same names, made once.
+	read, look, ask, write func(fd uintptr) bool
 }
 
 // A transfer is one call of Read or Write.
@@ -48,7 +48,7 @@ func NewDirect(nc net.Conn) net.Conn {
 		return nc
 	}
 	d := &Direct{TCPConn: tc, raw: raw}
-	d.read, d.look, d.write = d.readOnce, d.lookOnce, d.writeAll
+	d.read, d.look, d.ask, d.write = d.readOnce, d.lookOnce, d.askOnce, d.writeAll
 	return d
 }
 
@@ -82,11 +82,33 @@ func (d *Direct) Read(p []byte) (int, error) {
 func (d *Direct) Await() error {
 	d.rmu.Lock()
 	defer d.rmu.Unlock()
-	d.await = false
+	d.waited = false
 	if err := d.raw.Read(d.look); err != nil {
 		return d.failed("read", err)
 	}
 	return nil
+}
+
+// Ask writes all of p on a connection at rest and waits until there is
+// something to read. It returns ErrSpent, and has written nothing, when there
+// is already. A failure to wait shows in the next Read.
+func (d *Direct) Ask(p []byte) (int, error) {
+	d.rmu.Lock()
+	defer d.rmu.Unlock()
+	d.wmu.Lock()
+	defer d.wmu.Unlock()
+	d.r, d.w, d.waited = transfer{}, transfer{b: p}, false
+	if err := d.raw.Read(d.ask); d.r.err == spent {
+		d.w.b = nil
+		return 0, ErrSpent
+	} else if err != nil && !d.waited {
+		d.w.b = nil
+		return 0, d.failed("write", err)
+	}
+	if d.w.err == 0 && d.w.n < len(p) {
+		return d.finish(d.raw.Write(d.write))
+	}
+	return d.finish(nil)
 }
 
 // Write writes all of p.
@@ -94,7 +116,11 @@ func (d *Direct) Write(p []byte) (int, error) {
 	d.wmu.Lock()
 	defer d.wmu.Unlock()
 	d.w = transfer{b: p}
-	err := d.raw.Write(d.write)
+	return d.finish(d.raw.Write(d.write))
+}
+
+// finish is the end of Write and of Ask.
+func (d *Direct) finish(err error) (int, error) {
 	n, e := d.w.n, d.w.err
 	d.w.b = nil
 	switch {
@@ -132,13 +158,36 @@ func (d *Direct) readOnce(fd uintptr) bool {
 }
 
 func (d *Direct) lookOnce(fd uintptr) bool {
-	if d.await {
-		return true // it was waited for, and has come
+	if d.waited {
+		return true
 	}
+	d.waited = empty(fd)
+	return !d.waited
+}
+
+// askOnce writes what the socket takes, after a look at whether it is still
+// good for that. The look comes behind the moment from which on the runtime
+// takes note of what arrives, so that nothing is missed by waiting at once.
+func (d *Direct) askOnce(fd uintptr) bool {
+	if d.waited {
+		return true
+	}
+	if !empty(fd) {
+		d.r.err = spent
+		return true
+	}
+	d.waited = d.writeAll(fd) && d.w.err == 0
+	return !d.waited
+}
+
+// spent stands for ErrSpent; no system call gives it.
+const spent = ^syscall.Errno(0)
+
+// empty says that there is nothing to read, not even an end.
+func empty(fd uintptr) bool {
 	var b [1]byte
 	_, e := recv(fd, b[:], syscall.MSG_DONTWAIT|syscall.MSG_PEEK)
-	d.await = e == syscall.EAGAIN
-	return !d.await
+	return e == syscall.EAGAIN
 }
 
 func (d *Direct) writeAll(fd uintptr) bool {

@@ -76,11 +76,19 @@ func (l Limits) filled() Limits {
 	return l
 }
 
+// An asker writes on a connection at rest and waits for the answer, which saves
+// a futile read and a look at whether the connection is stale. It fails with
+// nothing written when it is. A failure to wait shows in the next read.
+type asker interface {
+	Ask(p []byte) (int, error)
+}
+
 // Conn is the buffered HTTP/1.1 side of one network connection. Its read half
 // and its write half hold no state in common, so Exchange may lend one half to
 // another goroutine; apart from that it belongs to one goroutine.
 type Conn struct {
 	nc  net.Conn
+	ask asker // nc, if it is one
 	lim Limits
 
 	// The read half: unread bytes are buf[r:w]; bytes below floor belong to
@@ -108,6 +116,7 @@ var connPool = sync.Pool{New: func() any {
 func NewConn(nc net.Conn, lim Limits) *Conn {
 	c := connPool.Get().(*Conn)
 	c.nc, c.lim = nc, lim.filled()
+	c.ask, _ = nc.(asker)
 	return c
 }
 
@@ -172,17 +181,45 @@ func (c *Conn) closeWrite() error {
 	return errNoHalfClose
 }
 
+// Asks says that whether the connection is stale shows when an Exchange uses
+// it, before anything is sent: nobody need look before.
+func (c *Conn) Asks() bool { return c.ask != nil }
+
 // Write writes all of p under the coarse write deadline.
 func (c *Conn) Write(p []byte) (int, error) {
-	if d := c.lim.WriteTimeout; d > 0 {
-		now := time.Now()
-		if left := c.writeEnd.Sub(now); left < d || left > d+d/8 {
-			if err := c.writeUntil(now.Add(d + d/8)); err != nil {
-				return 0, err
-			}
-		}
+	if err := c.writeWithin(); err != nil {
+		return 0, err
 	}
 	return c.nc.Write(p)
+}
+
+// request writes p, all of a request, on a connection at rest.
+func (c *Conn) request(p []byte) (int, error) {
+	if c.ask == nil {
+		return c.Write(p)
+	}
+	if c.w > c.r {
+		return 0, errSpent
+	}
+	if err := c.writeWithin(); err != nil {
+		return 0, err
+	}
+	return c.ask.Ask(p)
+}
+
+var errSpent = errors.New("connection has said what nobody asked for, or was closed by the peer")
+
+// writeWithin sees to a write deadline between d and d+d/8 from now.
+func (c *Conn) writeWithin() error {
+	d := c.lim.WriteTimeout
+	if d <= 0 {
+		return nil
+	}
+	now := time.Now()
+	if left := c.writeEnd.Sub(now); left >= d && left <= d+d/8 {
+		return nil
+	}
+	return c.writeUntil(now.Add(d + d/8))
 }
 
 func (c *Conn) writeUntil(t time.Time) error {

@@ -138,7 +138,8 @@ func (x *Exchange) run() error {
 		return &SideError{Client, "read", err}
 	}
 	if whole {
-		n, err := up.Write(up.out)
+		x.arm() // the answer may be waited for at once
+		n, err := up.request(up.out)
 		if x.res.RequestBytesSent = int64(n); err != nil {
 			return &SideError{Upstream, "write", err}
 		}
@@ -162,6 +163,9 @@ func (x *Exchange) run() error {
 // startUpload sends the head and streams the body from its own goroutine.
 func (x *Exchange) startUpload() error {
 	r, down, up := x.Request, x.Down, x.Up
+	if up.Asks() && up.Stale() {
+		return &SideError{Upstream, "write", errSpent}
+	}
 	if err := down.proceed(r); err != nil {
 		return &SideError{Client, "write", err}
 	}

@@ -344,7 +344,7 @@ func (c *Conn) Stands() error {
 // usable says whether a kept connection may carry another call.
 func (c *Conn) usable(gen uint64, now time.Time) bool {
 	return c.gen == gen && now.Sub(c.idle) < c.pool.cfg.MaxIdleTime &&
-		(c.until.IsZero() || now.Before(c.until)) && !c.Stale() && c.Stands() == nil
+		(c.until.IsZero() || now.Before(c.until)) && (c.Asks() || !c.Stale()) && c.Stands() == nil
 }
 
 // Get lends the connection that was used last, or dials, or waits for either

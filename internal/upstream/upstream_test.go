@@ -13,6 +13,7 @@ import (
 
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 )
 
 // server accepts connections and hands them out.
@@ -65,9 +66,20 @@ func TestPoolLendsTheConnectionUsedLast(t *testing.T) {
 	<-conns
 }
 
+// looking returns a pool of connections that do not find out themselves what
+// became of them.
+func looking(addr netip.AddrPort) *Pool {
+	p := NewLocal(addr, http1.Limits{})
+	p.connect = func(context.Context) (net.Conn, time.Time, error) {
+		c, err := net.Dial("tcp", addr.String())
+		return c, time.Time{}, err
+	}
+	return p
+}
+
 func TestPoolDropsWhatThePeerHasClosed(t *testing.T) {
 	addr, conns := server(t)
-	p := NewLocal(addr, http1.Limits{})
+	p := looking(addr)
 	a := get(t, p, false)
 	peer := <-conns
 	a.Put()
@@ -80,7 +92,7 @@ func TestPoolDropsWhatThePeerHasClosed(t *testing.T) {
 
 func TestPoolDropsWhatHasUnexpectedBytes(t *testing.T) {
 	addr, conns := server(t)
-	p := NewLocal(addr, http1.Limits{})
+	p := looking(addr)
 	a := get(t, p, false)
 	peer := <-conns
 	a.Put()
@@ -90,6 +102,44 @@ func TestPoolDropsWhatHasUnexpectedBytes(t *testing.T) {
 	await(t, func() bool { return a.Stale() })
 	if c := get(t, p, false); c == a {
 		t.Error("lent a connection on which an answer to nothing waits")
+	}
+}
+
+// A connection that asks is lent without a look, since the exchange takes one
+// before it sends anything.
+func TestAStaleConnectionIsFoundOutUnused(t *testing.T) {
+	for name, end := range map[string]func(peer net.Conn){
+		"closed":           func(peer net.Conn) { peer.Close() },
+		"answered nothing": func(peer net.Conn) { _, _ = peer.Write([]byte("HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")) },
+	} {
+		for _, request := range []string{
+			"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab",
+			"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\nab",
+		} {
+			addr, conns := server(t)
+			p := NewLocal(addr, http1.Limits{})
+			a := get(t, p, false)
+			if !a.Asks() {
+				t.Skip("connections here do not ask")
+			}
+			peer := <-conns
+			a.Put()
+			end(peer)
+			await(t, func() bool { return a.Stale() })
+			c := get(t, p, false)
+			near, far := meshtest.Pipe()
+			if _, err := far.Write([]byte(request)); err != nil {
+				t.Fatal(err)
+			}
+			x := http1.Exchange{Down: http1.NewConn(near, http1.Limits{}), Up: c.Conn, Request: new(http1.Request)}
+			if err := x.Down.ReadRequest(x.Request); err != nil {
+				t.Fatal(err)
+			}
+			res, err := x.Run()
+			if http1.FailedSide(err) != http1.Upstream || res.RequestBytesSent != 0 || res.ResponseSeen || !res.Replayable {
+				t.Errorf("%s: %v, %+v; want a failure with nothing sent", name, err, res)
+			}
+		}
 	}
 }
 
