@@ -22,9 +22,9 @@ func (c *cli) policyStatus() *cobra.Command {
 	var timeout time.Duration
 	cmd := &cobra.Command{
 		Use: "status", Short: "Show which proxies act on the policies in force", Args: cobra.NoArgs,
-		Long: "Show which proxies act on the policies in force. With --wait, wait until every\n" +
-			"connected proxy does; one that refuses them, or an edit that the issuer refuses,\n" +
-			"is a failure, and so is the end of --timeout.",
+		Long: "Show which proxies act on the policies in force. One that refuses them, or an edit\n" +
+			"that the issuer refuses, is a failure. With --wait, wait until every connected\n" +
+			"proxy acts on them; the end of --timeout is a failure, too.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if timeout <= 0 {
 				return usage(fmt.Errorf("--timeout %s is too short: write a time such as 30s", timeout))
@@ -37,7 +37,7 @@ func (c *cli) policyStatus() *cobra.Command {
 			if err == nil {
 				err = c.emitDistribution(d)
 			}
-			if err == nil && wait {
+			if err == nil && (wait || d.refused()) {
 				err = d.failure(timeout)
 			}
 			return err
@@ -92,13 +92,17 @@ func distributed(st mesh.IssuerStatus, ps []mesh.Proxy) distribution {
 	return d
 }
 
+// refused reports whether somebody refuses what is to be in force, for which
+// nobody has to wait.
+func (d distribution) refused() bool { return d.Refused != "" || d.Nacked > 0 }
+
 // settled reports whether waiting longer would tell nothing new.
 func (d distribution) settled() bool {
 	if ro := d.Rollout; d.tried > 0 && ro.Active() && ro.Revision == d.tried {
 		// The issuer decides, unless only an operator does.
 		return ro.State == mesh.Held || ro.Bake == 0 && (d.Nacked > 0 || d.Waiting == 0)
 	}
-	return d.Refused != "" || d.Nacked > 0 || d.Waiting == 0
+	return d.refused() || d.Waiting == 0
 }
 
 // awaitPolicies asks once, or until the distribution has settled or the time is

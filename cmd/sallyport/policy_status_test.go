@@ -51,6 +51,9 @@ func TestDistribution(t *testing.T) {
 		if d.settled() != tt.settled {
 			t.Errorf("%s: settled is %v", tt.name, d.settled())
 		}
+		if want := strings.Contains(tt.want, "refuse"); d.refused() != want && !strings.Contains(tt.want, "held") {
+			t.Errorf("%s: refused is %v", tt.name, d.refused())
+		}
 		err := d.failure(time.Minute)
 		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)

@@ -20,11 +20,11 @@ func TestMain(m *testing.M) { testscript.Main(m, map[string]func(){"sallyport": 
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
-		// The policy files of the demo, to edit.
+		// The policy files of the demo, to edit, and the manual.
 		Setup: func(e *testscript.Env) error {
-			return os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS)
+			return errors.Join(os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS), os.CopyFS(filepath.Join(e.WorkDir, "docs"), os.DirFS("../../docs")))
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken, "example": example},
 	})
 }
 
@@ -61,6 +61,51 @@ func taken(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Defer(func() { ln.Close() })
 	text := strings.ReplaceAll(ts.ReadFile(args[0]), "TAKEN", ln.Addr().String())
 	ts.Check(write(ts.MkAbs(args[1]), text))
+}
+
+// example writes what a manual tells to run: "example FILE MARK OUT" takes the
+// block of FILE in which MARK is, and of the job of a pull request its commands.
+func example(ts *testscript.TestScript, _ bool, args []string) {
+	for i, block := range strings.Split(ts.ReadFile(args[0]), "```") {
+		if i%2 == 0 || !strings.Contains(block, args[1]) {
+			continue
+		}
+		lang, text, _ := strings.Cut(block, "\n")
+		if lang == "yaml" {
+			text = commands(text)
+		}
+		ts.Check(write(ts.MkAbs(args[2]), text))
+		return
+	}
+	ts.Fatalf("%s shows nothing with %q", args[0], args[1])
+}
+
+// commands are those of a job: its lines "- run: COMMAND", the lines below
+// "run: |", and those below "script:", of which "- >-" folds what follows.
+func commands(job string) string {
+	out, below, folds := "set -e", -1, false
+	for line := range strings.Lines(job) {
+		text := strings.TrimSpace(line)
+		indent := len(line) - len(strings.TrimLeft(line, " "))
+		if indent <= below {
+			below = -1
+		}
+		folds = folds && !strings.HasPrefix(text, "- ")
+		switch one, ok := strings.CutPrefix(text, "- run: "); {
+		case text == "run: |" || text == "script:":
+			below = indent
+		case ok:
+			out += "\n" + one
+		case below >= 0 && text == "- >-":
+			folds = true
+			out += "\n"
+		case below >= 0 && folds:
+			out += text + " "
+		case below >= 0:
+			out += "\n" + strings.TrimPrefix(text, "- ")
+		}
+	}
+	return out + "\n"
 }
 
 func write(file, text string) error { return os.WriteFile(file, []byte(text), 0o600) }
