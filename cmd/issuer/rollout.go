@@ -27,6 +27,7 @@ func (in *issuer) recordRollout(s registry.RolloutStep) error {
 	if err := in.audit.Append(&r); err != nil {
 		return err
 	}
+	in.metrics.RolloutSteps(s.Step).Inc()
 	in.log.Info("rollout of policies", "step", s.Step, "revision", s.Revision, "proxies", s.Members, "acknowledged", s.Acks, "by", by, "why", s.Why)
 	return nil
 }

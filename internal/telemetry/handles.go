@@ -25,6 +25,14 @@ func (r *Registry) PolicyRejected() *Counter {
 	return r.rejected
 }
 
+// RolloutSteps counts what was done to policies that a canary group tries.
+func (r *Registry) RolloutSteps(step string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.rollouts.get(labels{step})
+}
+
 // Authz counts decisions by the rule that decided ("" when none matched) and
 // its effect, allow or deny. It allocates nothing for a pair it has seen.
 func (r *Registry) Authz(rule, effect string) *Counter {

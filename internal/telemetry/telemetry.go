@@ -158,6 +158,7 @@ type Registry struct {
 	sinkErrs  *family[*Counter]
 	sinkLags  *lags
 	messages  *family[*Counter]
+	rollouts  *family[*Counter]
 	revision  *Gauge
 	rejected  *Counter
 	mismatch  *Counter
@@ -202,6 +203,7 @@ func NewRegistry() *Registry {
 	r.askedUp = counters(r, 1, "sallyport_ca_upstream_requests_total", "Questions to the upstream authority of the CA, by result.", "result")
 	r.messages = counters(r, 0, "sallyport_issuer_messages_total", "Messages that reached the issuer over mutual TLS, by method: one of a plain call, each of a stream.", "method")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
+	r.rollouts = counters(r, 1, "sallyport_policy_rollout_steps_total", "Steps of policies that a canary group tries: try, promote, take_back, hold.", "step")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 
 	latency := prometheus.NewHistogramVec(prometheus.HistogramOpts{
