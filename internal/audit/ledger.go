@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -54,6 +55,9 @@ type Ledger struct {
 	cfg   LedgerConfig
 	log   *Log
 	table *capture.Words
+	// counts is the file of table, locked until the end; nil in memory.
+	counts     *os.File
+	countsName string
 
 	shards [shardCount]shard
 
@@ -106,15 +110,26 @@ func OpenLedger(file Config, cfg LedgerConfig) (*Ledger, error) {
 	if err != nil {
 		return nil, err
 	}
-	name := file.Path + countsSuffix
-	table, err := openTable(name)
+	tellLeft(log, cfg)
+	l, err := countIn(log, file.Path+countsSuffix, cfg)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open audit counts: %w", err), log.Close())
+		return nil, errors.Join(err, log.Close())
+	}
+	return l, nil
+}
+
+// countIn makes a ledger of a log and a file with counts.
+func countIn(log *Log, name string, cfg LedgerConfig) (*Ledger, error) {
+	f, table, err := openTable(name)
+	if err != nil {
+		return nil, fmt.Errorf("open audit counts: %w", err)
 	}
 	l, err := newLedger(log, table, cfg)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("open audit counts %s: %w", name, err), log.Close())
+		l = &Ledger{counts: f}
+		return nil, errors.Join(fmt.Errorf("open audit counts %s: %w", name, err), l.leaveCounts())
 	}
+	l.counts, l.countsName = f, name
 	return l, nil
 }
 

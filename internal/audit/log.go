@@ -110,6 +110,11 @@ type Log struct {
 	// copied is set for the log inside a Mirror, which writes no record of its
 	// own.
 	copied bool
+
+	// writer writes the log until mine is closed. Both are nil for a log that
+	// was ours from the start.
+	writer Writer
+	mine   chan struct{}
 }
 
 func newLog(cfg Config) *Log {
@@ -130,6 +135,11 @@ func newLog(cfg Config) *Log {
 // record is not in the log and the caller must refuse what it stands for; its
 // ID is then that of the refusal, which a gap record counts.
 func (l *Log) Append(r *Record) error {
+	if l.followed() {
+		if done, err := l.through(r); done {
+			return err
+		}
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err := l.usable(); errors.Is(err, ErrClosed) {
@@ -291,6 +301,11 @@ func (l *Log) Durable() uint64 {
 // nothing more until one of them has written the file anew, which is tried once a
 // second.
 func (l *Log) Sync(ctx context.Context) error {
+	if l.followed() {
+		if done, err := l.syncThrough(ctx); done {
+			return err
+		}
+	}
 	l.mu.Lock()
 	want := l.seq
 	l.mu.Unlock()
@@ -378,6 +393,9 @@ func (l *Log) Close() error {
 		return nil
 	}
 	l.closed = true
+	if l.file == nil { // it never was ours
+		return nil
+	}
 	return errors.Join(l.dead, l.file.Sync(), l.file.Close())
 }
 

@@ -17,27 +17,33 @@ import (
 )
 
 // openTable maps the file with the counts, and makes it when there is none.
-// All its blocks are written before it gets its name.
-func openTable(path string) (*capture.Words, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
+// All its blocks are written before it gets its name. The file is locked as long
+// as it is open: who counts in it lives.
+func openTable(path string) (f *os.File, table *capture.Words, err error) {
+	f, err = os.OpenFile(path, os.O_RDWR|syscall.O_NOFOLLOW|syscall.O_CLOEXEC, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		f, err = makeTable(path)
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer f.Close()
-	switch st, err := f.Stat(); {
+	st, err := f.Stat()
+	switch {
 	case err != nil:
-		return nil, err
 	case !st.Mode().IsRegular() || st.Size() != tableWords*8:
-		return nil, fmt.Errorf("it is no file of %d bytes; move it away to count from 0", tableWords*8)
+		err = fmt.Errorf("it is no file of %d bytes; move it away to count from 0", tableWords*8)
+	case syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB) != nil:
+		err = ErrLocked
 	case st.Mode().Perm() != 0o600:
-		if err := f.Chmod(0o600); err != nil {
-			return nil, err
-		}
+		err = f.Chmod(0o600)
 	}
-	return capture.MapWords(f, tableWords)
+	if err == nil {
+		table, err = capture.MapWords(f, tableWords)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, f.Close())
+	}
+	return f, table, nil
 }
 
 func makeTable(path string) (*os.File, error) {
@@ -387,5 +393,15 @@ func (l *Ledger) Close() error {
 	if err == nil {
 		atomic.StoreUint64(&l.table.W[hClean], 1)
 	}
-	return errors.Join(err, l.table.Sync(), l.log.Close())
+	err = errors.Join(err, l.table.Sync())
+	return errors.Join(err, l.leaveCounts(), l.log.Close())
+}
+
+// leaveCounts lets go of the file with the counts. Closing it is not enough: the
+// mapping, which stays, holds the lock.
+func (l *Ledger) leaveCounts() error {
+	if l.counts == nil {
+		return nil
+	}
+	return errors.Join(syscall.Flock(int(l.counts.Fd()), syscall.LOCK_UN), l.counts.Close())
 }
