@@ -21,7 +21,7 @@ import (
 var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/http2"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }

@@ -83,7 +83,7 @@ func (c *Config) Validate() error {
 	for field, d := range map[string]time.Duration{"limits.idle": c.Limits.Idle, "limits.life": c.Limits.Life} {
 		need(d >= 0, field, fmt.Sprintf("%s is negative", d))
 	}
-	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
+	errs = append(errs, c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

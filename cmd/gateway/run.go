@@ -11,7 +11,8 @@ import (
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return daemon.CommandLine[Config]{
 		Name: "gateway", Short: "The only way out of the mesh",
-		Fill:  (*Config).fill,
-		Serve: func(ctx context.Context, c *Config, _ []string) error { return serve(ctx, c, stderr) },
+		Fill:     (*Config).fill,
+		Takeover: true,
+		Serve:    func(ctx context.Context, c *Config, r daemon.Run) error { return serve(ctx, c, r.Takeover, stderr) },
 	}.Execute(ctx, args, stdout, stderr)
 }

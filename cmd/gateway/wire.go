@@ -23,6 +23,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/egress"
+	"sallyport/internal/handover"
 	"sallyport/internal/mesh"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
@@ -46,83 +47,116 @@ type gateway struct {
 	// inForce is the snapshot that the judge has the rules of.
 	inForce atomic.Pointer[mesh.Snapshot]
 	egress  *egress.Gateway
+
+	// now ends when the process is to leave at once.
+	now context.Context
+	// doors are the listening sockets. tie is to the process that this one takes
+	// over from, nil when there is none; adopted is closed once its duties are
+	// ours.
+	doors   *handover.Doors
+	tie     *handover.Tie
+	adopted chan struct{}
+	// keeper hands over in its turn; heir is who has taken over.
+	keeper *handover.Keeper
+	heir   *handover.Session
 }
 
 // readyListener is the condition that tunnels are accepted.
 const readyListener = "listener"
 
+// auditFile is the audit log inside DataDir.
+const auditFile = "audit.jsonl"
+
 // serve runs the gateway until a signal, or until a part of it fails.
-func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (err error) {
+	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), doors: new(handover.Doors), adopted: make(chan struct{})}
 	f, ok := stderr.(*os.File)
 	gw.log, gw.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	if takeover {
+		if err := gw.takeOver(); err != nil {
+			return err
+		}
+		defer gw.letGo()
+	}
 	if err := gw.open(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, gw.audit.Close()) }()
-	stop, now, cancel := daemon.Signals(ctx)
+	defer func() { err = errors.Join(err, gw.close()) }()
+	signalled, now, cancel := daemon.Signals(ctx)
 	defer cancel()
+	gw.now = now
+	stop, drain := context.WithCancel(signalled)
+	defer drain()
 	ground, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	g, ground := errgroup.WithContext(ground)
-	admin := &daemon.Admin{
-		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: gw.ready, Metrics: gw.metrics.Handler(),
-		ConfigDump: func() any { return cfg }, Level: gw.level, Drain: cancel, Pprof: cfg.Pprof, Log: gw.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
-	}
-	g.Go(func() error { return admin.Run(ground) })
 	g.Go(func() error { return gw.audit.Run(ground) })
-	g.Go(func() error { return gw.audit.Keep(cfg.Audit.Keep, gw.checked).Run(ground) })
-	g.Go(func() error { return gw.checked.Run(ground) })
-	for _, k := range gw.sinks {
-		g.Go(func() error { return k.Run(ground) })
-	}
 	g.Go(func() error { return gw.judge.Run(ground) })
+	if gw.tie == nil {
+		if err := gw.administer(ground, g, drain); err != nil {
+			return err
+		}
+		gw.duties(ground, g)
+	}
 	g.Go(func() error {
 		defer end()
 		begin, cancel := context.WithCancel(ground)
 		defer context.AfterFunc(stop, cancel)()
 		defer cancel()
-		if err := gw.agent.Join(begin); err != nil {
-			return err
+		if gw.tie == nil {
+			if err := gw.agent.Join(begin); err != nil {
+				return err
+			}
 		}
-		g.Go(func() error { return gw.agent.Run(ground) })
+		g.Go(func() error { return gw.follow(ground, g) })
 		self, err := gw.agent.AwaitPolicy(begin)
 		if err != nil {
 			return nil //nolint:nilerr // asked to stop before it began
 		}
-		return gw.live(stop, now, ground, self)
+		return gw.live(stop, ground, g, drain, self)
 	})
 	return g.Wait()
 }
 
+// administer serves the admin socket.
+func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain func()) error {
+	path := filepath.Join(gw.cfg.RunDir, "admin.sock")
+	ln, err := gw.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, gw.log) },
+		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, gw.log), nil })
+	if err != nil {
+		return err
+	}
+	admin := &daemon.Admin{
+		Socket: path, Listener: ln, Ready: gw.ready, Metrics: gw.metrics.Handler(),
+		ConfigDump: func() any { return gw.cfg }, Level: gw.level, Drain: drain, Pprof: gw.cfg.Pprof, Log: gw.log,
+		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
+	}
+	g.Go(func() error { return admin.Run(ground) })
+	return nil
+}
+
 // open builds every part, the lowest first. It contacts nobody.
-func (gw *gateway) open() error {
+func (gw *gateway) open() (err error) {
 	cfg := gw.cfg
 	gw.ready.Expect(readyListener)
 	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
 		return err
 	}
-	var err error
-	path := filepath.Join(cfg.DataDir, "audit.jsonl")
-	if gw.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile()}, audit.LedgerConfig{}); err != nil {
+	path := filepath.Join(cfg.DataDir, auditFile)
+	log := audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile()}
+	if gw.tie != nil {
+		gw.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, gw.tie, gw.tie.Head())
+	} else {
+		gw.audit, err = audit.OpenLedger(log, audit.LedgerConfig{})
+	}
+	if err != nil {
 		return err
 	}
-	if gw.checked, err = gw.audit.Tree(); err != nil {
-		return errors.Join(err, gw.audit.Close())
-	}
-	if gw.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
-		Program: "gateway", Path: path, Durable: gw.audit.Durable, Append: gw.audit.Append,
-		Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
-	}); err != nil {
-		return errors.Join(err, gw.audit.Close())
-	}
-	spool, err := gw.audit.Spool(cfg.Audit.Spool)
-	if err != nil {
-		return errors.Join(err, gw.audit.Close())
-	}
-	sink.Report(gw.sinks, spool)
-	gw.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, gw.audit.Close())
+		}
+	}()
 	if gw.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: gw.audit, Log: gw.log, Environment: cfg.Environment, Metrics: gw.metrics}); err != nil {
 		return err
 	}
@@ -137,7 +171,7 @@ func (gw *gateway) open() error {
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
-		Policy: cfg.Policy, Record: gw.audit.Append, Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Tree: gw.checked, Spool: spool, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Policy: cfg.Policy, Record: gw.audit.Append, Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
 	})
 	if err != nil {
 		return err
@@ -151,7 +185,44 @@ func (gw *gateway) open() error {
 			Idle: cfg.Limits.Idle, Life: cfg.Limits.Life,
 		},
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	if gw.tie != nil {
+		return gw.agent.Known()
+	}
+	return gw.hold()
+}
+
+// hold opens what only the process may have that writes the audit log.
+func (gw *gateway) hold() (err error) {
+	cfg := gw.cfg
+	if gw.checked, err = gw.audit.Tree(); err != nil {
+		return err
+	}
+	if gw.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
+		Program: "gateway", Path: filepath.Join(cfg.DataDir, auditFile), Durable: gw.audit.Durable, Append: gw.audit.Append,
+		Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
+	}); err != nil {
+		return err
+	}
+	spool, err := gw.audit.Spool(cfg.Audit.Spool)
+	if err != nil {
+		return err
+	}
+	sink.Report(gw.sinks, spool)
+	gw.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
+	gw.agent.Hold(gw.checked, spool)
+	return nil
+}
+
+// duties starts what hold has opened.
+func (gw *gateway) duties(ground context.Context, g *errgroup.Group) {
+	g.Go(func() error { return gw.audit.Keep(gw.cfg.Audit.Keep, gw.checked).Run(ground) })
+	g.Go(func() error { return gw.checked.Run(ground) })
+	for _, k := range gw.sinks {
+		g.Go(func() error { return k.Run(ground) })
+	}
 }
 
 // member lets every workload of the trust domain shake hands: what it may
@@ -166,8 +237,7 @@ func (gw *gateway) member(id spiffeid.ID) error {
 	return nil
 }
 
-// use puts a snapshot in force and judges the open tunnels by it. Nothing is
-// changed before all of it is good.
+// use puts a snapshot in force. Nothing is changed before all of it is good.
 func (gw *gateway) use(snap *mesh.Snapshot) error {
 	set, err := authz.Compile(snap) // checks the rows
 	if err != nil {
@@ -179,7 +249,6 @@ func (gw *gateway) use(snap *mesh.Snapshot) error {
 	}
 	gw.judge.Use(set)
 	gw.inForce.Store(snap)
-	gw.rejudge()
 	return nil
 }
 
@@ -190,26 +259,38 @@ func (gw *gateway) rejudge() {
 	}
 }
 
-// live serves until it is told to stop, then lets the tunnels end.
-func (gw *gateway) live(stop, now, ground context.Context, self spiffeid.ID) error {
-	ln, err := net.Listen("tcp", gw.cfg.Listen)
+// live serves until it is told to stop or another process serves in its place,
+// then lets the tunnels end.
+func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain func(), self spiffeid.ID) error {
+	ln, err := gw.doors.TCP("listen", gw.cfg.Listen)
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen: %w", err), "free the port, or change listen in the configuration")
 	}
 	serving, finish := context.WithCancel(ground)
 	defer finish()
-	context.AfterFunc(stop, func() {
+	served := make(chan error, 1)
+	go func() { served <- gw.egress.Serve(serving, ln) }()
+	if err := gw.keep(stop, ground, g, drain); err != nil {
+		finish()
+		return errors.Join(err, <-served)
+	}
+	if err := gw.serves(ground, g, self, ln.Addr().String(), drain); err != nil {
+		finish()
+		return errors.Join(err, <-served)
+	}
+	replaced, err := gw.stay(stop, served)
+	if !replaced {
 		gw.ready.Set(readyListener, errors.New("draining"))
 		_ = daemon.Notify("STOPPING=1")
-		daemon.Pause(now, gw.cfg.Drain.Wait)
-		finish()
-	})
-	gw.ready.Set(readyListener, nil)
-	gw.log.Info("gateway ready", "identity", self.String(), "listen", ln.Addr().String())
-	_ = daemon.Notify("READY=1")
-	err = gw.egress.Serve(serving, ln)
-	grace, cancel := context.WithTimeout(now, gw.cfg.Drain.Timeout)
+		daemon.Pause(gw.now, gw.cfg.Drain.Wait)
+	}
+	finish()
+	if err == nil {
+		err = <-served
+	}
+	grace, cancel := context.WithTimeout(gw.now, gw.cfg.Drain.Timeout)
 	defer cancel()
 	gw.egress.Drain(grace)
+	gw.awaitDuties(ground)
 	return err
 }

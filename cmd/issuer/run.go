@@ -14,7 +14,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return daemon.CommandLine[Config]{
 		Name: "issuer", Short: "The control plane and signer of a trust domain",
 		Fill:  (*Config).fill,
-		Serve: func(ctx context.Context, c *Config, _ []string) error { return serve(ctx, c, stderr) },
+		Serve: func(ctx context.Context, c *Config, _ daemon.Run) error { return serve(ctx, c, stderr) },
 		More: func(load func() (*Config, error)) []*cobra.Command {
 			return []*cobra.Command{caCommand(load, stdout)}
 		},

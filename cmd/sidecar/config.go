@@ -134,7 +134,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate())
+	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

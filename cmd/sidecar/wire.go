@@ -25,6 +25,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
+	"sallyport/internal/handover"
 	"sallyport/internal/hop"
 	"sallyport/internal/http2"
 	"sallyport/internal/keyset"
@@ -67,6 +68,18 @@ type sidecar struct {
 	serving chan struct{}
 	kubelet *attest.Kubelet // nil when it is not asked
 	callers callers
+
+	// now ends when the process is to leave at once.
+	now context.Context
+	// doors are the listening sockets. tie is to the process that this one takes
+	// over from, nil when there is none; adopted is closed once its duties are
+	// ours.
+	doors   *handover.Doors
+	tie     *handover.Tie
+	adopted chan struct{}
+	// keeper hands over in its turn; heir is who has taken over.
+	keeper *handover.Keeper
+	heir   *handover.Session
 }
 
 // auditFile is the audit log inside DataDir.
@@ -74,17 +87,29 @@ const auditFile = "audit.jsonl"
 
 // serve runs the sidecar, and the application when one is given, until a
 // signal, until the application ends, or until a part fails.
-func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Writer) (err error) {
-	s := &sidecar{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{})}
+func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.Writer) (err error) {
+	s := &sidecar{
+		cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
+		doors: new(handover.Doors), adopted: make(chan struct{}),
+	}
 	f, ok := stderr.(*os.File)
 	s.log, s.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	if run.Takeover {
+		if err := s.takeOver(run.Program); err != nil {
+			return err
+		}
+		defer s.letGo()
+	}
 	if err := s.open(); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.audit.Close()) }()
+	defer func() { err = errors.Join(err, s.close()) }()
 
-	stop, now, cancel := daemon.Signals(ctx)
+	signalled, now, cancel := daemon.Signals(ctx)
 	defer cancel()
+	s.now = now
+	stop, drain := context.WithCancel(signalled)
+	defer drain()
 	defer context.AfterFunc(now, func() {
 		if ctx.Err() == nil && stop.Err() != nil {
 			s.killChild()
@@ -94,28 +119,42 @@ func serve(ctx context.Context, cfg *Config, app []string, stdout, stderr io.Wri
 	ground, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	g, ground := errgroup.WithContext(ground)
+	g.Go(func() error { return s.audit.Run(ground) })
+	g.Go(func() error { return s.judge.Run(ground) })
+	g.Go(func() error { return s.keys.Run(ground) })
+	if s.tie == nil {
+		if err := s.administer(ground, g, drain); err != nil {
+			return err
+		}
+		s.duties(ground, g)
+	}
+	g.Go(func() error {
+		defer end()
+		if s.tie == nil {
+			if err := s.agent.Join(either(stop, ground)); err != nil {
+				return err
+			}
+		}
+		return s.live(stop, ground, g, drain, run.Program, stdout, stderr)
+	})
+	return g.Wait()
+}
+
+// administer serves the admin socket.
+func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain func()) error {
+	path := filepath.Join(s.cfg.RunDir, "admin.sock")
+	ln, err := s.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, s.log) },
+		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, s.log), nil })
+	if err != nil {
+		return err
+	}
 	admin := &daemon.Admin{
-		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: s.ready, Metrics: s.metrics.Handler(),
-		ConfigDump: func() any { return cfg }, Level: s.level, Drain: cancel, Pprof: cfg.Pprof, Log: s.log,
+		Socket: path, Listener: ln, Ready: s.ready, Metrics: s.metrics.Handler(),
+		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
 		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
-	g.Go(func() error { return s.audit.Run(ground) })
-	g.Go(func() error { return s.audit.Keep(cfg.Audit.Keep, s.checked).Run(ground) })
-	g.Go(func() error { return s.checked.Run(ground) })
-	for _, k := range s.sinks {
-		g.Go(func() error { return k.Run(ground) })
-	}
-	g.Go(func() error { return s.judge.Run(ground) })
-	g.Go(func() error { return s.keys.Run(ground) })
-	g.Go(func() error {
-		defer end()
-		if err := s.agent.Join(either(stop, ground)); err != nil {
-			return err
-		}
-		return s.live(stop, now, ground, g, app, stdout, stderr)
-	})
-	return g.Wait()
+	return nil
 }
 
 // either ends when one of both does. Nothing is left behind once b has ended.
@@ -126,36 +165,31 @@ func either(a, b context.Context) context.Context {
 }
 
 // open builds every part, the lowest first. It contacts nobody.
-func (s *sidecar) open() error {
+func (s *sidecar) open() (err error) {
 	cfg := s.cfg
 	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
 		return err
 	}
-	var err error
 	if cfg.Workload.Kubelet.URL != "" {
 		if s.kubelet, err = attest.NewKubelet(cfg.Workload.Kubelet); err != nil {
 			return err
 		}
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
-	if s.audit, err = audit.OpenLedger(audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}, audit.LedgerConfig{}); err != nil {
+	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}
+	if s.tie != nil {
+		s.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, s.tie, s.tie.Head())
+	} else {
+		s.audit, err = audit.OpenLedger(log, audit.LedgerConfig{})
+	}
+	if err != nil {
 		return err
 	}
-	if s.checked, err = s.audit.Tree(); err != nil {
-		return errors.Join(err, s.audit.Close())
-	}
-	if s.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
-		Program: "sidecar", Path: path, Durable: s.audit.Durable, Append: s.audit.Append,
-		Identity: func() (*tls.Certificate, error) { return s.agent.Source().Certificate() }, Metrics: s.metrics, Log: s.log,
-	}); err != nil {
-		return errors.Join(err, s.audit.Close())
-	}
-	spool, err := s.audit.Spool(cfg.Audit.Spool)
-	if err != nil {
-		return errors.Join(err, s.audit.Close())
-	}
-	sink.Report(s.sinks, spool)
-	s.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.audit.Close())
+		}
+	}()
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment, Metrics: s.metrics}); err != nil {
 		return err
 	}
@@ -187,9 +221,46 @@ func (s *sidecar) open() error {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: s.audit.Append, Identity: cfg.Workload.Identity, Inbound: s.advertised(), Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
-		Audit: path, Tree: s.checked, Spool: spool, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
+		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	if s.tie != nil {
+		return s.agent.Known()
+	}
+	return s.hold()
+}
+
+// hold opens what only the process may have that writes the audit log.
+func (s *sidecar) hold() (err error) {
+	cfg := s.cfg
+	if s.checked, err = s.audit.Tree(); err != nil {
+		return err
+	}
+	if s.sinks, err = sink.NewAll(cfg.Audit, sink.Env{
+		Program: "sidecar", Path: filepath.Join(cfg.DataDir, auditFile), Durable: s.audit.Durable, Append: s.audit.Append,
+		Identity: func() (*tls.Certificate, error) { return s.agent.Source().Certificate() }, Metrics: s.metrics, Log: s.log,
+	}); err != nil {
+		return err
+	}
+	spool, err := s.audit.Spool(cfg.Audit.Spool)
+	if err != nil {
+		return err
+	}
+	sink.Report(s.sinks, spool)
+	s.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
+	s.agent.Hold(s.checked, spool)
+	return nil
+}
+
+// duties starts what hold has opened.
+func (s *sidecar) duties(ground context.Context, g *errgroup.Group) {
+	g.Go(func() error { return s.audit.Keep(s.cfg.Audit.Keep, s.checked).Run(ground) })
+	g.Go(func() error { return s.checked.Run(ground) })
+	for _, k := range s.sinks {
+		g.Go(func() error { return k.Run(ground) })
+	}
 }
 
 // advertised is where peers reach this sidecar.
@@ -231,13 +302,10 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
 	s.streams.Use(snap)
-	if in := s.inbound.Load(); in != nil {
-		in.Rejudge()
-	}
 	return nil
 }
 
-// rejudge closes what is open to peers that are not believed any more.
+// rejudge closes what is open and may not go on.
 func (s *sidecar) rejudge() {
 	if in := s.inbound.Load(); in != nil {
 		in.Rejudge()
@@ -283,7 +351,7 @@ func (s *sidecar) name() mesh.ServiceName {
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
 		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log,
-		DrainTimeout: s.cfg.Drain.Timeout, Metrics: s.metrics, Reporter: reporter,
+		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Reporter: reporter,
 		Limits: s.cfg.Limits.http(), MaxConns: s.cfg.Limits.Connections, MaxInFlight: s.cfg.Limits.Calls,
 	}
 }
@@ -295,16 +363,16 @@ type door struct {
 }
 
 // listen opens a port of the configuration.
-func listen(field, addr string) (net.Listener, error) {
-	ln, err := net.Listen("tcp", addr)
+func (s *sidecar) listen(field, addr string) (net.Listener, error) {
+	ln, err := s.doors.TCP(field, addr)
 	if err != nil {
 		return nil, daemon.Hint(fmt.Errorf("%s: %w", field, err), "free the port, or change "+field+" in the configuration")
 	}
 	return ln, nil
 }
 
-// doors opens every listener, and none if one cannot be opened.
-func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
+// listeners opens every door, and none if one cannot be opened.
+func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	var open []net.Listener
 	defer func() {
 		if err != nil {
@@ -318,7 +386,7 @@ func (s *sidecar) doors(self spiffeid.ID) (in, out []door, err error) {
 			return nil
 		}
 		var ln net.Listener
-		if ln, err = listen(field, addr); err == nil {
+		if ln, err = s.listen(field, addr); err == nil {
 			open = append(open, ln)
 		}
 		return ln
@@ -375,7 +443,7 @@ const appEvery = 20 * time.Millisecond
 
 // awaitApp waits until the application accepts connections, if it takes any:
 // only then are peers told of it, and only then is the sidecar ready.
-func (s *sidecar) awaitApp(ground context.Context, self spiffeid.ID) {
+func (s *sidecar) awaitApp(ground context.Context) bool {
 	for s.cfg.Inbound.Listen != "" {
 		var d net.Dialer
 		c, err := d.DialContext(ground, "tcp", s.cfg.Inbound.App.String())
@@ -386,26 +454,24 @@ func (s *sidecar) awaitApp(ground context.Context, self spiffeid.ID) {
 		s.ready.Set(readyDoors, fmt.Errorf("the application does not accept connections yet: %w", err))
 		daemon.Pause(ground, appEvery)
 		if ground.Err() != nil {
-			return
+			return false
 		}
 	}
 	close(s.serving)
-	s.ready.Set(readyDoors, nil)
-	s.log.Info("sidecar ready", "identity", self.String(), "policy_revision", s.agent.Snapshot().PolicyRevision)
-	_ = daemon.Notify("READY=1")
+	return true
 }
 
 // live waits for identity and policy, opens the doors, starts the application
 // and stays until one of them ends; then it closes the doors in order: first
 // the way in, then the application, last the way out.
-func (s *sidecar) live(stop, now, ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) error {
+func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain func(), app []string, stdout, stderr io.Writer) error {
 	s.ready.Expect(readyDoors)
-	g.Go(func() error { return s.agent.Run(ground) })
+	g.Go(func() error { return s.follow(ground, g) })
 	self, err := s.agent.AwaitPolicy(either(stop, ground))
 	if err != nil || stop.Err() != nil {
 		return nil //nolint:nilerr // asked to stop before it began
 	}
-	in, out, err := s.doors(self)
+	in, out, err := s.listeners(self)
 	if err != nil {
 		return err
 	}
@@ -429,21 +495,21 @@ func (s *sidecar) live(stop, now, ground context.Context, g *errgroup.Group, app
 	if err != nil {
 		return err
 	}
-	g.Go(func() error {
-		s.awaitApp(either(stop, ground), self)
-		return nil
-	})
-	select {
-	case <-stop.Done():
-	case <-done:
-	case <-ground.Done():
+	if err := s.keep(stop, ground, g, drain); err != nil {
+		return err
 	}
-	s.ready.Set(readyDoors, errors.New("draining"))
-	_ = daemon.Notify("STOPPING=1")
-	daemon.Pause(now, s.cfg.Drain.Wait)
+	g.Go(func() error { return s.serves(either(stop, ground), ground, g, self, drain) })
+	if !s.stay(stop, ground, done) {
+		s.ready.Set(readyDoors, errors.New("draining"))
+		_ = daemon.Notify("STOPPING=1")
+		daemon.Pause(s.now, s.cfg.Drain.Wait)
+	}
 	closeIn()
 	err = ins.Wait()
-	status := s.endChild(now)
+	status := s.endChild(s.now)
+	s.awaitLeave()
 	closeOut()
-	return errors.Join(err, outs.Wait(), status)
+	err = errors.Join(err, outs.Wait(), status)
+	s.awaitDuties(ground)
+	return err
 }

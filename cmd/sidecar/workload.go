@@ -3,10 +3,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/capture"
 	"sallyport/internal/daemon"
+	"sallyport/internal/handover"
 	"sallyport/internal/svid"
 )
 
@@ -19,7 +21,9 @@ func (s *sidecar) workloadAPI() (func(context.Context) error, error) {
 		return nil, err
 	}
 	// Every local user may connect: who gets what is decided by attestation.
-	ln, err := capture.ListenUnix(s.cfg.Workload.Socket, 0o777)
+	ln, err := s.doors.Unix("workload.socket", s.cfg.Workload.Socket,
+		func() (handover.Listener, error) { return capture.ListenUnix(s.cfg.Workload.Socket, 0o777) },
+		func(ln *net.UnixListener) (handover.Listener, error) { return capture.AdoptUnix(ln) })
 	if err != nil {
 		return nil, daemon.Hint(err, "change workload.socket in the configuration")
 	}

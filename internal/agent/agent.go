@@ -95,22 +95,22 @@ type Config struct {
 	// is behind Inbound does not answer before.
 	Serving <-chan struct{}
 	// Use puts a new snapshot in force, wholly or not at all; an error keeps
-	// the former one and is told to the issuer. Required.
+	// the former one and is told to the issuer. Snapshot gives the new one only
+	// once it has returned; then Rejudge is called. Required.
 	Use func(*mesh.Snapshot) error
 	// Try tries the rows of a candidate beside those in force, nil ends that; an
 	// error says that they are not tried and is told to the issuer. Default:
 	// candidates are passed over.
 	Try func(*mesh.Snapshot) error
-	// Rejudge is called once Source believes fewer peers than before: what is
-	// open to those that are revoked must be closed when it returns. Required.
+	// Rejudge is called once Source believes fewer peers than before, or another
+	// snapshot is in force: what is open and may not go on must be closed when it
+	// returns. Required.
 	Rejudge func()
 	// Audit is the path of the log that is sent to the issuer. Required.
 	Audit string
 	// Tree is the tree over that log, whose checkpoints the issuer is to sign.
-	// Default: none are.
+	// Default: that of Hold, or none are.
 	Tree *audit.Tree
-	// Spool is told how much of that log the issuer has. Nil is told nothing.
-	Spool *audit.Spool
 	// Edges are reported to the issuer. Required.
 	Edges *telemetry.Edges
 	// Metrics and Ready say how things are. Required.
@@ -216,7 +216,6 @@ func Open(cfg Config) (*Agent, error) {
 		cfg: cfg, node: svid.NewSource(), held: svid.NewSource(),
 		must: make(chan struct{}, 1), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1),
 	}
-	a.spool = cfg.Spool.Reader("the issuer", a.keptCursor())
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")
 	}
@@ -256,54 +255,73 @@ func (a *Agent) resume() error {
 	if err := a.resumeRevoked(); err != nil {
 		return err
 	}
-	for name, src := range map[string]*svid.Source{nodeFile: a.node, heldFile: a.held} {
-		st, err := svid.Load(a.file(name))
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			continue
-		case err == nil && st.Bundle.TrustDomain() != a.cfg.TrustDomain:
-			return daemon.Hint(fmt.Errorf("%s belongs to trust domain %s, the configuration says %s", a.file(name), st.Bundle.TrustDomain(), a.cfg.TrustDomain),
-				"correct trust_domain, or give this proxy an empty data_dir")
-		case err == nil:
-			// One that has ended does not spoil the others, nor the roots.
-			now := time.Now()
-			st.Identities = slices.DeleteFunc(st.Identities, func(i svid.Identity) bool { return !now.Before(i.Expires()) })
-			if src == a.held {
-				a.choose(st)
-			}
-			err = src.Set(st)
-		}
-		if errors.Is(err, svid.ErrExpired) && (name == heldFile || a.kept == nil) {
-			a.keepBundle(a.file(name))
-		}
-		if err != nil {
-			a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
+	for _, name := range []string{nodeFile, heldFile} {
+		if err := a.resumeIdentity(name); err != nil {
+			return err
 		}
 	}
 	if err := a.resumeEntries(); err != nil {
 		a.cfg.Log.Warn("kept entries are of no use, waiting for the issuer", "err", err)
 	}
+	if err := a.resumePolicy(); err != nil {
+		a.cfg.Log.Warn("kept policy is of no use, waiting for the issuer", "err", err)
+	}
+	return nil
+}
+
+// resumeIdentity takes over the identities in one of the two files.
+func (a *Agent) resumeIdentity(name string) error {
+	src := a.node
+	if name == heldFile {
+		src = a.held
+	}
+	st, err := svid.Load(a.file(name))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err == nil && st.Bundle.TrustDomain() != a.cfg.TrustDomain:
+		return daemon.Hint(fmt.Errorf("%s belongs to trust domain %s, the configuration says %s", a.file(name), st.Bundle.TrustDomain(), a.cfg.TrustDomain),
+			"correct trust_domain, or give this proxy an empty data_dir")
+	case err == nil:
+		// One that has ended does not spoil the others, nor the roots.
+		now := time.Now()
+		st.Identities = slices.DeleteFunc(st.Identities, func(i svid.Identity) bool { return !now.Before(i.Expires()) })
+		if name == heldFile {
+			a.choose(st)
+		}
+		err = src.Set(st)
+	}
+	if errors.Is(err, svid.ErrExpired) && (name == heldFile || a.kept == nil) {
+		a.keepBundle(a.file(name))
+	}
+	if err != nil {
+		a.cfg.Log.Warn("kept identity is of no use, fetching a new one", "file", name, "err", err)
+	}
+	return nil
+}
+
+// resumePolicy puts the snapshot on disk in force, if there is one.
+func (a *Agent) resumePolicy() error {
 	b, err := os.ReadFile(a.file(snapshotFile))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	var snap *mesh.Snapshot
-	if err == nil {
-		snap, err = mesh.DecodeSnapshot(b)
-	}
-	if err == nil {
-		err = a.own(snap)
-	}
-	if err == nil && a.pins != nil {
-		snap, err = a.pins.resume(a.identity(), snap)
-	}
-	if err == nil {
-		err = a.use(snap)
-	}
 	if err != nil {
-		a.cfg.Log.Warn("kept policy is of no use, waiting for the issuer", "err", err)
+		return err
 	}
-	return nil
+	snap, err := mesh.DecodeSnapshot(b)
+	if err != nil {
+		return err
+	}
+	if err := a.own(snap); err != nil {
+		return err
+	}
+	if a.pins != nil {
+		if snap, err = a.pins.resume(a.identity(), snap); err != nil {
+			return err
+		}
+	}
+	return a.use(snap)
 }
 
 // choose puts the identity of the configuration first. Without it there, none

@@ -25,6 +25,7 @@ func (a *Agent) use(s *mesh.Snapshot) error {
 		return err
 	}
 	a.snapshot.Store(s)
+	a.cfg.Rejudge() // by what Snapshot says now
 	a.mu.Lock()
 	close(a.fresh)
 	a.fresh = make(chan struct{})

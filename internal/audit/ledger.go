@@ -483,5 +483,11 @@ func (l *Ledger) runCounts(ctx context.Context) {
 	}
 }
 
+// Head is the number of the newest record.
+func (l *Ledger) Head() uint64 {
+	seq, _ := l.log.Head()
+	return seq
+}
+
 // Durable is the number of the newest record that is on the disk.
 func (l *Ledger) Durable() uint64 { return l.log.Durable() }

@@ -91,6 +91,9 @@ type UnixListener struct{ net.Listener }
 // ListenUnix fails with ErrNeedsLinux.
 func ListenUnix(string, fs.FileMode) (*UnixListener, error) { return nil, ErrNeedsLinux }
 
+// AdoptUnix fails with ErrNeedsLinux.
+func AdoptUnix(*net.UnixListener) (*UnixListener, error) { return nil, ErrNeedsLinux }
+
 // A UnixPeer cannot be had outside Linux.
 type UnixPeer struct{ net.Conn }
 

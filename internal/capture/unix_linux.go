@@ -52,6 +52,21 @@ func ListenUnix(path string, perm fs.FileMode) (*UnixListener, error) {
 	return &UnixListener{l.(*net.UnixListener)}, nil
 }
 
+// AdoptUnix is ListenUnix for a socket that another process has opened so.
+func AdoptUnix(l *net.UnixListener) (*UnixListener, error) {
+	rc, err := l.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("adopt socket: %w", err)
+	}
+	var serr error
+	if err := rc.Control(func(fd uintptr) {
+		serr = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_PASSCRED, 1)
+	}); err != nil || serr != nil {
+		return nil, fmt.Errorf("adopt socket: %w", errors.Join(err, serr))
+	}
+	return &UnixListener{l}, nil
+}
+
 // clearStale removes a socket file that refuses connections.
 func clearStale(path string) error {
 	fi, err := os.Lstat(path)

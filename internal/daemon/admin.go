@@ -30,6 +30,8 @@ type Admin struct {
 	// Socket is the path. Its directory is made with mode 0700; one that exists
 	// must belong to the process's user and be closed to others. Required.
 	Socket string
+	// Listener is served instead of opening Socket, and closed. Optional.
+	Listener net.Listener
 	// Ready answers /readyz. Required.
 	Ready *Ready
 	// Metrics answers /metrics. Without it the path is not found.
@@ -52,9 +54,12 @@ type Admin struct {
 // Run serves until ctx ends, then closes every connection: an admin connection
 // never holds a drain. It returns nil when ctx ended.
 func (a *Admin) Run(ctx context.Context) error {
-	ln, err := ListenPrivate(a.Socket, a.Log)
-	if err != nil {
-		return err
+	ln := a.Listener
+	if ln == nil {
+		var err error
+		if ln, err = ListenPrivate(a.Socket, a.Log); err != nil {
+			return err
+		}
 	}
 	srv := &http.Server{
 		Handler:           a.handler(),
@@ -143,7 +148,7 @@ func (a *Admin) setLevel(w http.ResponseWriter, r *http.Request) {
 // 0700. Connections of other users than our own and root are closed before
 // Accept returns them. The socket file of a dead process is replaced; that of
 // a live one is an error.
-func ListenPrivate(path string, log *slog.Logger) (net.Listener, error) {
+func ListenPrivate(path string, log *slog.Logger) (*PrivateListener, error) {
 	if len(path) > longestSocket {
 		return nil, Hint(fmt.Errorf("listen on %s: the path has %d bytes, a Unix socket allows %d", path, len(path), longestSocket),
 			"set a shorter run directory")
@@ -169,7 +174,13 @@ func ListenPrivate(path string, log *slog.Logger) (net.Listener, error) {
 		ln.Close()
 		return nil, fmt.Errorf("listen on %s: %w", path, cause(err))
 	}
-	return &peerListener{UnixListener: ln, log: log, uid: uint32(os.Geteuid())}, nil
+	return Private(ln, log), nil
+}
+
+// Private lets only our own user and root connect to a socket that ListenPrivate
+// has opened in an earlier process.
+func Private(ln *net.UnixListener, log *slog.Logger) *PrivateListener {
+	return &PrivateListener{UnixListener: ln, log: log, uid: uint32(os.Geteuid())}
 }
 
 // privateDir makes dir, or checks that the one there is ours and closed.
@@ -228,14 +239,15 @@ func removeStale(path string) error {
 	return nil
 }
 
-// A peerListener lets in only its own user and root.
-type peerListener struct {
+// A PrivateListener lets in only its own user and root.
+type PrivateListener struct {
 	*net.UnixListener
 	log *slog.Logger
 	uid uint32
 }
 
-func (l *peerListener) Accept() (net.Conn, error) {
+// Accept waits for a connection of one of them.
+func (l *PrivateListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.AcceptUnix()
 		if err != nil {

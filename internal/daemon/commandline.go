@@ -11,6 +11,10 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// TakeoverFlag is the flag of "run" that asks to take over from a process that
+// runs.
+const TakeoverFlag = "takeover"
+
 // A CommandLine is that of a program that serves: "run" and "config show" on a
 // configuration of type C.
 type CommandLine[C any] struct {
@@ -18,12 +22,21 @@ type CommandLine[C any] struct {
 	Name, Short string
 	// Fill sets the defaults of a configuration that was read. Required.
 	Fill func(*C)
-	// Serve runs the program. program is what stood behind "--". Required.
-	Serve func(ctx context.Context, cfg *C, program []string) error
-	// Program says that run takes a program behind "--".
-	Program bool
+	// Serve runs the program. Required.
+	Serve func(ctx context.Context, cfg *C, run Run) error
+	// Program says that run takes a program behind "--", Takeover that it can
+	// take over from a process that runs.
+	Program, Takeover bool
 	// More adds commands that need the configuration.
 	More func(load func() (*C, error)) []*cobra.Command
+}
+
+// A Run is what the command line of "run" says beside the configuration.
+type Run struct {
+	// Program is what stood behind "--".
+	Program []string
+	// Takeover asks to take over from the process that runs, if one does.
+	Takeover bool
 }
 
 // Execute runs one command line. A mistake on it has the exit code Usage.
@@ -92,7 +105,7 @@ func (l CommandLine[C]) example() string {
 
 // run is the command "run".
 func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Writer) *cobra.Command {
-	var check bool
+	var check, takeover bool
 	cmd := &cobra.Command{
 		Use: "run", Short: "Serve until a signal ends it", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, program []string) error {
@@ -107,7 +120,7 @@ func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Wri
 				fmt.Fprintf(stdout, "%s: ok\n", *file)
 				return nil
 			}
-			return l.Serve(cmd.Context(), c, program)
+			return l.Serve(cmd.Context(), c, Run{Program: program, Takeover: takeover})
 		},
 	}
 	if l.Program {
@@ -116,5 +129,8 @@ func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Wri
 			"there, with the proxy environment set; pass signals on; end with its status."
 	}
 	cmd.Flags().BoolVar(&check, "check-config", false, "validate the configuration and exit")
+	if l.Takeover {
+		cmd.Flags().BoolVar(&takeover, TakeoverFlag, false, "take the sockets over from the process that runs, which finishes what it carries")
+	}
 	return cmd
 }

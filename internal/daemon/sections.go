@@ -3,6 +3,7 @@ package daemon
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -28,11 +29,34 @@ type DrainConfig struct {
 	Wait time.Duration `yaml:"wait"`
 	// Timeout bounds what is in flight. Default 25 s.
 	Timeout time.Duration `yaml:"timeout"`
+	// Outbound is how long a sidecar keeps the way out open, once the way in is
+	// closed, for an application that it has not started: until that has closed
+	// its port and its connections, or until this is over. Default: Timeout.
+	Outbound time.Duration `yaml:"outbound"`
+	// Handover is how long a process may finish what it carries once another has
+	// taken over from it. Default 10 min.
+	Handover time.Duration `yaml:"handover"`
+}
+
+// Validate reports every mistake, by field.
+func (d DrainConfig) Validate() error {
+	var errs []error
+	for _, f := range []struct {
+		name string
+		d    time.Duration
+	}{{"wait", d.Wait}, {"timeout", d.Timeout}, {"outbound", d.Outbound}, {"handover", d.Handover}} {
+		if f.d < 0 || f.d > 24*time.Hour {
+			errs = append(errs, fmt.Errorf("drain.%s: %s is not between 0s and 24h", f.name, f.d))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // WithDefaults fills what was left out.
 func (d DrainConfig) WithDefaults() DrainConfig {
 	d.Timeout = cmp.Or(d.Timeout, 25*time.Second)
+	d.Outbound = cmp.Or(d.Outbound, d.Timeout)
+	d.Handover = cmp.Or(d.Handover, 10*time.Minute)
 	return d
 }
 

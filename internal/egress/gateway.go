@@ -160,9 +160,13 @@ type Gateway struct {
 
 	wg sync.WaitGroup // connections and streams
 
-	mu       sync.Mutex // guards what follows
+	mu       sync.Mutex // guards what follows, and h2 and h2conns
 	conns    map[*wire]bool
 	draining bool
+	// yielding has connections end with their next answer; resting closes those
+	// that wait for a request meanwhile.
+	yielding bool
+	resting  *time.Timer
 }
 
 // New makes a Gateway.
@@ -199,7 +203,7 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 	over, cancel := context.WithCancel(ctx)
 	defer cancel()
 	helpers.Go(func() { g.rejudgeEvery(over) })
-	g.wg.Go(func() { _ = g.h2.Serve(g.h2conns) })
+	g.serveStreams()
 	pause := 5 * time.Millisecond
 	for {
 		c, err := ln.Accept()
@@ -229,14 +233,18 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 func (g *Gateway) Drain(ctx context.Context) {
 	g.mu.Lock()
 	g.draining = true
+	if g.resting != nil {
+		g.resting.Stop()
+	}
 	for w := range g.conns {
 		if w.idle {
 			w.Close()
 		}
 	}
+	h2, h2conns := g.h2, g.h2conns
 	g.mu.Unlock()
-	err := g.h2.Shutdown(ctx)
-	g.h2conns.Close()
+	err := h2.Shutdown(ctx)
+	h2conns.Close()
 	done := make(chan struct{})
 	go func() { g.wg.Wait(); close(done) }()
 	select {
@@ -253,10 +261,72 @@ func (g *Gateway) Drain(ctx context.Context) {
 	}
 	g.mu.Unlock()
 	if err != nil {
-		_ = g.h2.Close()
+		_ = h2.Close()
 	}
 	<-done
 	g.refusedMore(g.flood.rest())
+}
+
+// restGrace is how long a connection without a tunnel may wait for one while
+// the gateway yields. To close it at once could meet a request on its way.
+const restGrace = time.Second
+
+// Yield has the open connections end with the tunnel that they carry, or the next
+// one, since another process takes the new ones. False takes that back. Tunnels
+// go on.
+func (g *Gateway) Yield(on bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.draining || on == g.yielding {
+		return
+	}
+	if g.yielding = on; !on {
+		g.resting.Stop()
+		return
+	}
+	g.resting = time.AfterFunc(restGrace, g.closeIdle)
+	// A server of HTTP/2 that was shut down serves nothing more: what comes in
+	// this process after all, goes to another.
+	old, conns := g.h2, g.h2conns
+	g.h2conns = newHandover()
+	g.h2 = g.newHTTP2()
+	g.serveStreams()
+	g.wg.Go(func() {
+		defer conns.Close()
+		if old.Shutdown(g.base) != nil {
+			_ = old.Close()
+		}
+	})
+}
+
+// serveStreams starts the server of HTTP/2, under mu or before anybody else.
+func (g *Gateway) serveStreams() {
+	h2, conns := g.h2, g.h2conns
+	g.wg.Go(func() { _ = h2.Serve(conns) })
+}
+
+func (g *Gateway) closeIdle() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for w := range g.conns {
+		if g.yielding && w.idle {
+			w.Close()
+		}
+	}
+}
+
+// Carries is how many connections are open.
+func (g *Gateway) Carries() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.conns)
+}
+
+// yields says that connections end with their next answer.
+func (g *Gateway) yields() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.yielding
 }
 
 // admit gives a new connection its goroutine, unless too many are open.

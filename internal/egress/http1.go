@@ -66,6 +66,9 @@ func (g *Gateway) serveHTTP1(w *wire, tc *tls.Conn, who *caller) {
 		} else if hc.Buffered() > 0 {
 			req.KeepAlive = false // what follows was meant for the tunnel
 		}
+		if g.yields() {
+			req.KeepAlive = false
+		}
 		lb.keep(hc.Buffered())
 		keep, err := hc.WriteError(r, ans.status, ans.fields(), ans.body())
 		if err != nil {

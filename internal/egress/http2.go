@@ -78,7 +78,10 @@ func (g *Gateway) newHTTP2() *http.Server {
 
 // serveHTTP2 gives the connection to the HTTP/2 server and waits for its end.
 func (g *Gateway) serveHTTP2(w *wire, tc *tls.Conn) {
-	if g.h2conns.give(tc) {
+	g.mu.Lock()
+	conns := g.h2conns
+	g.mu.Unlock()
+	if conns.give(tc) {
 		<-w.closed
 	}
 }

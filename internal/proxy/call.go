@@ -244,6 +244,7 @@ func (x *call) exchange() *refusal {
 		return x.failed(&http1.SideError{Side: http1.Client, Op: "read", Err: err})
 	}
 	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
+	refused := 0
 	for fresh := false; ; fresh = true {
 		up, err := x.lend(x, fresh)
 		if err != nil {
@@ -275,13 +276,24 @@ func (x *call) exchange() *refusal {
 			x.finish(up)
 			return nil
 		}
-		stale := x.unanswered() && (up.Reused || errors.Is(x.err, hop.ErrRefused))
+		again := x.unanswered()
+		if errors.Is(x.err, hop.ErrRefused) {
+			refused++
+			again = again && refused <= maxRefused
+		} else {
+			again = again && up.Reused && !fresh
+		}
 		up.Discard()
-		if !stale || fresh {
+		if !again {
 			return x.failed(x.err)
 		}
 	}
 }
+
+// maxRefused is how often a call may be refused by a peer that has not acted on
+// it. One that drains refuses what crossed with its word, and once more what was
+// sent on a connection that was being made.
+const maxRefused = 4
 
 // unanswered says that the failed exchange may be done again on another
 // connection: the upstream has said nothing, it did not merely take too long,

@@ -20,7 +20,7 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 	defer wg.Wait()
 	h := hop.Accepted(tc, hop.Config{Budget: in.windows}, func(s *hop.Stream) bool {
 		sc := &conn{Conn: s, on: c, who: c.who}
-		if in.draining.Load() || !in.enterStream(sc, x) {
+		if !in.enterStream(sc, x) {
 			return false
 		}
 		wg.Go(func() {
@@ -33,6 +33,9 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 	})
 	if !c.shares(h) {
 		return
+	}
+	if in.draining.Load() { // whoever drains may have come too early to see it
+		h.Drain()
 	}
 	if err := h.Run(); err != nil {
 		in.Log.Debug("connection of a proxy ended", "peer", x.src, "remote", x.remote, "err", err)

@@ -153,6 +153,13 @@ func (in *Inbound) Run(ctx context.Context, ln net.Listener) error {
 	return in.run(ctx, ln)
 }
 
+// Yield has the open connections end with the call that they carry, or the next
+// one, since another process takes the new ones. False takes that back.
+func (in *Inbound) Yield(on bool) { in.yield(on) }
+
+// Carries is how many connections are open.
+func (in *Inbound) Carries() int { return in.carries() }
+
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
 	tc := tls.Server(hop.NewSocket(capture.NewDirect(c.Conn)), in.cfg.TLS)

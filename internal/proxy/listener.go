@@ -37,6 +37,7 @@ type listener struct {
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
 	toldFull time.Time
+	resting  *time.Timer // closes what carries no call
 }
 
 // A conn is one downstream connection.
@@ -165,6 +166,7 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.mu.Unlock()
 	l.bodies = http2.NewBudget(bodies)
 	l.opened = l.Metrics.Connections(l.Reporter, "open")
+	defer l.rested()
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
 	var wg sync.WaitGroup
@@ -181,15 +183,62 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 		})
 	})
 	ln.Close()
-	l.draining.Store(true)
-	l.closeIdle()
-	timer := time.AfterFunc(l.DrainTimeout, func() {
+	l.yield(true)
+	over := func() {
 		cut()
 		l.severAll()
-	})
+	}
+	timer := time.AfterFunc(l.DrainTimeout, over)
 	defer timer.Stop()
+	if l.Now != nil {
+		defer context.AfterFunc(l.Now, over)()
+	}
 	wg.Wait()
 	return err
+}
+
+// yield has the open connections end with the call that they carry, or the next
+// one: its answer says so. False takes that back for those that are left.
+func (l *listener) yield(on bool) {
+	l.draining.Store(on)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.resting != nil {
+		l.resting.Stop()
+		l.resting = nil
+	}
+	if !on {
+		return
+	}
+	for c := range l.open {
+		c.leave() // the peer must know before its streams end
+	}
+	for c := range l.open {
+		if c.on != nil {
+			c.end() // which tells the peer that nothing was acted on
+		}
+	}
+	l.resting = time.AfterFunc(min(l.DrainTimeout/4, restGrace), l.closeIdle)
+}
+
+// rested stops what yield has started.
+func (l *listener) rested() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.resting != nil {
+		l.resting.Stop()
+	}
+}
+
+// restGrace is how long a connection without a call may wait for one while the
+// listener yields. To close it at once could meet a request on its way.
+const restGrace = time.Second
+
+// carries is how many connections are open, streams counted with them.
+func (l *listener) carries() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.open)
 }
 
 // survive keeps a panic to its connection.
@@ -294,8 +343,8 @@ func (l *listener) forget(c *conn) {
 func (l *listener) closeIdle() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for c := range l.open {
-		c.leave() // the peer must know before its streams end
+	if !l.draining.Load() {
+		return // somebody took it back
 	}
 	for c := range l.open {
 		if !c.end() {

@@ -104,6 +104,26 @@ func (o *Outbound) RunFor(ctx context.Context, ln net.Listener, service mesh.Ser
 	return d.run(ctx, ln)
 }
 
+// Yield has the open connections end with the call that they carry, or the next
+// one, since another process takes the new ones. False takes that back.
+func (o *Outbound) Yield(on bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, d := range o.doors {
+		d.yield(on)
+	}
+}
+
+// Carries is how many connections are open.
+func (o *Outbound) Carries() (n int) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for _, d := range o.doors {
+		n += d.carries()
+	}
+	return n
+}
+
 // A door is one listener of the way out.
 type door struct {
 	listener

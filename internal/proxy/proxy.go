@@ -12,6 +12,7 @@
 package proxy
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"time"
@@ -44,6 +45,8 @@ type Shared struct {
 	// DrainTimeout bounds the calls in flight after Run's context has ended.
 	// Default 25 s.
 	DrainTimeout time.Duration
+	// Now cuts the calls in flight when it ends, once Run's context has. Optional.
+	Now context.Context
 }
 
 // A Recorder keeps an audit record; when it returns, the record survives a
