@@ -40,6 +40,7 @@ test: ## every test, with the race detector where a C compiler is
 	$(if $(RACE),go test -vet=off -timeout 10m $(PARTLY))
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
+	-@cd tools/h2spec && go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve. Most of
 	@# the time they wait, so one more than there are cores may run at once.
@@ -81,6 +82,10 @@ bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
 	@go build -o $(BIN)/bench-http1 ./bench/http1
 	@$(BIN)/bench-http1 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
+.PHONY: h2spec
+h2spec: ## h2spec against every listener of real sidecars that speaks HTTP/2
+	@go test -count=1 -vet=off -run '^TestH2spec$$' -v ./test | grep -v '^=== '
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)

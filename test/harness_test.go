@@ -46,6 +46,7 @@ func buildAndRun(m *testing.M) int {
 	code := m.Run()
 	conformed.print()
 	strictness.print()
+	h2spec.print()
 	hostile.print()
 	readersSum.print()
 	return code

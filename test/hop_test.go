@@ -59,10 +59,14 @@ func TestHop(t *testing.T) {
 	}
 	client := append([]string{"s_client", "-connect", bill.in, "-verify_return_error", "-ign_eof"}, identity("payment", payment)...)
 	const request = "GET /v1/charges/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nConnection: close\r\n\r\n"
-	t.Run("a peer of another make gets http/1.1", func(t *testing.T) {
-		for _, offer := range []string{"http/1.1", "h2,http/1.1"} {
+	t.Run("a peer of another make gets http/1.1, or h2 if it can", func(t *testing.T) {
+		out, err := talk(t, request, append(client, "-alpn", "http/1.1")...)
+		if !strings.Contains(out, "ALPN protocol: http/1.1") || !strings.Contains(out, "HTTP/1.1 200 OK") {
+			t.Errorf("offering http/1.1 (%v):\n%s", err, out)
+		}
+		for _, offer := range []string{"h2,http/1.1", "http/1.1,h2"} {
 			out, err := talk(t, request, append(client, "-alpn", offer)...)
-			if !strings.Contains(out, "ALPN protocol: http/1.1") || !strings.Contains(out, "HTTP/1.1 200 OK") {
+			if !strings.Contains(out, "ALPN protocol: h2") || strings.Contains(out, "HTTP/1.1") {
 				t.Errorf("offering %s (%v):\n%s", offer, err, out)
 			}
 		}

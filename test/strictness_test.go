@@ -78,9 +78,9 @@ func TestStrictness(t *testing.T) {
 	t.Parallel()
 	s := newStrictRig(t, "")
 	slow := newStrictRig(t, "limits: {head: 2048, headers: 20, target: 512, head_timeout: 1s, body_timeout: 1s, idle_timeout: 1s, refuse_underscores: true, connections: 300}\n")
-	t.Run("a peer that speaks HTTP/2 alone is sent away", func(t *testing.T) {
+	t.Run("a peer that speaks HTTP/3 alone is sent away", func(t *testing.T) {
 		only := s.tls.Clone()
-		only.NextProtos = []string{"h2"}
+		only.NextProtos = []string{"h3"}
 		if c, err := tls.Dial("tcp", s.bill.in, only); err == nil {
 			c.Close()
 			t.Error("it got in")

@@ -94,6 +94,7 @@ func (c *Conn) peerReset(stream uint32, code Code) error {
 		if c.isIdle(stream) {
 			return violated(Protocol, BadStream)
 		}
+		c.settleReset(stream)
 		return c.noisy()
 	}
 	if c.server {

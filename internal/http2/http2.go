@@ -145,6 +145,7 @@ type Conn struct {
 	asked    bool      // a sign of life, at the last tick
 	empty    time.Time // since when there is no call
 	parted   bool      // the peer has its time to close
+	deaf     bool      // nobody reads any more
 }
 
 // leaving is how far a connection is on its way to the end.
@@ -208,8 +209,13 @@ func (c *Conn) Run() error {
 		defer close(done)
 		c.write()
 	}()
-	c.end(c.read())
+	err := c.read()
+	c.mu.Lock()
+	c.deaf = true
+	c.endLocked(err)
+	c.mu.Unlock()
 	<-done
+	c.linger()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.tick.Stop()
@@ -218,6 +224,28 @@ func (c *Conn) Run() error {
 	}
 	return c.err
 }
+
+// linger closes behind last words that tell of a mistake. A plain close on bytes
+// that were not read could destroy them on their way.
+func (c *Conn) linger() {
+	defer c.nc.Close()
+	if !isViolation(c.err) {
+		return
+	}
+	if h, ok := c.nc.(interface{ CloseWrite() error }); !ok || h.CloseWrite() != nil {
+		return
+	}
+	_ = c.nc.SetReadDeadline(time.Now().Add(lastWords))
+	_, _ = io.CopyN(io.Discard, c.nc, lingerBytes)
+}
+
+func isViolation(err error) bool {
+	var v *Violation
+	return errors.As(err, &v)
+}
+
+// lingerBytes is how much may be on its way to us when we end a connection.
+const lingerBytes = 256 << 10
 
 // Live says whether the connection takes new calls, if there is room.
 func (c *Conn) Live() bool {

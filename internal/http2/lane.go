@@ -436,6 +436,16 @@ func (c *Conn) wasReset(id uint32) bool {
 	return false
 }
 
+// settleReset takes note that the peer, too, has done with a stream that we have
+// reset: what comes after that is a mistake.
+func (c *Conn) settleReset(id uint32) {
+	for i, r := range c.resets {
+		if r == id {
+			c.resets[i] = 0
+		}
+	}
+}
+
 // broke ends the lane with an error; the lock of the Conn is held.
 func (l *Lane) broke(err error) {
 	if l.werr == nil {

@@ -70,7 +70,7 @@ func (o *writer) turns() {
 }
 
 // write sends what nobody else does, until the connection ends, then what is
-// left, and closes.
+// left, and closes, unless the peer has yet to learn of a mistake.
 func (c *Conn) write() {
 	o := &c.out
 	c.mu.Lock()
@@ -85,12 +85,15 @@ func (c *Conn) write() {
 		o.work.Wait()
 	}
 	left := o.pend
+	lingers := c.deaf && isViolation(c.err)
 	c.mu.Unlock()
 	if len(left) > 0 {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
 		_ = c.send(left) // the connection has ended, one way or another
 	}
-	c.nc.Close()
+	if !lingers {
+		c.nc.Close() // which wakes who reads
+	}
 }
 
 // flush sends all that is pending. It is called with the lock held, which it

@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"context"
+	"errors"
 	"net"
 	"sync"
 
@@ -85,6 +86,14 @@ func (d *door) serveLane(ctx context.Context, c *conn, remote string) {
 type ahead struct {
 	net.Conn
 	read []byte
+}
+
+// CloseWrite is that of a TCP connection.
+func (a *ahead) CloseWrite() error {
+	if h, ok := a.Conn.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return errors.ErrUnsupported
 }
 
 func (a *ahead) Read(p []byte) (int, error) {
