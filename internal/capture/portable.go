@@ -108,3 +108,6 @@ func (*UnixPeer) Pidfd() (*Pidfd, error) { return nil, ErrNeedsLinux }
 
 // NewDirect gives nc back: the runtime's own calls serve as well.
 func NewDirect(nc net.Conn) net.Conn { return nc }
+
+// OriginalDst reports no other address: no rules of ours are outside Linux.
+func OriginalDst(net.Conn) (netip.AddrPort, bool, error) { return netip.AddrPort{}, false, nil }

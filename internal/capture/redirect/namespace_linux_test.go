@@ -1,0 +1,247 @@
+package redirect
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"sallyport/internal/meshtest"
+)
+
+// The roles that this test program plays as a process of its own.
+const (
+	envInside = "REDIRECT_INSIDE" // the test runs in a network namespace of its own
+	envTry    = "REDIRECT_TRY"    // attempts, one on a line
+	envHold   = "REDIRECT_HOLD"   // hold rules until the input ends
+)
+
+func TestMain(m *testing.M) {
+	if a := os.Getenv(envTry); a != "" {
+		for one := range strings.SplitSeq(a, "\n") {
+			fmt.Println(strings.ReplaceAll(try(one), "\n", " "))
+		}
+		return
+	}
+	if c := os.Getenv(envHold); c != "" {
+		os.Exit(hold(c))
+	}
+	os.Exit(m.Run())
+}
+
+// hold puts rules into force, says so, and holds them.
+func hold(config string) int {
+	var c Config
+	if err := json.Unmarshal([]byte(config), &c); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	r, err := New(c, testDoors)
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	h, err := r.Install()
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Printf("owned=%v\n", h.Owned)
+	_, _ = io.Copy(io.Discard, os.Stdin)
+	return 0
+}
+
+// inNamespace runs the test again as root of a user and network namespace of
+// its own, and reports whether this is that run. It needs no privilege, but
+// without it the test has one user only.
+func inNamespace(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(envInside) != "" {
+		if err := LoopbackUp(); err != nil {
+			t.Fatal(err)
+		}
+		return true
+	}
+	t.Parallel()
+	n := 1
+	if os.Getuid() == 0 {
+		n = 65536
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+	cmd.Env = append(os.Environ(), envInside+"=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: n}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: n}}, GidMappingsEnableSetgroups: n > 1,
+	}
+	out, err := cmd.CombinedOutput()
+	switch {
+	case cmd.ProcessState == nil:
+		unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
+	case err != nil:
+		t.Errorf("in a namespace of its own: %v\n%s", err, out)
+	case bytes.Contains(out, []byte("--- SKIP")):
+		t.Skipf("%s", out)
+	}
+	return false
+}
+
+// unable ends a test for which this machine has no means.
+func unable(t *testing.T, why string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}
+
+// manyUsers ends a test that needs several users where there is one.
+func manyUsers(t *testing.T) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f := strings.Fields(string(b)); len(f) != 3 || len(f[2]) < 5 {
+		unable(t, "this needs several users; run the test as root")
+	}
+}
+
+// as tries something as a user, and in a cgroup when one is given.
+func as(t *testing.T, uid int, cgroup, attempt string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+	cmd.Env = []string{envTry + "=" + attempt}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if uid != 0 {
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
+		// Raw sockets, for what an attacker may have.
+		cmd.SysProcAttr.AmbientCaps = []uintptr{unix.CAP_NET_RAW}
+	}
+	if cgroup != "" {
+		f, err := os.Open(cgroup)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(f.Fd())
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s as %d: %v: %s", attempt, uid, err, out)
+	}
+	return string(out)
+}
+
+// try makes one attempt to send something: "network address", where network is
+// also icmp, raw (a TCP segment by a raw socket), mptcp and bound ("bound
+// source destination").
+func try(attempt string) string {
+	const patience = 10 * time.Second // of a machine under load; a refusal comes at once
+	f := strings.Fields(attempt)
+	d := net.Dialer{Timeout: patience}
+	network := f[0]
+	switch network {
+	case "icmp":
+		network = "ip4:icmp"
+	case "mptcp":
+		network = "tcp"
+		d.SetMultipathTCP(true)
+	case "bound":
+		network = "tcp"
+		d.LocalAddr = &net.TCPAddr{IP: net.ParseIP(f[1])}
+		f = f[1:]
+	}
+	c, err := d.Dial(network, f[1])
+	if err != nil {
+		return "refused: " + err.Error()
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+		return err.Error()
+	}
+	say := []byte("hello")
+	if network == "ip4:icmp" {
+		say = []byte{8, 0, 0xf7, 0xff, 0, 0, 0, 0}
+	}
+	if _, err := c.Write(say); err != nil {
+		return "refused: " + err.Error()
+	}
+	b := make([]byte, 256)
+	n, err := c.Read(b)
+	if err != nil {
+		return "refused: " + err.Error()
+	}
+	return string(b[:n])
+}
+
+// place makes an address of the world outside, on this machine, so that what
+// gets past the rules is seen.
+func place(t *testing.T, addrs ...string) {
+	t.Helper()
+	ip := meshtest.Need(t, "ip")
+	for _, a := range addrs {
+		args := []string{"addr", "add", a, "dev", "lo"}
+		if strings.Contains(a, ":") {
+			args = append(args, "nodad")
+		}
+		if out, err := exec.CommandContext(t.Context(), ip, args...).CombinedOutput(); err != nil {
+			t.Fatalf("ip %v: %v %s", args, err, out)
+		}
+	}
+}
+
+// serve answers whoever comes with what reply says of the connection.
+func serve(t *testing.T, addr string, reply func(net.Conn) string) {
+	t.Helper()
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false)
+	ln, err := lc.Listen(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				b := make([]byte, 16)
+				if _, err := c.Read(b); err == nil {
+					_, _ = io.WriteString(c, reply(c))
+				}
+			}()
+		}
+	}()
+}
+
+func serveUDP(t *testing.T, addr, reply string) {
+	t.Helper()
+	c, err := net.ListenPacket("udp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	go func() {
+		b := make([]byte, 64)
+		for {
+			_, from, err := c.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = c.WriteTo([]byte(reply), from)
+		}
+	}()
+}

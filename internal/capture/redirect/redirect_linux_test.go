@@ -1,0 +1,498 @@
+package redirect
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"sallyport/internal/capture"
+	"sallyport/internal/meshtest"
+)
+
+const (
+	workloadUID = 1001
+	strangerUID = 1002
+	sidecarUID  = 1337
+)
+
+var testDoors = Doors{Outbound: 15001, Inbound: 15006, App: 8080}
+
+func byUser() Config {
+	return Config{Users: []string{fmt.Sprint(workloadUID)}, SidecarUser: fmt.Sprint(sidecarUID)}.WithDefaults()
+}
+
+func everyone() Config {
+	return Config{Everyone: true, SidecarUser: "0"}.WithDefaults() // which has the door of these tests
+}
+
+func install(t *testing.T, c Config) *Hold {
+	t.Helper()
+	r, err := New(c, testDoors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := r.Install()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { h.Close() })
+	return h
+}
+
+func nft(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := exec.CommandContext(t.Context(), meshtest.Need(t, "nft"), args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("nft %v: %v\n%s", args, err, out)
+	}
+	return string(out)
+}
+
+// TestRulesMeanWhatTheySay has nft read what we print, and compares what it
+// then finds in the kernel with what our netlink messages put there.
+func TestRulesMeanWhatTheySay(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	odd := byUser()
+	odd.Users = append(odd.Users, "1003")
+	odd.Direct = []Direct{
+		{To: netip.MustParsePrefix("10.0.0.0/9"), Ports: []uint16{53, 853}, Protocol: "udp"},
+		{To: netip.MustParsePrefix("192.0.2.7/32")}, {To: netip.MustParsePrefix("2001:db8::/33"), Ports: []uint16{443}}, {Ports: []uint16{22}},
+	}
+	odd.InboundDirect, odd.LoopbackPorts = []uint16{9090, 9091}, []uint16{5432}
+	for name, c := range map[string]Config{"users": byUser(), "everyone": everyone(), "exceptions": odd} {
+		r, err := New(c, testDoors)
+		if err != nil {
+			t.Fatal(err)
+		}
+		h, err := r.Install()
+		if err != nil {
+			t.Fatal(err)
+		}
+		h.Close()
+		ours := nft(t, "list", "table", "inet", c.Table)
+		nft(t, "delete", "table", "inet", c.Table)
+		file := filepath.Join(t.TempDir(), "rules")
+		if err := os.WriteFile(file, []byte(r.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		nft(t, "-f", file)
+		theirs := nft(t, "list", "table", "inet", c.Table)
+		nft(t, "delete", "table", "inet", c.Table)
+		ours = strings.ReplaceAll(ours, " flags owner,persist\n", "")
+		if d := cmp.Diff(lines(theirs), lines(ours)); d != "" {
+			t.Errorf("%s: by nft -f (-), by netlink (+):\n%s", name, d)
+		}
+		if strings.Count(ours, "\n") < 20 {
+			t.Errorf("%s: nft lists too little:\n%s", name, ours)
+		}
+	}
+}
+
+// lines drops what says nothing of the rules.
+func lines(s string) (out []string) {
+	for l := range strings.Lines(s) {
+		if l = strings.TrimSpace(l); l != "" && !strings.HasPrefix(l, "flags") && !strings.HasPrefix(l, "#") {
+			out = append(out, l)
+		}
+	}
+	return out
+}
+
+// world puts the sidecar's door and places outside on this machine.
+func world(t *testing.T) {
+	place(t, "203.0.113.7/32", "2001:db8::7/128")
+	door := func(c net.Conn) string {
+		dst, ok, err := capture.OriginalDst(c)
+		return fmt.Sprintf("door %s %v %v", dst, ok, err)
+	}
+	serve(t, "127.0.0.1:15001", door)
+	serve(t, "[::1]:15001", door)
+	serve(t, "127.0.0.1:8080", func(net.Conn) string { return "app" })
+	serve(t, "127.0.0.1:5432", func(net.Conn) string { return "local" })
+	for _, a := range []string{"203.0.113.7:443", "203.0.113.7:22", "[2001:db8::7]:443"} {
+		serve(t, a, func(net.Conn) string { return "outside" })
+	}
+	serveUDP(t, "203.0.113.7:53", "outside")
+	serveUDP(t, "[2001:db8::7]:53", "outside")
+}
+
+// An attempt is what somebody tries and what must come of it.
+type attempt struct {
+	uid     int
+	try     string
+	want    string
+	because string
+}
+
+// check has each user make its attempts, all in one process of its own.
+func check(t *testing.T, cgroup string, attempts ...attempt) {
+	t.Helper()
+	for _, uid := range []int{0, workloadUID, strangerUID, sidecarUID} {
+		var mine []attempt
+		var tries []string
+		for _, a := range attempts {
+			if a.uid == uid {
+				mine, tries = append(mine, a), append(tries, a.try)
+			}
+		}
+		if len(mine) == 0 {
+			continue
+		}
+		got := strings.Split(as(t, uid, cgroup, strings.Join(tries, "\n")), "\n")
+		if len(got) != len(mine)+1 {
+			t.Fatalf("user %d: %d answers for %d attempts: %q", uid, len(got)-1, len(mine), got)
+		}
+		for i, a := range mine {
+			if !strings.HasPrefix(got[i], a.want) {
+				t.Errorf("%s: user %d, %s: %q, want %q", a.because, a.uid, a.try, got[i], a.want)
+			}
+		}
+	}
+}
+
+func TestWorkloadHasOneWayOut(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t)
+	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "there are no rules yet"})
+	c := byUser()
+	c.Direct = []Direct{{To: netip.MustParsePrefix("203.0.113.0/24"), Ports: []uint16{22}}}
+	install(t, c)
+	check(t, "",
+		attempt{workloadUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "IPv4"},
+		attempt{workloadUID, "tcp [2001:db8::7]:443", "door [2001:db8::7]:443 true", "IPv6"},
+		attempt{workloadUID, "tcp 247.1.2.3:80", "door 247.1.2.3:80 true", "a virtual address"},
+		attempt{workloadUID, "tcp [fd00:e::9]:80", "door [fd00:e::9]:80 true", "a virtual IPv6 address"},
+		attempt{workloadUID, "tcp 203.0.113.7:22", "outside", "an exception"},
+		attempt{workloadUID, "tcp 127.0.0.1:15001", "door 127.0.0.1:15001 false", "the door itself"},
+		attempt{workloadUID, "tcp 127.0.0.1:8080", "app", "the workload may speak to itself"},
+		attempt{workloadUID, "mptcp 203.0.113.7:443", "door 203.0.113.7:443 true", "MPTCP is TCP on the wire"},
+		attempt{workloadUID, "bound 203.0.113.7 203.0.113.7:443", "door 203.0.113.7:443 true", "a source of its own choice"},
+		attempt{workloadUID, "udp 203.0.113.7:53", "refused", "UDP"},
+		attempt{workloadUID, "udp [2001:db8::7]:53", "refused", "UDP over IPv6"},
+		attempt{workloadUID, "icmp 203.0.113.7", "refused", "ICMP by a raw socket"},
+		attempt{strangerUID, "tcp 203.0.113.7:443", "outside", "another user is not captured"},
+		attempt{strangerUID, "udp 203.0.113.7:53", "outside", "another user's UDP"},
+		attempt{strangerUID, "tcp 127.0.0.1:8080", "refused", "the application answers the sidecar and itself"},
+		attempt{strangerUID, "tcp 127.0.0.1:5432", "local", "other programs of the machine go on"},
+		attempt{sidecarUID, "tcp 203.0.113.7:443", "outside", "the sidecar's own connections do not come back to it"},
+		attempt{sidecarUID, "tcp 127.0.0.1:8080", "app", "the sidecar reaches the application"},
+	)
+	s, err := Look(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.RefusedOther < 3 || s.RefusedTCP < 1 || len(s.Routes) != 2 {
+		t.Errorf("state %+v: what was refused is not counted, or a route is missing", s)
+	}
+}
+
+func TestEveryoneIsHeld(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t)
+	c := everyone()
+	c.LoopbackPorts = []uint16{8080}
+	install(t, c)
+	check(t, "",
+		attempt{workloadUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "a workload"},
+		attempt{strangerUID, "tcp [2001:db8::7]:443", "door [2001:db8::7]:443 true", "any other user"},
+		attempt{strangerUID, "mptcp 203.0.113.7:443", "door 203.0.113.7:443 true", "MPTCP"},
+		attempt{strangerUID, "udp 203.0.113.7:53", "refused", "UDP"},
+		attempt{strangerUID, "icmp 203.0.113.7", "refused", "ICMP"},
+		attempt{workloadUID, "tcp 127.0.0.1:8080", "app", "a port of loopback that is named"},
+		attempt{workloadUID, "tcp 127.0.0.1:5432", "refused", "one that is not"},
+		attempt{0, "udp 203.0.113.7:53", "outside", "the sidecar"},
+		attempt{0, "tcp 127.0.0.1:5432", "local", "the sidecar on loopback"},
+	)
+}
+
+func TestCgroupsAreHeld(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t)
+	root := ""
+	for _, dir := range unified {
+		if err := os.Mkdir(filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid())), 0o755); err == nil {
+			root = filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid()))
+		}
+	}
+	if root == "" {
+		unable(t, "no cgroup can be made here")
+	}
+	t.Cleanup(func() { os.Remove(root) })
+	path := "/" + filepath.Base(root)
+	for _, sub := range []string{"app", "app/worker", "sidecar"} {
+		if err := os.Mkdir(filepath.Join(root, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Remove(filepath.Join(root, sub)) })
+	}
+	c := Config{Cgroups: []string{path + "/app"}, SidecarCgroup: path + "/sidecar", SidecarUser: fmt.Sprint(sidecarUID)}.WithDefaults()
+	install(t, c)
+	check(t, root+"/app",
+		attempt{workloadUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "in the cgroup"},
+		attempt{0, "tcp [2001:db8::7]:443", "door [2001:db8::7]:443 true", "root in the cgroup"},
+		attempt{sidecarUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "the sidecar's user alone is no way past"},
+		attempt{workloadUID, "udp 203.0.113.7:53", "refused", "UDP"},
+		attempt{workloadUID, "mptcp 203.0.113.7:443", "door 203.0.113.7:443 true", "MPTCP"},
+	)
+	check(t, root+"/app/worker", attempt{workloadUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "below the cgroup"})
+	check(t, root+"/sidecar",
+		attempt{sidecarUID, "tcp 203.0.113.7:443", "outside", "the sidecar"},
+		attempt{sidecarUID, "tcp 127.0.0.1:8080", "app", "the sidecar to the application"},
+		attempt{workloadUID, "tcp 127.0.0.1:8080", "refused", "another user in the sidecar's cgroup"},
+	)
+	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "outside of the cgroup nobody is captured"})
+	c.Cgroups = []string{path}
+	if _, err := New(c, testDoors); err == nil || !strings.Contains(err.Error(), "the sidecar's cgroup is within it") {
+		t.Errorf("a sidecar within the captured cgroup: %v", err)
+	}
+	c.Cgroups = []string{"/no/such"}
+	if _, err := New(c, testDoors); err == nil || !strings.Contains(err.Error(), "capture.cgroups[0]: no cgroup /no/such") {
+		t.Errorf("a cgroup that is not there: %v", err)
+	}
+}
+
+func TestInboundIsBroughtToTheSidecar(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	ip := meshtest.Need(t, "ip")
+	other := newPeer(t, ip)
+	reply := func(c net.Conn) string {
+		dst, ok, err := capture.OriginalDst(c)
+		return fmt.Sprintf("inbound %s %v %v", dst, ok, err)
+	}
+	serve(t, "0.0.0.0:15006", reply)
+	serve(t, "0.0.0.0:8080", func(net.Conn) string { return "app" })
+	serve(t, "0.0.0.0:9090", func(net.Conn) string { return "health" })
+	serve(t, "0.0.0.0:22", func(net.Conn) string { return "another" })
+	c := byUser()
+	c.InboundDirect = []uint16{9090}
+	h := install(t, c)
+	other("10.77.0.1:8080", "inbound 10.77.0.1:8080 true")
+	other("10.77.0.1:15006", "inbound 10.77.0.1:15006 false")
+	other("10.77.0.1:22", "another")
+	everybody := everyone()
+	everybody.InboundDirect = []uint16{9090}
+	r, err := New(everybody, testDoors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := h.Replace(r); err != nil {
+		t.Fatal(err)
+	}
+	other("10.77.0.1:22", "inbound 10.77.0.1:22 true")
+	other("10.77.0.1:9090", "health")
+}
+
+// newPeer makes a second network namespace, joined by a cable, and returns
+// what dials from there.
+func newPeer(t *testing.T, ip string) func(addr, want string) {
+	t.Helper()
+	holder := exec.CommandContext(t.Context(), "unshare", "-n", "sh", "-c", "ip link set lo up; echo up; exec cat")
+	in, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); _ = holder.Wait() })
+	if _, err := out.Read(make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	pid := fmt.Sprint(holder.Process.Pid)
+	for _, args := range [][]string{
+		{ip, "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", pid}, {ip, "addr", "add", "10.77.0.1/24", "dev", "near"}, {ip, "link", "set", "near", "up"},
+		{"nsenter", "-n", "-t", pid, ip, "addr", "add", "10.77.0.2/24", "dev", "far"}, {"nsenter", "-n", "-t", pid, ip, "link", "set", "far", "up"},
+	} {
+		if out, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v %s", args, err, out)
+		}
+	}
+	return func(addr, want string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "nsenter", "-n", "-t", pid, "/proc/self/exe")
+		self, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd.Args[len(cmd.Args)-1] = self
+		cmd.Env = []string{envTry + "=tcp " + addr}
+		out, err := cmd.CombinedOutput()
+		if err != nil || !strings.HasPrefix(string(out), want) {
+			t.Errorf("from another machine to %s: %q %v, want %q", addr, out, err, want)
+		}
+	}
+}
+
+func TestRulesOutliveTheirHolder(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t)
+	c := byUser()
+	text, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	start := func() (*exec.Cmd, bool) {
+		cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
+		cmd.Env = []string{envHold + "=" + string(text)}
+		if _, err := cmd.StdinPipe(); err != nil {
+			t.Fatal(err)
+		}
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		b := make([]byte, 256)
+		n, _ := out.Read(b)
+		owned := strings.HasPrefix(string(b[:n]), "owned=true")
+		if !owned && !strings.HasPrefix(string(b[:n]), "owned=") {
+			t.Fatalf("holder: %s", b[:n])
+		}
+		return cmd, owned
+	}
+	holder, owned := start()
+	if owned {
+		if _, err := Remove(c); !errors.Is(err, ErrHeld) {
+			t.Errorf("rules are removed while a sidecar holds them: %v", err)
+		}
+		if h, err := mustRules(t, c).Install(); !errors.Is(err, ErrHeld) {
+			t.Errorf("a second holder: %v %v", h, err)
+		}
+		_ = exec.CommandContext(t.Context(), meshtest.Need(t, "nft"), "flush", "ruleset").Run()
+		if s, err := Look(c); err != nil || !s.Owned || s.Digest != mustRules(t, c).Digest() {
+			t.Errorf("after somebody flushed all rules: %+v %v", s, err)
+		}
+	} else {
+		t.Log("this kernel knows no owners of tables")
+	}
+	_ = holder.Process.Kill()
+	_ = holder.Wait()
+	check(t, "", attempt{workloadUID, "udp 203.0.113.7:53", "refused", "after kill -9 of the holder"})
+	if s, err := Look(c); err != nil || !s.Installed || s.Owned || !s.Stays {
+		t.Errorf("after kill -9 of the holder: %+v %v", s, err)
+	}
+	again, owned := start()
+	if s, err := Look(c); err != nil || s.Owned != owned {
+		t.Errorf("a new holder owns the rules: %v, %+v %v", owned, s, err)
+	}
+	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "door", "a new holder"})
+	_ = again.Process.Kill()
+	_ = again.Wait()
+	if removed, err := Remove(c); err != nil || !removed {
+		t.Errorf("remove: %v %v", removed, err)
+	}
+	if out := nft(t, "list", "ruleset"); strings.TrimSpace(out) != "" {
+		t.Errorf("left behind:\n%s", out)
+	}
+	if out, err := exec.CommandContext(t.Context(), "ip", "route", "show", "table", "local", "proto", fmt.Sprint(routeProtocol)).CombinedOutput(); err != nil || len(out) > 0 {
+		t.Errorf("routes left behind: %s %v", out, err)
+	}
+	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "after removal"})
+	if removed, err := Remove(c); err != nil || removed {
+		t.Errorf("remove once more: %v %v", removed, err)
+	}
+}
+
+func mustRules(t *testing.T, c Config) *Rules {
+	t.Helper()
+	r, err := New(c, testDoors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// TestBadBatchChangesNothing has the kernel refuse a replacement: what was in
+// force stays, and so it does when rules are put in twice.
+func TestBadBatchChangesNothing(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t)
+	h := install(t, byUser())
+	first := nft(t, "list", "table", "inet", "sallyport")
+	if err := h.Replace(mustRules(t, byUser())); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(lines(first), lines(nft(t, "list", "table", "inet", "sallyport"))); d != "" {
+		t.Errorf("the same rules once more:\n%s", d)
+	}
+	bad := mustRules(t, everyone())
+	bad.chains[len(bad.chains)-1].rules = append(bad.chains[len(bad.chains)-1].rules, rule{then: goTo("nowhere")})
+	if err := h.Replace(bad); err == nil {
+		t.Error("a jump to nowhere is taken")
+	}
+	check(t, "",
+		attempt{workloadUID, "udp 203.0.113.7:53", "refused", "after a bad batch"},
+		attempt{strangerUID, "tcp 203.0.113.7:443", "outside", "after a bad batch"},
+	)
+	// A first installation that fails leaves no route.
+	if err := h.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Remove(byUser()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := bad.Install(); err == nil {
+		t.Error("a jump to nowhere is taken at first")
+	}
+	check(t, "", attempt{workloadUID, "tcp 247.1.2.3:80", "refused", "no route is left"}, attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "no rule is left"})
+}
+
+func TestIsolatedNamespace(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	serve(t, "127.0.0.1:15001", func(c net.Conn) string {
+		dst, ok, err := capture.OriginalDst(c)
+		return fmt.Sprintf("door %s %v %v", dst, ok, err)
+	})
+	serve(t, "[::1]:15001", func(net.Conn) string { return "door6" })
+	serve(t, "127.0.0.1:8080", func(net.Conn) string { return "app" })
+	check(t, "", attempt{0, "tcp 198.51.100.1:443", "refused", "no rules, no routes"})
+	h, err := Isolated(15001).Install()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	check(t, "",
+		attempt{0, "tcp 198.51.100.1:443", "door 198.51.100.1:443 true", "anywhere"},
+		attempt{0, "tcp [2001:db8::1]:443", "door6", "anywhere over IPv6"},
+		attempt{0, "tcp 127.0.0.1:8080", "app", "its own loopback"},
+		attempt{0, "udp 198.51.100.1:53", "refused", "UDP"},
+		attempt{0, "icmp 198.51.100.1", "refused", "ICMP"},
+	)
+}

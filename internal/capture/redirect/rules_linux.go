@@ -1,0 +1,398 @@
+package redirect
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Rules are what a configuration means on this machine at this moment: users
+// and cgroups have become numbers.
+type Rules struct {
+	table    string
+	maps     []portMap
+	chains   []chain
+	virtual  []netip.Prefix
+	isolated bool
+	// cgroups are the numbers of those that are named; one that was made anew
+	// has another.
+	cgroups []uint64
+}
+
+// A portMap says to which port of the sidecar a connection goes, by what the
+// kernel knows of its maker.
+type portMap struct {
+	name, kind string
+	elements   []element
+}
+
+type element struct {
+	text string
+	key  []byte
+	port uint16
+}
+
+// A chain is a list of rules. One without a hook is jumped to.
+type chain struct {
+	name  string
+	hook  *hook
+	rules []rule
+}
+
+type hook struct {
+	kind, at string
+	// before the number that the kind is known by in nft, so that nobody
+	// else's address translation comes first.
+	priority int
+}
+
+// A rule acts on a packet that satisfies all its terms.
+type rule struct {
+	when    []term
+	then    term
+	counted bool
+	comment string
+}
+
+var (
+	onOutput     = &hook{"nat", "output", -105}
+	onPrerouting = &hook{"nat", "prerouting", -105}
+	onLeaving    = &hook{"filter", "output", 0}
+)
+
+// subject is somebody whose packets are recognised.
+type subject []term
+
+// New makes the rules of a configuration with defaults.
+func New(c Config, d Doors) (*Rules, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	if !c.Enabled() {
+		return nil, errors.New("capture: nobody is to be captured; name users, cgroups or everyone")
+	}
+	b := &builder{c: c, d: d}
+	b.resolve()
+	if err := errors.Join(b.errs...); err != nil {
+		return nil, err
+	}
+	return b.rules(), nil
+}
+
+// Isolated are the rules for a network namespace in which there is nothing but
+// the workload and the doors of a sidecar that stands outside.
+func Isolated(outbound uint16) *Rules {
+	b := &builder{c: Config{Everyone: true}.WithDefaults(), d: Doors{Outbound: outbound}}
+	r := b.rules()
+	r.isolated = true
+	return r
+}
+
+// A builder turns a configuration into rules.
+type builder struct {
+	c       Config
+	d       Doors
+	sidecar subject // nil: nobody is let through
+	held    []subject
+	maps    []portMap
+	cgroups []uint64
+	errs    []error
+}
+
+// resolve finds the numbers of users and cgroups.
+func (b *builder) resolve() {
+	fail := func(field string, err error) {
+		if err != nil {
+			b.errs = append(b.errs, fmt.Errorf("capture.%s: %w", field, err))
+		}
+	}
+	if b.c.SidecarUser != "" {
+		uid, err := userNumber(b.c.SidecarUser)
+		fail("sidecar_user", err)
+		b.sidecar = append(b.sidecar, skuid(uid))
+	}
+	if b.c.SidecarCgroup != "" {
+		g, err := findCgroup(b.c.SidecarCgroup)
+		fail("sidecar_cgroup", err)
+		b.sidecar = append(b.sidecar, inCgroup(g))
+		b.cgroups = append(b.cgroups, g.id)
+	}
+	users := portMap{name: "users", kind: "uid"}
+	for i, name := range b.c.Users {
+		uid, err := userNumber(name)
+		if err == nil && len(b.sidecar) == 1 && b.sidecar[0].text == skuid(uid).text {
+			err = errors.New("the sidecar is the same user: what it sends would be taken for the workload's, and the other way round")
+		}
+		fail(fmt.Sprintf("users[%d]", i), err)
+		users.elements = append(users.elements, element{fmt.Sprint(uid), native32(uid), b.d.Outbound})
+		b.held = append(b.held, subject{skuid(uid)})
+	}
+	if len(users.elements) > 0 {
+		b.maps = append(b.maps, users)
+	}
+	byLevel := map[int]*portMap{}
+	for i, path := range b.c.Cgroups {
+		g, err := findCgroup(path)
+		fail(fmt.Sprintf("cgroups[%d]", i), err)
+		if s := b.c.SidecarCgroup; err == nil && (s == path || strings.HasPrefix(s, path+"/")) {
+			fail(fmt.Sprintf("cgroups[%d]", i), errors.New("the sidecar's cgroup is within it; give the workload one of its own"))
+		}
+		m := byLevel[g.level]
+		if m == nil {
+			m = &portMap{name: fmt.Sprintf("cgroups_%d", g.level), kind: "cgroupsv2"}
+			byLevel[g.level] = m
+		}
+		m.elements = append(m.elements, element{`"` + g.path[1:] + `"`, native64(g.id), b.d.Outbound})
+		b.held = append(b.held, subject{inCgroup(g)})
+		b.cgroups = append(b.cgroups, g.id)
+	}
+	for level := range 256 {
+		if m := byLevel[level]; m != nil {
+			b.maps = append(b.maps, *m)
+		}
+	}
+}
+
+func (b *builder) rules() *Rules {
+	r := &Rules{table: b.c.Table, maps: b.maps, virtual: virtualOf(b.c), cgroups: b.cgroups}
+	r.chains = []chain{{name: "refuse", rules: refuse()}, {name: "held", rules: b.heldRules()}, {name: "guard", hook: onLeaving, rules: b.guard()}}
+	if b.d.Inbound != 0 {
+		r.chains = append(r.chains, chain{name: "inbound", hook: onPrerouting, rules: b.inbound()})
+	}
+	r.chains = append(r.chains, chain{name: "outbound", hook: onOutput, rules: b.outbound()})
+	guard := r.chains[2].rules
+	guard[0].comment = "sha256:" + r.digest()
+	return r
+}
+
+// refuse tells the sender at once, so that it need not wait.
+func refuse() []rule {
+	return []rule{
+		{when: []term{l4proto(unix.IPPROTO_TCP)}, then: reset, counted: true},
+		{then: prohibited, counted: true},
+	}
+}
+
+// heldRules say what a workload may send; all else is refused. Only the final
+// destination counts, whoever has changed it: an address translation of
+// somebody else's must not be a way past the doors.
+func (b *builder) heldRules() []rule {
+	tcp := l4proto(unix.IPPROTO_TCP)
+	var rs []rule
+	for _, here := range loopbacks {
+		rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", b.d.Outbound)}, then: accept})
+	}
+	for _, here := range loopbacks {
+		if b.c.LoopbackPorts == nil {
+			rs = append(rs, rule{when: []term{daddr(here)}, then: accept})
+			continue
+		}
+		for _, p := range b.c.LoopbackPorts {
+			rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", p)}, then: accept})
+		}
+		// The answers to whoever spoke to the workload, the sidecar above all.
+		rs = append(rs, rule{when: []term{daddr(here), tcp, answering}, then: accept})
+	}
+	for _, when := range b.direct() {
+		rs = append(rs, rule{when: when, then: accept})
+	}
+	for _, p := range b.c.InboundDirect {
+		rs = append(rs, rule{when: []term{tcp, sport(p), answering}, then: accept})
+	}
+	if b.sidecar == nil { // in the namespace the door answers whatever address was bound to
+		rs = append(rs, rule{when: []term{tcp, sport(b.d.Outbound), answering}, then: accept})
+	}
+	if b.c.Everyone {
+		rs = append(rs, rule{when: []term{anyOwner}, then: goTo("refuse")})
+		// The rest belongs to no process: the kernel's own, or what is left of a
+		// connection whose socket is closed.
+		rs = append(rs, rule{when: []term{l4proto(unix.IPPROTO_IGMP)}, then: accept})
+		for _, typ := range neighbours {
+			rs = append(rs, rule{when: []term{l4proto(unix.IPPROTO_ICMPV6), icmp6(typ)}, then: accept})
+		}
+		rs = append(rs, rule{when: []term{known}, then: accept})
+	}
+	return append(rs, rule{then: goTo("refuse")})
+}
+
+// direct are the terms of the exceptions.
+func (b *builder) direct() (out [][]term) {
+	for _, d := range b.c.Direct {
+		proto, name := l4proto(unix.IPPROTO_TCP), "tcp"
+		if d.Protocol == "udp" {
+			proto, name = l4proto(unix.IPPROTO_UDP), "udp"
+		}
+		var when []term
+		if d.To.IsValid() {
+			when = append(when, daddr(d.To))
+		}
+		when = append(when, proto)
+		if len(d.Ports) == 0 {
+			out = append(out, when)
+		}
+		for _, p := range d.Ports {
+			out = append(out, append(slices.Clone(when), dport(name, p)))
+		}
+	}
+	return out
+}
+
+// guard looks at everything that leaves a process of this machine.
+func (b *builder) guard() []rule {
+	rs := []rule{}
+	if b.sidecar != nil {
+		rs = append(rs, rule{when: b.sidecar, then: accept})
+	}
+	if b.c.Everyone {
+		return append(rs, rule{then: goTo("held")})
+	}
+	for _, s := range b.held {
+		rs = append(rs, rule{when: s, then: goTo("held")})
+	}
+	if b.d.Inbound != 0 && b.d.App != 0 {
+		// Nobody else on the machine speaks to the application: it would be
+		// judged by nobody.
+		rs = append(rs, rule{when: []term{localDst, l4proto(unix.IPPROTO_TCP), dport("tcp", b.d.App), asking}, then: goTo("refuse")})
+	}
+	return rs
+}
+
+// outbound brings what a workload opens to the sidecar.
+func (b *builder) outbound() []rule {
+	tcp := l4proto(unix.IPPROTO_TCP)
+	var rs []rule
+	if b.sidecar != nil {
+		rs = append(rs, rule{when: b.sidecar, then: leave})
+	}
+	for _, here := range loopbacks {
+		rs = append(rs, rule{when: []term{daddr(here)}, then: leave})
+	}
+	for _, when := range b.direct() {
+		rs = append(rs, rule{when: when, then: leave})
+	}
+	if b.c.Everyone {
+		return append(rs, rule{when: []term{tcp}, then: redirectTo(b.d.Outbound)})
+	}
+	for _, m := range b.maps {
+		rs = append(rs, rule{when: []term{tcp}, then: redirectBy(m)})
+	}
+	return rs
+}
+
+// inbound brings what others open to the workload to the sidecar, which wants
+// a proof of who they are.
+func (b *builder) inbound() []rule {
+	tcp := l4proto(unix.IPPROTO_TCP)
+	rs := []rule{
+		{when: []term{fromLoopback}, then: leave},
+		{when: []term{tcp, dport("tcp", b.d.Inbound)}, then: leave},
+	}
+	for _, p := range b.c.InboundDirect {
+		rs = append(rs, rule{when: []term{tcp, dport("tcp", p)}, then: leave})
+	}
+	when := []term{localDst, tcp}
+	if !b.c.Everyone {
+		if b.d.App == 0 {
+			return rs
+		}
+		when = append(when, dport("tcp", b.d.App))
+	}
+	return append(rs, rule{when: when, then: redirectTo(b.d.Inbound)})
+}
+
+// String prints the rules as a file for nft -f.
+func (r *Rules) String() string {
+	var s strings.Builder
+	fmt.Fprintf(&s, "table inet %s {\n", r.table)
+	for _, m := range r.maps {
+		fmt.Fprintf(&s, "\tmap %s {\n\t\ttype %s : inet_service\n\t\telements = { ", m.name, m.kind)
+		for i, e := range m.elements {
+			if i > 0 {
+				s.WriteString(", ")
+			}
+			fmt.Fprintf(&s, "%s : %d", e.text, e.port)
+		}
+		s.WriteString(" }\n\t}\n\n")
+	}
+	for i, c := range r.chains {
+		if i > 0 {
+			s.WriteString("\n")
+		}
+		fmt.Fprintf(&s, "\tchain %s {\n", c.name)
+		if c.hook != nil {
+			fmt.Fprintf(&s, "\t\ttype %s hook %s priority %d; policy accept;\n", c.hook.kind, c.hook.at, c.hook.priority)
+		}
+		for _, ru := range c.rules {
+			s.WriteString("\t\t" + ru.text() + "\n")
+		}
+		s.WriteString("\t}\n")
+	}
+	s.WriteString("}\n")
+	return s.String()
+}
+
+// RoutesText prints the routes as commands.
+func (r *Rules) RoutesText() string {
+	var s strings.Builder
+	for _, v := range r.routes() {
+		fmt.Fprintf(&s, "ip route replace local %s dev lo src %s proto %d\n", v, sourceFor(v), routeProtocol)
+	}
+	return s.String()
+}
+
+func (ru rule) text() string {
+	var words []string
+	for _, t := range ru.when {
+		words = append(words, t.text)
+	}
+	if ru.counted {
+		words = append(words, "counter")
+	}
+	words = append(words, ru.then.text)
+	if ru.comment != "" {
+		words = append(words, `comment "`+ru.comment+`"`)
+	}
+	return strings.Join(words, " ")
+}
+
+// digest names the rules, so that others are told from them. It stands in a
+// comment of the first rule and is made before that is there.
+func (r *Rules) digest() string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%s%s%d", r, r.RoutesText(), r.cgroups))
+	return hex.EncodeToString(sum[:8])
+}
+
+// A cgroup is one of the unified hierarchy.
+type cgroup struct {
+	path  string
+	id    uint64
+	level int
+}
+
+// unified are the places where the hierarchy is mounted.
+var unified = []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"}
+
+// findCgroup looks a cgroup up. Its number is that of its folder.
+func findCgroup(path string) (cgroup, error) {
+	g := cgroup{path: path, level: strings.Count(path, "/")}
+	for _, root := range unified {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(root, &fs); err != nil || fs.Type != unix.CGROUP2_SUPER_MAGIC {
+			continue
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(root, path), &st); err != nil {
+			return g, fmt.Errorf("no cgroup %s below %s: start the unit first, or name a slice that stays", path, root)
+		}
+		g.id = st.Ino
+		return g, nil
+	}
+	return g, errors.New("no unified cgroup hierarchy is mounted here: name users instead")
+}
