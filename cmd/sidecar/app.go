@@ -179,11 +179,20 @@ func (s *sidecar) isWorkload(c net.Conn) error {
 	if !ok1 || !ok2 {
 		return fmt.Errorf("%s is no TCP connection", c.RemoteAddr())
 	}
+	// To the process a connection that was brought here goes to where it meant
+	// to go.
+	to, captured, err := capture.OriginalDst(c)
+	if err != nil {
+		return err
+	}
+	if !captured {
+		to = local.AddrPort()
+	}
 	var candidates []int
 	if c := s.child.Load(); c != nil {
 		candidates = append(candidates, c.PID())
 	}
-	p, err := s.callers.owners.Of(local.AddrPort(), remote.AddrPort(), candidates...)
+	p, err := s.callers.owners.Of(to, remote.AddrPort(), candidates...)
 	if err != nil {
 		return err
 	}

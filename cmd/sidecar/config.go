@@ -38,6 +38,7 @@ type Config struct {
 	Inbound  InboundConfig      `yaml:"inbound"`
 	Outbound OutboundConfig     `yaml:"outbound"`
 	Egress   EgressConfig       `yaml:"egress"`
+	Capture  CaptureConfig      `yaml:"capture"`
 	Limits   LimitsConfig       `yaml:"limits"`
 	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
@@ -134,7 +135,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 
@@ -147,4 +148,5 @@ func (c *Config) fill() {
 		c.Workload.Socket = filepath.Join(c.RunDir, "workload.sock")
 	}
 	c.Drain = c.Drain.WithDefaults()
+	c.Capture.Config = c.Capture.WithDefaults()
 }

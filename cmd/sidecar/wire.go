@@ -23,6 +23,7 @@ import (
 	"sallyport/internal/attest"
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/capture"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/handover"
@@ -35,6 +36,7 @@ import (
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
+	"sallyport/internal/virtual"
 )
 
 // A sidecar is the composed process.
@@ -68,6 +70,8 @@ type sidecar struct {
 	serving chan struct{}
 	kubelet *attest.Kubelet // nil when it is not asked
 	callers callers
+	// addresses are those that stand for services.
+	addresses *virtual.Book
 
 	// now ends when the process is to leave at once.
 	now context.Context
@@ -119,6 +123,11 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	ground, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
 	g, ground := errgroup.WithContext(ground)
+	if cfg.Capture.Hold {
+		if err := s.holdRules(ground, g); err != nil {
+			return err
+		}
+	}
 	g.Go(func() error { return s.audit.Run(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
@@ -151,7 +160,9 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 	admin := &daemon.Admin{
 		Socket: path, Listener: ln, Ready: s.ready, Metrics: s.metrics.Handler(),
 		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler()},
+		Extra: map[string]http.Handler{
+			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
+		},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
@@ -174,6 +185,9 @@ func (s *sidecar) open() (err error) {
 		if s.kubelet, err = attest.NewKubelet(cfg.Workload.Kubelet); err != nil {
 			return err
 		}
+	}
+	if s.addresses, err = virtual.Open(filepath.Join(cfg.DataDir, "addresses.json"), cfg.Capture.Virtual, cfg.Capture.Virtual6); err != nil {
+		return err
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
 	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}
@@ -298,6 +312,11 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err := s.keys.Use(tokens.Issuers()); err != nil {
 		return err
 	}
+	if s.cfg.Capture.Enabled() {
+		if err := s.addresses.Use(meshNames(snap)); err != nil {
+			s.log.Error("not every service has a virtual address that lasts", "err", err)
+		}
+	}
 	s.judge.Use(set)
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
@@ -397,6 +416,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
+			Original: capture.OriginalDst,
 		})
 		if e != nil {
 			return nil, nil, e
@@ -406,7 +426,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	}
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
-		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing,
+		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
 	})
 	if e != nil {
 		return nil, nil, e
@@ -414,6 +434,9 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	s.outbound.Store(outbound)
 	if a := s.cfg.Outbound.Listen; a.IsValid() {
 		out = append(out, door{at("outbound.listen", a.String()), outbound.Run})
+		if s.cfg.Capture.Enabled() && hasIPv6() { // the kernel brings connections to the loopback address of their family
+			out = append(out, door{at("outbound.listen", netip.AddrPortFrom(netip.IPv6Loopback(), a.Port()).String()), outbound.Run})
+		}
 	}
 	for i, u := range s.cfg.Outbound.Upstreams {
 		ln := at(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen.String())

@@ -1,6 +1,7 @@
 package handover
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -33,7 +34,9 @@ type Doors struct {
 // TCP opens the door of a setting.
 func (d *Doors) TCP(setting, address string) (net.Listener, error) {
 	return d.door(name{setting, address}, func() (Listener, error) {
-		ln, err := net.Listen("tcp", address)
+		var lc net.ListenConfig
+		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
+		ln, err := lc.Listen(context.Background(), "tcp", address)
 		if err != nil {
 			return nil, err
 		}

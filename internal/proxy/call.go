@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -74,10 +76,13 @@ type call struct {
 	host     ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
-	// service meant.
+	// service meant. Every request is for only, if that is set; meant is where
+	// the connection was going to, if rules of the kernel brought it here.
 	stranger error
 	asked    time.Time
 	to       target
+	only     mesh.ServiceName
+	meant    netip.AddrPort
 
 	res     http1.Result
 	refused *refusal

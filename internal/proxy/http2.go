@@ -69,14 +69,16 @@ func (d *door) serveHTTP2(ctx context.Context, c *conn, x *call) {
 	begun := &ahead{Conn: c.Conn, read: x.down.Unread()}
 	x.down.Release() // each lane has buffers of its own
 	x.down = nil
-	err := d.listener.serveHTTP2(c, begun, d.admit, func(sc *conn) { d.serveLane(ctx, sc, x.remote) })
+	err := d.listener.serveHTTP2(c, begun, d.admit, func(sc *conn) { d.serveLane(ctx, sc, x) })
 	if err != nil {
 		d.Log.Debug("connection of HTTP/2 ended", "remote", x.remote, "err", err)
 	}
 }
 
-func (d *door) serveLane(ctx context.Context, c *conn, remote string) {
-	x := d.callOn(ctx, c, remote)
+// serveLane serves a lane of a connection of which on has found where it leads.
+func (d *door) serveLane(ctx context.Context, c *conn, on *call) {
+	x := d.callOn(ctx, c, on.remote)
+	x.only, x.meant = on.only, on.meant
 	x.down = http1.NewConn(c.Conn, d.Limits)
 	defer x.down.Release()
 	d.calls(x, d.chain)

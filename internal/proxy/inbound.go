@@ -75,6 +75,9 @@ type InboundConfig struct {
 	MaxHandshakes int
 	// HandshakeTimeout bounds a handshake. Default 10 s.
 	HandshakeTimeout time.Duration
+	// Original tells where a connection was going to that rules of the kernel
+	// have brought here, for the record of one that proves nothing. Optional.
+	Original func(net.Conn) (to netip.AddrPort, ok bool, err error)
 	// Rates bound how often each caller may call; a call must be within all
 	// that speak of it. Optional.
 	Rates []mesh.CallRate
@@ -236,6 +239,11 @@ func (in *Inbound) refusedHandshake(x *call, err error) {
 		return
 	}
 	r := audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Dst: in.self, Peer: x.remote, Detail: err.Error()}
+	if in.cfg.Original != nil {
+		if to, ok, err := in.cfg.Original(x.conn.Conn); err == nil && ok {
+			r.Detail += "; the connection was going to " + to.String()
+		}
+	}
 	if err := in.Audit.Append(&r); err != nil {
 		in.Log.Error("audit record lost", "err", err)
 	}

@@ -44,6 +44,9 @@ type OutboundConfig struct {
 	// Gateways lends connections to the gateways under the name "gateway".
 	// Without it nothing leads out of the mesh.
 	Gateways *upstream.Services
+	// Captured takes connections that rules of the kernel have brought to the
+	// HTTP proxy. Nil: all are made to it.
+	Captured *Captured
 }
 
 // GatewayName is the name of the gateways in OutboundConfig.Gateways.
@@ -128,10 +131,8 @@ func (o *Outbound) Carries() (n int) {
 type door struct {
 	listener
 	*Outbound
-	// service is meant by every request, whatever it says; host is what the
-	// request then says.
+	// service is meant by every request, whatever it says.
 	service mesh.ServiceName
-	host    []byte
 	chain   chain
 	opaque  chain // of streams
 	// nowhere counts calls that lead to no service, outside those that leave
@@ -148,9 +149,6 @@ const askEvery = time.Second
 
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
-	if service != "" {
-		d.host = fmt.Appendf(nil, "%s.%s", service, mesh.Domain)
-	}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.Series(o.self, "gateway", "")
 	d.chain, d.opaque = d.makeChain(), d.streamChain()
@@ -165,7 +163,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 			x.down.Release()
 		}
 	}()
-	if d.speaksTCP() {
+	if d.captured(x) || d.speaksTCP() {
 		d.listener.opaque(x, d.opaque)
 		return
 	}
@@ -180,7 +178,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 }
 
 func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
-	return &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: remote, unread: d.nowhere}
+	return &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
 }
 
 // The links of the way out.
@@ -232,7 +230,7 @@ type target struct {
 // route finds the service that is meant, or sees that the call leads out.
 func (d *door) route(x *call) *refusal {
 	if x.req.Form == http1.Authority {
-		if d.service != "" {
+		if x.only != "" {
 			return &refusal{status: 405, reason: "method", detail: "only requests for a path are served on the port of a service", head: allow}
 		}
 		x.dst, x.series = "host:"+x.req.AuthorityText(), d.outside
@@ -247,8 +245,8 @@ func (d *door) route(x *call) *refusal {
 		return d.noRoute(x, "no_policy")
 	}
 	t := &x.to
-	if t.snap != snap || d.service == "" && !bytes.Equal(t.authority, x.req.Authority) {
-		svc, ok := d.serviceOf(snap, x.req.Authority)
+	if t.snap != snap || x.only == "" && !bytes.Equal(t.authority, x.req.Authority) {
+		svc, ok := x.serviceOf(snap)
 		if !ok {
 			return d.noRoute(x, "no_route")
 		}
@@ -259,7 +257,12 @@ func (d *door) route(x *call) *refusal {
 		*t = target{snap: snap, authority: append(t.authority[:0], x.req.Authority...), name: svc.Name, dst: dst, series: d.Signals.Series(x.src, dst, string(svc.Name))}
 	}
 	x.dst, x.series = t.dst, t.series
-	x.ex.ToUp.Authority = d.host
+	if x.only != "" {
+		x.ex.ToUp.Authority = x.host.of(x.only)
+	}
+	if r := x.elsewhere(); r != nil {
+		return r
+	}
 	x.runs()
 	return nil
 }
@@ -273,10 +276,10 @@ func (d *door) noRoute(x *call, reason string) *refusal {
 }
 
 // serviceOf finds the service that is meant in a snapshot.
-func (d *door) serviceOf(snap *mesh.Snapshot, authority []byte) (mesh.Service, bool) {
-	name := d.service
+func (x *call) serviceOf(snap *mesh.Snapshot) (mesh.Service, bool) {
+	name := x.only
 	if name == "" {
-		s, inside := serviceOf(authority)
+		s, inside := serviceOf(x.req.Authority)
 		if !inside {
 			return mesh.Service{}, false
 		}

@@ -123,15 +123,24 @@ func (d *door) speaksTCP() bool {
 	return d.tcp.Load()
 }
 
-// streamRoute finds what the door's service is now.
+// streamRoute finds what the service of the connection is now.
 func (d *door) streamRoute(x *call) *refusal {
-	svc, ok := d.cfg.Snapshot().Service(d.service)
+	if x.only == "" {
+		return d.routeOut(x)
+	}
+	svc, ok := d.cfg.Snapshot().Service(x.only)
 	if !ok || svc.Protocol != mesh.TCP {
-		return d.deny(audit.Record{Reason: "no_route", Dir: string(mesh.Out), Src: d.self, Dst: "host:" + string(d.host), Verb: "CONNECT", Path: "-",
-			Peer: x.remote, Trace: x.traceText(), Detail: "this workload has nothing to do with the service"})
+		return d.astray(x, "host:"+x.host.textOf(x.only), "no_route", "this workload has nothing to do with the service")
 	}
 	d.aim(x, svc)
 	return nil
+}
+
+// astray refuses a stream that leads nowhere.
+func (d *door) astray(x *call, dst, reason, detail string) *refusal {
+	x.dst = dst
+	return d.deny(audit.Record{Reason: reason, Dir: string(mesh.Out), Src: d.self, Dst: dst, Verb: "CONNECT", Path: "-",
+		Peer: x.remote, Trace: x.traceText(), Detail: detail})
 }
 
 // aim fixes the service that a stream goes to.
@@ -152,6 +161,9 @@ func (d *door) carry(x *call) *refusal {
 
 // reach dials an endpoint of the service that the stream goes to.
 func (d *door) reach(x *call) (*upstream.Conn, *refusal) {
+	if x.to.name == GatewayName && x.meant.IsValid() {
+		return d.reachOut(x)
+	}
 	if d.cfg.Streams == nil {
 		return nil, &refusal{status: 503, reason: "no_endpoint", detail: "no tcp is carried here"}
 	}

@@ -26,7 +26,7 @@ const (
 func (d *door) connect(x *call) *refusal {
 	if _, inside := serviceOf(x.req.Authority); inside {
 		if snap := d.cfg.Snapshot(); snap != nil {
-			if svc, ok := d.serviceOf(snap, x.req.Authority); ok && svc.Protocol == mesh.TCP {
+			if svc, ok := x.serviceOf(snap); ok && svc.Protocol == mesh.TCP {
 				return d.connectStream(x, svc)
 			}
 		}

@@ -1,0 +1,38 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"regexp"
+	"testing"
+
+	"sallyport/internal/daemon"
+)
+
+// TestTheManualOfCaptureWorks reads every example of docs/capture.md as the
+// sidecar does.
+func TestTheManualOfCaptureWorks(t *testing.T) {
+	page, err := os.ReadFile("../../docs/capture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const rest = "trust_domain: corp.example\ndata_dir: /var/lib/sallyport\nissuer: {addresses: [\"127.0.0.1:1\"], bundle: bundle.pem}\n"
+	examples := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(page, -1)
+	for _, m := range examples {
+		file := filepath.Join(t.TempDir(), "sidecar.yaml")
+		if err := write(file, rest+string(m[1])); err != nil {
+			t.Fatal(err)
+		}
+		var c Config
+		if err := daemon.LoadConfig(file, nil, nil, &c); err != nil {
+			t.Errorf("%s\n%v", m[1], err)
+		}
+		c.fill()
+		if !c.Capture.Enabled() {
+			t.Errorf("it captures nobody:\n%s", m[1])
+		}
+	}
+	if len(examples) < 2 {
+		t.Errorf("the page has %d examples", len(examples))
+	}
+}

@@ -1,0 +1,84 @@
+package test
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"sallyport/internal/meshtest"
+)
+
+const (
+	envBin    = "E2E_BIN"    // the programs, built by the test that runs this one
+	envInside = "E2E_INSIDE" // this test runs in a network namespace of its own
+)
+
+// inNamespace runs the test once more as root of a user and a network namespace
+// of its own, where it may change the rules of the kernel, and reports whether
+// this is that run. Several users are there only when the test runs as root.
+func inNamespace(t *testing.T) bool {
+	t.Helper()
+	if os.Getenv(envInside) != "" {
+		for _, args := range [][]string{{"link", "set", "lo", "up"}, {"addr", "add", "203.0.113.7/32", "dev", "lo"}} {
+			if out, err := exec.CommandContext(t.Context(), meshtest.Need(t, "ip"), args...).CombinedOutput(); err != nil {
+				t.Fatalf("ip %v: %v %s", args, err, out)
+			}
+		}
+		return true
+	}
+	t.Parallel()
+	meshtest.Need(t, "ip")
+	if os.Getuid() != 0 {
+		unable(t, "this needs several users; run the test as root")
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")
+	cmd.Env = append(os.Environ(), envInside+"=1", envBin+"="+bin)
+	all := []syscall.SysProcIDMap{{Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+		UidMappings: all, GidMappings: all, GidMappingsEnableSetgroups: true,
+	}
+	out, err := cmd.CombinedOutput()
+	switch {
+	case cmd.ProcessState == nil:
+		unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
+	case err != nil:
+		t.Errorf("in a namespace of its own: %v\n%s", err, out)
+	case bytes.Contains(out, []byte("--- SKIP")):
+		t.Skipf("%s", out)
+	default:
+		for line := range strings.Lines(string(out)) {
+			if strings.Contains(line, "_test.go:") {
+				t.Log(strings.TrimSpace(line))
+			}
+		}
+	}
+	return false
+}
+
+// unable ends a test for which this machine has no means.
+func unable(t *testing.T, why string) {
+	t.Helper()
+	if os.Getenv("CI") == "true" {
+		t.Fatal(why)
+	}
+	t.Skip(why)
+}
+
+// as runs a program as a user, without any setting for a proxy.
+func as(t *testing.T, uid uint32, args ...string) runReply {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=/"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}, Pdeathsig: syscall.SIGKILL}
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		t.Fatalf("%s: %v", args[0], err)
+	}
+	return runReply{out.String(), cmd.ProcessState.ExitCode()}
+}
