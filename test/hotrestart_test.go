@@ -68,17 +68,24 @@ type stage struct {
 
 // newStage starts payment, which calls billing over HTTP, inventory over TCP and
 // the site through the gateway.
-func newStage(t *testing.T, svidTTL time.Duration) *stage {
+//
+// The agents named more also serve what they are named after: "billing-2" is a
+// second instance of billing.
+func newStage(t *testing.T, svidTTL time.Duration, more ...string) *stage {
 	t.Helper()
 	s := &stage{world: newWorld(t, svidTTL), procs: map[string]*proc{}}
 	self := fmt.Sprintf(`["unix:uid:%d"]`, os.Getuid())
 	s.site = s.startOutside("api.stripe.test")
 	s.routeOut(s.site)
 	entries := "entries:\n"
-	for _, n := range []string{"payment", "billing", "inventory"} {
-		entries += fmt.Sprintf("  - {spiffe_id: %s, parent_id: %s, selectors: %s}\n", id("/ns/shop/sa/"+n), id("/spire/agent/join_token/"+n), self)
+	agents := append([]string{"gateway", "billing", "inventory", "payment"}, more...)
+	for _, n := range agents {
+		path, selectors := "/ns/shop/sa/"+kind(n), self
+		if kind(n) == "gateway" {
+			path, selectors = "/ns/edge/sa/gateway", `["self:true"]`
+		}
+		entries += fmt.Sprintf("  - {spiffe_id: %s, parent_id: %s, selectors: %s}\n", id(path), id("/spire/agent/join_token/"+n), selectors)
 	}
-	entries += fmt.Sprintf("  - {spiffe_id: %s, parent_id: %s, selectors: [\"self:true\"]}\n", id("/ns/edge/sa/gateway"), id("/spire/agent/join_token/gateway"))
 	s.rewrite(s.path("policies", "entries.yaml"), entries)
 	if err := os.RemoveAll(s.path("policies", "tests")); err != nil { // they speak of the demo
 		t.Fatal(err)
@@ -92,17 +99,26 @@ func newStage(t *testing.T, svidTTL time.Duration) *stage {
 	s.edit(0)
 	s.startIssuer()
 
-	gateway := freePort(t)
-	s.write("gateway", s.proxyConfig("gateway", s.token("gateway"))+fmt.Sprintf("listen: %s\nresolvers: [%q]\n", gateway, freePort(t)))
 	web := httptest.NewServer(http.HandlerFunc(echo))
 	t.Cleanup(web.Close)
-	s.write("billing", s.stageConfig("billing", strings.TrimPrefix(web.URL, "http://")))
-	s.write("inventory", s.stageConfig("inventory", echoTCP(t)))
+	stock := echoTCP(t)
+	var gateways []string
+	for _, n := range agents {
+		switch kind(n) {
+		case "gateway":
+			gateways = append(gateways, freePort(t))
+			s.write(n, s.proxyConfig(n, s.token(n))+fmt.Sprintf("listen: %s\nresolvers: [%q]\n", gateways[len(gateways)-1], freePort(t)))
+		case "billing":
+			s.write(n, s.stageConfig(n, strings.TrimPrefix(web.URL, "http://")))
+		case "inventory":
+			s.write(n, s.stageConfig(n, stock))
+		}
+	}
 	s.out, s.stream = freePort(t), freePort(t)
-	s.write("payment", s.proxyConfig("payment", s.token("payment"))+fmt.Sprintf("outbound:\n  listen: %s\n  upstreams:\n    - {service: inventory, listen: %q}\negress: {gateway: %s, addresses: [%q]}\n",
-		s.out, s.stream, id("/ns/edge/sa/gateway"), gateway))
-	for _, n := range []string{"gateway", "billing", "inventory", "payment"} {
-		s.procs[n] = s.start(n, nil, s.program(n), "run", "--config", s.path(n, "config.yaml"))
+	s.write("payment", s.proxyConfig("payment", s.token("payment"))+fmt.Sprintf("outbound:\n  listen: %s\n  upstreams:\n    - {service: inventory, listen: %q}\negress: {gateway: %s, addresses: [\"%s\"]}\n",
+		s.out, s.stream, id("/ns/edge/sa/gateway"), strings.Join(gateways, `", "`)))
+	for _, n := range agents {
+		s.begin(n)
 	}
 	for _, p := range s.procs {
 		s.awaitReady(p)
@@ -110,8 +126,20 @@ func newStage(t *testing.T, svidTTL time.Duration) *stage {
 	return s
 }
 
+// kind is what an agent is an instance of.
+func kind(agent string) string {
+	name, _, _ := strings.Cut(agent, "-")
+	return name
+}
+
+// begin starts a proxy.
+func (s *stage) begin(name string) {
+	s.t.Helper()
+	s.procs[name] = s.start(name, nil, s.program(name), "run", "--config", s.path(name, "config.yaml"))
+}
+
 func (s *stage) program(name string) string {
-	if name == "gateway" {
+	if kind(name) == "gateway" {
 		return "gateway"
 	}
 	return "sidecar"

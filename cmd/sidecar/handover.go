@@ -193,7 +193,8 @@ const leaveEvery = 50 * time.Millisecond
 // ends by itself, and may have something to finish. It has ended when it accepts
 // no connection and has none, or when its time is over.
 func (s *sidecar) awaitLeave() {
-	if s.child.Load() != nil || s.heir != nil {
+	noWay := !s.cfg.Outbound.Listen.IsValid() && len(s.cfg.Outbound.Upstreams) == 0
+	if noWay || s.child.Load() != nil || s.heir != nil {
 		return
 	}
 	within, cancel := context.WithTimeout(s.now, s.cfg.Drain.Outbound)
