@@ -200,9 +200,13 @@ func readFile(t *testing.T, file string) []byte {
 	return b
 }
 
-// putBack puts a set that the issuer keeps in force again in its database.
+// putBack puts a set that the issuer keeps in force again in its database, and
+// has the issuer forget that it knew a newer one.
 func (w *world) putBack(revision uint64) {
 	w.t.Helper()
+	if err := os.Remove(w.path("issuer", "policy.floor")); err != nil {
+		w.t.Error(err)
+	}
 	s, err := store.OpenSQLite(w.t.Context(), w.path("issuer", "issuer.db"))
 	if err != nil {
 		w.t.Fatal(err)

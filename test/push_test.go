@@ -98,7 +98,22 @@ ca: {agent_ttl: 1m, allow_short_ttl: true}
 	// nothing signed again: neither for a canary group to go back by, nor as
 	// what was there before.
 	issuer.kill()
+	floor := readFile(t, w.path("issuer", "policy.floor"))
 	w.putBack(3)
+	w.rewrite(w.path("issuer", "policy.floor"), string(floor))
+	issuer = w.start("issuer", nil, "issuer", "run", "--config", w.path("issuer", "config.yaml"))
+	w.await("hear that the store was set back", func() bool {
+		r := w.sallyport("policy", "status")
+		return r.Code == 1 && strings.Contains(r.Output, "revision 5 was in force at this issuer: the store was set back")
+	})
+	if code := w.readiness("issuer"); code == 200 {
+		t.Error("an issuer whose database was set back is ready")
+	}
+	// Whoever owns the issuer sets that back, too.
+	issuer.kill()
+	if err := os.Remove(w.path("issuer", "policy.floor")); err != nil {
+		t.Fatal(err)
+	}
 	w.startIssuer()
 	for _, args := range [][]string{
 		{"policy", "push", w.policy, "--canary", "50%"}, {"policy", "push", w.policy}, {"policy", "rollback"},

@@ -167,11 +167,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.writeBundle(); err != nil {
 		return err
 	}
-	in.registry, err = registry.New(registry.Config{
-		Store: in.store, TrustDomain: cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked,
-		Verify: in.verifier(), OnUnsigned: in.passedOver, OnRollout: in.recordRollout,
-	})
-	if err != nil {
+	if err := in.openRegistry(); err != nil {
 		return err
 	}
 	if err := in.registry.Load(ctx); err != nil {
@@ -204,6 +200,19 @@ func (in *issuer) open(ctx context.Context) error {
 		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Policies: in.policyKeeper(), SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
+	})
+	return err
+}
+
+// openRegistry makes the registry, which knows nothing yet.
+func (in *issuer) openRegistry() error {
+	floor, err := in.openFloor()
+	if err != nil {
+		return err
+	}
+	in.registry, err = registry.New(registry.Config{
+		Store: in.store, TrustDomain: in.cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked,
+		Verify: in.verifier(), OnUnsigned: in.passedOver, OnRollout: in.recordRollout, Floor: floor, OnFloor: in.keepFloor,
 	})
 	return err
 }

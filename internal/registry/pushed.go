@@ -87,10 +87,7 @@ func (r *Registry) review(s *policyset.Signed) (*accepted, error) {
 	if s.TrustDomain != r.cfg.TrustDomain {
 		return nil, fmt.Errorf("%w: the set is for trust domain %q, this issuer serves %q", ErrUnfit, s.TrustDomain.Name(), r.cfg.TrustDomain.Name())
 	}
-	c, err := r.signedPolicies(s)
-	if err == nil {
-		err = r.cfg.Check(c)
-	}
+	c, err := r.tested(s)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnfit, err)
 	}
@@ -229,18 +226,66 @@ func (r *Registry) readSigned(b []byte, pr policyRecord) (*accepted, error) {
 		return nil, fmt.Errorf("set %.12s of revision %d stands where set %.12s should", s.Hash(), s.Revision, pr.Set)
 	case old != nil && (s.Revision < old.Revision || s.Revision == old.Revision && s.Hash() != old.Set):
 		return nil, fmt.Errorf("set %.12s of revision %d is no newer than that of revision %d in force", s.Hash(), s.Revision, old.Revision)
+	case s.Revision < r.floor.Revision || s.Revision == r.floor.Revision && s.Hash() != r.floor.Set:
+		return nil, fmt.Errorf("set %.12s has revision %d; set %.12s of revision %d was in force at this issuer: the store was set back", s.Hash(), s.Revision, r.floor.Set, r.floor.Revision)
 	}
-	c, err := r.signedPolicies(s)
+	if old != nil {
+		if err := r.stale(s.Previous, old); err != nil {
+			return nil, err
+		}
+	}
+	c, err := r.tested(s)
 	if err != nil {
 		return nil, err
 	}
 	return r.acceptedSet(s, c), nil
 }
 
+// tested are the policies of a set once its tests have passed, of one that the
+// store holds, too: whoever put it there may not have asked an issuer.
+func (r *Registry) tested(s *policyset.Signed) (*mesh.Checked, error) {
+	c, err := r.signedPolicies(s)
+	if err == nil {
+		err = r.cfg.Check(c)
+	}
+	return c, err
+}
+
+// stale refuses what follows on a set that is older than the one in force, as
+// far as those are known here: no issuer takes it.
+func (r *Registry) stale(previous string, now *accepted) error {
+	before := r.files.Load()
+	if before == nil || previous == now.Set {
+		return nil
+	}
+	for _, f := range *before {
+		if f.hash == previous && f.revision < now.Revision {
+			return fmt.Errorf("it follows on set %.12s of revision %d, and revision %d was in force since", previous, f.revision, now.Revision)
+		}
+	}
+	return nil
+}
+
+// A Floor is a signed set in the order of all sets; the zero Floor is before all.
+type Floor struct {
+	Revision uint64
+	Set      string
+}
+
+// raise keeps the newest signed set that was in force. mu is held.
+func (r *Registry) raise(acc *accepted) {
+	if acc.file == nil || acc.Revision <= r.floor.Revision {
+		return
+	}
+	r.floor = Floor{acc.Revision, acc.Set}
+	r.cfg.OnFloor(r.floor)
+}
+
 // A setFile is a signed set as it is given out.
 type setFile struct {
-	hash string
-	file []byte
+	hash     string
+	revision uint64
+	file     []byte
 }
 
 // keepFile holds a set that is given out, and those before it for proxies that
@@ -253,7 +298,7 @@ func (r *Registry) keepFile(acc *accepted) {
 	if acc.file == nil || slices.ContainsFunc(before, func(f setFile) bool { return f.hash == acc.Set }) {
 		return
 	}
-	next := append([]setFile{{acc.Set, acc.file}}, before[:min(len(before), keepSets-1)]...)
+	next := append([]setFile{{acc.Set, acc.Revision, acc.file}}, before[:min(len(before), keepSets-1)]...)
 	r.files.Store(&next)
 }
 

@@ -44,6 +44,11 @@ type Config struct {
 	// OnUnsigned is told why policies in the store are passed over for that. It
 	// does not call back. Default none.
 	OnUnsigned func(error)
+	// Floor is the newest signed set that ever was in force at this issuer, and
+	// OnFloor is told of a newer one, to keep it beside the store: a store that
+	// is set back is not followed. It does not call back. Default none.
+	Floor   Floor
+	OnFloor func(Floor)
 	// Instance names this process among those that share the store: unique,
 	// and another one at each start. Empty when the store is this process's
 	// alone.
@@ -104,6 +109,8 @@ type Registry struct {
 	wake chan struct{}
 	// files are the last signed sets that were in force, the newest first.
 	files atomic.Pointer[[]setFile]
+	// floor is the newest signed set that was in force.
+	floor Floor
 	// passed is the revision of the record of policies that are passed over.
 	passed int64
 	// lost says that something was withdrawn and may not be revoked yet.
@@ -154,6 +161,9 @@ func New(cfg Config) (*Registry, error) {
 	if cfg.OnUnsigned == nil {
 		cfg.OnUnsigned = func(error) {}
 	}
+	if cfg.OnFloor == nil {
+		cfg.OnFloor = func(Floor) {}
+	}
 	if cfg.Check == nil {
 		cfg.Check = func(*mesh.Checked) error { return nil }
 	}
@@ -164,6 +174,7 @@ func New(cfg Config) (*Registry, error) {
 		cfg:       cfg,
 		parsed:    mesh.Folder{TrustDomain: cfg.TrustDomain},
 		started:   cfg.Now(),
+		floor:     cfg.Floor,
 		endpoints: make(map[mesh.Endpoint]*held),
 		wake:      make(chan struct{}, 1),
 	}
@@ -190,6 +201,13 @@ func (r *Registry) Load(ctx context.Context) error {
 	ro, err := r.loadRollout(ctx, nil)
 	if err != nil {
 		return err
+	}
+	// What follows is above all that was in force here, whatever the store says.
+	if r.cfg.Verify != nil && ro.floor() < r.floor.Revision {
+		if ro == nil {
+			ro = new(rollout)
+		}
+		ro.Floor = r.floor.Revision
 	}
 	acc, err := r.loadPolicies(ctx)
 	if errors.Is(err, errUnsigned) {
@@ -269,6 +287,7 @@ func (r *Registry) publish(next *state, rev int64) {
 	next.snapshot.Revision = max(uint64(rev), r.state.Load().newest()+1)
 	next.rollout = next.rollout.numbered(next.snapshot.Revision)
 	r.keepFile(next.accepted)
+	r.raise(next.accepted)
 	if next.rollout.serves() {
 		r.keepFile(next.rollout.tried)
 	}

@@ -62,6 +62,8 @@ type issuer struct {
 	// verify and unsigned are the Config's Verify and OnUnsigned.
 	verify   func(*policyset.Signed) error
 	unsigned func(error)
+	// floor is the Config's Floor, as OnFloor has kept it.
+	floor registry.Floor
 	// onRollout is the Config's OnRollout.
 	onRollout func(registry.RolloutStep) error
 }
@@ -99,6 +101,7 @@ func (in *issuer) restart() {
 			return nil
 		},
 		Verify: in.verify, OnUnsigned: in.unsigned, OnRollout: in.onRollout,
+		Floor: in.floor, OnFloor: func(f registry.Floor) { in.floor = f },
 	})
 	if err != nil {
 		in.t.Fatalf("New: %v", err)

@@ -166,7 +166,7 @@ func (r *Registry) loadSets(ctx context.Context, ro *rollout, of mesh.Rollout) e
 		if s.TrustDomain != r.cfg.TrustDomain || s.Revision != revision {
 			return nil, nil, fmt.Errorf("set %.12s of %s, revision %d, stands where revision %d should", s.Hash(), s.TrustDomain.Name(), s.Revision, revision)
 		}
-		c, err := r.signedPolicies(s)
+		c, err := r.tested(s)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -180,6 +180,9 @@ func (r *Registry) loadSets(ctx context.Context, ro *rollout, of mesh.Rollout) e
 	}
 	if err == nil && of.Fallback > 0 {
 		back, former, err = read(fallbackSet, of.Fallback)
+		if err == nil && (back.Previous != set.Previous || back.Revision <= set.Revision) {
+			err = fmt.Errorf("the fallback of revision %d does not belong to it", back.Revision)
+		}
 	}
 	switch {
 	case errors.Is(err, store.ErrNotFound):
@@ -202,7 +205,9 @@ func (r *Registry) try(s *state, ro *rollout) *rollout {
 	}
 	next := *ro
 	next.snapshot = nil
-	if ro.active() && s.accepted != nil && ro.tried.Revision > s.accepted.Revision {
+	// What is tried, and what they go back by, follows on what is in force.
+	if ro.active() && s.accepted != nil && ro.tried.Revision > s.accepted.Revision && ro.set.Previous == s.accepted.Set &&
+		(ro.former == nil || ro.former.Hash == s.accepted.Hash) {
 		next.snapshot = r.snapshotOf(ro.tried, s)
 	}
 	return &next

@@ -150,6 +150,82 @@ func TestUnsignedPoliciesAreNotLoaded(t *testing.T) {
 	}
 }
 
+// TestAStoreThatWasSetBack gives an issuer, and one that starts on it, what was
+// signed and never came through a push.
+func TestAStoreThatWasSetBack(t *testing.T) {
+	first := signed(pushable(t, 1, "", "# first\n"), 1, 2)
+	second := signed(pushable(t, 2, first.Hash(), "# second\n"), 1, 2)
+	deny := "p, a, in, **, **, *, *, **, -, deny\n"
+	red := signed(pushable(t, 9, second.Hash(), deny), 1, 2)
+	stale := signed(pushable(t, 9, first.Hash(), "# stale\n"), 1, 2)
+	for _, tt := range []struct {
+		name          string
+		set           *policyset.Signed
+		running, anew string // what is said; "" when it is in force
+	}{
+		{"the first set", first, "is no newer than that of revision 2 in force", "revision 2 was in force at this issuer: the store was set back"},
+		{"a set whose tests are red", red, "a red case", "a red case"},
+		{"a set that follows on an older one", stale, "revision 2 was in force since", ""},
+		{"the set that is in force", second, "", ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var why error
+			in := &issuer{t: t, path: t.TempDir() + "/s.sqlite", verify: pinned().Verify, unsigned: func(err error) { why = err },
+				check: func(p *mesh.Policies) error {
+					if len(p.Rules) > 0 {
+						return errors.New("a red case")
+					}
+					return nil
+				}}
+			in.restart()
+			t.Cleanup(in.stop)
+			for _, s := range []*policyset.Signed{first, second} {
+				if err := in.PushPolicies(t.Context(), s); err != nil {
+					t.Fatal(err)
+				}
+			}
+			tamper(t, in.store, setOf(int(tt.set.Revision)), tt.set.Encode())
+			tamper(t, in.store, inForce, record(t, tt.set, nil))
+			// The conflict of a push makes it look.
+			_ = in.PushPolicies(t.Context(), signed(pushable(t, 3, second.Hash(), "# third\n"), 1, 2))
+			if said(why) != tt.running && !strings.Contains(said(why), tt.running) {
+				t.Errorf("while it runs: %v, want %q", why, tt.running)
+			}
+			in.floor = registry.Floor{Revision: 2, Set: second.Hash()}
+			tamper(t, in.store, setOf(int(tt.set.Revision)), tt.set.Encode())
+			tamper(t, in.store, inForce, record(t, tt.set, nil))
+			why = nil
+			in.restart()
+			st := in.Status()
+			if !strings.Contains(said(why), tt.anew) || (tt.anew == "") != (st.PolicySet == tt.set.Hash()) {
+				t.Errorf("after a start: %v, in force is %+v; want %q", why, st, tt.anew)
+			}
+			if st.NextRevision <= 2 {
+				t.Errorf("the next revision is %d, and 2 was in force", st.NextRevision)
+			}
+			// Who may push mends it, above what was in force.
+			if tt.anew != "" {
+				if err := in.PushPolicies(t.Context(), signed(pushable(t, 2, "", "# mended\n"), 1, 2)); !errors.Is(err, registry.ErrStale) {
+					t.Errorf("a push that is not above it: %v", err)
+				}
+				if err := in.PushPolicies(t.Context(), signed(pushable(t, st.NextRevision, "", "# mended\n"), 1, 2)); err != nil {
+					t.Errorf("a push afterwards: %v", err)
+				}
+				if in.floor.Revision != st.NextRevision {
+					t.Errorf("the floor is %+v", in.floor)
+				}
+			}
+		})
+	}
+}
+
+func said(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
 func TestPushUnsigned(t *testing.T) {
 	in := &issuer{t: t, path: t.TempDir() + "/s.sqlite", verify: pinned().Verify}
 	in.restart()
