@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -69,6 +70,10 @@ type InboundConfig struct {
 	Advertise netip.AddrPort `yaml:"advertise"`
 	// App is where the application listens in clear text, on this machine.
 	App netip.AddrPort `yaml:"app"`
+	// AppProtocol is what it speaks there: "http/1.1", or "h2c" for HTTP/2 with
+	// prior knowledge, as servers of gRPC do. Callers may speak either. Default
+	// "http/1.1".
+	AppProtocol string `yaml:"app_protocol"`
 	// Rates bound how often each caller may make which calls; beyond it 429. A
 	// call must be within every rate that speaks of it.
 	Rates []mesh.CallRate `yaml:"rates"`
@@ -77,6 +82,12 @@ type InboundConfig struct {
 	// records and in what the application is told, and proves nothing.
 	ProxyProtocol []netip.Prefix `yaml:"proxy_protocol"`
 }
+
+// What an application can speak.
+const (
+	appHTTP1 = "http/1.1"
+	appH2C   = "h2c"
+)
 
 // OutboundConfig is how the application reaches others.
 type OutboundConfig struct {
@@ -119,6 +130,8 @@ func (c *Config) Validate() error {
 		need(c.Inbound.App.IsValid(), "inbound.app", `missing; write where the application listens, such as "127.0.0.1:8080"`)
 		need(!c.Inbound.App.IsValid() || c.Inbound.App.Addr().IsLoopback(), "inbound.app", "is not a loopback address; what leaves the machine in clear text is not protected")
 	}
+	need(slices.Contains([]string{"", appHTTP1, appH2C}, c.Inbound.AppProtocol), "inbound.app_protocol",
+		fmt.Sprintf("%q is not a protocol of applications; write %q or %q", c.Inbound.AppProtocol, appHTTP1, appH2C))
 	for i, r := range c.Inbound.Rates {
 		for _, err := range r.Validate() {
 			errs = append(errs, fmt.Errorf("inbound.rates[%d].%w", i, err))

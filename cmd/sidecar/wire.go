@@ -209,7 +209,7 @@ func (s *sidecar) open() (err error) {
 	}
 	up := upstream.Config{
 		TLS: func(want spiffeid.ID) *tls.Config {
-			return svid.ClientTLS(s.agent.Source(), want, hop.Proto, "http/1.1")
+			return svid.ClientTLS(s.agent.Source(), want, hop.Proto, http2.Proto, "http/1.1")
 		},
 		Generation: func() uint64 { return s.agent.Generation() },
 		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
@@ -224,7 +224,11 @@ func (s *sidecar) open() (err error) {
 		return err
 	}
 	if len(cfg.Egress.Addresses) > 0 {
-		if s.gateways, err = upstream.New(up); err != nil {
+		gw := up // tunnels are HTTP/1.1
+		gw.TLS = func(want spiffeid.ID) *tls.Config {
+			return svid.ClientTLS(s.agent.Source(), want, hop.Proto, "http/1.1")
+		}
+		if s.gateways, err = upstream.New(gw); err != nil {
 			return err
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
@@ -345,6 +349,14 @@ func (s *sidecar) port() uint16 {
 	return svc.Port
 }
 
+// app lends connections to the application.
+func (s *sidecar) app() *upstream.Pool {
+	if s.cfg.Inbound.AppProtocol == appH2C {
+		return upstream.NewLocalHTTP2(s.cfg.Inbound.App, s.cfg.Limits.http())
+	}
+	return upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http())
+}
+
 // stream says how streams are carried, if the workload's service speaks TCP.
 func (s *sidecar) stream() (mesh.Stream, bool) {
 	snap := s.agent.Snapshot()
@@ -414,7 +426,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
-			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http()),
+			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(),
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 			Original: capture.OriginalDst,
 		})

@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -282,7 +283,7 @@ func (x *call) exchange() *refusal {
 			return nil
 		}
 		again := x.unanswered()
-		if errors.Is(x.err, hop.ErrRefused) {
+		if isRefused(x.err) {
 			refused++
 			again = again && refused <= maxRefused
 		} else {
@@ -307,7 +308,12 @@ const maxRefused = 4
 func (x *call) unanswered() bool {
 	return !x.res.ResponseSeen && x.res.Replayable &&
 		http1.FailedSide(x.err) == http1.Upstream && http1.StatusOf(x.err) != 504 &&
-		(x.res.RequestBytesSent == 0 || idempotent(x.req.Method) || errors.Is(x.err, hop.ErrRefused))
+		(x.res.RequestBytesSent == 0 || idempotent(x.req.Method) || isRefused(x.err))
+}
+
+// isRefused says that the upstream has acted on nothing of the request.
+func isRefused(err error) bool {
+	return errors.Is(err, hop.ErrRefused) || errors.Is(err, http2.ErrRefused)
 }
 
 // failed says how to answer an exchange that came to nothing.

@@ -3,8 +3,8 @@
 //
 // A connection between proxies is mutual TLS to the one identity the service
 // has; a connection to the local application is plain. Calls to a proxy of our
-// own share few connections (package hop), each of which a goroutine serves
-// until it ends. Apart from that the package judges nothing and holds no
+// own share few connections (package hop), and so do those to what speaks HTTP/2
+// (package http2); a goroutine serves each until it ends. Apart from that the package judges nothing and holds no
 // goroutine: the caller's dials, a crowd of callers in turn, and a timer closes
 // what was kept unused for too long.
 package upstream
@@ -28,6 +28,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 )
 
@@ -273,6 +274,11 @@ type Pool struct {
 	restUntil atomic.Int64
 	failures  atomic.Int32
 
+	// h2c says that the application speaks HTTP/2 and nothing else; bodies bounds
+	// what it has sent and nobody has read.
+	h2c    bool
+	bodies *http2.Budget
+
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end
 	lines  []*line
@@ -295,8 +301,16 @@ func NewLocal(addr netip.AddrPort, limits http1.Limits) *Pool {
 	return newPool(cfg.withDefaults(), target{addr: addr})
 }
 
+// NewLocalHTTP2 is NewLocal for an application that speaks HTTP/2, with prior
+// knowledge.
+func NewLocalHTTP2(addr netip.AddrPort, limits http1.Limits) *Pool {
+	p := NewLocal(addr, limits)
+	p.h2c = true
+	return p
+}
+
 func newPool(cfg Config, t target) *Pool {
-	p := &Pool{cfg: cfg, t: t}
+	p := &Pool{cfg: cfg, t: t, bodies: http2.NewBudget(bodies)}
 	p.connect = p.dial
 	return p
 }
@@ -309,6 +323,7 @@ type Conn struct {
 	Reused bool
 
 	pool *Pool
+	line *line // nil: the connection is its own
 	gen  uint64
 	// until is when the peer's certificates end; what it proved then holds no
 	// more. Zero for a plain connection.
@@ -372,6 +387,9 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 // open dials by the right that enter or a turn gave.
 func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 	defer func() { p.dialled(c != nil) }()
+	if p.crowded() {
+		return nil, fmt.Errorf("%s: %w", p.t.addr, errCrowded)
+	}
 	gen := p.cfg.Generation()
 	var epoch uint64
 	if p.epoch != nil {
@@ -386,8 +404,9 @@ func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 	p.failures.Store(0)
 	p.restUntil.Store(0)
 	tc, _ := nc.(*tls.Conn)
-	if tc != nil && wireProto(tc) == hop.Proto {
-		return p.firstOn(tc, gen, until, epoch)
+	if l := p.lineOn(nc, tc); l != nil {
+		l.gen, l.until, l.tls, l.epoch = gen, until, tc, epoch
+		return p.firstOn(l)
 	}
 	p.mu.Lock()
 	p.single = true
