@@ -41,6 +41,7 @@ test: ## every test, with the race detector where a C compiler is
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
 	-@cd tools/h2spec && go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec
+	-@cd tools/interop && go build -o /dev/null google.golang.org/grpc/interop/client google.golang.org/grpc/interop/server
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve. Most of
 	@# the time they wait, so one more than there are cores may run at once.
@@ -86,6 +87,19 @@ bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (
 .PHONY: h2spec
 h2spec: ## h2spec against every listener of real sidecars that speaks HTTP/2
 	@go test -count=1 -vet=off -run '^TestH2spec$$' -v ./test | grep -v '^=== '
+
+.PHONY: bench-h2 bench-grpc
+bench-h2: ## the same over HTTP/2 (ARGS="-rounds 9")
+bench-grpc: ## the same with unary calls of gRPC (ARGS="-rounds 9")
+bench-h2 bench-grpc:
+	@for p in nginx haproxy; do command -v $$p >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$p >/dev/null; }; done
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-h2 ./bench/h2
+	@$(BIN)/bench-h2 $(if $(findstring grpc,$@),-grpc) -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
+.PHONY: interop
+interop: ## client and server of grpc-go through a pair of sidecars, every case
+	@go test ./test -run '^TestInterop$$' -count=1 -v | sed -E '/^(ok|PASS|FAIL)\s*/d'
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)

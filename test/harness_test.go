@@ -48,6 +48,7 @@ func buildAndRun(m *testing.M) int {
 	}
 	code := m.Run()
 	conformed.print()
+	interop.print()
 	strictness.print()
 	h2spec.print()
 	hostile.print()

@@ -1,0 +1,126 @@
+package test
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// interopCases are those of grpc-go's interop client that need no service of a
+// cloud and, as pick_first_unary, no several servers (interop_test.sh of grpc-go,
+// and the soak tests).
+var interopCases = []string{
+	"empty_unary", "large_unary", "client_streaming", "server_streaming", "ping_pong", "empty_stream",
+	"timeout_on_sleeping_server", "cancel_after_begin", "cancel_after_first_response",
+	"status_code_and_message", "special_status_message", "custom_metadata",
+	"unimplemented_method", "unimplemented_service",
+	"orca_per_rpc", "orca_oob", "rpc_soak", "channel_soak",
+}
+
+// interop is the sum of the cases, the last line that the tests print.
+var interop = &conformSum{conformResult: conformResult{Name: "interop", OK: true}}
+
+// TestInterop has the client of grpc-go speak to its server through a pair of
+// sidecars, in every way that it knows.
+func TestInterop(t *testing.T) {
+	t.Parallel()
+	buildInterop(t)
+	w := newWorld(t, time.Minute)
+	w.allowGRPC()
+	w.startIssuer()
+	pay, bill := &node{name: "payment"}, &node{name: "billing"}
+	w.join(bill)
+	w.speaksH2C(bill)
+	w.join(pay)
+	_, port, _ := net.SplitHostPort(bill.app)
+	w.launch("interop-server", nil, exec.Command(filepath.Join(bin, "interop-server"), "-port", port))
+	w.startWorkload(bill.name)
+	payment := w.startNode(pay)
+
+	_, port, _ = net.SplitHostPort(pay.billing)
+	// The cases of ORCA look at what this balancer is told.
+	const balancer = `{"loadBalancingConfig":[{"test_backend_metrics_load_balancer":{}}]}`
+	client := func(name string) runReply {
+		return ask[runReply](payment, "/run", []string{filepath.Join(bin, "interop-client"), "-server_host", "127.0.0.1", "-server_port", port, "-test_case", name, "-service_config_json", balancer})
+	}
+	payment.await("reach the server", func() bool { return client("empty_unary").Code == 0 })
+	for _, name := range interopCases {
+		t.Run(name, func(t *testing.T) {
+			r := client(name)
+			interop.count(name, r)
+			if r.Code != 0 {
+				t.Errorf("it ended with %d:\n%s", r.Code, r.Output)
+			}
+		})
+	}
+}
+
+// count takes in how a case ended.
+func (s *conformSum) count(name string, r runReply) {
+	one := conformResult{Name: s.Name, OK: r.Code == 0}
+	one.Cases.Tried = 1
+	one.Cases.Passed = map[bool]int{true: 1}[one.OK]
+	one.Cases.Failed = 1 - one.Cases.Passed
+	v := conformVerdict{Name: name, OK: one.OK}
+	if !one.OK {
+		v.Detail = strings.TrimSpace(r.Output)
+	}
+	one.Verdicts = []conformVerdict{v}
+	s.add(one)
+}
+
+// allowGRPC lets payment make the calls of the interop client.
+func (w *world) allowGRPC() {
+	w.t.Helper()
+	file := filepath.Join(w.policy, "access.csv")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for i, service := range []string{"grpc.testing.TestService", "grpc.testing.UnimplementedService", "xds.service.orca.v3.OpenRcaService"} {
+		b = fmt.Appendf(b, "p, grpc-%d, in, %s, %s, 8443, POST, /%s/**, -, allow\n", i, id("/ns/shop/sa/payment"), id("/ns/shop/sa/billing"), service)
+	}
+	w.put(file, string(b))
+}
+
+// speaksH2C has the sidecar of a node speak HTTP/2 to its application.
+func (w *world) speaksH2C(n *node) {
+	w.t.Helper()
+	file := w.path(n.name, "config.yaml")
+	b, err := os.ReadFile(file)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.put(file, strings.Replace(string(b), fmt.Sprintf("app: %q", n.app), fmt.Sprintf("app: %q, app_protocol: h2c", n.app), 1))
+}
+
+var interopOnce sync.Once
+
+// buildInterop builds the programs of grpc-go, beside our own.
+func buildInterop(t *testing.T) {
+	t.Helper()
+	var out []byte
+	var err error
+	interopOnce.Do(func() {
+		for _, name := range []string{"client", "server"} {
+			cmd := exec.Command("go", "build", "-o", filepath.Join(bin, "interop-"+name), "google.golang.org/grpc/interop/"+name)
+			cmd.Dir = filepath.Join("..", "tools", "interop")
+			if out, err = cmd.CombinedOutput(); err != nil {
+				return
+			}
+		}
+	})
+	if err != nil {
+		if os.Getenv("CI") == "" && bytes.Contains(out, []byte("proxy")) {
+			t.Skipf("the interop programs do not build without their modules: %s", out)
+		}
+		t.Fatalf("build the interop programs: %v\n%s", err, out)
+	}
+}
