@@ -163,14 +163,14 @@ func ratio(a, b []sample, f func(sample) float64) float64 {
 	return rig.Quantile(v, 0.5)
 }
 
-// profile writes what both sidecars do under the first scene.
+// profile writes what both sidecars do under the first scene that is wanted.
 func (b *bench) profile(ctx context.Context, s settings) error {
 	p, err := b.ours(ctx, s, "ours", true)
 	if err != nil {
 		return err
 	}
 	done := make(chan error, 2)
-	o := scenes[0].order(p, s)
+	o := s.wanted()[0].order(p, s)
 	o.For = 12 * time.Second
 	_, err = p.load.do(o, func() {
 		for i, half := range []string{"server", "client"} {

@@ -171,9 +171,6 @@ func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 // Run serves the connection until it ends, and closes it. The error is nil when
 // that was in order: closed or drained at either end.
 func (c *Conn) Run() error {
-	if c.sock != nil {
-		c.sock.Buffer()
-	}
 	c.mu.Lock()
 	c.tick = time.AfterFunc(c.cfg.KeepAlive, c.lookAround)
 	c.mu.Unlock()

@@ -2,13 +2,13 @@ package hop
 
 import (
 	"encoding/binary"
+	"sync"
 	"time"
 )
 
-const (
-	firstBuffer = 4 << 10
-	readBuffer  = 32 << 10
-)
+const readBuffer = 32 << 10
+
+var readPool = sync.Pool{New: func() any { return new([readBuffer]byte) }}
 
 // A reader is what only the goroutine that reads knows.
 type reader struct {
@@ -45,10 +45,18 @@ func (b *bucket) spend() bool {
 	return true
 }
 
-// read takes frames in until the connection ends.
+// read takes frames in until the connection ends. While nothing comes it holds
+// no buffer.
 func (c *Conn) read() error {
-	buf := make([]byte, firstBuffer)
-	r, w := 0, 0
+	var buf []byte
+	rest := func() {
+		if buf != nil {
+			readPool.Put((*[readBuffer]byte)(buf))
+			buf = nil
+		}
+	}
+	defer rest()
+	r, w, more := 0, 0, true
 	for {
 		n, err := c.frames(buf[r:w])
 		if err != nil {
@@ -60,16 +68,23 @@ func (c *Conn) read() error {
 			w = copy(buf, buf[r:w]) // less than a header and a small payload
 			r = 0
 		}
+		if c.sock != nil && w == 0 && !more {
+			rest()
+			if err := c.sock.Await(); err != nil {
+				return err
+			}
+		}
+		if buf == nil {
+			buf = readPool.Get().(*[readBuffer]byte)[:]
+		}
 		n, err = c.nc.Read(buf[w:])
 		if n > 0 {
 			c.heard.Add(1)
 		} else if err != nil {
 			return err
 		}
-		if w += n; w == len(buf) && len(buf) < readBuffer {
-			buf = append(make([]byte, 0, 2*len(buf)), buf...)
-			buf = buf[:cap(buf)]
-		}
+		more = n == len(buf)-w // TLS may have it already
+		w += n
 	}
 }
 

@@ -39,6 +39,7 @@ type Stream struct {
 	r        int
 	dst      []byte // where a reader waits for bytes
 	got      int    // how many it has been given there
+	awaits   bool   // a reader waits without a place for bytes
 	left     int    // what the peer may still send
 	consumed int    // what was read and not granted anew
 	window   int
@@ -82,6 +83,21 @@ func (s *Stream) Read(p []byte) (int, error) {
 		s.drop()
 	}
 	return n, s.took(n)
+}
+
+// Await waits until there is something to read, or the end, without a buffer to
+// read it into.
+func (s *Stream) Await() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.r == len(s.buf) && s.over() == nil {
+		s.awaits = true
+		s.c.waiting.Add(1)
+		s.more.Wait()
+		s.c.waiting.Add(-1)
+		s.awaits = false
+	}
+	return nil
 }
 
 func (s *Stream) over() error {
@@ -165,11 +181,14 @@ func (s *Stream) deliver(p []byte) error {
 	return nil
 }
 
-// smallBuffer is what a stream keeps while nothing is in it.
+// smallBuffer is the first size of a buffer.
 const smallBuffer = 2 << 10
 
-// buffers holds the larger ones, of baseWindow and more.
-var buffers sync.Pool
+// smalls holds buffers of that size, buffers larger ones, of baseWindow and more.
+var (
+	smalls  = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
+	buffers sync.Pool
+)
 
 func (s *Stream) store(p []byte) {
 	if need := len(s.buf) - s.r + len(p); need > cap(s.buf) {
@@ -187,7 +206,7 @@ func (s *Stream) store(p []byte) {
 // larger gives an empty buffer for n bytes.
 func larger(n int) []byte {
 	if n <= smallBuffer {
-		return make([]byte, 0, smallBuffer)
+		return smalls.Get().(*[smallBuffer]byte)[:0]
 	}
 	size := max(1<<bits.Len(uint(n-1)), baseWindow)
 	if b, _ := buffers.Get().(*[]byte); b != nil {
@@ -199,17 +218,16 @@ func larger(n int) []byte {
 	return make([]byte, 0, size)
 }
 
-// drop empties the buffer, and lets go of one that is not small.
+// drop lets go of the buffer, which is empty.
 func (s *Stream) drop() {
-	s.r, s.buf = 0, s.buf[:0]
-	if cap(s.buf) > smallBuffer {
-		s.retire()
-		s.buf = nil
-	}
+	s.retire()
+	s.r, s.buf = 0, nil
 }
 
 func (s *Stream) retire() {
-	if cap(s.buf) >= baseWindow {
+	if cap(s.buf) == smallBuffer {
+		smalls.Put((*[smallBuffer]byte)(s.buf[:smallBuffer]))
+	} else if cap(s.buf) >= baseWindow {
 		b := s.buf[:0]
 		buffers.Put(&b)
 	}
@@ -303,7 +321,7 @@ func (s *Stream) queue(p []byte, flags uint8) {
 	}
 	s.credit -= len(p)
 	s.queued += len(p)
-	c.out.pend = append(appendHeader(c.out.pend, len(p), kindData, flags, s.id), p...)
+	c.out.pend = append(appendHeader(c.out.pending(), len(p), kindData, flags, s.id), p...)
 }
 
 // CloseWrite ends what this end sends. The peer reads EOF behind it.
@@ -388,7 +406,7 @@ func (s *Stream) working() bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.dst == nil || s.got > 0 || s.r < len(s.buf)
+	return s.dst == nil && !s.awaits || s.got > 0 || s.r < len(s.buf)
 }
 
 // atEnd notes that the peer sends no more; the lock of the Conn is held.

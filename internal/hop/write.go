@@ -20,8 +20,6 @@ const (
 	// maxNotes bounds the queued frames other than data, in bytes: those that
 	// answer a peer which does not read.
 	maxNotes = 64 << 10
-	// keepBuffer is the size up to which a buffer is used again.
-	keepBuffer = 256 << 10
 	// company is how many calls must be on their way for a writer to wait until
 	// the others have had their turn, so that what they write goes along.
 	company = 2
@@ -29,13 +27,14 @@ const (
 
 // A writer is what is to be sent. It is guarded by the Conn's lock.
 type writer struct {
-	pend, spare []byte
-	notes       int       // bytes of frames other than data in pend
-	batch       []*Stream // those that have data in pend
-	line        []*Stream // those that wait for room, who came first in front
-	flushing    bool      // somebody sends what was pending
-	until       time.Time // the write deadline now set
-	work        sync.Cond // for the goroutine that writes what nobody else does
+	pend     []byte
+	lent     *buffer   // of which pend is; nil while nothing is pending
+	notes    int       // bytes of frames other than data in pend
+	batch    []*Stream // those that have data in pend
+	line     []*Stream // those that wait for room, who came first in front
+	flushing bool      // somebody sends what was pending
+	until    time.Time // the write deadline now set
+	work     sync.Cond // for the goroutine that writes what nobody else does
 }
 
 // wake has the goroutine of the Conn write, soon.
@@ -46,9 +45,18 @@ func (o *writer) hello(streams int) { o.control(note{kindHello, 0, uint64(stream
 // control queues a frame other than data; false when there are too many.
 func (o *writer) control(n note) bool {
 	was := len(o.pend)
-	o.pend = n.append(o.pend)
+	o.pend = n.append(o.pending())
 	o.notes += len(o.pend) - was
 	return o.notes <= maxNotes
+}
+
+// pending is what more is appended to.
+func (o *writer) pending() []byte {
+	if o.lent == nil {
+		o.lent = takeBuffer()
+		o.pend = o.lent.b
+	}
+	return o.pend
 }
 
 // turns gives those in front of the line their turn, as many as fit. One that
@@ -101,8 +109,8 @@ func (c *Conn) flush() {
 		runtime.Gosched()
 		c.mu.Lock()
 	}
-	b := o.pend
-	o.pend, o.spare, o.notes = o.spare[:0], nil, 0
+	b, lent := o.pend, o.lent
+	o.pend, o.lent, o.notes = nil, nil, 0
 	for i, s := range o.batch {
 		s.queued = 0
 		s.room.Signal()
@@ -116,11 +124,10 @@ func (c *Conn) flush() {
 	}
 	c.mu.Unlock()
 	err := c.send(b)
+	lent.b = b
+	lent.giveBack()
 	c.mu.Lock()
 	o.flushing = false
-	if cap(b) <= keepBuffer {
-		o.spare = b[:0]
-	}
 	if err != nil {
 		c.endLocked(err)
 	}

@@ -56,14 +56,31 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 	if n = k; n == length {
 		return n, nil, nil
 	}
-	bulk := bulkPool.Get().(*[bulkSize]byte)
-	defer bulkPool.Put(bulk)
+	var bulk *[bulkSize]byte
+	rest := func() {
+		if bulk != nil {
+			bulkPool.Put(bulk)
+			bulk = nil
+		}
+	}
+	defer rest()
+	room := func() []byte {
+		if bulk == nil {
+			bulk = bulkPool.Get().(*[bulkSize]byte)
+		}
+		return bulk[:min(int64(bulkSize), length-n)]
+	}
 	var p pace
-	for n < length {
-		got, err := src.readBody(bulk[:min(int64(bulkSize), length-n)], &p)
+	for drained := k < bufferSize/2; n < length; {
+		drained = drained && src.waits != nil
+		if drained {
+			rest() // nobody knows how long it takes
+		}
+		got, err := src.readBodyInto(room, drained, &p)
 		if err != nil {
 			return n, err, nil
 		}
+		drained = got < bulkSize
 		if n+int64(got) == length {
 			src.ended.Store(true)
 		}
@@ -93,6 +110,12 @@ func (p *pace) slow(rate int) bool {
 // readBody reads body bytes past the buffer, which is empty. A request body
 // of known length must keep up the least rate.
 func (c *Conn) readBody(b []byte, p *pace) (int, error) {
+	return c.readBodyInto(func() []byte { return b }, false, p)
+}
+
+// readBodyInto is readBody with a buffer that is asked for only, with await, when
+// there is something to read.
+func (c *Conn) readBodyInto(b func() []byte, await bool, p *pace) (int, error) {
 	wait := c.lim.BodyTimeout
 	rated := !c.trailers && c.lim.MinRate > 0
 	if rated {
@@ -101,7 +124,14 @@ func (c *Conn) readBody(b []byte, p *pace) (int, error) {
 	for {
 		c.readWithin(wait)
 		before := time.Now()
-		n, err := c.nc.Read(b)
+		var n int
+		var err error
+		if await {
+			err = c.waits.Await()
+		}
+		if err == nil {
+			n, err = c.nc.Read(b())
+		}
 		took := time.Since(before)
 		p.n += int64(n)
 		p.waited += took
@@ -269,7 +299,7 @@ func (c *Conn) proceed(r *Request) error {
 		return nil
 	}
 	r.continued = true
-	c.out = append(c.out[:0], continueHead...)
+	c.out = append(c.message(), continueHead...)
 	_, err := c.Write(c.out)
 	return err
 }

@@ -87,12 +87,14 @@ type asker interface {
 // and its write half hold no state in common, so Exchange may lend one half to
 // another goroutine; apart from that it belongs to one goroutine.
 type Conn struct {
-	nc  net.Conn
-	ask asker // nc, if it is one
-	lim Limits
+	nc    net.Conn
+	ask   asker   // nc, if it is one
+	waits awaiter // the same
+	lim   Limits
 
 	// The read half: unread bytes are buf[r:w]; bytes below floor belong to
-	// the views of the head that was read last and stay as they are.
+	// the views of the head that was read last and stay as they are. At rest
+	// there is no buf.
 	buf         []byte
 	r, w, floor int
 	readEnd     time.Time   // the read deadline now set
@@ -101,35 +103,33 @@ type Conn struct {
 	quit        atomic.Bool // set from outside: stop reading a body
 	ended       atomic.Bool // the body being copied was read to its end
 
+	asked bool // it was waited for that there is something to read
+
 	peeker peeker
 
 	// The write half.
 	out      []byte
+	lent     *scratch  // of which out is; nil at rest
 	writeEnd time.Time // the write deadline now set
 }
 
-var connPool = sync.Pool{New: func() any {
-	return &Conn{buf: make([]byte, bufferSize), out: make([]byte, 0, outSize)}
-}}
+var connPool = sync.Pool{New: func() any { return new(Conn) }}
 
-// NewConn wraps nc. Release gives the buffers back.
+// NewConn wraps nc. Release ends it.
 func NewConn(nc net.Conn, lim Limits) *Conn {
 	c := connPool.Get().(*Conn)
 	c.nc, c.lim = nc, lim.filled()
 	c.ask, _ = nc.(asker)
+	c.waits, _ = nc.(awaiter)
 	return c
 }
 
-// Release gives the buffers back; the Conn and every view from it are dead
+// Release gives everything back; the Conn and every view from it are dead
 // afterwards. It does not close the network connection.
 func (c *Conn) Release() {
-	if len(c.buf) != bufferSize {
-		c.buf = make([]byte, bufferSize)
-	}
-	if cap(c.out) > 4*bufferSize {
-		c.out = make([]byte, 0, outSize)
-	}
-	*c = Conn{buf: c.buf, out: c.out[:0]}
+	c.r = c.w
+	c.Rest()
+	*c = Conn{}
 	connPool.Put(c)
 }
 
@@ -204,7 +204,9 @@ func (c *Conn) request(p []byte) (int, error) {
 	if err := c.writeWithin(); err != nil {
 		return 0, err
 	}
-	return c.ask.Ask(p)
+	n, err := c.ask.Ask(p)
+	c.asked = err == nil
+	return n, err
 }
 
 var errSpent = errors.New("connection has said what nobody asked for, or was closed by the peer")
@@ -247,6 +249,9 @@ var errFull = errors.New("read buffer is full")
 
 // fill reads once. It returns an error only when no byte came.
 func (c *Conn) fill() error {
+	if err := c.hold(); err != nil {
+		return err
+	}
 	switch {
 	case c.r == c.w:
 		c.r, c.w = c.floor, c.floor
@@ -321,7 +326,7 @@ func (c *Conn) head(arm bool) ([]byte, error) {
 			c.readUntil(time.Now().Add(c.lim.HeadTimeout))
 		}
 		seen = had
-		if c.w == len(c.buf) && c.r == 0 {
+		if c.w == len(c.buf) && c.r == 0 && c.buf != nil {
 			c.grow(min(2*len(c.buf), c.lim.Head+roomSize))
 		}
 		if err := c.fill(); err != nil {

@@ -130,7 +130,7 @@ func (x *Exchange) run() error {
 		r.started = true // what follows on Down is not a request
 		return &SideError{Client, "read", err}
 	}
-	up.out = AppendRequest(up.out[:0], r, &x.ToUp)
+	up.out = AppendRequest(up.message(), r, &x.ToUp)
 	out, raw, data, whole, err := down.gather(up.out, r)
 	up.out = out
 	if err != nil {
@@ -144,6 +144,7 @@ func (x *Exchange) run() error {
 			return &SideError{Upstream, "write", err}
 		}
 		x.res.ReqBytes = data
+		up.restWrite()
 	} else if err := x.startUpload(); err != nil {
 		return err
 	}
@@ -271,7 +272,7 @@ func (x *Exchange) interim() error {
 		return nil
 	}
 	down := x.Down
-	down.out = AppendResponse(down.out[:0], &x.Response, Body{}, &Edit{Drop: x.ToDown.Drop})
+	down.out = AppendResponse(down.message(), &x.Response, Body{}, &Edit{Drop: x.ToDown.Drop})
 	if _, err := down.Write(down.out); err != nil {
 		return &SideError{Client, "write", err}
 	}
@@ -295,7 +296,7 @@ func (x *Exchange) respond() error {
 			body.Framing, edit.Close = UntilClose, true
 		}
 	}
-	down.out = AppendResponse(down.out[:0], resp, body, &edit)
+	down.out = AppendResponse(down.message(), resp, body, &edit)
 	x.res.ResponseStarted = true
 	up.dropped = edit.Drop
 	n, readErr, writeErr := copyBody(down, up, resp.Body, body.Framing, &down.out)

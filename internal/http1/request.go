@@ -141,6 +141,7 @@ func (r *Request) AuthorityText() string {
 func (c *Conn) ReadRequest(r *Request) error {
 	r.reset()
 	if c.r == c.w {
+		c.Rest()
 		c.readWithin(c.lim.IdleTimeout)
 	}
 	c.trailers = false

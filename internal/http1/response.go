@@ -42,6 +42,7 @@ func (c *Conn) ReadResponse(r *Response, method string) error {
 
 func (c *Conn) readResponse(r *Response, method string) error {
 	*r = Response{Fields: r.Fields[:0]}
+	c.restRead()
 	h, err := c.head(false)
 	if err == nil {
 		c.trailers = true

@@ -96,11 +96,14 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 		if t.Idle > 0 {
 			src.readWithin(t.Idle)
 		}
+		k, rerr := 0, src.hold()
 		buf := src.buf
 		if bulk != nil {
 			buf = bulk[:]
 		}
-		k, rerr := src.nc.Read(buf)
+		if rerr == nil {
+			k, rerr = src.nc.Read(buf)
+		}
 		if f != nil && t.parts.code.Load() != 0 {
 			t.farewell(dst, src, f, buf)
 			return n

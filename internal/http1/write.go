@@ -161,7 +161,7 @@ const jsonLine = "Content-Type: application/json\r\n"
 
 func (c *Conn) writeError(r *Request, status int, kind string, extra, body []byte) (keep bool, err error) {
 	keep = r != nil && r.KeepAlive && c.discard(r)
-	b := append(c.out[:0], "HTTP/1.1 "...)
+	b := append(c.message(), "HTTP/1.1 "...)
 	b = strconv.AppendInt(b, int64(status), 10)
 	b = append(b, ' ')
 	b = append(b, http.StatusText(status)...)

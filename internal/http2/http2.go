@@ -100,7 +100,6 @@ const (
 // A corker is a connection under TLS that can hold back what is written, to
 // send it in one go. hop.Socket is one.
 type corker interface {
-	Buffer()
 	Cork()
 	Uncork() error
 }
@@ -198,9 +197,6 @@ func (c *Conn) greet() {
 // Run serves the connection until it ends, and closes it. The error is nil when
 // that was in order: closed or drained at either end.
 func (c *Conn) Run() error {
-	if c.sock != nil {
-		c.sock.Buffer()
-	}
 	c.mu.Lock()
 	c.tick = time.AfterFunc(c.cfg.beat(), c.lookAround)
 	c.mu.Unlock()

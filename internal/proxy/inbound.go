@@ -195,7 +195,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		in.serveHTTP2(ctx, c, tc, x)
 		return
 	}
-	x.down = http1.NewConn(tc, in.Limits)
+	x.down = http1.NewConn(hop.Quiet(tc), in.Limits)
 	defer x.down.Release()
 	if opaque {
 		in.listener.opaque(x, in.opaque)
@@ -421,7 +421,7 @@ func (h *ownHost) of(name mesh.ServiceName) []byte {
 func (in *Inbound) judge(x *call) *refusal {
 	if port := in.cfg.Port(); x.judge == nil || port != x.port {
 		x.port = port
-		x.judge = in.cfg.Judge.Conn(mesh.In, x.peer, in.self, port)
+		x.judge = x.share.judgeOf(port, func() *authz.Conn { return in.cfg.Judge.Conn(mesh.In, x.peer, in.self, port) })
 	}
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,

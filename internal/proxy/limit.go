@@ -7,6 +7,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/authz"
 	"sallyport/internal/telemetry"
 )
 
@@ -57,6 +58,25 @@ type crowd struct {
 type member struct {
 	conns int
 	calls atomic.Int64
+	// judge has the rules of the identity, which all of its connections share:
+	// they are many times what else a connection needs.
+	judge atomic.Pointer[portJudge]
+}
+
+// A portJudge judges calls to one port.
+type portJudge struct {
+	port  uint16
+	judge *authz.Conn
+}
+
+// judgeOf gives the judge of calls to the port, made anew when that has changed.
+func (m *member) judgeOf(port uint16, anew func() *authz.Conn) *authz.Conn {
+	j := m.judge.Load()
+	if j == nil || j.port != port {
+		j = &portJudge{port, anew()}
+		m.judge.Store(j)
+	}
+	return j.judge
 }
 
 // enter counts a connection; nil when the identity has as many as it may.

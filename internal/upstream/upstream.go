@@ -457,6 +457,7 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 func (c *Conn) Put() {
 	p := c.pool
 	c.idle = time.Now()
+	c.Rest()
 	p.mu.Lock()
 	var out *Conn
 	switch {
