@@ -112,6 +112,7 @@ func (r *Registry) TryPolicies(ctx context.Context, t Trial) error {
 			rec.Members = append(rec.Members, member{p.Agent, p.Workload})
 		}
 	}
+	rec.First = rec.Members
 	if len(rec.Members) == 0 {
 		return fmt.Errorf("%w: none of the %d connected proxies is in the canary group (%s); look at them with: sallyport policy status", ErrUnfit, all, joined(t.Group))
 	}
@@ -355,7 +356,7 @@ func (ro *rollout) judge(all []mesh.Proxy, now, since time.Time) verdict {
 	})}
 	baked := ro.Rollout.Started.Add(ro.Rollout.Bake)
 	late := ro.Rollout.Bake > 0 && !now.Before(baked.Add(lostAfter))
-	failed := 0
+	failed, raw := 0, 0
 	for _, m := range v.members {
 		p := canaries[m]
 		why := ""
@@ -366,6 +367,9 @@ func (ro *rollout) judge(all []mesh.Proxy, now, since time.Time) verdict {
 			why = fmt.Sprintf("%s is lost: not connected since %s", m.Workload, heard.UTC().Format(time.RFC3339))
 		case p.Connected && p.State == mesh.Synced:
 			v.acked++
+			if slices.Contains(ro.First, m) && now.Sub(p.Since) < ro.Rollout.Bake {
+				raw++
+			}
 			continue
 		case p.Connected && late:
 			why = fmt.Sprintf("%s has not answered for revision %d within %s", m.Workload, ro.Rollout.Revision, ro.Rollout.Bake)
@@ -379,7 +383,7 @@ func (ro *rollout) judge(all []mesh.Proxy, now, since time.Time) verdict {
 	if failed > 1 {
 		v.fail += fmt.Sprintf("; %d more failed", failed-1)
 	}
-	v.promote = v.fail == "" && ro.Rollout.Bake > 0 && !now.Before(baked) && len(v.members) > 0 && v.acked == len(v.members)
+	v.promote = v.fail == "" && ro.Rollout.Bake > 0 && !now.Before(baked) && len(v.members) > 0 && v.acked == len(v.members) && raw == 0
 	return v
 }
 

@@ -34,6 +34,9 @@ type rolloutRecord struct {
 	// Members are the canary proxies that were seen: one that is not there any
 	// more is missed.
 	Members []member `json:"members,omitempty"`
+	// First are those of them who were there when it began, and who bake it:
+	// those who come later do not put off its end.
+	First []member `json:"first,omitempty"`
 }
 
 // A member is a canary proxy.
@@ -117,7 +120,7 @@ func (r *Registry) finish(ro *rollout, revision uint64, how mesh.RolloutState, w
 	if ro.active() {
 		v := ro.judge(r.Proxies(), r.cfg.Now(), r.cfg.Now())
 		rec.Rollout.State, rec.Rollout.Why, rec.Rollout.Ended = how, why, r.cfg.Now().UTC()
-		rec.Rollout.Members, rec.Rollout.Acked, rec.Members = len(v.members), v.acked, nil
+		rec.Rollout.Members, rec.Rollout.Acked, rec.Members, rec.First = len(v.members), v.acked, nil, nil
 		ops = append(ops, store.Op{Kind: store.KindRollout, Key: triedSet, Delete: true}, store.Op{Kind: store.KindRollout, Key: fallbackSet, Delete: true})
 	}
 	rec.Floor = max(rec.Floor, revision)

@@ -177,6 +177,24 @@ func TestRollout(t *testing.T) {
 			in.acts(3, 3)
 			in.is(mesh.TakenBack, "has not answered for revision 2 within 5m0s")
 		}},
+		{"one that acknowledged late bakes it all the time", func(in *trial) {
+			time.Sleep(bake - time.Minute)
+			in.says("canary", 2)
+			time.Sleep(bake - time.Second)
+			in.acts(2, 1)
+			time.Sleep(2 * time.Second)
+			in.acts(2, 2)
+		}},
+		{"one that went back to what it had bakes it anew", func(in *trial) {
+			in.says("canary", 2)
+			time.Sleep(bake - time.Minute)
+			in.says("canary", 1)
+			in.says("canary", 2)
+			time.Sleep(bake - time.Second)
+			in.acts(2, 1)
+			time.Sleep(2 * time.Second)
+			in.acts(2, 2)
+		}},
 		{"one that is away at the end is waited for", func(in *trial) {
 			in.says("canary", 2)
 			time.Sleep(bake - 10*time.Second)
