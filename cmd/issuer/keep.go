@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -21,16 +22,29 @@ const sweepEvery = time.Minute
 // ctx ends. The issuer's log has the records of what was removed, and its witness
 // signs the evidence. Nobody gets the copies from here, so that the rule must say
 // that they may go.
-func (r *received) sweep(ctx context.Context, w *audit.Witness, into *audit.Log) error {
+func (r *received) sweep(ctx context.Context, w *audit.Witness, signed func(context.Context) ([]audit.Head, error), into *audit.Log) error {
 	said := map[string]string{}
+	// A copy comes after what is signed of its log: by the next time it has
+	// that, and the head is then ahead again.
+	before := map[string][]audit.Head{}
 	for r.keep.Set() && r.keep.WithoutSink && ctx.Err() == nil {
 		names, err := r.due(time.Now())
 		if err != nil {
 			r.log.Error("received audit records not looked through for old ones; trying again", "err", err)
 		}
+		var all []audit.Head
+		if err == nil && len(names) > 0 {
+			if all, err = signed(ctx); err != nil && ctx.Err() == nil {
+				r.log.Error("heads of audit logs not read, so that no copy is removed; trying again", "err", err)
+				names = nil
+			}
+		}
 		for _, name := range names {
 			text := ""
-			if err := r.sweepOne(ctx, filepath.Join(r.dir, name), w, into); err != nil && ctx.Err() == nil {
+			now, _ := audit.HeadsOf(all, copyOf.FindString(name))
+			heads := append(slices.Clone(now), before[name]...)
+			before[name] = now
+			if err := r.sweepOne(ctx, filepath.Join(r.dir, name), w, heads, into); err != nil && ctx.Err() == nil {
 				if text = err.Error(); text != said[name] {
 					r.log.Error("old received audit records not removed; trying again", "copy", name, "err", err)
 				}
@@ -44,7 +58,7 @@ func (r *received) sweep(ctx context.Context, w *audit.Witness, into *audit.Log)
 
 // sweepOne keeps one copy by the rule, also if its proxy has not come since the
 // start.
-func (r *received) sweepOne(ctx context.Context, path string, w *audit.Witness, into *audit.Log) error {
+func (r *received) sweepOne(ctx context.Context, path string, w *audit.Witness, heads []audit.Head, into *audit.Log) error {
 	r.mu.Lock()
 	var c *copied
 	for _, each := range r.copies {
@@ -60,7 +74,7 @@ func (r *received) sweepOne(ctx context.Context, path string, w *audit.Witness, 
 		if m == nil {
 			return nil // the issuer is stopping
 		}
-		return m.Sweep(ctx, r.keep, w, into)
+		return m.Sweep(ctx, r.keep, w, heads, into)
 	}
 	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log, MaxFile: r.keep.MaxFile()})
 	if errors.Is(err, audit.ErrLocked) {
@@ -69,12 +83,15 @@ func (r *received) sweepOne(ctx context.Context, path string, w *audit.Witness, 
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.Sweep(ctx, r.keep, w, into), m.Close())
+	return errors.Join(m.Sweep(ctx, r.keep, w, heads, into), m.Close())
 }
 
 // logFile divides the name of a file into that of its log, which is a copy or
 // what was kept of one that started again, and the number of a file put aside.
 var logFile = regexp.MustCompile(`^(.+\.jsonl(?:\.old-[0-9]+)?)(\.[0-9]{20})?$`)
+
+// copyOf is the name of the copy in that of a log, which may be an earlier one.
+var copyOf = regexp.MustCompile(`^.+\.jsonl`)
 
 // logOf is the name of the log that a file is of.
 func logOf(path string) string {

@@ -67,7 +67,7 @@ func TestReceivedIsKeptByRule(t *testing.T) {
 		t.Fatalf("due are %q %v, want %q", due, err, want)
 	}
 	for _, name := range due {
-		if err := r.sweepOne(t.Context(), filepath.Join(dir, name), w, own); err != nil {
+		if err := r.sweepOne(t.Context(), filepath.Join(dir, name), w, nil, own); err != nil {
 			t.Fatal(err)
 		}
 		rep, err := audit.VerifyFile(filepath.Join(dir, name), audit.Trust{Witnesses: []string{w.Key()}})

@@ -102,7 +102,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.audit.Run(run) })
 	g.Go(func() error { return in.witness.tree.Run(run) })
 	g.Go(func() error { return in.audit.Keep(cfg.Audit.Keep, in.witness.tree).Run(run) })
-	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.audit) })
+	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.witness.signed, in.audit) })
 	for _, k := range in.sinks {
 		g.Go(func() error { return k.Run(run) })
 	}

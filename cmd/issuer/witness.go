@@ -101,6 +101,17 @@ func (w *witness) Heads(ctx context.Context) (out control.AuditHeads, err error)
 	}
 }
 
+// signed is what all issuers have signed last.
+func (w *witness) signed(ctx context.Context) (out []audit.Head, err error) {
+	all, err := w.Heads(ctx)
+	for _, b := range all.Heads {
+		h, e := audit.ParseHead(b)
+		err = errors.Join(err, e)
+		out = append(out, h)
+	}
+	return out, err
+}
+
 // Cosign is control.Witness.
 func (w *witness) Cosign(ctx context.Context, agent, workload spiffeid.ID, q control.CosignRequest) (control.CosignReply, error) {
 	return w.cosign(ctx, audit.LogName(workload, agent), workload.String(), agent.String(), q)

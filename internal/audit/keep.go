@@ -83,7 +83,7 @@ type Keeper struct {
 	// key signs the evidence.
 	key *noteKey
 	// free is the newest record that may go, and what holds the next.
-	free func() (seq uint64, why string)
+	free func() (seq uint64, why string, err error)
 	// agrees says if a tree is the beginning of the one that was signed; nil for
 	// a copy, of which only the chain is known.
 	agrees func(edge) error
@@ -103,7 +103,7 @@ func (l *Ledger) Keep(cfg KeepConfig, t *Tree) *Keeper {
 
 func (l *Log) keeper(cfg KeepConfig, t *Tree, settled func() uint64) *Keeper {
 	k := &Keeper{cfg: cfg, log: l, into: l, key: t.key, agrees: t.agrees}
-	k.free = func() (uint64, string) {
+	k.free = func() (uint64, string, error) {
 		seq, why := l.delivered(k.cfg.WithoutSink)
 		if n := t.Witnessed(); n < seq {
 			seq, why = n, "no witness has signed more"
@@ -111,7 +111,7 @@ func (l *Log) keeper(cfg KeepConfig, t *Tree, settled func() uint64) *Keeper {
 		if n := settled(); n < seq {
 			seq, why = n, "a restart would read it"
 		}
-		return seq, why
+		return seq, why, nil
 	}
 	return k
 }

@@ -483,7 +483,7 @@ func TestRecordsOfTheFutureGrowOld(t *testing.T) {
 			gone  bool
 		}{{30 * time.Minute, false}, {time.Hour, true}} {
 			time.Sleep(tt.after)
-			if err := m.Sweep(t.Context(), KeepConfig{Age: time.Hour, WithoutSink: true}, w, into); err != nil {
+			if err := m.Sweep(t.Context(), KeepConfig{Age: time.Hour, WithoutSink: true}, w, nil, into); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := os.Stat(path + keptSuffix); (err == nil) != tt.gone {
@@ -547,8 +547,13 @@ func TestKeepLeavesWhatWasChanged(t *testing.T) {
 // prove.
 func TestMirrorSweep(t *testing.T) {
 	s := newSignedLog(t)
-	s.grow(t, 700)
+	s.grow(t, 450)
 	s.cosign(t)
+	heads := s.trust(t).Heads
+	s.grow(t, 250)
+	s.cosign(t)
+	// The newest is ahead of the copy at first.
+	heads = append(heads, s.trust(t).Heads...)
 	var lines [][]byte
 	for b := range bytes.Lines(mustRead(t, s.path)) {
 		lines = append(lines, b)
@@ -565,7 +570,7 @@ func TestMirrorSweep(t *testing.T) {
 	into := openAt(t, filepath.Join(t.TempDir(), "audit.jsonl"))
 	sweep := func(m *Mirror, cfg KeepConfig) {
 		t.Helper()
-		if err := m.Sweep(t.Context(), cfg, s.w, into); err != nil {
+		if err := m.Sweep(t.Context(), cfg, s.w, heads, into); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -610,6 +615,45 @@ func TestMirrorSweep(t *testing.T) {
 	mustPass(t, path+".old-1", s.trust(t))
 }
 
+// TestACopyThatWasNotCosignedIsKept: a proxy that sends another log than the one
+// it has signed does not get rid of what it sent.
+func TestACopyThatWasNotCosignedIsKept(t *testing.T) {
+	s := newSignedLog(t)
+	s.grow(t, 300)
+	s.cosign(t)
+	cfg := KeepConfig{MaxBytes: 16 << 10, WithoutSink: true}
+	into := openAt(t, filepath.Join(t.TempDir(), "audit.jsonl"))
+	for _, tt := range []struct {
+		name  string
+		heads []Head
+		ended bool
+		want  string // of the error
+		gone  bool
+	}{
+		{"heads of another log", s.trust(t).Heads, false, "not the log that was cosigned", false},
+		{"heads of another log, and this one ended", s.trust(t).Heads, true, "", false},
+		{"no heads", nil, false, "", true},
+	} {
+		path := filepath.Join(t.TempDir(), CopyName(billingID, nodeID))
+		if tt.ended {
+			path += endedMark + "1"
+		}
+		m, err := OpenMirror(Config{Path: path, Log: quiet(), MaxFile: 4 << 10})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { m.Close() })
+		mustReceive(t, m, linesOf(t, 400), 400)
+		err = m.Sweep(t.Context(), cfg, s.w, tt.heads, into)
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%s: %v, want %q", tt.name, err, tt.want)
+		}
+		if _, err := os.Stat(path + keptSuffix); (err == nil) != tt.gone {
+			t.Errorf("%s: removed is %v", tt.name, err == nil)
+		}
+	}
+}
+
 // TestMirrorSweptEmpty removes all that a proxy which is gone has sent.
 func TestMirrorSweptEmpty(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -628,7 +672,7 @@ func TestMirrorSweptEmpty(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		sweep := func() {
 			t.Helper()
-			if err := m.Sweep(t.Context(), KeepConfig{Age: time.Hour, WithoutSink: true}, s.w, into); err != nil {
+			if err := m.Sweep(t.Context(), KeepConfig{Age: time.Hour, WithoutSink: true}, s.w, s.trust(t).Heads, into); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -2,15 +2,19 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 )
 
 // ErrNotNext is returned by Mirror.Receive for lines that do not continue the
@@ -81,9 +85,10 @@ func (m *Mirror) Receive(ctx context.Context, lines [][]byte) error {
 }
 
 // Sweep keeps the copy by a rule, as a Keeper does: the witness signs the
-// evidence, and the log of who keeps the copy has the record. Lines are received
-// meanwhile.
-func (m *Mirror) Sweep(ctx context.Context, cfg KeepConfig, w *Witness, into *Log) error {
+// evidence, and the log of who keeps the copy has the record. What the heads of
+// the log say, now or before, must be true of the copy, and nothing goes that
+// they do not cover. Lines are received meanwhile.
+func (m *Mirror) Sweep(ctx context.Context, cfg KeepConfig, w *Witness, heads []Head, into *Log) error {
 	m.mu.Lock()
 	m.keeping.Lock()
 	log := m.log
@@ -92,8 +97,63 @@ func (m *Mirror) Sweep(ctx context.Context, cfg KeepConfig, w *Witness, into *Lo
 	if !cfg.WithoutSink {
 		return nil
 	}
-	k := &Keeper{cfg: cfg, log: log, into: into, key: w.key, free: func() (uint64, string) { return log.Durable(), "it is not on the disk" }}
+	k := &Keeper{cfg: cfg, log: log, into: into, key: w.key, free: func() (uint64, string, error) { return log.covered(cfg, heads) }}
 	return k.Sweep(ctx)
+}
+
+// ended is the end of the name of a copy of a log that another one followed.
+var ended = regexp.MustCompile(regexp.QuoteMeta(endedMark) + `[0-9]+$`)
+
+const endedMark = ".old-"
+
+// leftAlone is how long nothing came into a copy whose last lines are not
+// waited for any more, if its rule has no age.
+const leftAlone = 24 * time.Hour
+
+// covered is the newest record of a copy that is on the disk and that a head
+// speaks of, and what holds the next. Without heads nobody signs the log.
+func (l *Log) covered(cfg KeepConfig, heads []Head) (seq uint64, why string, err error) {
+	last := l.Durable()
+	if len(heads) == 0 {
+		return last, "it is not on the disk", nil
+	}
+	gone, err := kept(l.cfg.Path)
+	if err != nil {
+		return 0, "", err
+	}
+	within := func(h Head) bool { return h.Size > gone.last() && h.Size <= last }
+	if slices.ContainsFunc(heads, func(h Head) bool { return within(h) || slices.ContainsFunc(h.Before, within) }) {
+		best, err := fitting(l.cfg.Path, gone.last()+1, heads, gone.removal)
+		switch {
+		case err == nil:
+			return best.Size, "no witness has signed more", nil
+		case !ended.MatchString(l.cfg.Path): // of a log that ended the head may be forgotten
+			return 0, "", fmt.Errorf("the copy is not the log that was cosigned, and nothing is removed; run audit verify: %w", err)
+		}
+	}
+	at, err := l.received()
+	if err != nil {
+		return 0, "", err
+	}
+	if time.Since(at) < cmp.Or(cfg.Age, leftAlone) {
+		return 0, "what was signed of it is not here yet", nil
+	}
+	return last, "it is not on the disk", nil // who would send the rest is gone
+}
+
+// received is when the last line came into a copy.
+func (l *Log) received() (at time.Time, err error) {
+	names, err := Segments(l.cfg.Path)
+	for _, name := range slices.Backward(names) {
+		st, err := os.Stat(name)
+		switch {
+		case err != nil:
+			return at, err
+		case st.Size() > 0:
+			return st.ModTime(), nil
+		}
+	}
+	return at, err
 }
 
 // Head returns the number of the newest record and the hash of its line.
@@ -161,7 +221,7 @@ func (m *Mirror) startAgain() error {
 	}
 	old := ""
 	for n := 1; old == ""; n++ {
-		name := m.cfg.Path + ".old-" + strconv.Itoa(n)
+		name := m.cfg.Path + endedMark + strconv.Itoa(n)
 		if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 			old = name
 		} else if err != nil {

@@ -46,7 +46,14 @@ func (k *Keeper) plan() (files []aside, rule string, err error) {
 		rule = fmt.Sprintf("%sage %v", ruleOf, k.cfg.Age)
 		n++
 	}
-	free, why := k.free()
+	if n == 0 {
+		k.held = ""
+		return nil, "", nil
+	}
+	free, why, err := k.free()
+	if err != nil {
+		return nil, "", err
+	}
 	may := slices.IndexFunc(files, func(a aside) bool { return a.last > free })
 	if may < 0 {
 		may = len(files)
