@@ -177,6 +177,8 @@ type Agent struct {
 	// was last given, in Unix nanoseconds.
 	must     chan struct{}
 	attested atomic.Int64
+	// noticing orders the two.
+	noticing sync.Mutex
 
 	mu    sync.Mutex    // guards fresh
 	fresh chan struct{} // closed and replaced at each new snapshot

@@ -335,6 +335,24 @@ func TestNodeAttestsAgainWhenItMust(t *testing.T) {
 	}
 }
 
+// A call fails for want of the new identity between the issuer's answer and the
+// note that there is one: it must not have the node attest once more, which a
+// token that is used up would not do.
+func TestACallThatFailsMeanwhileAsksForNothing(t *testing.T) {
+	is := newIssuer(t)
+	p := is.newProxy(t.TempDir(), is.token("node-b"))
+	p.attested.Store(0)
+	p.noticed(control.ErrMustReattest)
+	if len(p.must) != 1 {
+		t.Fatal("nobody is told")
+	}
+	p.proved()
+	p.noticed(control.ErrMustReattest)
+	if len(p.must) != 0 {
+		t.Error("a call that had the old identity makes the node attest again")
+	}
+}
+
 func TestEdgesThatCouldNotBeToldAreKept(t *testing.T) {
 	is := newIssuer(t)
 	addr := is.addr

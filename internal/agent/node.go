@@ -44,12 +44,29 @@ func again(err error) bool {
 
 // noticed wakes the renewal when an error says that the node must attest anew.
 func (a *Agent) noticed(err error) {
-	if !errors.Is(err, control.ErrMustReattest) || time.Now().UnixNano()-a.attested.Load() < int64(attestGap) {
+	if !errors.Is(err, control.ErrMustReattest) {
+		return
+	}
+	a.noticing.Lock()
+	defer a.noticing.Unlock()
+	if time.Now().UnixNano()-a.attested.Load() < int64(attestGap) {
 		return
 	}
 	select {
 	case a.must <- struct{}{}:
 	default: // it is known
+	}
+}
+
+// proved notes that the node has attested. Calls that failed meanwhile, because
+// the issuer knows the new identity and they had the old one, ask for nothing.
+func (a *Agent) proved() {
+	a.noticing.Lock()
+	defer a.noticing.Unlock()
+	a.attested.Store(time.Now().UnixNano())
+	select {
+	case <-a.must:
+	default:
 	}
 }
 
@@ -66,7 +83,7 @@ func (a *Agent) attest(ctx context.Context) error {
 			if err := a.keepNode(got, key); err != nil {
 				return err
 			}
-			a.attested.Store(time.Now().UnixNano())
+			a.proved()
 			a.cfg.Log.Info("node attested", "agent", got.ID.String())
 			if a.evidence != nil {
 				return nil // the issuer may have tied the evidence to this key

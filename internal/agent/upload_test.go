@@ -42,8 +42,9 @@ func TestAuditIsUploadedWithoutAGap(t *testing.T) {
 	n := len(is.sink.all())
 	is.newProxy(dir, "").join()
 	await(t, func() bool { return is.sink.complete(710) })
-	if again := len(is.sink.all()) - n; again > 10 {
-		t.Errorf("%d lines were sent after an orderly restart, want 10", again)
+	// The end may have come before the acknowledgement of the last batch.
+	if again := len(is.sink.all()) - n; again > 10+700%uploadBatch {
+		t.Errorf("%d lines were sent after an orderly restart, want 10, and the last batch at most", again)
 	}
 }
 
