@@ -288,7 +288,7 @@ func (c *Conn) granted(stream uint32, n uint64) error {
 	return nil
 }
 
-// wasReset ends a stream on behalf of the peer.
+// wasReset ends a stream on behalf of the peer. It gives the lock up for Cut.
 func (c *Conn) wasReset(stream uint32, code uint64) error {
 	if stream > c.last {
 		return violated(BadStream)
@@ -308,9 +308,15 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	default:
 		return violated(BadCode)
 	}
-	if s != nil {
-		s.broke(err)
-		c.forget(s)
+	if s == nil {
+		return nil
+	}
+	s.broke(err)
+	c.forget(s)
+	if s.Cut != nil {
+		c.mu.Unlock()
+		s.Cut()
+		c.mu.Lock()
 	}
 	return nil
 }

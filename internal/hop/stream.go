@@ -19,6 +19,9 @@ var errEnded = errors.New("stream was ended in this direction")
 // closed, or it counts as open for ever.
 type Stream struct {
 	c *Conn
+	// Cut, when set before accept returns, is called when the peer breaks the
+	// stream off, which should close it. It must not block.
+	Cut func()
 
 	// Guarded by the lock of c.
 	id      uint32 // 0 until the first write of who opened it

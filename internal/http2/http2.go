@@ -133,7 +133,7 @@ type Conn struct {
 	credit   int                // what the peer lets us send on the connection
 	first    int                // what it lets us send on a new stream
 	thirsty  []*Lane            // those that wait for credit of the connection
-	resets   [64]uint32         // the streams that we have reset last
+	resets   [256]uint32        // the streams that we have reset last
 	nresets  int
 	leaving  leaving
 	err      error // why it ended

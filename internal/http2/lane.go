@@ -225,11 +225,12 @@ func (g *incoming) take(p []byte) (n, data int) {
 	return n, data
 }
 
-// ripe is up to where data may be read. An answer of known length is over for
-// its reader with the last byte, which therefore waits for the end of the stream:
-// the lane is then ready for the next call.
+// ripe is up to where data may be read. A body of known length is over for its
+// reader with the last byte, which therefore waits for the end of the stream: the
+// lane is then ready for the next call, and a request with more data than it
+// announces is not taken for a whole one.
 func (g *incoming) ripe() int {
-	if g.told && g.want == 0 && !g.end && !g.chunks && !g.raw && len(g.buf) > 0 {
+	if g.want == 0 && !g.end && !g.chunks && !g.raw && len(g.buf) > 0 {
 		return len(g.buf) - 1
 	}
 	return len(g.buf)

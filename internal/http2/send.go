@@ -86,16 +86,16 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 	l.c.mu.Lock()
 	defer l.c.mu.Unlock()
 	if !l.c.server {
-		err = l.ask()
-	}
-	if err == nil {
-		err = l.may()
+		if err = l.ask(); err == nil {
+			err = l.may()
+		}
+	} else {
+		err = l.headable()
 	}
 	if err != nil {
 		return 0, err
 	}
-	o := &l.c.out
-	o.pend = appendHeaders(o.pend, l.id, body == bodyNone, l.out.block)
+	l.queueHead(body == bodyNone)
 	switch body {
 	case bodyNone:
 		l.finished()
@@ -310,13 +310,13 @@ func (l *Lane) writeTrailer(p []byte) (int, error) {
 	o.line = o.line[:0]
 	l.c.mu.Lock()
 	defer l.c.mu.Unlock()
-	if err := l.may(); err != nil {
+	if err := l.headable(); err != nil {
 		return 0, err
 	}
 	if len(o.block) == 0 {
 		l.finish(nil)
 	} else {
-		l.c.out.pend = appendHeaders(l.c.out.pend, l.id, true, o.block)
+		l.queueHead(true)
 		l.finished()
 	}
 	return n + 2 - was, nil
@@ -334,6 +334,37 @@ func parseHex(b []byte) (n int64, ok bool) {
 		}
 	}
 	return n, 0 < len(b) && len(b) < 16
+}
+
+// queueHead appends the field section that was made last to what is pending.
+func (l *Lane) queueHead(end bool) {
+	o := &l.c.out
+	if l.queued == 0 {
+		o.batch = append(o.batch, l)
+	}
+	l.queued += len(l.out.block)
+	o.pend = appendHeaders(o.pend, l.id, end, l.out.block)
+}
+
+// headable waits until a field section can be queued. It may be larger than the
+// share of a lane, but none comes behind that before it is on its way: a peer
+// that reads no answer gets no further one.
+func (l *Lane) headable() error {
+	c := l.c
+	for {
+		err := l.may()
+		if err == nil && l.wend.passed {
+			err = os.ErrDeadlineExceeded
+		}
+		if err != nil || l.queued < share {
+			return err
+		}
+		if !c.out.flushing && len(c.out.pend) > 0 {
+			c.flush()
+			continue
+		}
+		l.room.Wait()
+	}
 }
 
 // sendable waits until some of n bytes can be queued.

@@ -15,7 +15,13 @@ import (
 )
 
 // served is a server whose lanes serve handles; dial connects to it.
-func served(t *testing.T, cfg Config, serve func(*Lane)) (dial func() net.Conn) {
+func served(t testing.TB, cfg Config, serve func(*Lane)) (dial func() net.Conn) {
+	t.Helper()
+	return servedBy(t, cfg, nil, serve)
+}
+
+// servedBy is served that gives the connections, too.
+func servedBy(t testing.TB, cfg Config, conns chan<- *Conn, serve func(*Lane)) (dial func() net.Conn) {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -40,6 +46,9 @@ func served(t *testing.T, cfg Config, serve func(*Lane)) (dial func() net.Conn) 
 			mu.Lock()
 			open[c] = struct{}{}
 			mu.Unlock()
+			if conns != nil {
+				conns <- c
+			}
 			wg.Go(func() { _ = c.Run() })
 		}
 	})

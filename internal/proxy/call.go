@@ -282,6 +282,9 @@ func (x *call) exchange() *refusal {
 			x.finish(up)
 			return nil
 		}
+		if x.conn.hungUp() { // whatever broke then, the service did not break it
+			x.err = &http1.SideError{Side: http1.Client, Op: "read", Err: http2.ErrCancelled}
+		}
 		again := x.unanswered()
 		if isRefused(x.err) {
 			refused++

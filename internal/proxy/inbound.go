@@ -286,7 +286,7 @@ func (in *Inbound) failedCall(x *call) {
 	switch {
 	case x.refused != nil:
 		r.Reason = x.refused.reason
-	case x.conn.look().cut:
+	case x.conn.look().cut && !x.conn.hungUp():
 		r.Reason = "cut_off" // by us; another record says why
 	}
 	if err := in.Audit.Append(&r); err != nil {

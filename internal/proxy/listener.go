@@ -53,6 +53,7 @@ type conn struct {
 	mu      sync.Mutex // guards the fields below
 	up      net.Conn   // what the call in flight talks to
 	cut     bool
+	left    bool        // by the client, in the middle of a call
 	who     *peer       // the peer of an inbound connection, once it is known
 	tunnel  bool        // it was upgraded, or leads through a gateway
 	call    *authz.Call // what the inbound call in flight was judged by
@@ -121,6 +122,21 @@ func (c *conn) sever() {
 		c.up.Close()
 	}
 	c.Close()
+}
+
+// hangUp is sever when the client has broken off what is under way.
+func (c *conn) hangUp() {
+	c.mu.Lock()
+	c.left = true
+	c.mu.Unlock()
+	c.sever()
+}
+
+// hungUp says whether that was so.
+func (c *conn) hungUp() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.left
 }
 
 // leads says which tunnel the connection is an end of.

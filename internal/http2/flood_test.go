@@ -1,0 +1,394 @@
+package http2
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	xhttp2 "golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+)
+
+// A peer is a client that says what a test has it say.
+type peer struct {
+	t *testing.T
+	*xhttp2.Framer
+	nc  net.Conn
+	buf bytes.Buffer
+	enc *hpack.Encoder
+}
+
+// speak connects and greets.
+func speak(t *testing.T, dial func() net.Conn) *peer {
+	t.Helper()
+	p := &peer{t: t, nc: dial()}
+	_ = p.nc.SetDeadline(time.Now().Add(20 * time.Second))
+	p.Framer = xhttp2.NewFramer(p.nc, p.nc)
+	p.enc = hpack.NewEncoder(&p.buf)
+	if _, err := io.WriteString(p.nc, preface); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.WriteSettings(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// head sends a field section.
+func (p *peer) head(id uint32, end bool, fields ...string) {
+	_ = p.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: id, BlockFragment: p.block(fields...), EndStream: end, EndHeaders: true})
+}
+
+func (p *peer) block(fields ...string) []byte {
+	p.buf.Reset()
+	for i := 0; i < len(fields); i += 2 {
+		_ = p.enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	return bytes.Clone(p.buf.Bytes())
+}
+
+// request are the fields of a request, and more.
+func request(method string, more ...string) []string {
+	return append([]string{":method", method, ":scheme", "http", ":path", "/", ":authority", "a"}, more...)
+}
+
+// outcome is what became of a stream: "200", "reset 1", and so on, or of the
+// connection: "goaway 11", "closed".
+func (p *peer) outcome(id uint32) string {
+	status := ""
+	for {
+		f, err := p.ReadFrame()
+		switch {
+		case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+			return "closed"
+		case err != nil:
+			return err.Error()
+		}
+		switch f := f.(type) {
+		case *xhttp2.HeadersFrame:
+			if f.StreamID == id {
+				fields, err := hpack.NewDecoder(4096, nil).DecodeFull(f.HeaderBlockFragment())
+				if err == nil && len(fields) > 0 && status == "" {
+					status = fields[0].Value
+				}
+				if f.StreamEnded() {
+					return status
+				}
+			}
+		case *xhttp2.DataFrame:
+			if f.StreamID == id && f.StreamEnded() {
+				return status
+			}
+		case *xhttp2.RSTStreamFrame:
+			if f.StreamID == id {
+				return fmt.Sprintf("reset %d", f.ErrCode)
+			}
+		case *xhttp2.GoAwayFrame:
+			return fmt.Sprintf("goaway %d", f.ErrCode)
+		}
+	}
+}
+
+// Each flood ends the connection, and is told by its name. What an honest peer
+// does as often as it needs to is none.
+func TestFloods(t *testing.T) {
+	const many = 3 * noiseBurst
+	for _, tt := range []struct {
+		name string
+		do   func(p *peer)
+		want Reason
+	}{
+		{"calls that are broken off at once", func(p *peer) {
+			for i := range uint32(many) {
+				p.head(2*i+1, true, request("GET")...)
+				_ = p.WriteRSTStream(2*i+1, xhttp2.ErrCodeCancel)
+			}
+		}, Flood},
+		{"calls that we are made to break off", func(p *peer) {
+			for i := range uint32(many) {
+				p.head(2*i+1, false, request("POST")...)
+				_ = p.WriteWindowUpdate(2*i+1, maxWindow)
+			}
+		}, Flood},
+		{"calls that no client makes", func(p *peer) {
+			for i := range uint32(many) {
+				p.head(2*i+1, true, request("GET", "Upper", "case")...)
+			}
+		}, Flood},
+		{"more calls than there may be", func(p *peer) {
+			for i := range uint32(many) {
+				p.head(2*i+1, false, request("POST")...)
+			}
+		}, Flood},
+		{"pings", func(p *peer) {
+			for range many {
+				_ = p.WritePing(false, [8]byte{1})
+			}
+		}, Flood},
+		{"settings", func(p *peer) {
+			for range many {
+				_ = p.WriteSettings()
+			}
+		}, Flood},
+		{"answers to settings", func(p *peer) {
+			for range many {
+				_ = p.WriteSettingsAck()
+			}
+		}, Flood},
+		{"priorities", func(p *peer) {
+			for i := range uint32(many) {
+				_ = p.WritePriority(2*i+1, xhttp2.PriorityParam{Weight: 1})
+			}
+		}, Flood},
+		{"small grants", func(p *peer) {
+			for range many {
+				_ = p.WriteWindowUpdate(0, 1)
+			}
+		}, Flood},
+		{"data without content", func(p *peer) {
+			p.head(1, false, request("POST")...)
+			for range many {
+				_ = p.WriteData(1, false, nil)
+			}
+		}, Flood},
+		{"frames of no known kind", func(p *peer) {
+			for range many {
+				_ = p.WriteRawFrame(77, 0, 0, nil)
+			}
+		}, Flood},
+		{"a field section in very many pieces", func(p *peer) {
+			_ = p.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(request("GET")...), EndStream: true})
+			for range 100 {
+				_ = p.WriteContinuation(1, false, nil)
+			}
+		}, TooLarge},
+		{"a field section without end", func(p *peer) {
+			_ = p.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 1, BlockFragment: p.block(request("GET")...), EndStream: true})
+			for range 10 {
+				_ = p.WriteContinuation(1, false, make([]byte, 15<<10))
+			}
+		}, TooLarge},
+		{"data beyond the window", func(p *peer) {
+			p.head(1, false, request("POST", "x-slow", "yes")...)
+			for range 10 {
+				_ = p.WriteData(1, false, make([]byte, 16<<10))
+			}
+		}, Overrun},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			said := make(chan Reason, 2*many)
+			release := make(chan struct{})
+			dial := served(t, Config{Violated: func(r Reason) {
+				select {
+				case said <- r:
+				default:
+				}
+			}}, func(l *Lane) {
+				b := make([]byte, 1024)
+				if n, _ := l.Read(b); strings.Contains(string(b[:n]), "x-slow") {
+					<-release
+				}
+				_, _ = io.Copy(io.Discard, l)
+			})
+			defer close(release)
+			p := speak(t, dial)
+			go tt.do(p)
+			id := uint32(1<<30 - 1)
+			if tt.want == Overrun {
+				id = 1 // which ends alone
+			}
+			p.outcome(id)
+			for r := range said {
+				if r == tt.want {
+					return
+				}
+				if len(said) == 0 {
+					t.Fatalf("ended by %q, want %q", r, tt.want)
+				}
+			}
+		})
+	}
+}
+
+// Sections that grow by what they point at cost what they are, not what they
+// stand for, and get the answer of a head that is too large.
+func TestSectionThatGrows(t *testing.T) {
+	dial := served(t, Config{}, func(l *Lane) {
+		_, err := io.Copy(io.Discard, l)
+		if err == nil || !strings.Contains(err.Error(), "larger than the limit") {
+			t.Errorf("the reader got %v", err)
+		}
+		_, _ = io.WriteString(l, "HTTP/1.1 431 Too Large\r\nContent-Length: 0\r\n\r\n")
+	})
+	p := speak(t, dial)
+	block := p.block(request("GET", "x", strings.Repeat("y", 3000))...)
+	block = append(block, bytes.Repeat([]byte{0x80 | 62}, 10000)...) // the last field, 10,000 times
+	_ = p.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 1, BlockFragment: block, EndStream: true, EndHeaders: true})
+	if got := p.outcome(1); got != "431" {
+		t.Errorf("got %s", got)
+	}
+}
+
+// What begins must end in time: a preface, a frame, a field section.
+func TestSlowBeginnings(t *testing.T) {
+	for name, say := range map[string]string{
+		"nothing":                   "",
+		"half a preface":            preface[:10],
+		"a preface and no more":     preface,
+		"half a frame":              preface + string(appendSettings(nil)) + "\x00\x00\x08\x06",
+		"half of a field section":   preface + string(appendSettings(nil)) + string(appendHeader(nil, 0, kindHeaders, 0, 1)),
+		"no SETTINGS but a ping":    preface + string(appendPing(nil, 0, 1)),
+		"what is no preface at all": "GET / HTTP/1.1\r\n\r\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			dial := served(t, Config{HeadTimeout: 50 * time.Millisecond}, func(*Lane) { t.Error("a call came") })
+			nc := dial()
+			_, _ = io.WriteString(nc, say)
+			_ = nc.SetDeadline(time.Now().Add(10 * time.Second))
+			if _, err := io.Copy(io.Discard, nc); err != nil {
+				t.Errorf("the connection did not end: %v", err)
+			}
+		})
+	}
+}
+
+// A peer that reads no answers gets no more of them than a little, and its
+// connection ends.
+func TestPeerThatNeverReads(t *testing.T) {
+	var written atomic.Int64
+	dial := served(t, Config{WriteTimeout: 100 * time.Millisecond}, func(l *Lane) {
+		b := make([]byte, 4096)
+		answer := "HTTP/1.1 204 No Content\r\nX: " + strings.Repeat("y", 4000) + "\r\n\r\n"
+		for {
+			if _, err := l.Read(b); err != nil {
+				return
+			}
+			n, err := io.WriteString(l, answer)
+			if written.Add(int64(n)); err != nil {
+				return
+			}
+		}
+	})
+	p := speak(t, dial)
+	for i := range uint32(1 << 20) {
+		p.head(2*i+1, true, request("GET")...)
+		if p.WriteSettingsAck() != nil {
+			break
+		}
+	}
+	// What the kernel holds for it at both ends is some megabytes.
+	if n := written.Load(); n > 64<<20 {
+		t.Errorf("%d bytes were made for it", n)
+	}
+}
+
+// A lane whose data nobody reads holds up no other, and all of them together
+// hold no more than the budget of the listener.
+func TestBudgetOfBodies(t *testing.T) {
+	release := make(chan struct{})
+	budget := NewBudget(100 << 10)
+	dial := served(t, Config{Budget: budget}, func(l *Lane) {
+		b := make([]byte, 4096)
+		n, _ := l.Read(b)
+		if strings.Contains(string(b[:n]), "x-slow") {
+			<-release
+			return
+		}
+		_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+	})
+	p := speak(t, dial)
+	for id := uint32(1); id <= 3; id += 2 {
+		p.head(id, false, request("POST", "x-slow", "yes")...)
+		for range 4 {
+			_ = p.WriteData(id, false, make([]byte, 15<<10))
+		}
+	}
+	if got := p.outcome(3); got != "reset 11" {
+		t.Errorf("beyond the budget: %s", got)
+	}
+	p.head(5, true, request("GET")...)
+	if got := p.outcome(5); got != "200" {
+		t.Errorf("another call: %s", got)
+	}
+	close(release)
+	p.nc.Close()
+	for end := time.Now().Add(10 * time.Second); budget.used.Load() != 0; {
+		if time.Now().After(end) {
+			t.Fatalf("%d bytes are missing from the budget", budget.used.Load())
+		}
+	}
+}
+
+// The end of a connection is told twice: what was on its way meanwhile is
+// served, what comes later is refused, and what runs comes to its end.
+func TestDrain(t *testing.T) {
+	conns := make(chan *Conn, 1)
+	entered, leave := make(chan struct{}, 1), make(chan struct{})
+	dial := servedBy(t, Config{}, conns, func(l *Lane) {
+		b := make([]byte, 4096)
+		n, _ := l.Read(b)
+		if strings.Contains(string(b[:n]), "x-slow") {
+			entered <- struct{}{}
+			<-leave
+		}
+		_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		_, _ = l.Read(b)
+	})
+	p := speak(t, dial)
+	c := <-conns
+	p.head(1, true, request("GET", "x-slow", "yes")...)
+	<-entered
+	c.Drain()
+	var ping [8]byte
+	for {
+		f, err := p.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g, ok := f.(*xhttp2.GoAwayFrame); ok && (g.LastStreamID != maxStream || g.ErrCode != 0) {
+			t.Errorf("first told %v", g)
+		}
+		if f, ok := f.(*xhttp2.PingFrame); ok {
+			ping = f.Data
+			break
+		}
+	}
+	if binary.BigEndian.Uint64(ping[:]) != drainWord {
+		t.Errorf("asked %x", ping)
+	}
+	p.head(3, true, request("GET")...) // it has not heard yet
+	if got := p.outcome(3); got != "200" {
+		t.Errorf("a call that was on its way: %s", got)
+	}
+	_ = p.WritePing(true, ping)
+	for {
+		f, err := p.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if g, ok := f.(*xhttp2.GoAwayFrame); ok {
+			if g.LastStreamID != 3 {
+				t.Errorf("then told %v", g)
+			}
+			break
+		}
+	}
+	p.head(5, true, request("GET")...)
+	if got := p.outcome(5); got != "reset 7" {
+		t.Errorf("a later call: %s", got)
+	}
+	close(leave)
+	if got := p.outcome(1); got != "200" {
+		t.Errorf("the call in flight: %s", got)
+	}
+	if got := p.outcome(7); got != "closed" {
+		t.Errorf("then: %s", got)
+	}
+}
