@@ -164,7 +164,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 		c.sock, _ = n.NetConn().(*Socket)
 	}
 	c.out.work.L = &c.mu
-	c.in.noise = bucket{tokens: noiseBurst, last: time.Now()}
+	c.in.noise, c.in.opens = newBucket(noiseBurst, noiseRate), newBucket(opensBurst, opensRate)
 	return c
 }
 

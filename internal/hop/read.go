@@ -17,6 +17,7 @@ type reader struct {
 	end     bool    // it ends its direction
 	greeted bool
 	noise   bucket
+	opens   bucket
 }
 
 // noiseBurst and noiseRate bound what costs us more than it costs the peer:
@@ -24,22 +25,34 @@ type reader struct {
 const (
 	noiseBurst = 1000
 	noiseRate  = 1000 // per second
+
+	// opensRate bounds the streams that a peer opens, whatever is on them: each
+	// costs a goroutine and buffers. Our own end opens few, since it uses a stream
+	// for one call after the other. What is beyond is refused, which is noise.
+	opensBurst = 4000
+	opensRate  = 4000 // per second
 )
 
 // A bucket bounds a rate.
 type bucket struct {
 	tokens int
 	last   time.Time
+	burst  int
+	rate   float64 // per second
+}
+
+func newBucket(burst int, rate float64) bucket {
+	return bucket{tokens: burst, last: time.Now(), burst: burst, rate: rate}
 }
 
 func (b *bucket) spend() bool {
 	if b.tokens == 0 {
 		now := time.Now()
-		n := int(now.Sub(b.last).Seconds() * noiseRate)
+		n := int(now.Sub(b.last).Seconds() * b.rate)
 		if n <= 0 {
 			return false
 		}
-		b.tokens, b.last = min(n, noiseBurst), now
+		b.tokens, b.last = min(n, b.burst), now
 	}
 	b.tokens--
 	return true
@@ -189,6 +202,12 @@ func (c *Conn) find(h header) (*Stream, error) {
 // take accepts a stream or refuses it. It gives the lock up for accept, which
 // has locks of its own.
 func (c *Conn) take(h header) (*Stream, error) {
+	if !c.in.opens.spend() {
+		if !c.in.noise.spend() {
+			return nil, violated(Flood)
+		}
+		return nil, c.say(resetFrame(h.stream, resetRefused))
+	}
 	if c.err == nil && !c.leaving && len(c.held) < c.cfg.Streams {
 		s := c.hold()
 		s.id = h.stream

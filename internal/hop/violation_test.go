@@ -94,6 +94,7 @@ func TestViolations(t *testing.T) {
 		{"a hello by who dialled", false, []any{hello}, BadHello},
 		{"empty frames without end", false, append([]any{dataFrame(flagOpen, 1, "x")}, repeat(2*noiseBurst, dataFrame(0, 1, ""))...), Flood},
 		{"streams that say nothing without end", false, emptyOpens(2 * noiseBurst), Flood},
+		{"streams with a byte each without end", false, shortStreams(opensBurst + 2*noiseBurst), Flood},
 		{"pings without end", false, repeat(2*noiseBurst, note{kindPing, 0, 1}), Flood},
 		{"goaways without end", false, repeat(2*noiseBurst, note{kindGoaway, 0, goDrain}), Flood},
 		{"resets without end", false, opensAndResets(2 * noiseBurst), Flood},
@@ -163,6 +164,14 @@ func emptyOpens(n int) (out []any) {
 	return out
 }
 
+// shortStreams opens streams with one byte on them, each at its end.
+func shortStreams(n int) (out []any) {
+	for i := range n {
+		out = append(out, dataFrame(flagOpen|flagEnd, uint32(i)+1, "x"))
+	}
+	return out
+}
+
 func opensAndResets(n int) (out []any) {
 	for i := range uint32(n) {
 		out = append(out, dataFrame(flagOpen, i+1, "x"), note{kindReset, i + 1, resetCancel})
@@ -225,6 +234,9 @@ func TestAnswersThatNobodyReads(t *testing.T) {
 		var end error
 		wg.Go(func() { end = c.Run() })
 		for i := range uint32(1 << 20) {
+			if i%opensRate == 0 { // it is no flood
+				time.Sleep(time.Second)
+			}
 			if _, err := peer.Write(dataFrame(flagOpen, i+1, "x")); err != nil {
 				break
 			}

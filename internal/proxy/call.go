@@ -65,7 +65,9 @@ type call struct {
 	// in common.
 	verified *atomic.Int64
 	share    *member
-	epoch    uint64 // of the Rejudge that has seen it
+	placed   bool    // it counts as in flight
+	of       *member // it counts as in flight of this peer
+	epoch    uint64  // of the Rejudge that has seen it
 	// standing, when set, refuses a call that a Rejudge has overtaken.
 	standing func() *refusal
 	port     uint16 // of the rules
@@ -129,6 +131,7 @@ type refusal struct {
 func (x *call) refuse(r *refusal) {
 	x.refused = r
 	x.res.Status = r.status
+	x.vacate()
 	if x.opaque {
 		return
 	}
@@ -186,6 +189,14 @@ func refusalBody(detail, decision string) []byte {
 		return []byte("{}\n")
 	}
 	return append(b, '\n')
+}
+
+// proto is what the call counts as.
+func (x *call) proto() string {
+	if x.opaque {
+		return telemetry.ProtoTCP
+	}
+	return telemetry.ProtoHTTP
 }
 
 // status is what the client was told, 0 when nothing.
@@ -290,7 +301,7 @@ func (x *call) exchange() *refusal {
 			refused++
 			again = again && refused <= maxRefused
 		} else {
-			again = again && up.Reused && !fresh
+			again = again && (up.Reused || x.res.RequestBytesSent == 0) && !fresh
 		}
 		up.Discard()
 		if !again {

@@ -93,7 +93,22 @@ func (l *listener) enterFlight(x *call) *refusal {
 		l.inFlight.Add(-1)
 		return &refusal{status: 503, reason: "overload", detail: "too many calls in flight"}
 	}
+	x.placed = true
 	return nil
 }
 
-func (l *listener) leaveFlight(*call) { l.inFlight.Add(-1) }
+func (l *listener) leaveFlight(x *call) { x.vacate() }
+
+// vacate gives up the place of a call in flight: at its end, or before a refusal
+// is written, which a client may take its time to read.
+func (x *call) vacate() {
+	if !x.placed {
+		return
+	}
+	x.placed = false
+	if x.of != nil {
+		x.of.calls.Add(-1)
+		x.of = nil
+	}
+	x.on.inFlight.Add(-1)
+}

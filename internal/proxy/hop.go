@@ -3,6 +3,7 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"sync"
 
 	"sallyport/internal/hop"
@@ -40,6 +41,9 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 		h.Drain()
 	}
 	if err := h.Run(); err != nil {
+		if v := (*hop.Violation)(nil); errors.As(err, &v) {
+			in.Metrics.HopViolations(in.Reporter, string(v.Reason)).Inc()
+		}
 		in.Log.Debug("connection of a proxy ended", "peer", x.src, "remote", x.remote, "err", err)
 	}
 }

@@ -1,12 +1,14 @@
 package proxy
 
 import (
+	"crypto/tls"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -195,5 +197,37 @@ func TestBrokenOffCallEndsAtTheApplication(t *testing.T) {
 	case <-gone:
 	case <-time.After(10 * time.Second):
 		t.Error("the application goes on writing")
+	}
+}
+
+// A peer that breaks the protocol is cut off, and counted by how.
+func TestViolationsAreCounted(t *testing.T) {
+	r := newRig(t, app(t, hello))
+	w := newWire(t, r.inAddr, svid.ClientTLS(r.web, billing, hop.Proto))
+	w.say("GET / HTTP/1.1\r\nHost: b\r\n\r\n")
+	_, _ = io.Copy(io.Discard, w)
+	const name = `sallyport_hop_violations_total{reason="kind",reporter="inbound"}`
+	await(t, func() bool { return r.metric(name) == "1" })
+}
+
+// A peer that ends at once each connection that is made to it is about to end
+// itself: the call is made once another one is there.
+func TestAPeerThatDrainsIsDialledAgain(t *testing.T) {
+	var shaken atomic.Int32
+	r := newRig(t, app(t, hello), func(r *rig) {
+		cfg := r.inCfg.TLS
+		verify := cfg.VerifyConnection
+		cfg.VerifyConnection = func(cs tls.ConnectionState) error {
+			if shaken.Add(1) == 3 {
+				r.inbound.draining.Store(false)
+			}
+			return verify(cs)
+		}
+	})
+	r.inbound.draining.Store(true)
+	w := r.dial()
+	w.say("POST http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Length: 5\r\n\r\nhello")
+	if resp, body := w.answer("POST"); resp.StatusCode != 200 || body != "hello /ok/1" {
+		t.Errorf("got %d %q after %d handshakes", resp.StatusCode, body, shaken.Load())
 	}
 }

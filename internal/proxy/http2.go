@@ -36,6 +36,9 @@ func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serv
 	if !c.shares(h) {
 		return nil
 	}
+	if l.draining.Load() { // whoever drains may have come too early to see it
+		h.Drain()
+	}
 	return h.Run()
 }
 

@@ -198,6 +198,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	x.down = http1.NewConn(hop.Quiet(tc), in.Limits)
 	defer x.down.Release()
 	if opaque {
+		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")
 		in.listener.opaque(x, in.opaque)
 		return
 	}
@@ -248,7 +249,7 @@ func (in *Inbound) refusedHandshake(x *call, err error) {
 		in.Log.Error("audit record lost", "err", err)
 	}
 	in.Metrics.TLSFailures(in.Reporter, "handshake").Inc()
-	in.Edges.Add("", in.self, "http", telemetry.Denied, false, time.Now())
+	in.Edges.Add("", in.self, telemetry.ProtoHTTP, telemetry.Denied, false, time.Now())
 }
 
 // isClosed says that the peer went away before it said anything.
@@ -275,7 +276,7 @@ func (in *Inbound) count(x *call) {
 	if x.grant.Valid() && x.outcome() == telemetry.Errored {
 		in.failedCall(x)
 	}
-	in.Edges.Add(x.src, x.dst, "http", x.outcome(), true, x.start)
+	in.Edges.Add(x.src, x.dst, x.proto(), x.outcome(), true, x.start)
 }
 
 // failedCall records a call that was allowed and came to nothing.
@@ -300,16 +301,12 @@ func (in *Inbound) enterFlight(x *call) *refusal {
 	if r := in.listener.enterFlight(x); r != nil {
 		return r
 	}
+	x.of = x.share
 	if x.share.calls.Add(1) > in.peers.maxCalls {
-		in.leaveFlight(x)
+		x.vacate()
 		return &refusal{status: 503, reason: "overload", detail: "too many calls in flight of this caller"}
 	}
 	return nil
-}
-
-func (in *Inbound) leaveFlight(x *call) {
-	x.share.calls.Add(-1)
-	in.listener.leaveFlight(x)
 }
 
 // drainGate also keeps what the application says from looking like ours.

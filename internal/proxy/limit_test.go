@@ -3,12 +3,14 @@ package proxy
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
 
+	"sallyport/internal/audit"
 	"sallyport/internal/http1"
 	"sallyport/internal/meshtest"
 )
@@ -127,5 +129,37 @@ func TestOnePeerHasItsShareOfCalls(t *testing.T) {
 	third.say(okRequest)
 	if resp, _ := third.answer("GET"); resp.StatusCode != 200 {
 		t.Errorf("afterwards: %s", resp.Status)
+	}
+}
+
+// Who does not read a refusal holds no place of a call: the place is given up
+// before the refusal is written.
+func TestARefusalHoldsNoPlace(t *testing.T) {
+	l := &listener{Shared: Shared{Log: quiet, Audit: audit.NewMemory()}.withDefaults()}
+	near, far := net.Pipe() // on which a write waits for its reader
+	defer far.Close()
+	share := new(member)
+	x := &call{ctx: t.Context(), on: l, conn: &conn{Conn: near}, down: http1.NewConn(near, http1.Limits{}), of: share}
+	share.calls.Add(1)
+	x.req.KeepAlive = true
+	written := make(chan struct{})
+	way := chain{
+		{"in-flight limit", "", l.enterFlight, l.leaveFlight},
+		{"judge", "", func(*call) *refusal { return &refusal{status: 403, reason: "policy", decision: "d-1"} }, nil},
+	}
+	go func() {
+		defer close(written)
+		way.run(x)
+	}()
+	await(t, func() bool { return l.inFlight.Load() == 0 && share.calls.Load() == 0 })
+	select {
+	case <-written:
+		t.Error("nobody has read the refusal, and it is written")
+	default:
+	}
+	go func() { _, _ = io.Copy(io.Discard, far) }()
+	<-written
+	if n := l.inFlight.Load(); n != 0 {
+		t.Errorf("%d calls are in flight", n)
 	}
 }

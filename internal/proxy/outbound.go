@@ -150,7 +150,7 @@ const askEvery = time.Second
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
-	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.Series(o.self, "gateway", "")
+	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
 	d.chain, d.opaque = d.makeChain(), d.streamChain()
 	return d
 }

@@ -12,6 +12,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxyproto"
+	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
 
@@ -146,7 +147,7 @@ func (d *door) astray(x *call, dst, reason, detail string) *refusal {
 // aim fixes the service that a stream goes to.
 func (d *door) aim(x *call, svc mesh.Service) {
 	x.to = target{name: svc.Name, dst: svc.ID.String(), stream: svc.Stream}
-	x.dst, x.series = x.to.dst, d.Signals.Series(x.src, x.to.dst, string(svc.Name))
+	x.dst, x.series = x.to.dst, d.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.to.dst, string(svc.Name))
 	x.runs()
 }
 

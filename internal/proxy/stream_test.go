@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -75,6 +76,10 @@ func TestAStreamCarriesWhatIsSaid(t *testing.T) {
 	if len(list) != 1 || list[0].Rule != "db" || list[0].Verb != "CONNECT" || list[0].Path != "-" || list[0].Src != web.String() {
 		t.Errorf("recorded %+v", list)
 	}
+	w.Close()
+	await(t, func() bool {
+		return r.metric(fmt.Sprintf(`sallyport_requests_total{code="200",dst=%q,proto="tcp",reporter="inbound",route="",src=%q}`, billing, web)) == "1"
+	})
 }
 
 func TestAStreamByCONNECT(t *testing.T) {

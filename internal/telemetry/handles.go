@@ -113,6 +113,15 @@ func (r *Registry) ConnectionsRefused(reporter, limit string) *Counter {
 	return r.turned.get(labels{reporter, limit})
 }
 
+// HopViolations counts connections between proxies whose peer broke the
+// protocol, by how, from a closed set.
+func (r *Registry) HopViolations(reporter, reason string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.broken.get(labels{reporter, reason})
+}
+
 // RequestsRefused counts requests that were refused before anybody judged them.
 // The reason is from a closed set of the caller, never text of the peer.
 func (r *Registry) RequestsRefused(reporter, reason string) *Counter {

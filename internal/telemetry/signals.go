@@ -15,24 +15,35 @@ type Signals struct {
 	r        *Registry
 	reporter string
 	mu       sync.RWMutex // guards series
-	series   map[[3]string]*Series
+	series   map[[4]string]*Series
 }
 
 // NewSignals returns the signals of a reporter, such as "inbound", "outbound"
 // or "gateway".
 func NewSignals(r *Registry, reporter string) *Signals {
-	return &Signals{r: r, reporter: reporter, series: make(map[[3]string]*Series)}
+	return &Signals{r: r, reporter: reporter, series: make(map[[4]string]*Series)}
 }
 
-// Series returns the handle for calls from src to dst by a route. The names
+// Series returns the handle for calls of HTTP from src to dst by a route. The names
 // are those of services as their SPIFFE IDs give them, never what a peer wrote
 // (a Host header, a path). Keep the handle: the look-up takes a lock. Beyond
 // the cap it is the one handle whose labels are all Other.
 func (s *Signals) Series(src, dst, route string) *Series {
+	return s.SeriesOf(ProtoHTTP, src, dst, route)
+}
+
+// The protocols that calls are told apart by.
+const (
+	ProtoHTTP = "http"
+	ProtoTCP  = "tcp" // a stream, or a tunnel: one call each
+)
+
+// SeriesOf is Series for calls of another protocol.
+func (s *Signals) SeriesOf(proto, src, dst, route string) *Series {
 	if s == nil || s.r == nil {
 		return nil
 	}
-	key := [3]string{src, dst, route}
+	key := [4]string{src, dst, route, proto}
 	s.mu.RLock()
 	x := s.series[key]
 	full := len(s.series) >= maxSeries
@@ -41,7 +52,7 @@ func (s *Signals) Series(src, dst, route string) *Series {
 		return x
 	}
 	if full {
-		key = [3]string{Other, Other, Other}
+		key = [4]string{Other, Other, Other, proto}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -64,7 +75,7 @@ func (s *Signals) Series(src, dst, route string) *Series {
 // Series counts nothing.
 type Series struct {
 	s        *Signals
-	key      [3]string
+	key      [4]string // source, destination, route, protocol
 	inflight *Gauge
 	up, down *Counter
 	// latency is by class: 0 for codes that are none, 1 to 5 for 1xx to 5xx.
@@ -119,7 +130,7 @@ func (x *Series) counter(code int) *Counter {
 	if code != 0 {
 		text = strconv.Itoa(code)
 	}
-	n := x.s.r.requests.get(labels{x.s.reporter, "http", text, x.key[0], x.key[1], x.key[2]})
+	n := x.s.r.requests.get(labels{x.s.reporter, x.key[3], text, x.key[0], x.key[1], x.key[2]})
 	next := make([]codeCounter, len(*have), len(*have)+1)
 	copy(next, *have)
 	next = append(next, codeCounter{code, n})

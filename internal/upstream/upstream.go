@@ -395,6 +395,20 @@ func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 	if p.epoch != nil {
 		epoch = p.epoch.Load() // before the handshake looks
 	}
+	for range maxCrossed {
+		if c, err = p.make(ctx, gen, epoch); !errors.Is(err, hop.ErrClosing) || ctx.Err() != nil {
+			break
+		}
+	}
+	return c, err
+}
+
+// maxCrossed is how often a peer may end a connection that it has just made,
+// since it is about to end itself: another process may be there by now.
+const maxCrossed = 3
+
+// make makes a connection, and lends it.
+func (p *Pool) make(ctx context.Context, gen, epoch uint64) (*Conn, error) {
 	nc, until, err := p.connect(ctx)
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
