@@ -37,7 +37,19 @@ func TestWhyAndCandidate(t *testing.T) {
 			r = w.sallyport("why", id)
 			return r.Code == 0
 		})
-		t.Logf("%s was explained after %s:\n%s", id, time.Since(start).Round(time.Millisecond), r.Output)
+		after := time.Since(start)
+		// Of an id that is there the answer takes less than a second: the best of
+		// some, since others use this machine too.
+		best := time.Hour
+		for range 5 {
+			start := time.Now()
+			w.ok("why", id)
+			best = min(best, time.Since(start))
+		}
+		if best > time.Second {
+			t.Errorf("to explain %s takes %s", id, best)
+		}
+		t.Logf("%s was explained after %s, and then in %s:\n%s", id, after.Round(time.Millisecond), best.Round(time.Millisecond), r.Output)
 		for _, want := range append(wants, "decision "+id) {
 			if !strings.Contains(r.Output, want) {
 				t.Errorf("%q is not in the account of %s:\n%s", want, id, r.Output)
