@@ -94,7 +94,7 @@ func checkNamed(v string) error {
 // vouched is check for a command that signs what is in force again: the signer
 // has to know it. Since are the states of sets that it may not be older than.
 func (g *signing) vouched(since ...recordedState) error {
-	if err := g.check(); err != nil || len(g.keys) == 0 || g.named == g.st.PolicySet {
+	if err := g.check(); err != nil || len(g.keys) == 0 || g.named != "" && g.named == g.st.PolicySet {
 		return err
 	}
 	td := g.st.TrustDomain

@@ -90,6 +90,8 @@ func TestASignerDoesNotBelieveTheIssuer(t *testing.T) {
 		{name: "back to what was before", st: at(sets[5]), does: "rollback", gives: sets[3], says: "revision 3"},
 		{name: "back to what the issuer says was before", st: at(sets[5]), does: "rollback", gives: sets[2], refused: "sends revision 2 instead of 3"},
 		{name: "back from what is not known", st: at(sets[8]), does: "rollback", gives: sets[2], refused: "which was not signed here"},
+		{name: "back from no set at all", st: mesh.IssuerStatus{TrustDomain: corp, PolicyRevision: 9, NextRevision: 10}, does: "rollback", gives: sets[3], refused: "no set, is in force, which was not signed here"},
+		{name: "no set that others stayed on", st: mesh.IssuerStatus{TrustDomain: corp, PolicyRevision: 9, NextRevision: 10}, does: "still", gives: sets[9], refused: "which was not signed here"},
 		{name: "back to a revision by its number", st: at(sets[5]), does: "to 2", gives: sets[2], says: "revision 2"},
 		{name: "back to a revision that is not known", st: at(sets[8]), does: "to 7", gives: sets[7], says: "revision 7"},
 		{name: "what others stayed on", st: rolling, does: "still", gives: sets[3], says: "revision 3"},
