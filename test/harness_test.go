@@ -63,10 +63,12 @@ const within = 30 * time.Second
 
 // A world is a trust domain of real processes in a directory of its own.
 type world struct {
-	t      *testing.T
-	dir    string
-	issuer string // its address
-	policy string // the policy folder
+	t       *testing.T
+	dir     string
+	issuer  string   // its address
+	policy  string   // the policy folder
+	flags   []string // of every sidecar that has a workload
+	program string   // this one, where other users may execute it
 }
 
 // newWorld starts an issuer with the demo's policies. SVIDs live for svidTTL.

@@ -390,14 +390,18 @@ func (w *world) startWorkload(name string, env ...string) *hand {
 // which ends in executing it.
 func (w *world) startWorkloadBy(name string, by []string, env ...string) *hand {
 	w.t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		w.t.Fatal(err)
+	self := w.program
+	if self == "" {
+		var err error
+		if self, err = os.Executable(); err != nil {
+			w.t.Fatal(err)
+		}
 	}
 	socket := w.path(name, "control.sock")
 	_ = os.Remove(socket) // of a workload before this one
 	env = append(env, envRole+"=workload", envControl+"="+socket)
-	args := append(slices.Clone(by), filepath.Join(bin, "sidecar"), "run", "--config", w.path(name, "config.yaml"), "--", self)
+	args := append(slices.Clone(by), filepath.Join(bin, "sidecar"), "run", "--config", w.path(name, "config.yaml"))
+	args = append(append(args, w.flags...), "--", self)
 	p := w.launch(name, env, exec.Command(args[0], args[1:]...))
 	h := &hand{proc: p, client: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer

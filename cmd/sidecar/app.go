@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -17,6 +19,7 @@ import (
 	"sallyport/internal/attest"
 	"sallyport/internal/capture"
 	"sallyport/internal/daemon"
+	"sallyport/internal/isolate"
 	"sallyport/internal/mesh"
 )
 
@@ -27,18 +30,70 @@ func (s *sidecar) startApp(ground context.Context, g *errgroup.Group, app []stri
 	if len(app) == 0 {
 		return nil, nil
 	}
+	if s.room != nil {
+		if err := s.room.Begin(); err != nil {
+			return nil, daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
+		}
+		return s.child.Load().Done(), nil
+	}
+	c, err := s.startChild(ground, g, app, stdout, stderr, nil)
+	if err != nil {
+		return nil, daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
+	}
+	return c.Done(), nil
+}
+
+func (s *sidecar) startChild(ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer, through func(*exec.Cmd)) (*attest.Child, error) {
 	c, err := attest.StartChild(attest.Spec{
 		Path: app[0], Args: app[1:], Env: s.environ(os.Environ()), Stdin: os.Stdin, Stdout: stdout, Stderr: stderr,
 		SameGroup: daemon.IsTerminal(os.Stdin), // so that it may read from the terminal
+		Through:   through,
 	})
 	if err != nil {
-		return nil, daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
+		return nil, err
 	}
 	s.child.Store(c)
 	// SIGINT and SIGTERM stop the sidecar, which then ends the child in its
 	// turn; the others are the child's alone.
 	g.Go(func() error { return c.Run(ground, false) })
-	return c.Done(), nil
+	return c, nil
+}
+
+// isolateApp makes the namespace in which the application will begin, with the
+// doors of the way out in it.
+func (s *sidecar) isolateApp(ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) error {
+	plan := isolate.Plan{Listen: s.cfg.outbound()}
+	if s.cfg.Inbound.Listen != "" {
+		plan.App = s.cfg.Inbound.App
+	}
+	room, err := isolate.New(plan)
+	if err != nil {
+		return err
+	}
+	if _, err = s.startChild(ground, g, app, stdout, stderr, room.Into); err != nil {
+		err = isolate.Refused(err)
+	} else {
+		err = room.Await()
+	}
+	if err != nil {
+		room.Close()
+		if errors.Is(err, isolate.ErrForbidden) {
+			return daemon.Hint(daemon.Exit(daemon.Failed, err), "let users have namespaces (user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), or leave --isolate out")
+		}
+		return daemon.Hint(daemon.Exit(daemon.Failed, err), "check the program after --")
+	}
+	s.room, s.callers.owners.In = room, room.Diag()
+	s.log.Info("the application has a network namespace of its own")
+	return nil
+}
+
+// dialApp connects to the application, wherever it is.
+func (s *sidecar) dialApp(ctx context.Context) (net.Conn, error) {
+	if s.room != nil {
+		return s.room.Dial(ctx)
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, "tcp", s.cfg.Inbound.App.String())
 }
 
 // environ is the application's environment: ours, without what is meant for

@@ -259,7 +259,7 @@ func (s *sidecar) virtualService(a netip.Addr) (mesh.ServiceName, bool) {
 
 // captured is how the way out takes connections that were brought here.
 func (s *sidecar) captured() *proxy.Captured {
-	if !s.cfg.Capture.Enabled() {
+	if !s.virtual {
 		return nil
 	}
 	return &proxy.Captured{Original: capture.OriginalDst, Virtual: s.virtualService, Beyond: s.cfg.Capture.Unknown == toGateway}
@@ -330,6 +330,37 @@ func (s *sidecar) followRules(h *redirect.Hold) error {
 	}
 	s.log.Info("capture rules replaced", "table", s.cfg.Capture.Table, "rules", h.Digest())
 	return nil
+}
+
+// mayIsolate says why the program cannot have a network namespace of its own.
+func (c *Config) mayIsolate(run daemon.Run) error {
+	switch {
+	case len(run.Program) == 0:
+		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate without a program after --")), "sidecar run --config FILE --isolate -- PROGRAM ARGS")
+	case c.Outbound.Listen.Addr() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) || c.Outbound.Listen.Port() == 0:
+		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate without a way out")), `write "127.0.0.1:15001" as outbound.listen`)
+	case c.Capture.Enabled():
+		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate with capture: the program is captured in its own namespace already")), "leave one of them out")
+	}
+	return nil
+}
+
+// outbound are the addresses of the way out, the one first to which captured
+// connections are brought.
+func (c *Config) outbound() []netip.AddrPort {
+	out := []netip.AddrPort{c.Outbound.Listen}
+	if hasIPv6() {
+		out = append(out, twin(c.Outbound.Listen))
+	}
+	for _, u := range c.Outbound.Upstreams {
+		out = append(out, u.Listen)
+	}
+	return out
+}
+
+// twin is the same port on the loopback address of IPv6.
+func twin(a netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(netip.IPv6Loopback(), a.Port())
 }
 
 // hasIPv6 says whether the machine has a loopback address of IPv6.

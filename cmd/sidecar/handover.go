@@ -208,8 +208,7 @@ func (s *sidecar) appAccepts(ctx context.Context) bool {
 	if s.cfg.Inbound.Listen == "" {
 		return false
 	}
-	var d net.Dialer
-	c, err := d.DialContext(ctx, "tcp", s.cfg.Inbound.App.String())
+	c, err := s.dialApp(ctx)
 	if err != nil {
 		return false
 	}

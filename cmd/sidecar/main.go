@@ -8,9 +8,13 @@ import (
 	"os"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/isolate"
 )
 
 func main() {
+	if isolate.Entering() {
+		os.Exit(isolate.Enter())
+	}
 	if err := run(context.Background(), os.Args[1:], os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintf(os.Stderr, "sidecar: %v\n", err)
 		os.Exit(daemon.Code(err))

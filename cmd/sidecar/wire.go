@@ -29,6 +29,7 @@ import (
 	"sallyport/internal/handover"
 	"sallyport/internal/hop"
 	"sallyport/internal/http2"
+	"sallyport/internal/isolate"
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
@@ -70,8 +71,11 @@ type sidecar struct {
 	serving chan struct{}
 	kubelet *attest.Kubelet // nil when it is not asked
 	callers callers
-	// addresses are those that stand for services.
+	// addresses are those that stand for services, if virtual says that they do.
 	addresses *virtual.Book
+	virtual   bool
+	// room is the application's network namespace; nil when it has ours.
+	room *isolate.Room
 
 	// now ends when the process is to leave at once.
 	now context.Context
@@ -93,7 +97,7 @@ const auditFile = "audit.jsonl"
 // signal, until the application ends, or until a part fails.
 func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.Writer) (err error) {
 	s := &sidecar{
-		cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
+		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
 		doors: new(handover.Doors), adopted: make(chan struct{}),
 	}
 	f, ok := stderr.(*os.File)
@@ -103,6 +107,11 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 			return err
 		}
 		defer s.letGo()
+	}
+	if run.Isolate {
+		if err := cfg.mayIsolate(run); err != nil {
+			return err
+		}
 	}
 	if err := s.open(); err != nil {
 		return err
@@ -144,7 +153,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 				return err
 			}
 		}
-		return s.live(stop, ground, g, drain, run.Program, stdout, stderr)
+		return s.live(stop, ground, g, drain, run, stdout, stderr)
 	})
 	return g.Wait()
 }
@@ -316,7 +325,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err := s.keys.Use(tokens.Issuers()); err != nil {
 		return err
 	}
-	if s.cfg.Capture.Enabled() {
+	if s.virtual {
 		if err := s.addresses.Use(meshNames(snap)); err != nil {
 			s.log.Error("not every service has a virtual address that lasts", "err", err)
 		}
@@ -351,10 +360,15 @@ func (s *sidecar) port() uint16 {
 
 // app lends connections to the application.
 func (s *sidecar) app() *upstream.Pool {
+	open := upstream.NewLocal
 	if s.cfg.Inbound.AppProtocol == appH2C {
-		return upstream.NewLocalHTTP2(s.cfg.Inbound.App, s.cfg.Limits.http())
+		open = upstream.NewLocalHTTP2
 	}
-	return upstream.NewLocal(s.cfg.Inbound.App, s.cfg.Limits.http())
+	p := open(s.cfg.Inbound.App, s.cfg.Limits.http())
+	if s.room != nil {
+		p.Through(s.room.Dial)
+	}
+	return p
 }
 
 // stream says how streams are carried, if the workload's service speaks TCP.
@@ -444,14 +458,23 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		return nil, nil, e
 	}
 	s.outbound.Store(outbound)
+	within := func(field string, a netip.AddrPort) net.Listener {
+		if s.room != nil {
+			if ln, ok := s.room.Listener(a); ok {
+				open = append(open, ln)
+				return ln
+			}
+		}
+		return at(field, a.String())
+	}
 	if a := s.cfg.Outbound.Listen; a.IsValid() {
-		out = append(out, door{at("outbound.listen", a.String()), outbound.Run})
-		if s.cfg.Capture.Enabled() && hasIPv6() { // the kernel brings connections to the loopback address of their family
-			out = append(out, door{at("outbound.listen", netip.AddrPortFrom(netip.IPv6Loopback(), a.Port()).String()), outbound.Run})
+		out = append(out, door{within("outbound.listen", a), outbound.Run})
+		if (s.cfg.Capture.Enabled() || s.room != nil) && hasIPv6() { // the kernel brings connections to the loopback address of their family
+			out = append(out, door{within("outbound.listen", twin(a)), outbound.Run})
 		}
 	}
 	for i, u := range s.cfg.Outbound.Upstreams {
-		ln := at(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen.String())
+		ln := within(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen)
 		out = append(out, door{ln, func(ctx context.Context, ln net.Listener) error { return outbound.RunFor(ctx, ln, u.Service) }})
 	}
 	return in, out, err
@@ -480,8 +503,7 @@ const appEvery = 20 * time.Millisecond
 // only then are peers told of it, and only then is the sidecar ready.
 func (s *sidecar) awaitApp(ground context.Context) bool {
 	for s.cfg.Inbound.Listen != "" {
-		var d net.Dialer
-		c, err := d.DialContext(ground, "tcp", s.cfg.Inbound.App.String())
+		c, err := s.dialApp(ground)
 		if err == nil {
 			c.Close()
 			break
@@ -499,12 +521,18 @@ func (s *sidecar) awaitApp(ground context.Context) bool {
 // live waits for identity and policy, opens the doors, starts the application
 // and stays until one of them ends; then it closes the doors in order: first
 // the way in, then the application, last the way out.
-func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain func(), app []string, stdout, stderr io.Writer) error {
+func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain func(), run daemon.Run, stdout, stderr io.Writer) error {
 	s.ready.Expect(readyDoors)
 	g.Go(func() error { return s.follow(ground, g) })
 	self, err := s.agent.AwaitPolicy(either(stop, ground))
 	if err != nil || stop.Err() != nil {
 		return nil //nolint:nilerr // asked to stop before it began
+	}
+	if run.Isolate {
+		if err := s.isolateApp(ground, g, run.Program, stdout, stderr); err != nil {
+			return err
+		}
+		defer s.room.Close()
 	}
 	in, out, err := s.listeners(self)
 	if err != nil {
@@ -526,7 +554,7 @@ func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain fu
 		return err
 	}
 	g.Go(func() error { return api(ground) })
-	done, err := s.startApp(ground, g, app, stdout, stderr)
+	done, err := s.startApp(ground, g, run.Program, stdout, stderr)
 	if err != nil {
 		return err
 	}

@@ -41,6 +41,9 @@ type Spec struct {
 	// from our terminal. The terminal's signals then reach it directly and
 	// must not be passed on, and what it leaves behind is not killed.
 	SameGroup bool
+	// Through changes the command before it is started: what it starts becomes
+	// the program in the end, by execve. Optional.
+	Through func(*exec.Cmd)
 }
 
 // A Child is a program that this process started and holds by its pidfd from
@@ -100,6 +103,9 @@ func (c *Child) run(path string, s Spec, started chan<- error) {
 	cmd.Env, cmd.Dir, cmd.Stdin, cmd.Stdout, cmd.Stderr = s.Env, s.Dir, s.Stdin, s.Stdout, s.Stderr
 	cmd.WaitDelay = pipeWait
 	cmd.SysProcAttr = capture.HeldChild(&fd, !s.SameGroup)
+	if s.Through != nil {
+		s.Through(cmd)
+	}
 	if err := cmd.Start(); err != nil {
 		started <- err
 		return

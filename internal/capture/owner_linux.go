@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"strconv"
 	"sync"
 
@@ -51,8 +52,13 @@ func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
 // only looked at first; so the holder that was named once is named as long as
 // it holds the connection. The zero value is ready, and safe for concurrent use.
 type Owners struct {
-	mu   sync.Mutex // guards last
-	last map[socket]place
+	// In is a socket of sock_diag that was opened in another network namespace,
+	// whose connections are meant then. Nil: those of our own.
+	In *os.File
+
+	asking sync.Mutex // guards In: one question at a time
+	mu     sync.Mutex // guards last
+	last   map[socket]place
 }
 
 // A place is a descriptor of a process.
@@ -82,7 +88,7 @@ func (o *Owners) keep(s socket, p place) {
 // Of is OwnerOf.
 func (o *Owners) Of(local, remote netip.AddrPort, candidates ...int) (Process, error) {
 	local, remote = unmap(local), unmap(remote)
-	s, err := lookup(remote, local)
+	s, err := o.lookup(remote, local)
 	if err != nil {
 		return Process{}, err
 	}
@@ -104,7 +110,7 @@ func (o *Owners) Of(local, remote netip.AddrPort, candidates ...int) (Process, e
 	if err != nil || start != p.Start {
 		return Process{}, ErrNoOwner
 	}
-	again, err := lookup(remote, local)
+	again, err := o.lookup(remote, local)
 	if err != nil {
 		return Process{}, err
 	}
@@ -126,15 +132,25 @@ func unmap(a netip.AddrPort) netip.AddrPort {
 // lookup asks the kernel for the socket whose own address is src and whose
 // peer is dst. An IPv6 socket that speaks to a mapped IPv4 address is found by
 // the IPv4 pair.
-func lookup(src, dst netip.AddrPort) (socket, error) {
+func (o *Owners) lookup(src, dst netip.AddrPort) (socket, error) {
 	if !src.IsValid() || !dst.IsValid() || src.Addr().Is4() != dst.Addr().Is4() {
 		return socket{}, fmt.Errorf("owner of connection: %s to %s is not one TCP connection", src, dst)
+	}
+	if o.In != nil {
+		o.asking.Lock()
+		defer o.asking.Unlock()
+		return ask(int(o.In.Fd()), src, dst)
 	}
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {
 		return socket{}, fmt.Errorf("owner of connection: open sock_diag: %w", err)
 	}
 	defer unix.Close(fd)
+	return ask(fd, src, dst)
+}
+
+// ask sends one question on a socket of sock_diag and reads the answer.
+func ask(fd int, src, dst netip.AddrPort) (socket, error) {
 	req := diagRequest(src, dst)
 	if err := unix.Sendto(fd, req[:], 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
 		return socket{}, fmt.Errorf("owner of connection: ask sock_diag: %w", err)

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"os"
 	"syscall"
 )
 
@@ -80,7 +81,7 @@ func HashFile(string) ([32]byte, error) { return [32]byte{}, ErrNeedsLinux }
 func OwnerOf(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }
 
 // Owners cannot be had outside Linux.
-type Owners struct{}
+type Owners struct{ In *os.File }
 
 // Of fails with ErrNeedsLinux.
 func (*Owners) Of(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }

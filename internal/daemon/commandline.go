@@ -25,8 +25,9 @@ type CommandLine[C any] struct {
 	// Serve runs the program. Required.
 	Serve func(ctx context.Context, cfg *C, run Run) error
 	// Program says that run takes a program behind "--", Takeover that it can
-	// take over from a process that runs.
-	Program, Takeover bool
+	// take over from a process that runs, Isolate that it can put the program
+	// into a network namespace.
+	Program, Takeover, Isolate bool
 	// More adds commands that need the configuration.
 	More func(load func() (*C, error)) []*cobra.Command
 }
@@ -37,6 +38,8 @@ type Run struct {
 	Program []string
 	// Takeover asks to take over from the process that runs, if one does.
 	Takeover bool
+	// Isolate asks for a network namespace of the program's own.
+	Isolate bool
 }
 
 // Execute runs one command line. A mistake on it has the exit code Usage.
@@ -105,7 +108,7 @@ func (l CommandLine[C]) example() string {
 
 // run is the command "run".
 func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Writer) *cobra.Command {
-	var check, takeover bool
+	var check, takeover, isolate bool
 	cmd := &cobra.Command{
 		Use: "run", Short: "Serve until a signal ends it", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, program []string) error {
@@ -120,7 +123,7 @@ func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Wri
 				fmt.Fprintf(stdout, "%s: ok\n", *file)
 				return nil
 			}
-			return l.Serve(cmd.Context(), c, Run{Program: program, Takeover: takeover})
+			return l.Serve(cmd.Context(), c, Run{Program: program, Takeover: takeover, Isolate: isolate})
 		},
 	}
 	if l.Program {
@@ -131,6 +134,9 @@ func (l CommandLine[C]) run(load func() (*C, error), file *string, stdout io.Wri
 	cmd.Flags().BoolVar(&check, "check-config", false, "validate the configuration and exit")
 	if l.Takeover {
 		cmd.Flags().BoolVar(&takeover, TakeoverFlag, false, "take the sockets over from the process that runs, which finishes what it carries")
+	}
+	if l.Isolate {
+		cmd.Flags().BoolVar(&isolate, "isolate", false, "give PROGRAM a network namespace of its own, whose only way out is this process")
 	}
 	return cmd
 }

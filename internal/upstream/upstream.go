@@ -291,7 +291,7 @@ type Pool struct {
 	queue    list.List
 	moved    time.Time // when a connection was last made, or handed to a waiter
 
-	// connect is a field for tests.
+	// connect is dial, or what Through and tests have in its place.
 	connect func(context.Context) (net.Conn, time.Time, error)
 }
 
@@ -307,6 +307,20 @@ func NewLocalHTTP2(addr netip.AddrPort, limits http1.Limits) *Pool {
 	p := NewLocal(addr, limits)
 	p.h2c = true
 	return p
+}
+
+// Through has the pool connect by dial, to an application that stands in another
+// network namespace. It is called before the pool is used.
+func (p *Pool) Through(dial func(context.Context) (net.Conn, error)) {
+	p.connect = func(ctx context.Context) (net.Conn, time.Time, error) {
+		ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout)
+		defer cancel()
+		nc, err := dial(ctx)
+		if err != nil {
+			return nil, time.Time{}, err
+		}
+		return capture.NewDirect(nc), time.Time{}, nil
+	}
 }
 
 func newPool(cfg Config, t target) *Pool {
