@@ -28,6 +28,7 @@ type process struct {
 	keeper *Keeper
 	path   string
 	log    *audit.Log
+	stops  atomic.Bool // it knows that it is to stop
 }
 
 // running has a process that may be taken over from.
@@ -45,7 +46,12 @@ func running(t *testing.T, may error) *process {
 	}
 	p.keeper = &Keeper{
 		Program: "sidecar", DataDir: "/data", Doors: new(Doors), Writer: l.Writer(), Head: l.Head, Log: quiet,
-		May: func() error { return may }, Stop: func() {},
+		May: func() error {
+			if p.stops.Load() {
+				return errors.New("this process is stopping")
+			}
+			return may
+		}, Stop: func() {},
 	}
 	ln, err := daemon.ListenPrivate(p.path, quiet)
 	if err != nil {
@@ -158,6 +164,47 @@ func TestNoConnectionIsLostBetweenTwo(t *testing.T) {
 	close(stop)
 	wg.Wait()
 	t.Logf("%d and %d connections, none lost", old.Load(), young.Load())
+}
+
+// A process that was asked to stop after it gave its sockets away serves on
+// until it ends: nobody receives from Taken then.
+func TestDoorsOfOneThatStopsAreNotHeld(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		knows bool
+	}{
+		{"it knows", true},
+		{"nobody listens", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := running(t, nil)
+			ln, err := p.keeper.Doors.TCP("listen", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer ln.Close()
+			go answerAll(ln, "old")
+			tie, err := Take(p.want())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer tie.Doors().Rest()
+			defer tie.Close()
+			p.stops.Store(tt.knows)
+			if err := tie.Ready(); err == nil || !strings.Contains(err.Error(), "is stopping") {
+				t.Errorf("the other learns %v", err)
+			}
+			c, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
+			if b, err := io.ReadAll(c); string(b) != "old" {
+				t.Errorf("a connection gets %q, %v", b, err)
+			}
+		})
+	}
 }
 
 func TestRefusals(t *testing.T) {

@@ -190,13 +190,8 @@ func (k *Keeper) answer(ctx context.Context, s *Session) error {
 			a.Seq, a.Err = n, text(err)
 		case opReady:
 			_ = s.c.SetDeadline(time.Time{})
-			k.Doors.hold()
-			select {
-			case k.taken <- s:
-			case <-ctx.Done():
-				k.Doors.Release()
-				return ctx.Err()
-			}
+			err := k.replaced(ctx, s)
+			a.Err = text(err)
 		case opStop:
 			k.Stop()
 		case opParted:
@@ -209,6 +204,25 @@ func (k *Keeper) answer(ctx context.Context, s *Session) error {
 			return err
 		}
 	}
+}
+
+// replaced holds the doors and passes the session on. A process that began to
+// stop meanwhile takes it no more: its doors are its own again.
+func (k *Keeper) replaced(ctx context.Context, s *Session) error {
+	if err := k.May(); err != nil {
+		return err
+	}
+	k.Doors.hold()
+	t := time.NewTimer(partWithin)
+	defer t.Stop()
+	select {
+	case k.taken <- s:
+		return nil
+	case <-ctx.Done():
+	case <-t.C:
+	}
+	k.Doors.Release()
+	return errors.New("this process is stopping; next: start the other one again when it has ended")
 }
 
 func text(err error) string {

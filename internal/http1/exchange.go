@@ -148,7 +148,7 @@ func (x *Exchange) run() error {
 	} else if err := x.startUpload(); err != nil {
 		return err
 	}
-	if err := x.await(); err != nil {
+	if err := x.await(whole); err != nil {
 		return x.join(err)
 	}
 	if x.Accept != nil && !x.Accept(&x.Response) {
@@ -224,13 +224,17 @@ func (x *Exchange) join(err error) error {
 	return err
 }
 
-// await reads response heads until the final one.
-func (x *Exchange) await() error {
+// await reads response heads until the final one. Armed says that the time for
+// the first one is running already.
+func (x *Exchange) await(armed bool) error {
 	up, r := x.Up, x.Request
 	method := r.Verb()
 	for interim := 0; ; {
 		uploading := x.upload.running()
-		x.arm()
+		if !armed {
+			x.arm()
+		}
+		armed = false
 		err := up.readResponse(&x.Response, method)
 		if _, refused := err.(*ProtocolError); refused || err == nil || up.w > up.r {
 			x.res.ResponseSeen = true
