@@ -88,6 +88,12 @@ bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (
 h2spec: ## h2spec against every listener of real sidecars that speaks HTTP/2
 	@go test -count=1 -vet=off -run '^TestH2spec$$' -v ./test | grep -v '^=== '
 
+.PHONY: bench-memory
+bench-memory: ## what a sidecar holds at rest, and for each idle connection (ARGS="-conns 2000")
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-memory ./bench/memory
+	@$(BIN)/bench-memory -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: bench-h2 bench-grpc
 bench-h2: ## the same over HTTP/2 (ARGS="-rounds 9")
 bench-grpc: ## the same with unary calls of gRPC (ARGS="-rounds 9")

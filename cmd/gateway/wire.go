@@ -91,6 +91,7 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 	defer end()
 	g, ground := errgroup.WithContext(ground)
 	g.Go(func() error { return gw.audit.Run(ground) })
+	g.Go(func() error { return daemon.Settle(ground) })
 	g.Go(func() error { return gw.judge.Run(ground) })
 	if gw.tie == nil {
 		if err := gw.administer(ground, g, drain); err != nil {

@@ -138,6 +138,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 		}
 	}
 	g.Go(func() error { return s.audit.Run(ground) })
+	g.Go(func() error { return daemon.Settle(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	if s.tie == nil {

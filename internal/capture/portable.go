@@ -112,3 +112,6 @@ func NewDirect(nc net.Conn) net.Conn { return nc }
 
 // OriginalDst reports no other address: no rules of ours are outside Linux.
 func OriginalDst(net.Conn) (netip.AddrPort, bool, error) { return netip.AddrPort{}, false, nil }
+
+// ForgetProgram does nothing.
+func ForgetProgram() error { return nil }

@@ -167,6 +167,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 	var over []audit.Record
 	var doomed []*conn // that are shared
 	var wg sync.WaitGroup
+	reached := map[spiffeid.ID]bool{}
 	for _, c := range in.conns() {
 		v := c.look()
 		if v.cut || !which(v) {
@@ -181,7 +182,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 			if slices.Contains(doomed, c.on) {
 				continue // one record does for all of them
 			}
-		case in.idleForGood(v) && c.end():
+		case in.idleForGood(v, reached) && c.end():
 			reason, detail = reasonPolicy, "the policy in force allows the peer no call any more"
 		default:
 			continue
@@ -197,8 +198,17 @@ func (in *Inbound) rejudge(which func(look) bool) {
 
 // idleForGood says that a connection was of use, is idle, and will not be of
 // use again. One that only ever got refusals is left: each of them is told.
-func (in *Inbound) idleForGood(v look) bool {
-	return v.carried && !v.carries && !in.cfg.Judge.Reaches(mesh.In, v.who.id, in.self, in.cfg.Port())
+// What the policy says of a peer is asked once for all of its connections.
+func (in *Inbound) idleForGood(v look, reached map[spiffeid.ID]bool) bool {
+	if !v.carried || v.carries {
+		return false
+	}
+	reaches, known := reached[v.who.id]
+	if !known {
+		reaches = in.cfg.Judge.Reaches(mesh.In, v.who.id, in.self, in.cfg.Port())
+		reached[v.who.id] = reaches
+	}
+	return !reaches
 }
 
 // standing says why a connection may not go on; empty when it may.
