@@ -335,6 +335,17 @@ func TestStreamsOfTheServer(t *testing.T) {
 			t.Errorf("a new call: %v, want ErrClosing", err)
 		}
 	})
+	t.Run("GOAWAY before all calls refuses them", func(t *testing.T) {
+		c := against(t, Config{}, func(f *foe) {
+			_ = f.WriteSettings()
+			f.await(xhttp2.FrameHeaders)
+			f.drain()
+			_ = f.WriteGoAway(0, xhttp2.ErrCodeNo, nil)
+		})
+		if _, _, err := call(lane(t, c), "GET", "/", "", ""); !errors.Is(err, ErrRefused) {
+			t.Errorf("got %v, want ErrRefused", err)
+		}
+	})
 	t.Run("a stream that is refused can be asked for again", func(t *testing.T) {
 		for code, want := range map[xhttp2.ErrCode]error{xhttp2.ErrCodeRefusedStream: ErrRefused, xhttp2.ErrCodeCancel: ErrCancelled} {
 			c := against(t, Config{}, func(f *foe) {

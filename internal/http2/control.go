@@ -124,8 +124,8 @@ func (c *Conn) peerLeaves(last uint32, _ Code) error {
 	c.leaving = gone
 	for id, l := range c.streams {
 		if id > last {
+			l.broke(ErrRefused) // first: with the last call the connection may end
 			c.forget(l)
-			l.broke(ErrRefused)
 		}
 	}
 	c.parting()

@@ -345,8 +345,8 @@ func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 
 // cut ends the call of a lane, and the lane.
 func (c *Conn) cut(l *Lane, err error) {
+	l.broke(err) // first: with the last call the connection may end
 	c.forget(l)
-	l.broke(err)
 	if l.Cut != nil {
 		c.mu.Unlock()
 		l.Cut()

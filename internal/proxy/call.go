@@ -261,6 +261,10 @@ func (x *call) exchange() *refusal {
 		return x.failed(&http1.SideError{Side: http1.Client, Op: "read", Err: err})
 	}
 	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
+	x.ex.Timeout = 0
+	if isGRPC(x.req.Get("content-type")) {
+		x.ex.Timeout = x.on.firstMessage()
+	}
 	refused := 0
 	for fresh := false; ; fresh = true {
 		up, err := x.lend(x, fresh)

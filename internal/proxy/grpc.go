@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
+	"time"
 )
 
 // isGRPC says whether a request is a call of gRPC, whose client reads a status
@@ -13,6 +15,13 @@ func isGRPC(contentType []byte) bool {
 		return false
 	}
 	return len(contentType) == len(name) || contentType[len(name)] == '+' || contentType[len(name)] == ';'
+}
+
+// firstMessage is how long the head of an answer of gRPC may take. A server may
+// send it with its first message, for which a client may wait long; how long, it
+// says itself (grpc-timeout), and breaks the call off then.
+func (l *listener) firstMessage() time.Duration {
+	return max(cmp.Or(l.Limits.BodyTimeout, 5*time.Minute), l.Limits.ResponseTimeout)
 }
 
 // Codes of gRPC.
