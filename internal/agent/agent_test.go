@@ -13,6 +13,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/mesh"
 	"sallyport/internal/meshtest"
+	"sallyport/internal/policyset"
 	"sallyport/internal/telemetry"
 )
 
@@ -167,6 +168,11 @@ func TestSnapshotsGoForwardOnly(t *testing.T) {
 	now := p.Snapshot()
 	old := *now
 	old.PolicyRevision = 1
+	last := *p.Snapshot()
+	last.PolicyRevision = policyset.MaxRevision
+	if err := p.OnSnapshot(t.Context(), &last); err == nil || !strings.Contains(err.Error(), "too far above") {
+		t.Errorf("a revision after which there is none: %v", err)
+	}
 	if err := p.OnSnapshot(t.Context(), &old); err == nil || !strings.Contains(err.Error(), "newer") {
 		t.Errorf("an older policy: %v", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
+	"sallyport/internal/policyset"
 	"sallyport/internal/svid"
 )
 
@@ -49,9 +50,17 @@ func (a *Agent) own(s *mesh.Snapshot) error {
 // an older one would be.
 func (a *Agent) OnSnapshot(_ context.Context, s *mesh.Snapshot) error {
 	err := a.own(s)
-	if have := a.Snapshot(); err == nil && have != nil && s.PolicyRevision < have.PolicyRevision {
+	in := uint64(0)
+	if have := a.Snapshot(); have != nil {
+		in = have.PolicyRevision
+	}
+	if err == nil {
+		// Nothing could follow on a revision that is far out.
+		err = (&policyset.Set{Revision: s.PolicyRevision}).InReach(in)
+	}
+	if err == nil && s.PolicyRevision < in {
 		// Another issuer's memory is older, or somebody plays back the past.
-		err = errors.New("the policy in force is newer: revision " + strconv.FormatUint(have.PolicyRevision, 10))
+		err = errors.New("the policy in force is newer: revision " + strconv.FormatUint(in, 10))
 	}
 	switch {
 	case err != nil:
