@@ -228,9 +228,11 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 }
 
 // Drain waits for the open tunnels to end, and closes those that are left when
-// ctx ends. Idle connections close at once. Everything the Gateway started has
-// ended when it returns.
+// ctx ends. Connections without one end with their next answer, or soon.
+// Everything the Gateway started has ended when it returns.
 func (g *Gateway) Drain(ctx context.Context) {
+	g.Yield(true)
+	g.rest(ctx)
 	g.mu.Lock()
 	g.draining = true
 	if g.resting != nil {
@@ -265,6 +267,21 @@ func (g *Gateway) Drain(ctx context.Context) {
 	}
 	<-done
 	g.refusedMore(g.flood.rest())
+}
+
+// rest gives connections without a tunnel their time, as long as there are any.
+func (g *Gateway) rest(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, restGrace)
+	defer cancel()
+	tick := time.NewTicker(restGrace / 50)
+	defer tick.Stop()
+	for g.Carries() > 0 {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
 }
 
 // restGrace is how long a connection without a tunnel may wait for one while

@@ -35,36 +35,53 @@ func (d *door) connect(x *call) *refusal {
 	if d.cfg.Gateways == nil {
 		return d.noRoute(x, "no_gateway")
 	}
+	for asked := 1; ; asked++ {
+		r, again := d.throughGateway(x)
+		if !again || asked == maxGateways {
+			return r
+		}
+	}
+}
+
+// maxGateways is how many gateways are asked that end the connection instead of
+// answering, since they are about to end.
+const maxGateways = 3
+
+// throughGateway asks a gateway for the tunnel, and carries it. Another one may be
+// asked when this one has said nothing and closed: nothing of the client's was
+// sent to it.
+func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 	up, err := d.cfg.Gateways.Get(x.ctx, GatewayName, true)
 	if err != nil {
-		return x.noGateway(err, "the gateway cannot be reached")
+		return x.noGateway(err, "the gateway cannot be reached"), false
 	}
 	defer up.Discard()
 	if !x.tie(up) {
 		x.broken = true
-		return nil
+		return nil, false
 	}
 	defer x.unbind()
 	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", x.req.Authority, x.req.Authority)
 	head = append(append(head, x.extra...), '\r', '\n')
 	if _, err := up.Write(head); err != nil {
-		return x.noGateway(err, "the gateway closed the connection")
+		return x.noGateway(err, "the gateway closed the connection"), true
 	}
 	resp, err := gatewayAnswer(up)
 	if err != nil {
-		return x.noGateway(err, "the gateway did not answer properly")
+		return x.noGateway(err, "the gateway did not answer properly"), isClosed(err)
 	}
+	x.err = nil // of a gateway before
 	x.res.Status = resp.Status
 	if resp.Status/100 != 2 {
-		return x.passRefusal(up, resp)
+		return x.passRefusal(up, resp), false
 	}
 	x.res.ResponseStarted = true
 	if _, err := x.down.Write([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); err != nil {
 		x.err, x.broken = err, true
-		return nil
+		return nil, false
 	}
 	x.relay(up)
-	return nil
+	return nil, false
 }
 
 func (x *call) noGateway(err error, detail string) *refusal {

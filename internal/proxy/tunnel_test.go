@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"sallyport/internal/mesh"
@@ -193,5 +194,27 @@ func TestGatewayThatSaysNothingEndsWithTheDrain(t *testing.T) {
 	<-asked
 	if err := r.stopOut(); err != nil {
 		t.Error(err)
+	}
+}
+
+// A gateway that ends the connection instead of answering is about to end: the
+// next one is asked, and of three that say nothing the client hears.
+func TestAGatewayThatEndsIsAskedAgain(t *testing.T) {
+	for _, c := range []struct {
+		silent int32
+		want   string
+	}{{1, "200"}, {2, "200"}, {3, "502"}} {
+		r := newRig(t, app(t, hello))
+		var asked atomic.Int32
+		fakeGateway(t, r, func(c2 net.Conn, _ *bufio.Reader, _ *http.Request) {
+			if asked.Add(1) > c.silent {
+				_, _ = io.WriteString(c2, "HTTP/1.1 200 OK\r\n\r\n")
+			}
+		})
+		w := r.dial()
+		w.say(connectStripe + "\r\n")
+		if line, _ := w.r.ReadString('\n'); !strings.HasPrefix(line, "HTTP/1.1 "+c.want) {
+			t.Errorf("after %d that say nothing: %q", c.silent, line)
+		}
 	}
 }
