@@ -2,10 +2,12 @@ package test
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -165,6 +167,29 @@ func TestCaptureVirtualAddress(t *testing.T) {
 			t.Errorf("after a restart the address is %s, before %s", again, v4)
 		}
 	})
+	t.Run("a takeover", func(t *testing.T) {
+		next := w.start("payment", nil, "sidecar", "run", "--config", w.path("payment", "config.yaml"), "--takeover")
+		calls := 0
+		for over := false; !over; calls++ {
+			if r := call(workloadUID, v4, charges); r.Code != 0 {
+				t.Fatalf("a call failed after %d: %s", calls, r.Output)
+			}
+			select {
+			case <-sidecar.done:
+				over = true
+			default:
+			}
+		}
+		sidecar = next
+		w.awaitReady(sidecar)
+		sidecar.await("hold the rules", func() bool {
+			return strings.Contains(w.capture("show").Output, "held by               a running sidecar")
+		})
+		if r := call(workloadUID, v4, charges); r.Code != 0 {
+			t.Errorf("after the takeover: %s", r.Output)
+		}
+		t.Logf("%d calls during a takeover, none failed", calls)
+	})
 	t.Run("removal", func(t *testing.T) {
 		if r := w.capture("remove"); r.Code != 1 || !strings.Contains(r.Output, "held by a running sidecar") || !strings.Contains(r.Output, "; next: stop the sidecar first") {
 			t.Errorf("while the sidecar runs: %d %s", r.Code, r.Output)
@@ -254,4 +279,87 @@ func TestCapturePostgreSQL(t *testing.T) {
 		refused := psql(workloadUID, v4).Code != 0
 		return refused && slices.ContainsFunc(w.audit("payment"), func(r auditLine) bool { return r.Reason == "no_route" && r.Dst == "host:"+v4+":5432" })
 	})
+}
+
+// TestCaptureInbound has another machine speak to a workload past its sidecar.
+func TestCaptureInbound(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	meshtest.Need(t, "curl")
+	peer := otherMachine(t)
+	w := newWorld(t, time.Minute)
+	w.startIssuer()
+	bill := &node{name: "billing"}
+	w.join(bill)
+	bill.in, bill.app = "0.0.0.0:15006", "127.0.0.1:8080"
+	w.write(bill.name, w.sidecarConfig(bill, w.token(bill.name))+fmt.Sprintf("capture: {everyone: true, sidecar_user: \"%d\", inbound_direct: [8001], hold: true}\n", os.Getuid()))
+	conf, err := os.ReadFile(w.path(bill.name, "config.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.rewrite(w.path(bill.name, "config.yaml"), strings.NewReplacer(
+		"outbound:\n  listen: "+bill.out, "outbound:\n  listen: 127.0.0.1:15001", `app: "127.0.0.1:8080"`, `app: "127.0.0.1:8080", advertise: "10.77.0.1:15006"`).Replace(string(conf)))
+	w.startNode(bill)
+	for _, addr := range []string{"10.77.0.1:8000", "10.77.0.1:8001"} { // what the application opens beside
+		ln, err := net.Listen("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &http.Server{Handler: http.HandlerFunc(echo)}
+		go func() { _ = s.Serve(ln) }()
+		t.Cleanup(func() { s.Close() })
+	}
+	if r := peer("curl", "-sS", "--max-time", "10", "http://10.77.0.1:8001/"); r.Code != 0 {
+		t.Errorf("an exception: %s", r.Output)
+	}
+	for _, port := range []string{"8080", "8000", "15006", "9"} {
+		if r := peer("curl", "-sS", "--max-time", "10", "http://10.77.0.1:"+port+"/"); r.Code == 0 {
+			t.Errorf("port %s answers clear text: %s", port, r.Output)
+		}
+	}
+	for _, port := range []string{"8080", "8000", "9"} {
+		w.awaitAudit("billing", "the refusal at port "+port, func(r auditLine) bool {
+			return r.Kind == "tls" && r.Reason == "handshake" && strings.HasSuffix(r.Detail, "; the connection was going to 10.77.0.1:"+port)
+		})
+	}
+}
+
+// otherMachine is a network namespace at the other end of a cable, whose
+// address is 10.77.0.2 and ours 10.77.0.1, and runs programs there.
+func otherMachine(t *testing.T) func(args ...string) runReply {
+	t.Helper()
+	ip, enter := meshtest.Need(t, "ip"), meshtest.Need(t, "nsenter")
+	holder := exec.CommandContext(t.Context(), meshtest.Need(t, "unshare"), "-n", "sh", "-c", "echo up; exec cat")
+	in, err := holder.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := holder.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := holder.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		_ = holder.Wait()
+	})
+	if _, err := io.ReadFull(out, make([]byte, 3)); err != nil {
+		t.Fatal(err)
+	}
+	pid := fmt.Sprint(holder.Process.Pid)
+	there := func(args ...string) runReply {
+		return command(t, enter, append([]string{"-n", "-t", pid}, args...)...)
+	}
+	for _, r := range []runReply{
+		command(t, ip, "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", pid), command(t, ip, "addr", "add", "10.77.0.1/24", "dev", "near"),
+		command(t, ip, "link", "set", "near", "up"), there(ip, "addr", "add", "10.77.0.2/24", "dev", "far"), there(ip, "link", "set", "far", "up"),
+	} {
+		if r.Code != 0 {
+			t.Fatal(r.Output)
+		}
+	}
+	return there
 }

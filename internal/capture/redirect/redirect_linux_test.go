@@ -246,7 +246,7 @@ func TestCgroupsAreHeld(t *testing.T) {
 		t.Cleanup(func() { os.Remove(filepath.Join(root, sub)) })
 	}
 	c := Config{Cgroups: []string{path + "/app"}, SidecarCgroup: path + "/sidecar", SidecarUser: fmt.Sprint(sidecarUID)}.WithDefaults()
-	install(t, c)
+	h := install(t, c)
 	check(t, root+"/app",
 		attempt{workloadUID, "tcp 203.0.113.7:443", "door 203.0.113.7:443 true", "in the cgroup"},
 		attempt{0, "tcp [2001:db8::7]:443", "door [2001:db8::7]:443 true", "root in the cgroup"},
@@ -261,6 +261,23 @@ func TestCgroupsAreHeld(t *testing.T) {
 		attempt{workloadUID, "tcp 127.0.0.1:8080", "refused", "another user in the sidecar's cgroup"},
 	)
 	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "outside of the cgroup nobody is captured"})
+	// A unit that is started again has another cgroup of the same name.
+	for _, sub := range []string{"app/worker", "app"} {
+		if err := os.Remove(filepath.Join(root, sub)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(root, "app"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	again := mustRules(t, c)
+	if again.Digest() == h.Digest() {
+		t.Error("a cgroup that was made anew is taken for the one before")
+	}
+	if err := h.Replace(again); err != nil {
+		t.Fatal(err)
+	}
+	check(t, root+"/app", attempt{workloadUID, "tcp 203.0.113.7:443", "door", "in the cgroup that was made anew"})
 	c.Cgroups = []string{path}
 	if _, err := New(c, testDoors); err == nil || !strings.Contains(err.Error(), "the sidecar's cgroup is within it") {
 		t.Errorf("a sidecar within the captured cgroup: %v", err)
