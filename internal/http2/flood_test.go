@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -256,36 +255,6 @@ func TestSlowBeginnings(t *testing.T) {
 				t.Errorf("the connection did not end: %v", err)
 			}
 		})
-	}
-}
-
-// A peer that reads no answers gets no more of them than a little, and its
-// connection ends.
-func TestPeerThatNeverReads(t *testing.T) {
-	var written atomic.Int64
-	dial := served(t, Config{WriteTimeout: 100 * time.Millisecond}, func(l *Lane) {
-		b := make([]byte, 4096)
-		answer := "HTTP/1.1 204 No Content\r\nX: " + strings.Repeat("y", 4000) + "\r\n\r\n"
-		for {
-			if _, err := l.Read(b); err != nil {
-				return
-			}
-			n, err := io.WriteString(l, answer)
-			if written.Add(int64(n)); err != nil {
-				return
-			}
-		}
-	})
-	p := speak(t, dial)
-	for i := range uint32(1 << 20) {
-		p.head(2*i+1, true, request("GET")...)
-		if p.WriteSettingsAck() != nil {
-			break
-		}
-	}
-	// What the kernel holds for it at both ends is some megabytes.
-	if n := written.Load(); n > 64<<20 {
-		t.Errorf("%d bytes were made for it", n)
 	}
 }
 

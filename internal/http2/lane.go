@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"net"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -407,6 +408,7 @@ func (l *Lane) Reset(code Code) error {
 		c.reset(l.id, code)
 		c.forget(l)
 	}
+	c.unqueue(l)
 	delete(c.lanes, l)
 	c.open.Store(int64(len(c.lanes)))
 	c.mu.Unlock()
@@ -414,6 +416,20 @@ func (l *Lane) Reset(code Code) error {
 		c.eat(l, unread, 0)
 	}
 	return nil
+}
+
+// unqueue takes a lane out of where it waits: what it waits for may never come,
+// and there is no end to lanes.
+func (c *Conn) unqueue(l *Lane) {
+	is := func(x *Lane) bool { return x == l }
+	if l.inLine {
+		l.inLine = false
+		c.out.line = slices.DeleteFunc(c.out.line, is)
+	}
+	if l.thirsts {
+		l.thirsts = false
+		c.thirsty = slices.DeleteFunc(c.thirsty, is)
+	}
 }
 
 // reset queues the end of a stream, whose late frames will be no mistake.

@@ -2,6 +2,7 @@ package http2
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"os"
 )
@@ -85,12 +86,11 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 	n := i + len(crlf2)
 	l.c.mu.Lock()
 	defer l.c.mu.Unlock()
-	if !l.c.server {
-		if err = l.ask(); err == nil {
-			err = l.may()
-		}
-	} else {
-		err = l.headable()
+	if err = l.headable(); err == nil && !l.c.server {
+		err = l.ask()
+	}
+	if err == nil {
+		err = l.may()
 	}
 	if err != nil {
 		return 0, err
@@ -310,7 +310,7 @@ func (l *Lane) writeTrailer(p []byte) (int, error) {
 	o.line = o.line[:0]
 	l.c.mu.Lock()
 	defer l.c.mu.Unlock()
-	if err := l.headable(); err != nil {
+	if err := cmp.Or(l.headable(), l.may()); err != nil {
 		return 0, err
 	}
 	if len(o.block) == 0 {
@@ -346,24 +346,43 @@ func (l *Lane) queueHead(end bool) {
 	o.pend = appendHeaders(o.pend, l.id, end, l.out.block)
 }
 
-// headable waits until a field section can be queued. It may be larger than the
-// share of a lane, but none comes behind that before it is on its way: a peer
-// that reads no answer gets no further one.
+// headable waits until a field section can be queued. It needs no credit, and it
+// goes whole; but it waits in line like data, or a peer that reads no answer
+// could be made more and more of them.
 func (l *Lane) headable() error {
 	c := l.c
 	for {
-		err := l.may()
-		if err == nil && l.wend.passed {
-			err = os.ErrDeadlineExceeded
-		}
-		if err != nil || l.queued < share {
+		if err := l.stopped(); err != nil {
+			l.passOn()
 			return err
+		}
+		if l.mayQueue(len(l.out.block)) > l.queued {
+			l.turn = false
+			return nil
 		}
 		if !c.out.flushing && len(c.out.pend) > 0 {
 			c.flush()
 			continue
 		}
+		l.waits = true
 		l.room.Wait()
+		l.waits = false
+	}
+}
+
+// stopped says why who writes need not wait any longer.
+func (l *Lane) stopped() error {
+	if l.werr == nil && l.wend.passed {
+		return os.ErrDeadlineExceeded
+	}
+	return l.werr
+}
+
+// passOn gives the turn to the next in line.
+func (l *Lane) passOn() {
+	if l.turn {
+		l.turn = false
+		l.c.out.turns()
 	}
 }
 
@@ -371,15 +390,8 @@ func (l *Lane) headable() error {
 func (l *Lane) sendable(n int) (int, error) {
 	c := l.c
 	for {
-		err := l.may()
-		if err == nil && l.wend.passed {
-			err = os.ErrDeadlineExceeded
-		}
-		if err != nil {
-			if l.turn {
-				l.turn = false
-				c.out.turns()
-			}
+		if err := cmp.Or(l.may(), l.stopped()); err != nil {
+			l.passOn()
 			return 0, err
 		}
 		if l.credit > 0 && c.credit > 0 {
@@ -387,6 +399,8 @@ func (l *Lane) sendable(n int) (int, error) {
 				l.turn = false
 				return k, nil
 			}
+		} else {
+			l.passOn() // a head could go
 		}
 		if !c.out.flushing && len(c.out.pend) > 0 {
 			c.flush()
@@ -409,7 +423,7 @@ func (l *Lane) mayQueue(n int) int {
 	switch {
 	case len(o.pend) == 0 && !o.flushing, len(o.pend) < gather && len(o.line) == 0:
 		return gather
-	case l.turn || n <= tiny || len(o.pend) < crowded && len(o.line) == 0:
+	case l.turn, n <= tiny && len(o.pend) < packed, len(o.pend) < crowded && len(o.line) == 0:
 		return share
 	}
 	if !l.inLine {

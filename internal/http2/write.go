@@ -17,6 +17,8 @@ const (
 	// that what is queued stays bounded however many lanes there are.
 	crowded = 256 << 10
 	tiny    = 2 << 10
+	// packed is from where on everybody does.
+	packed = 2 * crowded
 	// maxNotes bounds the queued frames that answer the peer, in bytes: it has
 	// to read them.
 	maxNotes = 64 << 10
@@ -57,7 +59,7 @@ func (o *writer) answered(was int) error {
 // does not use it calls turns again: somebody must be sending while others wait.
 func (o *writer) turns() {
 	n := 0
-	for given := 0; n < len(o.line) && given < crowded/share; n++ {
+	for given := 0; n < len(o.line) && given < crowded/share && len(o.pend) < crowded; n++ {
 		l := o.line[n]
 		l.inLine = false
 		if l.waits {
