@@ -190,7 +190,7 @@ func lineClasses() []strictClass {
 			line("version 0.9", 505, "GET "+strictPath+" HTTP/0.9"), line("another protocol", 400, "GET "+strictPath+" RTSP/1.0"),
 			refuse("no version", 400, "GET "+strictPath+"\r\n\r\n"), line("a second version", 400, "GET "+strictPath+" HTTP/1.1 HTTP/1.1"),
 			line("long method", 501, strings.Repeat("A", 40)+" "+strictPath+" HTTP/1.1"),
-			refuse("an HTTP/2 preface", 505, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+			{name: "an HTTP/2 preface where HTTP/1.1 was agreed on", say: []string{"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"}, status: 505, doors: atIn},
 			refuse("a TLS hello", 400, "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
 		}},
 	}
