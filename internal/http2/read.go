@@ -282,9 +282,10 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	}
 	g.starved = g.starved || g.left == 0
 	if g.want >= 0 {
-		if g.want -= int64(len(p)); g.want < 0 {
+		if int64(len(p)) > g.want {
 			return Protocol, BadSize
 		}
+		g.want -= int64(len(p))
 	}
 	if l.rerr != nil {
 		return 0, errGone

@@ -27,10 +27,9 @@ func (c *Conn) beginCall(h header, s *section) error {
 			code = RefusedStream
 		}
 		c.reset(h.stream, code)
-		if c.leaving == gone {
-			return nil
+		if c.leaving != gone { // else the peer has not heard it yet
+			c.cfg.Violated(map[bool]Reason{true: TooMany, false: Malformed}[full])
 		}
-		c.cfg.Violated(map[bool]Reason{true: TooMany, false: Malformed}[full])
 		return c.noisy()
 	}
 	l, fresh := c.resting(), false
@@ -43,8 +42,10 @@ func (c *Conn) beginCall(h header, s *section) error {
 		return c.noisy()
 	}
 	l.carry(h.stream)
+	l.peerEnd = end
 	l.mu.Lock()
 	l.request(s, end)
+	l.got.end = end
 	l.mu.Unlock()
 	c.mu.Unlock()
 	if !fresh {
@@ -52,13 +53,6 @@ func (c *Conn) beginCall(h header, s *section) error {
 	} else if !c.accept(l) {
 		_ = l.Reset(RefusedStream) // it never fails
 		return c.noisy()
-	}
-	if end {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if l.id == h.stream { // an answer may have ended it already
-			l.ends()
-		}
 	}
 	return nil
 }
