@@ -453,7 +453,46 @@ func TestRolloutSigned(t *testing.T) {
 	in.restart()
 	in.acts(2, 1)
 
-	// Somebody who can write to the store widens it.
+	// Somebody who can write to the store puts what is signed there, and never
+	// was tried: it has red tests, another set before it, or another way back.
+	write := func(key string, s *policyset.Signed) {
+		t.Helper()
+		if _, err := in.store.Write(t.Context(), store.Op{Kind: store.KindRollout, Key: key, Value: s.Encode()}); err != nil {
+			t.Fatal(err)
+		}
+		in.restart()
+	}
+	in.check = func(p *mesh.Policies) error {
+		if len(p.Rules) > 1 {
+			return errors.New("a red case")
+		}
+		return nil
+	}
+	for name, s := range map[string]*policyset.Signed{
+		"red":                        pushable(t, 2, in.first.Hash(), deny+strings.Replace(deny, "guard", "other", 1)),
+		"on a set that nobody knows": pushable(t, 2, strings.Repeat("ab", 32), deny),
+		"on none":                    pushable(t, 2, "", deny),
+	} {
+		write("policies/set", signed(s, 1, 2))
+		if s, canary := in.SnapshotFor(proxyOf("canary", 0).Agent, proxyOf("canary", 0).Workload, "sidecar"); canary || s.PolicyRevision != 1 {
+			t.Errorf("a set that is %s is given to the canary", name)
+		}
+	}
+	write("policies/set", in.second)
+	in.acts(2, 1)
+	for name, s := range map[string]*policyset.Signed{
+		"says something else":    pushable(t, 3, in.first.Hash(), deny),
+		"follows on another set": pushable(t, 3, in.second.Hash(), "# first\n"),
+	} {
+		write("policies/fallback", signed(s, 1, 2))
+		if s, canary := in.SnapshotFor(proxyOf("canary", 0).Agent, proxyOf("canary", 0).Workload, "sidecar"); canary || s.PolicyRevision != 1 {
+			t.Errorf("a set with a way back that %s is given to the canary", name)
+		}
+	}
+	write("policies/fallback", in.fallback)
+	in.acts(2, 1)
+
+	// Or widens it.
 	if _, err := in.store.Write(t.Context(), store.Op{Kind: store.KindRollout, Key: "policies/set", Value: pushable(t, 2, in.first.Hash(), allowAll).Encode()}); err != nil {
 		t.Fatal(err)
 	}
