@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // interopCases are those of grpc-go's interop client that need no service of a
@@ -31,6 +33,7 @@ var interop = &conformSum{conformResult: conformResult{Name: "interop", OK: true
 // sidecars, in every way that it knows.
 func TestInterop(t *testing.T) {
 	t.Parallel()
+	meshtest.Need(t, "curl")
 	buildInterop(t)
 	w := newWorld(t, time.Minute)
 	w.allowGRPC()
@@ -47,8 +50,9 @@ func TestInterop(t *testing.T) {
 	_, port, _ = net.SplitHostPort(pay.billing)
 	// The cases of ORCA look at what this balancer is told.
 	const balancer = `{"loadBalancingConfig":[{"test_backend_metrics_load_balancer":{}}]}`
-	client := func(name string) runReply {
-		return ask[runReply](payment, "/run", []string{filepath.Join(bin, "interop-client"), "-server_host", "127.0.0.1", "-server_port", port, "-test_case", name, "-service_config_json", balancer})
+	client := func(name string, more ...string) runReply {
+		args := []string{filepath.Join(bin, "interop-client"), "-server_host", "127.0.0.1", "-server_port", port, "-test_case", name, "-service_config_json", balancer}
+		return ask[runReply](payment, "/run", append(args, more...))
 	}
 	payment.await("reach the server", func() bool { return client("empty_unary").Code == 0 })
 	for _, name := range interopCases {
@@ -60,6 +64,31 @@ func TestInterop(t *testing.T) {
 			}
 		})
 	}
+	t.Run("messages of 3 MB, eight at once", func(t *testing.T) {
+		r := client("rpc_soak", "-soak_request_size", "3000000", "-soak_response_size", "3000000", "-soak_num_threads", "8", "-soak_iterations", "16",
+			"-soak_per_iteration_max_acceptable_latency_ms", "20000", "-soak_overall_timeout_seconds", "25")
+		if r.Code != 0 {
+			t.Errorf("it ended with %d:\n%s", r.Code, r.Output)
+		}
+	})
+	empty := w.path("empty.grpc")
+	w.put(empty, "\x00\x00\x00\x00\x00")
+	grpc := func(protocol, method string) string {
+		return ask[runReply](payment, "/run", curl("--noproxy", "*", "--raw", protocol, "-H", "content-type: application/grpc", "-H", "te: trailers", "-H", "connection: te",
+			"--data-binary", "@"+empty, "http://"+pay.billing+method)).Output
+	}
+	t.Run("a call that no rule allows is refused in the words of gRPC", func(t *testing.T) {
+		got := grpc("--http2-prior-knowledge", "/grpc.testing.ReconnectService/Start")
+		if !strings.HasPrefix(got, "HTTP/2 200") || !strings.Contains(got, "grpc-status: 7\r\n") || !strings.Contains(got, "sallyport-decision: ") {
+			t.Errorf("got:\n%s", got)
+		}
+	})
+	t.Run("a client of HTTP/1.1 is answered with trailers", func(t *testing.T) {
+		got := grpc("--http1.1", "/grpc.testing.TestService/EmptyCall")
+		if !strings.HasPrefix(got, "HTTP/1.1 200") || !strings.Contains(strings.ToLower(got), "\r\n0\r\ngrpc-status: 0\r\n") {
+			t.Errorf("got:\n%q", got)
+		}
+	})
 }
 
 // count takes in how a case ended.
