@@ -11,6 +11,8 @@ import (
 
 	"sallyport/internal/agent"
 	"sallyport/internal/daemon"
+	"sallyport/internal/egress"
+	"sallyport/internal/http1"
 	"sallyport/internal/sink"
 )
 
@@ -51,8 +53,33 @@ type Config struct {
 	Pprof bool `yaml:"pprof"`
 }
 
-// LimitsConfig bounds what callers may hold.
+// LimitsConfig bounds what callers may send, hold and take time for. Zero means
+// the default. What goes beyond is refused; sallyport_connections_refused_total
+// counts the connections, the audit log has the rest.
 type LimitsConfig struct {
+	// Head is the size of the head of a CONNECT in bytes, 1024 to 1048576. Default
+	// 8192.
+	Head int `yaml:"head"`
+	// Headers is the number of its field lines, 10 to 10000. Default 64.
+	Headers int `yaml:"headers"`
+	// Target is the length of its target in bytes, at most Head. Default 512.
+	Target int `yaml:"target"`
+	// HeadTimeout is the time from its first byte to the end of its head. Default
+	// 10 s.
+	HeadTimeout time.Duration `yaml:"head_timeout"`
+	// IdleTimeout closes a connection that waits for a CONNECT. Default 65 s.
+	IdleTimeout time.Duration `yaml:"idle_timeout"`
+	// HandshakeTimeout bounds a TLS handshake. Default 5 s.
+	HandshakeTimeout time.Duration `yaml:"handshake_timeout"`
+
+	// Connections in all. Default 8192; one more is closed at once.
+	Connections int `yaml:"connections"`
+	// PeerConnections are those that one identity may have. Default 1024.
+	PeerConnections int `yaml:"peer_connections"`
+	// Handshakes are the connections whose peer has not proved an identity yet.
+	// Default 512; one more closes the one that has taken longest.
+	Handshakes int `yaml:"handshakes"`
+
 	// Tunnels in all. Default 4096.
 	Tunnels int `yaml:"tunnels"`
 	// TunnelsPerWorkload bounds one caller. Default 512.
@@ -61,6 +88,52 @@ type LimitsConfig struct {
 	Idle time.Duration `yaml:"idle"`
 	// Life closes a tunnel however busy. Default 24 h.
 	Life time.Duration `yaml:"life"`
+}
+
+// Validate reports every mistake, each by the name of its field.
+func (c LimitsConfig) Validate() error {
+	var errs []error
+	within := func(field string, n, low, high int) {
+		if n != 0 && (n < low || n > high) {
+			errs = append(errs, fmt.Errorf("limits.%s: %d is not between %d and %d; leave it out for the default", field, n, low, high))
+		}
+	}
+	const least, most = 1 << 10, 1 << 20
+	head := c.Head
+	if head < least || head > most {
+		head = 8 << 10
+	}
+	within("head", c.Head, least, most)
+	within("headers", c.Headers, 10, 10_000)
+	within("target", c.Target, 256, head)
+	within("connections", c.Connections, 1, most)
+	within("peer_connections", c.PeerConnections, 1, most)
+	within("handshakes", c.Handshakes, 1, most)
+	within("tunnels", c.Tunnels, 1, most)
+	within("tunnels_per_workload", c.TunnelsPerWorkload, 1, most)
+	for _, d := range []struct {
+		field string
+		d     time.Duration
+	}{{"head_timeout", c.HeadTimeout}, {"idle_timeout", c.IdleTimeout}, {"handshake_timeout", c.HandshakeTimeout}} {
+		if d.d != 0 && (d.d < 100*time.Millisecond || d.d > 24*time.Hour) {
+			errs = append(errs, fmt.Errorf("limits.%s: %s is not between 100ms and 24h; leave it out for the default", d.field, d.d))
+		}
+	}
+	for field, d := range map[string]time.Duration{"idle": c.Idle, "life": c.Life} {
+		if d < 0 {
+			errs = append(errs, fmt.Errorf("limits.%s: %s is negative", field, d))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// egress is the same as the gateway takes it.
+func (c LimitsConfig) egress() egress.Limits {
+	return egress.Limits{
+		Request: http1.Limits{Head: c.Head, Headers: c.Headers, Target: c.Target, HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout},
+		Conns:   c.Connections, ConnsPerCaller: c.PeerConnections, Handshakes: c.Handshakes, HandshakeTimeout: c.HandshakeTimeout,
+		Tunnels: c.Tunnels, TunnelsPerCaller: c.TunnelsPerWorkload, Idle: c.Idle, Life: c.Life,
+	}
 }
 
 // Validate reports every mistake, each by the name of its field.
@@ -77,13 +150,7 @@ func (c *Config) Validate() error {
 	need(len(c.Resolvers) > 0, "resolvers", `missing; write the DNS servers to ask, such as ["192.0.2.53:53"]`)
 	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate())
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
-	for field, n := range map[string]int{"limits.tunnels": c.Limits.Tunnels, "limits.tunnels_per_workload": c.Limits.TunnelsPerWorkload} {
-		need(n >= 0, field, fmt.Sprintf("%d is negative", n))
-	}
-	for field, d := range map[string]time.Duration{"limits.idle": c.Limits.Idle, "limits.life": c.Limits.Life} {
-		need(d >= 0, field, fmt.Sprintf("%s is negative", d))
-	}
-	errs = append(errs, c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

@@ -181,10 +181,7 @@ func (gw *gateway) open() (err error) {
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
 		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
-		Limits: egress.Limits{
-			Tunnels: cfg.Limits.Tunnels, TunnelsPerCaller: cfg.Limits.TunnelsPerWorkload,
-			Idle: cfg.Limits.Idle, Life: cfg.Limits.Life,
-		},
+		Limits: cfg.Limits.egress(),
 	})
 	if err != nil {
 		return err

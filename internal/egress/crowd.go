@@ -27,6 +27,7 @@ func (g *Gateway) connected(who *caller) bool {
 	}
 	g.crowd.mu.Unlock()
 	if !ok {
+		g.cfg.Metrics.ConnectionsRefused(reporter, "peer").Inc()
 		g.refusedConn(&audit.Record{
 			Kind: audit.KindTLS, Decision: audit.Deny, Reason: string(ReasonConnCap), Dir: string(mesh.Out), Src: who.id.String(), Peer: who.peer,
 			Detail: fmt.Sprintf("%d connections are open, which is the limit of one caller", g.lim.ConnsPerCaller),

@@ -2,6 +2,7 @@ package egress
 
 import (
 	"cmp"
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -17,6 +18,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
@@ -34,13 +36,17 @@ type Limits struct {
 	Conns int
 	// ConnsPerCaller is the same for one SPIFFE ID. Default 1024.
 	ConnsPerCaller int
-	// Handshakes is how many of them may be without identity. Default 256.
+	// Handshakes is how many of them may be without identity. One more closes the
+	// one that has taken longest. Default 512.
 	Handshakes int
 	// HandshakeTimeout is the time from accept to identity. Default 5 s.
 	HandshakeTimeout time.Duration
 	// HelloTimeout is the time from 200 to a whole ClientHello, however slowly
 	// its bytes come; and for a caller to take a refusal. Default 5 s.
 	HelloTimeout time.Duration
+	// Request bounds the head of a CONNECT over HTTP/1.1, and the wait for it.
+	// Default: 8 KiB, 64 fields, a target of 512 bytes, and http1's times.
+	Request http1.Limits
 	// Tunnels is how many tunnels are open at once. Default 4096.
 	Tunnels int
 	// TunnelsPerCaller is the same for one SPIFFE ID. Default 512.
@@ -59,9 +65,12 @@ type Limits struct {
 func (l Limits) filled() Limits {
 	l.Conns = cmp.Or(l.Conns, 8192)
 	l.ConnsPerCaller = cmp.Or(l.ConnsPerCaller, 1024)
-	l.Handshakes = cmp.Or(l.Handshakes, 256)
+	l.Handshakes = cmp.Or(l.Handshakes, 512)
 	l.HandshakeTimeout = cmp.Or(l.HandshakeTimeout, 5*time.Second)
 	l.HelloTimeout = cmp.Or(l.HelloTimeout, 5*time.Second)
+	l.Request.Head = cmp.Or(l.Request.Head, 8<<10)
+	l.Request.Headers = cmp.Or(l.Request.Headers, 64)
+	l.Request.Target = cmp.Or(l.Request.Target, 512)
 	l.Tunnels = cmp.Or(l.Tunnels, 4096)
 	l.TunnelsPerCaller = cmp.Or(l.TunnelsPerCaller, 512)
 	l.Streams = cmp.Or(l.Streams, 250)
@@ -152,7 +161,6 @@ type Gateway struct {
 	tunnels tunnels
 	crowd   crowd
 	flood   flood
-	hands   chan struct{} // one token per handshake
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -162,6 +170,7 @@ type Gateway struct {
 
 	mu       sync.Mutex // guards what follows, and h2 and h2conns
 	conns    map[*wire]bool
+	proving  list.List // of *wire, without identity, in the order of arrival
 	draining bool
 	// yielding has connections end with their next answer; resting closes those
 	// that wait for a request meanwhile.
@@ -180,7 +189,6 @@ func New(c Config) (*Gateway, error) {
 		guard = new(Guard)
 	}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
-	g.hands = make(chan struct{}, g.lim.Handshakes)
 	g.crowd.of = make(map[spiffeid.ID]int)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
@@ -351,27 +359,46 @@ func (g *Gateway) admit(c net.Conn) {
 	w := &wire{Conn: c, closed: make(chan struct{})}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.draining || len(g.conns) >= g.lim.Conns {
+	if g.draining {
 		c.Close()
 		return
 	}
-	select {
-	case g.hands <- struct{}{}:
-	default:
+	if len(g.conns) >= g.lim.Conns {
+		g.cfg.Metrics.ConnectionsRefused(reporter, "total").Inc()
 		c.Close()
 		return
+	}
+	w.place = g.proving.PushBack(w)
+	if g.proving.Len() > g.lim.Handshakes {
+		// Who has been there longest must go: an honest handshake takes
+		// milliseconds.
+		longest := g.proving.Front()
+		g.proving.Remove(longest)
+		longest.Value.(*wire).Close()
+		g.cfg.Metrics.ConnectionsRefused(reporter, "handshakes").Inc()
 	}
 	g.conns[w] = true
+	g.opened()
 	g.wg.Go(func() {
 		defer func() {
 			w.Close()
 			g.mu.Lock()
 			delete(g.conns, w)
+			g.opened()
 			g.mu.Unlock()
 		}()
 		defer g.recovered()
 		g.serveConn(w)
 	})
+}
+
+// reporter is the name of the gateway in metrics.
+const reporter = "gateway"
+
+// opened shows how many connections there are, under mu.
+func (g *Gateway) opened() {
+	g.cfg.Metrics.Connections(reporter, "open").Set(float64(len(g.conns)))
+	g.cfg.Metrics.Connections(reporter, "proving").Set(float64(g.proving.Len()))
 }
 
 // enter counts a stream in, unless the gateway drains. A stream that entered
@@ -432,7 +459,7 @@ func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
 // serveConn makes the handshake and serves the protocol agreed on.
 func (g *Gateway) serveConn(w *wire) {
 	tc := tls.Server(w, g.cfg.TLS)
-	who, err := g.handshake(tc)
+	who, err := g.handshake(w, tc)
 	if err != nil || !g.connected(who) {
 		return
 	}
@@ -448,8 +475,13 @@ func (g *Gateway) serveConn(w *wire) {
 }
 
 // handshake establishes who calls. Failures are recorded.
-func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
-	defer func() { <-g.hands }()
+func (g *Gateway) handshake(w *wire, tc *tls.Conn) (*caller, error) {
+	defer func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.proving.Remove(w.place) // does nothing when it was put out
+		g.opened()
+	}()
 	ctx, cancel := context.WithTimeout(context.Background(), g.lim.HandshakeTimeout)
 	defer cancel()
 	peer := tc.RemoteAddr().String()
@@ -460,7 +492,7 @@ func (g *Gateway) handshake(tc *tls.Conn) (*caller, error) {
 			return who, nil
 		}
 	}
-	g.cfg.Metrics.TLSFailures("gateway", "handshake").Inc()
+	g.cfg.Metrics.TLSFailures(reporter, "handshake").Inc()
 	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
 	return nil, err
 }

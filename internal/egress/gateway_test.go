@@ -14,7 +14,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -31,6 +33,7 @@ import (
 	"sallyport/internal/mesh"
 	"sallyport/internal/meshtest"
 	"sallyport/internal/svid"
+	"sallyport/internal/telemetry"
 )
 
 var (
@@ -1027,6 +1030,37 @@ func TestHandshakeLimits(t *testing.T) {
 		t.Fatalf("refused: %+v", ref)
 	}
 	tun.Close()
+}
+
+// A flood of connections that prove nothing puts out its own, not who comes last,
+// and is counted.
+func TestHandshakeFloodPutsOutTheOldest(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.Handshakes, c.Metrics = 4, telemetry.NewRegistry() })
+	var flood []net.Conn
+	for range 12 {
+		c, err := net.Dial("tcp", w.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		flood = append(flood, c)
+	}
+	for _, c := range flood[:8] {
+		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Error("one of the oldest is kept")
+		}
+	}
+	tun, ref := dial1(w, billing, "db.test:5432") // while the others are there
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	tun.Close()
+	rec := httptest.NewRecorder()
+	w.gw.cfg.Metrics.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+	if text := rec.Body.String(); !strings.Contains(text, `sallyport_connections_refused_total{reason="handshakes",reporter="gateway"} 9`) {
+		t.Errorf("not counted:\n%s", text)
+	}
 }
 
 func TestIdleAndOldTunnelsEnd(t *testing.T) {

@@ -32,15 +32,12 @@ func (l *lookback) keep(n int) []byte {
 	return l.seen
 }
 
-// requestLimits bound the head of a CONNECT, which needs little.
-var requestLimits = http1.Limits{Head: 8 << 10, Headers: 64, Target: 512}
-
 const established = "HTTP/1.1 200 Connection established\r\n\r\n"
 
 // serveHTTP1 answers requests until one becomes a tunnel, and carries that.
 func (g *Gateway) serveHTTP1(w *wire, tc *tls.Conn, who *caller) {
 	lb := &lookback{Conn: tc}
-	hc := http1.NewConn(lb, requestLimits)
+	hc := http1.NewConn(lb, g.lim.Request)
 	var req http1.Request
 	for {
 		if !g.setIdle(w, true) {

@@ -60,7 +60,7 @@ func (g *Gateway) newHTTP2() *http.Server {
 	return &http.Server{
 		Handler:        http.HandlerFunc(g.serveStream),
 		Protocols:      protocols,
-		MaxHeaderBytes: requestLimits.Head,
+		MaxHeaderBytes: g.lim.Request.Head,
 		IdleTimeout:    5 * time.Minute,
 		ErrorLog:       log.New(io.Discard, "", 0),
 		HTTP2: &http.HTTP2Config{

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"container/list"
 	"net"
 	"sync"
 )
@@ -13,6 +14,8 @@ type wire struct {
 	idle bool
 	who  *caller // once it has proved who it is
 	over bool    // it was closed because that holds no more
+	// place is where it stands among those without identity.
+	place *list.Element
 
 	closed chan struct{} // closed by Close
 	once   sync.Once
