@@ -292,7 +292,7 @@ func TestCaptureInbound(t *testing.T) {
 	w.startIssuer()
 	bill := &node{name: "billing"}
 	w.join(bill)
-	bill.in, bill.app = "0.0.0.0:15006", "127.0.0.1:8080"
+	bill.in, bill.app = "[::]:15006", "127.0.0.1:8080" // of both families
 	w.write(bill.name, w.sidecarConfig(bill, w.token(bill.name))+fmt.Sprintf("capture: {everyone: true, sidecar_user: \"%d\", inbound_direct: [8001], hold: true}\n", os.Getuid()))
 	conf, err := os.ReadFile(w.path(bill.name, "config.yaml"))
 	if err != nil {
@@ -301,7 +301,7 @@ func TestCaptureInbound(t *testing.T) {
 	w.rewrite(w.path(bill.name, "config.yaml"), strings.NewReplacer(
 		"outbound:\n  listen: "+bill.out, "outbound:\n  listen: 127.0.0.1:15001", `app: "127.0.0.1:8080"`, `app: "127.0.0.1:8080", advertise: "10.77.0.1:15006"`).Replace(string(conf)))
 	w.startNode(bill)
-	for _, addr := range []string{"10.77.0.1:8000", "10.77.0.1:8001"} { // what the application opens beside
+	for _, addr := range []string{"10.77.0.1:8000", "10.77.0.1:8001", "[fd77::1]:8001"} { // what the application opens beside
 		ln, err := net.Listen("tcp", addr)
 		if err != nil {
 			t.Fatal(err)
@@ -310,23 +310,27 @@ func TestCaptureInbound(t *testing.T) {
 		go func() { _ = s.Serve(ln) }()
 		t.Cleanup(func() { s.Close() })
 	}
-	if r := peer("curl", "-sS", "--max-time", "10", "http://10.77.0.1:8001/"); r.Code != 0 {
-		t.Errorf("an exception: %s", r.Output)
-	}
-	for _, port := range []string{"8080", "8000", "15006", "9"} {
-		if r := peer("curl", "-sS", "--max-time", "10", "http://10.77.0.1:"+port+"/"); r.Code == 0 {
-			t.Errorf("port %s answers clear text: %s", port, r.Output)
+	for _, open := range []string{"10.77.0.1:8001", "[fd77::1]:8001"} {
+		if r := peer("curl", "-sS", "--max-time", "10", "http://"+open+"/"); r.Code != 0 {
+			t.Errorf("%s, an exception: %s", open, r.Output)
 		}
 	}
-	for _, port := range []string{"8080", "8000", "9"} {
-		w.awaitAudit("billing", "the refusal at port "+port, func(r auditLine) bool {
-			return r.Kind == "tls" && r.Reason == "handshake" && strings.HasSuffix(r.Detail, "; the connection was going to 10.77.0.1:"+port)
+	elsewhere := []string{"10.77.0.1:8080", "10.77.0.1:8000", "10.77.0.1:9", "[fd77::1]:8080", "[fd77::1]:9"}
+	for _, addr := range append(elsewhere, "10.77.0.1:15006", "[fd77::1]:15006") {
+		if r := peer("curl", "-sS", "--max-time", "10", "http://"+addr+"/"); r.Code == 0 {
+			t.Errorf("%s answers clear text: %s", addr, r.Output)
+		}
+	}
+	for _, addr := range elsewhere {
+		w.awaitAudit("billing", "the refusal at "+addr, func(r auditLine) bool {
+			return r.Kind == "tls" && r.Reason == "handshake" && strings.HasSuffix(r.Detail, "; the connection was going to "+addr)
 		})
 	}
 }
 
 // otherMachine is a network namespace at the other end of a cable, whose
-// address is 10.77.0.2 and ours 10.77.0.1, and runs programs there.
+// addresses are 10.77.0.2 and fd77::2, ours 10.77.0.1 and fd77::1, and runs
+// programs there.
 func otherMachine(t *testing.T) func(args ...string) runReply {
 	t.Helper()
 	ip, enter := meshtest.Need(t, "ip"), meshtest.Need(t, "nsenter")
@@ -355,6 +359,7 @@ func otherMachine(t *testing.T) func(args ...string) runReply {
 	}
 	for _, r := range []runReply{
 		command(t, ip, "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", pid), command(t, ip, "addr", "add", "10.77.0.1/24", "dev", "near"),
+		command(t, ip, "addr", "add", "fd77::1/64", "dev", "near", "nodad"), there(ip, "addr", "add", "fd77::2/64", "dev", "far", "nodad"),
 		command(t, ip, "link", "set", "near", "up"), there(ip, "addr", "add", "10.77.0.2/24", "dev", "far"), there(ip, "link", "set", "far", "up"),
 	} {
 		if r.Code != 0 {

@@ -67,7 +67,7 @@ func (c *Config) validateCapture() error {
 	}
 	if c.Inbound.Listen != "" {
 		if a, err := netip.ParseAddrPort(c.Inbound.Listen); err != nil && !strings.HasPrefix(c.Inbound.Listen, ":") || err == nil && !a.Addr().IsUnspecified() {
-			bad("inbound.listen", `is where captured connections arrive, at any address of the machine; write "0.0.0.0:15006", and the address for peers as inbound.advertise`)
+			bad("inbound.listen", `is where captured connections arrive, at any address of the machine; write "[::]:15006", and the address for peers as inbound.advertise`)
 		}
 	}
 	return errors.Join(errs...)
