@@ -107,6 +107,13 @@ bench-h2 bench-grpc:
 interop: ## client and server of grpc-go through a pair of sidecars, every case
 	@go test ./test -run '^TestInterop$$' -count=1 -v | sed -E '/^(ok|PASS|FAIL)\s*/d'
 
+.PHONY: bench-tcp
+bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunnel (ARGS="-rounds 9")
+	@dpkg -s nginx libnginx-mod-stream haproxy stunnel4 >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy stunnel4 >/dev/null; }
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-tcp ./bench/tcp
+	@$(BIN)/bench-tcp -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

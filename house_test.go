@@ -30,7 +30,8 @@ var floors = [][]string{
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
 	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest",
-	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2", "test",
+	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
+	"bench/tcp", "test",
 }
 
 // never lists what must not be linked into a program, however indirectly.

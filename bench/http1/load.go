@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -39,67 +38,6 @@ type report struct {
 	// P50 and P99 are milliseconds; at a rate from the moment the request was due.
 	P50 float64 `json:"p50"`
 	P99 float64 `json:"p99"`
-}
-
-// serveLoad takes orders on a Unix socket until its peer goes. An order is one
-// line of JSON, and answered by "warm" and the report.
-func serveLoad(socket string) error {
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			in, out := json.NewDecoder(c), json.NewEncoder(c)
-			for {
-				var o order
-				if in.Decode(&o) != nil {
-					return
-				}
-				r := o.run(func() { _ = out.Encode("warm") })
-				if out.Encode(r) != nil {
-					return
-				}
-			}
-		}()
-	}
-}
-
-// A loader is a load process, asked from here.
-type loader struct {
-	c   net.Conn
-	in  *json.Decoder
-	out *json.Encoder
-}
-
-func dialLoad(socket string) (*loader, error) {
-	c, err := net.Dial("unix", socket)
-	if err != nil {
-		return nil, err
-	}
-	return &loader{c: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}, nil
-}
-
-// do has an order carried out; at warm the measured time begins.
-func (l *loader) do(o order, warm func()) (report, error) {
-	var (
-		r    report
-		word string
-	)
-	if err := l.out.Encode(o); err != nil {
-		return r, err
-	}
-	if err := l.in.Decode(&word); err != nil {
-		return r, fmt.Errorf("load process: %w", err)
-	}
-	warm()
-	err := l.in.Decode(&r)
-	return r, err
 }
 
 // A run is the state that the connections of an order share.

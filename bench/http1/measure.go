@@ -99,7 +99,7 @@ func (p *pair) measure(o order) (sample, error) {
 	pids := p.PIDs()
 	var before, after time.Duration
 	var failed error
-	rep, err := p.load.do(o, func() { before, failed = rig.CPUOf(pids...) })
+	rep, err := p.load.Do(o, func() { before, failed = rig.CPUOf(pids...) })
 	if err != nil || failed != nil {
 		return sample{}, fmt.Errorf("load: %w", cmp.Or(err, failed))
 	}
@@ -172,7 +172,7 @@ func (b *bench) profile(ctx context.Context, s settings) error {
 	done := make(chan error, 2)
 	o := s.wanted()[0].order(p, s)
 	o.For = 12 * time.Second
-	_, err = p.load.do(o, func() {
+	_, err = p.load.Do(o, func() {
 		for i, half := range []string{"server", "client"} {
 			go func() { done <- p.Procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
 		}
