@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"sallyport/internal/meshtest"
+	"sallyport/internal/socket"
 	"sallyport/internal/svid"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -35,9 +36,9 @@ func onLoopback(tb testing.TB, encrypted bool, serve func(*Stream)) *pair {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	var near, far net.Conn = bare{NewSocket(here)}, bare{NewSocket(there)}
+	var near, far net.Conn = bare{socket.New(here)}, bare{socket.New(there)}
 	if encrypted {
-		near, far = shakeHands(tb, NewSocket(here), NewSocket(there))
+		near, far = shakeHands(tb, socket.New(here), socket.New(there))
 	}
 	p := new(pair)
 	p.start(tb, near, far, Config{}, Config{}, serve)

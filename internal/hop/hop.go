@@ -23,6 +23,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyport/internal/socket"
 )
 
 // Proto is the name of the protocol in ALPN.
@@ -113,7 +115,8 @@ func (b *Budget) give(n int) {
 // streams, the other one accepts them.
 type Conn struct {
 	nc     net.Conn
-	sock   *Socket // under the TLS of nc; nil in tests without
+	sock   *socket.Socket // under the TLS of nc; nil in tests without
+	sink   socket.Sink
 	cfg    Config
 	accept func(*Stream) bool // nil at the end that opens
 
@@ -157,11 +160,8 @@ func Accepted(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 
 func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 	c := &Conn{
-		nc: nc, cfg: cfg.withDefaults(), accept: accept, limit: firstStreams,
+		nc: nc, sock: socket.Under(nc), sink: socket.NewSink(nc), cfg: cfg.withDefaults(), accept: accept, limit: firstStreams,
 		streams: map[uint32]*Stream{}, held: map[*Stream]struct{}{}, empty: time.Now(),
-	}
-	if n, ok := nc.(interface{ NetConn() net.Conn }); ok {
-		c.sock, _ = n.NetConn().(*Socket)
 	}
 	c.out.work.L = &c.mu
 	c.in.noise, c.in.opens = newBucket(noiseBurst, noiseRate), newBucket(opensBurst, opensRate)

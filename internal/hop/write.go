@@ -37,6 +37,26 @@ type writer struct {
 	work     sync.Cond // for the goroutine that writes what nobody else does
 }
 
+// A buffer is for what is about to be sent.
+type buffer struct{ b []byte }
+
+var bufferPool = sync.Pool{New: func() any { return &buffer{make([]byte, 0, firstBuffer)} }}
+
+const (
+	firstBuffer = 4 << 10
+	// keepBuffer is the size up to which a buffer is used again.
+	keepBuffer = 512 << 10
+)
+
+func takeBuffer() *buffer { return bufferPool.Get().(*buffer) }
+
+func (b *buffer) giveBack() {
+	if cap(b.b) <= keepBuffer {
+		b.b = b.b[:0]
+		bufferPool.Put(b)
+	}
+}
+
 // wake has the goroutine of the Conn write, soon.
 func (o *writer) wake() { o.work.Signal() }
 
@@ -94,7 +114,7 @@ func (c *Conn) write() {
 	c.mu.Unlock()
 	if len(left) > 0 {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
-		_ = c.send(left) // the connection has ended, one way or another
+		_, _ = c.sink.Write(left) // the connection has ended, one way or another
 	}
 	c.nc.Close()
 }
@@ -123,7 +143,7 @@ func (c *Conn) flush() {
 		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
 	}
 	c.mu.Unlock()
-	err := c.send(b)
+	_, err := c.sink.Write(b)
 	lent.b = b
 	lent.giveBack()
 	c.mu.Lock()
@@ -134,20 +154,6 @@ func (c *Conn) flush() {
 	if len(o.pend) > 0 || c.err != nil {
 		o.wake()
 	}
-}
-
-// send writes b in one go.
-func (c *Conn) send(b []byte) error {
-	if c.sock != nil {
-		c.sock.Cork()
-	}
-	_, err := c.nc.Write(b)
-	if c.sock != nil {
-		if e := c.sock.Uncork(); err == nil {
-			err = e
-		}
-	}
-	return err
 }
 
 // accompanied says whether other calls are under way: at the end that opens

@@ -8,6 +8,7 @@ import (
 // peeker looks at what the kernel holds for a connection, without allocating.
 type peeker struct {
 	raw   syscall.RawConn
+	ahead interface{ Buffered() int } // holds what was read for TLS; nil: nothing does
 	look  func(fd uintptr)
 	b     [1]byte
 	stale bool
@@ -29,7 +30,10 @@ func (c *Conn) Stale() bool {
 	p := &c.peeker
 	if p.look == nil {
 		p.look = p.peek
-		p.raw = rawConn(c.nc)
+		p.find(c.nc)
+	}
+	if p.ahead != nil && p.ahead.Buffered() > 0 {
+		return true
 	}
 	if p.raw == nil {
 		return false
@@ -38,9 +42,12 @@ func (c *Conn) Stale() bool {
 	return p.raw.Control(p.look) != nil || p.stale
 }
 
-// rawConn finds the descriptor under nc, through TLS too; nil without one.
-func rawConn(nc net.Conn) syscall.RawConn {
+// find finds the descriptor under nc, through TLS too.
+func (p *peeker) find(nc net.Conn) {
 	for {
+		if a, ok := nc.(interface{ Buffered() int }); ok {
+			p.ahead = a
+		}
 		in, ok := nc.(interface{ NetConn() net.Conn })
 		if !ok {
 			break
@@ -49,8 +56,7 @@ func rawConn(nc net.Conn) syscall.RawConn {
 	}
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
-			return raw
+			p.raw = raw
 		}
 	}
-	return nil
 }

@@ -3,10 +3,13 @@ package http1
 import (
 	"errors"
 	"io"
+	"net"
 	"os"
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyport/internal/socket"
 )
 
 // A Tunnel moves bytes both ways between two connections after an upgrade or a
@@ -63,11 +66,33 @@ func (t *Tunnel) Run() (sent, got int64, err error) {
 	return sent, got, t.err
 }
 
-// stop ends both directions; the first reason given stays.
+// stop ends both directions; the first reason given stays. After a failure
+// neither end may take what it has got for the whole.
 func (t *Tunnel) stop(err error) {
 	t.once.Do(func() { t.err = err })
-	t.Client.Close()
-	t.Server.Close()
+	for _, c := range []*Conn{t.Client, t.Server} {
+		if err != nil && !errors.Is(err, ErrIdleTimeout) {
+			c.abort()
+		}
+		c.Close()
+	}
+}
+
+// abort closes a connection such that the peer sees a failure: without a
+// farewell of TLS, and TCP by a reset.
+func (c *Conn) abort() {
+	nc := c.nc
+	for {
+		in, ok := nc.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		nc = in.NetConn()
+	}
+	if l, ok := nc.(interface{ SetLinger(sec int) error }); ok {
+		_ = l.SetLinger(0) // a connection that is closed already needs none
+	}
+	nc.Close()
 }
 
 // move carries one direction, whose frames f follows if there are any.
@@ -84,60 +109,43 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 	if t.Idle == 0 {
 		src.readUntil(time.Time{})
 	}
-	// A tunnel waits in the buffer that its connection has anyhow, and takes a
-	// large one only while bytes come in large pieces.
-	var bulk *[bulkSize]byte
-	defer func() {
-		if bulk != nil {
-			bulkPool.Put(bulk)
-		}
-	}()
+	from, to := socket.NewSource(src.nc), socket.NewSink(dst.nc)
+	defer from.Release()
 	for {
 		if t.Idle > 0 {
 			src.readWithin(t.Idle)
 		}
-		k, rerr := 0, src.hold()
-		buf := src.buf
-		if bulk != nil {
-			buf = bulk[:]
-		}
-		if rerr == nil {
-			k, rerr = src.nc.Read(buf)
-		}
+		b, err := from.Next()
 		if f != nil && t.parts.code.Load() != 0 {
-			t.farewell(dst, src, f, buf)
+			t.farewell(dst, src, f, from)
 			return n
 		}
-		if k > 0 {
+		if len(b) > 0 {
 			t.last.Store(int64(time.Since(t.start)))
-			w, werr := dst.Write(buf[:k])
-			f.follow(buf[:w])
-			if n += int64(w); werr != nil {
-				t.stop(werr)
+			w := 0
+			if err = dst.writeWithin(); err == nil {
+				w, err = to.Write(b)
+			}
+			f.follow(b[:w])
+			if n += int64(w); err != nil {
+				t.stop(err)
 				return n
 			}
-			switch {
-			case bulk == nil && k == len(buf):
-				bulk = bulkPool.Get().(*[bulkSize]byte)
-			case bulk != nil && k < bufferSize:
-				bulkPool.Put(bulk)
-				bulk = nil
-			}
+			continue
 		}
 		switch {
-		case rerr == nil:
-		case rerr == io.EOF:
+		case err == io.EOF:
 			if dst.closeWrite() != nil {
 				t.stop(nil)
 			}
 			return n
-		case errors.Is(rerr, os.ErrDeadlineExceeded):
+		case errors.Is(err, os.ErrDeadlineExceeded):
 			if quiet := time.Since(t.start) - time.Duration(t.last.Load()); quiet >= t.Idle {
 				t.stop(ErrIdleTimeout)
 				return n
 			}
 		default:
-			t.stop(rerr)
+			t.stop(err)
 			return n
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"os"
 	"sync/atomic"
 	"time"
+
+	"sallyport/internal/socket"
 )
 
 // The codes by which a proxy closes a WebSocket (RFC 6455 section 7.4.1).
@@ -56,7 +58,7 @@ func (t *Tunnel) Part(code uint16, within time.Duration) {
 // farewell ends one direction: it says why to dst, and waits until src has
 // closed, since to close on bytes that were not read could destroy what src is
 // sent by the other direction.
-func (t *Tunnel) farewell(dst, src *Conn, f *frames, room []byte) {
+func (t *Tunnel) farewell(dst, src *Conn, f *frames, from *socket.Source) {
 	until := time.Unix(0, t.parts.until.Load())
 	t.parts.heard.Add(1)
 	if f.between() {
@@ -72,7 +74,7 @@ func (t *Tunnel) farewell(dst, src *Conn, f *frames, room []byte) {
 	}
 	for time.Now().Before(until) {
 		_ = src.nc.SetReadDeadline(until)
-		if _, err := src.nc.Read(room); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		if _, err := from.Next(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return
 		}
 	}

@@ -33,6 +33,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyport/internal/socket"
 )
 
 // Proto is the name of the protocol in ALPN.
@@ -97,18 +99,11 @@ const (
 	lastWords = time.Second
 )
 
-// A corker is a connection under TLS that can hold back what is written, to
-// send it in one go. hop.Socket is one.
-type corker interface {
-	Cork()
-	Uncork() error
-}
-
 // A Conn is one connection. The end that dialled opens streams, the other one
 // accepts them.
 type Conn struct {
 	nc     net.Conn
-	sock   corker // under the TLS of nc; nil without
+	sink   socket.Sink
 	cfg    Config
 	server bool
 	accept func(*Lane) bool // of a server
@@ -162,9 +157,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 		streams: map[uint32]*Lane{}, lanes: map[*Lane]struct{}{}, empty: time.Now(),
 		credit: firstWindow, first: firstWindow,
 	}
-	if n, ok := nc.(interface{ NetConn() net.Conn }); ok {
-		c.sock, _ = n.NetConn().(corker)
-	}
+	c.sink = socket.NewSink(nc)
 	c.out.work.L = &c.mu
 	c.in.noise = bucket{tokens: noiseBurst, last: time.Now()}
 	c.in.block.init(c.cfg.Head)

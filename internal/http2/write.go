@@ -91,7 +91,7 @@ func (c *Conn) write() {
 	c.mu.Unlock()
 	if len(left) > 0 {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
-		_ = c.send(left) // the connection has ended, one way or another
+		_, _ = c.sink.Write(left) // the connection has ended, one way or another
 	}
 	if !lingers {
 		c.nc.Close() // which wakes who reads
@@ -123,7 +123,7 @@ func (c *Conn) flush() {
 		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
 	}
 	c.mu.Unlock()
-	err := c.send(b)
+	_, err := c.sink.Write(b)
 	c.mu.Lock()
 	o.flushing = false
 	if cap(b) <= keepBuffer {
@@ -135,20 +135,6 @@ func (c *Conn) flush() {
 	if len(o.pend) > 0 || c.err != nil {
 		o.wake()
 	}
-}
-
-// send writes b in one go.
-func (c *Conn) send(b []byte) error {
-	if c.sock != nil {
-		c.sock.Cork()
-	}
-	_, err := c.nc.Write(b)
-	if c.sock != nil {
-		if e := c.sock.Uncork(); err == nil {
-			err = e
-		}
-	}
-	return err
 }
 
 // accompanied says whether other calls are under way: at the end that opens

@@ -24,6 +24,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -165,7 +166,7 @@ func (in *Inbound) Carries() int { return in.carries() }
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
-	tc := tls.Server(hop.NewSocket(capture.NewDirect(c.Conn)), in.cfg.TLS)
+	tc := tls.Server(socket.New(capture.NewDirect(c.Conn)), in.cfg.TLS)
 	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
 	if err != nil {
@@ -195,7 +196,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		in.serveHTTP2(ctx, c, tc, x)
 		return
 	}
-	x.down = http1.NewConn(hop.Quiet(tc), in.Limits)
+	x.down = http1.NewConn(socket.Quiet(tc), in.Limits)
 	defer x.down.Release()
 	if opaque {
 		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")

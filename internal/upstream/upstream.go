@@ -30,6 +30,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/socket"
 )
 
 // ErrNoEndpoint is returned when a service has no endpoint at all.
@@ -467,7 +468,7 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	if p.t.id.IsZero() {
 		return nc, time.Time{}, nil
 	}
-	tc := tls.Client(hop.NewSocket(nc), p.cfg.TLS(p.t.id))
+	tc := tls.Client(socket.New(nc), p.cfg.TLS(p.t.id))
 	if err := tc.HandshakeContext(ctx); err != nil {
 		nc.Close()
 		return nil, time.Time{}, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
