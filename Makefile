@@ -6,6 +6,8 @@ SHELL := /bin/bash
 BIN := bin
 PROGRAMS := issuer sidecar gateway sallyport
 LDFLAGS := -s -w
+# A profile to compile cmd/sidecar by: make build PGO=cmd/sidecar/pgo/default.pgo
+PGO ?= off
 TOOL := go tool -modfile=tools/go.mod
 # The race detector needs a C compiler; without one the tests run all the same.
 RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
@@ -21,7 +23,8 @@ help: ## this list
 
 .PHONY: build
 build: ## the four programs, in bin/
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(PROGRAMS))
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(filter-out sidecar,$(PROGRAMS)))
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PGO) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 
 .PHONY: issuer-pkcs11
 issuer-pkcs11: ## the issuer with PKCS#11, in bin/; needs a C compiler
@@ -87,6 +90,14 @@ bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (
 .PHONY: h2spec
 h2spec: ## h2spec against every listener of real sidecars that speaks HTTP/2
 	@go test -count=1 -vet=off -run '^TestH2spec$$' -v ./test | grep -v '^=== '
+
+.PHONY: pgo
+pgo: ## the profile for PGO anew, from the load of bench-http1
+	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-http1 ./bench/http1
+	@for s in 64c-1k 64c-64k; do $(BIN)/bench-http1 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -scenes $$s -profile $(BIN)/pgo-$$s; done
+	@go tool pprof -proto $(BIN)/pgo-64c-1k-client $(BIN)/pgo-64c-1k-server $(BIN)/pgo-64c-64k-client $(BIN)/pgo-64c-64k-server | \
+	  gunzip | LC_ALL=C sed "s|$(CURDIR)/$(BIN)/sidecar|$$(tr 'A-Za-z0-9/._-' x <<<'$(CURDIR)/$(BIN)/sidecar' | tr -d '\n')|" | gzip -n9 >cmd/sidecar/pgo/default.pgo # where it ran is nobody's business
 
 .PHONY: bench-memory
 bench-memory: ## what a sidecar holds at rest, and for each idle connection (ARGS="-conns 2000")
