@@ -51,8 +51,7 @@ func (c *Conn) pinged(h header, p []byte) error {
 
 // granted lets a lane, or all of them together, send more.
 func (c *Conn) granted(stream uint32, n int) error {
-	c.in.noise.earn(c.out.earned)
-	c.out.earned = 0
+	c.earn()
 	if err := c.noisy(); err != nil {
 		return err
 	}

@@ -174,6 +174,20 @@ func TestFloods(t *testing.T) {
 				_ = p.WriteContinuation(1, false, make([]byte, 15<<10))
 			}
 		}, TooLarge},
+		{"field sections of a call that we have ended", func(p *peer) {
+			p.head(1, false, request("POST")...)
+			_ = p.WriteWindowUpdate(1, maxWindow)
+			for range many {
+				p.head(1, false, "x", "y")
+			}
+		}, Flood},
+		{"calls behind its own farewell", func(p *peer) {
+			p.head(1, false, request("POST")...)
+			_ = p.WriteGoAway(0, xhttp2.ErrCodeNo, nil)
+			for i := range uint32(many) {
+				p.head(2*i+3, true, request("GET")...)
+			}
+		}, Flood},
 		{"data beyond the window", func(p *peer) {
 			p.head(1, false, request("POST", "x-slow", "yes")...)
 			for range 10 {

@@ -67,9 +67,7 @@ func (c *Conn) sectionWhole(h header, block []byte) error {
 		err = violated(Protocol, BadStream)
 	case l == nil && !c.isIdle(h.stream):
 		begins = false
-		if c.server && !c.wasReset(h.stream) {
-			err = violated(StreamClosed, AfterEnd)
-		}
+		err = c.late(h)
 	case l == nil && !c.server:
 		err = violated(Protocol, BadStream)
 	}
@@ -90,6 +88,22 @@ func (c *Conn) sectionWhole(h header, block []byte) error {
 		return c.trailers(h, l, s)
 	}
 	return c.answer(h, l, s)
+}
+
+// late looks at a field section of a stream that is not there any more. One that
+// was on its way when we ended the call is no mistake, but costs us its decoding.
+// The lock of c is held.
+func (c *Conn) late(h header) error {
+	switch {
+	case c.wasReset(h.stream):
+		if h.flags&flagEnd != 0 {
+			c.settleReset(h.stream)
+		}
+	case c.server && h.stream > c.lost:
+		return violated(StreamClosed, AfterEnd)
+	}
+	c.earn()
+	return c.noisy()
 }
 
 // trailers takes in the field section that ends a body.

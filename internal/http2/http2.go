@@ -130,6 +130,7 @@ type Conn struct {
 	thirsty  []*Lane            // those that wait for credit of the connection
 	resets   [256]uint32        // the streams that we have reset last
 	nresets  int
+	lost     uint32 // the last stream that had to make room there
 	leaving  leaving
 	err      error // why it ended
 	out      writer

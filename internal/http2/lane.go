@@ -25,7 +25,8 @@ var (
 type Lane struct {
 	c *Conn
 	// Cut, when set before a server's accept returns, is called when the peer
-	// breaks off a call, which should close the lane. It must not block.
+	// breaks off a call, or the connection, which should close the lane. It must
+	// not block.
 	Cut func()
 
 	out outgoing // only who writes knows it
@@ -407,6 +408,9 @@ func (l *Lane) Reset(code Code) error {
 		}
 		c.reset(l.id, code)
 		c.forget(l)
+		if !c.server {
+			c.out.earned += 2 // a head and trailers may be on their way
+		}
 	}
 	c.unqueue(l)
 	delete(c.lanes, l)
@@ -436,7 +440,9 @@ func (c *Conn) unqueue(l *Lane) {
 func (c *Conn) reset(id uint32, code Code) {
 	was := len(c.out.pend)
 	c.out.pend = appendReset(c.out.pend, id, code)
-	c.resets[c.nresets%len(c.resets)] = id
+	at := &c.resets[c.nresets%len(c.resets)]
+	c.lost = max(c.lost, *at)
+	*at = id
 	c.nresets++
 	if err := c.out.answered(was); err != nil {
 		c.endLocked(err)

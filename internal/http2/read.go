@@ -165,6 +165,13 @@ func (c *Conn) noisy() error {
 	return violated(EnhanceYourCalm, Flood)
 }
 
+// earn gives the peer something back for what it has been sent. The lock of c is
+// held.
+func (c *Conn) earn() {
+	c.in.noise.earn(c.out.earned)
+	c.out.earned = 0
+}
+
 // begin looks at the header of a data frame, and at the length of its padding;
 // k is -1 when that has not come yet.
 func (c *Conn) begin(h header, rest []byte) (k int, err error) {
@@ -234,8 +241,15 @@ func (c *Conn) find(h header) (*Lane, error) {
 		return nil, c.fault(l, StreamClosed, AfterEnd)
 	case c.isIdle(h.stream):
 		return nil, violated(Protocol, BadStream)
-	case !c.server, c.wasReset(h.stream):
-		return nil, nil // what was on its way when we ended the call
+	case c.wasReset(h.stream): // this was on its way when we ended the call
+		if h.flags&flagEnd != 0 {
+			c.settleReset(h.stream)
+		}
+		return nil, nil
+	case !c.server:
+		return nil, nil
+	case h.stream <= c.lost: // or this was
+		return nil, c.noisy()
 	}
 	return nil, violated(StreamClosed, AfterEnd)
 }

@@ -462,16 +462,27 @@ func (l *Lane) finished() {
 	switch {
 	case l.peerEnd:
 		c.forget(l)
+		l.mu.Lock()
+		held := l.got.held
+		l.mu.Unlock()
+		if held { // by a tunnel that was refused: nobody may take it for a request
+			l.spend()
+		}
 	case c.server && !l.out.tunnel:
 		c.reset(l.id, NoError)
 		c.forget(l)
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		if l.rerr == nil {
-			l.rerr = errSpent
-		}
-		l.more.Broadcast()
+		l.spend()
 	}
+}
+
+// spend has who reads the lane learn that there is no more.
+func (l *Lane) spend() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.rerr == nil {
+		l.rerr = errSpent
+	}
+	l.more.Broadcast()
 }
 
 // errSpent is read behind a request of which no more is wanted.

@@ -83,6 +83,7 @@ func (c *Conn) write() {
 		}
 		c.flush()
 	}
+	c.cutAll()
 	for o.flushing {
 		o.work.Wait()
 	}
@@ -96,6 +97,26 @@ func (c *Conn) write() {
 	if !lingers {
 		c.nc.Close() // which wakes who reads
 	}
+}
+
+// cutAll ends the calls of a connection that the peer has ended, or by whose
+// fault it did; those that we end ourselves are ours to see to. It gives the
+// lock up.
+func (c *Conn) cutAll() {
+	if c.err == ErrClosing {
+		return
+	}
+	var cuts []func()
+	for l := range c.lanes {
+		if l.Cut != nil {
+			cuts = append(cuts, l.Cut)
+		}
+	}
+	c.mu.Unlock()
+	for _, cut := range cuts {
+		cut()
+	}
+	c.mu.Lock()
 }
 
 // flush sends all that is pending. It is called with the lock held, which it
