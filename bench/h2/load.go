@@ -197,7 +197,7 @@ type client struct {
 	asked    map[uint32]*question
 	free     []*question
 	blocks   [][]byte
-	waiting  []time.Time // due, but the window had no room
+	waiting  []time.Time // due, but the peer has no room
 	requests int64
 	took     []float64
 	begun    bool
@@ -307,7 +307,7 @@ var request = message(1 << 10)
 
 // ask sends one request.
 func (c *client) ask(due time.Time) {
-	if c.run.GRPC && c.window < len(request) {
+	if len(c.asked) >= c.most || c.run.GRPC && c.window < len(request) {
 		c.waiting = append(c.waiting, due)
 		return
 	}
@@ -408,7 +408,12 @@ func (c *client) answered(id uint32, q *question) error {
 		c.firstUp = true
 		close(c.first)
 	case c.run.over.Load():
+		c.waiting = nil
 		c.rest()
+	case len(c.waiting) > 0:
+		due := c.waiting[0]
+		c.waiting = c.waiting[1:]
+		c.ask(due)
 	case c.run.Rate == 0:
 		c.ask(now)
 	}

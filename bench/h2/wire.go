@@ -32,6 +32,7 @@ type wire struct {
 
 	window      int // of the connection, for what goes
 	firstStream int // the window of a new stream
+	most        int // streams at once that the peer takes
 	settled     bool
 
 	enc  *hpack.Encoder
@@ -39,7 +40,7 @@ type wire struct {
 }
 
 func newWire(c net.Conn) *wire {
-	w := &wire{c: c, window: firstWindow, firstStream: firstWindow}
+	w := &wire{c: c, window: firstWindow, firstStream: firstWindow, most: 100}
 	w.dec = hpack.NewDecoder(4096, func(f hpack.HeaderField) {
 		switch f.Name {
 		case ":status":
@@ -183,6 +184,8 @@ func (w *wire) settings(flags http2.Flags, p []byte, e end) error {
 		switch http2.SettingID(binary.BigEndian.Uint16(p)) {
 		case http2.SettingHeaderTableSize:
 			w.enc.SetMaxDynamicTableSizeLimit(v)
+		case http2.SettingMaxConcurrentStreams:
+			w.most = int(v)
 		case http2.SettingInitialWindowSize:
 			grown += int(v) - w.firstStream
 			w.firstStream = int(v)
