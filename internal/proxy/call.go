@@ -265,7 +265,7 @@ func (x *call) exchange() *refusal {
 	if isGRPC(x.req.Get("content-type")) {
 		x.ex.Timeout = x.on.firstMessage()
 	}
-	refused := 0
+	unseen := 0
 	for fresh := false; ; fresh = true {
 		up, err := x.lend(x, fresh)
 		if err != nil {
@@ -301,11 +301,11 @@ func (x *call) exchange() *refusal {
 			x.err = &http1.SideError{Side: http1.Client, Op: "read", Err: http2.ErrCancelled}
 		}
 		again := x.unanswered()
-		if isRefused(x.err) {
-			refused++
-			again = again && refused <= maxRefused
+		if isRefused(x.err) || x.res.RequestBytesSent == 0 {
+			unseen++
+			again = again && unseen <= maxUnseen
 		} else {
-			again = again && (up.Reused || x.res.RequestBytesSent == 0) && !fresh
+			again = again && up.Reused && !fresh
 		}
 		up.Discard()
 		if !again {
@@ -314,10 +314,11 @@ func (x *call) exchange() *refusal {
 	}
 }
 
-// maxRefused is how often a call may be refused by a peer that has not acted on
-// it. One that drains refuses what crossed with its word, and once more what was
-// sent on a connection that was being made.
-const maxRefused = 4
+// maxUnseen is how often a call may come to nothing that no peer has acted on.
+// One that drains refuses what crossed with its word, and once more what was sent
+// on a connection that was being made; an SVID that is renewed at that moment
+// ends the connection that the next attempt has found.
+const maxUnseen = 4
 
 // unanswered says that the failed exchange may be done again on another
 // connection: the upstream has said nothing, it did not merely take too long,
