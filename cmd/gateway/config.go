@@ -14,6 +14,7 @@ import (
 	"sallyport/internal/egress"
 	"sallyport/internal/http1"
 	"sallyport/internal/sink"
+	"sallyport/internal/svid"
 )
 
 // Config is the manual of the gateway. It is read from one YAML file; the
@@ -44,6 +45,7 @@ type Config struct {
 	Issuer agent.Join         `yaml:"issuer"`
 	Policy agent.Policy       `yaml:"policy"`
 	Limits LimitsConfig       `yaml:"limits"`
+	TLS    TLSConfig          `yaml:"tls"`
 	Audit  sink.ListConfig    `yaml:"audit"`
 	Log    daemon.LogConfig   `yaml:"log"`
 	Drain  daemon.DrainConfig `yaml:"drain"`
@@ -88,6 +90,15 @@ type LimitsConfig struct {
 	Idle time.Duration `yaml:"idle"`
 	// Life closes a tunnel however busy. Default 24 h.
 	Life time.Duration `yaml:"life"`
+}
+
+// TLSConfig is about mutual TLS in the mesh, which is always 1.3.
+type TLSConfig struct {
+	// KeyExchange are the groups that handshakes may use: x25519mlkem768, x25519,
+	// p256. Both ends must have one in common. Default: all, of which the hybrid
+	// with ML-KEM is taken; without it handshakes are cheaper, and what is
+	// recorded today can be read by who has a quantum computer later.
+	KeyExchange []svid.Group `yaml:"key_exchange"`
 }
 
 // Validate reports every mistake, each by the name of its field.

@@ -177,6 +177,7 @@ func (gw *gateway) open() (err error) {
 	if err != nil {
 		return err
 	}
+	gw.agent.Source().Exchange(cfg.TLS.KeyExchange)
 	gw.egress, err = egress.New(egress.Config{
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,

@@ -14,6 +14,7 @@ import (
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
 	"sallyport/internal/sink"
+	"sallyport/internal/svid"
 )
 
 // Config is the manual of the sidecar. It is read from one YAML file; the
@@ -41,6 +42,7 @@ type Config struct {
 	Egress   EgressConfig       `yaml:"egress"`
 	Capture  CaptureConfig      `yaml:"capture"`
 	Limits   LimitsConfig       `yaml:"limits"`
+	TLS      TLSConfig          `yaml:"tls"`
 	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
 	Drain    daemon.DrainConfig `yaml:"drain"`
@@ -111,6 +113,15 @@ type EgressConfig struct {
 	Gateway spiffeid.ID `yaml:"gateway"`
 	// Addresses are the gateways, tried in turn.
 	Addresses []netip.AddrPort `yaml:"addresses"`
+}
+
+// TLSConfig is about mutual TLS in the mesh, which is always 1.3.
+type TLSConfig struct {
+	// KeyExchange are the groups that handshakes may use: x25519mlkem768, x25519,
+	// p256. Both ends must have one in common. Default: all, of which the hybrid
+	// with ML-KEM is taken; without it handshakes are cheaper, and what is
+	// recorded today can be read by who has a quantum computer later.
+	KeyExchange []svid.Group `yaml:"key_exchange"`
 }
 
 // Validate reports every mistake, each by the name of its field.

@@ -254,6 +254,7 @@ func (s *sidecar) open() (err error) {
 	if err != nil {
 		return err
 	}
+	s.agent.Source().Exchange(cfg.TLS.KeyExchange)
 	if s.tie != nil {
 		return s.agent.Known()
 	}

@@ -167,6 +167,7 @@ type Source struct {
 	// revoked is by serial number. A map is not changed once it is in here.
 	revoked atomic.Pointer[map[string]mesh.RevokedSVID]
 	now     func() time.Time
+	groups  atomic.Pointer[[]Group] // nil: the default
 
 	mu      sync.Mutex    // guards changed, and orders Set and Revoke
 	changed chan struct{} // closed and replaced by each Set

@@ -45,9 +45,7 @@ func base(s *Source, authorize func(spiffeid.ID) error, alpn []string) *tls.Conf
 		// Small records at the start of a transfer help a browser far away,
 		// and cost others a header and a tag for each 1.2 KB.
 		DynamicRecordSizingDisabled: true,
-		// Connections live long, so the hybrid post-quantum exchange costs
-		// little.
-		CurvePreferences: []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256},
+		CurvePreferences:            s.curves(),
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if cs.Version < tls.VersionTLS13 {
 				return errors.New("TLS 1.3 is required")
