@@ -2,6 +2,7 @@ package http2
 
 import (
 	"bytes"
+	"net/http"
 	"strconv"
 )
 
@@ -27,6 +28,10 @@ func (o *outgoing) answer(head []byte) (framing, error) {
 		return bodyTunnel, err
 	case status == 101:
 		return 0, errUnclear
+	case status/100 == 2 && o.asked == askedWebSocket:
+		// An application that knows no WebSocket may answer as if it had been
+		// asked for a page. Here that would open one (RFC 8441 section 5).
+		status = http.StatusBadGateway
 	}
 	o.block = appendStatus(o.block[:0], status)
 	chunks, length, err := o.fields(lines)
