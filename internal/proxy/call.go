@@ -145,7 +145,7 @@ func (x *call) refuse(r *refusal) {
 	} else if r.decision != "" {
 		detail = deniedDetail
 	}
-	if isGRPC(x.req.Get("content-type")) {
+	if x.speaksGRPC() {
 		x.answer(http.StatusOK, appendGRPC(head, r.status, detail), nil)
 		return
 	}

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/http"
 	"time"
+
+	"sallyport/internal/http2"
 )
 
 // isGRPC says whether a request is a call of gRPC, whose client reads a status
@@ -22,6 +24,15 @@ func isGRPC(contentType []byte) bool {
 // says itself (grpc-timeout), and breaks the call off then.
 func (l *listener) firstMessage() time.Duration {
 	return max(cmp.Or(l.Limits.BodyTimeout, 5*time.Minute), l.Limits.ResponseTimeout)
+}
+
+// speaksGRPC says whether the caller of x reads refusals of gRPC. The type of a
+// body proves nothing: to a client of plain HTTP/1.1, which may send any, the 200
+// that such a refusal is would be a yes. One of gRPC takes trailers, or speaks
+// HTTP/2 to us.
+func (x *call) speaksGRPC() bool {
+	_, lane := x.conn.Conn.(*http2.Lane)
+	return (lane || x.req.TETrailers) && isGRPC(x.req.Get("content-type"))
 }
 
 // Codes of gRPC.

@@ -37,6 +37,7 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 	if !c.shares(h) {
 		return
 	}
+	defer h.Sever()         // should serving it panic, its calls must not keep it
 	if in.draining.Load() { // whoever drains may have come too early to see it
 		h.Drain()
 	}

@@ -36,6 +36,7 @@ func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serv
 	if !c.shares(h) {
 		return nil
 	}
+	defer h.Sever()        // should serving it panic, its calls must not keep it
 	if l.draining.Load() { // whoever drains may have come too early to see it
 		h.Drain()
 	}

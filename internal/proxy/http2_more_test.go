@@ -214,3 +214,41 @@ func TestDrainOverHTTP2(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// To a client of HTTP/1.1 a refusal is one by its status, whatever it says that
+// its body is. Both sidecars refuse: one behind the wire between them.
+func TestRefusalsOverHTTP1(t *testing.T) {
+	r := newRig(t, app(t, hello), withH2)
+	for name, dial := range map[string]func() *wire{"at the service": func() *wire { return r.dialIn(r.web) }, "through both": r.dial} {
+		for te, want := range map[string]int{"": 403, "TE: trailers\r\nConnection: TE\r\n": 200} {
+			w := dial()
+			w.say("POST /no HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Type: application/grpc\r\n" + te + "Content-Length: 2\r\n\r\nhi")
+			if resp, body := w.answer("POST"); resp.StatusCode != want || resp.Header.Get("Sallyport-Decision") == "" {
+				t.Errorf("%s, %q: got %d %v %q", name, te, resp.StatusCode, resp.Header, body)
+			}
+		}
+	}
+}
+
+// A WebSocket is open when the application says so, not when it answers as if it
+// had been asked for a page.
+func TestAnswersToWebSocketOverHTTP2(t *testing.T) {
+	for answer, want := range map[string]string{
+		"200 OK\r\nContent-Length: 5\r\n\r\n\x81\x03abc":  "502",
+		"204 No Content\r\n\r\n":                          "502",
+		"404 Not Found\r\nContent-Length: 5\r\n\r\nwhat?": "404",
+	} {
+		r := newRig(t, rawApp(t, func(c net.Conn, br *bufioReader) {
+			if skipHead(br) == nil {
+				fmt.Fprint(c, "HTTP/1.1 "+answer)
+			}
+		}), withH2)
+		for door, dial := range r.doorsH2(t) {
+			w := dial()
+			w.head(1, false, append([]string{":protocol", "websocket"}, ask("CONNECT", "/ok/ws", "sec-websocket-version", "13")...)...)
+			if got := w.answer(1, false); got.outcome != want {
+				t.Errorf("%s, %.3s: got %+v", door, answer, got)
+			}
+		}
+	}
+}
