@@ -120,7 +120,7 @@ func manyUsers(t *testing.T) {
 func as(t *testing.T, uid int, cgroup, attempt string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe")
-	cmd.Env = []string{envTry + "=" + attempt}
+	cmd.Env = []string{envTry + "=" + attempt, "GORACE=atexit_sleep_ms=0"} // it would sleep for a second otherwise
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if uid != 0 {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}

@@ -359,7 +359,7 @@ func newPeer(t *testing.T, ip string) func(addr, want string) {
 			t.Fatal(err)
 		}
 		cmd.Args[len(cmd.Args)-1] = self
-		cmd.Env = []string{envTry + "=tcp " + addr}
+		cmd.Env = []string{envTry + "=tcp " + addr, "GORACE=atexit_sleep_ms=0"}
 		out, err := cmd.CombinedOutput()
 		if err != nil || !strings.HasPrefix(string(out), want) {
 			t.Errorf("from another machine to %s: %q %v, want %q", addr, out, err, want)
