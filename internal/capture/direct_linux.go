@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 )
@@ -213,11 +214,20 @@ func recv(fd uintptr, b []byte, flags uintptr) (int, syscall.Errno) {
 	if e != 0 {
 		return 0, e
 	}
+	if underRace {
+		written.Load()
+	}
 	return int(n), 0
 }
 
+// written orders writes before reads for the race detector.
+var written atomic.Int64
+
 // sendto is send(2) of b, which is not empty.
 func sendto(fd uintptr, b []byte) (int, syscall.Errno) {
+	if underRace {
+		written.Add(1)
+	}
 	n, _, e := syscall.RawSyscall6(syscall.SYS_SENDTO, fd, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), syscall.MSG_DONTWAIT|syscall.MSG_NOSIGNAL, 0, 0)
 	if e != 0 {
 		return 0, e
