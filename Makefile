@@ -6,7 +6,9 @@ SHELL := /bin/bash
 BIN := bin
 PROGRAMS := issuer sidecar gateway sallyport
 LDFLAGS := -s -w
-# A profile to compile cmd/sidecar by: make build PGO=cmd/sidecar/pgo/default.pgo
+# What cmd/sidecar is compiled by in a release and in the benches. Compiling by
+# a profile takes minutes more, so that a build for every day does without.
+PROFILE := cmd/sidecar/pgo/default.pgo
 PGO ?= off
 TOOL := go tool -modfile=tools/go.mod
 # The race detector needs a C compiler; without one the tests run all the same.
@@ -25,6 +27,10 @@ help: ## this list
 build: ## the four programs, in bin/
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(filter-out sidecar,$(PROGRAMS)))
 	@CGO_ENABLED=0 go build -trimpath -pgo=$(PGO) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
+
+.PHONY: release
+release: ## the four programs as they are to be shipped: the sidecar compiled by its profile
+	@$(MAKE) --no-print-directory build PGO=$(PROFILE)
 
 .PHONY: issuer-pkcs11
 issuer-pkcs11: ## the issuer with PKCS#11, in bin/; needs a C compiler
@@ -83,7 +89,8 @@ bench-fleet: ## N proxies on one issuer: an edit until the ack of each (N=4000)
 .PHONY: bench-http1
 bench-http1: ## a pair of sidecars beside pairs of nginx, HAProxy and net/http (ARGS="-rounds 9")
 	@for p in nginx haproxy; do command -v $$p >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$p >/dev/null; }; done
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 	@go build -o $(BIN)/bench-http1 ./bench/http1
 	@$(BIN)/bench-http1 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
@@ -101,7 +108,8 @@ pgo: ## the profile for PGO anew, from the load of bench-http1
 
 .PHONY: bench-memory
 bench-memory: ## what a sidecar holds at rest, and for each idle connection (ARGS="-conns 2000")
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 	@go build -o $(BIN)/bench-memory ./bench/memory
 	@$(BIN)/bench-memory -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
@@ -110,7 +118,8 @@ bench-h2: ## the same over HTTP/2 (ARGS="-rounds 9")
 bench-grpc: ## the same with unary calls of gRPC (ARGS="-rounds 9")
 bench-h2 bench-grpc:
 	@for p in nginx haproxy; do command -v $$p >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$p >/dev/null; }; done
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 	@go build -o $(BIN)/bench-h2 ./bench/h2
 	@$(BIN)/bench-h2 $(if $(findstring grpc,$@),-grpc) -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
@@ -121,7 +130,8 @@ interop: ## client and server of grpc-go through a pair of sidecars, every case
 .PHONY: bench-tcp
 bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunnel (ARGS="-rounds 9")
 	@dpkg -s nginx libnginx-mod-stream haproxy stunnel4 >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy stunnel4 >/dev/null; }
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 	@go build -o $(BIN)/bench-tcp ./bench/tcp
 	@$(BIN)/bench-tcp -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 

@@ -10,8 +10,7 @@ import (
 // move, not the connections that are open.
 const (
 	Small = 16 << 10
-	// Large is what crosses the kernel in one call. Twice as much was no
-	// faster, half as much slower.
+	// Large is what crosses the kernel in one call.
 	Large = 256 << 10
 	// overhead is what TLS adds to Large bytes, 22 to each 16 KiB.
 	overhead = 1 << 10
