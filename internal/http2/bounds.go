@@ -34,8 +34,8 @@ func (b *bucket) spend() bool {
 // earn gives something back for what was of use.
 func (b *bucket) earn(n int) { b.tokens = min(b.tokens+n, noiseBurst) }
 
-// A Budget bounds the bytes of bodies that many connections hold, received and
-// not read.
+// A Budget bounds by how much the windows of many connections grow. What lies
+// within the first window of a call is free: nobody can take it from another.
 type Budget struct {
 	max  int64
 	used atomic.Int64
@@ -56,7 +56,7 @@ func (b *Budget) take(n int) bool {
 }
 
 func (b *Budget) give(n int) {
-	if b != nil && n != 0 {
+	if b != nil {
 		b.used.Add(-int64(n))
 	}
 }

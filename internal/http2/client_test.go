@@ -562,17 +562,10 @@ func TestUnreadAnswers(t *testing.T) {
 			f.head(1, false, ":status", "204")
 			_ = f.WriteData(1, true, []byte("ab"))
 		}, BadSize},
-		"more than the budget": {func(f *foe) {
-			f.head(1, false, ":status", "200")
-			_ = f.WriteData(1, false, make([]byte, 16<<10))
-		}, OverBudget},
 	} {
 		t.Run(name, func(t *testing.T) {
 			told := make(chan Reason, 200)
 			cfg := Config{Violated: func(r Reason) { told <- r }}
-			if tt.want == OverBudget {
-				cfg.Budget = NewBudget(10 << 10)
-			}
 			c := against(t, cfg, func(f *foe) {
 				_ = f.WriteSettings()
 				f.await(xhttp2.FrameHeaders)
@@ -590,9 +583,6 @@ func TestUnreadAnswers(t *testing.T) {
 				t.Error("the connection ended with the call")
 			}
 			l.Close()
-			if n := c.cfg.Budget; n != nil && n.used.Load() != 0 {
-				t.Errorf("the budget has lost %d bytes", n.used.Load())
-			}
 		})
 	}
 }

@@ -69,7 +69,6 @@ const (
 	TooLarge    Reason = "section"  // a field section without end
 	Unread      Reason = "unread"   // answers that the peer does not read
 	SlowSection Reason = "slow"     // a field section, or another frame, that does not come to its end
-	OverBudget  Reason = "budget"   // bodies that nobody reads, and no room for more
 	TooMany     Reason = "too_many" // more streams than it may open
 )
 

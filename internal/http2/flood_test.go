@@ -272,40 +272,57 @@ func TestSlowBeginnings(t *testing.T) {
 	}
 }
 
-// A lane whose data nobody reads holds up no other, and all of them together
-// hold no more than the budget of the listener.
-func TestBudgetOfBodies(t *testing.T) {
-	release := make(chan struct{})
-	budget := NewBudget(100 << 10)
-	dial := served(t, Config{Budget: budget}, func(l *Lane) {
-		b := make([]byte, 4096)
-		n, _ := l.Read(b)
-		if strings.Contains(string(b[:n]), "x-slow") {
+// Whoever uses up what windows may grow takes from nobody else the first window,
+// with which every body gets through.
+func TestBudgetOfWindows(t *testing.T) {
+	budget := NewBudget(100 << 10) // for one window to grow once
+	start, release := make(chan struct{}), make(chan struct{})
+	read, ended := make(chan struct{}), make(chan struct{})
+	dial := served(t, Config{Budget: budget, Violated: func(r Reason) { t.Errorf("somebody is told to have done wrong: %s", r) }}, func(l *Lane) {
+		<-start
+		b := make([]byte, 128<<10)
+		n, err := io.ReadAtLeast(l, b, 64<<10)
+		if err != nil {
+			t.Error(err)
+		}
+		if bytes.Contains(b[:n], []byte("x-hold: ")) {
+			read <- struct{}{}
 			<-release
+			l.Close()
+			close(ended)
 			return
 		}
-		_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 	})
-	p := speak(t, dial)
-	for id := uint32(1); id <= 3; id += 2 {
-		p.head(id, false, request("POST", "x-slow", "yes")...)
+	for _, tt := range []struct{ field, want string }{{"x-hold", ""}, {"x-other", "200"}} {
+		p := speak(t, dial)
+		p.head(1, false, request("POST", "content-length", "100000", tt.field, "1")...)
 		for range 4 {
-			_ = p.WriteData(id, false, make([]byte, 15<<10))
+			_ = p.WriteData(1, false, make([]byte, 16<<10))
 		}
-	}
-	if got := p.outcome(3); got != "reset 11" {
-		t.Errorf("beyond the budget: %s", got)
-	}
-	p.head(5, true, request("GET")...)
-	if got := p.outcome(5); got != "200" {
-		t.Errorf("another call: %s", got)
+		if tt.want == "" {
+			_ = p.WritePing(false, [8]byte{})
+			for f, err := p.ReadFrame(); ; f, err = p.ReadFrame() {
+				if err != nil {
+					t.Fatal(err)
+				}
+				if f, ok := f.(*xhttp2.PingFrame); ok && f.IsAck() {
+					break // all of the window was used before any was read
+				}
+			}
+			close(start)
+			<-read
+		} else if got := p.outcome(1); got != tt.want {
+			t.Errorf("another call: %s", got)
+		}
+		if n := budget.used.Load(); n != 64<<10 {
+			t.Errorf("%s: windows have grown by %d bytes", tt.field, n)
+		}
 	}
 	close(release)
-	p.nc.Close()
-	for end := time.Now().Add(10 * time.Second); budget.used.Load() != 0; {
-		if time.Now().After(end) {
-			t.Fatalf("%d bytes are missing from the budget", budget.used.Load())
-		}
+	<-ended
+	if n := budget.used.Load(); n != 0 {
+		t.Errorf("%d bytes are missing from the budget", n)
 	}
 }
 

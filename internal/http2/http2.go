@@ -55,7 +55,8 @@ type Config struct {
 	Window, MaxWindow int
 	// Buffer bounds the same for the whole connection. Default 1 MiB.
 	Buffer int
-	// Budget bounds it for many connections. Optional.
+	// Budget bounds by how much the windows of the streams of many connections
+	// grow. Optional.
 	Budget *Budget
 	// HeadTimeout is how long a preface, a field section, or any other frame
 	// than data may take from its first byte to its last. Default 10 s.

@@ -96,6 +96,7 @@ func (l *Lane) carry(id uint32) {
 
 // fresh readies what is received for another call. The lock of l is held.
 func (l *Lane) fresh() {
+	l.shrink()
 	g := &l.got
 	*g = incoming{store: g.store, buf: g.buf[:0], tail: g.tail[:0], want: -1, left: l.c.cfg.Window, window: l.c.cfg.Window}
 }
@@ -244,6 +245,9 @@ func (l *Lane) took(n int) {
 	g := &l.got
 	if g.r == len(g.buf) {
 		g.empty()
+		if g.end {
+			l.shrink()
+		}
 	}
 	if n == 0 {
 		l.mu.Unlock()
@@ -253,7 +257,7 @@ func (l *Lane) took(n int) {
 	g.consumed += n
 	if g.consumed >= g.window/2 && !g.end && l.rerr == nil {
 		grant = g.consumed
-		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) {
+		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) && l.c.cfg.Budget.take(g.window) {
 			grant += g.window
 			g.window *= 2
 		}
@@ -264,10 +268,17 @@ func (l *Lane) took(n int) {
 	l.c.eat(l, n, grant)
 }
 
+// shrink gives back by how much the window has grown. The lock of l is held.
+func (l *Lane) shrink() {
+	if n := l.got.window - l.c.cfg.Window; n > 0 {
+		l.c.cfg.Budget.give(n)
+		l.got.window = l.c.cfg.Window
+	}
+}
+
 // eat grants anew what was read of the connection's window, when it is much,
 // and of the lane's.
 func (c *Conn) eat(l *Lane, n, grant int) {
-	c.cfg.Budget.give(n)
 	whole := c.eaten.Add(int64(n)) >= int64(c.cfg.Buffer/4)
 	if !whole && grant == 0 {
 		return
@@ -398,6 +409,7 @@ func (l *Lane) Reset(code Code) error {
 	l.rend.stop()
 	l.rerr = net.ErrClosed
 	unread := l.discard()
+	l.shrink()
 	if !l.got.begun && c.server {
 		code = RefusedStream
 	}

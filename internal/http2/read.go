@@ -304,9 +304,6 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	if l.rerr != nil {
 		return 0, errGone
 	}
-	if !l.c.cfg.Budget.take(len(p)) {
-		return EnhanceYourCalm, OverBudget
-	}
 	g.keep(p)
 	return 0, ""
 }

@@ -51,8 +51,8 @@ func (l *listener) http2Config() http2.Config {
 	}
 }
 
-// bodies bounds what all connections of HTTP/2 of a listener hold of bodies
-// that were received and not read.
+// bodies is by how much the windows of all calls of HTTP/2 of a listener may
+// grow.
 const bodies = 64 << 20
 
 // serveHTTP2 serves a peer of another make.

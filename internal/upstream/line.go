@@ -19,8 +19,8 @@ const (
 	maxLines = 64
 	// maxLanes is how many calls share a line of HTTP/2.
 	maxLanes = 256
-	// bodies is what the answers of one endpoint may hold that nobody has read
-	// yet, bytes.
+	// bodies is by how much the windows of all calls of HTTP/2 to one endpoint
+	// may grow, bytes.
 	bodies = 64 << 20
 )
 
