@@ -1,8 +1,13 @@
 package http2
 
-// The encoder keeps no table: what it makes of a head depends on that head
+// The encoder keeps no table, and says so once: what it makes of a head depends on that head
 // alone, so lanes encode side by side, and the order in which their field
 // sections are sent means nothing.
+
+// noTable changes the size of our table to 0 (RFC 7541 sections 4.2 and 6.3). It
+// stands in front of the first field section, and answers whatever size the peer
+// allows from then on.
+const noTable = 0x20
 
 // indexOf has the names of the static table (RFC 7541 appendix A), each with the
 // lowest index that it stands at.

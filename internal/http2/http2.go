@@ -119,29 +119,30 @@ type Conn struct {
 
 	in reader
 
-	mu       sync.Mutex // guards the fields below
-	streams  map[uint32]*Lane
-	lanes    map[*Lane]struct{} // all that are not closed at this end
-	idle     []*Lane            // of a server: those whose reader waits for a call
-	last     uint32             // the stream opened last
-	limit    int                // how many streams the peer takes
-	extended bool               // the peer takes extended CONNECT
-	credit   int                // what the peer lets us send on the connection
-	first    int                // what it lets us send on a new stream
-	thirsty  []*Lane            // those that wait for credit of the connection
-	resets   [256]uint32        // the streams that we have reset last
-	nresets  int
-	lost     uint32 // the last stream that had to make room there
-	leaving  leaving
-	err      error // why it ended
-	out      writer
-	tick     *time.Timer
-	seen     uint64    // heard at the last tick
-	said     uint64    // what was sent until then
-	asked    bool      // a sign of life, at the last tick
-	empty    time.Time // since when there is no call
-	parted   bool      // the peer has its time to close
-	deaf     bool      // nobody reads any more
+	mu        sync.Mutex // guards the fields below
+	streams   map[uint32]*Lane
+	lanes     map[*Lane]struct{} // all that are not closed at this end
+	idle      []*Lane            // of a server: those whose reader waits for a call
+	last      uint32             // the stream opened last
+	tableless bool               // the peer knows that our sections need no table
+	limit     int                // how many streams the peer takes
+	extended  bool               // the peer takes extended CONNECT
+	credit    int                // what the peer lets us send on the connection
+	first     int                // what it lets us send on a new stream
+	thirsty   []*Lane            // those that wait for credit of the connection
+	resets    [256]uint32        // the streams that we have reset last
+	nresets   int
+	lost      uint32 // the last stream that had to make room there
+	leaving   leaving
+	err       error // why it ended
+	out       writer
+	tick      *time.Timer
+	seen      uint64    // heard at the last tick
+	said      uint64    // what was sent until then
+	asked     bool      // a sign of life, at the last tick
+	empty     time.Time // since when there is no call
+	parted    bool      // the peer has its time to close
+	deaf      bool      // nobody reads any more
 }
 
 // leaving is how far a connection is on its way to the end.

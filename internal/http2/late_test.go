@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"io"
 	"net"
+	"net/http"
 	"testing"
 	"testing/synctest"
 
@@ -108,5 +109,30 @@ func TestRefusedTunnel(t *testing.T) {
 			t.Errorf("a later reader got %q", more)
 		}
 		_ = p.WriteGoAway(0, xhttp2.ErrCodeNo, nil)
+	}
+}
+
+// A peer that allows a smaller table of HPACK may insist on hearing that it is
+// used (RFC 7541 section 4.2), before any field and once.
+func TestSizeOfTable(t *testing.T) {
+	dial := served(t, Config{}, handled(func(http.ResponseWriter, *http.Request) {}))
+	p := speak(t, dial)
+	_ = p.WriteSettings(xhttp2.Setting{ID: xhttp2.SettingHeaderTableSize, Val: 0})
+	for id := uint32(1); id < 6; id += 2 {
+		p.head(id, true, request("GET")...)
+		for {
+			f, err := p.ReadFrame()
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, ok := f.(*xhttp2.HeadersFrame)
+			if !ok {
+				continue
+			}
+			if b := h.HeaderBlockFragment(); (b[0] == noTable) != (id == 1) {
+				t.Errorf("the section of call %d begins with %x", id, b[0])
+			}
+			break
+		}
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"errors"
 	"os"
+	"slices"
 )
 
 // errUnclear ends a lane on which something is written that is not HTTP/1.1 as
@@ -341,6 +342,11 @@ func (l *Lane) queueHead(end bool) {
 	o := &l.c.out
 	if l.queued == 0 {
 		o.batch = append(o.batch, l)
+	}
+	if !l.c.tableless {
+		// A peer that has made the table smaller than it was waits for this.
+		l.c.tableless = true
+		l.out.block = slices.Insert(l.out.block, 0, noTable)
 	}
 	l.queued += len(l.out.block)
 	o.pend = appendHeaders(o.pend, l.id, end, l.out.block)
