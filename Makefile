@@ -135,6 +135,13 @@ bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunn
 	@go build -o $(BIN)/bench-tcp ./bench/tcp
 	@$(BIN)/bench-tcp -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
+.PHONY: bench-handshake
+bench-handshake: ## new connections of mutual TLS to a sidecar, nginx and HAProxy (ARGS="-rounds 9")
+	@dpkg -s nginx libnginx-mod-stream haproxy >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy >/dev/null; }
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@go build -o $(BIN)/bench-handshake ./bench/handshake
+	@$(BIN)/bench-handshake -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

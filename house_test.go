@@ -32,7 +32,7 @@ var floors = [][]string{
 var beside = []string{
 	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest",
 	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
-	"bench/tcp", "test",
+	"bench/tcp", "bench/handshake", "test",
 }
 
 // never lists what must not be linked into a program, however indirectly.

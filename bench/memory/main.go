@@ -9,9 +9,6 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"errors"
 	"flag"
@@ -28,7 +25,6 @@ import (
 	"time"
 
 	"sallyport/bench/rig"
-	"sallyport/internal/control"
 	"sallyport/internal/hop"
 )
 
@@ -140,35 +136,12 @@ func start(ctx context.Context, s settings) (_ *mesh, err error) {
 
 // identity is that of the client, issued to a node of the bench.
 func (m *mesh) identity(ctx context.Context) (*tls.Config, error) {
-	c, err := m.issuer.Join(ctx, "crowd")
+	cert, err := m.issuer.Identity(ctx, "crowd")
 	if err != nil {
 		return nil, err
-	}
-	defer c.Close()
-	entries, err := c.SyncEntries(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if len(entries) != 1 {
-		return nil, fmt.Errorf("the node of the bench has %d entries, want one", len(entries))
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, err
-	}
-	got, err := c.NewX509SVIDs(ctx, []control.SVIDRequest{{EntryID: entries[0].ID, ID: entries[0].SPIFFEID, Key: key}})
-	if err != nil {
-		return nil, err
-	}
-	if got[0].Err != nil {
-		return nil, got[0].Err
-	}
-	cert := tls.Certificate{PrivateKey: key}
-	for _, link := range got[0].Chain {
-		cert.Certificate = append(cert.Certificate, link.Raw)
 	}
 	// Whom it reaches is no question of this bench.
-	return &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}}, nil
+	return &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{*cert}}, nil
 }
 
 func policy(rows int) map[string]string {

@@ -24,6 +24,7 @@ type Pair struct {
 	Name     string
 	Settings string // as they are printed
 	Target   string // where the load goes
+	Far      string // where the half listens that takes mutual TLS
 	Procs    []*Process
 	Workers  bool // the processes have workers
 }
@@ -92,6 +93,7 @@ func (g *Ground) Ports() (front, far string, err error) {
 
 // SpawnPair starts both halves of p, the far one first, and waits for both.
 func (g *Ground) SpawnPair(ctx context.Context, p *Pair, far string, back, front []string) error {
+	p.Far = far
 	for i, argv := range [][]string{back, front} {
 		proc, err := Spawn(g.Dir, fmt.Sprintf("%s-%d", p.Name, i), argv...)
 		if err != nil {

@@ -248,13 +248,48 @@ func (i *Issuer) Join(ctx context.Context, name string) (*control.Client, error)
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
-	cert := &tls.Certificate{PrivateKey: key, Leaf: svid.Chain[0]}
-	for _, link := range svid.Chain {
-		cert.Certificate = append(cert.Certificate, link.Raw)
-	}
-	held.Store(cert)
+	held.Store(certificate(key, svid.Chain))
 	return c, nil
 }
+
+// Identity joins a node that has one entry, and gives the SVID of that entry.
+func (i *Issuer) Identity(ctx context.Context, node string) (*tls.Certificate, error) {
+	c, err := i.Join(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	entries, err := c.SyncEntries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if len(entries) != 1 {
+		return nil, fmt.Errorf("node %s has %d entries, want one", node, len(entries))
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	got, err := c.NewX509SVIDs(ctx, []control.SVIDRequest{{EntryID: entries[0].ID, ID: entries[0].SPIFFEID, Key: key}})
+	if err != nil {
+		return nil, err
+	}
+	if got[0].Err != nil {
+		return nil, got[0].Err
+	}
+	return certificate(key, got[0].Chain), nil
+}
+
+func certificate(key *ecdsa.PrivateKey, chain []*x509.Certificate) *tls.Certificate {
+	cert := &tls.Certificate{PrivateKey: key, Leaf: chain[0]}
+	for _, link := range chain {
+		cert.Certificate = append(cert.Certificate, link.Raw)
+	}
+	return cert
+}
+
+// Roots are the certificates of its trust domain.
+func (i *Issuer) Roots() []*x509.Certificate { return i.roots }
 
 // FreePort is a loopback address that nothing listens on.
 func FreePort() (string, error) {
