@@ -20,7 +20,7 @@ var errEnded = errors.New("stream was ended in this direction")
 type Stream struct {
 	c *Conn
 	// Cut, when set before accept returns, is called when the peer breaks the
-	// stream off, which should close it. It must not block.
+	// stream off, or the connection, which should close it. It must not block.
 	Cut func()
 
 	// Guarded by the lock of c.

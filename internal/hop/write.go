@@ -107,6 +107,7 @@ func (c *Conn) write() {
 		}
 		c.flush()
 	}
+	c.cutAll()
 	for o.flushing {
 		o.work.Wait()
 	}
@@ -117,6 +118,26 @@ func (c *Conn) write() {
 		_, _ = c.sink.Write(left) // the connection has ended, one way or another
 	}
 	c.nc.Close()
+}
+
+// cutAll ends the streams of a connection that the peer has ended, or by whose
+// fault it did; those that we end ourselves are ours to see to. It gives the
+// lock up.
+func (c *Conn) cutAll() {
+	if c.err == ErrClosing {
+		return
+	}
+	var cuts []func()
+	for s := range c.held {
+		if s.Cut != nil {
+			cuts = append(cuts, s.Cut)
+		}
+	}
+	c.mu.Unlock()
+	for _, cut := range cuts {
+		cut()
+	}
+	c.mu.Lock()
 }
 
 // flush sends all that is pending. It is called with the lock held, which it
