@@ -265,6 +265,10 @@ func fieldClasses() []strictClass {
 			forged("mixed", "X-Forwarded_Client-Cert: forged", "x_forwarded-client_cert: forged"), forged("authorization spelled otherwise", "Proxy_Authorization: forged"),
 			pass("a name of the application's own", strictGet("My_Field: x\r\n"), "My_Field: x\r\n"),
 		}},
+		{23, "through which addresses", []strictCase{
+			forged("of whom is not trusted", "X-Forwarded-For: 9.9.9.9, forged", "x-forwarded-for: forged"), forged("Forwarded", "Forwarded: for=forged"),
+			pass("the peer's own", strictGet("X-Forwarded-For: 203.0.113.5\r\n"), "X-Forwarded-For: 127.0.0.1\r\n", "Forwarded: for=127.0.0.1;"),
+		}},
 		{24, "who speaks", []strictCase{
 			forged("the chain of proxies", "X-Forwarded-For: forged", "X-Forwarded-Proto: forged", "X-Forwarded-Host: forged", "Forwarded: for=forged", "X-Real-IP: forged"),
 			forged("the caller", "X-Forwarded-Client-Cert: By=x;URI=forged", "x-forwarded-client-cert: forged"),

@@ -109,3 +109,23 @@ func limitClasses() []strictClass {
 		}},
 	}
 }
+
+// trustClasses are tried where the caller is trusted with X-Forwarded-For.
+func trustClasses() []strictClass {
+	chain := func(name, lines, xff, fors string) strictCase {
+		c := pass(name, strictGet(lines), "X-Forwarded-For: "+xff+"\r\n", "Forwarded: "+fors+";host=\"billing.mesh.internal\";proto=https\r\n", "X-Forwarded-Proto: https\r\n")
+		c.hides = []string{"forged"}
+		return c
+	}
+	const peer, forPeer = "127.0.0.1", "for=127.0.0.1"
+	return []strictClass{
+		{23, "through which addresses, of whom is trusted", []strictCase{
+			chain("nothing said", "", peer, forPeer),
+			chain("one", "X-Forwarded-For: 203.0.113.5\r\n", "203.0.113.5, "+peer, "for=203.0.113.5, "+forPeer),
+			chain("several in two lines", "X-Forwarded-For: 203.0.113.5,2001:db8::1\r\nx-forwarded-for: 198.51.100.1:443\r\n", "203.0.113.5, 2001:db8::1, 198.51.100.1, "+peer, "for=203.0.113.5, for=\"[2001:db8::1]\", for=198.51.100.1, "+forPeer),
+			chain("behind what is no address", "X-Forwarded-For: 10.0.0.1, forged, 203.0.113.5\r\n", "203.0.113.5, "+peer, "for=203.0.113.5, "+forPeer),
+			chain("no address", "X-Forwarded-For: forged\r\n", peer, forPeer),
+			chain("all else", "X_Forwarded_For: forged\r\nForwarded: for=forged\r\nX-Forwarded-Proto: forged\r\nX-Forwarded-Host: forged\r\nX-Real-IP: forged\r\nX-Forwarded-Client-Cert: URI=forged\r\n", peer, forPeer),
+		}},
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -78,6 +79,7 @@ func TestStrictness(t *testing.T) {
 	t.Parallel()
 	s := newStrictRig(t, "")
 	slow := newStrictRig(t, "limits: {head: 2048, headers: 20, target: 512, head_timeout: 1s, body_timeout: 1s, idle_timeout: 1s, refuse_underscores: true, connections: 300}\n")
+	trusting := newStrictRig(t, "", "inbound: {", fmt.Sprintf("inbound: {forwarded_from: [%q], ", id("/ns/shop/sa/payment")), "outbound:\n", "outbound:\n  keep_forwarded_for: true\n")
 	t.Run("a peer that speaks HTTP/3 alone is sent away", func(t *testing.T) {
 		only := s.tls.Clone()
 		only.NextProtos = []string{"h3"}
@@ -92,8 +94,11 @@ func TestStrictness(t *testing.T) {
 	for _, c := range limitClasses() {
 		slow.class(t, c)
 	}
+	for _, c := range trustClasses() {
+		trusting.class(t, c)
+	}
 	strictness.one(t.Run("34 drain", s.drains))
-	for _, f := range append(s.app.since(0), slow.app.since(0)...) {
+	for _, f := range slices.Concat(s.app.since(0), slow.app.since(0), trusting.app.since(0)) {
 		if f.target == smuggledPath {
 			t.Errorf("a request in the body of another reached the application: %q", f.raw)
 		}
@@ -112,8 +117,9 @@ type strictRig struct {
 	tls     *tls.Config
 }
 
-// newStrictRig starts them; conf is added to the configuration of both.
-func newStrictRig(t *testing.T, conf string) *strictRig {
+// newStrictRig starts them; conf is added to the configuration of both, in which
+// the rest is replaced, old and new by turns.
+func newStrictRig(t *testing.T, conf string, replace ...string) *strictRig {
 	w := newWorld(t, time.Minute)
 	w.extend("access.csv", fmt.Sprintf("p, strict, in, %s, %s, 8443, *, /v1/strict/**, -, allow\n", id("/ns/shop/sa/payment"), id("/ns/shop/sa/billing")))
 	w.startIssuer()
@@ -121,8 +127,9 @@ func newStrictRig(t *testing.T, conf string) *strictRig {
 	w.join(s.bill)
 	w.join(s.pay)
 	s.bill.app = s.app.ln.Addr().String()
-	w.write("billing", w.sidecarConfig(s.bill, w.token("billing"))+conf)
-	w.write("payment", w.sidecarConfig(s.pay, w.token("payment"))+conf)
+	r := strings.NewReplacer(replace...)
+	w.write("billing", r.Replace(w.sidecarConfig(s.bill, w.token("billing"))+conf))
+	w.write("payment", r.Replace(w.sidecarConfig(s.pay, w.token("payment"))+conf))
 	s.billing = w.start("billing", nil, "sidecar", "run", "--config", w.path("billing", "config.yaml"))
 	w.awaitReady(s.billing)
 	s.payment = w.startNode(s.pay)

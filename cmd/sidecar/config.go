@@ -83,6 +83,11 @@ type InboundConfig struct {
 	// with a header of the PROXY protocol, version 2. It is the address in audit
 	// records and in what the application is told, and proves nothing.
 	ProxyProtocol []netip.Prefix `yaml:"proxy_protocol"`
+	// ForwardedFrom are the load balancers, as SPIFFE IDs or patterns of them as
+	// in a row, that are believed when they say in X-Forwarded-For through which
+	// addresses a call came: the application is told these before the load
+	// balancer's own. Nobody else is. It proves nothing either.
+	ForwardedFrom []string `yaml:"forwarded_from"`
 }
 
 // What an application can speak.
@@ -99,6 +104,10 @@ type OutboundConfig struct {
 	// Upstreams are loopback ports of their own for single services, for
 	// programs that know no proxy.
 	Upstreams []UpstreamConfig `yaml:"upstreams"`
+	// KeepForwardedFor is for a workload that is a load balancer: what it says in
+	// X-Forwarded-For goes on to the services it calls, which believe it only by
+	// ForwardedFrom. Default: it is dropped.
+	KeepForwardedFor bool `yaml:"keep_forwarded_for"`
 }
 
 // UpstreamConfig gives one service a loopback port.
@@ -146,6 +155,11 @@ func (c *Config) Validate() error {
 	for i, r := range c.Inbound.Rates {
 		for _, err := range r.Validate() {
 			errs = append(errs, fmt.Errorf("inbound.rates[%d].%w", i, err))
+		}
+	}
+	for i, p := range c.Inbound.ForwardedFrom {
+		if err := mesh.CheckIDPattern(p); err != nil {
+			errs = append(errs, fmt.Errorf("inbound.forwarded_from[%d]: %w", i, err))
 		}
 	}
 	loopback := func(field string, a netip.AddrPort) {

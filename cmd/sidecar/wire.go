@@ -442,7 +442,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
-			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(),
+			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom,
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 			Original: capture.OriginalDst,
 		})
@@ -455,6 +455,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
 		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
+		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor,
 	})
 	if e != nil {
 		return nil, nil, e

@@ -93,7 +93,7 @@ func (v *validator) adminRules() {
 		check(adminCaller, checkAdminCaller(r))
 		check(adminMethod, checkMethod(r.Method))
 		if r.On != Any {
-			check(adminOn, checkIDPattern(r.On))
+			check(adminOn, CheckIDPattern(r.On))
 		}
 		check(adminEffect, oneOf("effect", string(r.Effect), string(Allow), string(Deny)))
 	}
@@ -108,7 +108,7 @@ func checkAdminCaller(r AdminRule) error {
 	case r.Caller == Any:
 		return nil
 	}
-	return checkIDPattern(r.Caller)
+	return CheckIDPattern(r.Caller)
 }
 
 func checkMethod(m string) error {

@@ -39,7 +39,7 @@ func (c CallRate) Validate() (errs []error) {
 		}
 	}
 	if c.Caller != Any {
-		check("caller", checkIDPattern(c.Caller))
+		check("caller", CheckIDPattern(c.Caller))
 	}
 	check("verb", checkVerb(c.Verb))
 	check("path", checkPath(c.Verb, c.Path))

@@ -152,7 +152,7 @@ func (c *Cond) fill() error {
 	case CondWhen:
 		return c.fillWhen()
 	case CondUnlessSrc:
-		return checkIDPattern(c.Value)
+		return CheckIDPattern(c.Value)
 	}
 	return nil
 }

@@ -8,9 +8,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// checkIDPattern accepts a SPIFFE ID or a segment pattern below a literal trust
+// CheckIDPattern accepts a SPIFFE ID or a segment pattern below a literal trust
 // domain.
-func checkIDPattern(p string) error {
+func CheckIDPattern(p string) error {
 	rest, ok := strings.CutPrefix(p, "spiffe://")
 	if !ok {
 		return fmt.Errorf("%q is not a SPIFFE ID: it starts with spiffe://", p)

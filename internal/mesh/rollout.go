@@ -116,12 +116,12 @@ func parseChooser(s string) (chooser, error) {
 		return chooser{word: "share", share: uint64(share*shareWhole/100 + 0.5)}, nil
 	}
 	if strings.HasPrefix(s, "spiffe://") {
-		return chooser{word: "workload", value: s}, checkIDPattern(s)
+		return chooser{word: "workload", value: s}, CheckIDPattern(s)
 	}
 	word, value, _ := strings.Cut(s, "=")
 	switch word {
 	case "agent":
-		return chooser{word: word, value: value}, checkIDPattern(value)
+		return chooser{word: word, value: value}, CheckIDPattern(value)
 	case "kind":
 		if value != "sidecar" && value != "gateway" {
 			return chooser{}, fmt.Errorf("%q: kind is sidecar or gateway", clip(s))

@@ -114,7 +114,7 @@ func checkSrc(s string) error {
 	if strings.HasPrefix(s, servicePrefix) || strings.HasPrefix(s, hostPrefix) {
 		return fmt.Errorf("source %q is a group of destinations: callers are in group:", clip(s))
 	}
-	return checkIDPattern(s)
+	return CheckIDPattern(s)
 }
 
 func checkGroup(ref string) error {
@@ -141,7 +141,7 @@ func (p *Policies) checkDst(dir Direction, s string) error {
 	case s == "*" || s == Any:
 		return nil
 	}
-	if err := checkIDPattern(s); err != nil {
+	if err := CheckIDPattern(s); err != nil {
 		return err
 	}
 	if rest := strings.TrimPrefix(s, "spiffe://"+p.TrustDomain.Name()+"/"); rest == s {

@@ -55,6 +55,11 @@ type InboundConfig struct {
 	// the PROXY protocol, version 2. It changes the address in records and in
 	// what the application is told, nothing of who the peer is. Optional.
 	ProxyFrom []netip.Prefix
+	// ForwardedFrom are the peers, as SPIFFE IDs or patterns of them, that are
+	// believed when they say in X-Forwarded-For through which addresses a call
+	// came. It changes what the application is told, nothing of who the peer is
+	// and nothing in records. Optional.
+	ForwardedFrom []string
 	// TLS is the server side of mutual TLS. Its VerifyConnection is asked again
 	// during the life of a connection. Required.
 	TLS *tls.Config
@@ -95,6 +100,11 @@ func (c InboundConfig) validate() error {
 	} {
 		if missing {
 			errs = append(errs, errors.New(name+": missing"))
+		}
+	}
+	for i, p := range c.ForwardedFrom {
+		if err := mesh.CheckIDPattern(p); err != nil {
+			errs = append(errs, fmt.Errorf("forwarded from[%d]: %w", i, err))
 		}
 	}
 	if c.TLS != nil && c.TLS.VerifyConnection == nil {
@@ -186,7 +196,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	defer in.peers.leave(x.peer)
 	x.series = in.Signals.Series(x.src, x.dst, "")
 	x.unread = x.series
-	x.intro, x.bounds = introduce(in.self, x.src, x.remote), in.rates.bounds(x.peer)
+	x.intro, x.bounds = introduce(in.self, x.src, x.remote, in.forwardsFor(x.src)), in.rates.bounds(x.peer)
 	_, opaque := in.streams()
 	if x.tls.NegotiatedProtocol == hop.Proto && !opaque {
 		in.serveHop(ctx, c, tc, x)

@@ -44,6 +44,9 @@ type OutboundConfig struct {
 	// Gateways lends connections to the gateways under the name "gateway".
 	// Without it nothing leads out of the mesh.
 	Gateways *upstream.Services
+	// KeepForwardedFor passes on what the workload says in X-Forwarded-For, as a
+	// load balancer does. Without it the field is dropped.
+	KeepForwardedFor bool
 	// Captured takes connections that rules of the kernel have brought to the
 	// HTTP proxy. Nil: all are made to it.
 	Captured *Captured
@@ -307,6 +310,9 @@ func serviceOf(authority []byte) (name string, inside bool) {
 func (d *door) forward(x *call) *refusal {
 	if x.req.Form == http1.Authority {
 		return d.connect(x)
+	}
+	if d.cfg.KeepForwardedFor {
+		x.extra = appendForwardedFor(x.extra, forwardedFor(x.req.Fields))
 	}
 	return x.exchange()
 }
