@@ -110,13 +110,19 @@ func limitClasses() []strictClass {
 	}
 }
 
-// trustClasses are tried where the caller is trusted with X-Forwarded-For.
+// trustClasses are tried where the caller is trusted with X-Forwarded-For, and
+// paths may have parameters.
 func trustClasses() []strictClass {
 	chain := func(name, lines, xff, fors string) strictCase {
 		c := pass(name, strictGet(lines), "X-Forwarded-For: "+xff+"\r\n", "Forwarded: "+fors+";host=\"billing.mesh.internal\";proto=https\r\n", "X-Forwarded-Proto: https\r\n")
 		c.hides = []string{"forged"}
 		return c
 	}
+	target := func(name, t string) strictCase { return refuse(name, 400, strictTarget(t)...) }
+	path := func(name, in, out string) strictCase {
+		return pass(name, strictTarget("/v1/strict"+in), "GET /v1/strict"+out+" HTTP/1.1\r\n")
+	}
+	deny := func(name, t string) strictCase { return refuse(name, 403, strictTarget(t)...).kept() }
 	const peer, forPeer = "127.0.0.1", "for=127.0.0.1"
 	return []strictClass{
 		{23, "through which addresses, of whom is trusted", []strictCase{
@@ -126,6 +132,12 @@ func trustClasses() []strictClass {
 			chain("behind what is no address", "X-Forwarded-For: 10.0.0.1, forged, 203.0.113.5\r\n", "203.0.113.5, "+peer, "for=203.0.113.5, "+forPeer),
 			chain("no address", "X-Forwarded-For: forged\r\n", peer, forPeer),
 			chain("all else", "X_Forwarded_For: forged\r\nForwarded: for=forged\r\nX-Forwarded-Proto: forged\r\nX-Forwarded-Host: forged\r\nX-Real-IP: forged\r\nX-Forwarded-Client-Cert: URI=forged\r\n", peer, forPeer),
+		}},
+		{25, "paths with parameters, where they may be", []strictCase{
+			path("as they came", "/x;a=b;c/y;", "/x;a=b;c/y;"), path("made canonical", "//%78;%61=b/./y", "/x;a=b/y"), path("escaped semicolon", "/x%3by", "/x%3By"),
+			deny("on what is refused", "/v1/secret;x"), deny("on every segment of it", "/v1;a/secret;b"), pass("on what is allowed", strictTarget("/v1;/strict/x"), "GET /v1;/strict/x HTTP/1.1\r\n"), deny("empty", "/v1/secret;"),
+			target("on a parent", "/v1/strict/..;/secret"), target("on an escaped parent", "/v1/strict/%2e%2e;x/secret"), target("on a dot", "/v1/strict/.;/x"),
+			target("of no segment", "/v1/strict/;/x"), target("of the root", "/;x"), target("escaped slash in them", "/v1/strict/x;a%2f..%2fsecret"), target("parent behind them", "/v1/strict/x;/../secret"), target("control byte in them", "/v1/strict/x;%00"),
 		}},
 	}
 }

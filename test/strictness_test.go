@@ -79,7 +79,7 @@ func TestStrictness(t *testing.T) {
 	t.Parallel()
 	s := newStrictRig(t, "")
 	slow := newStrictRig(t, "limits: {head: 2048, headers: 20, target: 512, head_timeout: 1s, body_timeout: 1s, idle_timeout: 1s, refuse_underscores: true, connections: 300}\n")
-	trusting := newStrictRig(t, "", "inbound: {", fmt.Sprintf("inbound: {forwarded_from: [%q], ", id("/ns/shop/sa/payment")), "outbound:\n", "outbound:\n  keep_forwarded_for: true\n")
+	trusting := newStrictRig(t, "limits: {path_parameters: true}\n", "inbound: {", fmt.Sprintf("inbound: {forwarded_from: [%q], ", id("/ns/shop/sa/payment")), "outbound:\n", "outbound:\n  keep_forwarded_for: true\n")
 	t.Run("a peer that speaks HTTP/3 alone is sent away", func(t *testing.T) {
 		only := s.tls.Clone()
 		only.NextProtos = []string{"h3"}

@@ -57,6 +57,10 @@ type LimitsConfig struct {
 	// RefuseUnderscores answers 400 to a field name with "_". Default: only those
 	// are dropped that would be a name with a meaning if "_" were "-".
 	RefuseUnderscores bool `yaml:"refuse_underscores"`
+	// PathParameters lets ";" stand in paths, for applications that expect it. The
+	// application gets the path as it came; rows, rates and records have it without
+	// the parameters. Both sidecars on the way must allow it. Default: 400.
+	PathParameters bool `yaml:"path_parameters"`
 }
 
 // Validate reports every mistake, each by the name of its field.
@@ -102,6 +106,6 @@ func (c LimitsConfig) http() http1.Limits {
 		Head: c.Head, Headers: c.Headers, Target: c.Target,
 		HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout, ResponseTimeout: c.ResponseTimeout,
 		BodyTimeout: c.BodyTimeout, WriteTimeout: c.WriteTimeout, MinRate: c.BodyRate,
-		RefuseUnderscore: c.RefuseUnderscores,
+		RefuseUnderscore: c.RefuseUnderscores, AllowParams: c.PathParameters,
 	}
 }

@@ -54,8 +54,9 @@ type Limits struct {
 	// MinRate is the least average rate, in bytes per second, of a request
 	// body of known length, after a grace of 5 s. Default 240; negative: none.
 	MinRate int
-	// AllowParams accepts ';' in a path. Without it such a request gets 400,
-	// because applications disagree on what the path then is.
+	// AllowParams accepts ';' in a path, which PathText then leaves out. Without
+	// it such a request gets 400, because applications disagree on what the path
+	// then is.
 	AllowParams bool
 	// RefuseUnderscore refuses field names that hold '_' (400). Without it
 	// only those are dropped that fold to a name with a meaning.

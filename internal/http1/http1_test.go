@@ -425,6 +425,19 @@ func TestLimitsAndOptions(t *testing.T) {
 	if err != nil {
 		t.Errorf("parameters were allowed, yet: %v", err)
 	}
+	for path, bare := range map[string]string{
+		"/a;b=c": "/a", "/a;b=c/d": "/a/d", "/a;/": "/a/", "/a;b;c/d;e/f": "/a/d/f", "/%61;%2e/./b": "/a/b", "/a%3Bb": "/a%3Bb", "/...;x": "/...",
+	} {
+		r, _, err := readReq("GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n", Limits{AllowParams: true})
+		if err != nil || r.PathText() != bare {
+			t.Errorf("%s: judged as %q (%v), want %q", path, r.PathText(), err, bare)
+		}
+	}
+	for _, path := range []string{"/;", "/a/;b", "/a/;/b", "/.;", "/%2e%2e;x/b", "/a;%2f", "/a;/../b"} {
+		if _, _, err := readReq("GET "+path+" HTTP/1.1\r\nHost: x\r\n\r\n", Limits{AllowParams: true}); err == nil {
+			t.Errorf("%s was taken", path)
+		}
+	}
 	_, _, err = readReq("GET /..;/b HTTP/1.1\r\nHost: x\r\n\r\n", Limits{AllowParams: true})
 	wantReason(t, err, 400, ReasonPath)
 	_, _, err = readReq("GET / HTTP/1.1\r\nHost: x\r\nA_b: c\r\n\r\n", Limits{RefuseUnderscore: true})

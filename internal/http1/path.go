@@ -29,7 +29,8 @@ const upperHex = "0123456789ABCDEF"
 // Refused are bytes that RFC 3986 section 3.3 does not allow (but '[', ']',
 // '|' and '^', which browsers send, are escaped), broken escapes, escapes of
 // control bytes, '/' and '\', segments that are ".." after one decoding, and
-// ';' unless params is true. Then unreserved bytes are unescaped, other
+// ';' unless params is true and a name other than "." stands before it in its
+// segment. Then unreserved bytes are unescaped, other
 // escapes get upper-case digits, "//" becomes "/", and "." segments go. Case
 // and a trailing slash are kept. A double-encoded byte stays literal. The
 // result is a fixed point of CleanPath.
@@ -101,8 +102,28 @@ func segment(s []byte) (keep bool, err error) {
 		return false, refuse(ReasonPath, "the path holds a parent segment")
 	case string(name) == "." && len(s) > 1:
 		return false, refuse(ReasonPath, "the path holds a dot segment with parameters")
+	case len(name) == 0 && len(s) > 0:
+		return false, refuse(ReasonPath, "the path holds parameters of no segment")
 	}
 	return len(s) > 0 && string(s) != ".", nil
+}
+
+// appendBare appends a canonical path without the parameters of its segments,
+// which is canonical too.
+func appendBare(dst, path []byte) []byte {
+	params := false
+	for _, c := range path {
+		switch c {
+		case ';':
+			params = true
+		case '/':
+			params = false
+		}
+		if !params {
+			dst = append(dst, c)
+		}
+	}
+	return dst
 }
 
 // plainPath says whether path is canonical as it stands, without copying.

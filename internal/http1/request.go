@@ -51,8 +51,8 @@ type Request struct {
 	// Authority is host or host:port in lower case, checked. It comes from the
 	// target when that has one, and then Host was the same.
 	Authority []byte
-	// Path is the canonical path (see CleanPath): what is judged, logged and
-	// forwarded. "*" for the asterisk form, nil for CONNECT.
+	// Path is the canonical path (see CleanPath): what is forwarded, and but for
+	// parameters (see PathText) judged and logged. "*" for the asterisk form, nil for CONNECT.
 	Path []byte
 	// RawQuery is what stands behind '?', as received.
 	RawQuery []byte
@@ -73,6 +73,7 @@ type Request struct {
 	Fields []Field
 
 	pathBuf, authBuf []byte
+	bareBuf          []byte
 	texts            [8]string
 	authText         string
 
@@ -112,15 +113,22 @@ func (r *Request) Verb() string {
 	return string(r.Method)
 }
 
-// PathText is Path as a string. Paths that repeat on a connection share their
-// string, so that a keep-alive client costs no allocation.
+// PathText is Path as it is judged and logged: without the parameters of its
+// segments, which some applications cut off, so that no rule speaks of them.
+// Paths that repeat on a connection share their string, so that a keep-alive
+// client costs no allocation.
 func (r *Request) PathText() string {
-	if len(r.Path) == 0 || len(r.Path) > 512 {
-		return string(r.Path)
+	p := r.Path
+	if bytes.IndexByte(p, ';') >= 0 {
+		r.bareBuf = appendBare(r.bareBuf[:0], p)
+		p = r.bareBuf
 	}
-	slot := &r.texts[(len(r.Path)^int(r.Path[len(r.Path)-1]))%len(r.texts)]
-	if *slot != string(r.Path) {
-		*slot = string(r.Path)
+	if len(p) == 0 || len(p) > 512 {
+		return string(p)
+	}
+	slot := &r.texts[(len(p)^int(p[len(p)-1]))%len(r.texts)]
+	if *slot != string(p) {
+		*slot = string(p)
 	}
 	return *slot
 }

@@ -343,3 +343,44 @@ func TestNobodyWithoutSVIDGetsIn(t *testing.T) {
 	}
 	awaitRecords(t, r.inAudit, audit.KindTLS, 2)
 }
+
+// Parameters in a path, once allowed, get around no row and no rate: what is
+// judged and recorded is the path without them, what is forwarded the path.
+func TestParametersGetAroundNoRow(t *testing.T) {
+	const access = `p, all, in, spiffe://demo.sallyport/ns/shop/sa/web, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, *, /ok/**, -, allow
+p, rest, in, spiffe://demo.sallyport/ns/shop/sa/web, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, *, /rest/**, -, allow
+p, admin, in, **, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, *, /ok/admin, -, deny
+`
+	r := newRig(t, app(t, echoHead), func(r *rig) {
+		r.access = access
+		r.inCfg.Limits.AllowParams, r.outCfg.Limits.AllowParams = true, true
+		r.inCfg.Rates = []mesh.CallRate{{Path: "/rest/once", Rate: mesh.Rate{Calls: 1, Per: time.Hour}}}
+	})
+	for _, c := range []struct {
+		path, judged string
+		want         int
+	}{
+		{"/ok/x;a=b", "/ok/x", 200},
+		{"/ok;v=1/x;", "/ok/x", 200},
+		{"/ok/admin", "/ok/admin", 403},
+		{"/ok/admin;x", "/ok/admin", 403},
+		{"/ok/admin;", "/ok/admin", 403},
+		{"/ok;x/admin;y=%2e", "/ok/admin", 403},
+		{"/ok/%61dmin;x", "/ok/admin", 403},
+		{"/other;/ok/x", "/other/ok/x", 403},
+		{"/rest/once;a", "/rest/once", 200},
+		{"/rest/once;b", "/rest/once", 429},
+		{"/rest/once", "/rest/once", 429},
+	} {
+		w := r.dial()
+		w.say("GET " + c.path + " HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+		resp, got := w.answer("GET")
+		if resp.StatusCode != c.want || c.want == 200 && !has(got, "GET "+strings.Replace(c.path, "%61", "a", 1)+" ") {
+			t.Errorf("%s: got %d, want %d\n%s", c.path, resp.StatusCode, c.want, got)
+		}
+		all := decisions(r.inAudit)
+		if d := all[len(all)-1]; d.Path != c.judged {
+			t.Errorf("%s: judged as %q, want %q", c.path, d.Path, c.judged)
+		}
+	}
+}

@@ -37,7 +37,11 @@ func (in *Inbound) credential(x *call) *refusal {
 
 // shown collects the credentials of a request.
 func (in *Inbound) shown(x *call, keyField string) {
-	x.shown = authz.Credential{Method: x.req.Verb(), Path: x.req.PathText(), Thumbprint: x.thumbprint, InQuery: tokenInQuery(x.req.RawQuery)}
+	path := x.req.PathText()
+	if len(path) != len(x.req.Path) {
+		path = string(x.req.Path) // with parameters: a proof is for one target
+	}
+	x.shown = authz.Credential{Method: x.req.Verb(), Path: path, Thumbprint: x.thumbprint, InQuery: tokenInQuery(x.req.RawQuery)}
 	if in.cfg.Name != nil {
 		if name := in.cfg.Name(); name != "" {
 			x.shown.Host = x.host.textOf(name)
