@@ -82,7 +82,8 @@ type State struct {
 	// FederatedJWT verify those of other trust domains.
 	FederatedJWT map[spiffeid.TrustDomain]map[string]crypto.PublicKey
 
-	roots map[spiffeid.TrustDomain]*x509.CertPool // set by prepare
+	roots  map[spiffeid.TrustDomain]*x509.CertPool // set by prepare
+	proven *proven                                 // by roots alone; set by prepare
 }
 
 // Validate reports every way in which the state could not be used at now.
@@ -101,6 +102,7 @@ func (st *State) prepare(now time.Time) (*State, error) {
 	c.Federated = maps.Clone(st.Federated)
 	c.JWTKeys = maps.Clone(st.JWTKeys)
 	c.FederatedJWT = maps.Clone(st.FederatedJWT)
+	c.proven = new(proven) // of st it would be by other roots
 	c.roots = make(map[spiffeid.TrustDomain]*x509.CertPool, 1+len(c.Federated))
 	c.roots[c.Bundle.TrustDomain()] = poolOf(c.Bundle)
 	var errs []error
@@ -135,8 +137,8 @@ func (st *State) checkIdentity(id Identity, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	if got != id.ID {
-		return fmt.Errorf("certificate says %s", got)
+	if got.id != id.ID {
+		return fmt.Errorf("certificate says %s", got.id)
 	}
 	if id.Key == nil {
 		return errors.New("no private key")

@@ -38,16 +38,22 @@ func VerifyChain(certs []*x509.Certificate, b *x509bundle.Bundle, now time.Time)
 	if b == nil {
 		return spiffeid.ID{}, errors.New("verify SVID: no bundle")
 	}
-	return verifyChain(certs, b.TrustDomain(), poolOf(b), now)
+	got, err := verifyChain(certs, b.TrustDomain(), poolOf(b), now)
+	return got.id, err
 }
 
-// verifyPeer chooses the bundle by the leaf's trust domain.
+// verifyPeer chooses the bundle by the leaf's trust domain. Of a chain that it
+// has verified before it looks at the times alone.
 func (st *State) verifyPeer(certs []*x509.Certificate, now time.Time) (spiffeid.ID, error) {
 	if st == nil {
 		return spiffeid.ID{}, ErrNoIdentity
 	}
 	if len(certs) == 0 {
 		return spiffeid.ID{}, errors.New("verify SVID: peer sent no certificate")
+	}
+	key := chainKey(certs)
+	if got, ok := st.proven.find(key, now); ok {
+		return got.id, nil
 	}
 	id, err := leafID(certs[0])
 	if err != nil {
@@ -57,42 +63,56 @@ func (st *State) verifyPeer(certs []*x509.Certificate, now time.Time) (spiffeid.
 	if !ok {
 		return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: no bundle for its trust domain", id)
 	}
-	return verifyChain(certs, id.TrustDomain(), roots, now)
+	got, err := verifyChain(certs, id.TrustDomain(), roots, now)
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	st.proven.add(key, got)
+	return got.id, nil
 }
 
-func verifyChain(certs []*x509.Certificate, td spiffeid.TrustDomain, roots *x509.CertPool, now time.Time) (spiffeid.ID, error) {
+func verifyChain(certs []*x509.Certificate, td spiffeid.TrustDomain, roots *x509.CertPool, now time.Time) (proof, error) {
 	if len(certs) == 0 || len(certs) > maxChain {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID: chain of %d certificates, want 1 to %d", len(certs), maxChain)
+		return proof{}, fmt.Errorf("verify SVID: chain of %d certificates, want 1 to %d", len(certs), maxChain)
 	}
 	leaf := certs[0]
 	id, err := leafID(leaf)
 	if err != nil {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID: %w", err)
+		return proof{}, fmt.Errorf("verify SVID: %w", err)
 	}
 	if id.TrustDomain() != td {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: trust domain is not %s", id, td)
+		return proof{}, fmt.Errorf("verify SVID of %s: trust domain is not %s", id, td)
 	}
 	if err := checkLeaf(leaf); err != nil {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: %w", id, err)
+		return proof{}, fmt.Errorf("verify SVID of %s: %w", id, err)
 	}
 	if err := checkTime(leaf, now); err != nil {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: %w", id, err)
+		return proof{}, fmt.Errorf("verify SVID of %s: %w", id, err)
 	}
 	inter := x509.NewCertPool()
 	for i, c := range certs[1:] {
 		if err := checkSigner(c, td); err != nil {
-			return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: intermediate %d: %w", id, i+1, err)
+			return proof{}, fmt.Errorf("verify SVID of %s: intermediate %d: %w", id, i+1, err)
 		}
 		inter.AddCert(c)
 	}
-	_, err = leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: inter, CurrentTime: now,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}, // checkLeaf is stricter
 	})
 	if err != nil {
-		return spiffeid.ID{}, fmt.Errorf("verify SVID of %s: %w", id, err)
+		return proof{}, fmt.Errorf("verify SVID of %s: %w", id, err)
 	}
-	return id, nil
+	got := proof{id: id, from: leaf.NotBefore, until: leaf.NotAfter}
+	for _, c := range chains[0] {
+		if c.NotBefore.After(got.from) {
+			got.from = c.NotBefore
+		}
+		if c.NotAfter.Before(got.until) {
+			got.until = c.NotAfter
+		}
+	}
+	return got, nil
 }
 
 // leafID reads the one URI of the subject alternative name as it was written:
