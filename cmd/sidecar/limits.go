@@ -33,6 +33,11 @@ type LimitsConfig struct {
 	// BodyRate is the least average rate of a request body of known length, in
 	// bytes a second after 5 s of grace. Default 240; -1 for none; below it 408.
 	BodyRate int `yaml:"body_rate"`
+	// ChunkedRate is the least rate of a body of unknown length, in bytes a second
+	// over every 10 s for which the client keeps us waiting: as it sends a request,
+	// below it 408, and as it takes an answer, below it the answer is cut off.
+	// Default: none. Leave it out where requests are streams that rest, as in gRPC.
+	ChunkedRate int `yaml:"chunked_rate"`
 	// WriteTimeout is how long a peer may not read what it asked for. Default
 	// 1 min.
 	WriteTimeout time.Duration `yaml:"write_timeout"`
@@ -82,6 +87,7 @@ func (c LimitsConfig) Validate() error {
 	if c.BodyRate != -1 {
 		within("body_rate", c.BodyRate, 1, 1<<30)
 	}
+	within("chunked_rate", c.ChunkedRate, 1, 1<<30)
 	within("connections", c.Connections, 1, 1<<20)
 	within("peer_connections", c.PeerConnections, 1, 1<<20)
 	within("handshakes", c.Handshakes, 1, 1<<20)
@@ -105,7 +111,7 @@ func (c LimitsConfig) http() http1.Limits {
 	return http1.Limits{
 		Head: c.Head, Headers: c.Headers, Target: c.Target,
 		HeadTimeout: c.HeadTimeout, IdleTimeout: c.IdleTimeout, ResponseTimeout: c.ResponseTimeout,
-		BodyTimeout: c.BodyTimeout, WriteTimeout: c.WriteTimeout, MinRate: c.BodyRate,
+		BodyTimeout: c.BodyTimeout, WriteTimeout: c.WriteTimeout, MinRate: c.BodyRate, ChunkedRate: c.ChunkedRate,
 		RefuseUnderscore: c.RefuseUnderscores, AllowParams: c.PathParameters,
 	}
 }

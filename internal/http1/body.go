@@ -12,6 +12,8 @@ const (
 	bulkSize  = 64 << 10 // one read of a long body
 	smallBody = 8 << 10  // a body up to this is gathered before it is sent on
 	rateGrace = 5 * time.Second
+
+	rateWindow = 10 * time.Second // of waiting, for which ChunkedRate counts
 )
 
 var bulkPool = sync.Pool{New: func() any { return new([bulkSize]byte) }}
@@ -154,8 +156,67 @@ func (c *Conn) readBodyInto(b func() []byte, await bool, p *pace) (int, error) {
 	}
 }
 
+// window is pace for a body of unknown length, which may go on for days: a good
+// beginning does not count later.
+type window struct {
+	n      int64         // bytes in all
+	from   int64         // n when the window began
+	waited time.Duration // in the window
+}
+
+// slow says, at the end of a window, whether the bytes in it are less than the
+// rate, in bytes per second, asks for.
+func (w *window) slow(rate int) bool {
+	if rate <= 0 || w.waited < rateWindow {
+		return false
+	}
+	slow := float64(w.n-w.from) < w.waited.Seconds()*float64(rate)
+	w.from, w.waited = w.n, 0
+	return slow
+}
+
+// fillBody is fill inside a chunked body. Of a request, w sees how long it takes.
+func (c *Conn) fillBody(w *window) error {
+	rate := c.lim.ChunkedRate
+	if c.trailers || rate <= 0 {
+		c.readWithin(c.lim.BodyTimeout)
+		return c.fill()
+	}
+	for idle := time.Duration(0); ; {
+		c.readWithin(min(c.lim.BodyTimeout, rateWindow))
+		before := time.Now()
+		err := c.fill()
+		took := time.Since(before)
+		w.waited += took
+		idle += took
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, os.ErrDeadlineExceeded) || idle >= c.lim.BodyTimeout || c.quit.Load():
+			return err
+		case w.slow(rate):
+			return ErrSlowBody
+		}
+	}
+}
+
+// pass writes a piece of a body of unknown length that c reads. Of a response, w
+// sees how long the client takes.
+func (c *Conn) pass(dst io.Writer, b []byte, w *window) error {
+	if !c.trailers || c.lim.ChunkedRate <= 0 {
+		_, err := dst.Write(b)
+		return err
+	}
+	before := time.Now()
+	n, err := dst.Write(b)
+	w.waited += time.Since(before)
+	w.n += int64(n)
+	return err
+}
+
 func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int64, readErr, writeErr error) {
 	var d decoder
+	var sent, taken window
 	out := *scratch
 	for {
 		var k int
@@ -176,22 +237,28 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 		}
 		if len(out) > 0 {
 			*scratch = out
-			if _, writeErr = dst.Write(out); writeErr != nil {
+			if writeErr = src.pass(dst, out, &taken); writeErr != nil {
 				return d.data, nil, writeErr
 			}
 			out = out[:0]
 		}
-		if d.done() {
+		sent.n = d.data // framing is not what is waited for
+		switch {
+		case d.done():
 			return d.data, nil, nil
+		case sent.slow(src.lim.ChunkedRate):
+			return d.data, ErrSlowBody, nil
+		case taken.slow(src.lim.ChunkedRate):
+			return d.data, nil, ErrSlowBody
 		}
-		src.readWithin(src.lim.BodyTimeout)
-		if err := src.fill(); err != nil {
+		if err := src.fillBody(&sent); err != nil {
 			return d.data, truncated(err), nil
 		}
 	}
 }
 
 func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int64, readErr, writeErr error) {
+	var taken window
 	out := *scratch
 	for {
 		n += int64(src.w - src.r)
@@ -199,10 +266,13 @@ func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n i
 		src.r = src.w
 		if len(out) > 0 {
 			*scratch = out
-			if _, writeErr = dst.Write(out); writeErr != nil {
+			if writeErr = src.pass(dst, out, &taken); writeErr != nil {
 				return n, nil, writeErr
 			}
 			out = out[:0]
+		}
+		if taken.slow(src.lim.ChunkedRate) {
+			return n, nil, ErrSlowBody
 		}
 		src.readWithin(src.lim.BodyTimeout)
 		switch err := src.fill(); {

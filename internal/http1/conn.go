@@ -54,6 +54,11 @@ type Limits struct {
 	// MinRate is the least average rate, in bytes per second, of a request
 	// body of known length, after a grace of 5 s. Default 240; negative: none.
 	MinRate int
+	// ChunkedRate is the least rate, in bytes per second over every 10 s of
+	// waiting for the client, of a body of unknown length: of a request as it
+	// sends it, of a response as it takes it. Default: none, since such a body may
+	// rest by its nature.
+	ChunkedRate int
 	// AllowParams accepts ';' in a path, which PathText then leaves out. Without
 	// it such a request gets 400, because applications disagree on what the path
 	// then is.

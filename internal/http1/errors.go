@@ -16,8 +16,8 @@ var ErrHeadTimeout = errors.New("head not complete in time")
 // response it means that the upstream did not answer (504).
 var ErrIdleTimeout = errors.New("nothing received in time")
 
-// ErrSlowBody is returned when a body of known length arrives below
-// Limits.MinRate.
+// ErrSlowBody is returned when a body moves below Limits.MinRate or
+// Limits.ChunkedRate.
 var ErrSlowBody = errors.New("body arrives too slowly")
 
 // Reason says what was wrong with a message. The set is closed: its text is

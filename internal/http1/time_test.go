@@ -15,11 +15,15 @@ import (
 
 // pipes starts a proxy between two in-memory connections inside a bubble.
 func pipes(timeout time.Duration) (client, upstream net.Conn, outcome chan error) {
+	return pipesWithin(Limits{}, timeout)
+}
+
+func pipesWithin(lim Limits, timeout time.Duration) (client, upstream net.Conn, outcome chan error) {
 	client, d := net.Pipe()
 	u, upstream := net.Pipe()
 	outcome = make(chan error, 1)
 	go func() {
-		down, up := NewConn(d, Limits{}), NewConn(u, Limits{})
+		down, up := NewConn(d, lim), NewConn(u, lim)
 		r := new(Request)
 		err := down.ReadRequest(r)
 		if err == nil {
