@@ -259,9 +259,11 @@ func (c *confirmer) judge(rep *Report) {
 	if rep.Identity = (Verdict{OK: true}); c.refusal != "" {
 		rep.Identity.fail(0, "%s", c.refusal)
 	}
-	if best == nil && c.passed != nil && c.own != nil {
+	if best == nil && c.passed != nil && (c.own != nil || c.gone.witnessed(c.trust.Witnesses) != nil) {
 		// Nothing goes from a log before a witness has signed as much: who made
-		// this evidence has the key of the log, and no witness has seen it.
+		// this evidence has the key of the log, and no witness has seen it. From a
+		// copy nothing goes without the signature of a witness on the evidence, so
+		// that to take the tree away makes no copy of a log.
 		rep.Completeness.fail(0, "%s is of %d records, and the evidence says that %d were removed, which no witness has signed: the log was rewritten, or what was given is older than the removal and the cosigned checkpoint is missing",
 			c.passed.who, c.passed.Size, c.gone.Last)
 	}

@@ -383,6 +383,31 @@ func TestWhatAnAttackerCanDoToAKeptLog(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	rewrite := func(t *testing.T, k *keptLog) {
+		// Another log of the same key, longer than what a witness has signed, of
+		// which everything up to its last file is said to be removed by rule.
+		liar := &keptLog{signedLog: &signedLog{path: k.path, heads: &memHeads{}, name: k.name}}
+		var err error
+		if liar.w, err = OpenWitness(t.TempDir(), liar.heads); err != nil {
+			t.Fatal(err)
+		}
+		k.log.Close()
+		for _, name := range append(mustGlob(t, k.path+"*"), filepath.Join(TreeDir(k.path), cosignedFile)) {
+			if info, err := os.Stat(name); err == nil && !info.IsDir() {
+				_ = os.Remove(name)
+			}
+		}
+		key := mustRead(t, filepath.Join(TreeDir(k.path), keyFile))
+		_ = os.RemoveAll(TreeDir(k.path))
+		_ = os.MkdirAll(TreeDir(k.path), 0o700)
+		_ = os.WriteFile(filepath.Join(TreeDir(k.path), keyFile), key, 0o600)
+		liar.open(t)
+		for range 6 {
+			liar.grow(t, 90)
+			liar.sweep(t)
+		}
+		_ = os.Remove(filepath.Join(TreeDir(k.path), cosignedFile))
+	}
 	for _, tt := range []struct {
 		name string
 		do   func(t *testing.T, k *keptLog)
@@ -404,30 +429,10 @@ func TestWhatAnAttackerCanDoToAKeptLog(t *testing.T) {
 				r.setEdge(e)
 			})
 		}, "ffpp"},
-		{"has the key, and writes evidence of more than was signed", func(t *testing.T, k *keptLog) {
-			// Another log of the same key, longer than what a witness has signed, of
-			// which everything up to its last file is said to be removed by rule.
-			liar := &keptLog{signedLog: &signedLog{path: k.path, heads: &memHeads{}, name: k.name}}
-			var err error
-			if liar.w, err = OpenWitness(t.TempDir(), liar.heads); err != nil {
-				t.Fatal(err)
-			}
-			k.log.Close()
-			for _, name := range append(mustGlob(t, k.path+"*"), filepath.Join(TreeDir(k.path), cosignedFile)) {
-				if info, err := os.Stat(name); err == nil && !info.IsDir() {
-					_ = os.Remove(name)
-				}
-			}
-			key := mustRead(t, filepath.Join(TreeDir(k.path), keyFile))
+		{"has the key, and writes evidence of more than was signed", rewrite, "pfuu"},
+		{"has the key, writes evidence of more than was signed, and removes the tree", func(t *testing.T, k *keptLog) {
+			rewrite(t, k)
 			_ = os.RemoveAll(TreeDir(k.path))
-			_ = os.MkdirAll(TreeDir(k.path), 0o700)
-			_ = os.WriteFile(filepath.Join(TreeDir(k.path), keyFile), key, 0o600)
-			liar.open(t)
-			for range 6 {
-				liar.grow(t, 90)
-				liar.sweep(t)
-			}
-			_ = os.Remove(filepath.Join(TreeDir(k.path), cosignedFile))
 		}, "pfuu"},
 		{"changes a record of a file that is kept", func(t *testing.T, k *keptLog) {
 			name := oldest(t, k)
