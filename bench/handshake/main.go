@@ -63,10 +63,10 @@ func measure(ctx context.Context, w io.Writer) error {
 	var s settings
 	flag.StringVar(&s.issuer, "issuer", "bin/issuer", "the issuer's binary")
 	flag.StringVar(&s.sidecar, "sidecar", "bin/sidecar", "the sidecar's binary")
-	flag.IntVar(&s.rounds, "rounds", 5, "rounds")
+	flag.IntVar(&s.rounds, "rounds", 15, "rounds")
 	flag.IntVar(&s.callers, "callers", 16, "connections at a time")
-	flag.DurationVar(&s.each, "each", 2*time.Second, "how long a server is measured in a round")
-	flag.DurationVar(&s.warm, "warm", 300*time.Millisecond, "how long it is warmed up before")
+	flag.DurationVar(&s.each, "each", 600*time.Millisecond, "how long a server is measured in a round")
+	flag.DurationVar(&s.warm, "warm", 200*time.Millisecond, "how long it is warmed up before")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy")
 	flag.BoolVar(&s.only, "only", false, "measure ours alone")
 	flag.StringVar(&s.profile, "profile", "", "write a CPU profile of the sidecar under the first scene to this file, and measure nothing")
