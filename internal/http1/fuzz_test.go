@@ -315,7 +315,7 @@ func FuzzChunked(f *testing.F) {
 // FuzzPath checks that a canonical path is a fixed point, holds nothing that
 // was to be refused, and means what the original meant.
 func FuzzPath(f *testing.F) {
-	for _, s := range []string{"/", "/a/b", "//a/./b//", "/%61%2e%2E", "/a%20b/[x]|^", "/.;a/..", "/%2e/", "/a;b", "/%252f"} {
+	for _, s := range []string{"/", "/a/b", "//a/./b//", "/%61%2e%2E", "/a%20b/[x]|^", "/.;a/..", "/%2e/", "/a;b", "/a;b/;c", "/a;b;/.;/c;%2e", "/%252f"} {
 		f.Add(s, false)
 		f.Add(s, true)
 	}
@@ -334,6 +334,10 @@ func FuzzPath(f *testing.F) {
 		}
 		if again, err := CleanPath(nil, []byte(p), params); err != nil || string(again) != p {
 			t.Fatalf("%q is no fixed point: %q, %v", p, again, err)
+		}
+		bare := string(appendBare(nil, []byte(p)))
+		if again, err := CleanPath(nil, []byte(bare), false); err != nil || string(again) != bare {
+			t.Fatalf("%q, judged as %q, is not canonical: %q, %v", p, bare, again, err)
 		}
 		if !params && strings.Contains(p, ";") || strings.Contains(p, "//") || strings.ContainsAny(p, "\\?# \x00\x7f") {
 			t.Fatalf("%q holds what is refused", p)

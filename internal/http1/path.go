@@ -30,10 +30,10 @@ const upperHex = "0123456789ABCDEF"
 // '|' and '^', which browsers send, are escaped), broken escapes, escapes of
 // control bytes, '/' and '\', segments that are ".." after one decoding, and
 // ';' unless params is true and a name other than "." stands before it in its
-// segment. Then unreserved bytes are unescaped, other
-// escapes get upper-case digits, "//" becomes "/", and "." segments go. Case
-// and a trailing slash are kept. A double-encoded byte stays literal. The
-// result is a fixed point of CleanPath.
+// segment. Then unreserved bytes are unescaped, other escapes get upper-case
+// digits, "//" becomes "/", and "." segments go. Case and a trailing slash are
+// kept. A double-encoded byte stays literal. The result is a fixed point of
+// CleanPath.
 func CleanPath(dst, path []byte, params bool) ([]byte, error) {
 	if len(path) == 0 || path[0] != '/' {
 		return dst, refuse(ReasonPath, "the path does not begin with a slash")
