@@ -12,10 +12,10 @@ func TestPeerIsGone(t *testing.T) {
 		a, b := net.Pipe()
 		cut := make(chan struct{})
 		far := Accepted(b, Config{}, func(s *Stream) bool {
-			s.Cut = func() {
+			s.OnCut(func() {
 				s.Close()
 				close(cut)
-			}
+			})
 			return true
 		})
 		near := Dialled(a, Config{})

@@ -307,7 +307,7 @@ func (c *Conn) granted(stream uint32, n uint64) error {
 	return nil
 }
 
-// wasReset ends a stream on behalf of the peer. It gives the lock up for Cut.
+// wasReset ends a stream on behalf of the peer. It gives the lock up for what OnCut set.
 func (c *Conn) wasReset(stream uint32, code uint64) error {
 	if stream > c.last {
 		return violated(BadStream)
@@ -332,9 +332,9 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	}
 	s.broke(err)
 	c.forget(s)
-	if s.Cut != nil {
+	if f := s.cut; f != nil {
 		c.mu.Unlock()
-		s.Cut()
+		f()
 		c.mu.Lock()
 	}
 	return nil

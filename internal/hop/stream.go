@@ -19,9 +19,6 @@ var errEnded = errors.New("stream was ended in this direction")
 // closed, or it counts as open for ever.
 type Stream struct {
 	c *Conn
-	// Cut, when set before accept returns, is called when the peer breaks the
-	// stream off, or the connection, which should close it. It must not block.
-	Cut func()
 
 	// Guarded by the lock of c.
 	id      uint32 // 0 until the first write of who opened it
@@ -33,6 +30,7 @@ type Stream struct {
 	ended   bool   // we have sent the end
 	peerEnd bool   // the peer has
 	closed  bool
+	cut     func() // see OnCut
 	werr    error
 	wend    deadline
 	room    sync.Cond // for credit, and for room in the queue
@@ -57,6 +55,21 @@ func newStream(c *Conn) *Stream {
 	s := &Stream{c: c, credit: baseWindow, left: baseWindow, window: baseWindow}
 	s.room.L, s.more.L = &c.mu, &s.mu
 	return s
+}
+
+// OnCut has f called when the peer breaks the stream off, or the connection,
+// which should close it: at once if it has. It must not block.
+func (s *Stream) OnCut(f func()) {
+	c := s.c
+	c.mu.Lock()
+	over := c.err != nil
+	if !over {
+		s.cut = f
+	}
+	c.mu.Unlock()
+	if over {
+		f()
+	}
 }
 
 // Read reads what the peer has written. What came before the end of the stream

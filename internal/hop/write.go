@@ -129,8 +129,8 @@ func (c *Conn) cutAll() {
 	}
 	var cuts []func()
 	for s := range c.held {
-		if s.Cut != nil {
-			cuts = append(cuts, s.Cut)
+		if s.cut != nil {
+			cuts = append(cuts, s.cut)
 		}
 	}
 	c.mu.Unlock()

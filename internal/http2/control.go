@@ -86,7 +86,7 @@ func (c *Conn) granted(stream uint32, n int) error {
 	return nil
 }
 
-// peerReset ends a call on behalf of the peer. It gives the lock up for Cut.
+// peerReset ends a call on behalf of the peer. It gives the lock up for what OnCut set.
 func (c *Conn) peerReset(stream uint32, code Code) error {
 	l := c.streams[stream]
 	if l == nil {

@@ -24,10 +24,6 @@ var (
 // must be closed, or it counts as open for ever.
 type Lane struct {
 	c *Conn
-	// Cut, when set before a server's accept returns, is called when the peer
-	// breaks off a call, or the connection, which should close the lane. It must
-	// not block.
-	Cut func()
 
 	out outgoing // only who writes knows it
 
@@ -43,6 +39,7 @@ type Lane struct {
 	peerEnd bool   // the peer has
 	resting bool   // in c.idle
 	closed  bool
+	cut     func() // see OnCut
 	werr    error
 	wend    deadline
 	room    sync.Cond // for credit, and for room in the queue
@@ -85,6 +82,21 @@ func (c *Conn) newLane() *Lane {
 	c.lanes[l] = struct{}{}
 	c.open.Store(int64(len(c.lanes)))
 	return l
+}
+
+// OnCut has f called when the peer breaks a call off, or the connection, which
+// should close the lane: at once if it has. It must not block.
+func (l *Lane) OnCut(f func()) {
+	c := l.c
+	c.mu.Lock()
+	over := c.err != nil
+	if !over {
+		l.cut = f
+	}
+	c.mu.Unlock()
+	if over {
+		f()
+	}
 }
 
 // carry has the lane carry the call of a stream. The lock of c is held.

@@ -55,10 +55,10 @@ func TestClientIsGone(t *testing.T) {
 				near, far := net.Pipe()
 				cut := make(chan struct{})
 				c := Accepted(near, Config{}, func(l *Lane) bool {
-					l.Cut = func() {
+					l.OnCut(func() {
 						l.Close()
 						close(cut)
-					}
+					})
 					return true
 				})
 				ended := make(chan struct{})

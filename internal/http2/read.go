@@ -344,7 +344,7 @@ func (c *Conn) faulty(l *Lane, code Code, reason Reason) error {
 }
 
 // fault ends a call by the fault of the peer. Who makes us end many pays for it
-// as for those that he breaks off himself. It gives the lock up for Cut.
+// as for those that he breaks off himself. It gives the lock up for what OnCut set.
 func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 	if l.id == 0 {
 		return nil
@@ -359,9 +359,9 @@ func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 func (c *Conn) cut(l *Lane, err error) {
 	l.broke(err) // first: with the last call the connection may end
 	c.forget(l)
-	if l.Cut != nil {
+	if f := l.cut; f != nil {
 		c.mu.Unlock()
-		l.Cut()
+		f()
 		c.mu.Lock()
 	}
 }

@@ -39,7 +39,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 				near, far := net.Pipe()
 				var wg sync.WaitGroup
 				c := Accepted(near, Config{}, func(l *Lane) bool {
-					l.Cut = func() { l.Close() }
+					l.OnCut(func() { l.Close() })
 					wg.Go(func() {
 						defer l.Close()
 						b := make([]byte, 4096)

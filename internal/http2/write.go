@@ -108,8 +108,8 @@ func (c *Conn) cutAll() {
 	}
 	var cuts []func()
 	for l := range c.lanes {
-		if l.Cut != nil {
-			cuts = append(cuts, l.Cut)
+		if l.cut != nil {
+			cuts = append(cuts, l.cut)
 		}
 	}
 	c.mu.Unlock()

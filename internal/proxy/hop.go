@@ -22,7 +22,7 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call)
 	h := hop.Accepted(tc, hop.Config{Budget: in.windows}, func(s *hop.Stream) bool {
 		sc := &conn{Conn: s, on: c, who: c.who}
 		// A caller that breaks a call off ends it at the application too.
-		s.Cut = sc.hangUp
+		s.OnCut(sc.hangUp)
 		if !in.enterStream(sc, x) {
 			return false
 		}

@@ -22,7 +22,7 @@ func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serv
 	h := http2.Accepted(nc, l.http2Config(), func(lane *http2.Lane) bool {
 		sc := &conn{Conn: lane, on: c, who: c.who}
 		// A client that breaks a call off ends it at the service too.
-		lane.Cut = sc.hangUp
+		lane.OnCut(sc.hangUp)
 		if !enter(sc) {
 			return false
 		}
