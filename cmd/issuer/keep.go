@@ -22,7 +22,7 @@ const sweepEvery = time.Minute
 // ctx ends. The issuer's log has the records of what was removed, and its witness
 // signs the evidence. Nobody gets the copies from here, so that the rule must say
 // that they may go.
-func (r *received) sweep(ctx context.Context, w *audit.Witness, signed func(context.Context) ([]audit.Head, error), into *audit.Log) error {
+func (r *received) sweep(ctx context.Context, w *audit.Witness, into *audit.Log) error {
 	said := map[string]string{}
 	// A copy comes after what is signed of its log: by the next time it has
 	// that, and the head is then ahead again.
@@ -34,7 +34,7 @@ func (r *received) sweep(ctx context.Context, w *audit.Witness, signed func(cont
 		}
 		var all []audit.Head
 		if err == nil && len(names) > 0 {
-			if all, err = signed(ctx); err != nil && ctx.Err() == nil {
+			if all, err = r.signed(ctx); err != nil && ctx.Err() == nil {
 				r.log.Error("heads of audit logs not read, so that no copy is removed; trying again", "err", err)
 				names = nil
 			}

@@ -44,6 +44,8 @@ type received struct {
 	tell func(*audit.Record) error
 	now  func() time.Time
 	free func() (free, all uint64, err error)
+	// signed is what witnesses have signed of all logs; nil when nobody has.
+	signed func(context.Context) ([]audit.Head, error)
 
 	searching sync.Mutex // the right to read all of them
 
@@ -95,6 +97,7 @@ func (r *received) Receive(ctx context.Context, agent, workload spiffeid.ID, lin
 	if c.mirror == nil {
 		return errors.New("keep received audit records: the issuer is stopping")
 	}
+	started := c.started
 	why := c.mayStart(lines, r.now())
 	if why == nil {
 		err := c.mirror.Receive(ctx, lines)
@@ -102,6 +105,7 @@ func (r *received) Receive(ctx context.Context, agent, workload spiffeid.ID, lin
 			return nil
 		}
 		if !errors.Is(err, audit.ErrNotNext) && !malformed(lines) {
+			c.started = started // it is sent again
 			return err
 		}
 		why = err
@@ -122,14 +126,27 @@ func (r *received) copyOf(p proxyName) (*copied, error) {
 	if r.copies == nil {
 		return nil, errors.New("the issuer is stopping")
 	}
-	path := filepath.Join(r.dir, audit.CopyName(p.workload, p.agent))
-	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log, MaxFile: r.keep.MaxFile()})
+	name := audit.CopyName(p.workload, p.agent)
+	path := filepath.Join(r.dir, name)
+	m, err := audit.OpenMirror(audit.Config{Path: path, Log: r.log, MaxFile: r.keep.MaxFile(), Heads: r.headsOf(name)})
 	if err != nil {
 		return nil, err
 	}
 	c := &copied{path: path, mirror: m}
 	r.copies[p] = c
 	return c, nil
+}
+
+// headsOf tells what is signed of the log that a copy is of.
+func (r *received) headsOf(name string) func(context.Context) ([]audit.Head, error) {
+	return func(ctx context.Context) ([]audit.Head, error) {
+		if r.signed == nil {
+			return nil, nil
+		}
+		all, err := r.signed(ctx)
+		heads, _ := audit.HeadsOf(all, name)
+		return heads, err
+	}
 }
 
 // mayStart refuses what would make the copy start again and again: every start

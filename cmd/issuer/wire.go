@@ -102,7 +102,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.audit.Run(run) })
 	g.Go(func() error { return in.witness.tree.Run(run) })
 	g.Go(func() error { return in.audit.Keep(cfg.Audit.Keep, in.witness.tree).Run(run) })
-	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.witness.signed, in.audit) })
+	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.audit) })
 	for _, k := range in.sinks {
 		g.Go(func() error { return k.Run(run) })
 	}
@@ -192,6 +192,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := in.openWitness(ctx); err != nil {
 		return err
 	}
+	in.received.signed = in.witness.signed
 	auth := &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,

@@ -124,6 +124,8 @@ func beside(leaf, from, to uint64) []*stretch {
 
 func keepNothing(int, uint64, []tlog.Hash) error { return nil }
 
+var errNoneFits = errors.New("no head that was given fits")
+
 // fitting finds the newest head whose tree is that of the copy's first records.
 func fitting(path string, seq uint64, heads []Head, gone *removal) (best Head, err error) {
 	last, err := LastSeq(path)
@@ -136,7 +138,7 @@ func fitting(path string, seq uint64, heads []Head, gone *removal) (best Head, e
 	}
 	all = slices.DeleteFunc(all, func(h Head) bool { return seq == 0 || h.Size < seq || h.Size > last })
 	if len(all) == 0 {
-		return best, fmt.Errorf("no head that was given speaks of it and is within the %d records of the copy", last)
+		return best, fmt.Errorf("%w: none that was given speaks of it and is within the %d records of the copy", errNoneFits, last)
 	}
 	slices.SortFunc(all, func(a, b Head) int { return int(a.Size) - int(b.Size) }) //nolint:gosec // counts records
 	e := gone.edge()
@@ -152,7 +154,7 @@ func fitting(path string, seq uint64, heads []Head, gone *removal) (best Head, e
 		return nil
 	})
 	if err == nil && best.Size == 0 {
-		err = errors.New("no head that was given fits the copy: it is of another log, or was changed")
+		err = fmt.Errorf("%w the copy: it is of another log, or was changed", errNoneFits)
 	}
 	return best, err
 }

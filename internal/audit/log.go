@@ -32,6 +32,9 @@ type Config struct {
 	// Path.<number of its first record> and a new one continues the chain.
 	// Default 256 MiB.
 	MaxFile int64
+	// Heads tells what witnesses have signed of the log that is copied here, now
+	// and before, for a Mirror. Default: nobody signs it.
+	Heads func(context.Context) ([]Head, error)
 }
 
 // Validate reports every mistake by field name.

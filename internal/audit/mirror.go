@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -77,7 +76,7 @@ func (m *Mirror) Receive(ctx context.Context, lines [][]byte) error {
 		return err
 	}
 	for _, b := range lines {
-		if err := m.add(b); err != nil {
+		if err := m.add(ctx, b); err != nil {
 			return err
 		}
 	}
@@ -101,11 +100,6 @@ func (m *Mirror) Sweep(ctx context.Context, cfg KeepConfig, w *Witness, heads []
 	return k.Sweep(ctx)
 }
 
-// ended is the end of the name of a copy of a log that another one followed.
-var ended = regexp.MustCompile(regexp.QuoteMeta(endedMark) + `[0-9]+$`)
-
-const endedMark = ".old-"
-
 // leftAlone is how long nothing came into a copy whose last lines are not
 // waited for any more, if its rule has no age.
 const leftAlone = 24 * time.Hour
@@ -114,6 +108,13 @@ const leftAlone = 24 * time.Hour
 // speaks of, and what holds the next. Without heads nobody signs the log.
 func (l *Log) covered(cfg KeepConfig, heads []Head) (seq uint64, why string, err error) {
 	last := l.Durable()
+	var noted []Head
+	if ended.MatchString(l.cfg.Path) {
+		if noted, err = notedHeads(l.cfg.Path); err != nil {
+			return 0, "", err
+		}
+		heads = append(slices.Clone(heads), noted...)
+	}
 	if len(heads) == 0 {
 		return last, "it is not on the disk", nil
 	}
@@ -127,7 +128,11 @@ func (l *Log) covered(cfg KeepConfig, heads []Head) (seq uint64, why string, err
 		switch {
 		case err == nil:
 			return best.Size, "no witness has signed more", nil
-		case !ended.MatchString(l.cfg.Path): // of a log that ended the head may be forgotten
+		case ended.MatchString(l.cfg.Path): // of a log that ended the head may be forgotten
+			if err := disowned(l.cfg.Path, within, noted, heads); err != nil {
+				return 0, "", err
+			}
+		default:
 			return 0, "", fmt.Errorf("the copy is not the log that was cosigned, and nothing is removed; run audit verify: %w", err)
 		}
 	}
@@ -171,7 +176,7 @@ func (m *Mirror) Close() error {
 }
 
 // add adds one line, under mu.
-func (m *Mirror) add(b []byte) error {
+func (m *Mirror) add(ctx context.Context, b []byte) error {
 	if !bytes.HasSuffix(b, []byte("\n")) {
 		b = append(b[:len(b):len(b)], '\n')
 	}
@@ -183,7 +188,7 @@ func (m *Mirror) add(b []byte) error {
 	sum := sha256.Sum256(b)
 	switch {
 	case r.Seq == 1 && seq > 0 && sum != m.start:
-		if err := m.startAgain(); err != nil {
+		if err := m.startAgain(ctx); err != nil {
 			return fmt.Errorf("receive audit records: keep the log before: %w", err)
 		}
 		seq, head = 0, hash{}
@@ -202,9 +207,16 @@ func (m *Mirror) add(b []byte) error {
 	return nil
 }
 
-// startAgain keeps all files of the copy under another name and opens an empty
-// one, under mu.
-func (m *Mirror) startAgain() error {
+// startAgain keeps all files of the copy under another name, with what is signed
+// of it now, and opens an empty one, under mu.
+func (m *Mirror) startAgain(ctx context.Context) error {
+	var heads []Head
+	if m.cfg.Heads != nil {
+		var err error
+		if heads, err = m.cfg.Heads(ctx); err != nil {
+			return err
+		}
+	}
 	m.keeping.Lock()
 	defer m.keeping.Unlock()
 	if err := m.log.Close(); err != nil {
@@ -225,6 +237,11 @@ func (m *Mirror) startAgain() error {
 		if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
 			old = name
 		} else if err != nil {
+			return err
+		}
+	}
+	if len(heads) > 0 {
+		if err := noteHeads(old, heads); err != nil {
 			return err
 		}
 	}
