@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"slices"
 
 	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
@@ -21,7 +20,9 @@ type Captured struct {
 	// Virtual tells which service a virtual address stands for. Required.
 	Virtual func(netip.Addr) (mesh.ServiceName, bool)
 	// Beyond has what leads to no service of the mesh ask a gateway for a tunnel
-	// to its address. Without it that is refused.
+	// to its address. Without it that is refused. With it only virtual addresses
+	// lead to services: the addresses of endpoints are what proxies say, and one
+	// could take, or block, what goes to somebody outside.
 	Beyond bool
 }
 
@@ -57,8 +58,8 @@ func (d *door) captured(x *call) (opaque bool) {
 const httpPort = 80
 
 // serviceAt finds the service that an address belongs to: by its virtual
-// address or by that of one of its endpoints, at the port that the policy names
-// or the endpoint has. An address that could be of two services is of none.
+// address or, when nothing leads outside, by that of one of its endpoints, at the
+// port that the policy names or the endpoint has. An address that could be of two services is of none.
 func (d *door) serviceAt(snap *mesh.Snapshot, to netip.AddrPort) (mesh.Service, bool) {
 	at := func(svc mesh.Service) bool {
 		return to.Port() == svc.Port || to.Port() == httpPort && svc.Protocol == mesh.HTTP
@@ -66,6 +67,9 @@ func (d *door) serviceAt(snap *mesh.Snapshot, to netip.AddrPort) (mesh.Service, 
 	if name, ok := d.cfg.Captured.Virtual(to.Addr()); ok {
 		svc, ok := snap.Service(name)
 		return svc, ok && at(svc)
+	}
+	if d.cfg.Captured.Beyond {
+		return mesh.Service{}, false
 	}
 	var found mesh.Service
 	for _, e := range snap.Endpoints {
@@ -112,9 +116,6 @@ func (d *door) routeOut(x *call) *refusal {
 	}
 	if name, ok := d.cfg.Captured.Virtual(x.meant.Addr()); ok {
 		return d.astray(x, dst, "no_route", fmt.Sprintf("this is the address of %s, which is not served at this port or does not concern this workload", name))
-	}
-	if slices.ContainsFunc(snap.Endpoints, func(e mesh.Endpoint) bool { return e.Address.Addr().Unmap() == x.meant.Addr() }) {
-		return d.astray(x, dst, "no_route", "the address is inside the mesh, and that of no one service at this port")
 	}
 	x.to = target{name: GatewayName, dst: dst}
 	x.dst, x.series = dst, d.outside

@@ -193,7 +193,7 @@ func TestCapturedConnectionsLeadOutThroughTheGateway(t *testing.T) {
 	}
 	<-asked
 	// What is inside the mesh does not leave it.
-	for _, inside := range []string{"247.1.2.3:22", "247.1.2.4:80", netip.AddrPortFrom(netip.MustParseAddrPort(r.inAddr).Addr(), 22).String()} {
+	for _, inside := range []string{"247.1.2.3:22", "247.1.2.4:80"} {
 		to(inside)
 		if w := tried(t, r.outAddr); w != nil {
 			if got := w.ended(); got != "" {
@@ -205,5 +205,34 @@ func TestCapturedConnectionsLeadOutThroughTheGateway(t *testing.T) {
 	case got := <-asked:
 		t.Errorf("the gateway was asked %s", got)
 	default:
+	}
+}
+
+// TestNoProxyTakesWhatGoesOutside: a proxy that says that its service is at an
+// address of somebody outside neither gets what goes there nor stops it.
+func TestNoProxyTakesWhatGoesOutside(t *testing.T) {
+	r, to := capturedRig(t, app(t, hello), true)
+	asked := make(chan string, 4)
+	fakeGateway(t, r, func(c net.Conn, _ *bufio.Reader, req *http.Request) {
+		asked <- req.Host
+		_, _ = io.WriteString(c, "HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+	})
+	r.endpointsExtra = []mesh.Endpoint{meshtest.Endpoint(t, "billing", "203.0.113.9:443"), meshtest.Endpoint(t, "inventory", "203.0.113.9:22")}
+	r.use(accessCSV)
+	// Its port, that of the policy, another, and that of two services.
+	for _, outside := range []string{"203.0.113.9:443", "203.0.113.9:8443", "203.0.113.9:9", "203.0.113.9:22", r.inAddr} {
+		to(outside)
+		if w := tried(t, r.outAddr); w != nil {
+			_, _ = io.WriteString(w, "GET /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+			_, _ = io.ReadAll(w.r)
+		}
+		select {
+		case got := <-asked:
+			if got != outside {
+				t.Errorf("%s: the gateway was asked for %s", outside, got)
+			}
+		default:
+			t.Errorf("%s: the gateway was not asked", outside)
+		}
 	}
 }
