@@ -123,39 +123,49 @@ func (d *door) routeOut(x *call) *refusal {
 	return nil
 }
 
-// reachOut opens a tunnel through a gateway to where the connection was going.
-// The gateway judges it.
+// reachOut opens a tunnel through a gateway to where the connection was going,
+// and asks another one when a gateway ends instead of answering, as connect does.
 func (d *door) reachOut(x *call) (*upstream.Conn, *refusal) {
+	for asked := 1; ; asked++ {
+		up, r, again := d.askGateway(x)
+		if !again || asked == maxGateways {
+			return up, r
+		}
+	}
+}
+
+// askGateway asks one gateway, which judges the tunnel. Another one may be asked
+// when this one has said nothing and closed.
+func (d *door) askGateway(x *call) (_ *upstream.Conn, r *refusal, again bool) {
 	up, err := d.cfg.Gateways.Get(x.ctx, GatewayName, true)
 	if err != nil {
-		return nil, x.noGateway(err, "the gateway cannot be reached")
+		return nil, x.noGateway(err, "the gateway cannot be reached"), false
 	}
-	r := func() *refusal {
-		if !x.tie(up) {
-			return &refusal{status: 503, reason: "no_gateway", detail: "the gateway is not believed any more"}
+	defer func() {
+		if r != nil {
+			up.Discard()
 		}
-		defer x.unbind()
-		to := x.meant.String()
-		head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", to, to)
-		if _, err := up.Write(append(append(head, x.extra...), '\r', '\n')); err != nil {
-			return x.noGateway(err, "the gateway closed the connection")
-		}
-		resp, err := gatewayAnswer(up)
-		if err != nil {
-			return x.noGateway(err, "the gateway did not answer properly")
-		}
-		if resp.Status/100 == 2 {
-			return nil
-		}
-		r := &refusal{status: resp.Status, reason: "gateway", detail: "the gateway refused the tunnel"}
-		if id := resp.Get("Sallyport-Decision"); isDecision(id) {
-			r.decision = string(id)
-		}
-		return r
 	}()
-	if r != nil {
-		up.Discard()
-		return nil, r
+	if !x.tie(up) {
+		return nil, &refusal{status: 503, reason: "no_gateway", detail: "the gateway is not believed any more"}, false
 	}
-	return up, nil
+	defer x.unbind()
+	to := x.meant.String()
+	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", to, to)
+	if _, err := up.Write(append(append(head, x.extra...), '\r', '\n')); err != nil {
+		return nil, x.noGateway(err, "the gateway closed the connection"), true
+	}
+	resp, err := gatewayAnswer(up)
+	if err != nil {
+		return nil, x.noGateway(err, "the gateway did not answer properly"), isClosed(err)
+	}
+	x.err = nil // of a gateway before
+	if resp.Status/100 == 2 {
+		return up, nil, false
+	}
+	r = &refusal{status: resp.Status, reason: "gateway", detail: "the gateway refused the tunnel"}
+	if id := resp.Get("Sallyport-Decision"); isDecision(id) {
+		r.decision = string(id)
+	}
+	return nil, r, false
 }

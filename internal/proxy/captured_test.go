@@ -236,3 +236,22 @@ func TestNoProxyTakesWhatGoesOutside(t *testing.T) {
 		}
 	}
 }
+
+func TestACapturedConnectionAsksTheNextGateway(t *testing.T) {
+	r, to := capturedRig(t, app(t, hello), true)
+	var asked atomic.Int32
+	fakeGateway(t, r, func(c net.Conn, br *bufio.Reader, _ *http.Request) {
+		if asked.Add(1) < maxGateways { // ends instead of answering
+			return
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		_, _ = io.Copy(c, br)
+	})
+	to("203.0.113.7:443")
+	w := r.dial()
+	w.say("bytes")
+	_ = w.Conn.(*net.TCPConn).CloseWrite()
+	if got := w.ended(); got != "bytes" || asked.Load() != maxGateways {
+		t.Errorf("after %d gateways came %q", asked.Load(), got)
+	}
+}
