@@ -204,7 +204,7 @@ func (h *Hold) replace(r *Rules) error {
 	return nil
 }
 
-var hooks = map[string]*nftables.ChainHook{"output": nftables.ChainHookOutput, "prerouting": nftables.ChainHookPrerouting}
+var hooks = map[string]*nftables.ChainHook{"input": nftables.ChainHookInput, "output": nftables.ChainHookOutput, "prerouting": nftables.ChainHookPrerouting}
 
 func (ru rule) of(t *nftables.Table, c *nftables.Chain, sets map[string]*nftables.Set) *nftables.Rule {
 	var es []expr.Any
@@ -292,7 +292,8 @@ type State struct {
 	Owned, Stays bool
 	// Digest names the rules, as Rules.Digest does.
 	Digest string
-	// RefusedTCP and RefusedOther count packets of the workload.
+	// RefusedTCP and RefusedOther count packets that the workload sent, or was
+	// sent past the sidecar.
 	RefusedTCP, RefusedOther uint64
 	// Routes are the ranges of virtual addresses that lead to loopback.
 	Routes []string

@@ -3,11 +3,13 @@ package redirect
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -146,8 +148,11 @@ func as(t *testing.T, uid int, cgroup, attempt string) string {
 // also icmp, raw (a TCP segment by a raw socket), mptcp and bound ("bound
 // source destination").
 func try(attempt string) string {
-	const patience = 10 * time.Second // of a machine under load; a refusal comes at once
+	patience := 10 * time.Second // of a machine under load; a refusal comes at once
 	f := strings.Fields(attempt)
+	if f[0] == "brief" { // for what nobody answers
+		patience, f = 2*time.Second, f[1:]
+	}
 	d := net.Dialer{Timeout: patience}
 	network := f[0]
 	switch network {
@@ -203,14 +208,23 @@ func place(t *testing.T, addrs ...string) {
 // serve answers whoever comes with what reply says of the connection.
 func serve(t *testing.T, addr string, reply func(net.Conn) string) {
 	t.Helper()
+	serveAs(t, 0, addr, reply)
+}
+
+// serveAs does so by sockets of a user.
+func serveAs(t *testing.T, uid int, addr string, reply func(net.Conn) string) {
+	t.Helper()
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false)
-	ln, err := lc.Listen(t.Context(), "tcp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
+	ready := make(chan error)
+	go become(uid, func() {
+		ln, err := lc.Listen(t.Context(), "tcp", addr)
+		ready <- err
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { ln.Close() })
+		ready <- nil
 		for {
 			c, err := ln.Accept()
 			if err != nil {
@@ -224,7 +238,56 @@ func serve(t *testing.T, addr string, reply func(net.Conn) string) {
 				}
 			}()
 		}
-	}()
+	})
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	<-ready
+}
+
+// become has the files that f opens belong to a user. The thread ends with it.
+func become(uid int, f func()) {
+	runtime.LockOSThread()
+	if uid != 0 {
+		_, _ = unix.SetfsuidRetUid(uid)
+	}
+	f()
+}
+
+// overfull listens as a user at a port whose queue is full, so that the kernel
+// answers who connects by a SYN cookie, which no socket owns.
+func overfull(t *testing.T, uid, port int) {
+	t.Helper()
+	done := make(chan error)
+	go become(uid, func() {
+		done <- func() error {
+			var fds [2]int
+			for i := range fds {
+				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+				if err != nil {
+					return err
+				}
+				t.Cleanup(func() { unix.Close(fd) })
+				fds[i] = fd
+			}
+			if err := unix.SetsockoptInt(fds[0], unix.IPPROTO_TCP, unix.TCP_DEFER_ACCEPT, 30); err != nil {
+				return err
+			}
+			if err := unix.Bind(fds[0], &unix.SockaddrInet4{Port: port}); err != nil {
+				return err
+			}
+			if err := unix.Listen(fds[0], 0); err != nil {
+				return err
+			}
+			if err := unix.Connect(fds[1], &unix.SockaddrInet4{Port: port, Addr: [4]byte{127, 0, 0, 1}}); !errors.Is(err, unix.EINPROGRESS) {
+				return err
+			}
+			return nil
+		}()
+	})
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
 }
 
 func serveUDP(t *testing.T, addr, reply string) {

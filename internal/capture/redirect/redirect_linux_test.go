@@ -110,15 +110,15 @@ func lines(s string) (out []string) {
 }
 
 // world puts the sidecar's door and places outside on this machine.
-func world(t *testing.T) {
+func world(t *testing.T, sidecar int) {
 	place(t, "203.0.113.7/32", "2001:db8::7/128")
 	door := func(c net.Conn) string {
 		dst, ok, err := capture.OriginalDst(c)
 		return fmt.Sprintf("door %s %v %v", dst, ok, err)
 	}
-	serve(t, "127.0.0.1:15001", door)
-	serve(t, "[::1]:15001", door)
-	serve(t, "127.0.0.1:8080", func(net.Conn) string { return "app" })
+	serveAs(t, sidecar, "127.0.0.1:15001", door)
+	serveAs(t, sidecar, "[::1]:15001", door)
+	serveAs(t, workloadUID, "127.0.0.1:8080", func(net.Conn) string { return "app" })
 	serve(t, "127.0.0.1:5432", func(net.Conn) string { return "local" })
 	for _, a := range []string{"203.0.113.7:443", "203.0.113.7:22", "[2001:db8::7]:443"} {
 		serve(t, a, func(net.Conn) string { return "outside" })
@@ -166,7 +166,7 @@ func TestWorkloadHasOneWayOut(t *testing.T) {
 		return
 	}
 	manyUsers(t)
-	world(t)
+	world(t, sidecarUID)
 	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "outside", "there are no rules yet"})
 	c := byUser()
 	c.Direct = []Direct{{To: netip.MustParsePrefix("203.0.113.0/24"), Ports: []uint16{22}}}
@@ -205,7 +205,7 @@ func TestEveryoneIsHeld(t *testing.T) {
 		return
 	}
 	manyUsers(t)
-	world(t)
+	world(t, 0)
 	c := everyone()
 	c.LoopbackPorts = []uint16{8080}
 	install(t, c)
@@ -227,7 +227,7 @@ func TestCgroupsAreHeld(t *testing.T) {
 		return
 	}
 	manyUsers(t)
-	world(t)
+	world(t, sidecarUID)
 	root := ""
 	for _, dir := range unified {
 		if err := os.Mkdir(filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid())), 0o755); err == nil {
@@ -299,9 +299,11 @@ func TestInboundIsBroughtToTheSidecar(t *testing.T) {
 		dst, ok, err := capture.OriginalDst(c)
 		return fmt.Sprintf("inbound %s %v %v", dst, ok, err)
 	}
-	serve(t, "0.0.0.0:15006", reply)
-	serve(t, "0.0.0.0:8080", func(net.Conn) string { return "app" })
+	serveAs(t, sidecarUID, "0.0.0.0:15006", reply)
+	serveAs(t, workloadUID, "0.0.0.0:8080", func(net.Conn) string { return "app" })
 	serve(t, "0.0.0.0:9090", func(net.Conn) string { return "health" })
+	serveUDP(t, "0.0.0.0:8080", "udp")
+	serveUDP(t, "0.0.0.0:5353", "udp")
 	serve(t, "0.0.0.0:22", func(net.Conn) string { return "another" })
 	c := byUser()
 	c.InboundDirect = []uint16{9090}
@@ -309,7 +311,14 @@ func TestInboundIsBroughtToTheSidecar(t *testing.T) {
 	other("10.77.0.1:8080", "inbound 10.77.0.1:8080 true")
 	other("10.77.0.1:15006", "inbound 10.77.0.1:15006 false")
 	other("10.77.0.1:22", "another")
+	other("udp 10.77.0.1:8080", "refused")
+	nft(t, "add", "table", "ip", "theirs")
+	nft(t, "add", "chain", "ip", "theirs", "pre", "{ type nat hook prerouting priority -150; }")
+	nft(t, "add", "rule", "ip", "theirs", "pre", "tcp dport 8081 redirect to :8080")
+	other("10.77.0.1:8081", "refused: dial") // by an address translation of somebody else's
+	other("udp 10.77.0.1:5353", "udp")
 	everybody := everyone()
+	everybody.SidecarUser = fmt.Sprint(sidecarUID)
 	everybody.InboundDirect = []uint16{9090}
 	r, err := New(everybody, testDoors)
 	if err != nil {
@@ -320,10 +329,64 @@ func TestInboundIsBroughtToTheSidecar(t *testing.T) {
 	}
 	other("10.77.0.1:22", "inbound 10.77.0.1:22 true")
 	other("10.77.0.1:9090", "health")
+	other("udp 10.77.0.1:5353", "refused")
+}
+
+// TestNobodyIsReachedByACookie has the kernel answer for the workload by a SYN
+// cookie: what comes of it would belong to nobody when its socket is closed.
+func TestNobodyIsReachedByACookie(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	other := newPeer(t, meshtest.Need(t, "ip"))
+	overfull(t, workloadUID, 9999)
+	other("brief tcp 10.77.0.1:9999", "refused: read") // there are no rules yet
+	h := install(t, byUser())
+	other("brief tcp 10.77.0.1:9999", "refused: dial")
+	everybody := everyone()
+	for _, d := range []Doors{testDoors, {Outbound: 15001}} {
+		r, err := New(everybody, d)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := h.Replace(r); err != nil {
+			t.Fatal(err)
+		}
+		other("brief tcp 10.77.0.1:9999", "refused: dial")
+	}
+	everybody.InboundDirect = []uint16{9999} // the guard alone
+	if err := h.Replace(mustRules(t, everybody)); err != nil {
+		t.Fatal(err)
+	}
+	other("brief tcp 10.77.0.1:9999", "refused: dial")
+}
+
+// TestNobodyElseStandsAtTheDoor has another user listen where the sidecar and
+// the application do while they are gone.
+func TestNobodyElseStandsAtTheDoor(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	place(t, "203.0.113.7/32")
+	install(t, byUser())
+	check(t, "", attempt{workloadUID, "tcp 203.0.113.7:443", "refused: dial tcp 203.0.113.7:443: connect: connection refused", "nobody is there, and that is said at once"})
+	thief := func(c net.Conn) string {
+		t.Errorf("a thief at %s is spoken to", c.LocalAddr())
+		return "thief"
+	}
+	serveAs(t, strangerUID, "127.0.0.1:15001", thief)
+	serveAs(t, strangerUID, "127.0.0.1:8080", thief)
+	check(t, "",
+		attempt{workloadUID, "brief tcp 203.0.113.7:443", "refused: dial", "a thief at the door"},
+		attempt{workloadUID, "brief tcp 127.0.0.1:15001", "refused: dial", "asked by its address"},
+		attempt{sidecarUID, "brief tcp 127.0.0.1:8080", "refused: dial", "a thief in the application's place"},
+	)
 }
 
 // newPeer makes a second network namespace, joined by a cable, and returns
-// what dials from there.
+// what dials from there: an address, or a whole attempt.
 func newPeer(t *testing.T, ip string) func(addr, want string) {
 	t.Helper()
 	holder := exec.CommandContext(t.Context(), "unshare", "-n", "sh", "-c", "ip link set lo up; echo up; exec cat")
@@ -359,7 +422,10 @@ func newPeer(t *testing.T, ip string) func(addr, want string) {
 			t.Fatal(err)
 		}
 		cmd.Args[len(cmd.Args)-1] = self
-		cmd.Env = []string{envTry + "=tcp " + addr, "GORACE=atexit_sleep_ms=0"}
+		if !strings.Contains(addr, " ") {
+			addr = "tcp " + addr
+		}
+		cmd.Env = []string{envTry + "=" + addr, "GORACE=atexit_sleep_ms=0"}
 		out, err := cmd.CombinedOutput()
 		if err != nil || !strings.HasPrefix(string(out), want) {
 			t.Errorf("from another machine to %s: %q %v, want %q", addr, out, err, want)
@@ -372,7 +438,7 @@ func TestRulesOutliveTheirHolder(t *testing.T) {
 		return
 	}
 	manyUsers(t)
-	world(t)
+	world(t, sidecarUID)
 	c := byUser()
 	text, err := json.Marshal(c)
 	if err != nil {
@@ -458,7 +524,7 @@ func TestBadBatchChangesNothing(t *testing.T) {
 		return
 	}
 	manyUsers(t)
-	world(t)
+	world(t, sidecarUID)
 	h := install(t, byUser())
 	first := nft(t, "list", "table", "inet", "sallyport")
 	if err := h.Replace(mustRules(t, byUser())); err != nil {

@@ -65,6 +65,7 @@ var (
 	onOutput     = &hook{"nat", "output", -105}
 	onPrerouting = &hook{"nat", "prerouting", -105}
 	onLeaving    = &hook{"filter", "output", 0}
+	onArriving   = &hook{"filter", "input", 0}
 )
 
 // subject is somebody whose packets are recognised.
@@ -166,7 +167,7 @@ func (b *builder) rules() *Rules {
 	if b.d.Inbound != 0 {
 		r.chains = append(r.chains, chain{name: "inbound", hook: onPrerouting, rules: b.inbound()})
 	}
-	r.chains = append(r.chains, chain{name: "outbound", hook: onOutput, rules: b.outbound()})
+	r.chains = append(r.chains, chain{name: "outbound", hook: onOutput, rules: b.outbound()}, chain{name: "arriving", hook: onArriving, rules: b.arriving()})
 	guard := r.chains[2].rules
 	guard[0].comment = "sha256:" + r.digest()
 	return r
@@ -185,39 +186,44 @@ func refuse() []rule {
 // somebody else's must not be a way past the doors.
 func (b *builder) heldRules() []rule {
 	tcp := l4proto(unix.IPPROTO_TCP)
+	pass := accept
+	if b.c.Everyone {
+		pass = both(label(passed), accept)
+	}
 	var rs []rule
 	for _, here := range loopbacks {
-		rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", b.d.Outbound)}, then: accept})
+		rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", b.d.Outbound)}, then: pass})
 	}
 	for _, here := range loopbacks {
 		if b.c.LoopbackPorts == nil {
-			rs = append(rs, rule{when: []term{daddr(here)}, then: accept})
+			rs = append(rs, rule{when: []term{daddr(here)}, then: pass})
 			continue
 		}
 		for _, p := range b.c.LoopbackPorts {
-			rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", p)}, then: accept})
+			rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", p)}, then: pass})
 		}
 		// The answers to whoever spoke to the workload, the sidecar above all.
-		rs = append(rs, rule{when: []term{daddr(here), tcp, answering}, then: accept})
+		rs = append(rs, rule{when: []term{daddr(here), tcp, answering}, then: pass})
 	}
 	for _, when := range b.direct() {
-		rs = append(rs, rule{when: when, then: accept})
+		rs = append(rs, rule{when: when, then: pass})
 	}
 	for _, p := range b.c.InboundDirect {
-		rs = append(rs, rule{when: []term{tcp, sport(p), answering}, then: accept})
+		rs = append(rs, rule{when: []term{tcp, sport(p), answering}, then: pass})
 	}
 	if b.sidecar == nil { // in the namespace the door answers whatever address was bound to
-		rs = append(rs, rule{when: []term{tcp, sport(b.d.Outbound), answering}, then: accept})
+		rs = append(rs, rule{when: []term{tcp, sport(b.d.Outbound), answering}, then: pass})
 	}
 	if b.c.Everyone {
 		rs = append(rs, rule{when: []term{anyOwner}, then: goTo("refuse")})
-		// The rest belongs to no process: the kernel's own, or what is left of a
-		// connection whose socket is closed.
+		// The rest belongs to no process: the kernel's own, or of a connection whose
+		// socket is not accepted yet or closed. That may be full of what the workload
+		// wrote, so that it counts only where an owner was let through before.
 		rs = append(rs, rule{when: []term{l4proto(unix.IPPROTO_IGMP)}, then: accept})
 		for _, typ := range neighbours {
 			rs = append(rs, rule{when: []term{l4proto(unix.IPPROTO_ICMPV6), icmp6(typ)}, then: accept})
 		}
-		rs = append(rs, rule{when: []term{known}, then: accept})
+		rs = append(rs, rule{when: []term{related}, then: accept}, rule{when: []term{labelled(passed)}, then: accept})
 	}
 	return append(rs, rule{then: goTo("refuse")})
 }
@@ -246,20 +252,102 @@ func (b *builder) direct() (out [][]term) {
 
 // guard looks at everything that leaves a process of this machine.
 func (b *builder) guard() []rule {
-	rs := []rule{}
+	rs := b.doors()
 	if b.sidecar != nil {
-		rs = append(rs, rule{when: b.sidecar, then: accept})
+		pass := accept
+		if b.c.Everyone {
+			pass = both(label(passed), accept)
+		}
+		rs = append(rs, rule{when: b.sidecar, then: pass})
 	}
+	rs = append(rs, b.thieves()...)
 	if b.c.Everyone {
 		return append(rs, rule{then: goTo("held")})
 	}
+	tcp := l4proto(unix.IPPROTO_TCP)
+	// Of an answer to who connects the kernel knows no cgroup.
+	ownApp := b.d.App != 0 && len(b.c.Cgroups) == 0
 	for _, s := range b.held {
+		if ownApp {
+			rs = append(rs, rule{when: append(slices.Clone(s), tcp, sport(b.d.App)), then: label(answered)})
+		}
 		rs = append(rs, rule{when: s, then: goTo("held")})
+	}
+	if ownApp {
+		rs = append(rs, onlyAnswered(b.d.App, toLoopback)...)
 	}
 	if b.d.Inbound != 0 && b.d.App != 0 {
 		// Nobody else on the machine speaks to the application: it would be
 		// judged by nobody.
-		rs = append(rs, rule{when: []term{localDst, l4proto(unix.IPPROTO_TCP), dport("tcp", b.d.App), asking}, then: goTo("refuse")})
+		rs = append(rs, rule{when: []term{localDst, tcp, dport("tcp", b.d.App), asking}, then: goTo("refuse")})
+	}
+	if len(b.c.Users) > 0 {
+		// A SYN cookie has no owner, and the connection that comes of it need not
+		// send anything before its socket is closed: whose it is cannot be told.
+		rs = append(rs, rule{when: []term{anyOwner}, then: accept}, rule{when: []term{tcp, synAck, free}, then: goTo("refuse")})
+	}
+	return rs
+}
+
+// doors labels the connections that the sidecar has answered. Of the first
+// answer the kernel knows no cgroup: its user counts.
+func (b *builder) doors() (rs []rule) {
+	if b.c.SidecarUser == "" {
+		return nil
+	}
+	for _, p := range []uint16{b.d.Outbound, b.d.Inbound} {
+		if p != 0 {
+			rs = append(rs, rule{when: []term{b.sidecar[0], l4proto(unix.IPPROTO_TCP), sport(p)}, then: label(answered)})
+		}
+	}
+	return rs
+}
+
+// thieves are those who listen at a door while the sidecar is gone: nothing of
+// theirs arrives, so that nobody can tell them anything.
+func (b *builder) thieves() []rule {
+	if b.c.SidecarUser == "" {
+		return nil
+	}
+	rs := onlyAnswered(b.d.Outbound, toLoopback)
+	if b.d.Inbound != 0 {
+		rs = append(rs, onlyAnswered(b.d.Inbound)...)
+	}
+	return rs
+}
+
+// onlyAnswered refuses what is sent from a port, but in connections that its
+// owner has answered. That nobody listens the kernel may say.
+func onlyAnswered(port uint16, where ...term) []rule {
+	from := append(slices.Clone(where), l4proto(unix.IPPROTO_TCP), sport(port))
+	return []rule{
+		{when: append(slices.Clone(from), labelled(answered)), then: accept},
+		{when: append(slices.Clone(from), resets), then: accept},
+		{when: from, then: goTo("refuse")},
+	}
+}
+
+// arriving refuses what others send to the workload past the sidecar, whoever
+// has changed its destination before.
+func (b *builder) arriving() []rule {
+	tcp, udp := l4proto(unix.IPPROTO_TCP), l4proto(unix.IPPROTO_UDP)
+	rs := []rule{{when: []term{fromLoopback}, then: accept}, {when: []term{known}, then: accept}}
+	if b.d.Inbound != 0 {
+		rs = append(rs, rule{when: []term{tcp, dport("tcp", b.d.Inbound)}, then: accept})
+	}
+	for _, p := range b.c.InboundDirect {
+		rs = append(rs, rule{when: []term{tcp, dport("tcp", p)}, then: accept})
+	}
+	if b.c.Everyone {
+		return append(rs, rule{when: []term{tcp}, then: goTo("refuse")}, rule{when: []term{udp}, then: goTo("refuse")})
+	}
+	if b.d.Inbound != 0 && b.d.App != 0 {
+		rs = append(rs, rule{when: []term{tcp, dport("tcp", b.d.App)}, then: goTo("refuse")}, rule{when: []term{udp, dport("udp", b.d.App)}, then: goTo("refuse")})
+	}
+	for _, s := range b.held {
+		if strings.HasPrefix(s[0].text, "socket cgroupv2") { // of a user's socket the kernel does not know here
+			rs = append(rs, rule{when: append([]term{tcp}, s...), then: goTo("refuse")}, rule{when: append([]term{udp}, s...), then: goTo("refuse")})
+		}
 	}
 	return rs
 }

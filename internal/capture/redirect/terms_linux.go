@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -40,6 +41,35 @@ var (
 	reset      = fixed("reject with tcp reset", &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
 	prohibited = fixed("reject with icmpx admin-prohibited", &expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})
 )
+
+// The labels of connections, high ones since others count from the lowest. A
+// label is not a mark: no socket option sets it.
+const (
+	passed   = 127 // something that its sender may send was let through
+	answered = 126 // whose port it is has answered from it
+)
+
+func labelBits(n int) []byte {
+	words := [2]uint64{}
+	words[n/64] = 1 << (n % 64)
+	return append(native64(words[0]), native64(words[1])...)
+}
+
+// label puts a label on the connection of a packet.
+func label(n int) term {
+	return fixed(fmt.Sprintf("ct label set %d", n), &expr.Immediate{Register: 1, Data: labelBits(n)}, &expr.Ct{Key: expr.CtKeyLABELS, Register: 1, SourceRegister: true})
+}
+
+// labelled holds for the packets of a connection with a label.
+func labelled(n int) term {
+	return fixed(fmt.Sprintf("ct label %d", n), &expr.Ct{Key: expr.CtKeyLABELS, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 16, Mask: labelBits(n), Xor: make([]byte, 16)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 16)})
+}
+
+func both(a, b term) term {
+	return term{a.text + " " + b.text, func(sets map[string]*nftables.Set) []expr.Any { return slices.Concat(a.exprs(sets), b.exprs(sets)) }}
+}
 
 func goTo(chain string) term {
 	return fixed("goto "+chain, &expr.Verdict{Kind: expr.VerdictGoto, Chain: chain})
@@ -129,11 +159,31 @@ var (
 		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: make([]byte, 4)})
 	answering = fixed("ct direction reply", load(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, []byte{1})...)
 	asking    = fixed("ct direction original", load(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, []byte{0})...)
-	// known holds for what belongs to a connection that there is.
-	known = fixed("ct state established,related", &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native32(expr.CtStateBitESTABLISHED | expr.CtStateBitRELATED), Xor: native32(0)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: native32(0)})
-	localDst = fixed("fib daddr type local", load(&expr.Fib{Register: 1, ResultADDRTYPE: true, FlagDADDR: true}, native32(unix.RTN_LOCAL))...)
+	// known holds for what belongs to a connection that there is, related for
+	// what the kernel says of one: an error or a reset.
+	known   = state("established,related", expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED)
+	related = state("related", expr.CtStateBitRELATED)
+	resets  = flags("rst", 0x04)
+	// synAck is the answer to who opens a connection. It has no owner only when
+	// the kernel keeps no socket for it: a SYN cookie.
+	synAck = flags("(syn | ack)", 0x12)
+	// free holds for the ports that every user may listen on.
+	free = fixed("tcp sport >= 1024", &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: network16(1024)})
+	localDst   = fixed("fib daddr type local", load(&expr.Fib{Register: 1, ResultADDRTYPE: true, FlagDADDR: true}, native32(unix.RTN_LOCAL))...)
+	toLoopback = fixed(`oif "lo"`, load(&expr.Meta{Key: expr.MetaKeyOIF, Register: 1}, native32(1))...)
 	// fromLoopback needs no name of the interface: it is the first.
 	fromLoopback = fixed(`iif "lo"`, load(&expr.Meta{Key: expr.MetaKeyIIF, Register: 1}, native32(1))...)
 )
+
+func state(names string, bits uint32) term {
+	return fixed("ct state "+names, &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: native32(bits), Xor: native32(0)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: native32(0)})
+}
+
+func flags(names string, bits byte) term {
+	return fixed(fmt.Sprintf("tcp flags & %s == %s", names, names), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{bits}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{bits}})
+}
