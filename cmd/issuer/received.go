@@ -157,10 +157,12 @@ func (c *copied) mayStart(lines [][]byte, now time.Time) error {
 		if !bytes.HasPrefix(l, first) {
 			continue
 		}
-		if seq, _ := c.mirror.Head(); seq > 0 && (i > 0 || now.Sub(c.started) < startsApart) {
+		switch seq, _ := c.mirror.Head(); {
+		case i > 0 && seq > 0, c.mirror.Restarts(l) && now.Sub(c.started) < startsApart:
 			return errors.New("the log starts from its first record too often")
+		case seq == 0, c.mirror.Restarts(l):
+			c.started = now
 		}
-		c.started = now
 	}
 	return nil
 }

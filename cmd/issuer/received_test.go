@@ -130,6 +130,22 @@ func TestWhatDoesNotContinueIsKeptApart(t *testing.T) {
 	}
 }
 
+// A proxy whose disk is full keeps no note of how far it has come, and sends its
+// log from the first record.
+func TestTheSameLogFromItsFirstRecord(t *testing.T) {
+	d := newDesk(t)
+	lines := proxyLog(t, 8)
+	d.receive(nodeA, billing, lines[:3])
+	d.receive(nodeA, billing, lines[:5])
+	d.receive(nodeA, billing, lines)
+	if got := d.file("ns~shop~sa~billing@join_token~node-a.jsonl"); got != text(lines) {
+		t.Errorf("the copy:\n%s", got)
+	}
+	if len(d.told) > 0 {
+		t.Errorf("told %+v", d.told)
+	}
+}
+
 func TestALogThatStartsAgainIsANewCopy(t *testing.T) {
 	d := newDesk(t)
 	lines, again := proxyLog(t, 3), proxyLog(t, 2)

@@ -161,6 +161,19 @@ func (l *Log) received() (at time.Time, err error) {
 	return at, err
 }
 
+// Restarts says whether the line, which is of a first record, begins another
+// log than the one that is copied. A proxy whose disk kept no cursor sends the
+// same log from its first record.
+func (m *Mirror) Restarts(line []byte) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	seq, _ := m.log.Head()
+	if !bytes.HasSuffix(line, []byte("\n")) {
+		line = append(line[:len(line):len(line)], '\n')
+	}
+	return seq > 0 && sha256.Sum256(line) != m.start
+}
+
 // Head returns the number of the newest record and the hash of its line.
 func (m *Mirror) Head() (seq uint64, sum [32]byte) {
 	m.mu.Lock()
