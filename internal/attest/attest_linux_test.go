@@ -340,12 +340,12 @@ func TestRunPassesSignalsOn(t *testing.T) {
 	// Taken here as well, so that it does not end this process before Run has
 	// begun to take it.
 	mine := make(chan os.Signal, 1)
-	signal.Notify(mine, syscall.SIGUSR1)
+	signal.Notify(mine, syscall.SIGTERM)
 	defer signal.Stop(mine)
 	done := make(chan error)
 	go func() { done <- c.Run(t.Context(), true) }()
 	for ended := false; !ended; {
-		syscall.Kill(os.Getpid(), syscall.SIGUSR1)
+		syscall.Kill(os.Getpid(), syscall.SIGTERM)
 		<-mine
 		select {
 		case <-c.Done():
@@ -353,7 +353,7 @@ func TestRunPassesSignalsOn(t *testing.T) {
 		default:
 		}
 	}
-	if got := c.Wait(); got != 128+int(syscall.SIGUSR1) {
+	if got := c.Wait(); got != 128+int(syscall.SIGTERM) {
 		t.Errorf("status %d", got)
 	}
 	if err := <-done; err != nil {
