@@ -108,15 +108,18 @@ func TestCallsToAnApplicationThatSpeaksHTTP2(t *testing.T) {
 
 func TestAnApplicationThatTakesFewStreamsGetsMoreConnections(t *testing.T) {
 	const many, each = 12, 4
-	var here sync.WaitGroup
+	var round atomic.Pointer[sync.WaitGroup]
 	addr, conns := h2c(t, func(http.ResponseWriter, *http.Request) {
+		here := round.Load()
 		here.Done()
 		here.Wait()
 	}, each)
 	p := NewLocalHTTP2(addr, http1.Limits{})
 	defer p.Close()
 	for range 2 {
+		here := new(sync.WaitGroup)
 		here.Add(many)
+		round.Store(here)
 		var wg sync.WaitGroup
 		for range many {
 			wg.Go(func() {
