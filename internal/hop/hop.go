@@ -24,6 +24,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyport/internal/mux"
 	"sallyport/internal/socket"
 )
 
@@ -60,7 +61,7 @@ type Config struct {
 	// Default 1 MiB.
 	Extra int
 	// Budget bounds the same for many connections. Optional.
-	Budget *Budget
+	Budget *mux.Budget
 	// KeepAlive is after how long of silence the peer is asked for a sign of
 	// life; after as long again without one the connection ends. Default 15 s.
 	KeepAlive time.Duration
@@ -84,32 +85,6 @@ func (c Config) withDefaults() Config {
 // lingering is how long the end that takes streams waits for the other one to
 // close, once there is none left.
 const lingering = 5 * time.Second
-
-// A Budget bounds the growth of the windows of many connections.
-type Budget struct {
-	max  int64
-	used atomic.Int64
-}
-
-// NewBudget returns a budget of so many bytes.
-func NewBudget(bytes int64) *Budget { return &Budget{max: bytes} }
-
-func (b *Budget) take(n int) bool {
-	if b == nil {
-		return true
-	}
-	if b.used.Add(int64(n)) > b.max {
-		b.used.Add(-int64(n))
-		return false
-	}
-	return true
-}
-
-func (b *Budget) give(n int) {
-	if b != nil {
-		b.used.Add(-int64(n))
-	}
-}
 
 // A Conn is one connection between two proxies. The end that dialled opens
 // streams, the other one accepts them.
@@ -164,7 +139,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 		streams: map[uint32]*Stream{}, held: map[*Stream]struct{}{}, empty: time.Now(),
 	}
 	c.out.work.L = &c.mu
-	c.in.noise, c.in.opens = newBucket(noiseBurst, noiseRate), newBucket(opensBurst, opensRate)
+	c.in.noise, c.in.opens = mux.NewBucket(noiseBurst, noiseRate), mux.NewBucket(opensBurst, opensRate)
 	return c
 }
 

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/internal/meshtest"
+	"sallyport/internal/mux"
 )
 
 // A pair is both ends of one connection. What the far end accepts is served by
@@ -240,7 +241,7 @@ func TestWindowGrowsWithinItsBounds(t *testing.T) {
 	}{
 		{"to its most", Config{}, 256 << 10},
 		{"as the connection lets it", Config{Extra: 32 << 10}, 64 << 10},
-		{"as all connections let it", Config{Budget: NewBudget(96 << 10)}, 128 << 10},
+		{"as all connections let it", Config{Budget: mux.NewBudget(96 << 10)}, 128 << 10},
 		{"not at all", Config{MaxWindow: 1}, baseWindow},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -267,8 +268,8 @@ func TestWindowGrowsWithinItsBounds(t *testing.T) {
 				if n := p.far.extra.Load(); n != 0 {
 					t.Errorf("%d bytes of growth are not given back", n)
 				}
-				if b := tt.cfg.Budget; b != nil && b.used.Load() != 0 {
-					t.Errorf("%d bytes of the budget are not given back", b.used.Load())
+				if b := tt.cfg.Budget; b != nil && b.Used() != 0 {
+					t.Errorf("%d bytes of the budget are not given back", b.Used())
 				}
 				s.Close()
 			})

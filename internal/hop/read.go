@@ -3,7 +3,8 @@ package hop
 import (
 	"encoding/binary"
 	"sync"
-	"time"
+
+	"sallyport/internal/mux"
 )
 
 const readBuffer = 32 << 10
@@ -16,8 +17,8 @@ type reader struct {
 	left    int     // payload bytes of it still to come
 	end     bool    // it ends its direction
 	greeted bool
-	noise   bucket
-	opens   bucket
+	noise   mux.Bucket
+	opens   mux.Bucket
 }
 
 // noiseBurst and noiseRate bound what costs us more than it costs the peer:
@@ -32,31 +33,6 @@ const (
 	opensBurst = 4000
 	opensRate  = 4000 // per second
 )
-
-// A bucket bounds a rate.
-type bucket struct {
-	tokens int
-	last   time.Time
-	burst  int
-	rate   float64 // per second
-}
-
-func newBucket(burst int, rate float64) bucket {
-	return bucket{tokens: burst, last: time.Now(), burst: burst, rate: rate}
-}
-
-func (b *bucket) spend() bool {
-	if b.tokens == 0 {
-		now := time.Now()
-		n := int(now.Sub(b.last).Seconds() * b.rate)
-		if n <= 0 {
-			return false
-		}
-		b.tokens, b.last = min(n, b.burst), now
-	}
-	b.tokens--
-	return true
-}
 
 // read takes frames in until the connection ends. While nothing comes it holds
 // no buffer.
@@ -164,7 +140,7 @@ func (c *Conn) begin(h header) error {
 	in := &c.in
 	in.left, in.end = h.length, h.flags&flagEnd != 0
 	// Our own end opens a stream with the first bytes on it.
-	if h.length == 0 && (h.flags == 0 || h.flags&flagOpen != 0) && !in.noise.spend() {
+	if h.length == 0 && (h.flags == 0 || h.flags&flagOpen != 0) && !in.noise.Spend() {
 		return violated(Flood)
 	}
 	s, err := c.find(h)
@@ -202,8 +178,8 @@ func (c *Conn) find(h header) (*Stream, error) {
 // take accepts a stream or refuses it. It gives the lock up for accept, which
 // has locks of its own.
 func (c *Conn) take(h header) (*Stream, error) {
-	if !c.in.opens.spend() {
-		if !c.in.noise.spend() {
+	if !c.in.opens.Spend() {
+		if !c.in.noise.Spend() {
 			return nil, violated(Flood)
 		}
 		return nil, c.say(resetFrame(h.stream, resetRefused))
@@ -266,7 +242,7 @@ func (c *Conn) noted(h header, p []byte) error {
 	case kindReset:
 		return c.wasReset(h.stream, value)
 	case kindPing:
-		if !c.in.noise.spend() {
+		if !c.in.noise.Spend() {
 			return violated(Flood)
 		}
 		return c.say(note{kindPong, 0, value})
@@ -279,7 +255,7 @@ func (c *Conn) noted(h header, p []byte) error {
 		if value != goDrain && value != goViolation {
 			return violated(BadCode)
 		}
-		if c.leaving && !c.in.noise.spend() {
+		if c.leaving && !c.in.noise.Spend() {
 			return violated(Flood)
 		}
 		c.leaving = true
@@ -315,7 +291,7 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	s := c.streams[stream]
 	// What this end opened itself is no flood, and neither is the end of a
 	// stream that carries no call.
-	if (c.accept != nil && s.working() || s == nil) && !c.in.noise.spend() {
+	if (c.accept != nil && s.working() || s == nil) && !c.in.noise.Spend() {
 		return violated(Flood)
 	}
 	var err error

@@ -4,11 +4,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
-	"math/bits"
 	"net"
 	"os"
 	"sync"
 	"time"
+
+	"sallyport/internal/mux"
 )
 
 // errEnded is returned by Write after CloseWrite.
@@ -32,22 +33,21 @@ type Stream struct {
 	closed  bool
 	cut     func() // see OnCut
 	werr    error
-	wend    deadline
+	wend    mux.Deadline
 	room    sync.Cond // for credit, and for room in the queue
 
 	mu       sync.Mutex // guards the fields below
-	buf      []byte     // received: buf[r:] is not read yet
-	r        int
-	dst      []byte // where a reader waits for bytes
-	got      int    // how many it has been given there
-	awaits   bool   // a reader waits without a place for bytes
-	left     int    // what the peer may still send
-	consumed int    // what was read and not granted anew
+	in       mux.Buffer // received and not read
+	dst      []byte     // where a reader waits for bytes
+	got      int        // how many it has been given there
+	awaits   bool       // a reader waits without a place for bytes
+	left     int        // what the peer may still send
+	consumed int        // what was read and not granted anew
 	window   int
 	starved  bool // the peer has used up the window
 	eof      bool
 	rerr     error
-	rend     deadline
+	rend     mux.Deadline
 	more     sync.Cond
 }
 
@@ -79,7 +79,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	s.mu.Lock()
-	for s.r == len(s.buf) {
+	for s.in.Len() == 0 {
 		if err := s.over(); err != nil {
 			s.mu.Unlock()
 			return 0, err
@@ -94,10 +94,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 			return n, s.took(n)
 		}
 	}
-	n := copy(p, s.buf[s.r:])
-	if s.r += n; s.r == len(s.buf) {
-		s.drop()
-	}
+	n := s.in.Take(p)
 	return n, s.took(n)
 }
 
@@ -106,7 +103,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 func (s *Stream) Await() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.r == len(s.buf) && s.over() == nil {
+	for s.in.Len() == 0 && s.over() == nil {
 		s.awaits = true
 		s.c.waiting.Add(1)
 		s.more.Wait()
@@ -124,7 +121,7 @@ func (s *Stream) over() error {
 		return io.EOF
 	case s.rerr != nil:
 		return s.rerr
-	case s.rend.passed:
+	case s.rend.Passed:
 		return os.ErrDeadlineExceeded
 	}
 	return nil
@@ -152,7 +149,7 @@ func (s *Stream) took(n int) error {
 
 // grow takes from what all windows together may grow.
 func (c *Conn) grow(n int) bool {
-	if c.extra.Add(int64(n)) > int64(c.cfg.Extra) || !c.cfg.Budget.take(n) {
+	if c.extra.Add(int64(n)) > int64(c.cfg.Extra) || !c.cfg.Budget.Take(n) {
 		c.extra.Add(-int64(n))
 		return false
 	}
@@ -185,68 +182,16 @@ func (s *Stream) deliver(p []byte) error {
 	if s.rerr != nil {
 		return nil // nobody will read it
 	}
-	if s.dst != nil && s.r == len(s.buf) && s.got < len(s.dst) {
+	if s.dst != nil && s.in.Len() == 0 && s.got < len(s.dst) {
 		n := copy(s.dst[s.got:], p)
 		s.got += n
 		p = p[n:]
 	}
 	if len(p) > 0 {
-		s.store(p)
+		s.in.Add(p)
 	}
 	s.more.Signal()
 	return nil
-}
-
-// smallBuffer is the first size of a buffer.
-const smallBuffer = 2 << 10
-
-// smalls holds buffers of that size, buffers larger ones, of baseWindow and more.
-var (
-	smalls  = sync.Pool{New: func() any { return new([smallBuffer]byte) }}
-	buffers sync.Pool
-)
-
-func (s *Stream) store(p []byte) {
-	if need := len(s.buf) - s.r + len(p); need > cap(s.buf) {
-		b := larger(need)
-		b = append(b, s.buf[s.r:]...)
-		s.retire()
-		s.buf, s.r = b, 0
-	} else if len(s.buf)+len(p) > cap(s.buf) {
-		s.buf = s.buf[:copy(s.buf, s.buf[s.r:])]
-		s.r = 0
-	}
-	s.buf = append(s.buf, p...)
-}
-
-// larger gives an empty buffer for n bytes.
-func larger(n int) []byte {
-	if n <= smallBuffer {
-		return smalls.Get().(*[smallBuffer]byte)[:0]
-	}
-	size := max(1<<bits.Len(uint(n-1)), baseWindow)
-	if b, _ := buffers.Get().(*[]byte); b != nil {
-		if cap(*b) == size {
-			return (*b)[:0]
-		}
-		buffers.Put(b) // a small window holds no large buffer
-	}
-	return make([]byte, 0, size)
-}
-
-// drop lets go of the buffer, which is empty.
-func (s *Stream) drop() {
-	s.retire()
-	s.r, s.buf = 0, nil
-}
-
-func (s *Stream) retire() {
-	if cap(s.buf) == smallBuffer {
-		smalls.Put((*[smallBuffer]byte)(s.buf[:smallBuffer]))
-	} else if cap(s.buf) >= baseWindow {
-		b := s.buf[:0]
-		buffers.Put(&b)
-	}
 }
 
 // Write queues p and sees that it is sent. It waits while the peer lets nothing
@@ -280,7 +225,7 @@ func (s *Stream) sendable(n int) (int, error) {
 			err = s.werr
 		case s.ended:
 			err = errEnded
-		case s.wend.passed:
+		case s.wend.Passed:
 			err = os.ErrDeadlineExceeded
 		}
 		if err != nil {
@@ -377,7 +322,7 @@ func (s *Stream) close(code uint32) error {
 		return nil
 	}
 	s.closed = true
-	s.wend.stop()
+	s.wend.Stop()
 	s.broke(net.ErrClosed)
 	if c.streams[s.id] == s {
 		if err := c.say(resetFrame(s.id, code)); err != nil {
@@ -388,14 +333,12 @@ func (s *Stream) close(code uint32) error {
 	c.release(s)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.rend.stop()
+	s.rend.Stop()
 	s.rerr = net.ErrClosed
-	s.r, s.buf = 0, s.buf[:0]
-	s.retire()
-	s.buf = nil
+	s.in.Drop()
 	if n := s.window - baseWindow; n > 0 {
 		c.extra.Add(-int64(n))
-		c.cfg.Budget.give(n)
+		c.cfg.Budget.Give(n)
 		s.window = baseWindow
 	}
 	return nil
@@ -422,7 +365,7 @@ func (s *Stream) working() bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.dst == nil && !s.awaits || s.got > 0 || s.r < len(s.buf)
+	return s.dst == nil && !s.awaits || s.got > 0 || s.in.Len() > 0
 }
 
 // atEnd notes that the peer sends no more; the lock of the Conn is held.
@@ -444,7 +387,7 @@ func (s *Stream) Stale() bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.r < len(s.buf) || s.eof || s.rerr != nil
+	return s.in.Len() > 0 || s.eof || s.rerr != nil
 }
 
 // Conn is the connection that the stream is in.
@@ -465,44 +408,13 @@ func (s *Stream) SetDeadline(t time.Time) error {
 }
 
 // SetReadDeadline ends what waits in Read then.
-func (s *Stream) SetReadDeadline(t time.Time) error { return s.rend.set(&s.more, t) }
-
-// SetWriteDeadline ends what waits in Write then.
-func (s *Stream) SetWriteDeadline(t time.Time) error { return s.wend.set(&s.room, t) }
-
-// A deadline wakes who waits for a condition. It is guarded by the lock of that.
-type deadline struct {
-	at     time.Time
-	passed bool
-	timer  *time.Timer
-}
-
-func (d *deadline) set(cond *sync.Cond, t time.Time) error {
-	cond.L.Lock()
-	defer cond.L.Unlock()
-	d.at, d.passed = t, !t.IsZero() && !time.Now().Before(t)
-	switch {
-	case d.passed:
-		cond.Broadcast()
-	case t.IsZero():
-		d.stop()
-	case d.timer != nil:
-		d.timer.Reset(time.Until(t))
-	default:
-		d.timer = time.AfterFunc(time.Until(t), func() {
-			cond.L.Lock()
-			defer cond.L.Unlock()
-			if !d.at.IsZero() && !time.Now().Before(d.at) {
-				d.passed = true
-				cond.Broadcast()
-			}
-		})
-	}
+func (s *Stream) SetReadDeadline(t time.Time) error {
+	s.rend.Set(&s.more, t)
 	return nil
 }
 
-func (d *deadline) stop() {
-	if d.timer != nil {
-		d.timer.Stop()
-	}
+// SetWriteDeadline ends what waits in Write then.
+func (s *Stream) SetWriteDeadline(t time.Time) error {
+	s.wend.Set(&s.room, t)
+	return nil
 }

@@ -13,6 +13,8 @@ import (
 
 	xhttp2 "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"sallyport/internal/mux"
 )
 
 // A peer is a client that says what a test has it say.
@@ -275,7 +277,7 @@ func TestSlowBeginnings(t *testing.T) {
 // Whoever uses up what windows may grow takes from nobody else the first window,
 // with which every body gets through.
 func TestBudgetOfWindows(t *testing.T) {
-	budget := NewBudget(100 << 10) // for one window to grow once
+	budget := mux.NewBudget(100 << 10) // for one window to grow once
 	start, release := make(chan struct{}), make(chan struct{})
 	read, ended := make(chan struct{}), make(chan struct{})
 	dial := served(t, Config{Budget: budget, Violated: func(r Reason) { t.Errorf("somebody is told to have done wrong: %s", r) }}, func(l *Lane) {
@@ -315,13 +317,13 @@ func TestBudgetOfWindows(t *testing.T) {
 		} else if got := p.outcome(1); got != tt.want {
 			t.Errorf("another call: %s", got)
 		}
-		if n := budget.used.Load(); n != 64<<10 {
+		if n := budget.Used(); n != 64<<10 {
 			t.Errorf("%s: windows have grown by %d bytes", tt.field, n)
 		}
 	}
 	close(release)
 	<-ended
-	if n := budget.used.Load(); n != 0 {
+	if n := budget.Used(); n != 0 {
 		t.Errorf("%d bytes are missing from the budget", n)
 	}
 }

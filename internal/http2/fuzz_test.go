@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/net/http2/hpack"
+
+	"sallyport/internal/mux"
 )
 
 // memory is a connection whose peer has said everything, and hears what we say.
@@ -115,7 +117,7 @@ func FuzzServer(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m := &memory{in: bytes.NewReader(append([]byte(preface), b...)), shut: make(chan struct{})}
-		budget := NewBudget(64 << 10)
+		budget := mux.NewBudget(64 << 10)
 		var wg sync.WaitGroup
 		c := Accepted(m, Config{Budget: budget}, func(l *Lane) bool {
 			wg.Go(func() {
@@ -126,7 +128,7 @@ func FuzzServer(f *testing.F) {
 		})
 		_ = c.Run()
 		wg.Wait()
-		if n := budget.used.Load(); n != 0 {
+		if n := budget.Used(); n != 0 {
 			t.Errorf("%d bytes are missing from the budget", n)
 		}
 	})

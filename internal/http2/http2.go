@@ -10,8 +10,8 @@
 // again; data becomes a body of known length or in chunks. After an answer of
 // 101 to a WebSocket, or of 2xx to CONNECT, bytes pass as they are.
 //
-// The layers, each on those before it: frame.go, errors.go and bounds.go
-// (frames, codes, floods and budgets), hpack.go and section.go (field sections),
+// The layers, each on those before it: frame.go, errors.go
+// (frames, codes), hpack.go and section.go (field sections),
 // write.go (what is queued by all lanes goes out in one write), lane.go (what is
 // read of a lane, its window and its deadlines), send.go (HTTP/1.1 to frames),
 // read.go (data to lanes), control.go and head.go (the other frames), and
@@ -34,6 +34,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"sallyport/internal/mux"
 	"sallyport/internal/socket"
 )
 
@@ -57,7 +58,7 @@ type Config struct {
 	Buffer int
 	// Budget bounds by how much the windows of the streams of many connections
 	// grow. Optional.
-	Budget *Budget
+	Budget *mux.Budget
 	// HeadTimeout is how long a preface, a field section, or any other frame
 	// than data may take from its first byte to its last. Default 10 s.
 	HeadTimeout time.Duration
@@ -162,7 +163,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	}
 	c.sink = socket.NewSink(nc)
 	c.out.work.L = &c.mu
-	c.in.noise = bucket{tokens: noiseBurst, last: time.Now()}
+	c.in.noise = mux.NewBucket(noiseBurst, noiseRate)
 	c.in.block.init(c.cfg.Head)
 	c.inLeft.Store(int64(max(c.cfg.Buffer, firstWindow)))
 	c.greet()

@@ -4,13 +4,14 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
-	"math/bits"
 	"net"
 	"os"
 	"slices"
 	"strconv"
 	"sync"
 	"time"
+
+	"sallyport/internal/mux"
 )
 
 var (
@@ -41,34 +42,33 @@ type Lane struct {
 	closed  bool
 	cut     func() // see OnCut
 	werr    error
-	wend    deadline
+	wend    mux.Deadline
 	room    sync.Cond // for credit, and for room in the queue
 
 	mu   sync.Mutex // guards the fields below
 	got  incoming
 	rerr error
-	rend deadline
+	rend mux.Deadline
 	more sync.Cond
 }
 
 // incoming is what was received of a call and not read.
 type incoming struct {
-	text    []byte // HTTP/1.1 that is read before buf: a head, the lines of a chunk
+	text    []byte // HTTP/1.1 that is read before in: a head, the lines of a chunk
 	store   []byte // where a head is made
 	line    [24]byte
-	buf     []byte // data: buf[r:] is not read yet
-	r       int
-	chunk   int    // bytes of it that belong behind the text that was read
-	chunks  bool   // data is read in chunks
-	raw     bool   // data is read until the end, which is EOF
-	held    bool   // not before the tunnel is open
-	told    bool   // of a client: the answer has begun
-	begun   bool   // some of it was read
-	end     bool   // the peer sends no more
-	ended   bool   // and the reader has been told
-	tail    []byte // trailers, lines of HTTP/1.1
-	want    int64  // data that content-length still announces; -1: it says nothing
-	interim int    // how many interim answers have come
+	in      mux.Buffer // data that is not read yet
+	chunk   int        // bytes of it that belong behind the text that was read
+	chunks  bool       // data is read in chunks
+	raw     bool       // data is read until the end, which is EOF
+	held    bool       // not before the tunnel is open
+	told    bool       // of a client: the answer has begun
+	begun   bool       // some of it was read
+	end     bool       // the peer sends no more
+	ended   bool       // and the reader has been told
+	tail    []byte     // trailers, lines of HTTP/1.1
+	want    int64      // data that content-length still announces; -1: it says nothing
+	interim int        // how many interim answers have come
 
 	left     int // what the peer may still send
 	consumed int // what was read and not granted anew
@@ -110,7 +110,8 @@ func (l *Lane) carry(id uint32) {
 func (l *Lane) fresh() {
 	l.shrink()
 	g := &l.got
-	*g = incoming{store: g.store, buf: g.buf[:0], tail: g.tail[:0], want: -1, left: l.c.cfg.Window, window: l.c.cfg.Window}
+	g.in.Drop()
+	*g = incoming{store: g.store, tail: g.tail[:0], want: -1, left: l.c.cfg.Window, window: l.c.cfg.Window}
 }
 
 // forget ends the call of the lane.
@@ -135,7 +136,7 @@ func (l *Lane) Read(p []byte) (int, error) {
 			l.took(data)
 			return n, nil
 		}
-		if l.rerr == nil && !l.rend.passed && l.c.server && l.got.ended && !l.got.raw {
+		if l.rerr == nil && !l.rend.Passed && l.c.server && l.got.ended && !l.got.raw {
 			l.mu.Unlock()
 			l.rest()
 			l.mu.Lock()
@@ -165,7 +166,7 @@ func (l *Lane) over() error {
 		return io.EOF
 	case l.rerr != nil:
 		return l.rerr
-	case l.rend.passed:
+	case l.rend.Passed:
 		return os.ErrDeadlineExceeded
 	}
 	return nil
@@ -213,14 +214,14 @@ func (g *incoming) take(p []byte) (n, data int) {
 		case g.held:
 			return n, data
 		case g.chunk > 0:
-			k := copy(p[n:], g.buf[g.r:g.r+g.chunk])
-			g.r, g.chunk = g.r+k, g.chunk-k
+			k := g.in.Take(p[n:min(n+g.chunk, len(p))])
+			g.chunk -= k
 			n, data = n+k, data+k
 			if g.chunk == 0 && g.chunks {
 				g.text = append(g.line[:0], '\r', '\n')
 			}
-		case g.r < g.ripe():
-			g.chunk = g.ripe() - g.r
+		case g.ripe() > 0:
+			g.chunk = g.ripe()
 			if g.chunks {
 				g.chunk = min(g.chunk, max(len(p)-n-len(g.line), 1))
 				g.text = append(strconv.AppendInt(g.line[:0], int64(g.chunk), 16), '\r', '\n')
@@ -240,26 +241,23 @@ func (g *incoming) take(p []byte) (n, data int) {
 	return n, data
 }
 
-// ripe is up to where data may be read. A body of known length is over for its
+// ripe is how much data may be read. A body of known length is over for its
 // reader with the last byte, which therefore waits for the end of the stream: the
 // lane is then ready for the next call, and a request with more data than it
 // announces is not taken for a whole one.
 func (g *incoming) ripe() int {
-	if g.want == 0 && !g.end && !g.chunks && !g.raw && len(g.buf) > 0 {
-		return len(g.buf) - 1
+	if g.want == 0 && !g.end && !g.chunks && !g.raw && g.in.Len() > 0 {
+		return g.in.Len() - 1
 	}
-	return len(g.buf)
+	return g.in.Len()
 }
 
 // took counts what was read, and unlocks. When half of the window was, the peer
 // gets it anew, and more if it has had to wait.
 func (l *Lane) took(n int) {
 	g := &l.got
-	if g.r == len(g.buf) {
-		g.empty()
-		if g.end {
-			l.shrink()
-		}
+	if g.in.Len() == 0 && g.end {
+		l.shrink()
 	}
 	if n == 0 {
 		l.mu.Unlock()
@@ -269,7 +267,7 @@ func (l *Lane) took(n int) {
 	g.consumed += n
 	if g.consumed >= g.window/2 && !g.end && l.rerr == nil {
 		grant = g.consumed
-		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) && l.c.cfg.Budget.take(g.window) {
+		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) && l.c.cfg.Budget.Take(g.window) {
 			grant += g.window
 			g.window *= 2
 		}
@@ -283,7 +281,7 @@ func (l *Lane) took(n int) {
 // shrink gives back by how much the window has grown. The lock of l is held.
 func (l *Lane) shrink() {
 	if n := l.got.window - l.c.cfg.Window; n > 0 {
-		l.c.cfg.Budget.give(n)
+		l.c.cfg.Budget.Give(n)
 		l.got.window = l.c.cfg.Window
 	}
 }
@@ -320,66 +318,13 @@ func (c *Conn) refill() {
 	c.out.pend = appendWindow(c.out.pend, 0, int(n))
 }
 
-// smallBuffer is what a lane keeps while nothing is in it.
-const smallBuffer = 2 << 10
-
-// bulk is the size of the smallest buffer that is shared.
-const bulk = 32 << 10
-
-var buffers sync.Pool
-
-// keep takes data in; its window is the bound.
-func (g *incoming) keep(p []byte) {
-	if need := len(g.buf) - g.r + len(p); need > cap(g.buf) {
-		b := append(larger(need), g.buf[g.r:]...)
-		g.retire()
-		g.buf, g.r = b, 0
-	} else if len(g.buf)+len(p) > cap(g.buf) {
-		g.buf = g.buf[:copy(g.buf, g.buf[g.r:])]
-		g.r = 0
-	}
-	g.buf = append(g.buf, p...)
-}
-
-// larger gives an empty buffer for n bytes.
-func larger(n int) []byte {
-	if n <= smallBuffer {
-		return make([]byte, 0, smallBuffer)
-	}
-	size := max(1<<bits.Len(uint(n-1)), bulk)
-	if b, _ := buffers.Get().(*[]byte); b != nil {
-		if cap(*b) == size {
-			return (*b)[:0]
-		}
-		buffers.Put(b) // a small window holds no large buffer
-	}
-	return make([]byte, 0, size)
-}
-
-// empty lets go of a buffer that is not small.
-func (g *incoming) empty() {
-	g.r, g.buf = 0, g.buf[:0]
-	if cap(g.buf) > smallBuffer {
-		g.retire()
-		g.buf = nil
-	}
-}
-
-func (g *incoming) retire() {
-	if cap(g.buf) >= bulk {
-		b := g.buf[:0]
-		buffers.Put(&b)
-	}
-}
-
 // discard throws away what was not read, and says how much data that was. The
 // lock of l is held.
 func (l *Lane) discard() int {
 	g := &l.got
-	n := len(g.buf) - g.r
+	n := g.in.Len()
 	g.text, g.chunk = nil, 0
-	g.r, g.buf = 0, g.buf[:0]
-	g.empty()
+	g.in.Drop()
 	return n
 }
 
@@ -415,10 +360,10 @@ func (l *Lane) Reset(code Code) error {
 		return nil
 	}
 	l.closed, l.resting = true, false
-	l.wend.stop()
+	l.wend.Stop()
 	l.broke(net.ErrClosed)
 	l.mu.Lock()
-	l.rend.stop()
+	l.rend.Stop()
 	l.rerr = net.ErrClosed
 	unread := l.discard()
 	l.shrink()
@@ -518,7 +463,7 @@ func (l *Lane) Stale() bool {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.got.text) > 0 || l.got.r < len(l.got.buf) || l.rerr != nil
+	return len(l.got.text) > 0 || l.got.in.Len() > 0 || l.rerr != nil
 }
 
 // Duplex says that a call can end whatever of its request is still to come.
@@ -542,44 +487,13 @@ func (l *Lane) SetDeadline(t time.Time) error {
 }
 
 // SetReadDeadline ends what waits in Read then.
-func (l *Lane) SetReadDeadline(t time.Time) error { return l.rend.set(&l.more, t) }
-
-// SetWriteDeadline ends what waits in Write then.
-func (l *Lane) SetWriteDeadline(t time.Time) error { return l.wend.set(&l.room, t) }
-
-// A deadline wakes who waits for a condition. It is guarded by the lock of that.
-type deadline struct {
-	at     time.Time
-	passed bool
-	timer  *time.Timer
-}
-
-func (d *deadline) set(cond *sync.Cond, t time.Time) error {
-	cond.L.Lock()
-	defer cond.L.Unlock()
-	d.at, d.passed = t, !t.IsZero() && !time.Now().Before(t)
-	switch {
-	case d.passed:
-		cond.Broadcast()
-	case t.IsZero():
-		d.stop()
-	case d.timer != nil:
-		d.timer.Reset(time.Until(t))
-	default:
-		d.timer = time.AfterFunc(time.Until(t), func() {
-			cond.L.Lock()
-			defer cond.L.Unlock()
-			if !d.at.IsZero() && !time.Now().Before(d.at) {
-				d.passed = true
-				cond.Broadcast()
-			}
-		})
-	}
+func (l *Lane) SetReadDeadline(t time.Time) error {
+	l.rend.Set(&l.more, t)
 	return nil
 }
 
-func (d *deadline) stop() {
-	if d.timer != nil {
-		d.timer.Stop()
-	}
+// SetWriteDeadline ends what waits in Write then.
+func (l *Lane) SetWriteDeadline(t time.Time) error {
+	l.wend.Set(&l.room, t)
+	return nil
 }

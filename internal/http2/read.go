@@ -4,11 +4,20 @@ import (
 	"errors"
 	"os"
 	"time"
+
+	"sallyport/internal/mux"
 )
 
 const (
 	firstBuffer = 4 << 10
 	readBuffer  = 32 << 10
+)
+
+// noiseBurst and noiseRate bound what costs us more than it costs the peer:
+// calls broken off, pings, settings, frames without content.
+const (
+	noiseBurst = 1000
+	noiseRate  = 1000 // per second
 )
 
 // A reader is what only the goroutine that reads knows.
@@ -20,7 +29,7 @@ type reader struct {
 	greeted  bool  // the preface has come
 	settled  bool  // the first SETTINGS have
 	hurried  bool  // a read deadline is set
-	noise    bucket
+	noise    mux.Bucket
 	ready    []*Lane // what they wait for has come
 	fragment []byte  // of a field section that is not whole
 	opener   header  // of its first frame; stream 0: there is none
@@ -159,7 +168,7 @@ func (c *Conn) fits(h header) error {
 
 // noisy counts what a peer must not do without end.
 func (c *Conn) noisy() error {
-	if c.in.noise.spend() {
+	if c.in.noise.Spend() {
 		return nil
 	}
 	return violated(EnhanceYourCalm, Flood)
@@ -168,7 +177,7 @@ func (c *Conn) noisy() error {
 // earn gives the peer something back for what it has been sent. The lock of c is
 // held.
 func (c *Conn) earn() {
-	c.in.noise.earn(c.out.earned)
+	c.in.noise.Earn(c.out.earned)
 	c.out.earned = 0
 }
 
@@ -304,7 +313,7 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	if l.rerr != nil {
 		return 0, errGone
 	}
-	g.keep(p)
+	g.in.Add(p)
 	return 0, ""
 }
 

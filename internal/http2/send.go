@@ -378,7 +378,7 @@ func (l *Lane) headable() error {
 
 // stopped says why who writes need not wait any longer.
 func (l *Lane) stopped() error {
-	if l.werr == nil && l.wend.passed {
+	if l.werr == nil && l.wend.Passed {
 		return os.ErrDeadlineExceeded
 	}
 	return l.werr

@@ -22,8 +22,10 @@ const (
 	// maxNotes bounds the queued frames that answer the peer, in bytes: it has
 	// to read them.
 	maxNotes = 64 << 10
-	// keepBuffer is the size up to which a buffer is used again.
+	// keepBuffer is the size up to which a buffer is used again, restBuffer the
+	// size of one that is kept while nothing is pending.
 	keepBuffer = 256 << 10
+	restBuffer = 4 << 10
 	// company is how many calls must be on their way for a writer to wait until
 	// the others have had their turn, so that what they write goes along.
 	company = 2
@@ -147,7 +149,13 @@ func (c *Conn) flush() {
 	_, err := c.sink.Write(b)
 	c.mu.Lock()
 	o.flushing = false
-	if cap(b) <= keepBuffer {
+	most := keepBuffer
+	if len(o.pend) == 0 {
+		if most = restBuffer; cap(o.pend) > most {
+			o.pend = nil
+		}
+	}
+	if cap(b) <= most {
 		o.spare = b[:0]
 	}
 	if err != nil {

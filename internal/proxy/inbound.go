@@ -24,6 +24,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -125,7 +126,7 @@ type Inbound struct {
 	peers    crowd
 	rates    rates
 	drops    dropSets
-	windows  *hop.Budget
+	windows  *mux.Budget
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
 	// rechecked is the epoch that recheck has seen.
@@ -139,7 +140,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: hop.NewBudget(windows)}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: mux.NewBudget(windows)}
 	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)

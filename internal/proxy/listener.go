@@ -16,6 +16,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
+	"sallyport/internal/mux"
 	"sallyport/internal/telemetry"
 )
 
@@ -32,7 +33,7 @@ type listener struct {
 	draining atomic.Bool
 	inFlight atomic.Int64
 	panics   atomic.Int64
-	bodies   *http2.Budget // of connections of HTTP/2
+	bodies   *mux.Budget // of connections of HTTP/2
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
@@ -180,7 +181,7 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.mu.Lock()
 	l.open = map[*conn]struct{}{}
 	l.mu.Unlock()
-	l.bodies = http2.NewBudget(bodies)
+	l.bodies = mux.NewBudget(bodies)
 	l.opened = l.Metrics.Connections(l.Reporter, "open")
 	defer l.rested()
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))

@@ -28,8 +28,8 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
-	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 	"sallyport/internal/socket"
 )
 
@@ -278,7 +278,7 @@ type Pool struct {
 	// h2c says that the application speaks HTTP/2 and nothing else; bodies bounds
 	// what it has sent and nobody has read.
 	h2c    bool
-	bodies *http2.Budget
+	bodies *mux.Budget
 
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end
@@ -325,7 +325,7 @@ func (p *Pool) Through(dial func(context.Context) (net.Conn, error)) {
 }
 
 func newPool(cfg Config, t target) *Pool {
-	p := &Pool{cfg: cfg, t: t, bodies: http2.NewBudget(bodies)}
+	p := &Pool{cfg: cfg, t: t, bodies: mux.NewBudget(bodies)}
 	p.connect = p.dial
 	return p
 }

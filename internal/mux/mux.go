@@ -1,0 +1,112 @@
+// Package mux is what the protocols have in common that carry many calls over
+// one connection: bounds on what a peer may do and hold, deadlines of a stream,
+// and the buffers of what has come and of what is to go. It knows no protocol
+// and starts no goroutine.
+package mux
+
+import (
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A Bucket bounds a rate. It is for one goroutine, or under a lock.
+type Bucket struct {
+	tokens, burst int
+	rate          float64
+	last          time.Time
+}
+
+// NewBucket lets so many pass at once, and so many in a second.
+func NewBucket(burst int, perSecond float64) Bucket {
+	return Bucket{tokens: burst, burst: burst, rate: perSecond, last: time.Now()}
+}
+
+// Spend takes one; false when there is none.
+func (b *Bucket) Spend() bool {
+	if b.tokens == 0 {
+		now := time.Now()
+		n := int(now.Sub(b.last).Seconds() * b.rate)
+		if n <= 0 {
+			return false
+		}
+		b.tokens, b.last = min(n, b.burst), now
+	}
+	b.tokens--
+	return true
+}
+
+// Earn gives something back for what was of use.
+func (b *Bucket) Earn(n int) { b.tokens = min(b.tokens+n, b.burst) }
+
+// A Budget bounds the growth of the windows of many connections. The nil
+// *Budget bounds nothing.
+type Budget struct {
+	max  int64
+	used atomic.Int64
+}
+
+// NewBudget returns a budget of so many bytes.
+func NewBudget(bytes int64) *Budget { return &Budget{max: bytes} }
+
+// Take takes n bytes; false when they are not left.
+func (b *Budget) Take(n int) bool {
+	if b == nil {
+		return true
+	}
+	if b.used.Add(int64(n)) > b.max {
+		b.used.Add(-int64(n))
+		return false
+	}
+	return true
+}
+
+// Give gives n bytes back.
+func (b *Budget) Give(n int) {
+	if b != nil && n != 0 {
+		b.used.Add(-int64(n))
+	}
+}
+
+// Used is how many bytes are taken.
+func (b *Budget) Used() int64 { return b.used.Load() }
+
+// A Deadline wakes who waits for a condition. It is guarded by the lock of that.
+type Deadline struct {
+	// Passed says that the time is over.
+	Passed bool
+
+	at    time.Time
+	timer *time.Timer
+}
+
+// Set sets the time, the zero one for none, and takes the lock of cond for it.
+func (d *Deadline) Set(cond *sync.Cond, t time.Time) {
+	cond.L.Lock()
+	defer cond.L.Unlock()
+	d.at, d.Passed = t, !t.IsZero() && !time.Now().Before(t)
+	switch {
+	case d.Passed:
+		cond.Broadcast()
+	case t.IsZero():
+		d.Stop()
+	case d.timer != nil:
+		d.timer.Reset(time.Until(t))
+	default:
+		d.timer = time.AfterFunc(time.Until(t), func() {
+			cond.L.Lock()
+			defer cond.L.Unlock()
+			if !d.at.IsZero() && !time.Now().Before(d.at) {
+				d.Passed = true
+				cond.Broadcast()
+			}
+		})
+	}
+}
+
+// Stop ends the timer. The lock is held.
+func (d *Deadline) Stop() {
+	if d.timer != nil {
+		d.timer.Stop()
+	}
+}

@@ -1,0 +1,114 @@
+package mux
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// What goes in comes out, in pieces of any size, and an empty buffer holds
+// nothing.
+func TestBuffer(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	var b Buffer
+	var in, out []byte
+	for range 2000 {
+		p := make([]byte, rnd.IntN(5000))
+		for i := range p {
+			p[i] = byte(rnd.Uint32())
+		}
+		b.Add(p)
+		in = append(in, p...)
+		q := make([]byte, rnd.IntN(6000))
+		out = append(out, q[:b.Take(q)]...)
+		if b.Len() != len(in)-len(out) {
+			t.Fatalf("%d bytes are left, want %d", b.Len(), len(in)-len(out))
+		}
+		if b.Len() == 0 && b.b != nil {
+			t.Fatal("an empty buffer holds memory")
+		}
+	}
+	if !bytes.HasPrefix(in, out) {
+		t.Error("other bytes came out")
+	}
+	b.Drop()
+	if b.Len() != 0 || b.b != nil || b.Take(make([]byte, 1)) != 0 {
+		t.Error("something is left of what was dropped")
+	}
+}
+
+func TestBucket(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := NewBucket(3, 2)
+		passed := func() (n int) {
+			for range 10 {
+				if b.Spend() {
+					n++
+				}
+			}
+			return n
+		}
+		if n := passed(); n != 3 {
+			t.Errorf("%d at once, want 3", n)
+		}
+		time.Sleep(time.Second)
+		if n := passed(); n != 2 {
+			t.Errorf("%d after a second, want 2", n)
+		}
+		time.Sleep(time.Hour)
+		if n := passed(); n != 3 {
+			t.Errorf("%d after an hour, want 3", n)
+		}
+		b.Earn(10)
+		if n := passed(); n != 3 {
+			t.Errorf("%d that were earned, want 3", n)
+		}
+	})
+}
+
+func TestBudget(t *testing.T) {
+	b := NewBudget(10)
+	if !b.Take(6) || b.Take(5) || !b.Take(4) || b.Used() != 10 {
+		t.Errorf("%d are taken", b.Used())
+	}
+	b.Give(10)
+	if none := (*Budget)(nil); b.Used() != 0 || !none.Take(1<<40) {
+		t.Error("it bounds what it must not")
+	}
+}
+
+func TestDeadline(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		cond := sync.NewCond(&mu)
+		var d Deadline
+		waits := func() time.Duration {
+			mu.Lock()
+			defer mu.Unlock()
+			start := time.Now()
+			for !d.Passed {
+				cond.Wait()
+			}
+			return time.Since(start)
+		}
+		d.Set(cond, time.Now().Add(time.Second))
+		if got := waits(); got != time.Second {
+			t.Errorf("it woke after %v", got)
+		}
+		d.Set(cond, time.Now().Add(time.Minute)) // another one counts, not both
+		if got := waits(); got != time.Minute {
+			t.Errorf("the next woke after %v", got)
+		}
+		d.Set(cond, time.Time{})
+		if d.Passed {
+			t.Error("none has passed")
+		}
+		d.Set(cond, time.Now().Add(-time.Second))
+		if got := waits(); got != 0 {
+			t.Errorf("a past one woke after %v", got)
+		}
+	})
+}
