@@ -223,9 +223,8 @@ func TestAnswersAreNotQueued(t *testing.T) {
 }
 
 func TestPanicEndsOneConnection(t *testing.T) {
-	r := newRig(t, app(t, hello))
+	r := newParts(t, app(t, hello))
 	var armed atomic.Bool
-	r.inbound.chain = append(chain{}, r.inbound.chain...)
 	last := &r.inbound.chain[len(r.inbound.chain)-1]
 	enter := last.enter
 	last.enter = func(x *call) *refusal {
@@ -234,6 +233,8 @@ func TestPanicEndsOneConnection(t *testing.T) {
 		}
 		return enter(x)
 	}
+	r.inAddr, _ = start(t, r.inbound.Run)
+	r.use(r.access)
 	other := r.dialIn(r.web)
 	other.say(okRequest)
 	other.answer("GET")
