@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -37,78 +36,6 @@ type order struct {
 // coldLimit bounds the wait for one answer.
 const coldLimit = 20 * time.Second
 
-// A report is what it did between warming up and the end.
-type report struct {
-	Requests int64   `json:"requests"`
-	Failed   int64   `json:"failed"`
-	Fault    string  `json:"fault,omitempty"`
-	Seconds  float64 `json:"seconds"`
-	// P50 and P99 are milliseconds; at a rate from the moment the request was due.
-	P50 float64 `json:"p50"`
-	P99 float64 `json:"p99"`
-}
-
-// serveLoad takes orders on a Unix socket until its peer goes. An order is one
-// line of JSON, and answered by "warm" and the report.
-func serveLoad(socket string) error {
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			in, out := json.NewDecoder(c), json.NewEncoder(c)
-			for {
-				var o order
-				if in.Decode(&o) != nil {
-					return
-				}
-				r := o.run(func() { _ = out.Encode("warm") })
-				if out.Encode(r) != nil {
-					return
-				}
-			}
-		}()
-	}
-}
-
-// A loader is a load process, asked from here.
-type loader struct {
-	c   net.Conn
-	in  *json.Decoder
-	out *json.Encoder
-}
-
-func dialLoad(socket string) (*loader, error) {
-	c, err := net.Dial("unix", socket)
-	if err != nil {
-		return nil, err
-	}
-	return &loader{c: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}, nil
-}
-
-// do has an order carried out; at warm the measured time begins.
-func (l *loader) do(o order, warm func()) (report, error) {
-	var (
-		r    report
-		word string
-	)
-	if err := l.out.Encode(o); err != nil {
-		return r, err
-	}
-	if err := l.in.Decode(&word); err != nil {
-		return r, fmt.Errorf("load process: %w", err)
-	}
-	warm()
-	err := l.in.Decode(&r)
-	return r, err
-}
-
 // A run is the state that the connections of an order share.
 type run struct {
 	order
@@ -116,18 +43,18 @@ type run struct {
 	over     atomic.Bool
 }
 
-func (o order) run(warm func()) report {
+func (o order) run(warm func()) rig.Calls {
 	r := &run{order: o}
 	cs := make([]*client, 0, o.Conns)
 	var all sync.WaitGroup
-	fail := func(err error) report {
+	fail := func(err error) rig.Calls {
 		r.over.Store(true)
 		for _, c := range cs {
 			_ = c.c.Close()
 		}
 		all.Wait()
 		warm()
-		return report{Failed: 1, Fault: err.Error()}
+		return rig.Calls{Failed: 1, Fault: err.Error()}
 	}
 	for range o.Conns {
 		c, err := r.dial()
@@ -161,7 +88,7 @@ func (o order) run(warm func()) report {
 	r.counting.Store(false)
 	to := time.Now()
 	r.over.Store(true)
-	out := report{Seconds: to.Sub(from).Seconds()}
+	out := rig.Calls{Seconds: to.Sub(from).Seconds()}
 	var took []float64
 	for _, c := range cs {
 		select {

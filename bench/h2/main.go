@@ -16,9 +16,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime"
-	"strings"
 	"syscall"
 	"time"
 
@@ -40,7 +38,7 @@ func play(args []string) error {
 	}
 	switch {
 	case role == "load" && len(args) == 2:
-		return serveLoad(args[1])
+		return rig.ServeOrders(args[1], order.run)
 	case role == "origin" && len(args) == 2:
 		return serveOrigin(args[1])
 	case role == "reverse" && len(args) == 4:
@@ -159,7 +157,7 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 		if err != nil {
 			return nil, err
 		}
-		r, err := p.load.do(s.scenes[0].order(p, s), func() {})
+		r, err := p.load.Do(s.scenes[0].order(p, s), func() {})
 		if err == nil && r.Failed > 0 {
 			err = errors.New(r.Fault)
 		}
@@ -180,54 +178,29 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 	return kept, nil
 }
 
-// ours is a pair of sidecars with an issuer of its own. The load process is
-// the child of one, the origin of the other.
+// ours is a pair of sidecars. Peers use the origin of the first.
 func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, error) {
-	p := &pair{Pair: rig.Pair{Name: "ours", Settings: fmt.Sprintf("a pair of sidecars, %d rows", s.rules)}, trace: true}
-	rules := s.rules
+	conf := rig.Sidecars{
+		Name: "ours", Issuer: s.issuer, Sidecar: s.sidecar, Protocol: "http", AppProtocol: "h2c", Method: method, Rules: s.rules,
+		Load: []string{b.Self, "load"}, Origin: []string{b.Self, "origin"},
+	}
+	how := fmt.Sprintf("a pair of sidecars, %d rows", s.rules)
 	if bare {
-		p.Name, p.trace, rules, p.Settings = "bare", false, 1, "the same with one row"
+		conf.Name, conf.Rules, how = "bare", 1, "the same with one row"
 	}
-	issuer, err := rig.Start(ctx, rig.Config{Program: s.issuer, Files: policy(rules)})
-	if err != nil {
-		return nil, err
+	if pprof {
+		conf.More = "pprof: true\n"
 	}
-	b.AtEnd(func() { _ = issuer.Close() })
-	front, far, err := b.Ports()
-	if err != nil {
-		return nil, err
-	}
-	p.Target = front
-	origin, err := rig.FreePort()
+	both, socket, origin, err := b.Sidecars(ctx, conf)
 	if err != nil {
 		return nil, err
 	}
 	if b.origin == "" {
-		b.origin = origin // peers use that of our first pair
+		b.origin = origin
 	}
-	socket := filepath.Join(b.Dir, p.Name+".sock")
-	more := ""
-	if pprof {
-		more = "pprof: true\n"
-	}
-	server, err := issuer.Sidecar(ctx, s.sidecar, "server", more+fmt.Sprintf("inbound: {listen: %q, app: %q, app_protocol: h2c}\n", far, origin), b.Self, "origin", origin)
-	if err != nil {
-		return nil, err
-	}
-	p.Procs = append(p.Procs, server)
-	b.AtEnd(p.Stop)
-	if err := server.Await(ctx, "tcp", origin, far); err != nil {
-		return nil, err
-	}
-	client, err := issuer.Sidecar(ctx, s.sidecar, "client", more+fmt.Sprintf("outbound: {upstreams: [{service: origin, listen: %q}]}\n", front), b.Self, "load", socket)
-	if err != nil {
-		return nil, err
-	}
-	p.Procs = append(p.Procs, client)
-	if err := errors.Join(client.Await(ctx, "unix", socket), client.Await(ctx, "tcp", front)); err != nil {
-		return nil, err
-	}
-	if p.load, err = dialLoad(socket); err != nil {
+	both.Settings = how
+	p := &pair{Pair: *both, trace: !bare}
+	if p.load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
 		return nil, err
 	}
 	return p, b.answers(ctx, p, s)
@@ -238,7 +211,7 @@ func (b *bench) answers(ctx context.Context, p *pair, s settings) error {
 	o := s.scenes[0].order(p, s)
 	o.Conns, o.Streams, o.Warm, o.For = 1, 1, 0, 20*time.Millisecond
 	for end := time.Now().Add(30 * time.Second); ; {
-		r, err := p.load.do(o, func() {})
+		r, err := p.load.Do(o, func() {})
 		if err != nil {
 			return err
 		}
@@ -249,21 +222,5 @@ func (b *bench) answers(ctx context.Context, p *pair, s settings) error {
 			return fmt.Errorf("%s does not answer: %s", p.Name, r.Fault)
 		}
 		time.Sleep(50 * time.Millisecond)
-	}
-}
-
-func policy(rows int) map[string]string {
-	id := func(name string) string { return "spiffe://" + rig.TrustDomain.Name() + "/ns/bench/sa/" + name }
-	var access strings.Builder
-	for n := range rows - 1 {
-		fmt.Fprintf(&access, "p, r%d, in, %s, %s, 8443, GET|POST, /v2/thing-%d/**, -, allow\n", n, id("client"), id("origin"), n)
-	}
-	fmt.Fprintf(&access, "p, get, in, %s, %s, 8443, GET, /v1/**, -, allow\n", id("client"), id("origin"))
-	fmt.Fprintf(&access, "p, call, in, %s, %s, 8443, POST, /bench.Echo/**, -, allow\n", id("client"), id("origin"))
-	return map[string]string{
-		"entries.yaml": fmt.Sprintf("entries:\n  - {spiffe_id: %q, parent_id: %q, selectors: [\"child:true\"]}\n  - {spiffe_id: %q, parent_id: %q, selectors: [\"child:true\"]}\n",
-			id("client"), rig.Agent("client"), id("origin"), rig.Agent("server")),
-		"services.yaml": fmt.Sprintf("services:\n  - {name: origin, identity: %q, port: 8443, protocol: http}\n", id("origin")),
-		"access.csv":    access.String(), "guardrails.csv": "", "egress.yaml": "destinations: []\n",
 	}
 }

@@ -18,14 +18,14 @@ import (
 type pair struct {
 	rig.Pair
 	trace bool
-	load  *loader
+	load  *rig.Loader[order, rig.Calls]
 }
 
 // bench is what all pairs share.
 type bench struct {
 	*rig.Ground
 	origin string
-	load   *loader // of the pairs that are not ours
+	load   *rig.Loader[order, rig.Calls] // of the pairs that are not ours
 }
 
 // spawnPair starts two proxies, the far one first, and waits for both.

@@ -29,17 +29,6 @@ type order struct {
 // coldLimit bounds the wait for one answer.
 const coldLimit = 20 * time.Second
 
-// A report is what it did between warming up and the end.
-type report struct {
-	Requests int64   `json:"requests"`
-	Failed   int64   `json:"failed"`
-	Fault    string  `json:"fault,omitempty"`
-	Seconds  float64 `json:"seconds"`
-	// P50 and P99 are milliseconds; at a rate from the moment the request was due.
-	P50 float64 `json:"p50"`
-	P99 float64 `json:"p99"`
-}
-
 // A run is the state that the connections of an order share.
 type run struct {
 	order
@@ -55,7 +44,7 @@ type run struct {
 	took []float64  // milliseconds
 }
 
-func (o order) run(warm func()) report {
+func (o order) run(warm func()) rig.Calls {
 	r := &run{order: o, request: o.bytes()}
 	// All connections stand before the first counts.
 	conns := make([]net.Conn, 0, o.Conns)
@@ -67,7 +56,7 @@ func (o order) run(warm func()) report {
 	for range o.Conns {
 		c, err := net.Dial("tcp", o.Target)
 		if err != nil {
-			return report{Failed: 1, Fault: err.Error()}
+			return rig.Calls{Failed: 1, Fault: err.Error()}
 		}
 		conns = append(conns, c)
 	}
@@ -98,7 +87,7 @@ func (o order) run(warm func()) report {
 	r.to = time.Now()
 	r.over.Store(true)
 	all.Wait()
-	out := report{Requests: r.requests.Load(), Failed: r.failed.Load(), Seconds: r.to.Sub(r.from).Seconds()}
+	out := rig.Calls{Requests: r.requests.Load(), Failed: r.failed.Load(), Seconds: r.to.Sub(r.from).Seconds()}
 	if err := r.fault.Load(); err != nil {
 		out.Fault = (*err).Error()
 	}

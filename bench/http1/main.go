@@ -17,7 +17,6 @@ import (
 	"os/signal"
 	"runtime"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"sallyport/bench/rig"
@@ -212,7 +211,7 @@ func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (
 	}
 	both.Settings = how
 	p := &pair{Pair: *both, trace: name != "bare"}
-	if p.load, err = rig.DialLoader[order, report](socket); err != nil {
+	if p.load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
 		return nil, err
 	}
 	return p, b.answers(ctx, p, s)
@@ -235,19 +234,4 @@ func (b *bench) answers(ctx context.Context, p *pair, s settings) error {
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-}
-
-// table prints the medians of every scene and pair.
-func table(w io.Writer, pairs []*pair, wanted []scene, got map[cell][]sample) {
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintln(t, "scene\tpair\trequests/s\tCPU s/100k\tp50 ms\tp99 ms\tRSS MB\t")
-	for _, sc := range wanted {
-		for _, p := range pairs {
-			list := got[cell{sc.name, p.Name}]
-			m := func(f func(sample) float64) float64 { return median(list, f) }
-			fmt.Fprintf(t, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f\t%.0f\t\n", sc.name, p.Name, m(sample.rps), m(sample.cpu),
-				m(func(s sample) float64 { return s.P50 }), m(func(s sample) float64 { return s.P99 }), m(func(s sample) float64 { return s.rss }))
-		}
-	}
-	_ = t.Flush()
 }

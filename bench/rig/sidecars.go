@@ -17,6 +17,9 @@ type Sidecars struct {
 	Issuer, Sidecar string
 	// Protocol of the service, and the call that Rules allows: "http" or "tcp".
 	Protocol string
+	// AppProtocol is what the origin speaks, if not HTTP/1.1, and Method a call
+	// of gRPC that is allowed beside the others. Optional.
+	AppProtocol, Method string
 	// Rules is the number of rows of the policy; the last allows the load.
 	Rules int
 	// More is what the configurations of both say besides.
@@ -42,7 +45,7 @@ func (g *Ground) Sidecars(ctx context.Context, s Sidecars) (p *Pair, socket, ori
 	}
 	p = &Pair{Name: s.Name, Target: front}
 	g.AtEnd(p.Stop)
-	server, err := issuer.Sidecar(ctx, s.Sidecar, "server", s.More+fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin), append(s.Origin, origin)...)
+	server, err := issuer.Sidecar(ctx, s.Sidecar, "server", s.More+s.inbound(far, origin), append(s.Origin, origin)...)
 	if err != nil {
 		return nil, "", "", err
 	}
@@ -57,6 +60,13 @@ func (g *Ground) Sidecars(ctx context.Context, s Sidecars) (p *Pair, socket, ori
 	}
 	p.Procs = append(p.Procs, client)
 	return p, socket, origin, errors.Join(client.Await(ctx, "unix", socket), client.Await(ctx, "tcp", front))
+}
+
+func (s Sidecars) inbound(far, origin string) string {
+	if s.AppProtocol == "" {
+		return fmt.Sprintf("inbound: {listen: %q, app: %q}\n", far, origin)
+	}
+	return fmt.Sprintf("inbound: {listen: %q, app: %q, app_protocol: %s}\n", far, origin, s.AppProtocol)
 }
 
 func (s Sidecars) files() map[string]string {
@@ -76,6 +86,9 @@ func (s Sidecars) files() map[string]string {
 		row("stream", "CONNECT", "-")
 	} else {
 		row("get", "GET", "/v1/**")
+	}
+	if s.Method != "" {
+		row("call", "POST", s.Method)
 	}
 	return map[string]string{
 		"entries.yaml": fmt.Sprintf("entries:\n  - {spiffe_id: %q, parent_id: %q, selectors: [\"child:true\"]}\n  - {spiffe_id: %q, parent_id: %q, selectors: [\"child:true\"]}\n",
