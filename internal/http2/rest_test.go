@@ -16,7 +16,7 @@ func TestRestHoldsNoBuffer(t *testing.T) {
 			go func() {
 				defer l.Close()
 				_, _ = l.Read(make([]byte, 4096))
-				_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 40000\r\n\r\n"+strings.Repeat("x", 40000))
+				_, _ = io.WriteString(l, "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"+strings.Repeat("x", 100000))
 				_, _ = l.Read(make([]byte, 4096)) // until the next call, or the end
 			}()
 			return true

@@ -25,7 +25,7 @@ const (
 	// keepBuffer is the size up to which a buffer is used again, restBuffer the
 	// size of one that is kept while nothing is pending.
 	keepBuffer = 256 << 10
-	restBuffer = 4 << 10
+	restBuffer = 32 << 10
 	// company is how many calls must be on their way for a writer to wait until
 	// the others have had their turn, so that what they write goes along.
 	company = 2
