@@ -65,6 +65,7 @@ type sidecar struct {
 	inbound  atomic.Pointer[proxy.Inbound]
 	outbound atomic.Pointer[proxy.Outbound]
 	child    atomic.Pointer[attest.Child]
+	found    atomic.Pointer[ownService]
 	// started is closed when the application has been started, if there is one.
 	started chan struct{}
 	// serving is closed when the application has accepted a connection.
@@ -349,17 +350,6 @@ func (s *sidecar) rejudge() {
 	}
 }
 
-// port is the port that rules name for the workload's service.
-func (s *sidecar) port() uint16 {
-	self, err := s.agent.Self()
-	snap := s.agent.Snapshot()
-	if err != nil || snap == nil {
-		return 0
-	}
-	svc, _ := snap.ServiceByID(self.ID)
-	return svc.Port
-}
-
 // app lends connections to the application.
 func (s *sidecar) app() *upstream.Pool {
 	open := upstream.NewLocal
@@ -371,28 +361,6 @@ func (s *sidecar) app() *upstream.Pool {
 		p.Through(s.room.Dial)
 	}
 	return p
-}
-
-// stream says how streams are carried, if the workload's service speaks TCP.
-func (s *sidecar) stream() (mesh.Stream, bool) {
-	snap := s.agent.Snapshot()
-	self, err := s.agent.Self()
-	if err != nil || snap == nil {
-		return mesh.Stream{}, false
-	}
-	svc, ok := snap.ServiceByID(self.ID)
-	return svc.Stream, ok && svc.Protocol == mesh.TCP
-}
-
-// name is the name of the workload's service.
-func (s *sidecar) name() mesh.ServiceName {
-	snap := s.agent.Snapshot()
-	self, err := s.agent.Self()
-	if err != nil || snap == nil {
-		return ""
-	}
-	svc, _ := snap.ServiceByID(self.ID)
-	return svc.Name
 }
 
 func (s *sidecar) shared(reporter string) proxy.Shared {

@@ -165,7 +165,7 @@ func (d *decoder) fields(lim *Limits) ([]Field, error) {
 		return nil, nil
 	}
 	var f framing
-	return parseFields(nil, d.trailer, lim, &f)
+	return parseFields(nil, d.trailer, lim, &f, nil)
 }
 
 // appendChunk appends data, as one chunk when framed.

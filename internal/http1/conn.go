@@ -106,10 +106,12 @@ type Conn struct {
 	readEnd     time.Time   // the read deadline now set
 	trailers    bool        // pass trailers on: true after ReadResponse
 	dropped     *NameSet    // but not these
+	said        lines       // of the head that was read last
 	quit        atomic.Bool // set from outside: stop reading a body
 	ended       atomic.Bool // the body being copied was read to its end
 
-	asked bool // it was waited for that there is something to read
+	asked bool      // it was waited for that there is something to read
+	now   time.Time // see Tell
 
 	peeker peeker
 
@@ -191,6 +193,19 @@ func (c *Conn) closeWrite() error {
 // it, before anything is sent: nobody need look before.
 func (c *Conn) Asks() bool { return c.ask != nil }
 
+// Tell tells what the clock has just said to whoever asks it next, for the
+// connection's next deadline: it is not looked at for each.
+func (c *Conn) Tell(now time.Time) { c.now = now }
+
+// Now is the time that was told, once, or else that of the clock.
+func (c *Conn) Now() time.Time {
+	now := c.now
+	if c.now = (time.Time{}); now.IsZero() {
+		return time.Now()
+	}
+	return now
+}
+
 // Write writes all of p under the coarse write deadline.
 func (c *Conn) Write(p []byte) (int, error) {
 	if err := c.writeWithin(); err != nil {
@@ -223,7 +238,7 @@ func (c *Conn) writeWithin() error {
 	if d <= 0 {
 		return nil
 	}
-	now := time.Now()
+	now := c.Now()
 	if left := c.writeEnd.Sub(now); left >= d && left <= d+d/8 {
 		return nil
 	}
@@ -237,8 +252,10 @@ func (c *Conn) writeUntil(t time.Time) error {
 
 // readWithin sees to a read deadline between d and d+d/8 from now. Deadlines
 // are coarse so that a busy connection does not set one for every message.
-func (c *Conn) readWithin(d time.Duration) {
-	now := time.Now()
+func (c *Conn) readWithin(d time.Duration) { c.readFrom(time.Now(), d) }
+
+// readFrom is readWithin at this time.
+func (c *Conn) readFrom(now time.Time, d time.Duration) {
 	if left := c.readEnd.Sub(now); left >= d && left <= d+d/8 {
 		return
 	}
@@ -305,8 +322,6 @@ func (c *Conn) Begins(text string) (bool, error) {
 // Unread is a copy of what was received and not read.
 func (c *Conn) Unread() []byte { return bytes.Clone(c.buf[c.r:c.w]) }
 
-var crlf2 = []byte("\r\n\r\n")
-
 // head waits for a complete head and returns it without the last CRLF, so
 // that it ends in the CRLF of its last line. With arm, the first byte starts
 // the absolute head deadline.
@@ -317,8 +332,8 @@ func (c *Conn) head(arm bool) ([]byte, error) {
 	}
 	seen := 0 // bytes from c.r on that hold no complete blank line
 	for {
-		if i := bytes.Index(c.buf[c.r+max(seen-3, 0):c.w], crlf2); i >= 0 {
-			return c.takeHead(max(seen-3, 0) + i + 4)
+		if n := headEnd(c.buf[c.r:c.w], max(seen-3, 0)); n > 0 {
+			return c.takeHead(n)
 		}
 		had := c.w - c.r
 		if bareLF(c.buf[c.r+max(seen-1, 0):c.w], seen > 0) {
@@ -337,6 +352,21 @@ func (c *Conn) head(arm bool) ([]byte, error) {
 		}
 		if err := c.fill(); err != nil {
 			return nil, headError(err, had > 0)
+		}
+	}
+}
+
+// headEnd is how many bytes of b are a head with its blank line, 0 when that has
+// not come. It does not begin before from.
+func headEnd(b []byte, from int) int {
+	for i := from; ; {
+		n := bytes.IndexByte(b[i:], '\n')
+		if n < 0 {
+			return 0
+		}
+		i += n + 1
+		if i >= from+2 && i+1 < len(b) && b[i-2] == '\r' && b[i] == '\r' && b[i+1] == '\n' {
+			return i + 2
 		}
 	}
 }

@@ -48,8 +48,9 @@ type Exchange struct {
 	// Response is the final response head, valid until Up is used again.
 	Response Response
 
-	res    Result
-	upload *upload
+	res      Result
+	upload   *upload
+	answered time.Time // when a head was last read; zero while there is an upload
 }
 
 // Result says what an exchange did, also when it failed.
@@ -109,7 +110,7 @@ func (u *upload) running() bool { return u != nil && !u.over.Load() }
 // with one that is small or at hand, runs in the calling goroutine alone and
 // can be replayed until the response has started.
 func (x *Exchange) Run() (Result, error) {
-	x.res, x.upload = Result{}, nil
+	x.res, x.upload, x.answered = Result{}, nil, time.Time{}
 	err := x.run()
 	if err != nil {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
@@ -138,7 +139,9 @@ func (x *Exchange) run() error {
 		return &SideError{Client, "read", err}
 	}
 	if whole {
-		x.arm() // the answer may be waited for at once
+		now := up.Now()
+		x.arm(now) // the answer may be waited for at once
+		up.Tell(now)
 		n, err := up.request(up.out)
 		if x.res.RequestBytesSent = int64(n); err != nil {
 			return &SideError{Upstream, "write", err}
@@ -172,6 +175,7 @@ func (x *Exchange) startUpload() error {
 	}
 	r.started = true
 	down.ended.Store(false)
+	up.Now() // is long ago by the time that it may be written
 	u := &upload{done: make(chan struct{})}
 	x.upload = u
 	x.res.RequestBytesSent = int64(len(up.out))
@@ -232,12 +236,16 @@ func (x *Exchange) await(armed bool) error {
 	for interim := 0; ; {
 		uploading := x.upload.running()
 		if !armed {
-			x.arm()
+			x.arm(time.Now())
 		}
 		armed = false
 		err := up.readResponse(&x.Response, method)
 		if _, refused := err.(*ProtocolError); refused || err == nil || up.w > up.r {
 			x.res.ResponseSeen = true
+		}
+		if x.upload == nil {
+			x.answered = time.Now()
+			x.Down.Tell(x.answered)
 		}
 		if err != nil {
 			if uploading && (errors.Is(err, ErrIdleTimeout) || errors.Is(err, ErrHeadTimeout)) {
@@ -265,8 +273,8 @@ func (x *Exchange) await(armed bool) error {
 	return nil
 }
 
-func (x *Exchange) arm() {
-	x.Up.readWithin(cmp.Or(x.Timeout, x.Up.lim.ResponseTimeout))
+func (x *Exchange) arm(now time.Time) {
+	x.Up.readFrom(now, cmp.Or(x.Timeout, x.Up.lim.ResponseTimeout))
 }
 
 // interim passes an interim response on. 100 is ours to say, and a client of
@@ -303,6 +311,7 @@ func (x *Exchange) respond() error {
 	down.out = AppendResponse(down.message(), resp, body, &edit)
 	x.res.ResponseStarted = true
 	up.dropped = edit.Drop
+	whole := body.Framing == NoBody || body.Framing == Length && body.Length <= int64(up.w-up.r)
 	n, readErr, writeErr := copyBody(down, up, resp.Body, body.Framing, &down.out)
 	x.res.RespBytes = n
 	switch {
@@ -317,6 +326,10 @@ func (x *Exchange) respond() error {
 	}
 	if duplex {
 		early = x.overtaken()
+	}
+	if whole && !resp.Upgrade { // all that took time is the write, which the deadline allows for
+		down.Tell(x.answered)
+		up.Tell(x.answered)
 	}
 	x.res.Upgraded = resp.Upgrade
 	x.res.UpstreamReusable = resp.KeepAlive && !early && !resp.Upgrade && up.w == up.r && !x.ToUp.Close

@@ -11,6 +11,7 @@ import (
 type Field struct {
 	Name, Value []byte
 	kind        kind
+	plain       bool // its line is as it is written: Name is followed by ": ", Value and CRLF
 }
 
 // kind marks the names that the engine itself understands.
@@ -136,23 +137,46 @@ type framing struct {
 	seen      uint32
 }
 
-// parseFields splits b, whole lines each ended by CRLF, appending to fields.
-func parseFields(fields []Field, b []byte, lim *Limits, f *framing) ([]Field, error) {
+// parseFields splits b, whole lines each ended by CRLF, appending to fields. It
+// reads anew what is not as said, the lines of the head before.
+func parseFields(fields []Field, b []byte, lim *Limits, f *framing, said *lines) ([]Field, error) {
+	rd := said.read(b)
+	fields, err := splitFields(fields, b, lim, f, &rd)
+	rd.end(b, err == nil)
+	switch {
+	case err != nil:
+		return fields, err
+	case f.chunked && f.length >= 0:
+		return fields, refuse(ReasonFraming, "both Content-Length and Transfer-Encoding; send one of them")
+	case f.nominated > 0:
+		return strip(fields), nil
+	}
+	return fields, nil
+}
+
+func splitFields(fields []Field, b []byte, lim *Limits, f *framing, rd *reading) ([]Field, error) {
 	f.length = -1
 	for len(b) > 0 {
-		i := bytes.IndexByte(b, '\n')
-		if i < 1 || b[i-1] != '\r' {
-			return fields, refuse(ReasonLineEnding, "a line ends in a bare LF; lines end in CRLF")
+		fd, size := rd.again(b)
+		known := size > 0
+		if !known {
+			i := bytes.IndexByte(b, '\n')
+			if i < 1 || b[i-1] != '\r' {
+				return fields, refuse(ReasonLineEnding, "a line ends in a bare LF; lines end in CRLF")
+			}
+			size = i + 1
 		}
-		line := b[:i-1]
-		b = b[i+1:]
 		if len(fields) == lim.Headers {
 			return fields, refuseAs(http.StatusRequestHeaderFieldsTooLarge, ReasonTooManyFields, "more field lines than the limit")
 		}
-		fd, err := parseField(line, lim)
-		if err != nil {
-			return fields, err
+		if !known {
+			from, err := parseField(&fd, b[:size-2], lim)
+			if err != nil {
+				return fields, err
+			}
+			rd.note(&fd, size, from)
 		}
+		b = b[size:]
 		if fd.kind != kindOther {
 			if err := f.note(&fd); err != nil {
 				return fields, err
@@ -160,48 +184,45 @@ func parseFields(fields []Field, b []byte, lim *Limits, f *framing) ([]Field, er
 		}
 		fields = append(fields, fd)
 	}
-	if f.chunked && f.length >= 0 {
-		return fields, refuse(ReasonFraming, "both Content-Length and Transfer-Encoding; send one of them")
-	}
-	if f.nominated > 0 {
-		return strip(fields), nil
-	}
 	return fields, nil
 }
 
-// parseField reads one line without its CRLF (RFC 9112 section 5).
-func parseField(line []byte, lim *Limits) (Field, error) {
+// parseField reads one line without its CRLF (RFC 9112 section 5), and says
+// where the value begins.
+func parseField(fd *Field, line []byte, lim *Limits) (from int, err error) {
 	if len(line) > 0 && (line[0] == ' ' || line[0] == '\t') {
-		return Field{}, refuse(ReasonFolded, "a field line is folded; each field stands on one line")
+		return 0, refuse(ReasonFolded, "a field line is folded; each field stands on one line")
 	}
-	colon := bytes.IndexByte(line, ':')
-	if colon < 1 {
-		return Field{}, refuse(ReasonFieldName, "a field line has no name before a colon")
+	some, colon := byte(0), 0
+	for ; colon < len(line); colon++ {
+		c := class[line[colon]]
+		if c&isToken == 0 {
+			break
+		}
+		some |= c
+	}
+	if colon == 0 || colon == len(line) || line[colon] != ':' {
+		return 0, refuse(ReasonFieldName, "a field line has no name before a colon, or one with a byte that names may not hold")
 	}
 	name, value := line[:colon], line[colon+1:]
-	all, some := byte(0xff), byte(0)
-	for _, c := range name {
-		all &= class[c]
-		some |= class[c]
-	}
-	if all&isToken == 0 {
-		return Field{}, refuse(ReasonFieldName, "a field name holds a byte that names may not hold")
-	}
 	if !validValue(value) {
-		return Field{}, refuse(ReasonFieldValue, "a field value holds a control byte")
+		return 0, refuse(ReasonFieldValue, "a field value holds a control byte")
 	}
-	fd := Field{Name: name, Value: trim(value)}
+	for from = colon + 1; from < len(line) && (line[from] == ' ' || line[from] == '\t'); from++ {
+	}
+	*fd = Field{Name: name, Value: trim(value)}
+	fd.plain = from == colon+2 && from+len(fd.Value) == len(line) && line[colon+1] == ' '
 	if some&isUnderscore == 0 {
 		fd.kind = classify(name)
-		return fd, nil
+		return from, nil
 	}
 	if lim.RefuseUnderscore {
-		return Field{}, refuse(ReasonFieldName, "a field name holds an underscore")
+		return 0, refuse(ReasonFieldName, "a field name holds an underscore")
 	}
 	if foldsToKnown(name) {
 		fd.kind = kindShadow
 	}
-	return fd, nil
+	return from, nil
 }
 
 // validValue accepts visible bytes, blanks and bytes above 0x7f (RFC 9110

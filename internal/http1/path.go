@@ -126,25 +126,25 @@ func appendBare(dst, path []byte) []byte {
 	return dst
 }
 
-// plainPath says whether path is canonical as it stands, without copying.
-func plainPath(path []byte) bool {
+// plainPath is how many of the first bytes of path are canonical as they stand.
+func plainPath(path []byte) int {
 	prev := byte(0)
-	for _, c := range path {
+	for i, c := range path {
 		switch pathClass[c] {
 		case pathPlain:
 			if c == '.' && prev == '/' {
-				return false // perhaps a dot segment: let CleanPath tell
+				return i // perhaps a dot segment: let CleanPath tell
 			}
 		case pathSlash:
 			if prev == '/' {
-				return false
+				return i
 			}
 		default:
-			return false
+			return i
 		}
 		prev = c
 	}
-	return true
+	return len(path)
 }
 
 func unescape(b []byte) (byte, bool) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"net/http"
 	"net/netip"
+	"time"
 )
 
 // Form is the form of a request target (RFC 9112 section 3.2).
@@ -150,14 +151,15 @@ func (c *Conn) ReadRequest(r *Request) error {
 	r.reset()
 	if c.r == c.w {
 		c.Rest()
-		c.readWithin(c.lim.IdleTimeout)
+		c.readFrom(c.Now(), c.lim.IdleTimeout)
 	}
+	c.now = time.Time{}
 	c.trailers = false
 	h, err := c.head(true)
 	if err != nil {
 		return err
 	}
-	return r.parse(h, &c.lim)
+	return r.parse(h, &c.lim, &c.said)
 }
 
 func (r *Request) reset() {
@@ -169,7 +171,7 @@ func (r *Request) reset() {
 }
 
 // parse reads a head that ends in the CRLF of its last line.
-func (r *Request) parse(h []byte, lim *Limits) error {
+func (r *Request) parse(h []byte, lim *Limits, said *lines) error {
 	end := bytes.IndexByte(h, '\n')
 	if end < 1 || h[end-1] != '\r' {
 		return refuse(ReasonLineEnding, "the request line does not end in CRLF")
@@ -179,7 +181,7 @@ func (r *Request) parse(h []byte, lim *Limits) error {
 	}
 	var f framing
 	var err error
-	if r.Fields, err = parseFields(r.Fields, h[end+1:], lim, &f); err != nil {
+	if r.Fields, err = parseFields(r.Fields, h[end+1:], lim, &f, said); err != nil {
 		return err
 	}
 	if err := r.host(&f); err != nil {
@@ -221,18 +223,24 @@ func (r *Request) line(b []byte, lim *Limits) error {
 	if len(r.Target) > lim.Target {
 		return refuseAs(http.StatusRequestURITooLong, ReasonTargetTooLong, "the request target is longer than the limit")
 	}
-	for _, c := range r.Target {
+	// What is plain in a path is so in a target.
+	plain := 0
+	if len(r.Target) > 0 && r.Target[0] == '/' {
+		plain = plainPath(r.Target)
+	}
+	for _, c := range r.Target[plain:] {
 		if c <= ' ' || c >= 0x7f || c == '#' {
 			return refuse(ReasonTarget, "the request target holds a byte that must be escaped, or a fragment")
 		}
 	}
-	return r.target(lim)
+	return r.target(plain, lim)
 }
 
 func digit(c byte) bool { return '0' <= c && c <= '9' }
 
-// target tells the four forms apart.
-func (r *Request) target(lim *Limits) error {
+// target tells the four forms apart. It begins with a plain path of that length,
+// unless that is 0.
+func (r *Request) target(plain int, lim *Limits) error {
 	t, connect := r.Target, string(r.Method) == "CONNECT"
 	switch {
 	case connect:
@@ -243,7 +251,7 @@ func (r *Request) target(lim *Limits) error {
 		return nil
 	case len(t) > 0 && t[0] == '/':
 		r.Form = Origin
-		return r.path(t, lim)
+		return r.path(t, plain, lim)
 	case len(t) == 1 && t[0] == '*':
 		r.Form = Asterisk
 		if string(r.Method) != "OPTIONS" {
@@ -275,20 +283,22 @@ func (r *Request) target(lim *Limits) error {
 		r.Path = asterisk
 		return nil
 	}
-	return r.path(t, lim)
+	return r.path(t, plainPath(t), lim)
 }
 
 var asterisk, slash = []byte("*"), []byte("/")
 
-// path splits the query off and makes the path canonical.
-func (r *Request) path(t []byte, lim *Limits) (err error) {
-	if i := bytes.IndexByte(t, '?'); i >= 0 {
+// path splits the query off and makes the path canonical, of which the first
+// bytes are plain.
+func (r *Request) path(t []byte, plain int, lim *Limits) (err error) {
+	if i := bytes.IndexByte(t[plain:], '?'); i >= 0 {
+		i += plain
 		t, r.RawQuery = t[:i], t[i+1:]
 	}
 	switch {
 	case len(t) == 0:
 		r.Path = slash // absolute form without path (RFC 9110 section 4.2.3)
-	case plainPath(t):
+	case plain == len(t):
 		r.Path = t
 	default:
 		if r.pathBuf, err = CleanPath(r.pathBuf, t, lim.AllowParams); err != nil {
@@ -299,8 +309,13 @@ func (r *Request) path(t []byte, lim *Limits) (err error) {
 	return nil
 }
 
-// authority checks host[:port] and keeps it in lower case.
+// authority checks host[:port] and keeps it in lower case. The one that was good
+// before is good.
 func (r *Request) authority(b []byte) bool {
+	if len(b) > 0 && string(b) == r.authText {
+		r.Authority = b
+		return true
+	}
 	host, port := b, []byte(nil)
 	if v6 := trimV6(b); len(v6) != len(b) {
 		host = b[:len(b)-len(v6)]
@@ -314,17 +329,18 @@ func (r *Request) authority(b []byte) bool {
 	if len(port) > 0 && !validPort(port[1:]) || !validHost(host) {
 		return false
 	}
+	r.Authority = b
 	for _, c := range b {
 		if 'A' <= c && c <= 'Z' {
 			r.authBuf = r.authBuf[:0]
 			for _, c := range b {
 				r.authBuf = append(r.authBuf, lower(c))
 			}
-			b = r.authBuf
-			break
+			r.Authority = r.authBuf
+			return true
 		}
 	}
-	r.Authority = b
+	r.authText = string(b)
 	return true
 }
 

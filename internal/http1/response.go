@@ -46,7 +46,7 @@ func (c *Conn) readResponse(r *Response, method string) error {
 	h, err := c.head(false)
 	if err == nil {
 		c.trailers = true
-		err = r.parse(h, &c.lim, method)
+		err = r.parse(h, &c.lim, method, &c.said)
 	}
 	if pe, ok := err.(*ProtocolError); ok {
 		pe.Status = http.StatusBadGateway
@@ -54,7 +54,7 @@ func (c *Conn) readResponse(r *Response, method string) error {
 	return err
 }
 
-func (r *Response) parse(h []byte, lim *Limits, method string) error {
+func (r *Response) parse(h []byte, lim *Limits, method string, said *lines) error {
 	end := bytes.IndexByte(h, '\n')
 	if end < 1 || h[end-1] != '\r' {
 		return refuse(ReasonLineEnding, "the status line does not end in CRLF")
@@ -64,7 +64,7 @@ func (r *Response) parse(h []byte, lim *Limits, method string) error {
 	}
 	var f framing
 	var err error
-	if r.Fields, err = parseFields(r.Fields, h[end+1:], lim, &f); err != nil {
+	if r.Fields, err = parseFields(r.Fields, h[end+1:], lim, &f, said); err != nil {
 		return err
 	}
 	r.ContentLength = f.length

@@ -115,7 +115,11 @@ func AppendResponse(dst []byte, r *Response, body Body, e *Edit) []byte {
 func appendFields(dst []byte, fields []Field, drop *NameSet) []byte {
 	for i := range fields {
 		fd := &fields[i]
-		if fd.kind.forwards() && !drop.Has(fd.Name) {
+		switch {
+		case !fd.kind.forwards() || drop.Has(fd.Name):
+		case fd.plain:
+			dst = append(dst, fd.Name[:len(fd.Name)+len(fd.Value)+len(": \r\n")]...)
+		default:
 			dst = appendField(dst, fd.Name, fd.Value)
 		}
 	}

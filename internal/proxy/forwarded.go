@@ -178,11 +178,17 @@ func (x *call) requestID() {
 
 func plainID(id []byte) bool {
 	for _, c := range id {
-		switch {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_', c == '.', c == ':', c == '=', c == '+', c == '/':
-		default:
+		if !plainInID[c] {
 			return false
 		}
 	}
 	return len(id) > 0 && len(id) <= maxRequestID
 }
+
+// plainInID are the bytes that mean nothing in any log.
+var plainInID = func() (t [256]bool) {
+	for _, c := range []byte("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.:=+/") {
+		t[c] = true
+	}
+	return t
+}()

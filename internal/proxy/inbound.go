@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -391,10 +392,10 @@ func (in *Inbound) target(x *call) *refusal {
 	if name == "" {
 		return nil // no row speaks of it, so the judge denies
 	}
-	if other, inside := serviceOf(x.req.Authority); inside && other != string(name) {
+	if !x.host.isMeant(name, x.req.Authority) {
 		return &refusal{status: 421, reason: "misdirected", detail: "another service of the mesh is served here"}
 	}
-	x.ex.ToUp.Authority = x.host.of(name)
+	x.ex.ToUp.Authority = x.host.bytes
 	return nil
 }
 
@@ -412,14 +413,29 @@ type ownHost struct {
 	name  mesh.ServiceName
 	text  string
 	bytes []byte
+	asked []byte // the authority for which the name was last found to be meant
 }
 
 func (h *ownHost) textOf(name mesh.ServiceName) string {
 	if h.name != name {
 		h.name, h.text = name, fmt.Sprintf("%s.%s", name, mesh.Domain)
-		h.bytes = []byte(h.text)
+		h.bytes, h.asked = []byte(h.text), nil
 	}
 	return h.text
+}
+
+// isMeant says whether authority may mean the service of that name: no other one
+// of the mesh.
+func (h *ownHost) isMeant(name mesh.ServiceName, authority []byte) bool {
+	h.textOf(name)
+	if h.asked != nil && bytes.Equal(h.asked, authority) {
+		return true
+	}
+	if other, inside := serviceOf(authority); inside && other != string(name) {
+		return false
+	}
+	h.asked = append(h.asked[:0], authority...)
+	return true
 }
 
 func (h *ownHost) of(name mesh.ServiceName) []byte {

@@ -44,25 +44,25 @@ func ParseTraceparent(b []byte) (t Trace, ok bool) {
 
 // lowerHex decodes src, which has twice the length of dst.
 func lowerHex(dst, src []byte) bool {
+	bad := byte(0)
 	for i := range dst {
-		hi, lo := nibble(src[2*i]), nibble(src[2*i+1])
-		if hi > 15 || lo > 15 {
-			return false
-		}
+		hi, lo := nibbles[src[2*i]], nibbles[src[2*i+1]]
+		bad |= hi | lo
 		dst[i] = hi<<4 | lo
 	}
-	return true
+	return bad <= 15
 }
 
-func nibble(c byte) byte {
-	switch {
-	case c >= '0' && c <= '9':
-		return c - '0'
-	case c >= 'a' && c <= 'f':
-		return c - 'a' + 10
+// nibbles are the values of lower-case hexadecimal digits, 0xff for all others.
+var nibbles = func() (t [256]byte) {
+	for i := range t {
+		t[i] = 0xff
 	}
-	return 0xff
-}
+	for i, c := range []byte("0123456789abcdef") {
+		t[c] = byte(i)
+	}
+	return t
+}()
 
 // NewTrace starts a trace. The IDs are random but no secret.
 func NewTrace() Trace {

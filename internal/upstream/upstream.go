@@ -365,8 +365,10 @@ func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
 		if c == nil {
 			return p.open(ctx)
 		}
-		if c.usable(p.cfg.Generation(), time.Now()) {
+		now := time.Now()
+		if c.usable(p.cfg.Generation(), now) {
 			c.Reused = true
+			c.Tell(now)
 			return c, nil
 		}
 		c.Discard()
@@ -459,7 +461,7 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 // Put gives a connection back that is ready for another call.
 func (c *Conn) Put() {
 	p := c.pool
-	c.idle = time.Now()
+	c.idle = c.Now()
 	c.Rest()
 	c.leave()
 	p.mu.Lock()
