@@ -20,6 +20,7 @@ import (
 // own. Moving a package is a design decision; the commit explains it.
 var floors = [][]string{
 	{"internal/socket", "internal/mux"},
+	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/http2", "internal/isolate"},
 	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual"},
@@ -50,7 +51,7 @@ var rooms = map[string][]string{
 	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca", "internal/stepca"},
 	"github.com/smallstep/certificates":          {"internal/ca", "internal/stepca"},
 	"go.step.sm/crypto":                          {"internal/ca", "internal/stepca"},
-	"golang.org/x/crypto":                        {"internal/authz", "internal/ca"},
+	"golang.org/x/crypto":                        {"internal/authz", "internal/ca", "internal/record"},
 	"modernc.org/sqlite":                         {"internal/store"},
 	"github.com/jackc/pgx/v5":                    {"internal/store", "internal/store/postgrestest"},
 	"golang.org/x/mod":                           {"internal/audit"},

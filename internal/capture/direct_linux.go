@@ -20,15 +20,23 @@ type Direct struct {
 	*net.TCPConn
 	raw syscall.RawConn
 
-	rmu    sync.Mutex // guards r and waited; taken before wmu
+	rmu    sync.Mutex // guards r, from and waited; taken before wmu
 	r      transfer
-	waited bool // that the socket has something to read was waited for
+	from   lender // where ReadLate has memory from
+	waited bool   // that the socket has something to read was waited for
 
 	wmu sync.Mutex // guards w
 	w   transfer
 
 	// The methods of the same names, made once.
-	read, look, ask, write func(fd uintptr) bool
+	read, late, look, ask, write func(fd uintptr) bool
+}
+
+// A lender lends memory for one read: Lend when something may be there, Back when
+// nothing was.
+type lender = interface {
+	Lend() []byte
+	Back()
 }
 
 // A transfer is one call of Read or Write.
@@ -49,7 +57,7 @@ func NewDirect(nc net.Conn) net.Conn {
 		return nc
 	}
 	d := &Direct{TCPConn: tc, raw: raw}
-	d.read, d.look, d.ask, d.write = d.readOnce, d.lookOnce, d.askOnce, d.writeAll
+	d.read, d.late, d.look, d.ask, d.write = d.readOnce, d.lateOnce, d.lookOnce, d.askOnce, d.writeAll
 	return d
 }
 
@@ -64,7 +72,22 @@ func (d *Direct) Read(p []byte) (int, error) {
 	d.rmu.Lock()
 	defer d.rmu.Unlock()
 	d.r = transfer{b: p}
-	err := d.raw.Read(d.read)
+	return d.came(d.raw.Read(d.read))
+}
+
+// ReadLate is Read into memory that it borrows only once there may be something
+// to read.
+func (d *Direct) ReadLate(from lender) (int, error) {
+	d.rmu.Lock()
+	defer d.rmu.Unlock()
+	d.r, d.from = transfer{}, from
+	err := d.raw.Read(d.late)
+	d.from = nil
+	return d.came(err)
+}
+
+// came is the end of Read and of ReadLate.
+func (d *Direct) came(err error) (int, error) {
 	n, e := d.r.n, d.r.err
 	d.r.b = nil
 	switch {
@@ -156,6 +179,15 @@ func (d *Direct) readOnce(fd uintptr) bool {
 		d.r.n, d.r.err = n, e
 		return true
 	}
+}
+
+func (d *Direct) lateOnce(fd uintptr) bool {
+	d.r.b = d.from.Lend()
+	done := d.readOnce(fd)
+	if !done {
+		d.from.Back()
+	}
+	return done
 }
 
 func (d *Direct) lookOnce(fd uintptr) bool {

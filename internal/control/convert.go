@@ -331,11 +331,7 @@ func endpointFromWire(w *meshpb.Endpoint, agent spiffeid.ID) (mesh.Endpoint, err
 	if ip := addr.Addr(); addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "" {
 		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: others cannot reach %s: announce a concrete address and port", name, addr)
 	}
-	labels, err := mesh.NewLabels(w.GetLabels())
-	if err != nil {
-		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: %w", name, err)
-	}
-	return mesh.Endpoint{Service: mesh.ServiceName(name), Address: addr, Agent: agent, Labels: labels}, nil
+	return mesh.Endpoint{Service: mesh.ServiceName(name), Address: addr, Agent: agent}, nil
 }
 
 func proxyToWire(p mesh.Proxy) *meshpb.Proxy {

@@ -18,8 +18,10 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/record"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 )
@@ -458,24 +460,27 @@ func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
 
 // serveConn makes the handshake and serves the protocol agreed on.
 func (g *Gateway) serveConn(w *wire) {
-	tc := tls.Server(w, g.cfg.TLS)
-	who, err := g.handshake(w, tc)
-	if err != nil || !g.connected(who) {
+	tc, who, err := g.handshake(w)
+	if err != nil {
+		return
+	}
+	defer tc.Close()
+	if !g.connected(who) {
 		return
 	}
 	defer g.parted(who)
 	if !g.proved(w, who) {
 		return
 	}
-	if tc.ConnectionState().NegotiatedProtocol == "h2" {
-		g.serveHTTP2(w, tc)
+	if tc.State().NegotiatedProtocol == "h2" {
+		g.serveHTTP2(w, tc, who)
 		return
 	}
 	g.serveHTTP1(w, tc, who)
 }
 
 // handshake establishes who calls. Failures are recorded.
-func (g *Gateway) handshake(w *wire, tc *tls.Conn) (*caller, error) {
+func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 	defer func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -484,15 +489,16 @@ func (g *Gateway) handshake(w *wire, tc *tls.Conn) (*caller, error) {
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), g.lim.HandshakeTimeout)
 	defer cancel()
-	peer := tc.RemoteAddr().String()
-	err := tc.HandshakeContext(ctx)
+	peer := w.RemoteAddr().String()
+	tc, err := record.Server(ctx, capture.NewDirect(w.Conn), g.cfg.TLS)
 	if err == nil {
 		var who *caller
 		if who, err = callerOf(tc.ConnectionState(), peer); err == nil {
-			return who, nil
+			return tc, who, nil
 		}
+		tc.Close()
 	}
 	g.cfg.Metrics.TLSFailures(reporter, "handshake").Inc()
 	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
-	return nil, err
+	return nil, nil, err
 }

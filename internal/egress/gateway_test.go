@@ -32,6 +32,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
 	"sallyport/internal/meshtest"
+	"sallyport/internal/socket"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
 )
@@ -772,7 +773,7 @@ func TestStreamsAreJudgedOneByOne(t *testing.T) {
 
 func TestBytesAreCountedExactly(t *testing.T) {
 	both(t, func(t *testing.T, dial dialFunc) {
-		for _, size := range []int{0, 1, smallBuffer - 1, smallBuffer, smallBuffer + 1, largeBuffer, 3*largeBuffer + 17, 5 << 20} {
+		for _, size := range []int{0, 1, socket.Small - 1, socket.Small, socket.Small + 1, socket.Large, 3*socket.Large + 17, 5 << 20} {
 			t.Run(fmt.Sprint(size), func(t *testing.T) {
 				w := newWorld(t, nil)
 				tun, ref := dial(w, billing, "db.test:5432")

@@ -1,22 +1,21 @@
 package egress
 
 import (
-	"crypto/tls"
 	"errors"
 	"io"
 	"net"
 	"net/http"
-	"sync"
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 )
 
 // lookback keeps what was read through it, so that bytes the HTTP engine has
 // taken beyond a head can be given to the tunnel.
 type lookback struct {
-	net.Conn
+	*record.Conn
 	seen []byte
 }
 
@@ -35,7 +34,7 @@ func (l *lookback) keep(n int) []byte {
 const established = "HTTP/1.1 200 Connection established\r\n\r\n"
 
 // serveHTTP1 answers requests until one becomes a tunnel, and carries that.
-func (g *Gateway) serveHTTP1(w *wire, tc *tls.Conn, who *caller) {
+func (g *Gateway) serveHTTP1(w *wire, tc *record.Conn, who *caller) {
 	lb := &lookback{Conn: tc}
 	hc := http1.NewConn(lb, g.lim.Request)
 	var req http1.Request
@@ -120,7 +119,7 @@ func (g *Gateway) request1(who *caller, req *http1.Request, err error) (*tunnel,
 
 // tunnel1 makes a tunnel of an HTTP/1.1 connection; left is what came with its
 // request. The connection is done with when it returns.
-func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *tls.Conn, left []byte) {
+func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *record.Conn, left []byte) {
 	_ = tc.SetDeadline(time.Time{})
 	s := &stream1{Conn: tc, w: w, left: left}
 	if _, err := tc.Write([]byte(established)); err != nil {
@@ -132,7 +131,7 @@ func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *tls.Conn, left []byte) {
 
 // A stream1 is a whole TLS connection as the caller's side of a tunnel.
 type stream1 struct {
-	*tls.Conn
+	*record.Conn
 	w    *wire
 	left []byte // read before the tunnel began
 }
@@ -146,25 +145,12 @@ func (s *stream1) Read(p []byte) (int, error) {
 	return s.Conn.Read(p)
 }
 
-// recordSize is what TLS puts into one record.
-const recordSize = 16 << 10
-
-// corkPool holds room for a large buffer in its TLS records.
-var corkPool = sync.Pool{New: func() any { return new([largeBuffer + largeBuffer/16]byte) }}
-
-// Write sends p. More than one record leaves in one system call.
-func (s *stream1) Write(p []byte) (int, error) {
-	if len(p) <= recordSize {
-		return s.Conn.Write(p)
+// Await waits until there is something to read.
+func (s *stream1) Await() error {
+	if len(s.left) > 0 {
+		return nil
 	}
-	room := corkPool.Get().(*[largeBuffer + largeBuffer/16]byte)
-	defer corkPool.Put(room)
-	s.w.cork(room[:])
-	n, err := s.Conn.Write(p)
-	if uerr := s.w.uncork(); err == nil {
-		err = uerr
-	}
-	return n, err
+	return s.Conn.Await()
 }
 
 // CloseRead makes Read return.

@@ -1,7 +1,7 @@
 package egress
 
 import (
-	"crypto/tls"
+	"context"
 	"errors"
 	"io"
 	"log"
@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 )
 
@@ -56,10 +57,13 @@ func (h *handover) Addr() net.Addr { return &net.TCPAddr{} }
 // hands with.
 func (g *Gateway) newHTTP2() *http.Server {
 	protocols := new(http.Protocols)
-	protocols.SetHTTP2(true)
+	protocols.SetUnencryptedHTTP2(true) // TLS is under it, and over before
 	return &http.Server{
-		Handler:        http.HandlerFunc(g.serveStream),
-		Protocols:      protocols,
+		Handler:   http.HandlerFunc(g.serveStream),
+		Protocols: protocols,
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, callerKey{}, c.(*handed).who)
+		},
 		MaxHeaderBytes: g.lim.Request.Head,
 		IdleTimeout:    5 * time.Minute,
 		ErrorLog:       log.New(io.Discard, "", 0),
@@ -76,12 +80,28 @@ func (g *Gateway) newHTTP2() *http.Server {
 	}
 }
 
+// callerKey is what streams find their caller by.
+type callerKey struct{}
+
+// handed is a connection that the HTTP/2 server gets. It knows nothing of TLS.
+type handed struct {
+	net.Conn
+	w   *wire
+	who *caller
+}
+
+// Close closes the wire too, for which serveHTTP2 waits.
+func (h *handed) Close() error {
+	defer h.w.Close()
+	return h.Conn.Close()
+}
+
 // serveHTTP2 gives the connection to the HTTP/2 server and waits for its end.
-func (g *Gateway) serveHTTP2(w *wire, tc *tls.Conn) {
+func (g *Gateway) serveHTTP2(w *wire, tc *record.Conn, who *caller) {
 	g.mu.Lock()
 	conns := g.h2conns
 	g.mu.Unlock()
-	if conns.give(tc) {
+	if conns.give(&handed{tc, w, who}) {
 		<-w.closed
 	}
 }
@@ -99,8 +119,8 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // resets the stream, in silence
 		}
 	}()
-	who, err := callerOf(*r.TLS, r.RemoteAddr)
-	if err != nil {
+	who, ok := r.Context().Value(callerKey{}).(*caller)
+	if !ok {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here
 		return
 	}

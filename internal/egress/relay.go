@@ -4,11 +4,13 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"sallyport/internal/capture"
+	"sallyport/internal/socket"
 )
 
 // A stream is the caller's side of a tunnel. CloseRead and Abort may be called
@@ -26,17 +28,6 @@ type stream interface {
 
 // errWhole says that a stream ends in both directions or in none.
 var errWhole = errors.New("the stream has no half close")
-
-// The sizes of relay buffers. A side that waits holds a small one, a side in
-// the middle of a transfer a large one from the pool: memory follows the bytes
-// that move, not the tunnels that are open.
-const (
-	smallBuffer = 4 << 10
-	largeBuffer = 64 << 10
-	largeWait   = time.Second // how long a silent side keeps its large buffer
-)
-
-var largePool = sync.Pool{New: func() any { return new([largeBuffer]byte) }}
 
 // A relay moves bytes both ways between a caller and a destination until both
 // sides have ended, one breaks off, or stop is called. It may be stopped
@@ -134,8 +125,9 @@ func (r *relay) run() {
 		r.moved.Store(int64(time.Since(r.start)))
 		go r.watch(quit)
 	}
-	upward := &lane{r: r, src: r.caller, dst: r.dest, count: &r.up}
-	downward := &lane{r: r, src: r.dest, dst: r.caller, count: &r.down}
+	dest := capture.NewDirect(r.dest).(destination)
+	upward := &lane{r: r, src: r.caller, dst: dest, count: &r.up}
+	downward := &lane{r: r, src: dest, dst: r.caller, count: &r.down}
 	if r.greet != nil {
 		upward.first = func() error { return r.greet.pass(upward, r.caller) }
 		downward.ear = r.greet.hear
@@ -179,6 +171,12 @@ type writeCloser interface {
 	CloseWrite() error
 }
 
+// A destination is a TCP connection, or what capture has made of it.
+type destination interface {
+	io.Reader
+	writeCloser
+}
+
 // A lane is one direction of a relay.
 type lane struct {
 	r     *relay
@@ -219,58 +217,18 @@ func (l *lane) pump() {
 	}
 }
 
-// copy returns io.EOF at the end of src.
+// copy moves pieces as large as what has come. It returns io.EOF at the end of
+// src.
 func (l *lane) copy() error {
-	small := make([]byte, smallBuffer)
+	from := socket.NewSource(l.src)
+	defer from.Release()
 	for {
-		n, err := l.src.Read(small)
-		if _, werr := l.Write(small[:n]); werr != nil {
-			return werr
-		}
-		if err == nil && n == len(small) {
-			err = l.bulk()
-		}
+		b, err := from.Next()
 		if err != nil {
 			return err
 		}
-	}
-}
-
-type deadliner interface{ SetReadDeadline(time.Time) error }
-
-// bulk copies with a large buffer while bytes come in large pieces. It returns
-// nil when src has fallen silent or slow.
-func (l *lane) bulk() error {
-	buf := largePool.Get().(*[largeBuffer]byte)
-	defer largePool.Put(buf)
-	timed, least := false, len(buf)
-	d, ok := l.src.(deadliner)
-	var until time.Time
-	for {
-		if ok {
-			// With a deadline it may wait here for the next piece; without
-			// one, anything short of a full buffer may be the last.
-			if now := time.Now(); until.Sub(now) < largeWait/2 {
-				until = now.Add(largeWait)
-				timed = d.SetReadDeadline(until) == nil
-			}
-			if timed {
-				least = smallBuffer
-			}
-		}
-		n, err := l.src.Read(buf[:])
-		if _, werr := l.Write(buf[:n]); werr != nil {
-			return werr
-		}
-		silent := timed && errors.Is(err, os.ErrDeadlineExceeded)
-		if err != nil && !silent {
+		if _, err := l.Write(b); err != nil {
 			return err
-		}
-		if n < least {
-			if timed {
-				return d.SetReadDeadline(time.Time{})
-			}
-			return nil
 		}
 	}
 }

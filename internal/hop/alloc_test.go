@@ -1,27 +1,23 @@
 package hop
 
 import (
-	"crypto/tls"
+	"errors"
 	"io"
 	"net"
 	"sync"
 	"testing"
 
+	"sallyport/internal/capture"
 	"sallyport/internal/meshtest"
-	"sallyport/internal/socket"
+	"sallyport/internal/record"
 	"sallyport/internal/svid"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// bare is a connection without TLS, which allocates for each record it reads.
-type bare struct{ net.Conn }
-
-func (b bare) NetConn() net.Conn { return b.Conn }
-
 // onLoopback is a pair on a real connection; what the far end accepts is served
 // by serve.
-func onLoopback(tb testing.TB, encrypted bool, serve func(*Stream)) *pair {
+func onLoopback(tb testing.TB, serve func(*Stream)) *pair {
 	tb.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -36,10 +32,7 @@ func onLoopback(tb testing.TB, encrypted bool, serve func(*Stream)) *pair {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	var near, far net.Conn = bare{socket.New(here)}, bare{socket.New(there)}
-	if encrypted {
-		near, far = shakeHands(tb, socket.New(here), socket.New(there))
-	}
+	near, far := shakeHands(tb, capture.NewDirect(here), capture.NewDirect(there))
 	p := new(pair)
 	p.start(tb, near, far, Config{}, Config{}, serve)
 	return p
@@ -58,17 +51,17 @@ func answer(s *Stream) {
 	}
 }
 
-func shakeHands(tb testing.TB, here, there net.Conn) (near, far *tls.Conn) {
+func shakeHands(tb testing.TB, here, there net.Conn) (near, far net.Conn) {
 	ca := meshtest.NewCA(tb, meshtest.TD)
 	web, billing := meshtest.ID("/ns/shop/sa/web"), meshtest.ID("/ns/shop/sa/billing")
-	near = tls.Client(here, svid.ClientTLS(meshtest.Source(tb, ca, web), billing, Proto))
-	far = tls.Server(there, svid.ServerTLS(meshtest.Source(tb, ca, billing), func(spiffeid.ID) error { return nil }, Proto))
 	shaken := make(chan error, 1)
-	go func() { shaken <- far.Handshake() }()
-	if err := near.Handshake(); err != nil {
-		tb.Fatal(err)
-	}
-	if err := <-shaken; err != nil {
+	go func() {
+		var err error
+		far, err = record.Server(tb.Context(), there, svid.ServerTLS(meshtest.Source(tb, ca, billing), func(spiffeid.ID) error { return nil }, Proto))
+		shaken <- err
+	}()
+	near, err := record.Client(tb.Context(), here, svid.ClientTLS(meshtest.Source(tb, ca, web), billing, Proto))
+	if err := errors.Join(err, <-shaken); err != nil {
 		tb.Fatal(err)
 	}
 	return near, far
@@ -102,7 +95,7 @@ func TestCallsDoNotAllocate(t *testing.T) {
 	if meshtest.Race {
 		t.Skip("the race detector has a sync.Pool forget things")
 	}
-	call := caller(t, onLoopback(t, false, answer))
+	call := caller(t, onLoopback(t, answer))
 	for range 200 { // buffers find their size
 		call()
 	}
@@ -115,14 +108,14 @@ func TestCallsDoNotAllocate(t *testing.T) {
 // 64 callers share the connection.
 func BenchmarkCall(b *testing.B) {
 	b.Run("alone", func(b *testing.B) {
-		call := caller(b, onLoopback(b, true, answer))
+		call := caller(b, onLoopback(b, answer))
 		b.ReportAllocs()
 		for b.Loop() {
 			call()
 		}
 	})
 	b.Run("company", func(b *testing.B) {
-		p := onLoopback(b, true, answer)
+		p := onLoopback(b, answer)
 		caller(b, p)() // the hello has come
 		work := make(chan int)
 		var wg sync.WaitGroup
@@ -148,7 +141,7 @@ func BenchmarkCall(b *testing.B) {
 
 // BenchmarkBulk is one stream with much to send.
 func BenchmarkBulk(b *testing.B) {
-	p := onLoopback(b, true, func(s *Stream) { _, _ = io.Copy(io.Discard, struct{ io.Reader }{s}) })
+	p := onLoopback(b, func(s *Stream) { _, _ = io.Copy(io.Discard, struct{ io.Reader }{s}) })
 	s, err := p.near.Open()
 	if err != nil {
 		b.Fatal(err)

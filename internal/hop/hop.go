@@ -25,7 +25,6 @@ import (
 	"time"
 
 	"sallyport/internal/mux"
-	"sallyport/internal/socket"
 )
 
 // Proto is the name of the protocol in ALPN.
@@ -90,8 +89,7 @@ const lingering = 5 * time.Second
 // streams, the other one accepts them.
 type Conn struct {
 	nc     net.Conn
-	sock   *socket.Socket // under the TLS of nc; nil in tests without
-	sink   socket.Sink
+	waits  interface{ Await() error } // nc, if it waits without memory
 	cfg    Config
 	accept func(*Stream) bool // nil at the end that opens
 
@@ -135,9 +133,10 @@ func Accepted(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 
 func newConn(nc net.Conn, cfg Config, accept func(*Stream) bool) *Conn {
 	c := &Conn{
-		nc: nc, sock: socket.Under(nc), sink: socket.NewSink(nc), cfg: cfg.withDefaults(), accept: accept, limit: firstStreams,
+		nc: nc, cfg: cfg.withDefaults(), accept: accept, limit: firstStreams,
 		streams: map[uint32]*Stream{}, held: map[*Stream]struct{}{}, empty: time.Now(),
 	}
+	c.waits, _ = nc.(interface{ Await() error })
 	c.out.work.L = &c.mu
 	c.in.noise, c.in.opens = mux.NewBucket(noiseBurst, noiseRate), mux.NewBucket(opensBurst, opensRate)
 	return c

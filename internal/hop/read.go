@@ -45,7 +45,7 @@ func (c *Conn) read() error {
 		}
 	}
 	defer rest()
-	r, w, more := 0, 0, true
+	r, w := 0, 0
 	for {
 		n, err := c.frames(buf[r:w])
 		if err != nil {
@@ -57,9 +57,9 @@ func (c *Conn) read() error {
 			w = copy(buf, buf[r:w]) // less than a header and a small payload
 			r = 0
 		}
-		if c.sock != nil && w == 0 && !more {
+		if c.waits != nil && w == 0 {
 			rest()
-			if err := c.sock.Await(); err != nil {
+			if err := c.waits.Await(); err != nil {
 				return err
 			}
 		}
@@ -72,7 +72,6 @@ func (c *Conn) read() error {
 		} else if err != nil {
 			return err
 		}
-		more = n == len(buf)-w // TLS may have it already
 		w += n
 	}
 }

@@ -115,7 +115,7 @@ func (c *Conn) write() {
 	c.mu.Unlock()
 	if len(left) > 0 {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
-		_, _ = c.sink.Write(left) // the connection has ended, one way or another
+		_, _ = c.nc.Write(left) // the connection has ended, one way or another
 	}
 	c.nc.Close()
 }
@@ -164,7 +164,7 @@ func (c *Conn) flush() {
 		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
 	}
 	c.mu.Unlock()
-	_, err := c.sink.Write(b)
+	_, err := c.nc.Write(b)
 	lent.b = b
 	lent.giveBack()
 	c.mu.Lock()

@@ -109,7 +109,7 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 	if t.Idle == 0 {
 		src.readUntil(time.Time{})
 	}
-	from, to := socket.NewSource(src.nc), socket.NewSink(dst.nc)
+	from := socket.NewSource(src.nc)
 	defer from.Release()
 	for {
 		if t.Idle > 0 {
@@ -124,7 +124,7 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 			t.last.Store(int64(time.Since(t.start)))
 			w := 0
 			if err = dst.writeWithin(); err == nil {
-				w, err = to.Write(b)
+				w, err = dst.nc.Write(b)
 			}
 			f.follow(b[:w])
 			if n += int64(w); err != nil {

@@ -35,7 +35,6 @@ import (
 	"time"
 
 	"sallyport/internal/mux"
-	"sallyport/internal/socket"
 )
 
 // Proto is the name of the protocol in ALPN.
@@ -105,7 +104,6 @@ const (
 // accepts them.
 type Conn struct {
 	nc     net.Conn
-	sink   socket.Sink
 	cfg    Config
 	server bool
 	accept func(*Lane) bool // of a server
@@ -161,7 +159,6 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 		streams: map[uint32]*Lane{}, lanes: map[*Lane]struct{}{}, empty: time.Now(),
 		credit: firstWindow, first: firstWindow,
 	}
-	c.sink = socket.NewSink(nc)
 	c.out.work.L = &c.mu
 	c.in.noise = mux.NewBucket(noiseBurst, noiseRate)
 	c.in.block.init(c.cfg.Head)

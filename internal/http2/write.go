@@ -94,7 +94,7 @@ func (c *Conn) write() {
 	c.mu.Unlock()
 	if len(left) > 0 {
 		_ = c.nc.SetWriteDeadline(time.Now().Add(lastWords))
-		_, _ = c.sink.Write(left) // the connection has ended, one way or another
+		_, _ = c.nc.Write(left) // the connection has ended, one way or another
 	}
 	if !lingers {
 		c.nc.Close() // which wakes who reads
@@ -146,7 +146,7 @@ func (c *Conn) flush() {
 		_ = c.nc.SetWriteDeadline(o.until) // a failure shows in the write
 	}
 	c.mu.Unlock()
-	_, err := c.sink.Write(b)
+	_, err := c.nc.Write(b)
 	c.mu.Lock()
 	o.flushing = false
 	most := keepBuffer

@@ -43,7 +43,6 @@ func (v *validator) run() Errors {
 	v.rules()
 	v.memberships()
 	v.destinations()
-	v.routes()
 	if !v.knownEntries {
 		v.entries()
 	}

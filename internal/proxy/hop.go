@@ -2,13 +2,13 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"sync"
 
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
+	"sallyport/internal/record"
 )
 
 // windows is by how much the windows of all streams of a listener may grow.
@@ -16,7 +16,7 @@ const windows = 64 << 20
 
 // serveHop serves a connection of one of our own proxies: each stream on it is
 // to the chain a connection of its own, with the peer that x has found.
-func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *tls.Conn, x *call) {
+func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn, x *call) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	h := hop.Accepted(tc, hop.Config{Budget: in.windows}, func(s *hop.Stream) bool {

@@ -26,7 +26,7 @@ import (
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
-	"sallyport/internal/socket"
+	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -178,8 +178,6 @@ func (in *Inbound) Carries() int { return in.carries() }
 
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	remote, err := in.announced(c)
-	tc := tls.Server(socket.New(capture.NewDirect(c.Conn)), in.cfg.TLS)
-	defer tc.Close()
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
 	if err != nil {
 		in.unproved.leave(c)
@@ -187,10 +185,12 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		return
 	}
 	x.standing = func() *refusal { return in.overtaken(x) }
-	if err = in.handshake(ctx, tc, x); err != nil {
+	tc, err := in.handshake(ctx, x)
+	if err != nil {
 		in.refusedHandshake(x, err)
 		return
 	}
+	defer tc.Close()
 	if x.share = in.peers.enter(x.peer); x.share == nil {
 		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
 		return
@@ -208,7 +208,7 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 		in.serveHTTP2(ctx, c, tc, x)
 		return
 	}
-	x.down = http1.NewConn(socket.Quiet(tc), in.Limits)
+	x.down = http1.NewConn(tc, in.Limits)
 	defer x.down.Release()
 	if opaque {
 		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")
@@ -218,19 +218,25 @@ func (in *Inbound) serveConn(ctx context.Context, c *conn) {
 	in.calls(x, in.chain)
 }
 
-func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
+func (in *Inbound) handshake(ctx context.Context, x *call) (_ *record.Conn, err error) {
 	defer in.unproved.leave(x.conn)
 	ctx, cancel := context.WithTimeout(ctx, in.cfg.HandshakeTimeout)
 	defer cancel()
 	x.epoch = in.epoch.Load()
-	if err := tc.HandshakeContext(ctx); err != nil {
-		return err
+	tc, err := record.Server(ctx, capture.NewDirect(x.conn.Conn), in.cfg.TLS)
+	if err != nil {
+		return nil, err
 	}
+	defer func() {
+		if err != nil {
+			tc.Close()
+		}
+	}()
 	x.tls = tc.ConnectionState()
 	x.verified.Store(time.Now().UnixNano())
 	id, err := in.cfg.PeerID(x.tls)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	x.peer, x.src = id, id.String()
 	x.thumbprint = sha256.Sum256(x.tls.PeerCertificates[0].Raw)
@@ -241,9 +247,9 @@ func (in *Inbound) handshake(ctx context.Context, tc *tls.Conn, x *call) error {
 	}
 	x.conn.proved(&peer{id, x.tls, x.remote})
 	if reason, detail := in.stands(x); reason != "" {
-		return fmt.Errorf("%s: %s", reason, detail)
+		return nil, fmt.Errorf("%s: %s", reason, detail)
 	}
-	return nil
+	return tc, nil
 }
 
 // refusedHandshake records a peer that could not prove an identity. A peer

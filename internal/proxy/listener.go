@@ -3,7 +3,6 @@ package proxy
 import (
 	"container/list"
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -17,6 +16,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mux"
+	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 )
 
@@ -117,7 +117,7 @@ func (c *conn) sever() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.cut = true
-	if t, ok := c.up.(*tls.Conn); ok {
+	if t, ok := c.up.(*record.Conn); ok {
 		t.NetConn().Close() // without a farewell, for which it could have to wait
 	} else if c.up != nil {
 		c.up.Close()

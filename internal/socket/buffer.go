@@ -12,45 +12,58 @@ const (
 	Small = 16 << 10
 	// Large is what crosses the kernel in one call.
 	Large = 256 << 10
-	// overhead is what TLS adds to Large bytes, 22 to each 16 KiB.
-	overhead = 1 << 10
+	// smallMore and largeMore are what a protocol may add to so many bytes: TLS
+	// puts 22 to each 16 KiB, and what changes the keys before them.
+	smallMore = 2 << 10
+	largeMore = 1 << 10
 	// maxLarge bounds the large buffers of a process: 64 MiB. A transfer that
 	// finds none left makes do with a small one.
 	maxLarge = 256
 )
 
-// A buffer belongs to a pool. The nil *buffer is none.
-type buffer struct{ bytes []byte }
+// A Buffer belongs to a pool. The nil *Buffer is none.
+type Buffer struct {
+	// Bytes has room for Small or Large bytes, and for what a protocol adds.
+	Bytes []byte
+}
 
 var (
-	smalls  = sync.Pool{New: func() any { return &buffer{make([]byte, Small)} }}
-	larges  = sync.Pool{New: func() any { return &buffer{make([]byte, Large+overhead)} }}
+	smalls  = sync.Pool{New: func() any { return &Buffer{make([]byte, Small+smallMore)} }}
+	larges  = sync.Pool{New: func() any { return &Buffer{make([]byte, Large+largeMore)} }}
 	largeIn atomic.Int32 // how many are in use
 )
 
-// room is where data goes that will be sent on within Large and overhead.
-func (b *buffer) room() []byte { return b.bytes[:min(len(b.bytes), Large)] }
+// Large says which size it has.
+func (b *Buffer) Large() bool { return len(b.Bytes) > Large }
 
-// get gives a buffer, a large one if it may.
-func get(large bool) *buffer {
+// room is where data goes that will be sent on within a buffer of the same size.
+func (b *Buffer) room() []byte {
+	if b.Large() {
+		return b.Bytes[:Large]
+	}
+	return b.Bytes[:Small]
+}
+
+// Get gives a buffer, a large one if it may.
+func Get(large bool) *Buffer {
 	if large {
 		if largeIn.Add(1) <= maxLarge {
-			return larges.Get().(*buffer)
+			return larges.Get().(*Buffer)
 		}
 		largeIn.Add(-1)
 	}
-	return smalls.Get().(*buffer)
+	return smalls.Get().(*Buffer)
 }
 
-// put gives b back and returns nil.
-func (b *buffer) put() *buffer {
+// Put gives b back and returns nil.
+func (b *Buffer) Put() *Buffer {
 	switch {
 	case b == nil:
-	case len(b.bytes) == Small:
-		smalls.Put(b)
-	default:
+	case b.Large():
 		largeIn.Add(-1)
 		larges.Put(b)
+	default:
+		smalls.Put(b)
 	}
 	return nil
 }

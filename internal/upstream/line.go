@@ -2,7 +2,6 @@ package upstream
 
 import (
 	"cmp"
-	"crypto/tls"
 	"errors"
 	"net"
 	"slices"
@@ -11,6 +10,7 @@ import (
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
+	"sallyport/internal/record"
 )
 
 const (
@@ -34,7 +34,7 @@ type line struct {
 	open  func() (net.Conn, error)
 	gen   uint64
 	until time.Time
-	tls   *tls.Conn
+	tls   *record.Conn
 	epoch uint64
 }
 
@@ -51,11 +51,11 @@ type shared interface {
 }
 
 // wireProto says what both ends agreed on.
-func wireProto(tc *tls.Conn) string { return tc.ConnectionState().NegotiatedProtocol }
+func wireProto(tc *record.Conn) string { return tc.ConnectionState().NegotiatedProtocol }
 
 // lineOn makes a line of a connection on which both ends agreed to it; nil when
 // they did not. tc is nil for a plain connection.
-func (p *Pool) lineOn(nc net.Conn, tc *tls.Conn) *line {
+func (p *Pool) lineOn(nc net.Conn, tc *record.Conn) *line {
 	proto := ""
 	if tc != nil {
 		proto = wireProto(tc)

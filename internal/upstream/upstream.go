@@ -30,7 +30,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
-	"sallyport/internal/socket"
+	"sallyport/internal/record"
 )
 
 // ErrNoEndpoint is returned when a service has no endpoint at all.
@@ -74,12 +74,6 @@ type Config struct {
 	// MaxIdleTime is how long a connection is kept unused. It must be shorter
 	// than the peer's idle limit. Default 50 s.
 	MaxIdleTime time.Duration
-	// Zone is where this proxy stands; endpoints of the same zone can be
-	// preferred. Optional.
-	Zone string
-	// Changed is told of each ejection, and when a breaker opens or closes. It
-	// is called on the way of a call and must be quick. Optional.
-	Changed func(Trouble)
 }
 
 func (c Config) validate() error {
@@ -122,7 +116,6 @@ type Services struct {
 
 	mu    sync.Mutex // guards the fields below
 	pools map[target]*Pool
-	known map[mesh.ServiceName]*standing
 	// closed is set by Close: what is put in force afterwards keeps nothing.
 	closed bool
 }
@@ -131,6 +124,12 @@ type Services struct {
 type target struct {
 	addr netip.AddrPort
 	id   spiffeid.ID
+}
+
+// A group is the endpoints of one service, used in turn.
+type group struct {
+	pools []*Pool
+	next  atomic.Uint32
 }
 
 // New returns Services that know no endpoint yet.
@@ -156,10 +155,10 @@ func (s *Services) Use(snap *mesh.Snapshot) {
 func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	live, known := map[target]*Pool{}, map[mesh.ServiceName]*standing{}
+	live := map[target]*Pool{}
 	table := map[mesh.ServiceName]*group{}
 	for _, svc := range snap.Services {
-		var list []*Pool
+		g := &group{}
 		for _, ep := range snap.EndpointsOf(svc.Name) {
 			t := target{ep.Address, svc.ID}
 			p := live[t]
@@ -172,12 +171,10 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 				p.closed = s.closed
 			}
 			live[t] = p
-			list = append(list, p)
+			g.pools = append(g.pools, p)
 		}
-		g := s.groupOf(svc.Name, mesh.Routes{}, list)
-		known[svc.Name], table[svc.Name] = g.standing, g
+		table[svc.Name] = g
 	}
-	s.known = known
 	old := s.pools
 	s.pools = live
 	s.table.Store(&table)
@@ -189,9 +186,49 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	return gone
 }
 
-// Get is Lend for a call of which nothing is told.
+// Get lends a connection to an endpoint of the service. With fresh it dials a
+// new one. An endpoint that cannot be connected to is passed over; when none
+// is left the error is a ConnectError. The caller gives the connection back
+// with Put, or closes it.
 func (s *Services) Get(ctx context.Context, name mesh.ServiceName, fresh bool) (*Conn, error) {
-	return s.Lend(ctx, &Want{Service: name, Fresh: fresh})
+	g := (*s.table.Load())[name]
+	if g == nil || len(g.pools) == 0 {
+		return nil, fmt.Errorf("service %s: %w", name, ErrNoEndpoint)
+	}
+	c, err := g.get(ctx, fresh)
+	if err != nil {
+		return nil, &ConnectError{name, err}
+	}
+	return c, nil
+}
+
+// get asks the endpoints in turn, those that rest only when all others failed.
+func (g *group) get(ctx context.Context, fresh bool) (*Conn, error) {
+	n := len(g.pools)
+	if n == 1 {
+		return g.pools[0].Get(ctx, fresh)
+	}
+	start, now := int(g.next.Add(1)%uint32(n)), time.Now().UnixNano()
+	rested := make([]bool, 0, 16) // on the stack, unless there are many
+	for i := range n {
+		rested = append(rested, g.pools[(start+i)%n].restUntil.Load() > now)
+	}
+	var last error
+	for _, round := range []bool{false, true} {
+		for i := range n {
+			if rested[i] != round {
+				continue
+			}
+			c, err := g.pools[(start+i)%n].Get(ctx, fresh)
+			if err == nil {
+				return c, nil
+			}
+			if last = err; ctx.Err() != nil {
+				return nil, last
+			}
+		}
+	}
+	return nil, last
 }
 
 // A Peer is who was at the other end of a connection.
@@ -242,7 +279,6 @@ type Pool struct {
 	// what it has sent and nobody has read.
 	h2c    bool
 	bodies *mux.Budget
-	near   bool // it stands in our zone
 
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end
@@ -310,9 +346,8 @@ type Conn struct {
 	idle  time.Time
 	// tls is nil for a plain connection; epoch is when its peer's proof was
 	// last looked at.
-	tls   *tls.Conn
+	tls   *record.Conn
 	epoch uint64
-	lease
 }
 
 // Until is when the peer's certificates end; zero for a plain connection.
@@ -345,17 +380,8 @@ func (c *Conn) usable(gen uint64, now time.Time) bool {
 // Get lends the connection that was used last, or dials, or waits for either
 // while enough others dial.
 func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
-	return p.get(ctx, &Want{Fresh: fresh})
-}
-
-func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
 	for {
-		c, w := p.enter(want.Fresh)
-		if c == nil && (want.Connect > 0 || !want.Until.IsZero()) {
-			var cancel context.CancelFunc
-			ctx, cancel = want.within(ctx, p.cfg.ConnectTimeout)
-			defer cancel()
-		}
+		c, w := p.enter(fresh)
 		if w != nil {
 			var err error
 			if c, err = p.wait(ctx, w); err != nil {
@@ -408,7 +434,7 @@ func (p *Pool) make(ctx context.Context, gen, epoch uint64) (*Conn, error) {
 	}
 	p.failures.Store(0)
 	p.restUntil.Store(0)
-	tc, _ := nc.(*tls.Conn)
+	tc, _ := nc.(*record.Conn)
 	if l := p.lineOn(nc, tc); l != nil {
 		l.gen, l.until, l.tls, l.epoch = gen, until, tc, epoch
 		return p.firstOn(l)
@@ -444,8 +470,8 @@ func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	if p.t.id.IsZero() {
 		return nc, time.Time{}, nil
 	}
-	tc := tls.Client(socket.New(nc), p.cfg.TLS(p.t.id))
-	if err := tc.HandshakeContext(ctx); err != nil {
+	tc, err := record.Client(ctx, nc, p.cfg.TLS(p.t.id))
+	if err != nil {
 		nc.Close()
 		return nil, time.Time{}, fmt.Errorf("handshake with %s at %s: %w", p.t.id, p.t.addr, err)
 	}
@@ -463,7 +489,6 @@ func (c *Conn) Put() {
 	p := c.pool
 	c.idle = c.Now()
 	c.Rest()
-	c.leave()
 	p.mu.Lock()
 	var out *Conn
 	switch {
@@ -531,7 +556,6 @@ func (p *Pool) sweep() {
 
 // Discard closes a connection that no further call may use.
 func (c *Conn) Discard() {
-	c.leave()
 	c.Conn.Close()
 	c.Conn.Release()
 }

@@ -321,11 +321,9 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 	good, conns := server(t)
 	p := NewLocal(good, http1.Limits{})
 	bad := NewLocal(netip.MustParseAddrPort("127.0.0.1:1"), http1.Limits{})
-	s := &Services{known: map[mesh.ServiceName]*standing{}}
-	g := s.groupOf("a", mesh.Routes{Balance: mesh.Balance{Policy: "round_robin"}}, []*Pool{bad, p})
-	get := func() (*Conn, error) { return g.lend(context.Background(), time.Now().UnixNano(), &Want{Fresh: true}) }
+	g := &group{pools: []*Pool{bad, p}}
 	for range 8 {
-		c, err := get()
+		c, err := g.get(context.Background(), true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -336,9 +334,8 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 		t.Errorf("the endpoint that refuses was tried %d times, want once", n)
 	}
 	bad.restUntil.Store(0)
-	g.all[0].rest.Store(0)
-	g.all[1].rest.Store(time.Now().Add(time.Hour).UnixNano())
-	c, err := get()
+	p.restUntil.Store(time.Now().Add(time.Hour).UnixNano())
+	c, err := g.get(context.Background(), true)
 	if err != nil {
 		t.Fatalf("one that rests was not asked when no other was left: %v", err)
 	}
@@ -350,8 +347,8 @@ func TestClosedServicesKeepNothing(t *testing.T) {
 	s := services(t)
 	s.Close()
 	s.Use(snapshot(addr, addr))
-	if g := (*s.table.Load())["billing"]; len(g.all) != 1 {
-		t.Errorf("one address makes %d endpoints", len(g.all))
+	if g := (*s.table.Load())["billing"]; g.pools[0] != g.pools[1] {
+		t.Error("one address has two pools")
 	}
 	for _, p := range s.pools {
 		if !p.closed {
