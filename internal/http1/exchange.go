@@ -44,6 +44,8 @@ type Exchange struct {
 	// Accept, when set, sees the final response before any of it is written.
 	// On false Run stops with ErrNotAccepted; Up is then to be closed.
 	Accept func(*Response) bool
+	// Tee, when set, sees what is written to Up and to Down.
+	Tee Tee
 
 	// Response is the final response head, valid until Up is used again.
 	Response Response
@@ -79,6 +81,32 @@ type Result struct {
 	DownstreamReusable bool
 	// Upgraded says that 101 was passed on: a Tunnel takes both connections now.
 	Upgraded bool
+	// Whole says that all of the request was handed to Up.
+	Whole bool
+}
+
+// A Tee gets a copy of an exchange as it was written: heads and framed bodies,
+// without interim responses. Its methods wait for nothing and keep no b; Sent
+// may be called while Answered is.
+type Tee interface {
+	// Again begins a try: what was seen before is void.
+	Again()
+	// Sent are bytes of the request.
+	Sent(b []byte)
+	// Answered are bytes of the final response.
+	Answered(b []byte)
+}
+
+// teed writes to a connection, and shows what it has written.
+type teed struct {
+	*Conn
+	to func(b []byte)
+}
+
+func (t teed) Write(b []byte) (int, error) {
+	n, err := t.Conn.Write(b)
+	t.to(b[:n])
+	return n, err
 }
 
 // upload is a request body on its way in a goroutine of its own.
@@ -111,6 +139,9 @@ func (u *upload) running() bool { return u != nil && !u.over.Load() }
 // can be replayed until the response has started.
 func (x *Exchange) Run() (Result, error) {
 	x.res, x.upload, x.answered = Result{}, nil, time.Time{}
+	if x.Tee != nil {
+		x.Tee.Again()
+	}
 	err := x.run()
 	if err != nil {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
@@ -146,7 +177,10 @@ func (x *Exchange) run() error {
 		if x.res.RequestBytesSent = int64(n); err != nil {
 			return &SideError{Upstream, "write", err}
 		}
-		x.res.ReqBytes = data
+		if x.Tee != nil {
+			x.Tee.Sent(up.out)
+		}
+		x.res.ReqBytes, x.res.Whole = data, true
 		up.restWrite()
 	} else if err := x.startUpload(); err != nil {
 		return err
@@ -179,9 +213,13 @@ func (x *Exchange) startUpload() error {
 	u := &upload{done: make(chan struct{})}
 	x.upload = u
 	x.res.RequestBytesSent = int64(len(up.out))
+	var to io.Writer = up
+	if x.Tee != nil {
+		to = teed{up, x.Tee.Sent}
+	}
 	go func() {
 		defer close(u.done)
-		u.n, u.readErr, u.writeErr = copyBody(up, down, r.Body, r.Body.Framing, &up.out)
+		u.n, u.readErr, u.writeErr = copyBody(to, down, r.Body, r.Body.Framing, &up.out)
 		u.over.Store(true)
 		if u.readErr != nil {
 			up.Close() // wakes whoever waits for the response
@@ -219,7 +257,8 @@ func (x *Exchange) join(err error) error {
 	<-u.done
 	x.res.ReqBytes = u.n
 	x.res.RequestBytesSent += u.n
-	if u.writeErr != nil || u.readErr != nil {
+	x.res.Whole = u.writeErr == nil && u.readErr == nil
+	if !x.res.Whole {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
 	}
 	if err != nil && u.readErr != nil && FailedSide(err) == Upstream {
@@ -312,7 +351,11 @@ func (x *Exchange) respond() error {
 	x.res.ResponseStarted = true
 	up.dropped = edit.Drop
 	whole := body.Framing == NoBody || body.Framing == Length && body.Length <= int64(up.w-up.r)
-	n, readErr, writeErr := copyBody(down, up, resp.Body, body.Framing, &down.out)
+	var to io.Writer = down
+	if x.Tee != nil {
+		to = teed{down, x.Tee.Answered}
+	}
+	n, readErr, writeErr := copyBody(to, up, resp.Body, body.Framing, &down.out)
 	x.res.RespBytes = n
 	switch {
 	case readErr != nil:

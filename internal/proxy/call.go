@@ -20,6 +20,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -96,13 +97,17 @@ type call struct {
 	// idle is how long nothing may move on a tunnel, 0 for relayIdle.
 	idle   time.Duration
 	broken bool // the client must see that the answer is not whole
+	// marked says that it is done for a shadow; copied is the copy that shadows
+	// get of it.
+	marked bool
+	copied *shadow.Copy
 }
 
 // reset makes the call ready for the next request on its connection.
 func (x *call) reset() {
 	x.res, x.refused, x.err = http1.Result{}, nil, nil
 	x.keep, x.tunnel, x.broken = false, false, false
-	x.idle = 0
+	x.idle, x.marked = 0, false
 	x.grant = authz.Grant{}
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
@@ -224,6 +229,7 @@ func (x *call) traceOf() {
 	if x.req.Form != http1.Authority {
 		x.requestID()
 	}
+	x.mark()
 }
 
 // traceText is the trace as records and logs have it. The texts of 32 calls

@@ -77,6 +77,8 @@ func (o *door) makeChain() chain {
 		{"workload", "nothing is done for a process that is not the workload", o.ownProcess, nil},
 		{"in-flight limit", "bounds what a runaway workload holds", o.enterFlight, o.leaveFlight},
 		{"route", "one snapshot says which service is meant; below it the target is fixed", o.route, nil},
+		{"shadow's hands", "once the target is known: what is done for a shadow changes nothing", o.harmless, nil},
+		{"shadow", "around all tries: a copy is of the one that was answered", o.mirror, o.mirrored},
 		{"upstream", "retry of a stale connection around balance around dial", o.forward, nil},
 	}
 }

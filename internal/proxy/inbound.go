@@ -398,6 +398,11 @@ func (in *Inbound) target(x *call) *refusal {
 	if name == "" {
 		return nil // no row speaks of it, so the judge denies
 	}
+	if x.marked {
+		if _, inside := serviceOf(x.req.Authority); inside {
+			return nil // a shadow sees the name of the service that it stands for
+		}
+	}
 	if !x.host.isMeant(name, x.req.Authority) {
 		return &refusal{status: 421, reason: "misdirected", detail: "another service of the mesh is served here"}
 	}

@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -47,6 +48,14 @@ type OutboundConfig struct {
 	// KeepForwardedFor passes on what the workload says in X-Forwarded-For, as a
 	// load balancer does. Without it the field is dropped.
 	KeepForwardedFor bool
+	// Mirror gives copies of calls to the shadows that Shadows names for a
+	// request to a service, with the name of its route. Optional.
+	Mirror  *shadow.Mirror
+	Shadows func(service mesh.ServiceName, r *http1.Request) (route string, of []*mesh.Shadow)
+	// ShadowOnly says that all that the workload does is done for a shadow.
+	// ShadowWrites are the services which what is done for one may change.
+	ShadowOnly   bool
+	ShadowWrites []mesh.ServiceName
 	// Captured takes connections that rules of the kernel have brought to the
 	// HTTP proxy. Nil: all are made to it.
 	Captured *Captured

@@ -44,6 +44,7 @@ func (d *door) streamChain() chain {
 		{"workload", "nothing is done for a process that is not the workload", d.ownProcess, nil},
 		{"in-flight limit", "bounds what a runaway workload holds", d.enterFlight, d.leaveFlight},
 		{"route", "one snapshot says which service is meant; below it the target is fixed", d.streamRoute, nil},
+		{"shadow's hands", "once the target is known: what is done for a shadow changes nothing", d.harmless, nil},
 		{"upstream", "balance around dial", d.carry, nil},
 	}
 }

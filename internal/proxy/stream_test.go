@@ -310,7 +310,7 @@ func TestStreamChains(t *testing.T) {
 		names = append(names, l.name)
 	}
 	const want = "access record, trace, signals, in-flight limit, protocol, rate limit, judge, application, " +
-		"access record, trace, signals, workload, in-flight limit, route, upstream"
+		"access record, trace, signals, workload, in-flight limit, route, shadow's hands, upstream"
 	if got := strings.Join(names, ", "); got != want {
 		t.Errorf("the links are %s\nwant %s", got, want)
 	}

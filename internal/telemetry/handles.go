@@ -51,6 +51,24 @@ func (r *Registry) Shadow(difference, rule string) *Counter {
 	return r.shadow.get(labels{difference, rule})
 }
 
+// ShadowCopies counts copies of calls for a shadow backend by what became of
+// them, from a closed set.
+func (r *Registry) ShadowCopies(shadow, outcome string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.copies.get(labels{outcome, shadow})
+}
+
+// ArchiveRecords counts the records for an archive by result, "kept" or
+// "dropped".
+func (r *Registry) ArchiveRecords(archive, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.archived.get(labels{result, archive})
+}
+
 // AuthzMismatch counts decisions on which index and oracle disagreed. One is
 // an alarm.
 func (r *Registry) AuthzMismatch() *Counter {

@@ -138,6 +138,8 @@ type Registry struct {
 	inflight  *family[*Gauge]
 	authz     *family[*Counter]
 	shadow    *family[*Counter]
+	copies    *family[*Counter]
+	archived  *family[*Counter]
 	audit     *family[*Counter]
 	tls       *family[*Counter]
 	conns     *family[*Gauge]
@@ -184,6 +186,8 @@ func NewRegistry() *Registry {
 	r.inflight = gauges(r, 1, "sallyport_inflight", "Calls that are running.", "reporter", "dst")
 	r.authz = counters(r, 1, "sallyport_authz_total", "Decisions, by effect and the rule that decided.", "effect", "rule")
 	r.shadow = counters(r, 1, "sallyport_shadow_total", "Calls that the candidate policy would decide otherwise, by kind of difference and the row that makes it.", "difference", "rule")
+	r.copies = counters(r, 1, "sallyport_shadow_copies_total", "Copies of calls for shadow backends, by what became of them.", "outcome", "shadow")
+	r.archived = counters(r, 1, "sallyport_archive_records_total", "Records of copied calls for an archive, kept or dropped.", "result", "archive")
 	r.mismatch = r.counter("sallyport_authz_mismatch_total", "Decisions on which the index and its oracle disagreed.")
 	r.audit = counters(r, 0, "sallyport_audit_records_total", "Audit records appended, by kind.", "kind")
 	r.tls = counters(r, 1, "sallyport_tls_failures_total", "TLS handshakes that failed, by reason.", "reporter", "reason")

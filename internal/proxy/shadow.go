@@ -1,0 +1,157 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"slices"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+	"sallyport/internal/shadow"
+	"sallyport/internal/upstream"
+)
+
+// A call of a shadow is marked: by a field, and by a member of tracestate, which
+// applications hand on with traceparent. What an application does on behalf of
+// such a call goes out with either, and then may change nothing. Whoever marks a
+// call only takes rights away from it, so that a mark is believed from anybody.
+
+// mark sees whether the call is one of a shadow, and says so to the next.
+func (x *call) mark() {
+	for i := range x.req.Fields {
+		switch f := &x.req.Fields[i]; len(f.Name) {
+		case len(shadow.Marker):
+			x.marked = x.marked || is(f.Name, "sallyport-shadow") && string(f.Value) == "1"
+		case len("tracestate"):
+			x.marked = x.marked || is(f.Name, "tracestate") && hasMember(f.Value, stateMember)
+		}
+	}
+	if !x.marked {
+		return
+	}
+	x.extra = append(x.extra, shadow.Marker+": 1\r\nTracestate: "+stateMember...)
+	if x.ex.ToUp.Drop == dropped { // the trace goes on, and its state with it
+		x.extra = appendState(x.extra, x.req.Fields)
+	}
+	x.ex.ToUp.Drop = droppedWithState
+	x.extra = append(x.extra, '\r', '\n')
+}
+
+// stateMember is ours in tracestate.
+const stateMember = "sallyport=shadow"
+
+// The bounds of W3C Trace Context section 3.3.1.1 and 3.3.1.5.
+const (
+	maxStateMembers = 32
+	maxState        = 512 // bytes
+)
+
+// hasMember says whether a list has a member.
+func hasMember(list []byte, member string) bool {
+	for item := range bytes.SplitSeq(list, []byte{','}) {
+		if string(bytes.TrimSpace(item)) == member {
+			return true
+		}
+	}
+	return false
+}
+
+// appendState appends the members of others, as long as there is room.
+func appendState(b []byte, fields []http1.Field) []byte {
+	n, size := 1, len(stateMember)
+	for i := range fields {
+		if !is(fields[i].Name, "tracestate") {
+			continue
+		}
+		for item := range bytes.SplitSeq(fields[i].Value, []byte{','}) {
+			item = bytes.TrimSpace(item)
+			if len(item) == 0 || bytes.HasPrefix(item, []byte("sallyport=")) {
+				continue
+			}
+			if n++; n > maxStateMembers || size+1+len(item) > maxState {
+				return b
+			}
+			size += 1 + len(item)
+			b = append(append(b, ','), item...)
+		}
+	}
+	return b
+}
+
+// harmless holds what is done for a shadow to what changes nothing, but for the
+// services that stand beside it. Of a workload that is all shadow everything is
+// done for one.
+func (d *door) harmless(x *call) *refusal {
+	if !x.marked && !d.cfg.ShadowOnly || shadow.Safe(x.req.Method) && !x.req.Upgrade {
+		return nil
+	}
+	leaves := !x.opaque && x.req.Form == http1.Authority || x.to.name == GatewayName
+	if !leaves && slices.Contains(d.cfg.ShadowWrites, x.to.name) {
+		return nil
+	}
+	r := audit.Record{Reason: "shadow_write", Dir: string(mesh.Out), Src: d.self, Dst: x.dst, Verb: x.req.Verb(), Path: "-", Peer: x.remote,
+		Trace: x.traceText(), Detail: "it is done for a shadow, which may write only to the services in shadow.writes_to"}
+	if !x.opaque {
+		r.Path = x.req.PathText()
+	}
+	return d.deny(r)
+}
+
+// mirror has the shadows of the call's route get a copy.
+func (d *door) mirror(x *call) *refusal {
+	if d.cfg.Mirror == nil || d.cfg.Shadows == nil || x.marked || x.req.Upgrade || x.req.Form == http1.Authority {
+		return nil
+	}
+	route, of := d.cfg.Shadows(x.to.name, &x.req)
+	var picked []*mesh.Shadow
+	for _, s := range of {
+		if shadow.Copyable(s, x.req.Method) && shadow.Picks(s, route, x.trace.ID) {
+			picked = append(picked, s)
+		}
+	}
+	if len(picked) == 0 {
+		return nil
+	}
+	x.copied = d.cfg.Mirror.Copy(picked, shadow.Call{
+		Route: route, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
+	})
+	x.ex.Tee = x.copied
+	return nil
+}
+
+// mirrored hands the copy over once the call has ended.
+func (d *door) mirrored(x *call) {
+	if x.copied == nil {
+		return
+	}
+	x.ex.Tee = nil
+	x.copied.End(x.res.Whole, x.err == nil && x.refused == nil && x.res.ResponseStarted)
+	x.copied = nil
+}
+
+// LendShadow lends connections to the backends of shadows.
+func LendShadow(services *upstream.Services) func(ctx context.Context, to mesh.Backend, fresh bool) (shadow.Line, error) {
+	return func(ctx context.Context, to mesh.Backend, fresh bool) (shadow.Line, error) {
+		if to.Service == "" {
+			return shadow.Line{}, fmt.Errorf("shadow at %s: only a service of the mesh can be one", to.Address)
+		}
+		up, err := services.Get(ctx, to.Service, fresh)
+		if err != nil {
+			return shadow.Line{}, err
+		}
+		done := func(again bool) {
+			if again {
+				up.Put()
+			} else {
+				up.Discard()
+			}
+		}
+		if err := up.Stands(); err != nil {
+			done(false)
+			return shadow.Line{}, err
+		}
+		return shadow.Line{Conn: up.Conn, Reused: up.Reused, Done: done}, nil
+	}
+}

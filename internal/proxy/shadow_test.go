@@ -1,0 +1,287 @@
+package proxy
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+	"sallyport/internal/shadow"
+	"sallyport/internal/upstream"
+)
+
+// mirrored gives a rig a shadow at an address, and runs it.
+func mirrored(t *testing.T, at string, s mesh.Shadow, limits shadow.Limits) func(*rig) {
+	return mirroredBy(t, upstream.NewLocal(netip.MustParseAddrPort(at), http1.Limits{}), s, limits)
+}
+
+func mirroredBy(t *testing.T, pool *upstream.Pool, s mesh.Shadow, limits shadow.Limits) func(*rig) {
+	return func(r *rig) {
+		t.Cleanup(pool.Close)
+		m, err := shadow.New(shadow.Config{
+			Limits: limits, Dir: t.TempDir(), Metrics: r.metrics, Log: slog.New(slog.DiscardHandler),
+			Lend: func(ctx context.Context, _ mesh.Backend, fresh bool) (shadow.Line, error) {
+				up, err := pool.Get(ctx, fresh)
+				if err != nil {
+					return shadow.Line{}, err
+				}
+				return shadow.Line{Conn: up.Conn, Reused: up.Reused, Done: func(again bool) {
+					if again {
+						up.Put()
+					} else {
+						up.Discard()
+					}
+				}}, nil
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- m.Run(ctx) }()
+		t.Cleanup(func() { stop(); <-done })
+		r.outCfg.Mirror = m
+		r.outCfg.Shadows = func(mesh.ServiceName, *http1.Request) (string, []*mesh.Shadow) { return "all", []*mesh.Shadow{&s} }
+	}
+}
+
+// heard is a request as a shadow has it.
+type heard struct {
+	*http.Request
+	body string
+}
+
+// listener of a shadow that tells what it hears.
+func overheard(t *testing.T) (at string, got chan heard) {
+	got = make(chan heard, 100)
+	return app(t, func(w http.ResponseWriter, r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		got <- heard{r, string(b)}
+		w.WriteHeader(http.StatusTeapot)
+	}), got
+}
+
+func returned(w http.ResponseWriter, r *http.Request) {
+	b, _ := io.ReadAll(r.Body)
+	_, _ = w.Write(b)
+}
+
+func TestShadowGetsACopy(t *testing.T) {
+	at, got := overheard(t)
+	r := newRig(t, app(t, returned), mirrored(t, at, mesh.Shadow{Name: "next", Share: mesh.Whole, Writes: true}, shadow.Limits{}))
+	large := strings.Repeat("0123456789abcdef", 3<<16) // 3 MiB: beyond what stays in memory
+	for _, tt := range []struct {
+		name, method, body string
+		chunked            bool
+	}{
+		{"nothing", "GET", "", false}, {"a little", "POST", "hello", false}, {"a little in chunks", "POST", "hello", true},
+		{"much", "POST", large, false}, {"much in chunks", "POST", large, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var body io.Reader = strings.NewReader(tt.body)
+			if tt.chunked {
+				body = io.MultiReader(body) // of no known length
+			}
+			req, _ := http.NewRequest(tt.method, "http://billing.mesh.internal/ok/x?y=1", body)
+			req.Header.Set("X-Mine", "yes")
+			resp, err := r.client().Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			if b, _ := io.ReadAll(resp.Body); resp.StatusCode != 200 || string(b) != tt.body {
+				t.Errorf("the caller got %d with %d bytes", resp.StatusCode, len(b))
+			}
+			h := <-got
+			if h.Method != tt.method || h.RequestURI != "/ok/x?y=1" || h.Host != "billing.mesh.internal" || h.body != tt.body ||
+				h.Header.Get("X-Mine") != "yes" || h.Header.Get(shadow.Marker) != "1" || len(h.Header["Traceparent"]) != 1 {
+				t.Errorf("the shadow got %s %s of %s with %d bytes and %v", h.Method, h.RequestURI, h.Host, len(h.body), h.Header)
+			}
+		})
+	}
+	await(t, func() bool {
+		return strings.Contains(scrape(r), `sallyport_shadow_copies_total{outcome="answered",shadow="next"} 5`)
+	})
+}
+
+func scrape(r *rig) string {
+	w := &responseBuffer{h: http.Header{}}
+	r.metrics.Handler().ServeHTTP(w, &http.Request{Method: "GET", Header: http.Header{}})
+	return w.String()
+}
+
+type responseBuffer struct {
+	bytes.Buffer
+	h http.Header
+}
+
+func (b *responseBuffer) Header() http.Header { return b.h }
+func (b *responseBuffer) WriteHeader(int)     {}
+
+func TestShadowThatHangsHoldsUpNobody(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone.Close()
+	for _, tt := range []struct{ name, at, outcome string }{
+		{"it accepts and says nothing", silent.Addr().String(), "queue_full"},
+		{"it is gone", gone.Addr().String(), "unreachable"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, app(t, hello), mirrored(t, tt.at, mesh.Shadow{Name: "next", Share: mesh.Whole}, shadow.Limits{Concurrency: 1, Queue: 1, Timeout: time.Minute}))
+			c := r.client()
+			for range 20 {
+				if resp, body := get(t, c, "http://billing.mesh.internal/ok/1"); resp.StatusCode != 200 || body != "hello /ok/1" {
+					t.Fatalf("%d %q", resp.StatusCode, body)
+				}
+			}
+			await(t, func() bool { return strings.Contains(scrape(r), fmt.Sprintf(`outcome=%q`, tt.outcome)) })
+		})
+	}
+}
+
+func TestOnlyWhatIsSafeIsCopiedUnlessWritesAre(t *testing.T) {
+	at, got := overheard(t)
+	r := newRig(t, app(t, returned), mirrored(t, at, mesh.Shadow{Name: "next", Share: mesh.Whole}, shadow.Limits{}))
+	c := r.client()
+	resp, err := c.Post("http://billing.mesh.internal/ok/1", "text/plain", strings.NewReader("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	get(t, c, "http://billing.mesh.internal/ok/2")
+	if h := <-got; h.Method != "GET" {
+		t.Errorf("a %s was copied", h.Method)
+	}
+}
+
+func TestWhatAShadowDoesChangesNothing(t *testing.T) {
+	var seen *http.Request
+	upstream := app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r })
+	r := newRig(t, upstream)
+	const traceparent = "Traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n"
+	for _, tt := range []struct {
+		name, method, mark string
+		status             int
+	}{
+		{"a read passes, marked", "GET", "Tracestate: a=1, sallyport=shadow\r\n", 200},
+		{"the field alone is enough", "GET", shadow.Marker + ": 1\r\n", 200},
+		{"a write is refused", "POST", "Tracestate: sallyport=shadow\r\n", 403},
+		{"a deletion is refused", "DELETE", shadow.Marker + ": 1\r\n", 403},
+		{"a WebSocket is refused", "GET", "Connection: upgrade\r\nUpgrade: websocket\r\n" + shadow.Marker + ": 1\r\n", 403},
+		{"a tunnel is refused", "CONNECT", shadow.Marker + ": 1\r\n", 403},
+		{"another state is none", "POST", "Tracestate: sallyport=other\r\n", 200},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			seen = nil
+			before := len(decisions(r.outAudit))
+			target := "http://billing.mesh.internal/ok/1"
+			if tt.method == "CONNECT" {
+				target = "api.example.com:443"
+			}
+			w := r.dial()
+			w.say(tt.method + " " + target + " HTTP/1.1\r\nHost: " + strings.TrimSuffix(strings.TrimPrefix(target, "http://"), "/ok/1") + "\r\n" + traceparent + tt.mark + "\r\n")
+			resp, _ := w.answer(tt.method)
+			if resp.StatusCode != tt.status {
+				t.Fatalf("%d, want %d", resp.StatusCode, tt.status)
+			}
+			if tt.status == 403 {
+				d := decisions(r.outAudit)[before:]
+				if len(d) != 1 || d[0].Reason != "shadow_write" || d[0].Decision != audit.Deny {
+					t.Errorf("records: %+v", d)
+				}
+				return
+			}
+			if marked := seen.Header.Get(shadow.Marker) == "1"; marked != (tt.method == "GET") {
+				t.Errorf("the next is told %v", seen.Header)
+			}
+			if tt.name == "a read passes, marked" && seen.Header.Get("Tracestate") != "sallyport=shadow,a=1" {
+				t.Errorf("state %q", seen.Header.Get("Tracestate"))
+			}
+		})
+	}
+}
+
+func TestAWorkloadThatIsAllShadowWritesNowhereElse(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		to     []mesh.ServiceName
+		status int
+	}{{"nowhere", nil, 403}, {"beside it", []mesh.ServiceName{"billing"}, 200}} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newRig(t, app(t, returned), func(r *rig) { r.outCfg.ShadowOnly, r.outCfg.ShadowWrites = true, tt.to })
+			resp, err := r.client().Post("http://billing.mesh.internal/ok/1", "text/plain", strings.NewReader("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if resp.StatusCode != tt.status {
+				t.Errorf("%d, want %d", resp.StatusCode, tt.status)
+			}
+		})
+	}
+}
+
+// A stream of gRPC is copied like any call, and its status, which comes behind
+// the messages, compared.
+func TestShadowOfGRPC(t *testing.T) {
+	server := func(status string, got chan string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/grpc")
+			w.Header().Set("Trailer", "Grpc-Status")
+			b, _ := io.ReadAll(r.Body)
+			_, _ = w.Write(b)
+			w.Header().Set("Grpc-Status", status)
+			got <- string(b)
+		}
+	}
+	got, primary := make(chan string, 1), make(chan string, 1)
+	copies := httptest.NewUnstartedServer(server("5", got))
+	copies.Config.Protocols = new(http.Protocols)
+	copies.Config.Protocols.SetUnencryptedHTTP2(true)
+	copies.Start()
+	defer copies.Close()
+	pool := upstream.NewLocalHTTP2(netip.MustParseAddrPort(copies.Listener.Addr().String()), http1.Limits{})
+	r := newRig(t, "127.0.0.1:1", appH2C(t, server("0", primary)), mirroredBy(t, pool, mesh.Shadow{Name: "next", Share: mesh.Whole, Writes: true, Compare: true}, shadow.Limits{}))
+	client := r.clientH2C()
+	req, w := grpcCall(t.Context())
+	go func() {
+		for range 100 {
+			_, _ = io.WriteString(w, strings.Repeat("m", 1000))
+		}
+		w.Close()
+	}()
+	resp, err := client.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if b, err := io.ReadAll(resp.Body); err != nil || len(b) != 100_000 || resp.Trailer.Get("Grpc-Status") != "0" {
+		t.Fatalf("%d bytes, %v, %v", len(b), err, resp.Trailer)
+	}
+	if n := len(<-got); n != 100_000 {
+		t.Errorf("the shadow got %d bytes", n)
+	}
+	await(t, func() bool { return len(r.outCfg.Mirror.Report().Endpoints) == 1 })
+	if f := r.outCfg.Mirror.Report().Endpoints[0].Fields; len(f) != 1 || f[0].Field != "trailer.grpc-status" || f[0].Sample.Shadow != "5" {
+		t.Errorf("differences: %+v", f)
+	}
+}

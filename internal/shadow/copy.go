@@ -1,0 +1,129 @@
+package shadow
+
+import (
+	"time"
+
+	"sallyport/internal/archive"
+	"sallyport/internal/mesh"
+)
+
+// A Copy is one call as it passes, for all its shadows. It is the Tee of the
+// exchange; End must follow.
+type Copy struct {
+	m       *Mirror
+	shadows []*mesh.Shadow
+	call    Call
+	// answers says that somebody wants to see the primary's answer.
+	answers          bool
+	request, primary *tape
+}
+
+// Copy begins the copy of a call for its shadows, of which there is at least
+// one.
+func (m *Mirror) Copy(shadows []*mesh.Shadow, call Call) *Copy {
+	c := &Copy{m: m, shadows: shadows, call: call, request: m.tape(), primary: m.tape()}
+	for _, s := range shadows {
+		c.answers = c.answers || s.Compare || s.Archive != ""
+	}
+	return c
+}
+
+// Again is that of http1.Tee.
+func (c *Copy) Again() {
+	c.request.rewind()
+	c.primary.rewind()
+}
+
+// Sent is that of http1.Tee.
+func (c *Copy) Sent(b []byte) { c.request.add(b) }
+
+// Answered is that of http1.Tee.
+func (c *Copy) Answered(b []byte) {
+	if c.answers {
+		c.primary.add(b)
+	}
+}
+
+// End hands the copy over. Whole says that all of the request was sent,
+// answered that the client has all of the answer.
+func (c *Copy) End(whole, answered bool) {
+	lost := c.request.lost()
+	if lost == "" && !whole {
+		lost = outcomeCut
+	}
+	if !answered {
+		c.primary.lose(outcomeCut)
+	}
+	took := time.Since(c.call.Start)
+	held := &shared{left: len(c.shadows), copy: c}
+	for _, s := range c.shadows {
+		switch {
+		case lost != "":
+			c.m.count(s, lost)
+			held.done()
+		default:
+			c.m.offer(&job{c, s, took, held})
+		}
+	}
+}
+
+// release gives back what the copy holds.
+func (c *Copy) release() {
+	c.request.release()
+	c.primary.release()
+}
+
+// A job is the copy for one shadow.
+type job struct {
+	*Copy
+	shadow *mesh.Shadow
+	took   time.Duration // the primary's
+	held   *shared
+}
+
+// run sends the copy, compares, and hands over the record.
+func (j *job) run(l *lane) {
+	m, s := j.m, j.shadow
+	shadow := m.send(l.ctx, j, s.Service)
+	defer shadow.release()
+	m.count(s, shadow.outcome)
+	if !s.Compare && s.Archive == "" {
+		return
+	}
+	method := j.call.Method
+	a, b := readAnswer(j.primary, method), shadow.read(method)
+	var differs []Difference
+	if s.Compare && a != nil && b != nil {
+		differs = Compare(a, b, s.Ignore)
+		var noise []Difference
+		learned := false
+		if s.Noise != nil && Safe([]byte(method)) {
+			second := m.send(l.ctx, j, *s.Noise)
+			if c := second.read(method); c != nil {
+				noise, learned = Compare(a, c, s.Ignore), true
+			}
+			second.release()
+		}
+		m.report.Add(Seen{Route: j.call.Route, Shadow: s.Name, Method: method, Path: j.call.Path, Trace: j.call.Trace.String()}, differs, noise, learned, m.cfg.Redact)
+	}
+	if to := m.cfg.Archives[s.Archive]; to != nil {
+		to.Add(j.record(a, b, shadow, differs))
+	}
+}
+
+// record joins all that is known of the call.
+func (j *job) record(primary, shadow *archive.Answer, sent *sending, differs []Difference) *archive.Record {
+	r := &archive.Record{
+		Time: j.call.Start.UTC(), Trace: j.call.Trace.String(), Route: j.call.Route, Name: j.shadow.Name,
+		Src: j.call.Src, Dst: j.call.Dst, ShadowDst: string(j.shadow.Service.Service),
+		Request: readRequest(j.request), Primary: primary, Shadow: shadow,
+		PrimaryMicros: j.took.Microseconds(), ShadowMicros: sent.took.Microseconds(),
+	}
+	if shadow == nil {
+		r.Failed = sent.outcome
+	}
+	for _, d := range differs {
+		r.Differs = append(r.Differs, d.Field)
+	}
+	return r
+}
