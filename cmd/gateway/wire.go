@@ -242,9 +242,9 @@ func (gw *gateway) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
-	ways := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Destinations: snap.Destinations}
+	ways := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Destinations: snap.Destinations, Routes: snap.Routes}
 	if err := ways.Validate(); err != nil {
-		return fmt.Errorf("destinations: %w", err)
+		return fmt.Errorf("destinations and routes: %w", err)
 	}
 	gw.judge.Use(set)
 	gw.inForce.Store(snap)

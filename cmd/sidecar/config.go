@@ -57,6 +57,10 @@ type WorkloadConfig struct {
 	// Identity is the SPIFFE ID to serve. Needed only when this node is
 	// entitled to several.
 	Identity spiffeid.ID `yaml:"identity"`
+	// Labels say more of this instance, such as "version=v2,zone=eu-1": subsets of
+	// routes take endpoints by them, and calls stay in their zone where that is
+	// asked for. Optional.
+	Labels mesh.Labels `yaml:"labels"`
 	// Socket of the SPIFFE Workload API. Default: "workload.sock" in RunDir.
 	Socket string `yaml:"socket"`
 	// Kubelet tells which pod a process belongs to, for the selectors k8s:ns,

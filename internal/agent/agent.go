@@ -91,6 +91,8 @@ type Config struct {
 	// Inbound is announced as the endpoint of the services of this identity.
 	// Without it nothing is announced.
 	Inbound netip.AddrPort
+	// Labels are announced with it.
+	Labels mesh.Labels
 	// Serving, when set, holds the announcement back until it is closed: what
 	// is behind Inbound does not answer before.
 	Serving <-chan struct{}

@@ -180,7 +180,7 @@ func (a *Agent) endpoints(self svid.Identity) (out []mesh.Endpoint) {
 	}
 	for _, svc := range s.Services {
 		if svc.ID == self.ID {
-			out = append(out, mesh.Endpoint{Service: svc.Name, Address: a.cfg.Inbound})
+			out = append(out, mesh.Endpoint{Service: svc.Name, Address: a.cfg.Inbound, Labels: a.cfg.Labels})
 		}
 	}
 	return out

@@ -449,7 +449,7 @@ func difference(own, sent *mesh.Snapshot) string {
 		own, sent any
 	}{
 		{"services", own.Services, sent.Services}, {"groups", own.Memberships, sent.Memberships},
-		{"destinations", own.Destinations, sent.Destinations}, {"token issuers and API keys", own.Tokens, sent.Tokens},
+		{"destinations", own.Destinations, sent.Destinations}, {"routes", own.Routes, sent.Routes}, {"token issuers and API keys", own.Tokens, sent.Tokens},
 		{"modes", own.Modes, sent.Modes}, {"endpoints", own.Endpoints, sent.Endpoints}, {"trust domain", own.TrustDomain, sent.TrustDomain},
 	} {
 		if !same(part.own, part.sent) {

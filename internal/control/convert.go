@@ -331,7 +331,11 @@ func endpointFromWire(w *meshpb.Endpoint, agent spiffeid.ID) (mesh.Endpoint, err
 	if ip := addr.Addr(); addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "" {
 		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: others cannot reach %s: announce a concrete address and port", name, addr)
 	}
-	return mesh.Endpoint{Service: mesh.ServiceName(name), Address: addr, Agent: agent}, nil
+	labels, err := mesh.NewLabels(w.GetLabels())
+	if err != nil {
+		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: %w", name, err)
+	}
+	return mesh.Endpoint{Service: mesh.ServiceName(name), Address: addr, Agent: agent, Labels: labels}, nil
 }
 
 func proxyToWire(p mesh.Proxy) *meshpb.Proxy {

@@ -233,7 +233,7 @@ func accepted(st grpc.ClientStream, cancel func()) error {
 func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 	h := &meshpb.Hello{Kind: s.hello.Kind, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities()}
 	for _, e := range s.hello.Endpoints {
-		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String()})
+		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String(), Labels: e.Labels.Map()})
 	}
 	if s.inForce != nil {
 		h.HaveRevision, h.HaveHash = s.inForce.Revision, s.inForce.ContentHash()

@@ -53,8 +53,8 @@ func full(t *testing.T, name, ext string, b []byte) fs.FS {
 		}
 		m[f] = &fstest.MapFile{Data: g}
 	}
-	if kind == "tests" {
-		kind = "tests/a"
+	if kind == "tests" || kind == "routes" {
+		kind += "/a"
 	}
 	m[kind+ext] = &fstest.MapFile{Data: b}
 	return m

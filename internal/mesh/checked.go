@@ -57,7 +57,7 @@ func (c *Checked) Compile(rev, policyRev uint64, eps []Endpoint) *Snapshot {
 		TrustDomain: p.TrustDomain,
 		Services:    slices.Clone(p.Services), Rules: slices.Clone(p.Rules),
 		Memberships: slices.Clone(p.Memberships), Destinations: slices.Clone(p.Destinations),
-		Tokens: p.Tokens, Modes: slices.Clone(p.Modes),
+		Routes: slices.Clone(p.Routes), Tokens: p.Tokens, Modes: slices.Clone(p.Modes),
 	}
 	for _, e := range eps {
 		if _, ok := s.Service(e.Service); ok {
@@ -93,6 +93,7 @@ func (p *Policies) hash(entries [sha256.Size]byte) string {
 		Destinations: sorted(without(p.Destinations, func(d *Destination) { d.Origin = Origin{} }), compareDestinations),
 		Cases:        sorted(without(p.Cases, func(c *Case) { c.Origin = Origin{} }), compareCases),
 		Admin:        sorted(without(p.Admin, func(r *AdminRule) { r.Origin = Origin{} }), compareAdmin),
+		Routes:       plainRoutes(p.Routes),
 		Tokens:       p.Tokens.withoutOrigins(),
 		Modes:        withoutOrigins(p.Modes),
 

@@ -19,6 +19,7 @@ func (s *Snapshot) canonical() {
 	s.Rules = sorted(s.Rules, compareRules)
 	s.Memberships = sorted(s.Memberships, compareMemberships)
 	s.Destinations = sorted(s.Destinations, compareDestinations)
+	slices.SortStableFunc(s.Routes, compareRoutes)
 	s.Tokens = s.Tokens.canonical()
 	slices.SortFunc(s.Modes, compareModes)
 }
@@ -54,7 +55,7 @@ func compareAdmin(a, b *AdminRule) int { return cmp.Compare(a.ID, b.ID) }
 func compareDestinations(a, b *Destination) int { return cmp.Compare(a.Host, b.Host) }
 
 func compareEndpoints(a, b *Endpoint) int {
-	return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()))
+	return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Agent.String(), b.Agent.String()), cmp.Compare(a.Labels, b.Labels))
 }
 
 func compareMemberships(a, b *Membership) int {
@@ -143,6 +144,6 @@ func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
 // Validate reports rows and memberships that mean nothing, as Errors. A proxy
 // asks before it acts on a snapshot from the wire or from disk.
 func (s *Snapshot) Validate() error {
-	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Tokens: s.Tokens, Modes: s.Modes}}
+	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Routes: s.Routes, Tokens: s.Tokens, Modes: s.Modes}}
 	return v.run().orNil()
 }

@@ -96,7 +96,7 @@ func (f *Files) readAll(fsys fs.FS, h hash.Hash) error {
 	}
 	for _, e := range f.folders["."] {
 		folder := e.Name()
-		if !e.IsDir() || folder != testsFolder && folder != candidateFolder {
+		if !e.IsDir() || !slices.Contains(knownFolders, folder) {
 			continue
 		}
 		if err := f.list(fsys, h, folder); err != nil {
@@ -104,8 +104,11 @@ func (f *Files) readAll(fsys fs.FS, h hash.Hash) error {
 		}
 		for _, e := range f.folders[folder] {
 			name, wanted := e.Name(), path.Ext(e.Name()) == testExtension
-			if folder == candidateFolder {
+			switch folder {
+			case candidateFolder:
 				wanted = name == accessFile || name == guardFile
+			case routesFolder:
+				wanted = wanted || path.Ext(name) == descriptorExtension
 			}
 			if wanted && !e.IsDir() && !aside(name) {
 				errs = append(errs, f.read(fsys, h, path.Join(folder, name)))

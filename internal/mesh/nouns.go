@@ -94,6 +94,9 @@ type Endpoint struct {
 	Address netip.AddrPort `json:"address"`
 	// Agent is the node identity of the sidecar that announced the endpoint.
 	Agent spiffeid.ID `json:"agent"`
+	// Labels are what the sidecar says of it; subsets and zones are chosen by
+	// them.
+	Labels Labels `json:"labels,omitempty"`
 }
 
 // A Rule is one row of access.csv or guardrails.csv. The patterns are text as
@@ -229,6 +232,7 @@ type Policies struct {
 	Rules        []Rule               `json:"rules"`
 	Memberships  []Membership         `json:"memberships"`
 	Destinations []Destination        `json:"destinations"`
+	Routes       []Routes             `json:"routes,omitempty"`
 	Entries      []Entry              `json:"entries"`
 	Cases        []Case               `json:"cases"`
 	// Admin are the rows of admin.csv; without any, operators have the rights
@@ -257,6 +261,7 @@ type Snapshot struct {
 	Rules          []Rule               `json:"rules"`
 	Memberships    []Membership         `json:"memberships"`
 	Destinations   []Destination        `json:"destinations"`
+	Routes         []Routes             `json:"routes,omitempty"`
 	// Tokens is nil for a proxy that has no token to check.
 	Tokens *Tokens `json:"tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.

@@ -27,7 +27,9 @@ const (
 	testExtension = ".yaml"
 )
 
-var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, testsFolder, candidateFolder}
+var knownFiles = []string{accessFile, guardFile, adminFile, servicesFile, entriesFile, egressFile, tokensFile, modesFile, routesFolder, testsFolder, candidateFolder}
+
+var knownFolders = []string{routesFolder, testsFolder, candidateFolder}
 
 // Beside are extensions of files that may stand beside the reviewed ones: prose,
 // and Go code that embeds the folder. Nobody takes them for rows.
@@ -149,8 +151,8 @@ func (r *reader) checkNames() {
 		}
 		if !slices.Contains(knownFiles, name) {
 			r.errs = append(r.errs, &Problem{File: name, Msg: "unexpected file in the policy folder" + didYouMean(name, knownFiles)})
-		} else if e.IsDir() != (name == testsFolder || name == candidateFolder) {
-			r.errs = append(r.errs, &Problem{File: name, Msg: "tests and candidate are folders, everything else a file"})
+		} else if e.IsDir() != slices.Contains(knownFolders, name) {
+			r.errs = append(r.errs, &Problem{File: name, Msg: "routes, tests and candidate are folders, everything else a file"})
 		}
 	}
 	if r.files.bytes[accessFile] == nil {
@@ -186,6 +188,7 @@ func (r *reader) documents(p *Policies) {
 	r.yaml(modesFile, &modes)
 	p.Services, p.Destinations = services.nouns(), egress.nouns()
 	p.Tokens, p.Modes = tokens.noun(), modes.nouns()
+	r.routes(p)
 	lenient := len(r.errs) > 0
 	for _, e := range r.files.folders[testsFolder] {
 		name := path.Join(testsFolder, e.Name())

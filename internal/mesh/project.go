@@ -8,7 +8,7 @@ import (
 
 // Project returns what the sidecar beside the workload who needs and nothing
 // more: rules about calls to it, rules about calls and egress it may make, the
-// services it may call with their endpoints, its own service, the members of
+// services it may call with their endpoints and routes, its own service, the members of
 // the groups in these rules, and the issuers of tokens that callers may show it.
 func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 	out := s.head()
@@ -37,12 +37,13 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 		})
 		if called || svc.ID == who {
 			out.Services = append(out.Services, svc)
+			out.Routes = append(out.Routes, s.routesOf(svc.Name)...)
 		}
 		if called {
 			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
 		}
 	}
-	out.Memberships = x.below(out.Rules)
+	out.Memberships = x.below(out.Rules, out.Routes)
 	own, _ := s.ServiceByID(who)
 	out.Tokens = s.Tokens.project(own.Name, served)
 	out.canonical()
@@ -53,8 +54,8 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 }
 
 // ProjectGateway returns what a gateway needs: all rules of the direction Out
-// with the members of their groups, all destinations, and the names of the
-// services, whose endpoints it must never dial.
+// with the members of their groups, all destinations and their routes, and the
+// names of the services, whose endpoints it must never dial.
 func (s *Snapshot) ProjectGateway() *Snapshot {
 	out := s.head()
 	for _, r := range s.Rules {
@@ -64,7 +65,12 @@ func (s *Snapshot) ProjectGateway() *Snapshot {
 	}
 	out.Services = slices.Clone(s.Services)
 	out.Destinations = slices.Clone(s.Destinations)
-	out.Memberships = newGroups(s.Memberships).below(out.Rules)
+	for _, r := range s.Routes {
+		if r.Host != "" {
+			out.Routes = append(out.Routes, r)
+		}
+	}
+	out.Memberships = newGroups(s.Memberships).below(out.Rules, out.Routes)
 	out.canonical()
 	if s.Candidate != nil {
 		out.Candidate = s.Candidate.ProjectGateway()
@@ -108,12 +114,16 @@ func (g *groups) of(ref string) map[string]bool {
 	return out
 }
 
-// below returns the memberships that give the groups in rules their meaning.
-func (g *groups) below(rules []Rule) []Membership {
+// below returns the memberships that give the groups in rules and routes their
+// meaning.
+func (g *groups) below(rules []Rule, routes []Routes) []Membership {
 	var out []Membership
 	var todo []string
 	for _, r := range rules {
 		todo = append(todo, r.Src, r.Dst)
+	}
+	for i := range routes {
+		todo = append(todo, routes[i].callers()...)
 	}
 	seen := map[string]bool{}
 	for len(todo) > 0 {

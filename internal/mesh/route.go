@@ -1,19 +1,44 @@
 package mesh
 
 import (
+	"errors"
 	"net/netip"
+	"strconv"
+	"strings"
 	"time"
 )
 
 // The nouns of policies/routes: how calls to a service of the mesh, or to a
 // host outside it, are carried. Who may call at all is said by rules. Names and
-// meaning are those of the Gateway API wherever it has them.
+// meaning are those of the Gateway API wherever it has them. The structs are also
+// the files as people write them: a field is called there as in JSON.
 
 // Whole is 100 % in basis points, the unit of every share: 1 is 0.01 %.
 const Whole = 10_000
 
-// A Share is a part of all calls, in basis points of Whole.
+// A Share is a part of all calls, in basis points of Whole. It is written in
+// percent: "0.25%".
 type Share uint16
+
+// MarshalText writes a share as UnmarshalText reads it.
+func (s Share) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+func (s Share) String() string {
+	return strconv.FormatFloat(float64(s)/100, 'f', -1, 64) + "%"
+}
+
+// UnmarshalText reads percent with at most two digits after the point.
+func (s *Share) UnmarshalText(text []byte) error {
+	whole, part, dotted := strings.Cut(strings.TrimSuffix(string(text), "%"), ".")
+	n, err := strconv.ParseUint(whole+(part + "00")[:2], 10, 32)
+	if err != nil || text[len(text)-1] != '%' || whole == "" || dotted && part == "" || len(part) > 2 || n > Whole || len(whole) > 3 {
+		return errShare
+	}
+	*s = Share(n)
+	return nil
+}
+
+var errShare = errors.New("is no share: write percent from 0% to 100% in steps of 0.01%, such as 0.25%")
 
 // Routes is one file of policies/routes.
 type Routes struct {
@@ -36,6 +61,16 @@ type Routes struct {
 	Capacity Capacity `json:"capacity,omitzero"`
 	Budget   Budget   `json:"retry_budget,omitzero"`
 	Origin   Origin   `json:"origin"`
+}
+
+func (r *Routes) locate(o Origin) { r.Origin = o }
+
+// Of is what the routes are of, as a key: no service is called like a host.
+func (r *Routes) Of() string {
+	if r.Service != "" {
+		return string(r.Service)
+	}
+	return "host:" + r.Host
 }
 
 // A Route is what is done with the calls that match.
@@ -67,6 +102,8 @@ type Route struct {
 	Fail   string `json:"fail,omitempty"`
 	Origin Origin `json:"origin"`
 }
+
+func (r *Route) locate(o Origin) { r.Origin = o }
 
 // A Match holds when all that it names hold.
 type Match struct {
@@ -126,13 +163,15 @@ type Backend struct {
 	Address string      `json:"address,omitempty"`
 	// Subset narrows the endpoints of Service.
 	Subset string `json:"subset,omitempty"`
-	// Weight of all weights of the route is the share. Written in shares of
-	// Whole a rollout may set it.
+	// Weight of all weights of the route is the share; 1 unless written, 0 gets
+	// nothing.
 	Weight uint32 `json:"weight"`
 	// Priority: backends with a larger one get calls only when none with a
 	// smaller one has endpoints that are well.
 	Priority uint8 `json:"priority,omitempty"`
 }
+
+func (b *Backend) preset() { b.Weight = 1 }
 
 // A Subset is the endpoints that have all labels, such as version: v2.
 type Subset struct {
@@ -174,6 +213,8 @@ type Redirect struct {
 	Prefix string `json:"prefix,omitempty"`
 	Status int    `json:"status"` // 301, 302 (default), 303, 307 or 308
 }
+
+func (r *Redirect) preset() { r.Status = 302 }
 
 // A Respond answers in the service's place.
 type Respond struct {
@@ -219,6 +260,8 @@ type Retry struct {
 	Base time.Duration `json:"backoff,omitempty"`
 	Max  time.Duration `json:"max_backoff,omitempty"`
 }
+
+func (r *Retry) preset() { r.Attempts = 1 }
 
 // A Budget bounds the retries of all calls to a service together.
 type Budget struct {
@@ -317,7 +360,10 @@ type Fault struct {
 	GRPC      string        `json:"grpc,omitempty"`
 	Reset     bool          `json:"reset,omitempty"`
 	Bandwidth int64         `json:"bandwidth,omitempty"` // bytes a second
-	// Until ends it. Required, at most 24 h after it was put in force.
+	// Since begins it and Until ends it. Both are required, and not more than 24 h
+	// apart: a fault that somebody forgets is over tomorrow, and whoever reviews
+	// it need not ask a clock.
+	Since time.Time `json:"since"`
 	Until time.Time `json:"until"`
 	// Callers are patterns of those it may touch. Required.
 	Callers []string `json:"callers"`
@@ -350,9 +396,10 @@ type Translate struct {
 	// To is "grpc" (the service speaks gRPC, callers REST, gRPC or gRPC-Web) or
 	// "rest" (the service speaks REST, callers gRPC).
 	To string `json:"to"`
-	// Exactly one: a file with a FileDescriptorSet beside the routes, or
-	// Reflection, which asks the service.
+	// Exactly one: a *.binpb with a FileDescriptorSet beside the routes, or
+	// Reflection, which asks the service. Set is what that file holds.
 	Descriptors string `json:"descriptors,omitempty"`
+	Set         []byte `json:"set,omitempty" yaml:"-"`
 	Reflection  bool   `json:"reflection,omitempty"`
 	// Services are the protobuf services; all that are found without any.
 	Services []string `json:"services,omitempty"`

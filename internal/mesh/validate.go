@@ -43,6 +43,7 @@ func (v *validator) run() Errors {
 	v.rules()
 	v.memberships()
 	v.destinations()
+	v.routes()
 	if !v.knownEntries {
 		v.entries()
 	}

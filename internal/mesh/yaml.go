@@ -28,7 +28,8 @@ const (
 // an anchor, alias or tag, and a second document are mistakes, and all of them
 // are returned at once as Errors.
 //
-// Fields are named by their yaml tag, or else by their lower-case name. Text
+// Fields are named by their yaml tag, else by their json tag, else by their
+// lower-case name. Text
 // becomes a time.Duration ("5s") or whatever has an UnmarshalText method.
 // Fields that the document does not name keep their value, so a struct filled
 // with defaults keeps them. The value of a field tagged secret:"true" is never
@@ -61,6 +62,9 @@ type decoder struct {
 
 // locator is implemented by structs that want to know where they stand.
 type locator interface{ locate(Origin) }
+
+// presetter is implemented by structs whose defaults are not zero.
+type presetter interface{ preset() }
 
 func (d *decoder) decode(src []byte, v reflect.Value) {
 	d.spoiled = map[Origin]map[string]bool{}
@@ -133,6 +137,7 @@ func (d *decoder) at(t *token.Token, format string, args ...any) {
 var (
 	textType     = reflect.TypeFor[encoding.TextUnmarshaler]()
 	durationType = reflect.TypeFor[time.Duration]()
+	originType   = reflect.TypeFor[Origin]()
 )
 
 // value decodes one node. The name is the path of the field, for messages.
@@ -187,6 +192,9 @@ func (d *decoder) structure(n ast.Node, v reflect.Value, name string) {
 		l.locate(o)
 		d.spoiled[o] = bad
 	}
+	if p, ok := v.Addr().Interface().(presetter); ok && v.IsZero() {
+		p.preset()
+	}
 	fields := map[string]field{}
 	collectFields(v, fields)
 	seen := map[string]int{}
@@ -222,12 +230,15 @@ func collectFields(v reflect.Value, into map[string]field) {
 	for i := range t.NumField() {
 		sf := t.Field(i)
 		tag, opts, _ := strings.Cut(sf.Tag.Get("yaml"), ",")
-		if !sf.IsExported() || tag == "-" {
+		if !sf.IsExported() || tag == "-" || sf.Type == originType {
 			continue
 		}
-		if opts == "inline" && sf.Type.Kind() == reflect.Struct {
+		if (opts == "inline" || sf.Anonymous && tag == "") && sf.Type.Kind() == reflect.Struct {
 			collectFields(v.Field(i), into)
 			continue
+		}
+		if tag == "" {
+			tag, _, _ = strings.Cut(sf.Tag.Get("json"), ",")
 		}
 		if tag == "" {
 			tag = strings.ToLower(sf.Name)

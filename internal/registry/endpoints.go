@@ -43,6 +43,8 @@ type held struct {
 	rev int64
 	// owner is the instance that the proxy announced it to.
 	owner string
+	// labels are what it said of itself the last time.
+	labels mesh.Labels
 	// left says that its proxy has gone and was not heard of since.
 	left bool
 }
@@ -50,6 +52,12 @@ type held struct {
 // keyOf is the key of an endpoint in the store.
 func keyOf(e mesh.Endpoint) string {
 	return e.Agent.String() + " " + string(e.Service) + " " + e.Address.String()
+}
+
+// place is the endpoint without its labels: what is kept under. They may change.
+func place(e mesh.Endpoint) mesh.Endpoint {
+	e.Labels = ""
+	return e
 }
 
 // endpointRecord is a held endpoint in the store.
@@ -62,7 +70,8 @@ type endpointRecord struct {
 }
 
 // endpointOp keeps an endpoint that was announced here.
-func (r *Registry) endpointOp(e mesh.Endpoint, lease time.Duration) (store.Op, error) {
+func (r *Registry) endpointOp(e mesh.Endpoint, labels mesh.Labels, lease time.Duration) (store.Op, error) {
+	e.Labels = labels
 	value, err := json.Marshal(endpointRecord{e, lease, r.cfg.Instance})
 	if err != nil {
 		return store.Op{}, fmt.Errorf("announce endpoint: %w", err)
@@ -88,11 +97,12 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	e.Address = netip.AddrPortFrom(e.Address.Addr().Unmap(), e.Address.Port())
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if old := r.endpoints[e]; old != nil && old.lease == lease && old.owner == r.cfg.Instance {
+	labels, e := e.Labels, place(e)
+	if old := r.endpoints[e]; old != nil && old.lease == lease && old.labels == labels && old.owner == r.cfg.Instance {
 		old.until, old.left = r.cfg.Now().Add(lease), false
 		return nil
 	}
-	op, err := r.endpointOp(e, lease)
+	op, err := r.endpointOp(e, labels, lease)
 	if err != nil {
 		return err
 	}
@@ -119,7 +129,7 @@ func (r *Registry) Announce(ctx context.Context, e mesh.Endpoint, lease time.Dur
 	for _, other := range moved {
 		delete(r.endpoints, other)
 	}
-	r.endpoints[e] = &held{lease: lease, until: r.cfg.Now().Add(lease), rev: rev, owner: r.cfg.Instance}
+	r.endpoints[e] = &held{lease: lease, labels: labels, until: r.cfg.Now().Add(lease), rev: rev, owner: r.cfg.Instance}
 	r.rouse()
 	if !r.entitled(r.state.Load(), e) {
 		r.cfg.Log.Warn("endpoint not distributed: no service and entry name the agent", "agent", e.Agent, "service", e.Service, "address", e.Address)
@@ -137,6 +147,8 @@ func (r *Registry) checkEndpoint(e mesh.Endpoint, lease time.Duration) error {
 		return fmt.Errorf("%w: %q is not the name of a service", ErrBadEndpoint, e.Service)
 	case !addr.IsValid() || addr.IsUnspecified() || addr.IsMulticast() || e.Address.Port() == 0:
 		return fmt.Errorf("%w: %s is not an address that others can dial", ErrBadEndpoint, e.Address)
+	case e.Labels.Check() != nil:
+		return fmt.Errorf("%w: %w", ErrBadEndpoint, e.Labels.Check())
 	case lease < 0:
 		return fmt.Errorf("%w: the lease %s is negative", ErrBadEndpoint, lease)
 	}
@@ -296,6 +308,7 @@ func (r *Registry) eligible(s *state, services []mesh.Service) []mesh.Endpoint {
 	}
 	out := make([]mesh.Endpoint, 0, len(latest))
 	for _, e := range latest {
+		e.Labels = r.endpoints[e].labels
 		out = append(out, e)
 	}
 	slices.SortFunc(out, compare)
@@ -349,10 +362,10 @@ func (r *Registry) hold(rec store.Record) error {
 	if err := r.checkEndpoint(er.Endpoint, er.Lease); err != nil {
 		return fmt.Errorf("load endpoint %q: %w", rec.Key, err)
 	}
-	h := &held{lease: er.Lease, rev: rec.Revision, owner: er.Issuer}
+	h := &held{lease: er.Lease, labels: er.Endpoint.Labels, rev: rec.Revision, owner: er.Issuer}
 	if er.Issuer == "" || !r.shared() {
 		h.until, h.left = r.cfg.Now().Add(er.Lease), true
 	}
-	r.endpoints[er.Endpoint] = h
+	r.endpoints[place(er.Endpoint)] = h
 	return nil
 }

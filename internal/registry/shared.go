@@ -326,7 +326,7 @@ func (r *Registry) ended(ctx context.Context, e mesh.Endpoint) error {
 			return err
 		}
 		if err != nil || !agent.Banned {
-			op, err := r.endpointOp(e, h.lease)
+			op, err := r.endpointOp(e, h.labels, h.lease)
 			if err != nil {
 				return err
 			}

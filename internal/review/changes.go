@@ -2,6 +2,7 @@ package review
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"encoding"
 	"fmt"
 	"reflect"
@@ -43,7 +44,7 @@ var kinds = map[string]string{
 	"services": "service", "destinations": "egress destination", "entries": "entry",
 	"cases": "test", "admin": "admin row", "issuers": "token issuer", "api_keys": "API key",
 	"revoked": "revoked token", "dpop": "DPoP", "routes": "route", "modes": "mode",
-	"rows": "candidate row", "groups": "candidate group",
+	"routes of": "routes", "rows": "candidate row", "groups": "candidate group",
 }
 
 // judged are the lists whose meaning Diff compares.
@@ -66,6 +67,9 @@ func fieldwise(was, is reflect.Value, name string, out *[]Change) {
 	var own []Field
 	for i := range was.NumField() {
 		label := labelOf(was.Type().Field(i))
+		if was.Type() == policiesType && label == "routes" {
+			label = "routes of" // tokens.yaml has routes too
+		}
 		if label == "" || slices.Contains(judged, label) {
 			continue
 		}
@@ -158,7 +162,7 @@ func fieldsOf(was, is map[string]string) []Field {
 // names are the fields that tell elements of a list apart, the best first. The
 // id of an entry is a hash of all of it unless written, so that it comes after
 // the identity.
-var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "file", "id", "member"}
+var names = []string{"name", "spiffe_id", "identity", "host", "issuer", "trust_domain", "file", "id", "member", "service"}
 
 func nameOf(v reflect.Value) string {
 	texts := map[string]string{}
@@ -180,12 +184,24 @@ func flatten(v reflect.Value, label string, out map[string]string) {
 	switch {
 	case v.Kind() == reflect.Struct && !isText(v.Type()):
 		for i := range v.NumField() {
-			if l := labelOf(v.Type().Field(i)); l != "" {
+			if l := labelOf(v.Type().Field(i)); l == inlined {
+				flatten(v.Field(i), label, out)
+			} else if l != "" {
 				flatten(v.Field(i), strings.TrimPrefix(label+"."+l, "."), out)
 			}
 		}
 	case v.Kind() == reflect.Pointer:
 		flatten(v.Elem(), label, out)
+	case v.Kind() == reflect.Slice && v.Type().Elem().Kind() == reflect.Struct && !isText(v.Type().Elem()):
+		for i := range v.Len() {
+			flatten(v.Index(i), fmt.Sprintf("%s[%s]", label, placeOf(v.Index(i), i)), out)
+		}
+	case v.Kind() == reflect.Map:
+		for _, k := range v.MapKeys() {
+			flatten(v.MapIndex(k), label+"."+fmt.Sprint(k), out)
+		}
+	case v.Kind() == reflect.Slice && v.Type().Elem().Kind() == reflect.Uint8:
+		out[label] = fmt.Sprintf("%d bytes, sha256 %.8x", v.Len(), sha256.Sum256(v.Bytes()))
 	case v.Kind() == reflect.Slice:
 		parts := make([]string, v.Len())
 		for i := range parts {
@@ -202,6 +218,14 @@ func flatten(v reflect.Value, label string, out map[string]string) {
 	}
 }
 
+// placeOf is the name of an element, or its place when it has none.
+func placeOf(v reflect.Value, i int) string {
+	if f := v.FieldByName("Name"); f.IsValid() && f.String() != "" {
+		return f.String()
+	}
+	return fmt.Sprint(i)
+}
+
 // shortHash leaves of a hash what tells two of them apart.
 func shortHash(h string) string {
 	if i := strings.LastIndexAny(h, ":$"); i >= 0 && len(h) > i+9 {
@@ -214,6 +238,7 @@ var (
 	textMarshaler = reflect.TypeFor[encoding.TextMarshaler]()
 	stringer      = reflect.TypeFor[fmt.Stringer]()
 	originType    = reflect.TypeFor[mesh.Origin]()
+	policiesType  = reflect.TypeFor[mesh.Policies]()
 )
 
 func isText(t reflect.Type) bool { return t.Implements(textMarshaler) || t.Implements(stringer) }
@@ -227,11 +252,17 @@ func textOf(v reflect.Value) string {
 	return fmt.Sprint(v.Interface())
 }
 
+// inlined is the label of a struct whose fields count as those around it.
+const inlined = "."
+
 // labelOf is the JSON name of a field; empty for what says where it is written.
 func labelOf(f reflect.StructField) string {
 	if f.Type == originType || !f.IsExported() {
 		return ""
 	}
 	label, _, _ := strings.Cut(f.Tag.Get("json"), ",")
+	if f.Anonymous && label == "" {
+		return inlined
+	}
 	return label
 }

@@ -74,6 +74,12 @@ type Config struct {
 	// MaxIdleTime is how long a connection is kept unused. It must be shorter
 	// than the peer's idle limit. Default 50 s.
 	MaxIdleTime time.Duration
+	// Zone is where this proxy stands; endpoints of the same zone can be
+	// preferred. Optional.
+	Zone string
+	// Changed is told of each ejection, and when a breaker opens or closes. It
+	// is called on the way of a call and must be quick. Optional.
+	Changed func(Trouble)
 }
 
 func (c Config) validate() error {
@@ -116,6 +122,7 @@ type Services struct {
 
 	mu    sync.Mutex // guards the fields below
 	pools map[target]*Pool
+	known map[mesh.ServiceName]*standing
 	// closed is set by Close: what is put in force afterwards keeps nothing.
 	closed bool
 }
@@ -124,12 +131,6 @@ type Services struct {
 type target struct {
 	addr netip.AddrPort
 	id   spiffeid.ID
-}
-
-// A group is the endpoints of one service, used in turn.
-type group struct {
-	pools []*Pool
-	next  atomic.Uint32
 }
 
 // New returns Services that know no endpoint yet.
@@ -155,10 +156,10 @@ func (s *Services) Use(snap *mesh.Snapshot) {
 func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	live := map[target]*Pool{}
+	live, known := map[target]*Pool{}, map[mesh.ServiceName]*standing{}
 	table := map[mesh.ServiceName]*group{}
 	for _, svc := range snap.Services {
-		g := &group{}
+		var list []*Pool
 		for _, ep := range snap.EndpointsOf(svc.Name) {
 			t := target{ep.Address, svc.ID}
 			p := live[t]
@@ -171,10 +172,12 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 				p.closed = s.closed
 			}
 			live[t] = p
-			g.pools = append(g.pools, p)
+			list = append(list, p)
 		}
-		table[svc.Name] = g
+		g := s.groupOf(svc.Name, mesh.Routes{}, list)
+		known[svc.Name], table[svc.Name] = g.standing, g
 	}
+	s.known = known
 	old := s.pools
 	s.pools = live
 	s.table.Store(&table)
@@ -186,49 +189,9 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	return gone
 }
 
-// Get lends a connection to an endpoint of the service. With fresh it dials a
-// new one. An endpoint that cannot be connected to is passed over; when none
-// is left the error is a ConnectError. The caller gives the connection back
-// with Put, or closes it.
+// Get is Lend for a call of which nothing is told.
 func (s *Services) Get(ctx context.Context, name mesh.ServiceName, fresh bool) (*Conn, error) {
-	g := (*s.table.Load())[name]
-	if g == nil || len(g.pools) == 0 {
-		return nil, fmt.Errorf("service %s: %w", name, ErrNoEndpoint)
-	}
-	c, err := g.get(ctx, fresh)
-	if err != nil {
-		return nil, &ConnectError{name, err}
-	}
-	return c, nil
-}
-
-// get asks the endpoints in turn, those that rest only when all others failed.
-func (g *group) get(ctx context.Context, fresh bool) (*Conn, error) {
-	n := len(g.pools)
-	if n == 1 {
-		return g.pools[0].Get(ctx, fresh)
-	}
-	start, now := int(g.next.Add(1)%uint32(n)), time.Now().UnixNano()
-	rested := make([]bool, 0, 16) // on the stack, unless there are many
-	for i := range n {
-		rested = append(rested, g.pools[(start+i)%n].restUntil.Load() > now)
-	}
-	var last error
-	for _, round := range []bool{false, true} {
-		for i := range n {
-			if rested[i] != round {
-				continue
-			}
-			c, err := g.pools[(start+i)%n].Get(ctx, fresh)
-			if err == nil {
-				return c, nil
-			}
-			if last = err; ctx.Err() != nil {
-				return nil, last
-			}
-		}
-	}
-	return nil, last
+	return s.Lend(ctx, &Want{Service: name, Fresh: fresh})
 }
 
 // A Peer is who was at the other end of a connection.
@@ -279,6 +242,7 @@ type Pool struct {
 	// what it has sent and nobody has read.
 	h2c    bool
 	bodies *mux.Budget
+	near   bool // it stands in our zone
 
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end
@@ -348,6 +312,7 @@ type Conn struct {
 	// last looked at.
 	tls   *record.Conn
 	epoch uint64
+	lease
 }
 
 // Until is when the peer's certificates end; zero for a plain connection.
@@ -380,8 +345,17 @@ func (c *Conn) usable(gen uint64, now time.Time) bool {
 // Get lends the connection that was used last, or dials, or waits for either
 // while enough others dial.
 func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
+	return p.get(ctx, &Want{Fresh: fresh})
+}
+
+func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
 	for {
-		c, w := p.enter(fresh)
+		c, w := p.enter(want.Fresh)
+		if c == nil && (want.Connect > 0 || !want.Until.IsZero()) {
+			var cancel context.CancelFunc
+			ctx, cancel = want.within(ctx, p.cfg.ConnectTimeout)
+			defer cancel()
+		}
 		if w != nil {
 			var err error
 			if c, err = p.wait(ctx, w); err != nil {
@@ -489,6 +463,7 @@ func (c *Conn) Put() {
 	p := c.pool
 	c.idle = c.Now()
 	c.Rest()
+	c.leave()
 	p.mu.Lock()
 	var out *Conn
 	switch {
@@ -556,6 +531,7 @@ func (p *Pool) sweep() {
 
 // Discard closes a connection that no further call may use.
 func (c *Conn) Discard() {
+	c.leave()
 	c.Conn.Close()
 	c.Conn.Release()
 }

@@ -321,9 +321,11 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 	good, conns := server(t)
 	p := NewLocal(good, http1.Limits{})
 	bad := NewLocal(netip.MustParseAddrPort("127.0.0.1:1"), http1.Limits{})
-	g := &group{pools: []*Pool{bad, p}}
+	s := &Services{known: map[mesh.ServiceName]*standing{}}
+	g := s.groupOf("a", mesh.Routes{Balance: mesh.Balance{Policy: "round_robin"}}, []*Pool{bad, p})
+	get := func() (*Conn, error) { return g.lend(context.Background(), time.Now().UnixNano(), &Want{Fresh: true}) }
 	for range 8 {
-		c, err := g.get(context.Background(), true)
+		c, err := get()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -334,8 +336,9 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 		t.Errorf("the endpoint that refuses was tried %d times, want once", n)
 	}
 	bad.restUntil.Store(0)
-	p.restUntil.Store(time.Now().Add(time.Hour).UnixNano())
-	c, err := g.get(context.Background(), true)
+	g.all[0].rest.Store(0)
+	g.all[1].rest.Store(time.Now().Add(time.Hour).UnixNano())
+	c, err := get()
 	if err != nil {
 		t.Fatalf("one that rests was not asked when no other was left: %v", err)
 	}
@@ -347,8 +350,8 @@ func TestClosedServicesKeepNothing(t *testing.T) {
 	s := services(t)
 	s.Close()
 	s.Use(snapshot(addr, addr))
-	if g := (*s.table.Load())["billing"]; g.pools[0] != g.pools[1] {
-		t.Error("one address has two pools")
+	if g := (*s.table.Load())["billing"]; len(g.all) != 1 {
+		t.Errorf("one address makes %d endpoints", len(g.all))
 	}
 	for _, p := range s.pools {
 		if !p.closed {

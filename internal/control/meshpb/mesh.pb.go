@@ -290,7 +290,9 @@ type Endpoint struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Service string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
 	// IP address and port.
-	Address       string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// What subsets and zones are chosen by, such as version and zone.
+	Labels        map[string]string `protobuf:"bytes,3,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -337,6 +339,13 @@ func (x *Endpoint) GetAddress() string {
 		return x.Address
 	}
 	return ""
+}
+
+func (x *Endpoint) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
 }
 
 type Ack struct {
@@ -3182,10 +3191,14 @@ const file_mesh_proto_rawDesc = "" +
 	"\x0ehave_candidate\x18\b \x01(\tR\rhaveCandidate\";\n" +
 	"\vAuthorities\x12\x16\n" +
 	"\x06trusts\x18\x01 \x03(\tR\x06trusts\x12\x14\n" +
-	"\x05shows\x18\x02 \x03(\tR\x05shows\">\n" +
+	"\x05shows\x18\x02 \x03(\tR\x05shows\"\xba\x01\n" +
 	"\bEndpoint\x12\x18\n" +
 	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
-	"\aaddress\x18\x02 \x01(\tR\aaddress\"\xae\x02\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12?\n" +
+	"\x06labels\x18\x03 \x03(\v2'.sallyport.mesh.v1.Endpoint.LabelsEntryR\x06labels\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12=\n" +
@@ -3420,7 +3433,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 48)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -3470,81 +3483,83 @@ var file_mesh_proto_goTypes = []any{
 	(*PushPolicyResponse)(nil),      // 45: sallyport.mesh.v1.PushPolicyResponse
 	(*PolicySetRequest)(nil),        // 46: sallyport.mesh.v1.PolicySetRequest
 	(*PolicySetResponse)(nil),       // 47: sallyport.mesh.v1.PolicySetResponse
-	(*timestamppb.Timestamp)(nil),   // 48: google.protobuf.Timestamp
+	nil,                             // 48: sallyport.mesh.v1.Endpoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 49: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	48, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	49, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	48, // 6: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
-	2,  // 7: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	48, // 8: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
-	2,  // 9: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	7,  // 10: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
-	8,  // 11: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
-	9,  // 12: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
-	10, // 13: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
-	11, // 14: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	48, // 15: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
-	19, // 16: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	48, // 17: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	48, // 18: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	48, // 19: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	48, // 20: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	28, // 21: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	48, // 22: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	48, // 23: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	48, // 24: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
-	19, // 25: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	48, // 26: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	36, // 27: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	48, // 28: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	48, // 29: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	48, // 30: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 31: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	42, // 32: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
-	0,  // 33: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 34: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 35: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 36: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 37: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	22, // 38: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	24, // 39: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	26, // 40: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	29, // 41: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	33, // 42: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	34, // 43: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	31, // 44: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	37, // 45: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	39, // 46: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	41, // 47: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	43, // 48: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
-	46, // 49: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	6,  // 50: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 51: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 52: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 53: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 54: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 55: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	25, // 56: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	27, // 57: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	30, // 58: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	35, // 59: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	35, // 60: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	32, // 61: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	38, // 62: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	40, // 63: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	45, // 64: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	44, // 65: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
-	47, // 66: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	50, // [50:67] is the sub-list for method output_type
-	33, // [33:50] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	48, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
+	49, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 8: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
+	49, // 9: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 10: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
+	7,  // 11: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
+	8,  // 12: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
+	9,  // 13: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
+	10, // 14: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
+	11, // 15: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
+	49, // 16: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	19, // 17: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	49, // 18: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	49, // 19: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	49, // 20: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	49, // 21: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	28, // 22: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	49, // 23: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	49, // 24: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	49, // 25: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	19, // 26: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	49, // 27: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	36, // 28: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	49, // 29: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	49, // 30: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	49, // 31: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	11, // 32: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	42, // 33: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	0,  // 34: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	12, // 35: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	16, // 36: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 37: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 38: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	22, // 39: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	24, // 40: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	26, // 41: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	29, // 42: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	33, // 43: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	34, // 44: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	31, // 45: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	37, // 46: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	39, // 47: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	41, // 48: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	43, // 49: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	46, // 50: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	6,  // 51: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 52: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 53: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 54: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 55: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 56: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	25, // 57: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	27, // 58: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	30, // 59: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	35, // 60: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	35, // 61: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	32, // 62: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	38, // 63: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	40, // 64: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	45, // 65: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	44, // 66: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	47, // 67: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	51, // [51:68] is the sub-list for method output_type
+	34, // [34:51] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -3574,7 +3589,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   48,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

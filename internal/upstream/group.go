@@ -1,0 +1,408 @@
+package upstream
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"net/netip"
+	"reflect"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+// What a call is refused for before anything of it is sent. Neither counts as a
+// failure of the service.
+var (
+	// ErrOpen is returned instead of calling a service that is cut off.
+	ErrOpen = errors.New("circuit open")
+	// ErrFull is returned when as many calls to a service are under way as may
+	// be.
+	ErrFull = errors.New("as many calls under way as the service may be given")
+)
+
+// A Want is what a call needs of a connection.
+type Want struct {
+	Service mesh.ServiceName
+	// Subset narrows the endpoints; empty for all.
+	Subset string
+	// Key is what ring_hash goes by.
+	Key uint64
+	// Fresh asks for a connection that has served no call.
+	Fresh bool
+	// Avoid is an endpoint that has just failed: another is taken if there is
+	// one.
+	Avoid netip.AddrPort
+	// Connect bounds the making of a connection, and Until all of it; 0: as the
+	// Config says.
+	Connect time.Duration
+	Until   time.Time
+	// Again says that it is a further try of a call that was counted.
+	Again bool
+}
+
+// within bounds the making of a connection.
+func (w *Want) within(ctx context.Context, usual time.Duration) (context.Context, context.CancelFunc) {
+	until := time.Now().Add(cmp.Or(w.Connect, usual))
+	if !w.Until.IsZero() && w.Until.Before(until) {
+		until = w.Until
+	}
+	return context.WithDeadline(ctx, until)
+}
+
+// An endpoint is one place where a service is reached, and what is known of it.
+type endpoint struct {
+	load
+	// rest is until when others are tried first, since no connection could be
+	// made. It is that of the pool, beside what else is looked at for a choice.
+	rest atomic.Int64
+	pool *Pool
+	born int64 // when it appeared beside others, for the slow start; else 0
+	history
+	// sick: a health check says so. The others are of it, under the group's lock.
+	sick      atomic.Bool
+	sickSince int64
+	sickWhy   string
+}
+
+// A standing is what all subsets of a service have in common, and what outlives
+// a snapshot that changes nothing about it.
+type standing struct {
+	name mesh.ServiceName
+	cfg  mesh.Routes // without its routes
+	out  *mesh.Outlier
+	*breaker
+	*budget
+	*capacity
+	change func(Trouble)
+
+	// mu guards what puts endpoints aside, and has one view made at a time.
+	mu    sync.Mutex
+	whole []*endpoint // of the service, guarded by mu
+	// turn counts what changed which endpoints are well.
+	turn atomic.Uint64
+}
+
+func newStanding(name mesh.ServiceName, cfg mesh.Routes, change func(Trouble)) *standing {
+	cfg.Routes, cfg.Origin = nil, mesh.Origin{}
+	st := &standing{name: name, cfg: cfg, budget: newBudget(cfg.Budget), capacity: newCapacity(cfg.Capacity), change: change}
+	if cfg.Breaker != nil {
+		st.breaker = newBreaker(*cfg.Breaker)
+	}
+	if cfg.Outlier != nil {
+		o := outlierDefaults(*cfg.Outlier)
+		st.out = &o
+	}
+	return st
+}
+
+// same says whether what is known under st holds under cfg.
+func (st *standing) same(cfg mesh.Routes) bool {
+	cfg.Routes, cfg.Origin = nil, mesh.Origin{}
+	return reflect.DeepEqual(st.cfg, cfg)
+}
+
+// groupOf makes the group of a service, of what is known of it so far. The caller
+// holds the lock of the Services.
+func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, pools []*Pool) *group {
+	st := s.known[name]
+	if st == nil || !st.same(cfg) {
+		st = newStanding(name, cfg, s.cfg.Changed)
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	was := map[*Pool]*endpoint{}
+	for _, e := range st.whole {
+		was[e.pool] = e
+	}
+	g := &group{standing: st}
+	now := map[*Pool]bool{}
+	for _, p := range pools {
+		if now[p] {
+			continue // two announcements of one address are one place
+		}
+		now[p] = true
+		e := was[p]
+		if e == nil {
+			e = &endpoint{pool: p, history: history{window: counts{width: int64(10 * time.Second / buckets)}}}
+			if st.out != nil {
+				e.window.width = int64(st.out.Interval / buckets)
+			}
+			if len(was) > 0 {
+				e.born = time.Now().UnixNano()
+			}
+		}
+		g.all = append(g.all, e)
+	}
+	st.whole = g.all
+	st.turn.Add(1)
+	return g
+}
+
+// A group is the endpoints of one service, or of a subset of it.
+type group struct {
+	*standing
+	all     []*endpoint
+	subsets map[string]*group
+	seen    atomic.Pointer[view]
+	next    atomic.Uint32
+}
+
+// A view is what calls choose from: the endpoints that are well. It holds until
+// something changes.
+type view struct {
+	use   []*endpoint
+	ring  ring
+	turn  uint64
+	until int64 // 0: nothing ends by itself
+	warm  bool  // some are in their slow start
+}
+
+// defaultBound is how much of its share an endpoint takes of ring_hash, percent.
+const defaultBound = 125
+
+// view is the one that holds now.
+func (g *group) view(now int64) *view {
+	v := g.seen.Load()
+	if v != nil && v.turn == g.turn.Load() && (v.until == 0 || now < v.until) {
+		return v
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	v = g.look(now)
+	g.seen.Store(v)
+	return v
+}
+
+// look makes a view. The caller holds the lock.
+func (g *group) look(now int64) *view {
+	v := &view{turn: g.turn.Load()}
+	until := func(t int64) {
+		if t > now && (v.until == 0 || t < v.until) {
+			v.until = t
+		}
+	}
+	for _, e := range g.all {
+		out := e.out.Load()
+		until(out)
+		if out <= now && !e.sick.Load() {
+			v.use = append(v.use, e)
+		}
+		if slow := int64(g.cfg.Balance.SlowStart); slow > 0 && e.born > 0 && e.born+slow > now {
+			v.warm = true
+			until(e.born + slow)
+		}
+	}
+	least := mesh.Share(mesh.Whole / 2)
+	if p := g.cfg.Balance.Panic; p != nil {
+		least = *p
+	}
+	if len(v.use) == 0 || len(v.use)*mesh.Whole < len(g.all)*int(least) {
+		v.use = g.all // those that are left would not bear it
+	}
+	if g.cfg.Balance.Zone == "prefer" {
+		v.use = near(v.use, g.all)
+	}
+	if g.cfg.Balance.Policy == "ring_hash" {
+		names := make([]string, len(v.use))
+		for i, e := range v.use {
+			names[i] = e.pool.t.addr.String()
+		}
+		v.ring = newRing(names)
+	}
+	return v
+}
+
+// near keeps to the endpoints of our own zone while at least half of them are
+// well.
+func near(well, all []*endpoint) []*endpoint {
+	here := 0
+	for _, e := range all {
+		if e.pool.near {
+			here++
+		}
+	}
+	var use []*endpoint
+	for _, e := range well {
+		if e.pool.near {
+			use = append(use, e)
+		}
+	}
+	if here == 0 || 2*len(use) < here {
+		return well
+	}
+	return use
+}
+
+// rests says that no connection could be made lately.
+func (e *endpoint) rests(now int64) bool { return e.rest.Load() > now }
+
+// pick chooses an endpoint for a call.
+func (g *group) pick(v *view, now int64, key uint64) *endpoint {
+	n := uint32(len(v.use))
+	if n == 1 {
+		return v.use[0]
+	}
+	switch g.cfg.Balance.Policy {
+	case "round_robin":
+		return v.use[g.next.Add(1)%n]
+	case "ring_hash":
+		return v.use[v.ring.pick(key, g.bounded(v))]
+	}
+	i := rand.Uint64()
+	a := v.use[uint32(i)%n]
+	b := v.use[(uint32(i)%n+1+uint32(i>>32)%(n-1))%n]
+	wa, wb := float32(1), float32(1)
+	if v.warm {
+		wa, wb = g.warmth(a, now), g.warmth(b, now)
+	}
+	switch {
+	case a.rests(now) != b.rests(now):
+		if a.rests(now) {
+			return b
+		}
+	case g.cfg.Balance.Policy == "least_request":
+		if float32(a.pending.Load()+1)*wb > float32(b.pending.Load()+1)*wa {
+			return b
+		}
+	case dearer(&a.load, &b.load, wa, wb, now):
+		return b
+	}
+	return a
+}
+
+// warmth is the part of its share that an endpoint gets in its slow start, a
+// tenth at least.
+func (g *group) warmth(e *endpoint, now int64) float32 {
+	if e.born == 0 {
+		return 1
+	}
+	return min(max(float32(now-e.born)/float32(g.cfg.Balance.SlowStart), 0.1), 1)
+}
+
+// bounded says which endpoints take one more call: those that have not more
+// than the bound above the average.
+func (g *group) bounded(v *view) func(int32) bool {
+	total := int64(1)
+	for _, e := range v.use {
+		total += int64(e.pending.Load())
+	}
+	pct := int64(g.cfg.Balance.Bound)
+	if pct == 0 {
+		pct = defaultBound
+	}
+	most := (total*pct + 100*int64(len(v.use)) - 1) / (100 * int64(len(v.use)))
+	return func(i int32) bool { return int64(v.use[i].pending.Load()) < most }
+}
+
+// other is the endpoint to try when some were: one that is well, or rests, or
+// else any; nil when all were tried.
+func (g *group) other(v *view, now int64, tried []*endpoint) *endpoint {
+	var best *endpoint
+	var rank int
+	start := int(g.next.Add(1))
+	for i := range g.all {
+		e := g.all[(start+i)%len(g.all)]
+		if slices.Contains(tried, e) {
+			continue
+		}
+		r := 0
+		if e.rests(now) {
+			r++
+		}
+		if !slices.Contains(v.use, e) {
+			r += 2
+		}
+		if best == nil || r < rank {
+			best, rank = e, r
+		}
+	}
+	return best
+}
+
+// lend asks one endpoint after the other until one can be connected to.
+func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
+	v := g.view(now)
+	var room [8]*endpoint
+	tried := room[:0]
+	e := g.pick(v, now, w.Key)
+	if w.Avoid.IsValid() && e.pool.t.addr == w.Avoid || e.rests(now) {
+		shun := tried
+		for _, a := range g.all {
+			if a.pool.t.addr == w.Avoid {
+				shun = append(shun, a)
+			}
+		}
+		if o := g.other(v, now, shun); o != nil {
+			e = o
+		}
+	}
+	for {
+		c, err := e.pool.get(ctx, w)
+		if err == nil {
+			if e.rest.Load() != 0 {
+				e.rest.Store(0)
+			}
+			e.pending.Add(1)
+			c.on = e
+			return c, nil
+		}
+		if ctx.Err() == nil {
+			now = time.Now().UnixNano()
+			e.rest.Store(e.pool.restUntil.Load())
+			g.blame(e, now, Failed, penalty, false)
+		}
+		tried = append(tried, e)
+		if ctx.Err() != nil || !w.Until.IsZero() && !time.Now().Before(w.Until) {
+			return nil, err
+		}
+		if e = g.other(v, now, tried); e == nil {
+			return nil, err
+		}
+	}
+}
+
+// blame counts what an endpoint has done, and puts it aside if that is enough.
+func (g *standing) blame(e *endpoint, now int64, o Outcome, took time.Duration, connected bool) {
+	switch o {
+	case OK:
+		e.took(now, took)
+	case Failed, Limited:
+		e.took(now, penalty)
+	}
+	if g.out == nil {
+		return
+	}
+	why := e.suspect(g.out, now, o, connected)
+	if why == "" {
+		return
+	}
+	if t, ok := g.eject(e, now, why); ok && g.change != nil {
+		g.change(t)
+	}
+}
+
+// eject puts an endpoint aside unless it is, or too many are.
+func (g *standing) eject(e *endpoint, now int64, why string) (Trouble, bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if e.out.Load() > now {
+		return Trouble{}, false
+	}
+	out := 0
+	for _, a := range g.whole {
+		if a.out.Load() > now {
+			out++
+		}
+	}
+	if !mayEject(len(g.whole), out, g.out.MaxShare) {
+		return Trouble{}, false
+	}
+	e.eject(g.out, now, why)
+	g.turn.Add(1)
+	return g.ejected(e), true
+}

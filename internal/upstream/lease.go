@@ -1,0 +1,132 @@
+package upstream
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+// A lease is what a lent connection counts for, until it comes back.
+type lease struct {
+	by    *standing
+	on    *endpoint
+	probe bool
+	told  bool // what became of the call
+}
+
+// Lend lends a connection to an endpoint of the service that is wanted, unless
+// its breaker is open (ErrOpen) or it has as many calls as it may have
+// (ErrFull). An endpoint that cannot be connected to is passed over; when none is
+// left the error is a ConnectError, and nothing of the call has been sent. The
+// caller tells what became of the call with Report, and gives the connection
+// back with Put, or closes it.
+func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
+	g := (*s.table.Load())[w.Service]
+	if g != nil && w.Subset != "" {
+		g = g.subsets[w.Subset]
+	}
+	if g == nil || len(g.all) == 0 {
+		return nil, fmt.Errorf("service %s: %w", w.Service, ErrNoEndpoint)
+	}
+	now := time.Now().UnixNano()
+	if !g.capacity.enter() {
+		return nil, fmt.Errorf("service %s: %w", w.Service, ErrFull)
+	}
+	l := lease{by: g.standing}
+	if g.breaker != nil {
+		var ok bool
+		if l.probe, ok = g.breaker.enter(now); !ok {
+			g.capacity.leave()
+			return nil, fmt.Errorf("service %s: %w", w.Service, ErrOpen)
+		}
+	}
+	if !w.Again {
+		g.budget.call(now)
+	}
+	c, err := g.lend(ctx, now, w)
+	if err != nil {
+		o := Failed
+		if ctx.Err() != nil {
+			o = Ignored
+		}
+		g.decide(time.Now().UnixNano(), o, 0, 0, l.probe)
+		g.capacity.leave()
+		return nil, &ConnectError{w.Service, err}
+	}
+	l.on = c.lease.on
+	c.lease = l
+	return c, nil
+}
+
+// Retry takes one retry of the service's budget, if it is there.
+func (s *Services) Retry(name mesh.ServiceName) bool {
+	g := (*s.table.Load())[name]
+	return g != nil && g.budget.spend(time.Now().UnixNano())
+}
+
+// Well says whether a service, or a subset of it, has an endpoint that calls
+// should go to.
+func (s *Services) Well(name mesh.ServiceName, subset string) bool {
+	g := (*s.table.Load())[name]
+	if g != nil && subset != "" {
+		g = g.subsets[subset]
+	}
+	if g == nil {
+		return false
+	}
+	now := time.Now().UnixNano()
+	if g.breaker != nil {
+		if open, _, _, _ := g.breaker.state(); open {
+			return false
+		}
+	}
+	for _, e := range g.all {
+		if e.out.Load() <= now && !e.sick.Load() && !e.rests(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// Report tells what became of the call that the connection was lent for: how
+// long it took until the answer began, and what the service asked for in
+// Retry-After, or 0. Without it the call counts for nothing.
+func (c *Conn) Report(o Outcome, took, retryAfter time.Duration) {
+	l := &c.lease
+	if l.by == nil || l.told {
+		return
+	}
+	l.told = true
+	now := time.Now().UnixNano()
+	l.by.blame(l.on, now, o, took, true)
+	l.by.capacity.took(now, took, o)
+	l.by.decide(now, o, took, retryAfter, l.probe)
+}
+
+// decide tells the breaker.
+func (st *standing) decide(now int64, o Outcome, took, retryAfter time.Duration, probe bool) {
+	if st.breaker == nil {
+		return
+	}
+	was := st.breaker.open.Load()
+	st.breaker.done(now, o, took, retryAfter, probe)
+	if st.change != nil && was != st.breaker.open.Load() {
+		st.change(st.cut(now))
+	}
+}
+
+// leave ends the lease.
+func (c *Conn) leave() {
+	l := c.lease
+	if l.by == nil {
+		return
+	}
+	c.lease = lease{}
+	l.on.pending.Add(-1)
+	l.by.capacity.leave()
+	if l.probe && !l.told {
+		l.by.breaker.done(0, Ignored, 0, 0, true)
+	}
+}

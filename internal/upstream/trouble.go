@@ -1,0 +1,78 @@
+package upstream
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+// The kinds of Trouble.
+const (
+	// Ejected: calls avoid the endpoint.
+	Ejected = "ejected"
+	// Unhealthy: so do they, since a health check says so.
+	Unhealthy = "unhealthy"
+	// Open: calls to the service fail at once.
+	Open = "open"
+	// Closed: they do not any more. It is told of, and stands in no list.
+	Closed = "closed"
+)
+
+// A Trouble is what this proxy holds against a service or one of its endpoints.
+type Trouble struct {
+	Service mesh.ServiceName
+	Kind    string
+	// Address is of the endpoint; none for a service.
+	Address netip.AddrPort
+	Since   time.Time
+	Until   time.Time // zero: until something shows otherwise
+	Why     string
+}
+
+// ejected describes an ejection. The caller holds the lock.
+func (st *standing) ejected(e *endpoint) Trouble {
+	return Trouble{Service: st.name, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why}
+}
+
+// cut describes the breaker.
+func (st *standing) cut(now int64) Trouble {
+	open, _, since, why := st.breaker.state()
+	if !open {
+		return Trouble{Service: st.name, Kind: Closed, Since: time.Unix(0, now)}
+	}
+	return Trouble{Service: st.name, Kind: Open, Since: time.Unix(0, since), Why: why}
+}
+
+// Troubles lists what is held against whom now, by service and address.
+func (s *Services) Troubles() (list []Trouble) {
+	now := time.Now().UnixNano()
+	for _, g := range *s.table.Load() {
+		if g.breaker != nil {
+			if t := g.cut(now); t.Kind == Open {
+				list = append(list, t)
+			}
+		}
+		g.mu.Lock()
+		for _, e := range g.all {
+			if e.out.Load() > now {
+				list = append(list, g.ejected(e))
+			}
+			if e.sick.Load() {
+				list = append(list, Trouble{Service: g.name, Kind: Unhealthy, Address: e.pool.t.addr, Since: time.Unix(0, e.sickSince), Why: e.sickWhy})
+			}
+		}
+		g.mu.Unlock()
+	}
+	slices.SortFunc(list, func(a, b Trouble) int {
+		if a.Service != b.Service {
+			if a.Service < b.Service {
+				return -1
+			}
+			return 1
+		}
+		return a.Address.Compare(b.Address)
+	})
+	return list
+}
