@@ -23,7 +23,7 @@ var floors = [][]string{
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/http2", "internal/isolate", "internal/archive"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -31,7 +31,7 @@ var floors = [][]string{
 // beside lists what stands next to the house. The suites and the test network
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
-	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest",
+	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest",
 	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
 	"bench/tcp", "bench/handshake", "test",
 }
@@ -67,7 +67,10 @@ var rooms = map[string][]string{
 	"github.com/spiffe/go-spiffe/v2/workloadapi": {},
 	"github.com/spiffe/spire-api-sdk":            {"internal/control", "internal/conform"},
 	"github.com/envoyproxy/go-control-plane":     {"internal/svid"},
-	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform", "internal/sink"},
+	"google.golang.org/grpc":                     {"internal/control", "internal/control/meshpb", "internal/svid", "internal/conform", "internal/sink", "internal/translate"},
+	"connectrpc.com/vanguard":                    {"internal/translate"},
+	"connectrpc.com/connect":                     {"internal/translate"},
+	"github.com/jhump/protoreflect/v2":           {"internal/translate"},
 	"github.com/twmb/franz-go":                   {"internal/sink"},
 	"github.com/minio/minio-go/v7":               {"internal/sink"},
 	"go.opentelemetry.io/proto/slim/otlp":        {"internal/sink"},

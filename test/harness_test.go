@@ -292,7 +292,7 @@ func (w *world) sallyport(args ...string) runReply {
 
 // auditLine is what tests read of an audit record.
 type auditLine struct {
-	Kind, ID, Decision, Reason, Rule, Src, Dst, Verb, Detail, Peer string
+	Kind, ID, Decision, Reason, Rule, Src, Dst, Verb, Path, Detail, Peer string
 }
 
 // audit reads the log of a process. A line that is being written is left out.

@@ -43,6 +43,9 @@ func playRole(role string) int {
 	if role == roleCrash {
 		return writeUntilKilled()
 	}
+	if role == roleShopper {
+		return shop()
+	}
 	if role != "workload" {
 		fmt.Fprintf(os.Stderr, "no role %q\n", role)
 		return 2

@@ -21,6 +21,7 @@ import (
 	"sallyport/internal/daemon"
 	"sallyport/internal/isolate"
 	"sallyport/internal/mesh"
+	"sallyport/internal/upstream"
 )
 
 // startApp starts the application. The channel is closed when it has ended;
@@ -85,6 +86,19 @@ func (s *sidecar) isolateApp(ground context.Context, g *errgroup.Group, app []st
 	s.room, s.callers.owners.In = room, room.Diag()
 	s.log.Info("the application has a network namespace of its own")
 	return nil
+}
+
+// app lends connections to the application.
+func (s *sidecar) app() *upstream.Pool {
+	open := upstream.NewLocal
+	if s.cfg.Inbound.AppProtocol == appH2C {
+		open = upstream.NewLocalHTTP2
+	}
+	p := open(s.cfg.Inbound.App, s.cfg.Limits.http())
+	if s.room != nil {
+		p.Through(s.room.Dial)
+	}
+	return p
 }
 
 // dialApp connects to the application, wherever it is.

@@ -36,6 +36,7 @@ import (
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
 	"sallyport/internal/virtual"
 )
@@ -60,7 +61,8 @@ type sidecar struct {
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	// streams are the services that speak TCP.
-	streams *upstream.Services
+	streams     *upstream.Services
+	translation translation
 	// inbound and outbound are nil before there is an identity.
 	inbound  atomic.Pointer[proxy.Inbound]
 	outbound atomic.Pointer[proxy.Outbound]
@@ -142,6 +144,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return daemon.Settle(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
+	g.Go(func() error { return s.translation.Run(ground) })
 	if s.tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
@@ -216,6 +219,9 @@ func (s *sidecar) open() (err error) {
 		}
 	}()
 	if s.judge, err = authz.NewJudge(authz.JudgeConfig{Audit: s.audit, Log: s.log, Environment: cfg.Environment, Metrics: s.metrics}); err != nil {
+		return err
+	}
+	if s.translation.Translator, err = translate.New(translate.Config{Dial: s.dialApp, HTTP2: cfg.Inbound.AppProtocol == appH2C, Log: s.log}); err != nil {
 		return err
 	}
 	up := upstream.Config{
@@ -325,9 +331,18 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
+	faces := &s.translation
+	faces.mu.Lock()
+	defer faces.mu.Unlock()
+	offer, err := faces.Read(translateOf(snap, faces.self))
+	if err != nil {
+		return err
+	}
 	if err := s.keys.Use(tokens.Issuers()); err != nil {
 		return err
 	}
+	faces.newest = snap
+	faces.Use(offer)
 	if s.virtual {
 		if err := s.addresses.Use(meshNames(snap)); err != nil {
 			s.log.Error("not every service has a virtual address that lasts", "err", err)
@@ -348,19 +363,6 @@ func (s *sidecar) rejudge() {
 	if out := s.outbound.Load(); out != nil {
 		out.Rejudge()
 	}
-}
-
-// app lends connections to the application.
-func (s *sidecar) app() *upstream.Pool {
-	open := upstream.NewLocal
-	if s.cfg.Inbound.AppProtocol == appH2C {
-		open = upstream.NewLocalHTTP2
-	}
-	p := open(s.cfg.Inbound.App, s.cfg.Limits.http())
-	if s.room != nil {
-		p.Through(s.room.Dial)
-	}
-	return p
 }
 
 func (s *sidecar) shared(reporter string) proxy.Shared {
@@ -412,7 +414,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom,
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
-			Original: capture.OriginalDst,
+			Original: capture.OriginalDst, Translate: s.translation.Translator,
 		})
 		if e != nil {
 			return nil, nil, e
@@ -504,6 +506,9 @@ func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain fu
 			return err
 		}
 		defer s.room.Close()
+	}
+	if err := s.translation.serve(self); err != nil {
+		return err
 	}
 	in, out, err := s.listeners(self)
 	if err != nil {

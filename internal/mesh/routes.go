@@ -137,3 +137,16 @@ func (r *Routes) Subset(name string) *Subset {
 	}
 	return nil
 }
+
+// Translation is that of the service: its routes have one, or none.
+func (r *Routes) Translation() *Translate {
+	if r == nil {
+		return nil
+	}
+	for i := range r.Routes {
+		if t := r.Routes[i].Translate; t != nil {
+			return t
+		}
+	}
+	return nil
+}

@@ -123,6 +123,8 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"shadows: [{name: a, backend: {service: ledger}}]", "share is missing"},
 		{"shadows: [{name: a, backend: {service: ledger}, share: 1%, noise: {}}]", "without compare"},
 		{"translate: {to: grpc}", "exactly one of descriptors and reflection"},
+		{"translate: {to: rest, reflection: true}", "has no reflection"},
+		{"translate: {to: grpc, reflection: true}\n  - name: b\n    translate: {to: grpc, reflection: true, services: [a.B]}", "a service has one"},
 		{"translate: {to: soap, reflection: true}", `unknown "soap"`},
 		{"translate: {to: grpc, descriptors: a.binpb}", "does not stand beside"},
 		{"translate: {to: grpc, descriptors: ../services.yaml}", "is no file *.binpb"},

@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"net/url"
+	"reflect"
 	"slices"
 	"strings"
 	"time"
@@ -323,6 +324,15 @@ func (c *routeChecker) translate(t *Translate) {
 	c.word("translate.to", t.To, "grpc", "rest")
 	if (t.Descriptors != "") == t.Reflection {
 		c.say("translate:", "translate: want exactly one of descriptors and reflection")
+	}
+	if t.Reflection && t.To == "rest" {
+		c.say("reflection:", "translate: a service that speaks REST has no reflection: name a file of descriptors")
+	}
+	if c.file.Host != "" {
+		c.say("translate:", "translate: %s is no service of the mesh, beside which calls are translated", c.file.Host)
+	}
+	if one := c.file.Translation(); !reflect.DeepEqual(one, t) {
+		c.say("translate:", "translate: another route of the service has another translation, and a service has one: a path means the same method to all")
 	}
 	for _, s := range t.Services {
 		c.grpc(&GRPCMethod{Service: s})

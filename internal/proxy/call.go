@@ -22,6 +22,7 @@ import (
 	"sallyport/internal/mesh"
 	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
 )
 
@@ -76,8 +77,12 @@ type call struct {
 	judged   authz.Call
 	grant    authz.Grant
 	intro    introduction
-	bounds   []bound // of how often the caller may call
-	host     ownHost
+	// face is the method that the call means, if translated says that the policy
+	// has methods.
+	face       translate.Face
+	translated bool
+	bounds     []bound // of how often the caller may call
+	host       ownHost
 
 	// Outbound: what the local process is, when that was asked, and the
 	// service meant. Every request is for only, if that is set; meant is where
@@ -109,6 +114,7 @@ func (x *call) reset() {
 	x.keep, x.tunnel, x.broken = false, false, false
 	x.idle, x.marked = 0, false
 	x.grant = authz.Grant{}
+	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
 }
@@ -150,11 +156,16 @@ func (x *call) refuse(r *refusal) {
 	} else if r.decision != "" {
 		detail = deniedDetail
 	}
-	if x.speaksGRPC() {
-		x.answer(http.StatusOK, appendGRPC(head, r.status, detail), nil)
-		return
+	switch {
+	case x.speaksGRPC():
+		x.answer(http.StatusOK, appendGRPC(head, "application/grpc", r.status, detail), nil)
+	case x.face.Web: // its clients read the status of HTTP too, and others would take 200 for a yes
+		x.answer(r.status, appendGRPC(head, "application/grpc-web+proto", r.status, detail), nil)
+	case x.face.REST:
+		x.answer(r.status, head, translate.Refusal(grpcStatus(r.status), detail, r.reason, r.decision))
+	default:
+		x.answer(r.status, head, refusalBody(detail, r.decision))
 	}
-	x.answer(r.status, head, refusalBody(detail, r.decision))
 }
 
 // answer writes an answer of our own. The client learns whether the connection
@@ -268,7 +279,7 @@ func (x *call) exchange() *refusal {
 	}
 	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
 	x.ex.Timeout = 0
-	if isGRPC(x.req.Get("content-type")) {
+	if x.face.Translated || isGRPC(x.req.Get("content-type")) {
 		x.ex.Timeout = x.on.firstMessage()
 	}
 	unseen := 0
@@ -418,7 +429,7 @@ func (l *listener) record(x *call) {
 		return
 	}
 	attrs := []any{
-		"src", x.src, "dst", x.dst, "method", string(x.req.Method), "path", x.req.PathText(), "status", x.status(),
+		"src", x.src, "dst", x.dst, "method", x.verb(), "path", x.path(), "status", x.status(),
 		"ms", time.Since(x.start).Milliseconds(), "bytes_up", x.res.ReqBytes, "bytes_down", x.res.RespBytes,
 		"trace_id", x.traceText(),
 	}

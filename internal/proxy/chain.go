@@ -59,6 +59,7 @@ func (in *Inbound) makeChain() chain {
 		{"in-flight limit", "before the judge: a flood must not cost a decision each", in.enterFlight, in.leaveFlight},
 		{"peer identity", "what was proved in the handshake must hold for each call", in.peerValid, nil},
 		{"target", "the judge answers for one service; a call for another stops here", in.target, nil},
+		{"method", "before all that speaks of methods and paths: they mean one thing, whichever way it was asked for", in.method, nil},
 		{"rate limit", "before anything that costs: who calls too often must not cost a verification each", in.rateLimit, nil},
 		{"introduction", "what the application is told of the caller; the name asked for has been checked", in.introduction, nil},
 		{"credential", "verified before the judge reads it; what a caller says of itself in our fields ends here", in.credential, nil},

@@ -72,8 +72,8 @@ func grpcStatus(status int) int {
 
 // appendGRPC appends what a refused call of gRPC is answered with: trailers
 // only, which stand in the head (PROTOCOL-HTTP2 of gRPC, "Responses").
-func appendGRPC(head []byte, status int, detail string) []byte {
-	head = fmt.Appendf(head, "Content-Type: application/grpc\r\nGrpc-Status: %d\r\nGrpc-Message: ", grpcStatus(status))
+func appendGRPC(head []byte, kind string, status int, detail string) []byte {
+	head = fmt.Appendf(head, "Content-Type: %s\r\nGrpc-Status: %d\r\nGrpc-Message: ", kind, grpcStatus(status))
 	for i := range len(detail) {
 		if c := detail[i]; c < ' ' || c > '~' || c == '%' {
 			head = fmt.Appendf(head, "%%%02X", c)

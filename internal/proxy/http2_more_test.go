@@ -54,7 +54,7 @@ func TestGRPCStatusOfOurAnswers(t *testing.T) {
 			t.Errorf("%d: got %d, want %d", status, got, want)
 		}
 	}
-	if got := string(appendGRPC(nil, 403, "50% of\r\nx: \xff")); got != "Content-Type: application/grpc\r\nGrpc-Status: 7\r\nGrpc-Message: 50%25 of%0D%0Ax: %FF\r\n" {
+	if got := string(appendGRPC(nil, "application/grpc", 403, "50% of\r\nx: \xff")); got != "Content-Type: application/grpc\r\nGrpc-Status: 7\r\nGrpc-Message: 50%25 of%0D%0Ax: %FF\r\n" {
 		t.Errorf("got %q", got)
 	}
 }

@@ -28,6 +28,7 @@ import (
 	"sallyport/internal/mux"
 	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
 )
 
@@ -77,6 +78,9 @@ type InboundConfig struct {
 	Judge *authz.Judge
 	// App lends connections to the application. Required.
 	App *upstream.Pool
+	// Translate gives the application's calls another face, where the policy says
+	// so. Its Run is for whoever made it. Optional.
+	Translate *translate.Translator
 	// MaxHandshakes bounds the connections whose peer has not proved an
 	// identity yet. One more closes the one that has taken the longest.
 	// Default 512.
@@ -128,6 +132,7 @@ type Inbound struct {
 	rates    rates
 	drops    dropSets
 	windows  *mux.Budget
+	behind   *upstream.Pool // leads to the application through Translate
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
 	// rechecked is the epoch that recheck has seen.
@@ -150,6 +155,10 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
 	in.peers.maxCalls = int64(max(in.MaxInFlight/2, 1))
 	in.chain, in.opaque = in.makeChain(), in.streamChain()
+	if cfg.Translate != nil {
+		in.behind = upstream.NewLocal(netip.AddrPort{}, cfg.Limits)
+		in.behind.Through(cfg.Translate.Connect)
+	}
 	var err error
 	if in.rates, err = newRates(cfg.Rates); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
@@ -301,7 +310,7 @@ func (in *Inbound) count(x *call) {
 // failedCall records a call that was allowed and came to nothing.
 func (in *Inbound) failedCall(x *call) {
 	r := audit.Record{Kind: audit.KindError, Reason: "upstream", Rule: x.grant.Rule(), Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Duration: time.Since(x.start),
+		Verb: x.verb(), Path: x.path(), Peer: x.remote, Trace: x.traceText(), Duration: time.Since(x.start),
 		Class: audit.Class(x.status()), Detail: "decision " + x.grant.ID(), Open: true, Done: true}
 	switch {
 	case x.refused != nil:
@@ -372,7 +381,7 @@ func (in *Inbound) overtaken(x *call) *refusal {
 func (in *Inbound) refuseAgain(x *call, reason, detail string) *refusal {
 	x.ex.ToDown.Close = true
 	r := audit.Record{Reason: reason, Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Detail: detail}
+		Verb: x.verb(), Path: x.path(), Peer: x.remote, Trace: x.traceText(), Detail: detail}
 	return in.deny(r)
 }
 
@@ -461,7 +470,7 @@ func (in *Inbound) judge(x *call) *refusal {
 	}
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,
-		Verb: x.req.Verb(), Path: x.req.PathText(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
+		Verb: x.verb(), Path: x.path(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
 		Token: x.token,
 	}
 	g, err := x.judge.Judge(&x.judged)
@@ -499,6 +508,9 @@ func (in *Inbound) handOver(x *call, g authz.Grant) *refusal {
 	if !g.Covers(in.self, x.port) {
 		return &refusal{status: 500, reason: "no_grant", detail: "the call was not judged"}
 	}
+	if r := x.translates(); r != nil {
+		return r
+	}
 	// What ignores such a body takes it for the next request: there is none.
 	x.ex.ToUp.Close = !x.req.Body.Empty() && !wantsBody(x.req.Method)
 	r := x.exchange()
@@ -519,5 +531,8 @@ func wantsBody(method []byte) bool {
 }
 
 func (in *Inbound) lend(x *call, fresh bool) (*upstream.Conn, error) {
+	if x.face.Translated {
+		return in.behind.Get(x.ctx, fresh)
+	}
 	return in.cfg.App.Get(x.ctx, fresh)
 }

@@ -107,7 +107,7 @@ func (b bound) take(now int64) (wait time.Duration) {
 // rateLimit holds a caller to the rates of the calls it makes.
 func (in *Inbound) rateLimit(x *call) *refusal {
 	for _, b := range x.bounds {
-		if !b.Counts(x.req.Verb(), x.req.PathText()) {
+		if !b.Counts(x.verb(), x.path()) {
 			continue
 		}
 		if wait := b.take(x.start.UnixNano()); wait > 0 {
@@ -120,7 +120,7 @@ func (in *Inbound) rateLimit(x *call) *refusal {
 func (in *Inbound) tooOften(x *call, b bound, wait time.Duration) *refusal {
 	in.Metrics.RequestsRefused(in.Reporter, "rate").Inc()
 	r := in.deny(audit.Record{Reason: "rate", Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: in.cfg.Port(),
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(),
+		Verb: x.verb(), Path: x.path(), Peer: x.remote, Trace: x.traceText(),
 		Detail: fmt.Sprintf("more calls %s %s than %d in %s, %d at once", b.Verb, b.Path, b.Rate.Calls, b.Rate.Per, b.Burst)})
 	if r.status != 403 {
 		return r // it could not be recorded

@@ -107,7 +107,7 @@ var credentialTexts = map[int]string{
 func (in *Inbound) refuseCredential(x *call, f *authz.Fault) *refusal {
 	r := in.deny(audit.Record{
 		Reason: string(f.Code), Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: in.cfg.Port(),
-		Verb: x.req.Verb(), Path: x.req.PathText(), Peer: x.remote, Trace: x.traceText(), Detail: f.Detail,
+		Verb: x.verb(), Path: x.path(), Peer: x.remote, Trace: x.traceText(), Detail: f.Detail,
 	})
 	if r.decision == "" {
 		return r
