@@ -42,10 +42,15 @@ type Config struct {
 	Egress   EgressConfig       `yaml:"egress"`
 	Capture  CaptureConfig      `yaml:"capture"`
 	Limits   LimitsConfig       `yaml:"limits"`
+	Shadow   ShadowConfig       `yaml:"shadow"`
 	TLS      TLSConfig          `yaml:"tls"`
 	Audit    sink.ListConfig    `yaml:"audit"`
 	Log      daemon.LogConfig   `yaml:"log"`
 	Drain    daemon.DrainConfig `yaml:"drain"`
+
+	// Archives keep joined records of calls that were copied, by the name that a
+	// route gives.
+	Archives map[string]ArchiveConfig `yaml:"archives"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.
@@ -177,7 +182,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.validateShadow(), c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/agent"
+	"sallyport/internal/archive"
 	"sallyport/internal/attest"
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
@@ -33,6 +34,7 @@ import (
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
+	"sallyport/internal/shadow"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
@@ -61,7 +63,10 @@ type sidecar struct {
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
 	// streams are the services that speak TCP.
-	streams     *upstream.Services
+	streams *upstream.Services
+	// mirror copies calls; archives keep them, once this process may write.
+	mirror      *shadow.Mirror
+	archives    atomic.Pointer[map[string]*archive.Archive]
 	translation translation
 	// inbound and outbound are nil before there is an identity.
 	inbound  atomic.Pointer[proxy.Inbound]
@@ -145,6 +150,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error { return s.translation.Run(ground) })
+	g.Go(func() error { return s.mirror.Run(ground) })
 	if s.tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
@@ -175,7 +181,7 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 		Socket: path, Listener: ln, Ready: s.ready, Metrics: s.metrics.Handler(),
 		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
 		Extra: map[string]http.Handler{
-			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
+			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
 		},
 	}
 	g.Go(func() error { return admin.Run(ground) })
@@ -250,7 +256,7 @@ func (s *sidecar) open() (err error) {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
-	if err = s.openTokens(); err != nil {
+	if err = errors.Join(s.openTokens(), s.openMirror()); err != nil {
 		return err
 	}
 	s.agent, err = agent.Open(agent.Config{
@@ -287,6 +293,7 @@ func (s *sidecar) hold() (err error) {
 	sink.Report(s.sinks, spool)
 	s.metrics.AuditSpool(func() telemetry.Spool { return telemetry.Spool(spool.State()) })
 	s.agent.Hold(s.checked, spool)
+	s.holdArchives()
 	return nil
 }
 
@@ -294,6 +301,7 @@ func (s *sidecar) hold() (err error) {
 func (s *sidecar) duties(ground context.Context, g *errgroup.Group) {
 	g.Go(func() error { return s.audit.Keep(s.cfg.Audit.Keep, s.checked).Run(ground) })
 	g.Go(func() error { return s.checked.Run(ground) })
+	s.keepArchives(ground, g)
 	for _, k := range s.sinks {
 		g.Go(func() error { return k.Run(ground) })
 	}
@@ -425,7 +433,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
 		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
-		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor,
+		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo,
 	})
 	if e != nil {
 		return nil, nil, e

@@ -45,6 +45,9 @@ const (
 	// KindRemoved says which records were removed, and by which rule, before they
 	// are.
 	KindRemoved Kind = "removed"
+	// KindArchive says which segment of an archive of copied calls was closed, or
+	// removed, and what its hash is.
+	KindArchive Kind = "archive"
 	// KindRollup counts the events of one kind in a stretch of time.
 	KindRollup Kind = "rollup"
 )
@@ -52,7 +55,7 @@ const (
 // Kinds has every kind of record.
 var Kinds = []Kind{
 	KindDecision, KindRollup, KindEgressOpen, KindEgressClose, KindTLS, KindAttest,
-	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow, KindRemoved,
+	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow, KindRemoved, KindArchive,
 }
 
 // The values of Record.Decision.

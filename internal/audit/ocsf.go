@@ -122,7 +122,7 @@ func ocsfClass(r *Record) (class, activity int) {
 		return ocsfAPI, 1
 	case KindPolicy:
 		return ocsfAPI, 3
-	case KindAdmin, KindGap, KindRemoved:
+	case KindAdmin, KindGap, KindRemoved, KindArchive:
 		return ocsfAPI, ocsfOther
 	case KindEgressOpen:
 		return ocsfNetwork, 1

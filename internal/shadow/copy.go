@@ -106,8 +106,8 @@ func (j *job) run(l *lane) {
 		}
 		m.report.Add(Seen{Route: j.call.Route, Shadow: s.Name, Method: method, Path: j.call.Path, Trace: j.call.Trace.String()}, differs, noise, learned, m.cfg.Redact)
 	}
-	if to := m.cfg.Archives[s.Archive]; to != nil {
-		to.Add(j.record(a, b, shadow, differs))
+	if s.Archive != "" && m.cfg.Archive != nil {
+		m.cfg.Archive(s.Archive, j.record(a, b, shadow, differs))
 	}
 }
 

@@ -34,8 +34,9 @@ type Config struct {
 	Dir string
 	// Lend gives a connection to a backend. Required.
 	Lend func(ctx context.Context, to mesh.Backend, fresh bool) (Line, error)
-	// Archives keep joined records, by name.
-	Archives map[string]*archive.Archive
+	// Archive keeps a joined record in the archive of a name. It may take its
+	// time, but not for ever. Optional.
+	Archive func(name string, r *archive.Record)
 	// Redact is what no report may show.
 	Redact *archive.Redactor
 	// Metrics counts what became of copies. Optional.
