@@ -17,6 +17,8 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -59,7 +61,9 @@ type settings struct {
 	each, warm      time.Duration
 	rules           int
 	profile         string
+	beside          string // another sidecar
 	scenes          []scene
+	wanted          []string // pairs
 }
 
 func measure(ctx context.Context, w io.Writer) error {
@@ -72,13 +76,22 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.DurationVar(&s.warm, "warm", 500*time.Millisecond, "how long it is warmed up before")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy")
 	flag.StringVar(&s.profile, "profile", "", "write CPU profiles of both sidecars under load to FILE-client and FILE-server, and measure nothing")
+	flag.StringVar(&s.beside, "beside", "", "another binary of the sidecar, measured as a peer")
+	wanted := flag.String("scenes", "", "the scenes to measure, with commas between (default all)")
+	pairs := flag.String("pairs", "", "the pairs to measure, with commas between (default all)")
 	flag.Parse()
-	if s.rounds < 1 || s.rules < 1 || s.each <= 0 {
-		return errors.New("settings: want at least one round, one rule and some time for each")
-	}
 	name := "bench-h2"
 	if s.scenes = plainScenes; s.grpc {
 		name, s.scenes = "bench-grpc", grpcScenes
+	}
+	if s.wanted = names; *pairs != "" {
+		s.wanted = strings.Split(*pairs, ",")
+	}
+	if *wanted != "" {
+		s.scenes = slices.DeleteFunc(slices.Clone(s.scenes), func(sc scene) bool { return !slices.Contains(strings.Split(*wanted, ","), sc.name) })
+	}
+	if s.rounds < 1 || s.rules < 1 || s.each <= 0 || len(s.scenes) == 0 {
+		return errors.New("settings: want at least one round, one rule, one scene and some time for each")
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
@@ -91,9 +104,9 @@ func measure(ctx context.Context, w io.Writer) error {
 	if s.profile != "" {
 		return b.profile(ctx, s)
 	}
-	pairs, err := b.pairs(ctx, w, s)
+	all, err := b.pairs(ctx, w, s)
 	defer func() {
-		for _, p := range pairs {
+		for _, p := range all {
 			p.Stop()
 		}
 	}()
@@ -102,11 +115,11 @@ func measure(ctx context.Context, w io.Writer) error {
 	}
 	fmt.Fprintf(w, "settings: %s, %d cores for everything; TLS 1.3, ECDSA P-256; h2c at both edges; %d rounds of %s a pair after %s of warming up; ours with %d rows, metrics, trace headers and audit, bare with one row and no trace header\n",
 		runtime.Version(), runtime.NumCPU(), s.rounds, s.each, s.warm, s.rules)
-	for _, p := range pairs {
+	for _, p := range all {
 		fmt.Fprintf(w, "  %s: %s\n", p.Name, p.Settings)
 	}
 	res := &rig.Result{Name: name, Figures: map[string]float64{}}
-	if err := b.rounds(ctx, w, s, pairs, res); err != nil {
+	if err := b.rounds(ctx, w, s, all, res); err != nil {
 		return err
 	}
 	ok, err := res.Print(w)
@@ -120,8 +133,11 @@ func measure(ctx context.Context, w io.Writer) error {
 // does more.
 func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, error) {
 	var out []*pair
-	for _, bare := range []bool{false, true} {
-		p, err := b.ours(ctx, s, bare, false)
+	for _, name := range []string{"ours", "bare", "beside"} {
+		if name != "ours" && !slices.Contains(s.wanted, name) || name == "beside" && s.beside == "" {
+			continue
+		}
+		p, err := b.ours(ctx, s, name, false)
 		if err != nil {
 			return out, err
 		}
@@ -130,15 +146,21 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 			b.load = p.load
 		}
 	}
-	for _, start := range []func(n int) (*pair, error){
-		func(n int) (*pair, error) { return b.haproxy(ctx, n) },
-		func(n int) (*pair, error) { return b.nginx(ctx, n) },
-	} {
-		p, err := best(w, s, start)
+	for _, peer := range []struct {
+		name  string
+		start func(context.Context, int) (*pair, error)
+	}{{"haproxy", b.haproxy}, {"nginx", b.nginx}} {
+		if !slices.Contains(s.wanted, peer.name) {
+			continue
+		}
+		p, err := best(w, s, func(n int) (*pair, error) { return peer.start(ctx, n) })
 		if err != nil {
 			return out, err
 		}
 		out = append(out, p)
+	}
+	if !slices.Contains(s.wanted, "nethttp") {
+		return out, nil
 	}
 	p, err := b.reverse(ctx)
 	if err != nil {
@@ -179,14 +201,17 @@ func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, err
 }
 
 // ours is a pair of sidecars. Peers use the origin of the first.
-func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, error) {
+func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (*pair, error) {
 	conf := rig.Sidecars{
-		Name: "ours", Issuer: s.issuer, Sidecar: s.sidecar, Protocol: "http", AppProtocol: "h2c", Method: method, Rules: s.rules,
+		Name: name, Issuer: s.issuer, Sidecar: s.sidecar, Protocol: "http", AppProtocol: "h2c", Method: method, Rules: s.rules,
 		Load: []string{b.Self, "load"}, Origin: []string{b.Self, "origin"},
 	}
 	how := fmt.Sprintf("a pair of sidecars, %d rows", s.rules)
-	if bare {
-		conf.Name, conf.Rules, how = "bare", 1, "the same with one row"
+	switch name {
+	case "bare":
+		conf.Rules, how = 1, "the same with one row"
+	case "beside":
+		conf.Sidecar, how = s.beside, "the same as ours, of "+s.beside
 	}
 	if pprof {
 		conf.More = "pprof: true\n"
@@ -199,7 +224,7 @@ func (b *bench) ours(ctx context.Context, s settings, bare, pprof bool) (*pair, 
 		b.origin = origin
 	}
 	both.Settings = how
-	p := &pair{Pair: *both, trace: !bare}
+	p := &pair{Pair: *both, trace: name != "bare"}
 	if p.load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
 		return nil, err
 	}

@@ -75,7 +75,7 @@ func namesOf[T any](list []T, name func(T) string) (out []string) {
 }
 
 // names are how pairs and figures are called.
-var names = []string{"ours", "bare", "haproxy", "nginx", "nethttp"}
+var names = []string{"ours", "bare", "haproxy", "nginx", "nethttp", "beside"}
 
 func rank(pair string) int {
 	return slices.IndexFunc(names, func(n string) bool { return strings.HasPrefix(pair, n) })
@@ -86,10 +86,13 @@ func rank(pair string) int {
 func figures(out map[string]float64, scenes []scene, pairs []*pair, got rig.Samples) {
 	for _, sc := range scenes {
 		tail := "_" + strings.ReplaceAll(sc.name, "-", "_")
-		if sc == scenes[0] {
+		if sc == plainScenes[0] {
 			tail = ""
 		}
 		for _, who := range []string{"ours", "bare"} {
+			if !slices.ContainsFunc(pairs, func(p *pair) bool { return p.Name == who }) {
+				continue
+			}
 			head := ""
 			if who == "bare" {
 				head = "bare_"
@@ -109,6 +112,9 @@ func figures(out map[string]float64, scenes []scene, pairs []*pair, got rig.Samp
 		}
 	}
 	for _, who := range []string{"ours", "bare"} {
+		if !slices.ContainsFunc(pairs, func(p *pair) bool { return p.Name == who }) || scenes[0] != plainScenes[0] {
+			continue
+		}
 		out[who+"_cpu_s_per_100k"] = got.Median(rig.Cell{Scene: scenes[0].name, Pair: who}, rig.Sample.CPU)
 		out[who+"_rps"] = got.Median(rig.Cell{Scene: scenes[0].name, Pair: who}, rig.Sample.PerSecond)
 	}
@@ -116,7 +122,7 @@ func figures(out map[string]float64, scenes []scene, pairs []*pair, got rig.Samp
 
 // profile writes what both sidecars do under the first scene.
 func (b *bench) profile(ctx context.Context, s settings) error {
-	p, err := b.ours(ctx, s, false, true)
+	p, err := b.ours(ctx, s, "ours", true)
 	if err != nil {
 		return err
 	}
