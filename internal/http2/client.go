@@ -204,14 +204,14 @@ func (c *Conn) answer(h header, l *Lane, s *section) error {
 // isAnswer says whether the section is the head of an answer (RFC 9113 section
 // 8.3.2), and of which status.
 func (s *section) isAnswer(end bool) (status int, ok bool) {
-	if s.bad || s.pseudo != pseudoStatus || len(s.status) != 3 {
+	if s.bad || s.pseudo != pseudoStatus || len(s.status()) != 3 {
 		return 0, false
 	}
-	for i := range 3 {
-		if s.status[i] < '0' || s.status[i] > '9' {
+	for _, c := range s.status() {
+		if c < '0' || c > '9' {
 			return 0, false
 		}
-		status = status*10 + int(s.status[i]-'0')
+		status = status*10 + int(c-'0')
 	}
 	switch {
 	case status < 100 || status > 599, status == http.StatusSwitchingProtocols:
@@ -221,17 +221,6 @@ func (s *section) isAnswer(end bool) (status int, ok bool) {
 	}
 	return status, true
 }
-
-// hasTrailers says whether trailers are to be expected even where the length of
-// the body was announced, behind which HTTP/1.1 has none.
-func (s *section) hasTrailers() bool {
-	return bytes.Contains(s.lines, grpcIs) || bytes.HasPrefix(s.lines, trailerIs[2:]) || bytes.Contains(s.lines, trailerIs)
-}
-
-var (
-	grpcIs    = []byte("content-type: application/grpc")
-	trailerIs = []byte("\r\ntrailer: ")
-)
 
 // told makes the head of an answer of the section. The locks of c and l are
 // held.
@@ -248,7 +237,7 @@ func (l *Lane) told(s *section, status int, end bool) Reason {
 		return ""
 	}
 	b = append(b, "HTTP/1.1 "...)
-	b = append(append(append(b, s.status...), ' '), http.StatusText(status)...)
+	b = append(append(append(b, s.status()...), ' '), http.StatusText(status)...)
 	b = append(append(b, "\r\n"...), s.lines...)
 	bare := l.out.head || status == http.StatusNoContent || status == http.StatusNotModified
 	switch {
@@ -263,7 +252,7 @@ func (l *Lane) told(s *section, status int, end bool) Reason {
 		return BadSize
 	case end:
 		b = append(b, "Content-Length: 0\r\n"...)
-	case s.length < 0, s.hasTrailers():
+	case s.length < 0, s.tailed: // HTTP/1.1 has no trailers behind a body of announced length
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
 		g.chunks = true
 	default:

@@ -54,6 +54,7 @@ const keepFragment = 16 << 10
 // sectionWhole takes in a field section: it begins a call, or ends one.
 func (c *Conn) sectionWhole(h header, block []byte) error {
 	s := &c.in.block
+	defer s.rest()
 	c.mu.Lock()
 	l := c.streams[h.stream]
 	begins := l == nil

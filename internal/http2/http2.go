@@ -10,15 +10,13 @@
 // again; data becomes a body of known length or in chunks. After an answer of
 // 101 to a WebSocket, or of 2xx to CONNECT, bytes pass as they are.
 //
-// The layers, each on those before it: frame.go, errors.go
-// (frames, codes), hpack.go and section.go (field sections),
-// write.go (what is queued by all lanes goes out in one write), lane.go (what is
-// read of a lane, its window and its deadlines), send.go (HTTP/1.1 to frames),
-// read.go (data to lanes), control.go and head.go (the other frames), and
-// server.go with answer.go: how calls begin, and are answered, at the end that
-// accepts. The end that dials is to stand in client.go: it gives a lane its
-// stream in writeHead, with a field section made of a request, and makes the head
-// of an answer from a section in Conn.answer.
+// The layers, each on those before it: frame.go, errors.go (frames, codes),
+// huffman.go, table.go, decode.go and section.go (field sections as they are
+// received), hpack.go (as they are sent), write.go (what is queued by all lanes
+// goes out in one write), lane.go (what is read of a lane, its window and its
+// deadlines), send.go (HTTP/1.1 to frames), read.go (data to lanes), control.go
+// and head.go (the other frames), server.go with answer.go (how calls begin, and
+// are answered, at the end that accepts), and client.go (the end that dials).
 //
 // Run owns two goroutines, one that reads and one that writes what nobody else
 // does. Where two locks meet, the Conn's is taken before the Lane's.

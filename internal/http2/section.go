@@ -1,34 +1,40 @@
 package http2
 
 import (
+	"bytes"
 	"strings"
-
-	"golang.org/x/net/http2/hpack"
 )
 
 // A section is one field section as it was received, checked for what HTTP/2
 // forbids (RFC 9113 section 8.2 and 8.3) while it is decoded. What HTTP/1.1
 // forbids besides is for who reads the head that is made of it.
 type section struct {
-	dec  *hpack.Decoder
-	most int // bytes of the decoded section
+	table table
+	most  int    // bytes of the decoded section
+	line  []byte // where a field is put together
 
-	// The pseudo fields.
-	method, scheme, authority, path, protocol, status string
-	pseudo                                            uint8 // those that have come
+	special [6][]byte // the pseudo fields, by their class
+	pseudo  uint8     // those that have come
 
 	lines   []byte // the other fields, as lines of HTTP/1.1
 	cookies []byte // the crumbs of Cookie
-	host    string // Host, when it is there
-	hosted  bool
-	length  int64 // content-length; -1 without
+	host    []byte // Host, when it is there
+	length  int64  // content-length; -1 without
 	size    int
+	found
+}
+
+// found is what of a section is told by yes or no.
+type found struct {
+	hosted  bool
 	regular bool // a field has come that is not a pseudo field
 	answer  bool // it is of a response
+	tailed  bool // trailers are to be expected behind it
 	bad     bool // it holds what HTTP/2 forbids
 	large   bool // it is larger than may be
 }
 
+// The bits of pseudo.
 const (
 	pseudoMethod = 1 << iota
 	pseudoScheme
@@ -38,106 +44,94 @@ const (
 	pseudoStatus
 )
 
-// tableSize is that of our table of HPACK.
-const tableSize = 4096
+func (s *section) method() []byte    { return s.special[0] }
+func (s *section) scheme() []byte    { return s.special[classScheme-classMethod] }
+func (s *section) authority() []byte { return s.special[classAuthority-classMethod] }
+func (s *section) path() []byte      { return s.special[classPath-classMethod] }
+func (s *section) protocol() []byte  { return s.special[classProtocol-classMethod] }
+func (s *section) status() []byte    { return s.special[classStatus-classMethod] }
 
-func (s *section) init(most int) {
-	s.most = most
-	s.dec = hpack.NewDecoder(tableSize, s.field)
-	s.dec.SetMaxStringLength(2 * most)
+func (s *section) init(most int) { s.most, s.table.most = most, tableSize }
+
+// begin makes ready for the next section.
+func (s *section) begin(answer bool) {
+	for i := range s.special {
+		s.special[i] = s.special[i][:0]
+	}
+	s.lines, s.cookies, s.host, s.pseudo, s.length, s.size = s.lines[:0], s.cookies[:0], s.host[:0], 0, -1, 0
+	s.found = found{answer: answer}
 }
 
-// decode takes a whole field section in. An error ends the connection: the table
-// of HPACK is not what the peer believes any more.
-func (s *section) decode(block []byte, answer bool) error {
-	*s = section{dec: s.dec, most: s.most, lines: s.lines[:0], cookies: s.cookies[:0], length: -1, answer: answer}
-	s.dec.SetEmitEnabled(true)
-	if _, err := s.dec.Write(block); err != nil {
-		return violated(Compression, BadBlock)
+// rest gives back the memory of a large section.
+func (s *section) rest() {
+	if cap(s.lines)+cap(s.cookies)+cap(s.line) > keepFragment {
+		*s = section{table: s.table, most: s.most}
 	}
-	if s.dec.Close() != nil {
-		return violated(Compression, BadBlock)
-	}
-	return nil
 }
 
-// field takes one field in.
-func (s *section) field(f hpack.HeaderField) {
-	if s.size += len(f.Name) + len(f.Value) + 32; s.size > s.most {
+// add takes one field in.
+func (s *section) add(f field) {
+	if s.size += f.size(); s.size > s.most {
 		s.large = true
-		s.dec.SetEmitEnabled(false) // the table must be kept all the same
 		return
 	}
-	if !validValue(f.Value) {
+	if f.bad || f.class == classForbidden {
 		s.bad = true
 		return
 	}
-	if strings.HasPrefix(f.Name, ":") {
-		s.special(f.Name, f.Value)
+	if classMethod <= f.class && f.class <= classStatus {
+		s.pseudoField(f)
 		return
 	}
 	s.regular = true
-	if !validName(f.Name) {
-		s.bad = true
-		return
-	}
-	switch f.Name {
-	case "connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade":
-		s.bad = true
-		return
-	case "te":
-		s.bad = s.bad || f.Value != "trailers"
-	case "host":
+	switch f.class {
+	case classTE:
+		s.bad = s.bad || string(f.value()) != "trailers"
+	case classHost:
 		s.bad = s.bad || s.hosted
-		s.host, s.hosted = f.Value, true
+		s.host, s.hosted = append(s.host[:0], f.value()...), true
 		return
-	case "content-length":
-		n, ok := parseLength(f.Value)
+	case classLength:
+		n, ok := parseLength(f.value())
 		if !ok || s.length >= 0 {
 			s.bad = true
 		}
 		s.length = n
 		return
-	case "cookie":
+	case classCookie:
 		if len(s.cookies) > 0 {
 			s.cookies = append(s.cookies, "; "...)
 		}
-		s.cookies = append(s.cookies, f.Value...)
+		s.cookies = append(s.cookies, f.value()...)
 		return
+	case classType:
+		s.tailed = s.tailed || bytes.HasPrefix(f.value(), grpcType)
+	case classTrailer:
+		s.tailed = true
 	}
-	s.lines = appendField(s.lines, f.Name, f.Value)
+	s.lines = append(s.lines, f.line...)
 }
 
-// special takes a pseudo field in: each once, before all others.
-func (s *section) special(name, value string) {
-	var bit uint8
-	switch name {
-	case ":method":
-		bit, s.method = pseudoMethod, value
-	case ":scheme":
-		bit, s.scheme = pseudoScheme, value
-	case ":authority":
-		bit, s.authority = pseudoAuthority, value
-	case ":path":
-		bit, s.path = pseudoPath, value
-	case ":protocol":
-		bit, s.protocol = pseudoProtocol, value
-	case ":status":
-		bit, s.status = pseudoStatus, value
-	}
-	if bit == 0 || s.pseudo&bit != 0 || s.regular || s.answer != (bit == pseudoStatus) {
+var grpcType = []byte("application/grpc")
+
+// pseudoField takes a pseudo field in: each once, before all others.
+func (s *section) pseudoField(f field) {
+	i := f.class - classMethod
+	bit := uint8(1) << i
+	if s.pseudo&bit != 0 || s.regular || s.answer != (bit == pseudoStatus) {
 		s.bad = true
 	}
 	s.pseudo |= bit
+	s.special[i] = append(s.special[i][:0], f.value()...)
 }
 
-func appendField(b []byte, name, value string) []byte {
+func appendField[T []byte | string](b []byte, name string, value T) []byte {
 	b = append(append(b, name...), ": "...)
 	return append(append(b, value...), "\r\n"...)
 }
 
 // validName accepts tokens in lower case (RFC 9113 section 8.2.1).
-func validName(s string) bool {
+func validName(s []byte) bool {
 	for i := range len(s) {
 		switch c := s[i]; {
 		case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '-', c == '_':
@@ -149,8 +143,8 @@ func validName(s string) bool {
 }
 
 // validValue accepts what a line of HTTP/1.1 can hold, without blanks around it.
-func validValue(s string) bool {
-	if s == "" {
+func validValue(s []byte) bool {
+	if len(s) == 0 {
 		return true
 	}
 	if first, last := s[0], s[len(s)-1]; first == ' ' || first == '\t' || last == ' ' || last == '\t' {
@@ -165,8 +159,8 @@ func validValue(s string) bool {
 }
 
 // parseLength reads a decimal number below 10^18 without sign or leading zero.
-func parseLength(s string) (int64, bool) {
-	if s == "" || len(s) > 18 || s[0] == '0' && len(s) > 1 {
+func parseLength(s []byte) (int64, bool) {
+	if len(s) == 0 || len(s) > 18 || s[0] == '0' && len(s) > 1 {
 		return 0, false
 	}
 	var n int64

@@ -151,7 +151,7 @@ func (o *outgoing) fields(lines []byte) (chunks bool, length int64, err error) {
 			}
 		case 14:
 			if is(name, "content-length") {
-				n, ok := parseLength(string(value))
+				n, ok := parseLength(value)
 				if !ok {
 					return false, 0, errUnclear
 				}

@@ -1,6 +1,7 @@
 package http2
 
 import (
+	"bytes"
 	"net"
 	"net/http"
 
@@ -76,12 +77,12 @@ func (s *section) isRequest(end bool) bool {
 	const plain = pseudoMethod | pseudoScheme | pseudoPath
 	need, may := uint8(plain), uint8(plain|pseudoAuthority)
 	switch {
-	case s.method == "CONNECT" && s.pseudo&pseudoProtocol != 0:
+	case string(s.method()) == "CONNECT" && s.pseudo&pseudoProtocol != 0:
 		need, may = plain|pseudoAuthority|pseudoProtocol, plain|pseudoAuthority|pseudoProtocol
-		if s.protocol != "websocket" || s.length >= 0 {
+		if string(s.protocol()) != "websocket" || s.length >= 0 {
 			return false
 		}
-	case s.method == "CONNECT":
+	case string(s.method()) == "CONNECT":
 		need, may = pseudoMethod|pseudoAuthority, pseudoMethod|pseudoAuthority
 		if s.length >= 0 {
 			return false
@@ -92,28 +93,28 @@ func (s *section) isRequest(end bool) bool {
 		return false
 	case end && s.length > 0:
 		return false
-	case !isMethod(s.method), need&pseudoScheme != 0 && s.scheme != "http" && s.scheme != "https":
+	case !isMethod(s.method()), need&pseudoScheme != 0 && string(s.scheme()) != "http" && string(s.scheme()) != "https":
 		return false
 	}
 	// Authority and path stand in lines of their own in HTTP/1.1, between blanks.
-	return need&pseudoPath == 0 || isTarget(s.path, s.method)
+	return need&pseudoPath == 0 || isTarget(s.path(), s.method())
 }
 
-func isMethod(s string) bool {
-	for i := range len(s) {
-		if c := s[i]; (c < 'A' || c > 'Z') && (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
+func isMethod(s []byte) bool {
+	for _, c := range s {
+		if (c < 'A' || c > 'Z') && (c < 'a' || c > 'z') && (c < '0' || c > '9') && c != '-' && c != '_' {
 			return false
 		}
 	}
-	return s != ""
+	return len(s) > 0
 }
 
-func isTarget(s, method string) bool {
-	if s == "" || s[0] != '/' && (s != "*" || method != "OPTIONS") {
+func isTarget(s, method []byte) bool {
+	if len(s) == 0 || s[0] != '/' && (string(s) != "*" || string(method) != "OPTIONS") {
 		return false
 	}
-	for i := range len(s) {
-		if s[i] <= ' ' || s[i] == 0x7f {
+	for _, c := range s {
+		if c <= ' ' || c == 0x7f {
 			return false
 		}
 	}
@@ -135,21 +136,21 @@ func (l *Lane) request(s *section, end bool) {
 		g.begun = true
 		return
 	}
-	target, method := s.path, s.method
+	target, method := s.path(), s.method()
 	switch {
-	case s.protocol != "":
-		method, l.out.asked = "GET", askedWebSocket
-	case method == "CONNECT":
-		target, l.out.asked = s.authority, askedConnect
+	case s.pseudo&pseudoProtocol != 0:
+		method, l.out.asked = methodGET, askedWebSocket
+	case string(method) == "CONNECT":
+		target, l.out.asked = s.authority(), askedConnect
 	}
-	l.out.head = method == "HEAD"
+	l.out.head = string(method) == "HEAD"
 	b := append(append(append(g.store[:0], method...), ' '), target...)
 	b = append(b, " HTTP/1.1\r\n"...)
 	if s.pseudo&pseudoAuthority != 0 {
-		b = appendField(b, "Host", s.authority)
+		b = appendField(b, "Host", s.authority())
 	}
 	// A Host that says something else makes two of them, which are refused.
-	if s.hosted && s.host != s.authority {
+	if s.hosted && !bytes.Equal(s.host, s.authority()) {
 		b = appendField(b, "Host", s.host)
 	}
 	b = append(b, s.lines...)
@@ -168,9 +169,16 @@ func (l *Lane) request(s *section, end bool) {
 	case !end:
 		b = append(b, "Transfer-Encoding: chunked\r\n"...)
 		g.chunks = true
-	case method == "POST" || method == "PUT" || method == "PATCH":
+	case announces(method):
 		b = append(b, "Content-Length: 0\r\n"...)
 	}
 	g.store = append(b, "\r\n"...)
 	g.text = g.store
+}
+
+var methodGET = []byte("GET")
+
+// announces says whether a request of this method that has no body says so.
+func announces(method []byte) bool {
+	return string(method) == "POST" || string(method) == "PUT" || string(method) == "PATCH"
 }
