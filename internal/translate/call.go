@@ -4,12 +4,17 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net/http"
 	"strconv"
 	"time"
 
+	"connectrpc.com/connect"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"sallyport/internal/mux"
 )
 
 // A call is one that is translated. Vanguard writes to it as to the caller.
@@ -61,9 +66,32 @@ func (t *Translator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	r = r.WithContext(ctx)
 	// Vanguard unescapes what it takes from the path.
 	r.URL.Path, r.URL.RawPath = r.URL.EscapedPath(), ""
+	held := &held{ReadCloser: r.Body, of: t.bodies}
+	defer held.release()
+	r.Body = held
 	_ = http.NewResponseController(w).EnableFullDuplex() // the connection is our own
 	x.serve(o, r)
 }
+
+// A held body counts what is read of it, until the call is over.
+type held struct {
+	io.ReadCloser
+	of *mux.Budget
+	n  int
+}
+
+var errHeld = connect.NewError(connect.CodeResourceExhausted, errors.New("too much of other calls is held"))
+
+func (h *held) Read(p []byte) (int, error) {
+	n, err := h.ReadCloser.Read(p)
+	if !h.of.Take(n) {
+		return 0, errHeld
+	}
+	h.n += n
+	return n, err
+}
+
+func (h *held) release() { h.of.Give(h.n) }
 
 func (x *call) serve(o *Offer, r *http.Request) {
 	switch {
@@ -150,6 +178,15 @@ func (x *call) reject(code codes.Code, text string) {
 		x.fail(code, text, nil)
 		x.take()
 	}
+}
+
+// unread rejects a request that could not be read.
+func (x *call) unread(err error) {
+	if errors.Is(err, errHeld) {
+		x.reject(codes.Unavailable, errHeld.Message())
+		return
+	}
+	x.reject(codes.InvalidArgument, "the request has no message that can be read")
 }
 
 // finish says what is wrong with a request that was not translated.

@@ -59,7 +59,7 @@ func (l *leg) toGRPC(w http.ResponseWriter, r *http.Request, x *call) {
 	// All of the request is looked at before the service hears of it.
 	b, err := io.ReadAll(r.Body)
 	if err != nil || len(b) < prefix {
-		x.reject(codes.InvalidArgument, "the request has no message that can be read")
+		x.unread(err)
 		return
 	}
 	out, err := http.NewRequestWithContext(r.Context(), http.MethodPost, "http://"+hostOf(r)+x.method, bytes.NewReader(b))
@@ -168,7 +168,7 @@ func (l *leg) toREST(w http.ResponseWriter, r *http.Request, x *call) {
 	}
 	b, err := io.ReadAll(r.Body)
 	if err != nil || x.wrote {
-		x.reject(codes.InvalidArgument, "the request has no message that can be read")
+		x.unread(err)
 		return
 	}
 	out, err := http.NewRequestWithContext(r.Context(), r.Method, target.String(), bytes.NewReader(b))

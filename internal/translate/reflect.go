@@ -61,24 +61,35 @@ func (t *Translator) refresh(ctx context.Context, o *Offer, atMost time.Duration
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	set, err := t.ask(ctx)
+	tab, err := t.learn(ctx, o)
 	o.asked.Store(time.Now().UnixNano())
-	if err == nil {
-		if old := o.table.Load(); old != nil && string(old.set) == string(set) {
-			return true
-		}
-		var tab *table
-		if tab, err = tableOf(set, o, t.cfg.Log); err == nil {
-			o.table.Store(tab)
-			t.cfg.Log.Info("the service has told its methods", "methods", len(tab.methods))
-			return true
-		}
-	}
-	if ctx.Err() == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
+	switch {
+	case err == nil && tab != o.table.Load():
+		o.table.Store(tab)
+		t.cfg.Log.Info("the service has told its methods", "methods", len(tab.methods))
+	case err != nil && !errors.Is(ctx.Err(), context.Canceled):
 		o.err.Store(&err)
 		t.cfg.Log.Warn("the service does not tell its methods", "err", err, "known", o.table.Load() != nil)
 	}
 	return true
+}
+
+// learn makes a table of what the service says, the one that there is when it
+// says the same. What it says may be anything.
+func (t *Translator) learn(ctx context.Context, o *Offer) (tab *table, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("reflection: the descriptors cannot be read: %v", p)
+		}
+	}()
+	set, err := t.ask(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if old := o.table.Load(); old != nil && string(old.set) == string(set) {
+		return old, nil
+	}
+	return tableOf(set, o, t.cfg.Log)
 }
 
 // follow asks every now and then.
@@ -102,12 +113,33 @@ func (t *Translator) follow(ctx context.Context) {
 // ask reads the descriptors of all services by reflection, as the bytes of a
 // FileDescriptorSet.
 func (t *Translator) ask(ctx context.Context) ([]byte, error) {
-	cc, err := grpc.NewClient("passthrough:///service", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return t.cfg.Dial(ctx) }))
+	first, err := t.cfg.Dial(ctx) // the client would try until the time is up
 	if err != nil {
 		return nil, err
 	}
-	defer cc.Close()
+	conns := make(chan net.Conn, 1)
+	conns <- first
+	cc, err := grpc.NewClient("passthrough:///service", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy(),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			select {
+			case c := <-conns:
+				return c, nil
+			default:
+				return t.cfg.Dial(ctx)
+			}
+		}))
+	if err != nil {
+		first.Close()
+		return nil, err
+	}
+	defer func() {
+		cc.Close()
+		select {
+		case c := <-conns: // it never came to be used
+			c.Close()
+		default:
+		}
+	}()
 	c := grpcreflect.NewClientAuto(ctx, cc)
 	defer c.Reset()
 	names, err := c.ListServices()

@@ -165,7 +165,7 @@ func (s *sender) begin(resp *http.Response, contentType string) {
 	if resp != nil {
 		pass(h, resp.Header)
 	}
-	for _, name := range []string{"Grpc-Encoding", "Grpc-Accept-Encoding", "Trailer"} {
+	for _, name := range []string{"Grpc-Encoding", "Grpc-Accept-Encoding", "Content-Encoding", "Trailer"} {
 		h.Del(name)
 	}
 	switch {

@@ -22,10 +22,15 @@ import (
 	"time"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 )
 
 // MaxMessage bounds a message, in bytes, packed and unpacked.
 const MaxMessage = 4 << 20
+
+// maxBodies is what all calls may hold of their requests, which are read whole
+// before the service hears of them.
+const maxBodies = 256 << 20
 
 // MethodField is the field by which the proxy tells which method was judged.
 // A caller cannot set it, since the proxy drops such fields.
@@ -56,8 +61,10 @@ type Translator struct {
 	queue  chan net.Conn
 	done   chan struct{}
 
-	now  atomic.Pointer[Offer]
-	used chan struct{} // Use has put another offer in force
+	now atomic.Pointer[Offer]
+	// bodies bounds what all calls together hold of their requests.
+	bodies *mux.Budget
+	used   chan struct{} // Use has put another offer in force
 
 	mu sync.Mutex // lets one at a time ask the service
 }
@@ -78,7 +85,7 @@ func New(cfg Config) (*Translator, error) {
 	if cfg.Dial == nil || cfg.Log == nil {
 		return nil, errors.New("translate: dial or log is missing")
 	}
-	t := &Translator{cfg: cfg, queue: make(chan net.Conn), done: make(chan struct{}), used: make(chan struct{}, 1)}
+	t := &Translator{cfg: cfg, queue: make(chan net.Conn), done: make(chan struct{}), used: make(chan struct{}, 1), bodies: mux.NewBudget(maxBodies)}
 	t.server = &http.Server{
 		Handler: t, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(cfg.Log.Handler(), slog.LevelError),
 	}

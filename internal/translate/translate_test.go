@@ -352,3 +352,27 @@ func TestDescriptorsThatSayNothingAreRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestRequestsOfAllCallsAreBounded(t *testing.T) {
+	tr := start(t, translatetest.GRPC(t, "127.0.0.1:0"), fromFile)
+	if !tr.bodies.Take(maxBodies) {
+		t.Fatal("nothing may be held")
+	}
+	for _, contentType := range []string{"application/json", "application/grpc-web"} {
+		r := request("POST", "/v1/items", contentType, `{"id":"a"}`)
+		if contentType != "application/json" {
+			r = request("POST", translatetest.Get, contentType, frame(t, translatetest.Message(t, "GetRequest", `{"id":"a"}`)))
+		}
+		resp, body := do(t, tr, r)
+		if code := resp.Header.Get("Grpc-Status"); resp.StatusCode != 503 && code != "14" {
+			t.Errorf("%s: %d %s %s", contentType, resp.StatusCode, code, body)
+		}
+	}
+	tr.bodies.Give(maxBodies)
+	before, w := tr.bodies.Used(), httptest.NewRecorder()
+	r := request("POST", "/v1/items", "application/json", `{"id":"a"}`)
+	r.Header.Set(MethodField, "/shop.v1.Shop/Put")
+	if tr.ServeHTTP(w, r); w.Code != 200 || tr.bodies.Used() > before {
+		t.Errorf("%d %s, %d bytes are held", w.Code, w.Body, tr.bodies.Used())
+	}
+}
