@@ -1,6 +1,7 @@
 package http1
 
 import (
+	"cmp"
 	"errors"
 	"io"
 	"os"
@@ -118,7 +119,7 @@ func (c *Conn) readBody(b []byte, p *pace) (int, error) {
 // readBodyInto is readBody with a buffer that is asked for only, with await, when
 // there is something to read.
 func (c *Conn) readBodyInto(b func() []byte, await bool, p *pace) (int, error) {
-	wait := c.lim.BodyTimeout
+	wait := c.bodyTimeout()
 	rated := !c.trailers && c.lim.MinRate > 0
 	if rated {
 		wait = min(wait, rateGrace)
@@ -150,11 +151,13 @@ func (c *Conn) readBodyInto(b func() []byte, await bool, p *pace) (int, error) {
 			return 0, io.ErrNoProgress
 		case err == io.EOF:
 			return 0, io.ErrUnexpectedEOF
-		case !rated || !errors.Is(err, os.ErrDeadlineExceeded) || p.idle >= c.lim.BodyTimeout || c.quit.Load():
+		case !rated || !errors.Is(err, os.ErrDeadlineExceeded) || p.idle >= c.bodyTimeout() || c.quit.Load():
 			return 0, err
 		}
 	}
 }
+
+func (c *Conn) bodyTimeout() time.Duration { return cmp.Or(c.idle, c.lim.BodyTimeout) }
 
 // window is pace for a body of unknown length, which may go on for days: a good
 // beginning does not count later.
@@ -179,11 +182,11 @@ func (w *window) slow(rate int) bool {
 func (c *Conn) fillBody(w *window) error {
 	rate := c.lim.ChunkedRate
 	if c.trailers || rate <= 0 {
-		c.readWithin(c.lim.BodyTimeout)
+		c.readWithin(c.bodyTimeout())
 		return c.fill()
 	}
 	for idle := time.Duration(0); ; {
-		c.readWithin(min(c.lim.BodyTimeout, rateWindow))
+		c.readWithin(min(c.bodyTimeout(), rateWindow))
 		before := time.Now()
 		err := c.fill()
 		took := time.Since(before)
@@ -192,7 +195,7 @@ func (c *Conn) fillBody(w *window) error {
 		switch {
 		case err == nil:
 			return nil
-		case !errors.Is(err, os.ErrDeadlineExceeded) || idle >= c.lim.BodyTimeout || c.quit.Load():
+		case !errors.Is(err, os.ErrDeadlineExceeded) || idle >= c.bodyTimeout() || c.quit.Load():
 			return err
 		case w.slow(rate):
 			return ErrSlowBody
@@ -225,6 +228,7 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 		case readErr != nil || !d.done():
 		case framed:
 			out, readErr = d.appendLast(out, src.trailers, src.dropped, &src.lim)
+			src.last = d.last
 		default:
 			_, readErr = d.fields(&src.lim)
 		}
@@ -274,7 +278,7 @@ func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n i
 		if taken.slow(src.lim.ChunkedRate) {
 			return n, nil, ErrSlowBody
 		}
-		src.readWithin(src.lim.BodyTimeout)
+		src.readWithin(src.bodyTimeout())
 		switch err := src.fill(); {
 		case err == io.EOF && framed:
 			_, writeErr = dst.Write([]byte("0\r\n\r\n"))
@@ -298,15 +302,24 @@ func truncated(err error) error {
 // arrived, or else the first of its bytes; it sends 100 to a client that waits
 // for it. Called before an upstream connection is borrowed, it keeps a slow
 // client from holding one. Exchange calls it too.
-func (c *Conn) Prefetch(r *Request) error {
+func (c *Conn) Prefetch(r *Request) error { return c.Hold(r, smallBody) }
+
+// Hold is Prefetch for a body of known length up to most bytes: a request that
+// is to be sent again if need be.
+func (c *Conn) Hold(r *Request, most int64) error {
 	want := 1
 	switch {
 	case r.started || r.Body.Empty():
 		return nil
 	case r.streams():
 		return nil // who streams both ways may wait for our first word
-	case r.Body.Framing == Length && r.Body.Length <= smallBody:
+	case r.Body.Framing == Length && r.Body.Length <= most:
 		want = int(r.Body.Length)
+	}
+	if want > smallBody && want > len(c.buf)-c.floor {
+		b := make([]byte, want) // what was read of the head stays in the old one
+		c.w = copy(b, c.buf[c.r:c.w])
+		c.r, c.floor, c.buf = 0, 0, b
 	}
 	want = min(want, len(c.buf)-c.floor)
 	if c.w-c.r >= want {

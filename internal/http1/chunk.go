@@ -33,6 +33,7 @@ type decoder struct {
 	data    int64 // data bytes seen
 	ext     int64 // extension bytes seen
 	trailer []byte
+	last    []Field // of trailer, once it was read
 }
 
 // feed consumes b up to the end of the body, appending the data to out: framed
@@ -150,6 +151,7 @@ func (d *decoder) appendLast(out []byte, pass bool, dropped *NameSet, lim *Limit
 	if err != nil {
 		return out, err
 	}
+	d.last = fields
 	for i := range fields {
 		if pass && fields[i].kind == kindOther && !protected.Has(fields[i].Name) && !dropped.Has(fields[i].Name) {
 			out = appendField(out, fields[i].Name, fields[i].Value)

@@ -103,12 +103,14 @@ type Conn struct {
 	// there is no buf.
 	buf         []byte
 	r, w, floor int
-	readEnd     time.Time   // the read deadline now set
-	trailers    bool        // pass trailers on: true after ReadResponse
-	dropped     *NameSet    // but not these
-	said        lines       // of the head that was read last
-	quit        atomic.Bool // set from outside: stop reading a body
-	ended       atomic.Bool // the body being copied was read to its end
+	readEnd     time.Time     // the read deadline now set
+	trailers    bool          // pass trailers on: true after ReadResponse
+	last        []Field       // the trailers that were passed on
+	idle        time.Duration // in place of lim.BodyTimeout, for one exchange
+	dropped     *NameSet      // but not these
+	quit        atomic.Bool   // set from outside: stop reading a body
+	ended       atomic.Bool   // the body being copied was read to its end
+	said        lines         // of the head that was read last
 
 	asked bool      // it was waited for that there is something to read
 	now   time.Time // see Tell

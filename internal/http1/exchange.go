@@ -41,6 +41,9 @@ type Exchange struct {
 	// of the request; it ends up to an eighth later. Default: the
 	// ResponseTimeout of Up.
 	Timeout time.Duration
+	// Idle is how long nothing may come of a body, either way. Default: the
+	// BodyTimeout of the side that it comes from.
+	Idle time.Duration
 	// Accept, when set, sees the final response before any of it is written.
 	// On false Run stops with ErrNotAccepted; Up is then to be closed.
 	Accept func(*Response) bool
@@ -142,6 +145,7 @@ func (x *Exchange) Run() (Result, error) {
 	if x.Tee != nil {
 		x.Tee.Again()
 	}
+	x.Down.idle, x.Up.idle, x.Up.last = x.Idle, x.Idle, nil
 	err := x.run()
 	if err != nil {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
@@ -149,6 +153,13 @@ func (x *Exchange) Run() (Result, error) {
 	x.res.Replayable = !x.Request.started && !x.res.ResponseStarted && FailedSide(err) != Client
 	return x.res, err
 }
+
+// Whole says, to Accept, that Run may be called again if it refuses the response.
+func (x *Exchange) Whole() bool { return x.upload == nil }
+
+// Trailer is the value of a field that came after the body of the response, nil
+// when it is absent; valid as Response is.
+func (x *Exchange) Trailer(name string) []byte { return get(x.Up.last, name) }
 
 func (x *Exchange) run() error {
 	r, down, up := x.Request, x.Down, x.Up

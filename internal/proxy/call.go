@@ -37,6 +37,9 @@ type call struct {
 	ex   http1.Exchange
 	// lend gives a connection to where the call goes.
 	lend func(x *call, fresh bool) (*upstream.Conn, error)
+	// accept, when set, sees the answer before any of it is passed on.
+	accept func(x *call) bool
+	tries  tries
 
 	// src and dst are the two ends as they stand in records and metrics.
 	src, dst string
@@ -117,6 +120,7 @@ func (x *call) reset() {
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
+	x.tries.plan, x.tries.until, x.ex.Idle = nil, time.Time{}, 0
 }
 
 // panicked ends a call in which something was not as the code believes.
@@ -149,6 +153,8 @@ func (x *call) refuse(r *refusal) {
 	head := []byte(r.head)
 	if r.decision != "" {
 		head = append(append(append(head, "Sallyport-Decision: "...), r.decision...), "\r\n"...)
+	} else {
+		head = append(append(append(head, "Sallyport-Refused: "...), r.reason...), "\r\n"...)
 	}
 	detail := r.detail
 	if r.told != "" {
@@ -265,16 +271,22 @@ var (
 	reserved         = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent", "x-request-id"}
 	dropped          = http1.NewNameSet(reserved...)
 	droppedWithState = http1.NewNameSet(append([]string{"tracestate"}, reserved...)...)
-	mine             = http1.NewNameSet("sallyport-*")
+	// The same for a call that has a deadline of ours.
+	droppedTimed          = http1.NewNameSet(append([]string{"grpc-timeout"}, reserved...)...)
+	droppedWithStateTimed = http1.NewNameSet(append([]string{"tracestate", "grpc-timeout"}, reserved...)...)
+	mine                  = http1.NewNameSet("sallyport-*")
 )
 
-// exchange forwards the request over a connection that is lent. A kept
-// connection that the upstream had closed in the meantime is replaced once,
-// if nothing of the request can have been acted on, or if acting on it twice
-// is the same as once (RFC 9110 section 9.2.2).
-func (x *call) exchange() *refusal {
-	// A client that is slow to send holds no connection to the upstream.
-	if err := x.down.Prefetch(&x.req); err != nil {
+// ready waits for what must be there before a connection is borrowed: a client
+// that is slow to send holds none. A body up to keep bytes is waited for whole.
+func (x *call) ready(keep int64) *refusal {
+	var err error
+	if keep > 0 {
+		err = x.down.Hold(&x.req, keep)
+	} else {
+		err = x.down.Prefetch(&x.req)
+	}
+	if err != nil {
 		return x.failed(&http1.SideError{Side: http1.Client, Op: "read", Err: err})
 	}
 	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
@@ -282,12 +294,23 @@ func (x *call) exchange() *refusal {
 	if x.face.Translated || isGRPC(x.req.Get("content-type")) {
 		x.ex.Timeout = x.on.firstMessage()
 	}
+	return nil
+}
+
+// exchange forwards the request over a connection that is lent. A kept
+// connection that the upstream had closed in the meantime is replaced once,
+// if nothing of the request can have been acted on, or if acting on it twice
+// is the same as once (RFC 9110 section 9.2.2).
+func (x *call) exchange() *refusal {
+	if r := x.ready(0); r != nil {
+		return r
+	}
 	unseen := 0
 	for fresh := false; ; fresh = true {
 		up, err := x.lend(x, fresh)
 		if err != nil {
 			x.err = err
-			return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
+			return noEndpoint()
 		}
 		x.ex.Up = up.Conn
 		if !x.bind(up) {
@@ -301,21 +324,17 @@ func (x *call) exchange() *refusal {
 			if !fresh {
 				continue // the next handshake says why
 			}
-			return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
+			return noEndpoint()
 		}
 		if r := x.again(); r != nil {
 			x.unbind()
 			up.Put()
 			return r
 		}
-		x.res, x.err = x.ex.Run()
-		x.unbind()
+		x.run(up, x.tries.until)
 		if x.err == nil {
 			x.finish(up)
 			return nil
-		}
-		if x.conn.hungUp() { // whatever broke then, the service did not break it
-			x.err = &http1.SideError{Side: http1.Client, Op: "read", Err: http2.ErrCancelled}
 		}
 		again := x.unanswered()
 		if isRefused(x.err) || x.res.RequestBytesSent == 0 {
@@ -326,7 +345,7 @@ func (x *call) exchange() *refusal {
 		}
 		up.Discard()
 		if !again {
-			return x.failed(x.err)
+			return x.gaveUp()
 		}
 	}
 }

@@ -62,6 +62,7 @@ func (in *Inbound) makeChain() chain {
 		{"method", "before all that speaks of methods and paths: they mean one thing, whichever way it was asked for", in.method, nil},
 		{"rate limit", "before anything that costs: who calls too often must not cost a verification each", in.rateLimit, nil},
 		{"introduction", "what the application is told of the caller; the name asked for has been checked", in.introduction, nil},
+		{"deadline", "before the judge, whose time counts; the application is told what is left", in.deadline, nil},
 		{"credential", "verified before the judge reads it; what a caller says of itself in our fields ends here", in.credential, nil},
 		{"judge", "last before the application: what it saw is what is forwarded", in.judge, nil},
 		{"application", "takes the Grant as proof", in.forward, nil},
@@ -80,7 +81,7 @@ func (o *door) makeChain() chain {
 		{"route", "one snapshot says which service is meant; below it the target is fixed", o.route, nil},
 		{"shadow's hands", "once the target is known: what is done for a shadow changes nothing", o.harmless, nil},
 		{"shadow", "around all tries: a copy is of the one that was answered", o.mirror, o.mirrored},
-		{"upstream", "retry of a stale connection around balance around dial", o.forward, nil},
+		{"upstream", "retry around timeout around breaker around balance around dial", o.forward, nil},
 	}
 }
 

@@ -16,7 +16,6 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mux"
-	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 )
 
@@ -117,10 +116,8 @@ func (c *conn) sever() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.cut = true
-	if t, ok := c.up.(*record.Conn); ok {
-		t.NetConn().Close() // without a farewell, for which it could have to wait
-	} else if c.up != nil {
-		c.up.Close()
+	if c.up != nil {
+		closeNow(c.up)
 	}
 	c.Close()
 }
@@ -393,7 +390,7 @@ func (l *listener) calls(x *call, way chain) {
 	// client that saw only the end could have sent the next request into it.
 	x.ex.Accept = func(*http1.Response) bool {
 		x.ex.ToDown.Close = x.ex.ToDown.Close || l.draining.Load()
-		return true
+		return x.accept == nil || x.accept(x)
 	}
 	for {
 		if err := x.down.ReadRequest(&x.req); err != nil {

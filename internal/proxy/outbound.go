@@ -147,6 +147,7 @@ type door struct {
 	service mesh.ServiceName
 	chain   chain
 	opaque  chain // of streams
+	accepts func(*call) bool
 	// nowhere counts calls that lead to no service, outside those that leave
 	// the mesh.
 	nowhere, outside *telemetry.Series
@@ -163,7 +164,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
-	d.chain, d.opaque = d.makeChain(), d.streamChain()
+	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
 	return d
 }
 
@@ -190,7 +191,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 }
 
 func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
-	return &call{ctx: ctx, on: &d.listener, conn: c, lend: d.lend, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
+	return &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
 }
 
 // The links of the way out.
@@ -323,9 +324,5 @@ func (d *door) forward(x *call) *refusal {
 	if d.cfg.KeepForwardedFor {
 		x.extra = appendForwardedFor(x.extra, forwardedFor(x.req.Fields))
 	}
-	return x.exchange()
-}
-
-func (d *door) lend(x *call, fresh bool) (*upstream.Conn, error) {
-	return d.cfg.Services.Get(x.ctx, x.to.name, fresh)
+	return d.send(x, usual)
 }

@@ -251,3 +251,28 @@ func (r *Registry) AuditSinkLag(sink string, lag func() (records, seconds float6
 		r.sinkLags.add(sink, lag)
 	}
 }
+
+// Retries counts further tries of calls to a service, by result: "sent", or
+// "no_budget" for one that was withheld.
+func (r *Registry) Retries(dst, result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.retries.get(labels{result, dst})
+}
+
+// Ejections counts endpoints of a service that were put aside.
+func (r *Registry) Ejections(dst string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.ejections.get(labels{dst})
+}
+
+// BreakerOpen is 1 while the calls to a service fail at once.
+func (r *Registry) BreakerOpen(dst string) *Gauge {
+	if r == nil {
+		return nil
+	}
+	return r.cutOff.get(labels{dst})
+}

@@ -162,6 +162,9 @@ type Registry struct {
 	sinkLags  *lags
 	messages  *family[*Counter]
 	rollouts  *family[*Counter]
+	retries   *family[*Counter]
+	ejections *family[*Counter]
+	cutOff    *family[*Gauge]
 	revision  *Gauge
 	rejected  *Counter
 	mismatch  *Counter
@@ -210,6 +213,9 @@ func NewRegistry() *Registry {
 	r.messages = counters(r, 0, "sallyport_issuer_messages_total", "Messages that reached the issuer over mutual TLS, by method: one of a plain call, each of a stream.", "method")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
 	r.rollouts = counters(r, 1, "sallyport_policy_rollout_steps_total", "Steps of policies that a canary group tries: try, promote, take_back, hold.", "step")
+	r.retries = counters(r, 1, "sallyport_retries_total", "Further tries of calls: sent, or withheld since the budget was spent.", "result", "dst")
+	r.ejections = counters(r, 0, "sallyport_ejections_total", "Endpoints that were put aside for what they did, by service.", "dst")
+	r.cutOff = gauges(r, 0, "sallyport_breaker_open", "1 while the calls to a service fail at once since it kept failing.", "dst")
 	r.rejected = r.counter("sallyport_policy_rejected_total", "Policy revisions that were refused; the last good one stayed.")
 
 	latency := prometheus.NewHistogramVec(prometheus.HistogramOpts{

@@ -3,6 +3,7 @@ package upstream
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"time"
 
 	"sallyport/internal/mesh"
@@ -12,6 +13,7 @@ import (
 type lease struct {
 	by    *standing
 	on    *endpoint
+	at    int64
 	probe bool
 	told  bool // what became of the call
 }
@@ -34,7 +36,7 @@ func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
 	if !g.capacity.enter() {
 		return nil, fmt.Errorf("service %s: %w", w.Service, ErrFull)
 	}
-	l := lease{by: g.standing}
+	l := lease{by: g.standing, at: now}
 	if g.breaker != nil {
 		var ok bool
 		if l.probe, ok = g.breaker.enter(now); !ok {
@@ -90,16 +92,20 @@ func (s *Services) Well(name mesh.ServiceName, subset string) bool {
 	return false
 }
 
-// Report tells what became of the call that the connection was lent for: how
-// long it took until the answer began, and what the service asked for in
-// Retry-After, or 0. Without it the call counts for nothing.
-func (c *Conn) Report(o Outcome, took, retryAfter time.Duration) {
+// Endpoint is where the connection leads.
+func (c *Conn) Endpoint() netip.AddrPort { return c.pool.t.addr }
+
+// Report tells what became of the call that the connection was lent for: when
+// the answer began, or it failed, and what the service asked for in Retry-After,
+// or 0. Without it the call counts for nothing.
+func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 	l := &c.lease
 	if l.by == nil || l.told {
 		return
 	}
 	l.told = true
-	now := time.Now().UnixNano()
+	now := at.UnixNano()
+	took := time.Duration(max(now-l.at, 0))
 	l.by.blame(l.on, now, o, took, true)
 	l.by.capacity.took(now, took, o)
 	l.by.decide(now, o, took, retryAfter, l.probe)

@@ -1,0 +1,367 @@
+package proxy
+
+import (
+	"cmp"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"time"
+
+	"sallyport/internal/http1"
+	"sallyport/internal/http2"
+	"sallyport/internal/mesh"
+	"sallyport/internal/upstream"
+)
+
+// maxReplay is the largest body, bytes, that is kept so that a call can be tried
+// again.
+const maxReplay = 64 << 10
+
+// A plan is how the calls of a route are tried.
+type plan struct {
+	mesh.Timeouts
+	attempts int // further tries
+	codes    []int
+	statuses uint32        // a bit for each code of gRPC
+	unsafe   bool          // of any method
+	wait     time.Duration // before the first further try, and at most
+	most     time.Duration
+	hedge    time.Duration
+}
+
+// usual is the plan of calls that no route speaks of.
+var usual = planOf(&mesh.Route{})
+
+// grpcCodes are the statuses of gRPC by name, as routes have them.
+var grpcCodes = map[string]int{
+	"CANCELLED": 1, "UNKNOWN": grpcUnknown, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": grpcDeadlineExceeded, "NOT_FOUND": 5, "ALREADY_EXISTS": 6,
+	"PERMISSION_DENIED": grpcPermissionDenied, "RESOURCE_EXHAUSTED": grpcResourceExhausted, "FAILED_PRECONDITION": 9, "ABORTED": 10,
+	"OUT_OF_RANGE": 11, "UNIMPLEMENTED": grpcUnimplemented, "INTERNAL": grpcInternal, "UNAVAILABLE": grpcUnavailable, "DATA_LOSS": 15, "UNAUTHENTICATED": grpcUnauthenticated,
+}
+
+func planOf(r *mesh.Route) *plan {
+	p := &plan{Timeouts: r.Timeouts, attempts: 1, codes: []int{502, 503, 504}, wait: 25 * time.Millisecond, most: 250 * time.Millisecond}
+	if t := r.Retry; t != nil {
+		p.attempts, p.unsafe = t.Attempts, t.Unsafe
+		if len(t.Codes) > 0 || len(t.GRPC) > 0 {
+			p.codes = t.Codes
+		}
+		for _, name := range t.GRPC {
+			p.statuses |= 1 << grpcCodes[name]
+		}
+		p.wait = cmp.Or(t.Base, p.wait)
+		p.most = max(cmp.Or(t.Max, p.most), p.wait)
+	}
+	if r.Hedge != nil {
+		p.hedge = r.Hedge.After
+	}
+	return p
+}
+
+// tries is what a call has come to so far.
+type tries struct {
+	*plan
+	want  upstream.Want
+	n     int       // further tries that were made
+	until time.Time // when all of it must be over; zero: never
+	fixed int       // length of x.extra without what changes with each try
+	safe  bool      // acting on it twice is the same as once
+	grpc  bool
+
+	// Of the try under way: when its answer began, what that says, what it asks
+	// for in Retry-After, and whether it is not passed on.
+	began   time.Time
+	outcome upstream.Outcome
+	after   time.Duration
+	dropped bool
+	late    bool // it was ended since it was due
+	cut     cutter
+}
+
+// begin reads what the request says of its tries and its deadline.
+func (x *call) begin(p *plan) {
+	t := &x.tries
+	t.plan, t.n, t.until, t.dropped = p, 0, time.Time{}, false
+	t.grpc = isGRPC(x.req.Get("content-type"))
+	t.safe = p.unsafe || idempotent(x.req.Method) || len(x.req.Get("idempotency-key")) > 0
+	t.want = upstream.Want{Service: x.to.name, Connect: p.Connect}
+	t.fixed = len(x.extra)
+	within := asked(&x.req, t.grpc)
+	if p.Request > 0 && (within == 0 || p.Request < within) {
+		within = p.Request
+	}
+	if within > 0 {
+		t.until = x.start.Add(within)
+		t.want.Until = t.until
+	}
+	x.ex.Idle = p.Idle
+}
+
+// send brings the call to an endpoint of its service, and to another when it
+// may be tried again.
+func (d *door) send(x *call, p *plan) *refusal {
+	x.begin(p)
+	if r := x.ready(maxReplay); r != nil {
+		return r
+	}
+	t := &x.tries
+	for unseen := 0; ; {
+		up, err := d.cfg.Services.Lend(x.ctx, &t.want)
+		if err != nil {
+			return x.unlent(err)
+		}
+		x.ex.Up = up.Conn
+		if !x.bind(up) {
+			up.Discard()
+			x.broken = true
+			return nil
+		}
+		if x.err = up.Stands(); x.err != nil {
+			x.unbind()
+			up.Discard()
+			if !t.want.Fresh {
+				t.want.Fresh = true // the next handshake says why
+				continue
+			}
+			return noEndpoint()
+		}
+		x.try(up)
+		if x.err == nil {
+			up.Report(x.outcomeOf(), t.began, t.after)
+			x.finish(up)
+			return nil
+		}
+		again, free := d.again(x, up, &unseen)
+		up.Discard()
+		if !again {
+			return x.gaveUp()
+		}
+		t.want.Again = true
+		if !free && !x.pause() {
+			return x.gaveUp()
+		}
+	}
+}
+
+func noEndpoint() *refusal {
+	return &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
+}
+
+// try runs the exchange once.
+func (x *call) try(up *upstream.Conn) {
+	t := &x.tries
+	x.extra = x.extra[:t.fixed]
+	due := t.until
+	if t.n > 0 {
+		x.extra = append(x.extra, "Sallyport-Attempt: "...)
+		x.extra = append(x.extra, byte('1'+min(t.n, 8)), '\r', '\n')
+	}
+	if t.Try > 0 {
+		if try := time.Now().Add(t.Try); due.IsZero() || try.Before(due) {
+			due = try
+		}
+	}
+	if !due.IsZero() {
+		x.extra = appendDeadline(x.extra, time.Until(due), t.grpc)
+		x.ex.ToUp.Drop = withoutDeadline(x.ex.ToUp.Drop)
+	}
+	x.ex.ToUp.Extra = x.extra
+	t.began, t.outcome, t.after, t.dropped = time.Time{}, upstream.OK, 0, false
+	x.run(up, due)
+}
+
+// run runs the exchange, which must be over when it is due. Zero is never.
+func (x *call) run(up *upstream.Conn, due time.Time) {
+	t := &x.tries
+	t.cut.arm(up.NetConn(), due)
+	x.res, x.err = x.ex.Run()
+	t.late = t.cut.disarm() && x.err != nil
+	x.unbind()
+	switch {
+	case x.err == nil:
+	case x.conn.hungUp(): // whatever broke then, the service did not break it
+		x.err = &http1.SideError{Side: http1.Client, Op: "read", Err: http2.ErrCancelled}
+	case t.late:
+		x.err = &http1.SideError{Side: http1.Upstream, Op: "read", Err: os.ErrDeadlineExceeded}
+	}
+}
+
+// accept sees the answer before any of it goes on. On false it does not: the
+// call is tried again.
+func (d *door) accept(x *call) bool {
+	t := &x.tries
+	if t.plan == nil {
+		return true // a tunnel
+	}
+	t.began = time.Now()
+	resp := &x.ex.Response
+	code, known := grpcCode(resp.Get("grpc-status"))
+	if !known && t.grpc && resp.Status == 200 {
+		code = -1
+	}
+	refused := string(resp.Get(refusedField))
+	t.outcome = outcomeOf(resp.Status, code, refused)
+	if t.outcome == upstream.OK {
+		return true
+	}
+	t.after = retryAfter(resp.Get("retry-after"))
+	unseen := refused == "no_endpoint" || refused == "overload"
+	wanted := unseen || t.safe && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
+	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x) {
+		return true
+	}
+	t.dropped = true
+	return false
+}
+
+func (p *plan) retriesGRPC(code int) bool { return p.statuses&(1<<code) != 0 }
+
+// another takes one further try, if there is one: of the route, of the time and
+// of the service's budget.
+func (d *door) another(x *call) bool {
+	t := &x.tries
+	if t.n >= t.attempts || !t.until.IsZero() && !time.Now().Before(t.until) {
+		return false
+	}
+	if !d.cfg.Services.Retry(x.to.name) {
+		d.Metrics.Retries(x.dst, "no_budget").Inc()
+		return false
+	}
+	t.n++
+	d.Metrics.Retries(x.dst, "sent").Inc()
+	return true
+}
+
+// again says whether the call that has failed is tried again, and whether that
+// is no retry: nobody can have acted on the one before, or the connection was
+// kept and its peer has closed it in the meantime.
+func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool) {
+	t := &x.tries
+	stale := up.Reused && !x.res.ResponseSeen && !timedOut(x.err)
+	untouched := isRefused(x.err) || x.res.RequestBytesSent == 0
+	switch {
+	case t.dropped:
+		up.Report(t.outcome, t.began, t.after)
+		t.want.Avoid = up.Endpoint()
+		return true, false
+	case http1.FailedSide(x.err) != http1.Upstream:
+		return false, false
+	case !x.res.Replayable:
+	case untouched && !timedOut(x.err):
+		if *unseen++; *unseen > maxUnseen || *unseen > 1 && !d.cfg.Services.Retry(x.to.name) {
+			return false, false
+		}
+		t.want.Fresh = true
+		return true, true
+	case stale && !t.want.Fresh && (t.safe || idempotent(x.req.Method)):
+		t.want.Fresh = true
+		return true, true
+	case t.safe && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x):
+		up.Report(upstream.Failed, time.Now(), 0)
+		t.want.Avoid, t.want.Fresh = up.Endpoint(), false
+		return true, false
+	}
+	up.Report(upstream.Failed, time.Now(), 0)
+	return false, false
+}
+
+// pause waits before a further try, half to all of what it may be.
+func (x *call) pause() bool {
+	t := &x.tries
+	wait := t.most
+	if t.n < 16 {
+		wait = min(t.plan.wait<<(t.n-1), t.most)
+	}
+	wait = max(wait/2+rand.N(wait/2+1), t.after)
+	if !t.until.IsZero() && time.Until(t.until) <= wait {
+		t.late = true
+		x.err = &http1.SideError{Side: http1.Upstream, Op: "read", Err: os.ErrDeadlineExceeded}
+		return false
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-x.ctx.Done():
+	}
+	return !x.conn.hungUp()
+}
+
+// unlent says how to answer a call that got no connection.
+func (x *call) unlent(err error) *refusal {
+	x.err = err
+	switch t := &x.tries; {
+	case errors.Is(err, upstream.ErrOpen):
+		return &refusal{status: 503, reason: "circuit_open", detail: "the service keeps failing and is left alone for a while"}
+	case errors.Is(err, upstream.ErrFull):
+		return &refusal{status: 503, reason: "capacity", detail: "as many calls to the service are under way as may be"}
+	case !t.until.IsZero() && !time.Now().Before(t.until):
+		return overdue()
+	}
+	return noEndpoint()
+}
+
+func overdue() *refusal {
+	return &refusal{status: 504, reason: "timeout", detail: "the call took longer than it may"}
+}
+
+// gaveUp says how to answer a call that came to nothing.
+func (x *call) gaveUp() *refusal {
+	if x.tries.late && !x.res.ResponseStarted && timedOut(x.err) {
+		return overdue()
+	}
+	return x.failed(x.err)
+}
+
+func timedOut(err error) bool { return http1.StatusOf(err) == 504 }
+
+// outcomeOf is what the whole answer says of the service.
+func (x *call) outcomeOf() upstream.Outcome {
+	t := &x.tries
+	if !t.grpc || t.outcome != upstream.OK {
+		return t.outcome
+	}
+	code, known := grpcCode(x.ex.Trailer("grpc-status"))
+	if !known {
+		return t.outcome
+	}
+	return outcomeOf(x.res.Status, code, "")
+}
+
+// outcomeOf is what a status says of the service: of gRPC, when code is above
+// zero.
+func outcomeOf(status, code int, refused string) upstream.Outcome {
+	switch code {
+	case grpcUnknown, grpcDeadlineExceeded, grpcInternal, grpcUnavailable, 15:
+		if refused == "overload" {
+			return upstream.Limited
+		}
+		return upstream.Failed
+	case grpcResourceExhausted:
+		return upstream.Limited
+	}
+	switch {
+	case status == 429, refused == "overload":
+		return upstream.Limited
+	case status >= 500:
+		return upstream.Failed
+	}
+	return upstream.OK
+}
+
+// grpcCode reads a status of gRPC.
+func grpcCode(b []byte) (int, bool) {
+	n, ok := number(b)
+	return int(n), ok && n <= 16
+}
+
+// retryAfter reads seconds of Retry-After; a date is not read, which needs both
+// clocks to agree.
+func retryAfter(b []byte) time.Duration {
+	n, ok := number(b)
+	if !ok {
+		return 0
+	}
+	return time.Duration(n) * time.Second
+}
