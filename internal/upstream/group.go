@@ -62,6 +62,7 @@ type endpoint struct {
 	rest atomic.Int64
 	pool *Pool
 	born int64 // when it appeared beside others, for the slow start; else 0
+	near bool  // it stands in our zone
 	history
 	// sick: a health check says so. The others are of it, under the group's lock.
 	sick      atomic.Bool
@@ -108,7 +109,7 @@ func (st *standing) same(cfg mesh.Routes) bool {
 
 // groupOf makes the group of a service, of what is known of it so far. The caller
 // holds the lock of the Services.
-func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, pools []*Pool) *group {
+func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, places []place) *group {
 	st := s.known[name]
 	if st == nil || !st.same(cfg) {
 		st = newStanding(name, cfg, s.cfg.Changed)
@@ -119,28 +120,50 @@ func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, pools []*Pool
 	for _, e := range st.whole {
 		was[e.pool] = e
 	}
-	g := &group{standing: st}
+	g := &group{standing: st, subsets: map[string]*group{}}
+	for _, sub := range cfg.Subsets {
+		g.subsets[sub.Name] = &group{standing: st}
+	}
 	now := map[*Pool]bool{}
-	for _, p := range pools {
-		if now[p] {
+	for _, p := range places {
+		if now[p.pool] {
 			continue // two announcements of one address are one place
 		}
-		now[p] = true
-		e := was[p]
+		now[p.pool] = true
+		e := was[p.pool]
 		if e == nil {
-			e = &endpoint{pool: p, history: history{window: counts{width: int64(10 * time.Second / buckets)}}}
-			if st.out != nil {
-				e.window.width = int64(st.out.Interval / buckets)
-			}
-			if len(was) > 0 {
-				e.born = time.Now().UnixNano()
+			e = st.newEndpoint(p.pool, len(was) > 0)
+		}
+		e.near = s.cfg.Zone != "" && p.labels.Get(mesh.LabelZone) == s.cfg.Zone
+		g.all = append(g.all, e)
+		for _, sub := range cfg.Subsets {
+			if p.labels.Has(sub.Labels) {
+				g.subsets[sub.Name].all = append(g.subsets[sub.Name].all, e)
 			}
 		}
-		g.all = append(g.all, e)
 	}
 	st.whole = g.all
 	st.turn.Add(1)
 	return g
+}
+
+// newEndpoint makes what is to be known of a place; late says that calls go to
+// others already.
+func (st *standing) newEndpoint(p *Pool, late bool) *endpoint {
+	e := &endpoint{pool: p}
+	if st.out != nil {
+		e.window.width = int64(st.out.Interval / buckets)
+	}
+	if late {
+		e.born = time.Now().UnixNano()
+	}
+	return e
+}
+
+// A place is where an endpoint was announced, and what was said of it.
+type place struct {
+	pool   *Pool
+	labels mesh.Labels
 }
 
 // A group is the endpoints of one service, or of a subset of it.
@@ -222,13 +245,13 @@ func (g *group) look(now int64) *view {
 func near(well, all []*endpoint) []*endpoint {
 	here := 0
 	for _, e := range all {
-		if e.pool.near {
+		if e.near {
 			here++
 		}
 	}
 	var use []*endpoint
 	for _, e := range well {
-		if e.pool.near {
+		if e.near {
 			use = append(use, e)
 		}
 	}

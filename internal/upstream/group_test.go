@@ -14,9 +14,9 @@ import (
 // groupOf makes a group of n endpoints that nobody dials.
 func testGroup(n int, cfg mesh.Routes) *group {
 	s := &Services{known: map[mesh.ServiceName]*standing{}}
-	var pools []*Pool
+	var pools []place
 	for i := range n {
-		pools = append(pools, NewLocal(netip.MustParseAddrPort(fmt.Sprintf("10.0.%d.%d:1", i/250, i%250+1)), http1.Limits{}))
+		pools = append(pools, place{pool: NewLocal(netip.MustParseAddrPort(fmt.Sprintf("10.0.%d.%d:1", i/250, i%250+1)), http1.Limits{})})
 	}
 	return s.groupOf("a", cfg, pools)
 }
@@ -140,7 +140,7 @@ func TestOwnZoneComesFirst(t *testing.T) {
 	}{{0, 0, 6}, {3, 0, 3}, {3, 1, 2}, {3, 2, 4}, {6, 0, 6}} {
 		g := testGroup(6, mesh.Routes{Balance: mesh.Balance{Zone: "prefer"}})
 		for i, e := range g.all {
-			e.pool.near = i < tt.near
+			e.near = i < tt.near
 			e.sick.Store(i < tt.sick)
 		}
 		if v := g.view(at(0)); len(v.use) != tt.used {
@@ -190,12 +190,12 @@ func TestRingBoundsTheLoad(t *testing.T) {
 func TestAStandingOutlivesWhatChangesNothing(t *testing.T) {
 	s := &Services{known: map[mesh.ServiceName]*standing{}}
 	p := NewLocal(netip.MustParseAddrPort("10.0.0.1:1"), http1.Limits{})
-	g := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{}}, []*Pool{p})
+	g := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{}}, []place{{pool: p}})
 	s.known["a"] = g.standing
-	if h := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{}, Origin: mesh.Origin{Line: 3}}, []*Pool{p}); h.standing != g.standing || h.all[0] != g.all[0] || h.all[0].born != 0 {
+	if h := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{}, Origin: mesh.Origin{Line: 3}}, []place{{pool: p}}); h.standing != g.standing || h.all[0] != g.all[0] || h.all[0].born != 0 {
 		t.Error("what was known was forgotten")
 	}
-	if h := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{Consecutive: 2}}, []*Pool{p}); h.standing == g.standing {
+	if h := s.groupOf("a", mesh.Routes{Breaker: &mesh.Breaker{Consecutive: 2}}, []place{{pool: p}}); h.standing == g.standing {
 		t.Error("what was set anew was not taken")
 	}
 }

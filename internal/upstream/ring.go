@@ -13,9 +13,9 @@ const points = 128
 // A ring has the endpoints at places that depend on nothing but their addresses,
 // so that all proxies have the same one, and the going of an endpoint moves only
 // its own keys.
-type ring []place
+type ring []point
 
-type place struct {
+type point struct {
 	at uint64
 	of int32 // index of the endpoint
 }
@@ -26,10 +26,10 @@ func newRing(names []string) ring {
 		h := Hash(name)
 		for range points {
 			h = mix(h)
-			r = append(r, place{h, int32(i)})
+			r = append(r, point{h, int32(i)})
 		}
 	}
-	slices.SortFunc(r, func(a, b place) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.of, b.of)) })
+	slices.SortFunc(r, func(a, b point) int { return cmp.Or(cmp.Compare(a.at, b.at), cmp.Compare(a.of, b.of)) })
 	return r
 }
 

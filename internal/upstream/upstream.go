@@ -159,7 +159,7 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	live, known := map[target]*Pool{}, map[mesh.ServiceName]*standing{}
 	table := map[mesh.ServiceName]*group{}
 	for _, svc := range snap.Services {
-		var list []*Pool
+		var list []place
 		for _, ep := range snap.EndpointsOf(svc.Name) {
 			t := target{ep.Address, svc.ID}
 			p := live[t]
@@ -172,9 +172,13 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 				p.closed = s.closed
 			}
 			live[t] = p
-			list = append(list, p)
+			list = append(list, place{p, ep.Labels})
 		}
-		g := s.groupOf(svc.Name, mesh.Routes{}, list)
+		var cfg mesh.Routes
+		if r := snap.RoutesOf(svc.Name); r != nil {
+			cfg = *r
+		}
+		g := s.groupOf(svc.Name, cfg, list)
 		known[svc.Name], table[svc.Name] = g.standing, g
 	}
 	s.known = known
@@ -242,7 +246,6 @@ type Pool struct {
 	// what it has sent and nobody has read.
 	h2c    bool
 	bodies *mux.Budget
-	near   bool // it stands in our zone
 
 	mu     sync.Mutex // guards the fields below
 	idle   []*Conn    // the one that came back last at the end

@@ -322,7 +322,7 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 	p := NewLocal(good, http1.Limits{})
 	bad := NewLocal(netip.MustParseAddrPort("127.0.0.1:1"), http1.Limits{})
 	s := &Services{known: map[mesh.ServiceName]*standing{}}
-	g := s.groupOf("a", mesh.Routes{Balance: mesh.Balance{Policy: "round_robin"}}, []*Pool{bad, p})
+	g := s.groupOf("a", mesh.Routes{Balance: mesh.Balance{Policy: "round_robin"}}, []place{{pool: bad}, {pool: p}})
 	get := func() (*Conn, error) { return g.lend(context.Background(), time.Now().UnixNano(), &Want{Fresh: true}) }
 	for range 8 {
 		c, err := get()
