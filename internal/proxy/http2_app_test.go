@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
-	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -82,7 +81,7 @@ func TestMessagesBothWays(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if ok, err := regexp.MatchString(`^1[0-9]{4}m trailers$`, resp.Header.Get("Saw")); !ok || err != nil {
+		if saw := resp.Header.Get("Saw"); !strings.HasPrefix(saw, "1") || !strings.HasSuffix(saw, "m trailers") { // of 20 s
 			t.Errorf("the application saw %q", resp.Header.Get("Saw"))
 		}
 		for i := range 50 {
