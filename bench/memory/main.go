@@ -56,6 +56,7 @@ const (
 type settings struct {
 	issuer, sidecar string
 	rules, conns    int
+	heap            string
 }
 
 func measure(ctx context.Context, w io.Writer) error {
@@ -64,6 +65,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.StringVar(&s.sidecar, "sidecar", "bin/sidecar", "the sidecar's binary")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy")
 	flag.IntVar(&s.conns, "conns", 10_000, "connections of each kind")
+	flag.StringVar(&s.heap, "heap", "", "write what lives in the sidecar beside connections of HTTP/1.1 to this file")
 	flag.Parse()
 	if s.rules < 1 || s.conns < 1 {
 		return errors.New("settings: want at least one rule and one connection")
@@ -123,7 +125,7 @@ func start(ctx context.Context, s settings) (_ *mesh, err error) {
 	if err != nil {
 		return nil, err
 	}
-	conf := fmt.Sprintf("limits: {connections: %d, peer_connections: %d}\ninbound: {listen: %q, app: %q}\n", 4*s.conns, 4*s.conns, m.listen, app)
+	conf := fmt.Sprintf("limits: {connections: %d, peer_connections: %d}\ninbound: {listen: %q, app: %q}\npprof: %t\n", 4*s.conns, 4*s.conns, m.listen, app, s.heap != "")
 	if m.server, err = m.issuer.Sidecar(ctx, s.sidecar, "server", conf, self, "origin", app); err != nil {
 		return nil, err
 	}
@@ -182,6 +184,9 @@ func (m *mesh) all(ctx context.Context, w io.Writer, s settings, res *rig.Result
 			fmt.Fprintf(w, "%s: %d connections failed: %v\n", kind.proto, s.conns-len(open), failed)
 		}
 		with, err := m.rss(ctx)
+		if s.heap != "" && kind.proto != hop.Proto && err == nil {
+			err = m.server.Heap(ctx, s.heap)
+		}
 		for _, c := range open {
 			_ = c.Close()
 		}

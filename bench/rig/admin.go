@@ -45,12 +45,21 @@ func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, e
 // Profile writes a CPU profile of the next d of a program of ours to a file. It
 // must have been told to serve them (Config.Pprof, pprof: true).
 func (p *Process) Profile(ctx context.Context, file string, d time.Duration) error {
+	return p.save(ctx, file, fmt.Sprintf("profile?seconds=%.0f", d.Seconds()))
+}
+
+// Heap writes what lives in the memory of a program of ours to a file.
+func (p *Process) Heap(ctx context.Context, file string) error {
+	return p.save(ctx, file, "heap?debug=1")
+}
+
+func (p *Process) save(ctx context.Context, file, profile string) error {
 	f, err := os.Create(file)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	body, err := get(ctx, p.admin, fmt.Sprintf("/debug/pprof/profile?seconds=%.0f", d.Seconds()))
+	body, err := get(ctx, p.admin, "/debug/pprof/"+profile)
 	if err != nil {
 		return err
 	}
