@@ -79,11 +79,12 @@ func (d *Direct) Read(p []byte) (int, error) {
 // to read.
 func (d *Direct) ReadLate(from lender) (int, error) {
 	d.rmu.Lock()
-	defer d.rmu.Unlock()
 	d.r, d.from = transfer{}, from
 	err := d.raw.Read(d.late)
 	d.from = nil
-	return d.came(err)
+	n, err := d.came(err)
+	d.rmu.Unlock()
+	return n, err
 }
 
 // came is the end of Read and of ReadLate.

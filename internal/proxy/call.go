@@ -58,7 +58,7 @@ type call struct {
 
 	// Inbound: the caller, what it proved and until when, and the judge's slice.
 	peer      spiffeid.ID
-	tls       tls.ConnectionState
+	tls       *tls.ConnectionState
 	peerUntil time.Time
 	// thumbprint is of the peer's certificate, shown and token what the request
 	// shows beside it and what that says, once verified.
@@ -250,13 +250,14 @@ func (x *call) traceOf() {
 }
 
 // traceText is the trace as records and logs have it. The texts of 32 calls
-// share one allocation.
+// share one allocation, once a connection has had some.
 func (x *call) traceText() string {
 	if x.traceID == "" {
 		var id [2 * len(x.trace.ID)]byte
 		if x.names.Cap()-x.names.Len() < len(id) {
+			size := min(max(2*x.names.Cap(), len(id)), 32*len(id))
 			x.names.Reset()
-			x.names.Grow(32 * len(id))
+			x.names.Grow(size)
 		}
 		start := x.names.Len()
 		x.names.Write(x.trace.AppendID(id[:0]))

@@ -185,46 +185,74 @@ func (in *Inbound) Yield(on bool) { in.yield(on) }
 // Carries is how many connections are open.
 func (in *Inbound) Carries() int { return in.carries() }
 
+// serveConn serves a connection until it ends. What begins it is done elsewhere:
+// a goroutine whose stack is not deep while it waits for the next call gets a
+// small one.
 func (in *Inbound) serveConn(ctx context.Context, c *conn) {
+	x, tc := in.meet(ctx, c)
+	if x == nil {
+		return
+	}
+	defer in.part(x, tc)
+	if !in.serveOther(ctx, x, tc) {
+		in.calls(x, in.chain)
+	}
+}
+
+// serveOther serves a connection on which something else than HTTP/1.1 is spoken,
+// and makes x ready for that otherwise.
+func (in *Inbound) serveOther(ctx context.Context, x *call, tc *record.Conn) bool {
+	_, opaque := in.streams()
+	switch {
+	case opaque:
+		x.down = http1.NewConn(tc, in.Limits)
+		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")
+		in.listener.opaque(x, in.opaque)
+	case x.tls.NegotiatedProtocol == hop.Proto:
+		in.serveHop(ctx, x.conn, tc, x)
+	case x.tls.NegotiatedProtocol == http2.Proto:
+		in.serveHTTP2(ctx, x.conn, tc, x)
+	default:
+		x.down = http1.NewConn(tc, in.Limits)
+		return false
+	}
+	return true
+}
+
+// meet makes the handshake, and finds what holds for all calls of the peer. It
+// gives nothing when the connection cannot be served.
+func (in *Inbound) meet(ctx context.Context, c *conn) (*call, *record.Conn) {
 	remote, err := in.announced(c)
 	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
 	if err != nil {
 		in.unproved.leave(c)
 		in.refusedHandshake(x, err)
-		return
+		return nil, nil
 	}
 	x.standing = func() *refusal { return in.overtaken(x) }
 	tc, err := in.handshake(ctx, x)
 	if err != nil {
 		in.refusedHandshake(x, err)
-		return
+		return nil, nil
 	}
-	defer tc.Close()
 	if x.share = in.peers.enter(x.peer); x.share == nil {
 		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
-		return
+		tc.Close()
+		return nil, nil
 	}
-	defer in.peers.leave(x.peer)
 	x.series = in.Signals.Series(x.src, x.dst, "")
 	x.unread = x.series
 	x.intro, x.bounds = introduce(in.self, x.src, x.remote, in.forwardsFor(x.src)), in.rates.bounds(x.peer)
-	_, opaque := in.streams()
-	if x.tls.NegotiatedProtocol == hop.Proto && !opaque {
-		in.serveHop(ctx, c, tc, x)
-		return
+	return x, tc
+}
+
+// part is the end of what meet has begun.
+func (in *Inbound) part(x *call, tc *record.Conn) {
+	if x.down != nil {
+		x.down.Release()
 	}
-	if x.tls.NegotiatedProtocol == http2.Proto && !opaque {
-		in.serveHTTP2(ctx, c, tc, x)
-		return
-	}
-	x.down = http1.NewConn(tc, in.Limits)
-	defer x.down.Release()
-	if opaque {
-		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")
-		in.listener.opaque(x, in.opaque)
-		return
-	}
-	in.calls(x, in.chain)
+	in.peers.leave(x.peer)
+	tc.Close()
 }
 
 func (in *Inbound) handshake(ctx context.Context, x *call) (_ *record.Conn, err error) {
@@ -241,9 +269,9 @@ func (in *Inbound) handshake(ctx context.Context, x *call) (_ *record.Conn, err 
 			tc.Close()
 		}
 	}()
-	x.tls = tc.ConnectionState()
+	x.tls = tc.State()
 	x.verified.Store(time.Now().UnixNano())
-	id, err := in.cfg.PeerID(x.tls)
+	id, err := in.cfg.PeerID(*x.tls)
 	if err != nil {
 		return nil, err
 	}
@@ -351,7 +379,7 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	case !x.start.Before(x.peerUntil):
 		reason = reasonExpired
 	case x.start.UnixNano()-x.verified.Load() >= int64(in.verifyEvery):
-		if cause = in.cfg.TLS.VerifyConnection(x.tls); cause != nil {
+		if cause = in.cfg.TLS.VerifyConnection(*x.tls); cause != nil {
 			reason = "svid_invalid"
 		}
 		x.verified.Store(x.start.UnixNano())

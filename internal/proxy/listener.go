@@ -190,11 +190,15 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	})
 	defer stop()
 	err := l.accept(ctx, ln, func(c *conn) {
-		wg.Go(func() {
-			defer l.forget(c)
-			defer l.survive(c)
+		wg.Add(1)
+		go func() {
+			defer func() {
+				l.survived(c, recover())
+				l.forget(c)
+				wg.Done()
+			}()
 			l.serve(hard, c)
-		})
+		}()
 	})
 	ln.Close()
 	l.yield(true)
@@ -256,8 +260,10 @@ func (l *listener) carries() int {
 }
 
 // survive keeps a panic to its connection.
-func (l *listener) survive(c *conn) {
-	if p := recover(); p != nil {
+func (l *listener) survive(c *conn) { l.survived(c, recover()) }
+
+func (l *listener) survived(c *conn, p any) {
+	if p != nil {
 		l.panicked(p)
 		c.sever()
 	}

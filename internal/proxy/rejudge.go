@@ -43,7 +43,7 @@ const (
 // A peer is who has proved an identity on a connection.
 type peer struct {
 	id     spiffeid.ID
-	tls    tls.ConnectionState
+	tls    *tls.ConnectionState
 	remote string // its address, as records have it
 }
 
@@ -213,7 +213,7 @@ func (in *Inbound) idleForGood(v look, reached map[spiffeid.ID]bool) bool {
 
 // standing says why a connection may not go on; empty when it may.
 func (in *Inbound) standing(v look) (reason, detail string) {
-	if err := in.cfg.Standing(v.who.tls); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
+	if err := in.cfg.Standing(*v.who.tls); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
 		return whyNot(err), err.Error()
 	}
 	if !v.carries {

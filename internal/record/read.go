@@ -89,16 +89,13 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 
 // Await waits until a record has come, or the end. While it waits it holds no
 // buffer, unless a part of a record is in it.
-func (c *Conn) Await() error {
+func (c *Conn) Await() (err error) {
 	c.rmu.Lock()
-	defer c.rmu.Unlock()
-	in := &c.in
-	for in.p == in.q && in.err == nil && c.whole() == 0 && in.err == nil {
-		if err := c.fill(); err != nil {
-			return err
-		}
+	for in := &c.in; err == nil && in.p == in.q && in.err == nil && c.whole() == 0 && in.err == nil; {
+		err = c.fill()
 	}
-	return nil
+	c.rmu.Unlock()
+	return err
 }
 
 // Buffered is the number of bytes that have come and were not read, records as
