@@ -3,7 +3,6 @@ package http2
 import (
 	"bytes"
 	"crypto/sha1" //nolint:gosec // RFC 6455 section 1.3 has it prove nothing
-	"crypto/tls"
 	"encoding/base64"
 	"net"
 	"net/http"
@@ -51,52 +50,61 @@ func (l *Lane) ask() error {
 	return nil
 }
 
-// secure says whether TLS is underneath.
-func (c *Conn) secure() bool {
-	_, ok := c.nc.(interface{ ConnectionState() tls.ConnectionState })
-	return ok
-}
-
-// takesWebSocket says whether the server has said that it takes extended
-// CONNECT.
-func (c *Conn) takesWebSocket() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.extended
-}
-
-// upgrade is how package http1 writes that a request is for a WebSocket.
-var upgrade = []byte("\r\nUpgrade: websocket\r\n")
-
 // request makes the field section of a request of its head in HTTP/1.1, as
-// package http1 writes it: Host comes first.
-func (o *outgoing) request(head []byte, secure, extended bool) (framing, error) {
-	line, rest, _ := bytes.Cut(head, crlf2[:2])
-	sp := bytes.IndexByte(line, ' ')
-	last := bytes.LastIndexByte(line, ' ')
-	host, lines, ok := bytes.Cut(rest, crlf2[:2])
-	if sp < 1 || last == sp || !ok || !bytes.HasPrefix(host, hostIs) {
-		return 0, errUnclear
+// package http1 writes it, with Host first, and says how long that is.
+func (o *outgoing) request(p []byte, secure, extended bool) (n int, body framing, err error) {
+	end := bytes.IndexByte(p, '\n')
+	sp := bytes.IndexByte(p, ' ')
+	last := bytes.LastIndexByte(p[:max(end, 0)], ' ')
+	host, ok := bytes.CutPrefix(p[end+1:], hostIs)
+	to := bytes.IndexByte(host, '\n')
+	if !ok || sp < 1 || last <= sp || p[end-1] != '\r' || to < 1 || host[to-1] != '\r' {
+		return 0, 0, errUnclear
 	}
-	method, target, host := line[:sp], line[sp+1:last], host[len(hostIs):]
+	method, target, host, lines := p[:sp], p[sp+1:last], host[:to-1], host[to+1:]
 	o.head, o.asked, o.tunnel = string(method) == "HEAD", 0, false
-	if string(method) == "GET" && bytes.Contains(rest, upgrade) {
-		if !extended {
-			return 0, ErrNoWebSocket
-		}
-		o.asked = askedWebSocket
+	if string(method) == "CONNECT" {
+		return 0, 0, errUnclear // tunnels are not for other makes
 	}
-	b := o.block[:0]
+	o.heads.begin()
+	o.heads.block = appendAsked(o.heads.block, method, target, host, secure, false)
+	n, said, err := o.heads.fields(lines)
+	if err == nil && said.webSocket && string(method) == "GET" {
+		if !extended {
+			return 0, 0, ErrNoWebSocket
+		}
+		o.asked, o.proof = askedWebSocket, appendProof(o.proof[:0], lines[:n])
+		o.heads.begin()
+		o.heads.block = appendAsked(o.heads.block, method, target, host, secure, true)
+		n, said, err = o.heads.fields(lines)
+	}
+	if err != nil {
+		return 0, 0, err
+	}
+	n += len(p) - len(lines)
+	o.block = o.heads.block
 	switch {
 	case o.asked == askedWebSocket:
+		return n, bodyTunnel, nil
+	case said.chunks:
+		return n, bodyChunks, nil
+	case said.length <= 1:
+		return n, bodyNone, nil
+	}
+	o.left = said.length - 1
+	return n, bodyLength, nil
+}
+
+// appendAsked appends the pseudo fields of a request.
+func appendAsked(b, method, target, host []byte, secure, webSocket bool) []byte {
+	switch {
+	case webSocket:
 		b = appendNamed(b, indexGET, connect)
 		b = appendLine(b, protocol, websocket)
 	case string(method) == "GET":
 		b = appendIndexed(b, indexGET)
 	case string(method) == "POST":
 		b = appendIndexed(b, indexPOST)
-	case string(method) == "CONNECT":
-		return 0, errUnclear // tunnels are not for other makes
 	default:
 		b = appendNamed(b, indexGET, method)
 	}
@@ -110,21 +118,7 @@ func (o *outgoing) request(head []byte, secure, extended bool) (framing, error) 
 	} else {
 		b = appendNamed(b, indexSlash, target)
 	}
-	o.block = appendNamed(b, indexAuthority, host)
-	chunks, length, err := o.fields(lines)
-	switch {
-	case err != nil:
-		return 0, err
-	case o.asked == askedWebSocket:
-		o.proof = appendProof(o.proof[:0], lines)
-		return bodyTunnel, nil
-	case chunks:
-		return bodyChunks, nil
-	case length <= 0:
-		return bodyNone, nil
-	}
-	o.left = length
-	return bodyLength, nil
+	return appendNamed(b, indexAuthority, host)
 }
 
 // What of the static table begins a request.

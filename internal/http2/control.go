@@ -168,7 +168,7 @@ func (c *Conn) settings(h header, p []byte) error {
 			if v > 1 {
 				return violated(Protocol, BadSetting)
 			}
-			c.extended = v == 1
+			c.extended.Store(v == 1)
 		}
 	}
 	was := len(c.out.pend)

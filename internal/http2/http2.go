@@ -114,6 +114,9 @@ type Conn struct {
 	inLeft  atomic.Int64 // what the peer may still send on the connection
 	eaten   atomic.Int64 // what was read of that and not granted anew
 
+	extended atomic.Bool // the peer takes extended CONNECT
+	secure   bool        // TLS is underneath
+
 	in reader
 
 	mu        sync.Mutex // guards the fields below
@@ -123,7 +126,6 @@ type Conn struct {
 	last      uint32             // the stream opened last
 	tableless bool               // the peer knows that our sections need no table
 	limit     int                // how many streams the peer takes
-	extended  bool               // the peer takes extended CONNECT
 	credit    int                // what the peer lets us send on the connection
 	first     int                // what it lets us send on a new stream
 	thirsty   []*Lane            // those that wait for credit of the connection

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"errors"
 	"os"
-	"slices"
 )
 
 // errUnclear ends a lane on which something is written that is not HTTP/1.1 as
@@ -17,11 +16,19 @@ type outgoing struct {
 	state  uint8
 	left   int64  // of the body, or of its chunk
 	line   []byte // of a chunk, or of trailers, that is not whole yet
-	block  []byte // the field section being made
+	block  []byte // the field section that was made last, by one of the next
+	heads  recollection
+	tails  recollection
 	tunnel bool   // bytes pass as they are
 	head   bool   // the answer to HEAD has no body
 	asked  uint8  // what the call asked for beside
 	proof  []byte // of a client: what answers its key, for a WebSocket
+}
+
+// restart makes ready for another call.
+func (o *outgoing) restart() {
+	o.state, o.left, o.line = outHead, 0, o.line[:0]
+	o.tunnel, o.head, o.asked = false, false, 0
 }
 
 // What a call can ask for beside an answer.
@@ -45,11 +52,28 @@ const (
 // that it is sent. A head is written whole. Write waits while the peer lets
 // nothing more be sent.
 func (l *Lane) Write(p []byte) (n int, err error) {
+	c := l.c
+	head, body := 0, bodyNone
+	if l.out.state == outHead && len(p) > 0 {
+		if head, body, err = l.encode(p); err != nil {
+			return 0, err
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	for n < len(p) && err == nil {
-		var k int
+		k := 0
 		switch l.out.state {
 		case outHead:
-			k, err = l.writeHead(p[n:])
+			if head == 0 { // it is not the first
+				head, body, err = l.encode(p[n:])
+			}
+			if err == nil {
+				err = l.writeHead(body)
+			}
+			if err == nil {
+				k, head = head, 0
+			}
 		case outLength, outTunnel:
 			k, err = l.writeData(p[n:])
 		default:
@@ -57,44 +81,33 @@ func (l *Lane) Write(p []byte) (n int, err error) {
 		}
 		n += k
 	}
-	c := l.c
-	c.mu.Lock()
 	if !c.out.flushing && len(c.out.pend) > 0 && c.err == nil {
 		c.flush()
 	}
-	c.mu.Unlock()
 	return n, err
 }
 
 var crlf2 = []byte("\r\n\r\n")
 
-// writeHead sends a head.
-func (l *Lane) writeHead(p []byte) (int, error) {
-	i := bytes.Index(p, crlf2)
-	if i < 0 {
-		return 0, errUnclear
-	}
-	var body framing
-	var err error
+// encode makes a field section of a head. n is how long that is.
+func (l *Lane) encode(p []byte) (n int, body framing, err error) {
 	if l.c.server {
-		body, err = l.out.answer(p[:i+2])
-	} else {
-		body, err = l.out.request(p[:i+2], l.c.secure(), l.c.takesWebSocket())
+		return l.out.answer(p)
 	}
-	if err != nil {
-		return 0, err
-	}
-	n := i + len(crlf2)
-	l.c.mu.Lock()
-	defer l.c.mu.Unlock()
-	if err = l.headable(); err == nil && !l.c.server {
+	return l.out.request(p, l.c.secure, l.c.extended.Load())
+}
+
+// writeHead sends the field section that was made last. The lock of c is held.
+func (l *Lane) writeHead(body framing) error {
+	err := l.headable()
+	if err == nil && !l.c.server {
 		err = l.ask()
 	}
 	if err == nil {
 		err = l.may()
 	}
 	if err != nil {
-		return 0, err
+		return err
 	}
 	l.queueHead(body == bodyNone)
 	switch body {
@@ -110,7 +123,7 @@ func (l *Lane) writeHead(p []byte) (int, error) {
 			l.opened()
 		}
 	}
-	return n, nil
+	return nil
 }
 
 // framing is what follows a head.
@@ -123,71 +136,6 @@ const (
 	bodyChunks
 	bodyTunnel
 )
-
-// fields encodes the lines of a head, each ended by CRLF, leaving out those that
-// belong to HTTP/1.1 alone, and tells how the body is framed.
-func (o *outgoing) fields(lines []byte) (chunks bool, length int64, err error) {
-	length = -1
-	for len(lines) > 0 {
-		end := bytes.IndexByte(lines, '\n')
-		colon := bytes.IndexByte(lines, ':')
-		if colon < 1 || end < colon || lines[end-1] != '\r' {
-			return false, 0, errUnclear
-		}
-		name, value := lines[:colon], bytes.TrimLeft(lines[colon+1:end-1], " ")
-		lines = lines[end+1:]
-		switch len(name) {
-		case 4:
-			if is(name, "host") {
-				continue
-			}
-		case 7:
-			if is(name, "upgrade") {
-				continue
-			}
-		case 10:
-			if is(name, "connection") || is(name, "keep-alive") {
-				continue
-			}
-		case 14:
-			if is(name, "content-length") {
-				n, ok := parseLength(value)
-				if !ok {
-					return false, 0, errUnclear
-				}
-				length = n
-			}
-		case 16:
-			if is(name, "proxy-connection") {
-				continue
-			}
-		case 20:
-			if is(name, "sec-websocket-accept") {
-				continue
-			}
-		case 17:
-			if is(name, "transfer-encoding") {
-				chunks = true
-				continue
-			}
-		}
-		o.block = appendLine(o.block, name, value)
-	}
-	return chunks, length, nil
-}
-
-// is compares a name of any case with one of letters and '-' in lower case.
-func is(name []byte, low string) bool {
-	if len(name) != len(low) {
-		return false
-	}
-	for i := range name {
-		if name[i]|0x20 != low[i] {
-			return false
-		}
-	}
-	return true
-}
 
 // may says why nothing may be sent. The lock of c is held.
 func (l *Lane) may() error {
@@ -202,14 +150,13 @@ func (l *Lane) may() error {
 	return nil
 }
 
-// writeData sends some of a body of known length, or of a tunnel.
+// writeData sends some of a body of known length, or of a tunnel. The lock of c
+// is held.
 func (l *Lane) writeData(p []byte) (int, error) {
 	o := &l.out
 	if o.state == outLength {
 		p = p[:min(int64(len(p)), o.left)]
 	}
-	l.c.mu.Lock()
-	defer l.c.mu.Unlock()
 	k, err := l.sendable(len(p))
 	if err != nil {
 		return 0, err
@@ -227,13 +174,12 @@ func (l *Lane) writeData(p []byte) (int, error) {
 // maxLine bounds a line that is made of pieces: the size of a chunk, or trailers.
 const maxLine = 64 << 10
 
-// writeChunks sends some of a body in chunks, without their sizes.
+// writeChunks sends some of a body in chunks, without their sizes. The lock of c
+// is held.
 func (l *Lane) writeChunks(p []byte) (int, error) {
 	o := &l.out
 	switch o.state {
 	case outChunk:
-		l.c.mu.Lock()
-		defer l.c.mu.Unlock()
 		k, err := l.sendable(int(min(int64(len(p)), o.left)))
 		if err != nil {
 			return 0, err
@@ -296,21 +242,15 @@ func (l *Lane) writeTrailer(p []byte) (int, error) {
 	if o.line = append(o.line, p...); len(o.line) > maxLine {
 		return 0, errUnclear
 	}
-	lines := o.line
-	n := 0
-	if !bytes.HasPrefix(lines, crlf2[:2]) {
-		if n = bytes.Index(lines, crlf2); n < 0 {
-			return len(p), nil
-		}
-		n += 2
+	if !bytes.HasPrefix(o.line, crlf2[:2]) && !bytes.Contains(o.line, crlf2) {
+		return len(p), nil
 	}
-	o.block = o.block[:0]
-	if _, _, err := o.fields(lines[:n]); err != nil {
+	o.tails.begin()
+	n, _, err := o.tails.fields(o.line)
+	if err != nil {
 		return 0, err
 	}
-	o.line = o.line[:0]
-	l.c.mu.Lock()
-	defer l.c.mu.Unlock()
+	o.line, o.block = o.line[:0], o.tails.block
 	if err := cmp.Or(l.headable(), l.may()); err != nil {
 		return 0, err
 	}
@@ -320,7 +260,7 @@ func (l *Lane) writeTrailer(p []byte) (int, error) {
 		l.queueHead(true)
 		l.finished()
 	}
-	return n + 2 - was, nil
+	return n - was, nil
 }
 
 func parseHex(b []byte) (n int64, ok bool) {
@@ -343,13 +283,14 @@ func (l *Lane) queueHead(end bool) {
 	if l.queued == 0 {
 		o.batch = append(o.batch, l)
 	}
+	block := l.out.block
 	if !l.c.tableless {
 		// A peer that has made the table smaller than it was waits for this.
 		l.c.tableless = true
-		l.out.block = slices.Insert(l.out.block, 0, noTable)
+		block = append([]byte{noTable}, block...)
 	}
-	l.queued += len(l.out.block)
-	o.pend = appendHeaders(o.pend, l.id, end, l.out.block)
+	l.queued += len(block)
+	o.pend = appendHeaders(o.pend, l.id, end, block)
 }
 
 // headable waits until a field section can be queued. It needs no credit, and it
@@ -468,10 +409,7 @@ func (l *Lane) finished() {
 	switch {
 	case l.peerEnd:
 		c.forget(l)
-		l.mu.Lock()
-		held := l.got.held
-		l.mu.Unlock()
-		if held { // by a tunnel that was refused: nobody may take it for a request
+		if l.out.asked != 0 && c.server && !l.out.tunnel { // nobody may take what was for a tunnel that was refused for a request
 			l.spend()
 		}
 	case c.server && !l.out.tunnel:

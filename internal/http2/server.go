@@ -129,7 +129,7 @@ const webSocketLines = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSock
 // request makes the head of a request of the section. The lock of l is held.
 func (l *Lane) request(s *section, end bool) {
 	l.fresh()
-	l.out = outgoing{block: l.out.block, line: l.out.line[:0]}
+	l.out.restart()
 	g := &l.got
 	if s.large {
 		l.rerr = &http1.ProtocolError{Status: http.StatusRequestHeaderFieldsTooLarge, Reason: http1.ReasonHeadTooLarge, Detail: "the head is larger than the limit"}
