@@ -164,7 +164,7 @@ func appendProof(b, lines []byte) []byte {
 const maxInterim = 8
 
 // answer takes in a field section from a server: an interim answer, an answer,
-// or what ends it.
+// or what ends it. The lock of c is held.
 func (c *Conn) answer(h header, l *Lane, s *section) error {
 	if l.answered() {
 		return c.trailers(h, l, s)
@@ -173,17 +173,13 @@ func (c *Conn) answer(h header, l *Lane, s *section) error {
 	status, ok := s.isAnswer(end)
 	switch {
 	case s.large:
-		return c.faulty(l, EnhanceYourCalm, TooLarge)
+		return c.fault(l, EnhanceYourCalm, TooLarge)
 	case !ok:
-		return c.faulty(l, Protocol, Malformed)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if l.id != h.stream {
-		return nil // it was ended meanwhile
+		return c.fault(l, Protocol, Malformed)
 	}
 	l.mu.Lock()
 	reason := l.told(s, status, end)
+	l.got.end = l.got.end || end && reason == ""
 	l.mu.Unlock()
 	if reason != "" {
 		return c.fault(l, Protocol, reason)
@@ -191,7 +187,7 @@ func (c *Conn) answer(h header, l *Lane, s *section) error {
 	if end {
 		l.ends()
 	}
-	c.in.ready = append(c.in.ready, l)
+	c.in.wakes(l)
 	return nil
 }
 

@@ -2,8 +2,8 @@ package http2
 
 // decode takes a whole field section in (RFC 7541). An error ends the connection:
 // the table of HPACK is not what the peer believes any more.
-func (s *section) decode(block []byte, answer bool) error {
-	s.begin(answer)
+func (s *section) decode(block []byte) error {
+	s.begin()
 	for b, first := block, true; len(b) > 0; {
 		var ok bool
 		switch c := b[0]; {

@@ -94,7 +94,7 @@ func TestExamplesOfRFC7541(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if err := s.decode(b, strings.HasPrefix(step.fields[0], ":status")); err != nil || s.large {
+				if err := s.decode(b); err != nil || s.large {
 					t.Fatal(i, err)
 				}
 				fields, table := fieldsOf(&s)
@@ -141,7 +141,7 @@ func TestBlocksThatDoNotDecode(t *testing.T) {
 			}
 			var s section
 			s.init(4096)
-			if err := s.decode(b, false); err == nil {
+			if err := s.decode(b); err == nil {
 				t.Errorf("it decodes to %q", s.lines)
 			}
 		})
@@ -171,7 +171,7 @@ func TestBombOfIndexes(t *testing.T) {
 	var s section
 	s.init(8 << 10)
 	block := append(hpackLiteral("a", strings.Repeat("x", 4040)), bytes.Repeat([]byte{0xbe}, 16<<10)...)
-	if err := s.decode(append(block, hpackLiteral("b", "y")...), false); err != nil {
+	if err := s.decode(append(block, hpackLiteral("b", "y")...)); err != nil {
 		t.Fatal(err)
 	}
 	if !s.large || cap(s.lines) > 32<<10 {
@@ -211,7 +211,7 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 	}
 	for range 1000 {
 		decode()
-		if err := s.decode(buf.Bytes(), false); err != nil {
+		if err := s.decode(buf.Bytes()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -221,7 +221,7 @@ func TestDecodeAllocatesNothing(t *testing.T) {
 		blocks = append(blocks, bytes.Clone(buf.Bytes()))
 	}
 	if n := testing.AllocsPerRun(100, func() {
-		_ = s.decode(blocks[0], false)
+		_ = s.decode(blocks[0])
 		blocks = blocks[1:]
 	}); n > 0 {
 		t.Errorf("%v allocations", n)
@@ -246,7 +246,7 @@ func FuzzDecode(f *testing.F) {
 		dec := hpack.NewDecoder(tableSize, nil)
 		for _, block := range [][]byte{one, two} {
 			theirs, err := dec.DecodeFull(block)
-			ours := s.decode(block, false)
+			ours := s.decode(block)
 			if ours != nil {
 				if err == nil && !lax(block) {
 					t.Fatalf("%x: they read %v, we do not", block, theirs)

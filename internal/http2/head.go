@@ -51,44 +51,32 @@ func (c *Conn) continued(h header, p []byte) error {
 // keepFragment is the size up to which the buffer of fragments is used again.
 const keepFragment = 16 << 10
 
-// sectionWhole takes in a field section: it begins a call, or ends one.
+// sectionWhole takes in a field section: it begins a call, or ends one. One that
+// nobody reads is decoded all the same: the table goes on.
 func (c *Conn) sectionWhole(h header, block []byte) error {
 	s := &c.in.block
 	defer s.rest()
+	if err := s.decode(block); err != nil {
+		return err
+	}
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	l := c.streams[h.stream]
-	begins := l == nil
-	var err error
 	switch {
 	case l != nil && l.peerEnd:
-		err = c.fault(l, StreamClosed, AfterEnd)
-		l = nil
-		begins = false
-	case l == nil && c.server && h.stream%2 == 0:
-		err = violated(Protocol, BadStream)
-	case l == nil && !c.isIdle(h.stream):
-		begins = false
-		err = c.late(h)
-	case l == nil && !c.server:
-		err = violated(Protocol, BadStream)
-	}
-	c.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	// A section that nobody reads is decoded all the same: the table goes on.
-	if err := s.decode(block, !c.server && l != nil && !l.answered()); err != nil {
-		return err
-	}
-	switch {
-	case begins:
-		return c.beginCall(h, s)
-	case l == nil:
-		return nil
-	case c.server:
+		return c.fault(l, StreamClosed, AfterEnd)
+	case l != nil && c.server:
 		return c.trailers(h, l, s)
+	case l != nil:
+		return c.answer(h, l, s)
+	case c.server && h.stream%2 == 0:
+		return violated(Protocol, BadStream)
+	case !c.isIdle(h.stream):
+		return c.late(h)
+	case !c.server:
+		return violated(Protocol, BadStream)
 	}
-	return c.answer(h, l, s)
+	return c.beginCall(h, s)
 }
 
 // late looks at a field section of a stream that is not there any more. One that
@@ -107,13 +95,13 @@ func (c *Conn) late(h header) error {
 	return c.noisy()
 }
 
-// trailers takes in the field section that ends a body.
+// trailers takes in the field section that ends a body. The lock of c is held.
 func (c *Conn) trailers(h header, l *Lane, s *section) error {
 	if h.flags&flagEnd == 0 || s.pseudo != 0 || s.bad {
-		return c.faulty(l, Protocol, Malformed)
+		return c.fault(l, Protocol, Malformed)
 	}
 	if s.large {
-		return c.faulty(l, EnhanceYourCalm, TooLarge)
+		return c.fault(l, EnhanceYourCalm, TooLarge)
 	}
 	l.mu.Lock()
 	l.got.tail = append(l.got.tail[:0], s.lines...)

@@ -26,7 +26,8 @@ var (
 type Lane struct {
 	c *Conn
 
-	out outgoing // only who writes knows it
+	out   outgoing // only who writes knows it
+	woken bool     // in c.in.ready; only the goroutine that reads knows it
 
 	// Guarded by the lock of c.
 	id      uint32 // the stream of the call under way; 0: none

@@ -93,10 +93,19 @@ func (c *Conn) hurry(begun, progress bool) {
 func (c *Conn) wakeReady() {
 	in := &c.in
 	for i, l := range in.ready {
+		l.woken = false
 		l.more.Broadcast()
 		in.ready[i] = nil
 	}
 	in.ready = in.ready[:0]
+}
+
+// wakes has wakeReady see to a lane.
+func (in *reader) wakes(l *Lane) {
+	if !l.woken {
+		l.woken = true
+		in.ready = append(in.ready, l)
+	}
 }
 
 // frames takes in what b holds and says how much that was.
@@ -115,7 +124,10 @@ func (c *Conn) frames(b []byte) (n int, err error) {
 	}
 	for {
 		if k := min(in.left, len(b)-n); k > 0 {
-			if err := c.data(b[n : n+k]); err != nil {
+			c.mu.Lock()
+			err := c.data(b[n : n+k])
+			c.mu.Unlock()
+			if err != nil {
 				return n, err
 			}
 			n += k
@@ -182,7 +194,7 @@ func (c *Conn) earn() {
 }
 
 // begin looks at the header of a data frame, and at the length of its padding;
-// k is -1 when that has not come yet.
+// k is -1 when that has not come yet. What has come of its data is taken in.
 func (c *Conn) begin(h header, rest []byte) (k int, err error) {
 	in := &c.in
 	in.left, in.pad, in.end = h.length, 0, h.flags&flagEnd != 0
@@ -208,23 +220,26 @@ func (c *Conn) begin(h header, rest []byte) (k int, err error) {
 			return 0, err
 		}
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if in.lane, err = c.find(h); err != nil {
 		return 0, err
 	}
 	if over := h.length - in.left; over > 0 {
 		c.wasted(in.lane, over)
 	}
-	if in.left == 0 && in.end && in.lane != nil {
-		err = c.peerEnded(in.lane)
+	switch n := min(in.left, len(rest)-k); {
+	case n > 0:
+		return k + n, c.data(rest[k : k+n])
+	case in.left == 0 && in.end && in.lane != nil:
+		return k, c.peerEnded(in.lane)
 	}
-	return k, err
+	return k, nil
 }
 
-// wasted grants anew what nobody will read.
+// wasted grants anew what nobody will read. The lock of c is held.
 func (c *Conn) wasted(l *Lane, n int) {
 	c.eaten.Add(int64(n))
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if l != nil && l.id != 0 {
 		l.mu.Lock()
 		if l.got.left -= n; l.got.left >= 0 {
@@ -238,10 +253,9 @@ func (c *Conn) wasted(l *Lane, n int) {
 	}
 }
 
-// find gives the lane of a data frame; nil when nobody reads it any more.
+// find gives the lane of a data frame; nil when nobody reads it any more. The
+// lock of c is held.
 func (c *Conn) find(h header) (*Lane, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	l := c.streams[h.stream]
 	switch {
 	case l != nil && !l.peerEnd:
@@ -266,7 +280,8 @@ func (c *Conn) find(h header) (*Lane, error) {
 // isIdle says whether a stream has not been opened yet. Only clients open any.
 func (c *Conn) isIdle(id uint32) bool { return id%2 == 0 || id > c.last }
 
-// data takes in payload of the data frame that is being read.
+// data takes in payload of the data frame that is being read. The lock of c is
+// held.
 func (c *Conn) data(p []byte) error {
 	in := &c.in
 	in.left -= len(p)
@@ -276,14 +291,17 @@ func (c *Conn) data(p []byte) error {
 		return nil
 	}
 	code, reason := l.deliver(p)
-	if reason == errGone {
+	switch {
+	case reason == errGone:
 		c.wasted(nil, len(p))
-	} else if reason != "" {
+	case reason != "":
 		c.wasted(nil, len(p))
 		in.lane = nil
-		return c.faulty(l, code, reason)
-	} else if in.ready = append(in.ready, l); in.left == 0 && in.end {
+		return c.fault(l, code, reason)
+	case in.left == 0 && in.end:
 		return c.peerEnded(l)
+	default:
+		in.wakes(l)
 	}
 	return nil
 }
@@ -317,39 +335,28 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	return 0, ""
 }
 
-// peerEnded is the end of what the peer sends in a call.
+// peerEnded is the end of what the peer sends in a call. The lock of c is held.
 func (c *Conn) peerEnded(l *Lane) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if l.id == 0 {
 		return nil // it was ended meanwhile
 	}
 	l.mu.Lock()
 	short := l.got.want > 0
+	l.got.end = l.got.end || !short
 	l.mu.Unlock()
 	if short {
 		return c.fault(l, Protocol, BadSize)
 	}
 	l.ends()
-	c.in.ready = append(c.in.ready, l)
+	c.in.wakes(l)
 	return nil
 }
 
 // ends takes note that the peer sends no more of the call. The lock of c is held.
 func (l *Lane) ends() {
-	l.mu.Lock()
-	l.got.end = true
-	l.mu.Unlock()
 	if l.peerEnd = true; l.sent {
 		l.c.forget(l)
 	}
-}
-
-// faulty is fault without the lock.
-func (c *Conn) faulty(l *Lane, code Code, reason Reason) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.fault(l, code, reason)
 }
 
 // fault ends a call by the fault of the peer. Who makes us end many pays for it

@@ -28,7 +28,6 @@ type section struct {
 type found struct {
 	hosted  bool
 	regular bool // a field has come that is not a pseudo field
-	answer  bool // it is of a response
 	tailed  bool // trailers are to be expected behind it
 	bad     bool // it holds what HTTP/2 forbids
 	large   bool // it is larger than may be
@@ -54,12 +53,12 @@ func (s *section) status() []byte    { return s.special[classStatus-classMethod]
 func (s *section) init(most int) { s.most, s.table.most = most, tableSize }
 
 // begin makes ready for the next section.
-func (s *section) begin(answer bool) {
+func (s *section) begin() {
 	for i := range s.special {
 		s.special[i] = s.special[i][:0]
 	}
 	s.lines, s.cookies, s.host, s.pseudo, s.length, s.size = s.lines[:0], s.cookies[:0], s.host[:0], 0, -1, 0
-	s.found = found{answer: answer}
+	s.found = found{}
 }
 
 // rest gives back the memory of a large section.
@@ -118,7 +117,7 @@ var grpcType = []byte("application/grpc")
 func (s *section) pseudoField(f field) {
 	i := f.class - classMethod
 	bit := uint8(1) << i
-	if s.pseudo&bit != 0 || s.regular || s.answer != (bit == pseudoStatus) {
+	if s.pseudo&bit != 0 || s.regular {
 		s.bad = true
 	}
 	s.pseudo |= bit

@@ -15,14 +15,13 @@ func Accepted(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	return newConn(nc, cfg, accept)
 }
 
-// beginCall begins a call: on a lane that rests, else on a new one.
+// beginCall begins a call: on a lane that rests, else on a new one. The lock of c
+// is held, and given up for accept.
 func (c *Conn) beginCall(h header, s *section) error {
 	end := h.flags&flagEnd != 0
-	c.mu.Lock()
 	c.last = h.stream
 	full := c.leaving == gone || len(c.streams) >= c.cfg.Streams || c.err != nil
 	if full || !s.large && !s.isRequest(end) {
-		defer c.mu.Unlock()
 		code := Protocol
 		if full {
 			code = RefusedStream
@@ -38,7 +37,6 @@ func (c *Conn) beginCall(h header, s *section) error {
 		l, fresh = c.newLane(), true
 	}
 	if l == nil { // calls that are over here are not yet over behind us
-		defer c.mu.Unlock()
 		c.reset(h.stream, RefusedStream)
 		return c.noisy()
 	}
@@ -48,10 +46,13 @@ func (c *Conn) beginCall(h header, s *section) error {
 	l.request(s, end)
 	l.got.end = end
 	l.mu.Unlock()
-	c.mu.Unlock()
 	if !fresh {
-		c.in.ready = append(c.in.ready, l)
-	} else if !c.accept(l) {
+		c.in.wakes(l)
+		return nil
+	}
+	c.mu.Unlock()
+	defer c.mu.Lock()
+	if !c.accept(l) {
 		_ = l.Reset(RefusedStream) // it never fails
 		return c.noisy()
 	}
