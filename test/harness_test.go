@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -18,6 +19,7 @@ import (
 	"time"
 
 	"sallyport/internal/control"
+	"sallyport/internal/daemon"
 	"sallyport/policies"
 )
 
@@ -334,6 +336,23 @@ func (w *world) awaitFor(within time.Duration, what string, ok func() bool) {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// metrics are those of a process.
+func (w *world) metrics(name string) string {
+	w.t.Helper()
+	c := daemon.AdminClient(w.path(name, "run", "admin.sock"))
+	defer c.CloseIdleConnections()
+	resp, err := c.Get("http://admin/metrics")
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		w.t.Fatal(resp.Status, err)
+	}
+	return string(b)
 }
 
 // A lockedBuffer takes what several writers print.

@@ -3,9 +3,7 @@ package test
 import (
 	"bufio"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"strconv"
 	"strings"
 	"sync"
@@ -14,7 +12,6 @@ import (
 	"time"
 
 	"sallyport/internal/audit"
-	"sallyport/internal/daemon"
 )
 
 // A tallyman calls billing on one connection after the other and counts what it
@@ -87,19 +84,8 @@ func (w *world) tally(caller *thief, addr string, callers int, stop func(answere
 // the audit names them.
 func (w *world) requestMetric(name string) map[string]uint64 {
 	w.t.Helper()
-	c := daemon.AdminClient(w.path(name, "run", "admin.sock"))
-	defer c.CloseIdleConnections()
-	resp, err := c.Get("http://admin/metrics")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil || resp.StatusCode != http.StatusOK {
-		w.t.Fatal(resp.Status, err)
-	}
 	out := map[string]uint64{}
-	for line := range strings.Lines(string(b)) {
+	for line := range strings.Lines(w.metrics(name)) {
 		if !strings.HasPrefix(line, "sallyport_requests_total{") || !strings.Contains(line, `reporter="inbound"`) {
 			continue
 		}

@@ -98,6 +98,8 @@ func (a *Archive) upload(ctx context.Context) error {
 		}
 	}
 	a.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, uploadWithin)
+	defer cancel()
 	for i, f := range names {
 		if err == nil {
 			err = a.cfg.Upload(ctx, f, bytes.NewReader(texts[i]), int64(len(texts[i])))
@@ -106,7 +108,12 @@ func (a *Archive) upload(ctx context.Context) error {
 	return err
 }
 
+// uploadWithin bounds one upload: a place that hangs must not keep segments open.
+const uploadWithin = 2 * time.Minute
+
 func (a *Archive) uploadFile(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, uploadWithin)
+	defer cancel()
 	f, err := os.Open(a.path(name))
 	if err != nil {
 		return err

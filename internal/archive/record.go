@@ -54,8 +54,10 @@ type Message struct {
 	Headers  []Field `json:"headers"`
 	Body     Body    `json:"-"`
 	Trailers []Field `json:"trailers,omitempty"`
-	// Omitted says why there is no body.
+	// Omitted says why there is no body; SHA256 is the hash of one that was too
+	// large.
 	Omitted string `json:"omitted,omitempty"`
+	SHA256  string `json:"body_sha256,omitempty"`
 }
 
 // A Field is name and value.

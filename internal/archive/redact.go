@@ -194,7 +194,7 @@ func (r *Redactor) form(query string) string {
 }
 
 func (r *Redactor) value(v any, path []string) any {
-	if len(path) > 0 && r.paths.Match(path) {
+	if len(path) > 0 && r.paths.Match(path) || len(path) > maxDepth {
 		return Redacted
 	}
 	switch v := v.(type) {
@@ -209,6 +209,9 @@ func (r *Redactor) value(v any, path []string) any {
 	}
 	return v
 }
+
+// maxDepth bounds how deep a body is looked into: what lies deeper goes.
+const maxDepth = 100
 
 var errNotOne = errors.New("more than one value")
 

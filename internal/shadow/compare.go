@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -48,12 +49,22 @@ func fields(h http.Header) (out []archive.Field) {
 	return out
 }
 
-// Compare finds where two answers differ. Ignore are names of header fields,
-// and paths of JSON in the form of archive.RedactConfig.
+// Compare finds where two answers differ. Ignore are fields as a report has
+// them, or names of header fields, or paths of JSON in the form of
+// archive.RedactConfig.
 func Compare(a, b *archive.Answer, ignore []string) []Difference {
-	c := comparison{paths: archive.ParsePaths(ignore), names: map[string]bool{}}
+	c := comparison{names: map[string]bool{}}
 	for _, n := range ignore {
-		c.names[strings.ToLower(n)] = true
+		path := n
+		if strings.HasPrefix(n, "body.") || strings.HasPrefix(n, "body[") {
+			path = strings.TrimPrefix(strings.ReplaceAll(n[len("body"):], "[]", ".*"), ".")
+		}
+		c.paths = append(c.paths, archive.ParsePaths([]string{path})...)
+		name := strings.ToLower(n)
+		for _, where := range []string{"header.", "trailer."} {
+			name = strings.TrimPrefix(name, where)
+		}
+		c.names[name] = true
 	}
 	if a.Status != b.Status && !c.names["status"] {
 		c.found(Difference{Field: "status", a: a.Status, b: b.Status})
@@ -75,6 +86,7 @@ const maxFound = 1000
 
 func (c *comparison) found(d Difference) {
 	if len(c.out) < maxFound {
+		d.Field = cut(d.Field, maxField)
 		c.out = append(c.out, d)
 	}
 }
@@ -121,28 +133,37 @@ func byName(fs []archive.Field) map[string]string {
 // bodies compares as JSON what is JSON on both sides, and bytes otherwise.
 func (c *comparison) bodies(a, b *archive.Answer) {
 	if a.Omitted != "" || b.Omitted != "" {
+		if a.SHA256 != b.SHA256 && !c.names["body"] {
+			c.found(Difference{Field: "body", a: "sha256 " + a.SHA256, b: "sha256 " + b.SHA256})
+		}
 		return
 	}
 	x, y := plain(a), plain(b)
 	if bytes.Equal(x, y) {
 		return
 	}
-	v, errA := archive.ParseJSON(x)
-	w, errB := archive.ParseJSON(y)
-	if errA == nil && errB == nil {
-		c.json(v, w, nil)
-		return
+	if max(len(x), len(y)) <= maxJSON {
+		v, errA := archive.ParseJSON(x)
+		w, errB := archive.ParseJSON(y)
+		if errA == nil && errB == nil {
+			c.json(v, w, nil)
+			return
+		}
 	}
 	if !c.names["body"] {
 		c.found(Difference{Field: "body", a: digest(x), b: digest(y)})
 	}
 }
 
+// The bounds of what is taken apart: a value takes many times its bytes in
+// memory, and the path of what lies deep much more.
+const (
+	maxJSON  = 1 << 20 // bytes
+	maxDepth = 64
+)
+
 // digest tells bodies apart without showing them.
 func digest(b []byte) string { return fmt.Sprintf("%d bytes, sha256 %.8x", len(b), sha256.Sum256(b)) }
-
-// maxPlain bounds what a compressed body may become, bytes.
-const maxPlain = 64 << 20
 
 // plain is the body without its compression.
 func plain(a *archive.Answer) []byte {
@@ -153,8 +174,8 @@ func plain(a *archive.Answer) []byte {
 	if err != nil {
 		return a.Body
 	}
-	b, err := io.ReadAll(io.LimitReader(z, maxPlain+1))
-	if err != nil || len(b) > maxPlain {
+	b, err := io.ReadAll(io.LimitReader(z, maxJSON+1))
+	if err != nil || len(b) > maxJSON {
 		return a.Body
 	}
 	return b
@@ -163,7 +184,13 @@ func plain(a *archive.Answer) []byte {
 // json compares two values: objects by name, arrays by index, numbers as they
 // were written.
 func (c *comparison) json(a, b any, path []string) {
-	if len(path) > 0 && c.paths.Match(path) || len(c.out) == maxFound {
+	if (len(path) > 0 && c.paths.Match(path)) || len(c.out) == maxFound {
+		return
+	}
+	if len(path) == maxDepth {
+		if !reflect.DeepEqual(a, b) {
+			c.found(Difference{Field: bodyField(path), path: path, a: a, b: b})
+		}
 		return
 	}
 	at := func(name string) []string { return append(path[:len(path):len(path)], name) }
@@ -238,7 +265,10 @@ func bodyField(path []string) string {
 	return b.String()
 }
 
-const maxSample = 80 // bytes of a value that a report shows
+const (
+	maxSample = 80  // bytes of a value that a report shows
+	maxField  = 200 // bytes of the name of a field
+)
 
 // text is a value as a report shows it.
 func text(v any, d *Difference, redact *archive.Redactor) string {
@@ -252,18 +282,18 @@ func text(v any, d *Difference, redact *archive.Redactor) string {
 		v = redact.Value(v, d.path)
 	}
 	if s, ok := v.(string); ok {
-		return cut(s)
+		return cut(s, maxSample)
 	}
 	b, err := json.Marshal(v)
 	if err != nil {
 		return "(unreadable)"
 	}
-	return cut(string(b))
+	return cut(string(b), maxSample)
 }
 
-func cut(s string) string {
-	if len(s) <= maxSample {
+func cut(s string, limit int) string {
+	if len(s) <= limit {
 		return s
 	}
-	return strings.ToValidUTF8(s[:maxSample], "") + "…"
+	return strings.ToValidUTF8(s[:limit], "") + "…"
 }

@@ -35,6 +35,7 @@ func TestCompare(t *testing.T) {
 		{"a whole body that is a word", `"x"`, `"y"`, nil, "body"},
 		{"ignored", `{"id":1,"items":[{"at":1,"x":1}]}`, `{"id":2,"items":[{"at":2,"x":1}]}`, []string{"id", "items.*.at"}, ""},
 		{"ignored at any depth", `{"a":{"b":{"ts":1}}}`, `{"a":{"b":{"ts":2}}}`, []string{"**.ts"}, ""},
+		{"ignored as a report has it", `{"i":[{"p":1,"q":1}],"bodies":1}`, `{"i":[{"p":2,"q":1}],"bodies":2}`, []string{"body.i[].p", "bodies"}, ""},
 		{"no JSON", `hello`, `hallo`, nil, "body"},
 		{"JSON on one side", `{}`, `hallo`, nil, "body"},
 		{"two values", `{} {}`, `{} []`, nil, "body"},
@@ -61,8 +62,34 @@ func TestCompareHeads(t *testing.T) {
 	if g := fmt.Sprint(got); g != "[status header.x-a header.x-gone header.x-new]" {
 		t.Error(g)
 	}
-	if d := Compare(a, b, []string{"Status", "X-A", "x-gone", "x-new"}); len(d) > 0 {
+	if d := Compare(a, b, []string{"Status", "X-A", "header.x-gone", "x-new"}); len(d) > 0 {
 		t.Errorf("not ignored: %+v", d)
+	}
+}
+
+func TestCompareIsBounded(t *testing.T) {
+	deep := func(end string) string { return strings.Repeat(`{"a":`, 9000) + end + strings.Repeat("}", 9000) }
+	d := Compare(answer(200, "", deep("1")), answer(200, "", deep("2")), nil)
+	if len(d) != 1 || len(d[0].Field) > maxField+10 || len(d[0].path) != maxDepth {
+		t.Errorf("%d differences", len(d))
+	}
+	long := strings.Repeat("x", 10_000)
+	d = Compare(answer(200, "", `{"`+long+`":1}`), answer(200, "", `{"`+long+`":2}`), nil)
+	if len(d) != 1 || len(d[0].Field) > maxField+10 {
+		t.Errorf("%d differences", len(d))
+	}
+	huge := `"` + strings.Repeat("x", maxJSON) + `"`
+	if d = Compare(answer(200, "", huge), answer(200, "", huge+" "), nil); len(d) != 1 || d[0].Field != "body" {
+		t.Errorf("%+v", d)
+	}
+	a, b := answer(200, "", ""), answer(200, "", "")
+	a.Omitted, a.SHA256, b.Omitted, b.SHA256 = "large", "1", "large", "1"
+	if d = Compare(a, b, nil); len(d) != 0 {
+		t.Errorf("%+v", d)
+	}
+	b.SHA256 = "2"
+	if d = Compare(a, b, nil); len(d) != 1 || d[0].Field != "body" {
+		t.Errorf("%+v", d)
 	}
 }
 

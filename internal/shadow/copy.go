@@ -81,6 +81,10 @@ type job struct {
 	held   *shared
 }
 
+// light is the size of calls that are looked at without waiting for others,
+// bytes.
+const light = 256 << 10
+
 // run sends the copy, compares, and hands over the record.
 func (j *job) run(l *lane) {
 	m, s := j.m, j.shadow
@@ -90,25 +94,38 @@ func (j *job) run(l *lane) {
 	if !s.Compare && s.Archive == "" {
 		return
 	}
-	method := j.call.Method
-	a, b := readAnswer(j.primary, method), shadow.read(method)
+	var second *sending
+	if s.Compare && s.Noise != nil && Safe([]byte(j.call.Method)) && shadow.outcome == outcomeAnswered {
+		second = m.send(l.ctx, j, *s.Noise)
+		defer second.release()
+	}
+	if j.request.length()+j.primary.length()+shadow.answer.length() > light {
+		m.heavy.Lock() // one at a time: what is taken apart takes many times its size
+		defer m.heavy.Unlock()
+	}
+	a, b := readAnswer(j.primary, j.call.Method), shadow.read(j.call.Method)
 	var differs []Difference
 	if s.Compare && a != nil && b != nil {
-		differs = Compare(a, b, s.Ignore)
-		var noise []Difference
-		learned := false
-		if s.Noise != nil && Safe([]byte(method)) {
-			second := m.send(l.ctx, j, *s.Noise)
-			if c := second.read(method); c != nil {
-				noise, learned = Compare(a, c, s.Ignore), true
-			}
-			second.release()
-		}
-		m.report.Add(Seen{Route: j.call.Route, Shadow: s.Name, Method: method, Path: j.call.Path, Trace: j.call.Trace.String()}, differs, noise, learned, m.cfg.Redact)
+		differs = j.compare(a, b, second)
 	}
 	if s.Archive != "" && m.cfg.Archive != nil {
 		m.cfg.Archive(s.Archive, j.record(a, b, shadow, differs))
 	}
+}
+
+// compare counts in what the answers differ, and what two primaries do.
+func (j *job) compare(a, b *archive.Answer, second *sending) []Difference {
+	differs := Compare(a, b, j.shadow.Ignore)
+	var noise []Difference
+	learned := false
+	if second != nil {
+		if c := second.read(j.call.Method); c != nil {
+			noise, learned = Compare(a, c, j.shadow.Ignore), true
+		}
+	}
+	call := Seen{Route: j.call.Route, Shadow: j.shadow.Name, Method: j.call.Method, Path: j.call.Path, Trace: j.call.Trace.String()}
+	j.m.report.Add(call, differs, noise, learned, j.m.cfg.Redact)
+	return differs
 }
 
 // record joins all that is known of the call.

@@ -2,8 +2,9 @@ package shadow
 
 import (
 	"bufio"
-	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"io"
 	"net"
@@ -144,11 +145,31 @@ func readAnswer(t *tape, method string) *archive.Answer {
 	if err != nil {
 		return nil
 	}
-	body, err := io.ReadAll(resp.Body)
+	m, err := readMessage(resp.Header, resp.Body)
 	if err != nil {
 		return nil
 	}
-	return &archive.Answer{Status: resp.StatusCode, Message: archive.Message{Headers: fields(resp.Header), Body: body, Trailers: fields(resp.Trailer)}}
+	m.Trailers = fields(resp.Trailer)
+	return &archive.Answer{Status: resp.StatusCode, Message: m}
+}
+
+// maxBody is the largest body that is looked at or kept, bytes. Of a larger one
+// there is the hash.
+const maxBody = 8 << 20
+
+func readMessage(h http.Header, r io.Reader) (archive.Message, error) {
+	body, err := io.ReadAll(io.LimitReader(r, maxBody+1))
+	m := archive.Message{Headers: fields(h), Body: body}
+	if err != nil || len(body) <= maxBody {
+		return m, err
+	}
+	sum := sha256.New()
+	sum.Write(body)
+	if _, err := io.Copy(sum, r); err != nil {
+		return m, err
+	}
+	m.Body, m.Omitted, m.SHA256 = nil, "the body is larger than 8 MiB", hex.EncodeToString(sum.Sum(nil))
+	return m, nil
 }
 
 // readRequest reads a request as it was written; nil when it is not whole.
@@ -161,11 +182,11 @@ func readRequest(t *tape) *archive.Request {
 	if err != nil {
 		return nil
 	}
-	body, err := io.ReadAll(req.Body)
+	m, err := readMessage(req.Header, req.Body)
 	if err != nil {
 		return nil
 	}
+	m.Trailers = fields(req.Trailer)
 	path, query, _ := strings.Cut(req.RequestURI, "?")
-	return &archive.Request{Method: req.Method, Host: req.Host, Path: path, Query: query,
-		Message: archive.Message{Headers: fields(req.Header), Body: bytes.Clone(body), Trailers: fields(req.Trailer)}}
+	return &archive.Request{Method: req.Method, Host: req.Host, Path: path, Query: query, Message: m}
 }

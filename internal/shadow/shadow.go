@@ -115,6 +115,7 @@ type Mirror struct {
 	disk   *mux.Budget
 	spills chan *tape
 	report Reports
+	heavy  sync.Mutex // held while a large call is looked at
 
 	mu    sync.Mutex // guards the fields below
 	lanes map[string]*lane

@@ -114,6 +114,13 @@ func (t *tape) lost() string {
 	return t.gone
 }
 
+// length is how many bytes were added.
+func (t *tape) length() int64 {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.size
+}
+
 // rewind forgets what was added.
 func (t *tape) rewind() {
 	t.mu.Lock()
