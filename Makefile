@@ -142,6 +142,13 @@ bench-handshake: ## new connections of mutual TLS to a sidecar, nginx and HAProx
 	@go build -o $(BIN)/bench-handshake ./bench/handshake
 	@$(BIN)/bench-handshake -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
+.PHONY: bench-attack
+bench-attack: ## what other traffic notices of crowds, slow heads, deaf peers and floods of resets (ARGS="-scenes in")
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/gateway
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
+	@go build -o $(BIN)/bench-attack ./bench/attack
+	@$(BIN)/bench-attack -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -gateway $(BIN)/gateway $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

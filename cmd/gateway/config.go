@@ -79,7 +79,8 @@ type LimitsConfig struct {
 	// PeerConnections are those that one identity may have. Default 1024.
 	PeerConnections int `yaml:"peer_connections"`
 	// Handshakes are the connections whose peer has not proved an identity yet.
-	// Default 512; one more closes the one that has taken longest.
+	// Default 512; one more closes the one that has taken longest, of the address
+	// that has most.
 	Handshakes int `yaml:"handshakes"`
 
 	// Tunnels in all. Default 4096.

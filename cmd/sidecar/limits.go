@@ -53,7 +53,8 @@ type LimitsConfig struct {
 	// listener, all its instances together. Default: half of Connections.
 	PeerConnections int `yaml:"peer_connections"`
 	// Handshakes are the connections whose peer has not proved an identity yet.
-	// Default 512; one more closes the one that has taken longest.
+	// Default 512; one more closes the one that has taken longest, of the address
+	// that has most.
 	Handshakes int `yaml:"handshakes"`
 	// Calls in flight at one listener. Default 2048; above it, or for one
 	// caller above half of it, 503.

@@ -44,6 +44,13 @@ func (g *Gateway) parted(who *caller) {
 	}
 }
 
+// What each source may break off before it has brought anything: tunnels, each a
+// decision and a connection outside, and handshakes.
+const (
+	brokenBurst, brokenRate = 500, 200 // per second
+	costHandshake           = 5
+)
+
 // How many refused connections are recorded one by one: whoever can reach the
 // port can cause them, and must not be able to fill the disk.
 const (
@@ -74,6 +81,13 @@ func (f *flood) take(now time.Time) (held uint64, ok bool) {
 	f.full = f.full.Add(refusedEvery)
 	held, f.held = f.held, 0
 	return held, true
+}
+
+// more counts one that gets no record of its own.
+func (f *flood) more() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.held++
 }
 
 // rest is what take has counted and nobody has recorded.

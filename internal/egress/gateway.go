@@ -2,7 +2,6 @@ package egress
 
 import (
 	"cmp"
-	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -21,6 +20,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 	"sallyport/internal/record"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
@@ -39,7 +39,7 @@ type Limits struct {
 	// ConnsPerCaller is the same for one SPIFFE ID. Default 1024.
 	ConnsPerCaller int
 	// Handshakes is how many of them may be without identity. One more closes the
-	// one that has taken longest. Default 512.
+	// one that has taken longest, of the address that has most. Default 512.
 	Handshakes int
 	// HandshakeTimeout is the time from accept to identity. Default 5 s.
 	HandshakeTimeout time.Duration
@@ -163,6 +163,9 @@ type Gateway struct {
 	tunnels tunnels
 	crowd   crowd
 	flood   flood
+	proving *mux.Anteroom // connections without identity
+	turns   mux.Turns     // of handshakes
+	calm    *mux.Calm     // with who breaks off what he has begun
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -172,7 +175,6 @@ type Gateway struct {
 
 	mu       sync.Mutex // guards what follows, and h2 and h2conns
 	conns    map[*wire]bool
-	proving  list.List // of *wire, without identity, in the order of arrival
 	draining bool
 	// yielding has connections end with their next answer; resting closes those
 	// that wait for a request meanwhile.
@@ -192,6 +194,7 @@ func New(c Config) (*Gateway, error) {
 	}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
 	g.crowd.of = make(map[spiffeid.ID]int)
+	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm(brokenBurst, brokenRate)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{"h2", "http/1.1"}
@@ -358,7 +361,13 @@ func (g *Gateway) yields() bool {
 
 // admit gives a new connection its goroutine, unless too many are open.
 func (g *Gateway) admit(c net.Conn) {
-	w := &wire{Conn: c, closed: make(chan struct{})}
+	w := &wire{Conn: c, closed: make(chan struct{}), from: mux.SourceOf(c.RemoteAddr())}
+	if g.calm.Over(w.from) {
+		g.cfg.Metrics.ConnectionsRefused(reporter, "resets").Inc()
+		g.flood.more()
+		c.Close()
+		return
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.draining {
@@ -370,13 +379,8 @@ func (g *Gateway) admit(c net.Conn) {
 		c.Close()
 		return
 	}
-	w.place = g.proving.PushBack(w)
-	if g.proving.Len() > g.lim.Handshakes {
-		// Who has been there longest must go: an honest handshake takes
-		// milliseconds.
-		longest := g.proving.Front()
-		g.proving.Remove(longest)
-		longest.Value.(*wire).Close()
+	var crowded bool
+	if w.place, crowded = g.proving.Enter(w.from, func() { w.Close() }); crowded {
 		g.cfg.Metrics.ConnectionsRefused(reporter, "handshakes").Inc()
 	}
 	g.conns[w] = true
@@ -484,13 +488,13 @@ func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 	defer func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		g.proving.Remove(w.place) // does nothing when it was put out
+		g.proving.Leave(w.place)
 		g.opened()
 	}()
 	ctx, cancel := context.WithTimeout(context.Background(), g.lim.HandshakeTimeout)
 	defer cancel()
 	peer := w.RemoteAddr().String()
-	tc, err := record.Server(ctx, capture.NewDirect(w.Conn), g.cfg.TLS)
+	tc, err := record.Server(ctx, capture.NewDirect(w.Conn), g.cfg.TLS, g.turns)
 	if err == nil {
 		var who *caller
 		if who, err = callerOf(tc.ConnectionState(), peer); err == nil {
@@ -498,6 +502,7 @@ func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 		}
 		tc.Close()
 	}
+	g.calm.Spend(w.from, costHandshake)
 	g.cfg.Metrics.TLSFailures(reporter, "handshake").Inc()
 	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
 	return nil, nil, err

@@ -1064,6 +1064,33 @@ func TestHandshakeFloodPutsOutTheOldest(t *testing.T) {
 	}
 }
 
+// A flood from one address leaves those of others alone, however long they take.
+func TestHandshakeFloodStaysWithItsSource(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.Handshakes, c.Metrics = 4, telemetry.NewRegistry() })
+	slow, err := net.Dial("tcp", w.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slow.Close()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}
+	for range 40 {
+		c, err := d.Dial("tcp", w.addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	w.until("the flood", func(audit.Record) bool {
+		rec := httptest.NewRecorder()
+		w.gw.cfg.Metrics.Handler().ServeHTTP(rec, httptest.NewRequest("GET", "/metrics", nil))
+		return strings.Contains(rec.Body.String(), `sallyport_connections_refused_total{reason="handshakes",reporter="gateway"} 37`)
+	})
+	_ = slow.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+	if _, err := slow.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the first one has ended: %v", err)
+	}
+}
+
 func TestIdleAndOldTunnelsEnd(t *testing.T) {
 	both(t, func(t *testing.T, dial dialFunc) {
 		for name, change := range map[Reason]func(*Config){

@@ -126,6 +126,9 @@ func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *record.Conn, left []byte) {
 		s.Abort()
 	}
 	g.carry(t, s)
+	if t.why() == ReasonReset && t.down.Load() == 0 {
+		g.calm.Spend(w.from, 1)
+	}
 	s.linger()
 }
 

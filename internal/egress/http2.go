@@ -62,7 +62,7 @@ func (g *Gateway) newHTTP2() *http.Server {
 		Handler:   http.HandlerFunc(g.serveStream),
 		Protocols: protocols,
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, callerKey{}, c.(*handed).who)
+			return context.WithValue(ctx, handedKey{}, c)
 		},
 		MaxHeaderBytes: g.lim.Request.Head,
 		IdleTimeout:    5 * time.Minute,
@@ -80,8 +80,8 @@ func (g *Gateway) newHTTP2() *http.Server {
 	}
 }
 
-// callerKey is what streams find their caller by.
-type callerKey struct{}
+// handedKey is what streams find their connection by.
+type handedKey struct{}
 
 // handed is a connection that the HTTP/2 server gets. It knows nothing of TLS.
 type handed struct {
@@ -119,12 +119,18 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler) // resets the stream, in silence
 		}
 	}()
-	who, ok := r.Context().Value(callerKey{}).(*caller)
+	on, ok := r.Context().Value(handedKey{}).(*handed)
 	if !ok {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here
 		return
 	}
-	t, ans := g.request2(who, r)
+	var t *tunnel
+	defer func() { g.brokenOff(on, r, t) }()
+	if r.Context().Err() != nil {
+		return
+	}
+	var ans *answer
+	t, ans = g.request2(on.who, r)
 	if ans != nil {
 		// A caller that opens no window would keep the stream for ever.
 		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(g.lim.HelloTimeout))
@@ -149,6 +155,14 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		s.Abort()
 	}
 	g.carry(t, s)
+}
+
+// brokenOff takes note of a stream that its caller has reset before anything came
+// back, and ends the connection of one who does that too often.
+func (g *Gateway) brokenOff(on *handed, r *http.Request, t *tunnel) {
+	if r.Context().Err() != nil && (t == nil || t.down.Load() == 0) && !g.calm.Spend(on.w.from, 1) {
+		on.w.Close()
+	}
 }
 
 func (g *Gateway) request2(who *caller, r *http.Request) (*tunnel, *answer) {

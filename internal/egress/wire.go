@@ -1,9 +1,10 @@
 package egress
 
 import (
-	"container/list"
 	"net"
 	"sync"
+
+	"sallyport/internal/mux"
 )
 
 // A wire is the connection under TLS.
@@ -13,8 +14,10 @@ type wire struct {
 	idle bool
 	who  *caller // once it has proved who it is
 	over bool    // it was closed because that holds no more
-	// place is where it stands among those without identity.
-	place *list.Element
+
+	// from is where it comes from, place where it waits until it has an identity.
+	from  mux.Source
+	place *mux.Place
 
 	closed chan struct{} // closed by Close
 	once   sync.Once

@@ -57,7 +57,7 @@ func shakeHands(tb testing.TB, here, there net.Conn) (near, far net.Conn) {
 	shaken := make(chan error, 1)
 	go func() {
 		var err error
-		far, err = record.Server(tb.Context(), there, svid.ServerTLS(meshtest.Source(tb, ca, billing), func(spiffeid.ID) error { return nil }, Proto))
+		far, err = record.Server(tb.Context(), there, svid.ServerTLS(meshtest.Source(tb, ca, billing), func(spiffeid.ID) error { return nil }, Proto), nil)
 		shaken <- err
 	}()
 	near, err := record.Client(tb.Context(), here, svid.ClientTLS(meshtest.Source(tb, ca, web), billing, Proto))

@@ -61,6 +61,9 @@ type Config struct {
 	Extra int
 	// Budget bounds the same for many connections. Optional.
 	Budget *mux.Budget
+	// Broken is told of each call that the peer breaks off; false: that was too
+	// much, and the connection ends. It must not block. Optional.
+	Broken func() bool
 	// KeepAlive is after how long of silence the peer is asked for a sign of
 	// life; after as long again without one the connection ends. Default 15 s.
 	KeepAlive time.Duration
@@ -78,6 +81,9 @@ func (c Config) withDefaults() Config {
 	c.KeepAlive = cmp.Or(c.KeepAlive, 15*time.Second)
 	c.Idle = cmp.Or(c.Idle, time.Minute)
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, time.Minute)
+	if c.Broken == nil {
+		c.Broken = func() bool { return true }
+	}
 	return c
 }
 

@@ -19,6 +19,7 @@ type reader struct {
 	greeted bool
 	noise   mux.Bucket
 	opens   mux.Bucket
+	opened  []*Stream // which nobody knows of yet
 }
 
 // noiseBurst and noiseRate bound what costs us more than it costs the peer:
@@ -48,6 +49,7 @@ func (c *Conn) read() error {
 	r, w := 0, 0
 	for {
 		n, err := c.frames(buf[r:w])
+		c.announce(err == nil)
 		if err != nil {
 			return err
 		}
@@ -174,8 +176,7 @@ func (c *Conn) find(h header) (*Stream, error) {
 	return s, nil
 }
 
-// take accepts a stream or refuses it. It gives the lock up for accept, which
-// has locks of its own.
+// take takes a stream in, for announce, or refuses it.
 func (c *Conn) take(h header) (*Stream, error) {
 	if !c.in.opens.Spend() {
 		if !c.in.noise.Spend() {
@@ -187,16 +188,28 @@ func (c *Conn) take(h header) (*Stream, error) {
 		s := c.hold()
 		s.id = h.stream
 		c.streams[s.id] = s
-		c.mu.Unlock()
-		ok := c.accept(s)
-		c.mu.Lock()
-		if ok {
-			return s, nil
-		}
-		delete(c.streams, s.id)
-		c.release(s)
+		c.in.opened = append(c.in.opened, s)
+		return s, nil
 	}
 	return nil, c.say(resetFrame(h.stream, resetRefused))
+}
+
+// announce tells of the new streams, once for all that came together: one that
+// is broken off behind its very beginning costs nobody a goroutine. When the
+// connection does not go on, they are refused.
+func (c *Conn) announce(goesOn bool) {
+	in := &c.in
+	for i, s := range in.opened {
+		in.opened[i] = nil
+		c.mu.Lock()
+		s.known = goesOn && !s.closed
+		known := s.known
+		c.mu.Unlock()
+		if !known || !c.accept(s) {
+			_ = s.Refuse() // it never fails
+		}
+	}
+	in.opened = in.opened[:0]
 }
 
 // say queues a frame in answer to the peer, who has to read such answers.
@@ -290,7 +303,8 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	s := c.streams[stream]
 	// What this end opened itself is no flood, and neither is the end of a
 	// stream that carries no call.
-	if (c.accept != nil && s.working() || s == nil) && !c.in.noise.Spend() {
+	working := c.accept != nil && s.working()
+	if (working || s == nil) && !c.in.noise.Spend() || working && !c.cfg.Broken() {
 		return violated(Flood)
 	}
 	var err error
@@ -307,7 +321,11 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	}
 	s.broke(err)
 	c.forget(s)
-	if f := s.cut; f != nil {
+	f := s.cut
+	if c.accept != nil && !s.known {
+		f = func() { s.Close() }
+	}
+	if f != nil {
 		c.mu.Unlock()
 		f()
 		c.mu.Lock()

@@ -30,6 +30,7 @@ type Stream struct {
 	turn    bool   // it has waited there
 	ended   bool   // we have sent the end
 	peerEnd bool   // the peer has
+	known   bool   // it was accepted
 	closed  bool
 	cut     func() // see OnCut
 	werr    error

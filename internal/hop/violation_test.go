@@ -291,3 +291,28 @@ func FuzzFrames(f *testing.F) {
 		}
 	})
 }
+
+// A stream that is broken off behind its very beginning is nothing to those that
+// accept, and counts; who breaks off too much loses the connection.
+func TestStreamsBrokenOffAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		nc, peer := meshtest.Pipe()
+		defer peer.Close()
+		accepted, broken := 0, 0
+		c := Accepted(nc, Config{Broken: func() bool { broken++; return broken < 10 }}, func(*Stream) bool { accepted++; return false })
+		var wg sync.WaitGroup
+		var end error
+		wg.Go(func() { end = c.Run() })
+		wg.Go(func() { _, _ = io.Copy(io.Discard, peer) })
+		send(t, peer, opensAndResets(9)...)
+		synctest.Wait()
+		if !c.Live() || accepted != 0 || broken != 9 || c.open.Load() != 0 {
+			t.Errorf("live %v, %d accepted, %d broken off, %d open", c.Live(), accepted, broken, c.open.Load())
+		}
+		send(t, peer, dataFrame(flagOpen, 100, "x"), note{kindReset, 100, resetCancel})
+		wg.Wait()
+		if v := (*Violation)(nil); !errors.As(end, &v) || v.Reason != Flood || accepted != 0 {
+			t.Errorf("it ended with %v", end)
+		}
+	})
+}

@@ -97,7 +97,7 @@ func (c *Conn) peerReset(stream uint32, code Code) error {
 		return c.noisy()
 	}
 	if c.server {
-		if err := c.noisy(); err != nil {
+		if err := c.broken(); err != nil {
 			return err
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -392,5 +393,43 @@ func TestDrain(t *testing.T) {
 	}
 	if got := p.outcome(7); got != "closed" {
 		t.Errorf("then: %s", got)
+	}
+}
+
+// A call that is broken off behind its very head is nothing to those that
+// accept, and counts; who breaks off too much loses the connection.
+func TestCallsBrokenOffAtOnce(t *testing.T) {
+	var accepted, broken atomic.Int32
+	dial := served(t, Config{Broken: func() bool { return broken.Add(1) < 10 }}, func(l *Lane) {
+		accepted.Add(1)
+		_, _ = io.Copy(io.Discard, l)
+	})
+	p := speak(t, dial)
+	var together bytes.Buffer
+	at := xhttp2.NewFramer(&together, nil)
+	for i := range uint32(9) {
+		_ = at.WriteHeaders(xhttp2.HeadersFrameParam{StreamID: 2*i + 1, BlockFragment: p.block(request("GET")...), EndStream: true, EndHeaders: true})
+		_ = at.WriteRSTStream(2*i+1, xhttp2.ErrCodeCancel)
+	}
+	_ = at.WritePing(false, [8]byte{7})
+	if _, err := p.nc.Write(together.Bytes()); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		f, err := p.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ping, ok := f.(*xhttp2.PingFrame); ok && ping.IsAck() {
+			break
+		}
+	}
+	if accepted.Load() != 0 || broken.Load() != 9 {
+		t.Errorf("%d accepted, %d broken off", accepted.Load(), broken.Load())
+	}
+	p.head(101, true, request("GET")...)
+	_ = p.WriteRSTStream(101, xhttp2.ErrCodeCancel)
+	if got := p.outcome(101); got != "goaway 11" {
+		t.Errorf("one too many got %s", got)
 	}
 }

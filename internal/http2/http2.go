@@ -69,6 +69,10 @@ type Config struct {
 	Idle time.Duration
 	// WriteTimeout is how long the peer may take nothing at all. Default 60 s.
 	WriteTimeout time.Duration
+	// Broken is told of each call that the peer breaks off or has us break off;
+	// false: that was too much, and the connection ends. It must not block.
+	// Optional.
+	Broken func() bool
 	// Violated is told of what ends a connection, or a stream, by the fault of
 	// the peer. It must not block. Optional.
 	Violated func(Reason)
@@ -84,6 +88,9 @@ func (c Config) withDefaults() Config {
 	c.KeepAlive = cmp.Or(c.KeepAlive, 15*time.Second)
 	c.Idle = cmp.Or(c.Idle, time.Minute)
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, time.Minute)
+	if c.Broken == nil {
+		c.Broken = func() bool { return true }
+	}
 	if c.Violated == nil {
 		c.Violated = func(Reason) {}
 	}

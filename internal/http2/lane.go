@@ -40,6 +40,7 @@ type Lane struct {
 	sent    bool   // we have sent the end
 	peerEnd bool   // the peer has
 	resting bool   // in c.idle
+	known   bool   // of a server: it was accepted
 	closed  bool
 	cut     func() // see OnCut
 	werr    error

@@ -31,6 +31,7 @@ type reader struct {
 	hurried  bool  // a read deadline is set
 	noise    mux.Bucket
 	ready    []*Lane // what they wait for has come
+	calls    []*Lane // which nobody knows of yet
 	fragment []byte  // of a field section that is not whole
 	opener   header  // of its first frame; stream 0: there is none
 	more     int     // how many frames have continued it
@@ -44,7 +45,7 @@ func (c *Conn) read() error {
 	for {
 		n, err := c.frames(buf[r:w])
 		c.wakeReady()
-		if err != nil {
+		if err = c.announce(err); err != nil {
 			return err
 		}
 		if r += n; r == w {
@@ -182,6 +183,14 @@ func (c *Conn) fits(h header) error {
 func (c *Conn) noisy() error {
 	if c.in.noise.Spend() {
 		return nil
+	}
+	return violated(EnhanceYourCalm, Flood)
+}
+
+// broken is noisy for a call that the peer has broken off, or that we had to.
+func (c *Conn) broken() error {
+	if c.cfg.Broken() {
+		return c.noisy()
 	}
 	return violated(EnhanceYourCalm, Flood)
 }
@@ -368,14 +377,18 @@ func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 	c.cfg.Violated(reason)
 	c.reset(l.id, code)
 	c.cut(l, &ResetError{code})
-	return c.noisy()
+	return c.broken()
 }
 
 // cut ends the call of a lane, and the lane.
 func (c *Conn) cut(l *Lane, err error) {
 	l.broke(err) // first: with the last call the connection may end
 	c.forget(l)
-	if f := l.cut; f != nil {
+	f := l.cut
+	if c.server && !l.known {
+		f = func() { l.Close() }
+	}
+	if f != nil {
 		c.mu.Unlock()
 		f()
 		c.mu.Lock()

@@ -15,8 +15,8 @@ func Accepted(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	return newConn(nc, cfg, accept)
 }
 
-// beginCall begins a call: on a lane that rests, else on a new one. The lock of c
-// is held, and given up for accept.
+// beginCall begins a call: on a lane that rests, else on a new one, for announce.
+// The lock of c is held.
 func (c *Conn) beginCall(h header, s *section) error {
 	end := h.flags&flagEnd != 0
 	c.last = h.stream
@@ -30,7 +30,7 @@ func (c *Conn) beginCall(h header, s *section) error {
 		if c.leaving != gone { // else the peer has not heard it yet
 			c.cfg.Violated(map[bool]Reason{true: TooMany, false: Malformed}[full])
 		}
-		return c.noisy()
+		return c.broken()
 	}
 	l, fresh := c.resting(), false
 	if l == nil && len(c.lanes) < 2*c.cfg.Streams {
@@ -46,17 +46,38 @@ func (c *Conn) beginCall(h header, s *section) error {
 	l.request(s, end)
 	l.got.end = end
 	l.mu.Unlock()
-	if !fresh {
+	if fresh {
+		c.in.calls = append(c.in.calls, l)
+	} else {
 		c.in.wakes(l)
-		return nil
-	}
-	c.mu.Unlock()
-	defer c.mu.Lock()
-	if !c.accept(l) {
-		_ = l.Reset(RefusedStream) // it never fails
-		return c.noisy()
 	}
 	return nil
+}
+
+// announce tells of the new lanes, once for all that came together: a call that
+// is broken off behind its very head costs nobody a goroutine. When the
+// connection ends by err, they go with it.
+func (c *Conn) announce(err error) error {
+	in := &c.in
+	for i, l := range in.calls {
+		in.calls[i] = nil
+		c.mu.Lock()
+		if err != nil && !l.closed {
+			delete(c.streams, l.id)
+			delete(c.lanes, l)
+			c.open.Store(int64(len(c.lanes)))
+			l.id, l.closed = 0, true
+		}
+		l.known = !l.closed
+		known := l.known
+		c.mu.Unlock()
+		if known && !c.accept(l) {
+			_ = l.Reset(RefusedStream) // it never fails
+			err = c.noisy()
+		}
+	}
+	in.calls = in.calls[:0]
+	return err
 }
 
 // resting takes the lane that has come to rest last.

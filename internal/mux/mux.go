@@ -1,7 +1,7 @@
 // Package mux is what the protocols have in common that carry many calls over
-// one connection: bounds on what a peer may do and hold, deadlines of a stream,
-// and the buffers of what has come and of what is to go. It knows no protocol
-// and starts no goroutine.
+// one connection, and the listeners that many peers share: bounds on what a peer
+// may do and hold, deadlines of a stream, and the buffers of what has come and of
+// what is to go. It knows no protocol and starts no goroutine.
 package mux
 
 import (

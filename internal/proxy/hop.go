@@ -19,8 +19,9 @@ const windows = 64 << 20
 func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn, x *call) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	h := hop.Accepted(tc, hop.Config{Budget: in.windows}, func(s *hop.Stream) bool {
-		sc := &conn{Conn: s, on: c, who: c.who}
+	broken := func() bool { return in.brokenOff(c, 1) }
+	h := hop.Accepted(tc, hop.Config{Budget: in.windows, Broken: broken}, func(s *hop.Stream) bool {
+		sc := &conn{Conn: s, on: c, from: c.from, who: c.who}
 		// A caller that breaks a call off ends it at the application too.
 		s.OnCut(sc.hangUp)
 		if !in.enterStream(sc, x) {

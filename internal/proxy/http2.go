@@ -19,8 +19,10 @@ const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serve func(*conn)) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	h := http2.Accepted(nc, l.http2Config(), func(lane *http2.Lane) bool {
-		sc := &conn{Conn: lane, on: c, who: c.who}
+	cfg := l.http2Config()
+	cfg.Broken = func() bool { return l.brokenOff(c, 1) }
+	h := http2.Accepted(nc, cfg, func(lane *http2.Lane) bool {
+		sc := &conn{Conn: lane, on: c, from: c.from, who: c.who}
 		// A client that breaks a call off ends it at the service too.
 		lane.OnCut(sc.hangUp)
 		if !enter(sc) {

@@ -82,8 +82,8 @@ type InboundConfig struct {
 	// so. Its Run is for whoever made it. Optional.
 	Translate *translate.Translator
 	// MaxHandshakes bounds the connections whose peer has not proved an
-	// identity yet. One more closes the one that has taken the longest.
-	// Default 512.
+	// identity yet. One more closes the one that has taken the longest, of the
+	// address that has most. Default 512.
 	MaxHandshakes int
 	// HandshakeTimeout bounds a handshake. Default 10 s.
 	HandshakeTimeout time.Duration
@@ -128,6 +128,7 @@ type Inbound struct {
 	opaque   chain // of streams
 	self     string
 	unproved anteroom
+	turns    mux.Turns // of handshakes
 	peers    crowd
 	rates    rates
 	drops    dropSets
@@ -147,9 +148,12 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
 	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: mux.NewBudget(windows)}
-	in.listener = listener{Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter}
+	in.listener = listener{
+		Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter,
+		calm: mux.NewCalm(brokenBurst, brokenRate), costs: costHandshake,
+	}
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
-	in.unproved.max = cmp.Or(cfg.MaxHandshakes, 512)
+	in.unproved.Anteroom, in.turns = mux.NewAnteroom(cmp.Or(cfg.MaxHandshakes, 512)), mux.NewTurns()
 	in.unproved.waiting = in.Metrics.Connections(in.Reporter, "proving")
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
@@ -232,6 +236,7 @@ func (in *Inbound) meet(ctx context.Context, c *conn) (*call, *record.Conn) {
 	x.standing = func() *refusal { return in.overtaken(x) }
 	tc, err := in.handshake(ctx, x)
 	if err != nil {
+		in.brokenOff(c, costHandshake)
 		in.refusedHandshake(x, err)
 		return nil, nil
 	}
@@ -260,7 +265,7 @@ func (in *Inbound) handshake(ctx context.Context, x *call) (_ *record.Conn, err 
 	ctx, cancel := context.WithTimeout(ctx, in.cfg.HandshakeTimeout)
 	defer cancel()
 	x.epoch = in.epoch.Load()
-	tc, err := record.Server(ctx, capture.NewDirect(x.conn.Conn), in.cfg.TLS)
+	tc, err := record.Server(ctx, capture.NewDirect(x.conn.Conn), in.cfg.TLS, in.turns)
 	if err != nil {
 		return nil, err
 	}

@@ -1,47 +1,36 @@
 package proxy
 
 import (
-	"container/list"
 	"sync"
 	"sync/atomic"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/authz"
+	"sallyport/internal/mux"
 	"sallyport/internal/telemetry"
 )
 
-// An anteroom bounds the connections of peers that have proved nothing yet. Who
-// has been there longest must go first: an honest handshake takes milliseconds.
+// An anteroom has the connections of peers that have proved nothing yet.
 type anteroom struct {
-	max     int
+	*mux.Anteroom
 	waiting *telemetry.Gauge
 	putOut  *telemetry.Counter
-
-	mu   sync.Mutex // guards here
-	here list.List  // of *conn, in the order of arrival
 }
 
 // enter takes a connection in. The order of calls is the order of arrival: a
 // goroutine for each would mix it up, and put out who came last.
 func (a *anteroom) enter(c *conn) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	c.place = a.here.PushBack(c)
-	if a.here.Len() > a.max {
-		longest := a.here.Front()
-		a.here.Remove(longest)
-		longest.Value.(*conn).Close()
+	var crowded bool
+	if c.place, crowded = a.Enter(c.from, func() { c.Close() }); crowded {
 		a.putOut.Inc()
 	}
-	a.waiting.Set(float64(a.here.Len()))
+	a.waiting.Set(float64(a.Len()))
 }
 
 func (a *anteroom) leave(c *conn) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.here.Remove(c.place) // does nothing when it was put out
-	a.waiting.Set(float64(a.here.Len()))
+	a.Leave(c.place)
+	a.waiting.Set(float64(a.Len()))
 }
 
 // A crowd bounds the connections and the calls of one identity, so that none of

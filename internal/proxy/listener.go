@@ -1,21 +1,24 @@
 package proxy
 
 import (
-	"container/list"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/netip"
 	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mux"
+	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 )
 
@@ -33,6 +36,9 @@ type listener struct {
 	inFlight atomic.Int64
 	panics   atomic.Int64
 	bodies   *mux.Budget // of connections of HTTP/2
+	calm     *mux.Calm   // with who breaks off what he has begun; nil bears all
+	costs    int         // of that, for a connection; a call costs 1
+	rests    bool        // whom it bears no more waits a little, and is not closed
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
@@ -45,8 +51,10 @@ type conn struct {
 	net.Conn
 	// on is the connection that this one is a stream of; nil for one that is not.
 	on *conn
-	// place is where it waits until its peer has proved an identity.
-	place *list.Element
+	// from is where it comes from, place where it waits until its peer has proved
+	// an identity.
+	from  mux.Source
+	place *mux.Place
 	// state orders the end of an idle connection against its next call.
 	state atomic.Int32
 
@@ -197,6 +205,9 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 				l.forget(c)
 				wg.Done()
 			}()
+			if !l.rest(hard, c) {
+				return
+			}
 			l.serve(hard, c)
 		}()
 	})
@@ -299,7 +310,7 @@ func (l *listener) accept(ctx context.Context, ln net.Listener, start func(*conn
 			continue
 		}
 		wait = 0
-		if c := (&conn{Conn: nc}); l.admit(c) {
+		if c := (&conn{Conn: nc, from: mux.SourceOf(nc.RemoteAddr())}); l.bears(c) && l.admit(c) {
 			if l.arrive != nil {
 				l.arrive(c)
 			}
@@ -315,7 +326,52 @@ const (
 	limitTotal      = "total"
 	limitPeer       = "peer"
 	limitHandshakes = "handshakes"
+	limitResets     = "resets"
 )
+
+// What each source may break off: calls, connections in the middle of one, and
+// handshakes. A workload is held to less at its own door, so that it is stopped
+// there before its proxy is at that of a peer, for all on the connection.
+const (
+	brokenBurst, brokenRate = 2000, 1000 // per second
+	ownBurst, ownRate       = 1000, 500
+	// restOfOwn is how long a new connection waits, see rest.
+	restOfOwn = 20 * time.Millisecond
+	// costHandshake is what a connection with a handshake costs, in calls.
+	costHandshake = 10
+)
+
+// bears says whether new connections of a source are taken: not while it breaks
+// off so much that the others would notice.
+func (l *listener) bears(c *conn) bool {
+	if l.rests || !l.calm.Over(c.from) {
+		return true
+	}
+	l.turnAway(limitResets, "from", netip.Prefix(c.from))
+	return false
+}
+
+// rest has a new connection of a workload that floods its own door wait, since
+// all its connections have one source; false when it was reset meanwhile, which
+// has then cost next to nothing.
+func (l *listener) rest(ctx context.Context, c *conn) bool {
+	if !l.rests || !l.calm.Over(c.from) {
+		return true
+	}
+	select {
+	case <-time.After(restOfOwn):
+	case <-ctx.Done():
+	}
+	if !socket.Gone(c.Conn) {
+		return true
+	}
+	l.brokenOff(c, l.costs)
+	return false
+}
+
+// brokenOff takes note of something that the peer has broken off; false when that
+// is too much.
+func (l *listener) brokenOff(c *conn, cost int) bool { return l.calm.Spend(c.from, cost) }
 
 // fullEvery is how often a listener that is full says so.
 const fullEvery = 10 * time.Second
@@ -401,6 +457,7 @@ func (l *listener) calls(x *call, way chain) {
 	for {
 		if err := x.down.ReadRequest(&x.req); err != nil {
 			l.unreadable(x, err)
+			l.leftOff(x, err)
 			return
 		}
 		if !x.conn.begin() {
@@ -410,6 +467,9 @@ func (l *listener) calls(x *call, way chain) {
 		x.reset()
 		way.run(x)
 		x.conn.rest()
+		if x.err != nil && http1.FailedSide(x.err) != http1.Upstream {
+			l.leftOff(x, x.err)
+		}
 		switch {
 		case x.tunnel:
 			return // both ends are closed
@@ -426,6 +486,16 @@ func (l *listener) calls(x *call, way chain) {
 			_ = x.down.Close()
 			return
 		}
+	}
+}
+
+// leftOff takes note of a client that has reset its connection, or ended it in
+// the middle of a call. Who broke a stream off was noted there.
+func (l *listener) leftOff(x *call, err error) {
+	switch {
+	case x.conn.on != nil, x.tunnel:
+	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
+		l.brokenOff(x.conn, l.costs)
 	}
 }
 

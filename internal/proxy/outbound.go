@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -162,7 +163,7 @@ const askEvery = time.Second
 
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
-	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn}
+	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, calm: mux.NewCalm(ownBurst, ownRate), costs: 1, rests: true}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
 	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
 	return d
@@ -183,6 +184,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 	switch h2, err := x.down.Begins(preface); {
 	case err != nil:
 		d.unreadable(x, err)
+		d.leftOff(x, err)
 	case h2:
 		d.serveHTTP2(ctx, c, x)
 	default:

@@ -14,22 +14,22 @@ import (
 // Server makes the handshake of a server on nc, as cfg says, and takes the
 // connection over. Nothing but TLS 1.3 is spoken, and no session is resumed. When
 // ctx ends before the handshake has, nc is closed; on other errors it is left to
-// the caller.
-func Server(ctx context.Context, nc net.Conn, cfg *tls.Config) (*Conn, error) {
+// the caller. What is computed is done in turns, if there are any.
+func Server(ctx context.Context, nc net.Conn, cfg *tls.Config, turns mux.Turns) (*Conn, error) {
 	if cfg.GetConfigForClient != nil {
 		return nil, errors.New("handshake: GetConfigForClient is set, which could hide the secrets of the records from us")
 	}
-	return shake(ctx, nc, cfg, false)
+	return shake(ctx, nc, cfg, turns, false)
 }
 
 // Client is Server for the end that dialled.
 func Client(ctx context.Context, nc net.Conn, cfg *tls.Config) (*Conn, error) {
-	return shake(ctx, nc, cfg, true)
+	return shake(ctx, nc, cfg, nil, true)
 }
 
 // shake makes the handshake on a goroutine of its own, which ends with it: the
 // one that stays with the connection is spared the deep stack.
-func shake(ctx context.Context, nc net.Conn, cfg *tls.Config, client bool) (*Conn, error) {
+func shake(ctx context.Context, nc net.Conn, cfg *tls.Config, turns mux.Turns, client bool) (*Conn, error) {
 	c := newConn(nc)
 	c.in.client = client
 	side := tls.Server
@@ -43,7 +43,7 @@ func shake(ctx context.Context, nc net.Conn, cfg *tls.Config, client bool) (*Con
 	conf.SessionTicketsDisabled, conf.ClientSessionCache = true, nil
 	conf.KeyLogWriter = &s
 	var (
-		sh    = &shim{Conn: nc, c: c}
+		sh    = &shim{Conn: nc, c: c, turns: turns}
 		state tls.ConnectionState
 		err   error
 		crash any
@@ -52,6 +52,7 @@ func shake(ctx context.Context, nc net.Conn, cfg *tls.Config, client bool) (*Con
 	go func() {
 		defer close(done)
 		defer func() { crash = recover() }()
+		defer sh.give()
 		tc := side(sh, conf)
 		if err = tc.Handshake(); err == nil {
 			state = tc.ConnectionState()
@@ -116,6 +117,31 @@ type shim struct {
 	head [headerSize]byte
 	have int
 	rest int
+	// turns are for what the handshake computes of what was read, mine says that
+	// such a turn is under way: never while it waits for the peer.
+	turns mux.Turns
+	mine  bool
+}
+
+func (s *shim) take() {
+	s.turns.Take()
+	s.mine = s.turns != nil
+}
+
+func (s *shim) give() {
+	if s.mine {
+		s.mine = false
+		s.turns.Give()
+	}
+}
+
+// Write sends what was computed.
+func (s *shim) Write(p []byte) (int, error) {
+	if s.mine {
+		s.give()
+		defer s.take()
+	}
+	return s.Conn.Write(p)
 }
 
 // Read gives what is left of a record.
@@ -125,9 +151,13 @@ func (s *shim) Read(p []byte) (int, error) {
 		return 0, nil
 	}
 	if in.r == in.w {
-		if err := s.c.fill(); err == io.ErrUnexpectedEOF {
+		s.give()
+		err := s.c.fill()
+		s.take()
+		if err == io.ErrUnexpectedEOF {
 			return 0, io.EOF
-		} else if err != nil {
+		}
+		if err != nil {
 			return 0, err
 		}
 	}

@@ -15,6 +15,7 @@ import (
 
 	"sallyport/internal/capture"
 	"sallyport/internal/meshtest"
+	"sallyport/internal/mux"
 )
 
 var suites = []uint16{tls.TLS_AES_128_GCM_SHA256, tls.TLS_AES_256_GCM_SHA384, tls.TLS_CHACHA20_POLY1305_SHA256}
@@ -158,7 +159,7 @@ func TestDataComesWithTheHandshake(t *testing.T) {
 		held.flush()
 		done <- err
 	}()
-	server, err := Server(context.Background(), capture.NewDirect(far), serverConfig())
+	server, err := Server(context.Background(), capture.NewDirect(far), serverConfig(), nil)
 	if err := errors.Join(err, <-done); err != nil {
 		t.Fatal(err)
 	}
@@ -239,19 +240,51 @@ func TestHandshakeFails(t *testing.T) {
 	conf := clientConfig()
 	conf.MaxVersion, conf.MinVersion = tls.VersionTLS12, tls.VersionTLS12
 	go func() { _ = tls.Client(near, conf).Handshake() }()
-	if _, err := Server(context.Background(), far, serverConfig()); err == nil {
+	if _, err := Server(context.Background(), far, serverConfig(), nil); err == nil {
 		t.Error("TLS 1.2 was spoken")
 	}
 	_, far = loopback(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
-	if _, err := Server(ctx, far, serverConfig()); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := Server(ctx, far, serverConfig(), nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a silent client: %v", err)
 	}
 	conf = serverConfig()
 	conf.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return nil, nil }
-	if _, err := Server(context.Background(), far, conf); err == nil {
+	if _, err := Server(context.Background(), far, conf, nil); err == nil {
 		t.Error("another configuration could take the secrets")
+	}
+}
+
+// TestHandshakesInTurns has one client be slow with the only turn there is: it
+// must not keep it while it is waited for.
+func TestHandshakesInTurns(t *testing.T) {
+	turns := make(mux.Turns, 1)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	near, far := loopback(t)
+	slow := make(chan error, 1)
+	go func() {
+		c, err := Server(ctx, far, serverConfig(), turns)
+		if err == nil {
+			c.Close()
+		}
+		slow <- err
+	}()
+	for range 3 {
+		n, f := loopback(t)
+		go func() { _ = tls.Client(n, clientConfig()).Handshake() }()
+		c, err := Server(ctx, capture.NewDirect(f), serverConfig(), turns)
+		if err != nil {
+			t.Fatalf("beside a slow client: %v", err)
+		}
+		c.Close()
+	}
+	if err := tls.Client(near, clientConfig()).Handshake(); err != nil {
+		t.Errorf("the slow client: %v", err)
+	}
+	if err := <-slow; err != nil || len(turns) != 0 {
+		t.Errorf("%v, %d turns are taken", err, len(turns))
 	}
 }
 
@@ -266,7 +299,7 @@ func TestAPanicIsWhoeverServes(t *testing.T) {
 			t.Error("no panic, or another")
 		}
 	}()
-	_, _ = Server(context.Background(), far, conf)
+	_, _ = Server(context.Background(), far, conf, nil)
 }
 
 // TestCertificatesAreShared among the connections of one peer.

@@ -73,7 +73,7 @@ func pairOn(t testing.TB, near, far net.Conn) (client, server *Conn) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		server, err = Server(context.Background(), far, serverConfig())
+		server, err = Server(context.Background(), far, serverConfig(), nil)
 		done <- err
 	}()
 	client, err := Client(context.Background(), near, clientConfig())
@@ -116,7 +116,7 @@ func withTLS(t testing.TB, serve bool) (*Conn, *tls.Conn) {
 	go func() {
 		var err error
 		if serve {
-			ours, err = Server(context.Background(), nc, serverConfig())
+			ours, err = Server(context.Background(), nc, serverConfig(), nil)
 		} else {
 			ours, err = Client(context.Background(), nc, clientConfig())
 		}

@@ -7,6 +7,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -138,5 +139,39 @@ func TestLargeBuffersAreBounded(t *testing.T) {
 	}
 	if n := largeIn.Load(); n != 0 {
 		t.Errorf("%d large buffers are held", n)
+	}
+}
+
+// A connection that was reset is gone, though something is still to be read.
+func TestGone(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	far, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	if _, err := far.Write([]byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if Gone(near) {
+		t.Error("a connection that stands is gone")
+	}
+	_ = far.(*net.TCPConn).SetLinger(0)
+	far.Close()
+	for end := time.Now().Add(10 * time.Second); !Gone(near); runtime.Gosched() {
+		if runtime.GOOS != "linux" || time.Now().After(end) {
+			t.Fatal("a connection that was reset is not gone")
+		}
+	}
+	if a, b := net.Pipe(); Gone(a) || Gone(b) {
+		t.Error("what has no descriptor is gone")
 	}
 }

@@ -1,0 +1,134 @@
+package mux
+
+import (
+	"net"
+	"net/netip"
+	"runtime"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+func source(t *testing.T, text string) Source {
+	t.Helper()
+	return SourceOf(net.TCPAddrFromAddrPort(netip.MustParseAddrPort(text)))
+}
+
+func TestSourceIsWhatAPeerCannotChoose(t *testing.T) {
+	for a, b := range map[string]string{
+		"192.0.2.1:1":          "192.0.2.1:2",
+		"[::ffff:192.0.2.1]:1": "192.0.2.1:2",
+		"[2001:db8::1]:1":      "[2001:db8:0:0:ffff::9]:2",
+		"[fe80::1%eth0]:1":     "[fe80::2%eth1]:2",
+	} {
+		if source(t, a) != source(t, b) {
+			t.Errorf("%s and %s are two sources", a, b)
+		}
+	}
+	for a, b := range map[string]string{
+		"192.0.2.1:1":     "192.0.2.2:1",
+		"[2001:db8::1]:1": "[2001:db8:0:1::1]:1",
+		"[::1]:1":         "127.0.0.1:1",
+	} {
+		if source(t, a) == source(t, b) {
+			t.Errorf("%s and %s are one source", a, b)
+		}
+	}
+	if SourceOf(&net.UnixAddr{}) != SourceOf(nil) {
+		t.Error("what has no address is not one source")
+	}
+}
+
+// Who floods crowds out himself; with as many everywhere the oldest goes.
+func TestAnteroom(t *testing.T) {
+	a := NewAnteroom(3)
+	var out []string
+	enter := func(name, from string) *Place {
+		p, _ := a.Enter(source(t, from), func() { out = append(out, name) })
+		return p
+	}
+	honest := enter("honest", "192.0.2.1:1")
+	for _, name := range []string{"a", "b", "c", "d"} {
+		enter(name, "192.0.2.66:1")
+	}
+	if got := len(out); got != 2 || out[0] != "a" || out[1] != "b" || a.Len() != 3 {
+		t.Fatalf("%v had to go, %d are there", out, a.Len())
+	}
+	a.Leave(honest)
+	a.Leave(honest)
+	if a.Len() != 2 {
+		t.Fatalf("%d are there", a.Len())
+	}
+	a = NewAnteroom(2)
+	out = nil
+	enter("old", "192.0.2.1:1")
+	enter("older than the last", "192.0.2.2:1")
+	if _, crowded := a.Enter(source(t, "192.0.2.3:1"), func() {}); !crowded || len(out) != 1 || out[0] != "old" {
+		t.Errorf("%v had to go", out)
+	}
+	for range 100 {
+		p, _ := a.Enter(source(t, "192.0.2.9:1"), func() {})
+		a.Leave(p)
+	}
+	if a.Len() > 2 || len(a.of) > 2 {
+		t.Errorf("%d are there, of %d sources", a.Len(), len(a.of))
+	}
+}
+
+func TestCalm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := NewCalm(100, 100)
+		from, other := source(t, "192.0.2.1:1"), source(t, "192.0.2.2:1")
+		for range 99 {
+			if !c.Spend(from, 1) {
+				t.Fatal("too much before it is")
+			}
+		}
+		if c.Over(from) || c.Spend(from, 1) || !c.Over(from) || c.Over(other) || !c.Spend(other, 10) {
+			t.Error("one source has not had its patience, or another one has")
+		}
+		time.Sleep(240 * time.Millisecond)
+		if !c.Over(from) || c.Spend(from, 1) {
+			t.Error("it is let in again at once")
+		}
+		time.Sleep(20 * time.Millisecond)
+		if c.Over(from) {
+			t.Error("it is kept out for long")
+		}
+		time.Sleep(time.Second)
+		if c.Over(from) || c.Over(other) || len(c.of) != 0 {
+			t.Errorf("%d sources are remembered for nothing", len(c.of))
+		}
+		for i := range 3 * maxSources {
+			c.Spend(Source(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32)), 1)
+		}
+		if len(c.of) > maxSources {
+			t.Errorf("%d sources are remembered", len(c.of))
+		}
+		if (*Calm)(nil).Over(from) || !(*Calm)(nil).Spend(from, 1) {
+			t.Error("nil bounds something")
+		}
+	})
+}
+
+func TestTurns(t *testing.T) {
+	turns := NewTurns()
+	most := max(runtime.GOMAXPROCS(0)/2, 1)
+	if cap(turns) != most {
+		t.Errorf("%d turns, want %d", cap(turns), most)
+	}
+	var all sync.WaitGroup
+	for range 10 * most {
+		all.Go(func() {
+			turns.Take()
+			defer turns.Give()
+			if n := len(turns); n > most {
+				t.Errorf("%d at a time", n)
+			}
+		})
+	}
+	all.Wait()
+	Turns(nil).Take()
+	Turns(nil).Give()
+}

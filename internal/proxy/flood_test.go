@@ -1,0 +1,112 @@
+package proxy
+
+import (
+	"net"
+	"testing"
+
+	"sallyport/internal/mux"
+	"sallyport/internal/svid"
+)
+
+// dialInFrom is dialIn from another address of this machine.
+func (r *rig) dialInFrom(ip string, src *svid.Source) *wire {
+	r.t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
+	c, err := d.Dial("tcp", r.inAddr)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return wireOn(r.t, c, svid.ClientTLS(src, billing, "http/1.1"))
+}
+
+// An address that resets more than others can bear is not let in for a while,
+// and that is all: what stands goes on, and other addresses are let in.
+func TestFloodOfResetsCostsItsSourceOnly(t *testing.T) {
+	r := newRig(t, app(t, hello))
+	stands := r.dialIn(r.web)
+	stands.say(okRequest)
+	stands.answer("GET")
+	for range brokenBurst / costHandshake {
+		c, err := net.Dial("tcp", r.inAddr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.(*net.TCPConn).SetLinger(0)
+		_, _ = c.Write([]byte("\x16\x03\x01"))
+		c.Close()
+	}
+	await(t, func() bool {
+		c, err := net.Dial("tcp", r.inAddr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return r.metric(`sallyport_connections_refused_total{reason="resets",reporter="inbound"}`) != "0"
+	})
+	stands.say(okRequest)
+	if resp, _ := stands.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("the connection that stood got %s", resp.Status)
+	}
+	other := r.dialInFrom("127.0.0.9", r.web)
+	other.say(okRequest)
+	if resp, _ := other.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("another address got %s", resp.Status)
+	}
+	await(t, func() bool { // and it is borne again
+		return !r.inbound.calm.Over(mux.SourceOf(stands.LocalAddr()))
+	})
+	again := r.dialIn(r.web)
+	again.say(okRequest)
+	if resp, _ := again.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("afterwards: %s", resp.Status)
+	}
+}
+
+// A workload that floods its own door is served all the same.
+func TestFloodOfOwnResets(t *testing.T) {
+	r := newRig(t, app(t, hello))
+	for range ownBurst + 500 {
+		c, err := net.Dial("tcp", r.outAddr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.(*net.TCPConn).SetLinger(0)
+		_, _ = c.Write([]byte("GET "))
+		c.Close()
+	}
+	w := r.dial()
+	w.say(proxied)
+	if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("got %s", resp.Status)
+	}
+	if n := r.metric(`sallyport_connections_refused_total{reason="resets",reporter="outbound"}`); n != "" && n != "0" {
+		t.Errorf("%s were refused", n)
+	}
+}
+
+// Peers that prove nothing crowd out their own only.
+func TestHandshakeFloodStaysWithItsSource(t *testing.T) {
+	r := newRig(t, app(t, hello), func(r *rig) { r.inCfg.MaxHandshakes = 4 })
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 9)}}
+	slow, err := net.Dial("tcp", r.inAddr) // an honest one, which takes long
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer slow.Close()
+	await(t, func() bool { return r.inbound.unproved.Len() == 1 })
+	for range 40 {
+		c, err := d.Dial("tcp", r.inAddr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+	}
+	await(t, func() bool {
+		return r.metric(`sallyport_connections_refused_total{reason="handshakes",reporter="inbound"}`) == "37"
+	})
+	w := wireOn(t, slow, svid.ClientTLS(r.web, billing, "http/1.1"))
+	w.say(okRequest)
+	if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
+		t.Errorf("got %s", resp.Status)
+	}
+}
