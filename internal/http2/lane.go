@@ -60,6 +60,7 @@ type incoming struct {
 	store   []byte // where a head is made
 	line    [24]byte
 	in      mux.Buffer // data that is not read yet
+	joined  int        // bytes of data that stand in text
 	chunk   int        // bytes of it that belong behind the text that was read
 	chunks  bool       // data is read in chunks
 	raw     bool       // data is read until the end, which is EOF
@@ -212,7 +213,7 @@ func (g *incoming) take(p []byte) (n, data int) {
 		case len(g.text) > 0:
 			k := copy(p[n:], g.text)
 			g.text = g.text[k:]
-			n += k
+			n, data, g.joined = n+k, data+g.joined, 0
 		case g.held:
 			return n, data
 		case g.chunk > 0:
@@ -324,8 +325,8 @@ func (c *Conn) refill() {
 // lock of l is held.
 func (l *Lane) discard() int {
 	g := &l.got
-	n := g.in.Len()
-	g.text, g.chunk = nil, 0
+	n := g.in.Len() + g.joined
+	g.text, g.chunk, g.joined = nil, 0, 0
 	g.in.Drop()
 	return n
 }

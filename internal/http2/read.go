@@ -3,6 +3,7 @@ package http2
 import (
 	"errors"
 	"os"
+	"strconv"
 	"time"
 
 	"sallyport/internal/mux"
@@ -299,7 +300,7 @@ func (c *Conn) data(p []byte) error {
 		c.wasted(nil, len(p))
 		return nil
 	}
-	code, reason := l.deliver(p)
+	code, reason := l.deliver(p, in.left == 0 && in.end)
 	switch {
 	case reason == errGone:
 		c.wasted(nil, len(p))
@@ -319,8 +320,9 @@ func (c *Conn) data(p []byte) error {
 // thrown away.
 const errGone Reason = "gone"
 
-// deliver takes in what the peer has sent; the window is the bound.
-func (l *Lane) deliver(p []byte) (Code, Reason) {
+// deliver takes in what the peer has sent; the window is the bound. With last,
+// nothing comes behind it.
+func (l *Lane) deliver(p []byte, last bool) (Code, Reason) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	g := &l.got
@@ -340,9 +342,30 @@ func (l *Lane) deliver(p []byte) (Code, Reason) {
 	if l.rerr != nil {
 		return 0, errGone
 	}
-	g.in.Add(p)
+	if !last || g.want > 0 || !g.joins(p) {
+		g.in.Add(p)
+	}
 	return 0, ""
 }
+
+// joins puts a small body that has come whole behind its head, if nobody has
+// begun to read that.
+func (g *incoming) joins(p []byte) bool {
+	if g.begun || len(g.text) == 0 || g.held || g.in.Len() > 0 || len(g.store)+len(p) > maxJoined {
+		return false
+	}
+	if g.chunks {
+		g.store = append(strconv.AppendInt(g.store, int64(len(p)), 16), "\r\n"...)
+	}
+	if g.store = append(g.store, p...); g.chunks {
+		g.store = append(g.store, "\r\n0\r\n\r\n"...)
+	}
+	g.text, g.joined, g.chunks, g.ended = g.store, len(p), false, true
+	return true
+}
+
+// maxJoined bounds a head with its body: a lane keeps the memory for the next.
+const maxJoined = 2 << 10
 
 // peerEnded is the end of what the peer sends in a call. The lock of c is held.
 func (c *Conn) peerEnded(l *Lane) error {
