@@ -99,11 +99,13 @@ h2spec: ## h2spec against every listener of real sidecars that speaks HTTP/2
 	@go test -count=1 -vet=off -run '^TestH2spec$$' -v ./test | grep -v '^=== '
 
 .PHONY: pgo
-pgo: ## the profile for PGO anew, from the load of bench-http1
+pgo: ## the profile for PGO anew, from the loads of bench-http1, bench-h2 and bench-grpc
 	@CGO_ENABLED=0 go build -trimpath -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
-	@go build -o $(BIN)/bench-http1 ./bench/http1
+	@for b in http1 h2; do go build -o $(BIN)/bench-$$b ./bench/$$b; done
 	@for s in 64c-1k 64c-64k; do $(BIN)/bench-http1 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -scenes $$s -profile $(BIN)/pgo-$$s; done
-	@go tool pprof -proto $(BIN)/pgo-64c-1k-client $(BIN)/pgo-64c-1k-server $(BIN)/pgo-64c-64k-client $(BIN)/pgo-64c-64k-server | \
+	@$(BIN)/bench-h2 -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -profile $(BIN)/pgo-h2
+	@$(BIN)/bench-h2 -grpc -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -profile $(BIN)/pgo-grpc
+	@go tool pprof -proto $(foreach s,64c-1k 64c-64k h2 grpc,$(BIN)/pgo-$(s)-client $(BIN)/pgo-$(s)-server) | \
 	  gunzip | LC_ALL=C sed "s|$(CURDIR)/$(BIN)/sidecar|$$(tr 'A-Za-z0-9/._-' x <<<'$(CURDIR)/$(BIN)/sidecar' | tr -d '\n')|" | gzip -n9 >cmd/sidecar/pgo/default.pgo # where it ran is nobody's business
 
 .PHONY: bench-memory
