@@ -222,19 +222,25 @@ func (l *lane) pump() {
 func (l *lane) copy() error {
 	from := socket.NewSource(l.src)
 	defer from.Release()
+	write := l.dst.Write
+	if lent, ok := l.dst.(interface{ WriteLent([]byte) (int, error) }); ok {
+		write = lent.WriteLent // what the Source gives is ours alone
+	}
 	for {
 		b, err := from.Next()
 		if err != nil {
 			return err
 		}
-		if _, err := l.Write(b); err != nil {
+		if _, err := l.send(b, write); err != nil {
 			return err
 		}
 	}
 }
 
 // Write writes to dst and counts.
-func (l *lane) Write(b []byte) (int, error) {
+func (l *lane) Write(b []byte) (int, error) { return l.send(b, l.dst.Write) }
+
+func (l *lane) send(b []byte, write func([]byte) (int, error)) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
@@ -242,7 +248,7 @@ func (l *lane) Write(b []byte) (int, error) {
 		l.ear(b)
 	}
 	l.r.moved.Store(int64(time.Since(l.r.start)))
-	n, err := l.dst.Write(b)
+	n, err := write(b)
 	l.count.Add(int64(n))
 	if err == nil {
 		l.r.moved.Store(int64(time.Since(l.r.start)))

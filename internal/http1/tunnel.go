@@ -95,6 +95,11 @@ func (c *Conn) abort() {
 	nc.Close()
 }
 
+// A lentWriter writes with fewer copies what nobody else has in his hands.
+type lentWriter interface {
+	WriteLent(p []byte) (int, error)
+}
+
 // move carries one direction, whose frames f follows if there are any.
 func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 	if src.w > src.r {
@@ -109,7 +114,10 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 	if t.Idle == 0 {
 		src.readUntil(time.Time{})
 	}
-	from := socket.NewSource(src.nc)
+	from, write := socket.NewSource(src.nc), dst.nc.Write
+	if l, ok := dst.nc.(lentWriter); ok {
+		write = l.WriteLent
+	}
 	defer from.Release()
 	for {
 		if t.Idle > 0 {
@@ -124,7 +132,7 @@ func (t *Tunnel) move(dst, src *Conn, f *frames) (n int64) {
 			t.last.Store(int64(time.Since(t.start)))
 			w := 0
 			if err = dst.writeWithin(); err == nil {
-				w, err = dst.nc.Write(b)
+				w, err = write(b)
 			}
 			f.follow(b[:w])
 			if n += int64(w); err != nil {

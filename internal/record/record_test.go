@@ -59,7 +59,12 @@ func carry(t *testing.T, from, to *Conn, seed uint64) {
 		left := all
 		for i, n := range sizes {
 			var err error
-			if i%3 == 0 {
+			if i%3 == 1 {
+				lent := append(make([]byte, 0, n+1), left[:n]...)
+				if _, err = from.WriteLent(lent); !bytes.Equal(lent, left[:n]) {
+					t.Error("what was lent is not as it was")
+				}
+			} else if i%3 == 0 {
 				_, err = from.WriteParts([][]byte{left[:n/3], nil, left[n/3 : n/2], left[n/2 : n]})
 			} else {
 				_, err = from.Write(left[:n])

@@ -31,6 +31,25 @@ func (c *Conn) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+// WriteLent is Write of memory that is the caller's alone: the bytes of p, and one
+// behind them that must be within its capacity, change while they are sealed and
+// are as they were afterwards. That saves a copy of all that is sent.
+func (c *Conn) WriteLent(p []byte) (int, error) {
+	if cap(p) == len(p) {
+		return c.Write(p)
+	}
+	c.wmu.Lock()
+	defer c.wmu.Unlock()
+	n := 0
+	for n < len(p) {
+		k, err := c.sendLent(p[n:])
+		if n += k; err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
 // WriteParts sends one thing after the other as if they were one. It changes
 // parts, whose memory is the caller's.
 func (c *Conn) WriteParts(parts [][]byte) (int, error) {
@@ -61,6 +80,25 @@ func (c *Conn) send(p []byte) (int, error) {
 // sendParts sends as much of the parts as has room in one buffer, and cuts it off
 // them. In all they are so long.
 func (c *Conn) sendParts(parts [][]byte, left int) (n int, err error) {
+	return c.fillAndSend(left, func(out []byte, _, k int) ([]byte, error) {
+		head := len(out)
+		return c.out.seal(gather(append(out, header[:]...), parts, k), head, typeData)
+	})
+}
+
+// sendLent is send of memory that is the caller's alone.
+func (c *Conn) sendLent(p []byte) (n int, err error) {
+	return c.fillAndSend(len(p), func(out []byte, n, k int) ([]byte, error) {
+		return c.out.sealFrom(out, p[n:n+k], typeData)
+	})
+}
+
+// header is that of a record, but for its size.
+var header = [headerSize]byte{typeData, 3, 3}
+
+// fillAndSend makes records of as much as has room in one buffer, and sends them.
+// add appends a record of the next k bytes, after n.
+func (c *Conn) fillAndSend(left int, add func(out []byte, n, k int) ([]byte, error)) (n int, err error) {
 	if err := c.writable(); err != nil {
 		return 0, err
 	}
@@ -83,10 +121,7 @@ func (c *Conn) sendParts(parts [][]byte, left int) (n int, err error) {
 			}
 		}
 		k := min(left-n, maxPlain)
-		head := len(out)
-		out = append(out, typeData, 3, 3, 0, 0)
-		out = gather(out, parts, k)
-		if out, err = c.out.seal(out, head, typeData); err != nil {
+		if out, err = add(out, n, k); err != nil {
 			return 0, c.broken(err)
 		}
 		n += k
@@ -121,10 +156,28 @@ func (k *keys) seal(out []byte, head int, typ byte) ([]byte, error) {
 	return k.aead.Seal(out[:head+headerSize], nonce, body, out[head:head+headerSize]), nil
 }
 
+// sealFrom appends a record of p, behind which the type stands meanwhile.
+func (k *keys) sealFrom(out, p []byte, typ byte) ([]byte, error) {
+	head := len(out)
+	size := len(p) + 1 + tagSize
+	out = append(out, typeData, 3, 3, byte(size>>8), byte(size))
+	nonce, err := k.number()
+	if err != nil {
+		return out, err
+	}
+	p = p[:len(p)+1]
+	last := &p[len(p)-1]
+	was := *last
+	*last = typ
+	out = k.aead.Seal(out, nonce, p, out[head:head+headerSize])
+	*last = was
+	return out, nil
+}
+
 // record appends a record of another type than data.
 func (c *Conn) record(out []byte, typ byte, b ...byte) ([]byte, error) {
 	head := len(out)
-	out = append(append(out, typeData, 3, 3, 0, 0), b...)
+	out = append(append(out, header[:]...), b...)
 	return c.out.seal(out, head, typ)
 }
 
