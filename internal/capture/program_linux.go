@@ -9,9 +9,9 @@ import (
 )
 
 // ForgetProgram has the kernel unmap the pages of this program's file that are
-// only read: those that are still of use come back from its cache one by one,
-// and what only the start has needed does not count as memory of the process
-// any more.
+// only read, and those of files that are shared with it: what is still of use
+// comes back from its cache, and what only the start has needed does not count as
+// memory of the process any more.
 func ForgetProgram() error {
 	exe, err := os.Readlink("/proc/self/exe")
 	if err != nil {
@@ -30,7 +30,8 @@ func ForgetProgram() error {
 			return fmt.Errorf("read /proc/self/maps: %w", err)
 		}
 		// What was written to a private mapping is nowhere else.
-		if mode[1] == 'w' || !strings.HasSuffix(lines.Text(), " "+exe) {
+		shared := mode[3] == 's' && strings.Contains(lines.Text(), " /")
+		if !shared && (mode[1] == 'w' || !strings.HasSuffix(lines.Text(), " "+exe)) {
 			continue
 		}
 		if _, _, e := syscall.Syscall(syscall.SYS_MADVISE, from, to-from, syscall.MADV_DONTNEED); e != 0 {

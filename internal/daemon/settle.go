@@ -33,11 +33,9 @@ func Settle(ctx context.Context) error {
 		case <-tick.C:
 		}
 		if h.look(); h.settled() {
-			if h.least == 0 {
-				_ = capture.ForgetProgram() // where it cannot be done, more stays
-			}
 			runtime.GC() // pools and stacks let go in two steps
 			debug.FreeOSMemory()
+			_ = capture.ForgetProgram() // where it cannot be done, more stays
 			h.look()
 			h.least = h.held()
 		}
