@@ -102,7 +102,7 @@ func TestOpenSSLClient(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer nc.Close()
-			c, err := Server(context.Background(), capture.NewDirect(nc), serverConfig())
+			c, err := Server(context.Background(), capture.NewDirect(nc), serverConfig(), nil)
 			if err != nil {
 				t.Fatal(err)
 			}

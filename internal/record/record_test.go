@@ -11,6 +11,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/internal/capture"
@@ -237,6 +238,39 @@ func TestADeadlineEndsNothing(t *testing.T) {
 		say(t, client, "more")
 		hear(t, server, "more")
 	}
+}
+
+// TestFarewellsAreBounded closes on a peer that reads nothing.
+func TestFarewellsAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		client, server := pairOn(t, near, far)
+		start := time.Now()
+		if err := client.Close(); err != nil {
+			t.Error(err)
+		}
+		if took := time.Since(start); took != farewell {
+			t.Errorf("it took %s, want %s", took, farewell)
+		}
+		if _, err := server.Read(make([]byte, 1)); err != io.ErrUnexpectedEOF {
+			t.Errorf("the peer reads %v", err)
+		}
+		// Whoever writes is not waited for.
+		near, far = net.Pipe()
+		client, server = pairOn(t, near, far)
+		done := make(chan error)
+		go func() {
+			_, err := client.Write([]byte("x"))
+			done <- err
+		}()
+		synctest.Wait()
+		start = time.Now()
+		_ = client.Close() // what it says is the pipe's
+		if err := <-done; err == nil || time.Since(start) != 0 {
+			t.Errorf("after %s the writer has %v", time.Since(start), err)
+		}
+		_ = server.Close() // as above
+	})
 }
 
 // TestHandshakeFails says what crypto/tls says, and that the time is bounded.
