@@ -10,6 +10,10 @@ func appendNumber(b []byte, n int64) []byte {
 	return append(strconv.AppendInt(b, n, 10), "\r\n"...)
 }
 
+// Turned is the status that the client of the last answer was told, if it is
+// another one than was written. It is for who writes.
+func (l *Lane) Turned() int { return l.out.turned }
+
 // answer makes the field section of an answer of its head in HTTP/1.1, and says
 // how long that is.
 func (o *outgoing) answer(p []byte) (n int, body framing, err error) {
@@ -34,6 +38,7 @@ func (o *outgoing) answer(p []byte) (n int, body framing, err error) {
 		// An application that knows no WebSocket may answer as if it had been
 		// asked for a page. Here that would open one (RFC 8441 section 5).
 		status = http.StatusBadGateway
+		o.turned = status
 	}
 	o.heads.begin()
 	o.heads.block = appendStatus(o.heads.block, status)

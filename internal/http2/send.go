@@ -22,13 +22,14 @@ type outgoing struct {
 	tunnel bool   // bytes pass as they are
 	head   bool   // the answer to HEAD has no body
 	asked  uint8  // what the call asked for beside
+	turned int    // the status that was sent instead of the one that was written
 	proof  []byte // of a client: what answers its key, for a WebSocket
 }
 
 // restart makes ready for another call.
 func (o *outgoing) restart() {
 	o.state, o.left, o.line = outHead, 0, o.line[:0]
-	o.tunnel, o.head, o.asked = false, false, 0
+	o.tunnel, o.head, o.asked, o.turned = false, false, 0, 0
 }
 
 // What a call can ask for beside an answer.

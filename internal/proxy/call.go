@@ -226,6 +226,9 @@ func (x *call) status() int {
 	if x.refused == nil && !x.res.ResponseStarted {
 		return 0
 	}
+	if lane, ok := x.conn.Conn.(*http2.Lane); ok && lane.Turned() != 0 {
+		return lane.Turned()
+	}
 	return x.res.Status
 }
 
@@ -292,7 +295,7 @@ func (x *call) ready(keep int64) *refusal {
 	}
 	x.ex.Down, x.ex.Request, x.ex.ToUp.Extra = x.down, &x.req, x.extra
 	x.ex.Timeout = 0
-	if x.face.Translated || isGRPC(x.req.Get("content-type")) {
+	if x.face.Translated || x.speaksGRPC() {
 		x.ex.Timeout = x.on.firstMessage()
 	}
 	return nil
@@ -486,7 +489,7 @@ func (x *call) outcome() telemetry.Outcome {
 		return telemetry.Denied
 	case x.tunnel:
 		return telemetry.Allowed // how it ended says nothing of the service
-	case x.err != nil || x.res.Status >= 500:
+	case x.err != nil || x.status() >= 500 || x.res.Status >= 500:
 		return telemetry.Errored
 	}
 	return telemetry.Allowed

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -250,5 +251,16 @@ func TestAnswersToWebSocketOverHTTP2(t *testing.T) {
 				t.Errorf("%s, %.3s: got %+v", door, answer, got)
 			}
 		}
+		// The sidecar that told the client counts what it told.
+		await(t, func() bool {
+			w := httptest.NewRecorder()
+			r.metrics.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+			for line := range strings.Lines(w.Body.String()) {
+				if strings.HasPrefix(line, `sallyport_requests_total{code="`+want) && strings.Contains(line, `reporter="outbound"`) {
+					return strings.HasSuffix(line, " 1\n")
+				}
+			}
+			return false
+		})
 	}
 }
