@@ -109,11 +109,15 @@ func (g *Ground) SpawnPair(ctx context.Context, p *Pair, far string, back, front
 	return nil
 }
 
-// Version is the first line that a program says of itself.
+// Version is the line that a program says of itself: the first one with its name.
 func Version(program, flag string) string {
 	out, _ := exec.Command(program, flag).CombinedOutput()
-	line, _, _ := strings.Cut(string(out), "\n")
-	return strings.TrimSpace(line)
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(strings.ToLower(line), program) {
+			return strings.TrimSpace(line)
+		}
+	}
+	return program
 }
 
 // certificates makes a CA and two leaves, as our own are: ECDSA P-256.
