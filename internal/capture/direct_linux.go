@@ -29,7 +29,7 @@ type Direct struct {
 	w   transfer
 
 	// The methods of the same names, made once.
-	read, late, look, ask, write func(fd uintptr) bool
+	read, late, look, ask, write, try func(fd uintptr) bool
 }
 
 // A lender lends memory for one read: Lend when something may be there, Back when
@@ -57,7 +57,7 @@ func NewDirect(nc net.Conn) net.Conn {
 		return nc
 	}
 	d := &Direct{TCPConn: tc, raw: raw}
-	d.read, d.late, d.look, d.ask, d.write = d.readOnce, d.lateOnce, d.lookOnce, d.askOnce, d.writeAll
+	d.read, d.late, d.look, d.ask, d.write, d.try = d.readOnce, d.lateOnce, d.lookOnce, d.askOnce, d.writeAll, d.writeSome
 	return d
 }
 
@@ -144,7 +144,15 @@ func (d *Direct) Write(p []byte) (int, error) {
 	return d.finish(d.raw.Write(d.write))
 }
 
-// finish is the end of Write and of Ask.
+// TryWrite writes what the socket takes at once, and does not wait for more.
+func (d *Direct) TryWrite(p []byte) (int, error) {
+	d.wmu.Lock()
+	defer d.wmu.Unlock()
+	d.w = transfer{b: p}
+	return d.finish(d.raw.Write(d.try))
+}
+
+// finish is the end of Write, of TryWrite and of Ask.
 func (d *Direct) finish(err error) (int, error) {
 	n, e := d.w.n, d.w.err
 	d.w.b = nil
@@ -238,6 +246,11 @@ func (d *Direct) writeAll(fd uintptr) bool {
 			return true
 		}
 	}
+	return true
+}
+
+func (d *Direct) writeSome(fd uintptr) bool {
+	d.writeAll(fd)
 	return true
 }
 

@@ -42,6 +42,7 @@ type Stream struct {
 	dst      []byte     // where a reader waits for bytes
 	got      int        // how many it has been given there
 	awaits   bool       // a reader waits without a place for bytes
+	hand     Hand       // who takes what comes next; nil: a reader does
 	left     int        // what the peer may still send
 	consumed int        // what was read and not granted anew
 	window   int
@@ -55,6 +56,7 @@ type Stream struct {
 func newStream(c *Conn) *Stream {
 	s := &Stream{c: c, credit: baseWindow, left: baseWindow, window: baseWindow}
 	s.room.L, s.more.L = &c.mu, &s.mu
+	s.rend.OnPass = s.leave
 	return s
 }
 
@@ -97,6 +99,53 @@ func (s *Stream) Read(p []byte) (int, error) {
 	}
 	n := s.in.Take(p)
 	return n, s.took(n)
+}
+
+// A Hand takes what comes next on a stream in place of a reader, from the
+// goroutine of the Conn that reads: it must not block.
+type Hand = interface {
+	// Take takes p, which is void afterwards, or leaves it to a reader.
+	Take(p []byte) bool
+	// Left says that it is for a reader to see what became of the stream: its end,
+	// or the deadline. Locks are held.
+	Left()
+}
+
+// Answer has h take what comes next, once. It is false when there is something
+// to read already, or the end.
+func (s *Stream) Answer(h Hand) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.in.Len() > 0 || s.over() != nil {
+		return false
+	}
+	s.hand = h
+	s.c.waiting.Add(1)
+	return true
+}
+
+// Recall takes back what Answer has set.
+func (s *Stream) Recall() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.unhand()
+}
+
+// unhand gives the Hand that was set. The lock is held.
+func (s *Stream) unhand() Hand {
+	h := s.hand
+	if h != nil {
+		s.hand = nil
+		s.c.waiting.Add(-1)
+	}
+	return h
+}
+
+// leave tells the Hand that was set. The lock is held.
+func (s *Stream) leave() {
+	if h := s.unhand(); h != nil {
+		h.Left()
+	}
 }
 
 // Await waits until there is something to read, or the end, without a buffer to
@@ -183,6 +232,9 @@ func (s *Stream) deliver(p []byte) error {
 	if s.rerr != nil {
 		return nil // nobody will read it
 	}
+	if h := s.unhand(); h != nil {
+		return s.handTo(h, p)
+	}
 	if s.dst != nil && s.in.Len() == 0 && s.got < len(s.dst) {
 		n := copy(s.dst[s.got:], p)
 		s.got += n
@@ -192,6 +244,27 @@ func (s *Stream) deliver(p []byte) error {
 		s.in.Add(p)
 	}
 	s.more.Signal()
+	return nil
+}
+
+// handTo gives p to h, and to a reader if h does not take it. It gives the lock
+// up: once h has taken p, the stream may carry the next call.
+func (s *Stream) handTo(h Hand, p []byte) error {
+	s.consumed += len(p)
+	s.mu.Unlock()
+	took := h.Take(p)
+	s.mu.Lock()
+	switch {
+	case !took:
+		s.consumed -= len(p)
+		if s.rerr == nil {
+			s.in.Add(p)
+			s.more.Signal()
+		}
+	case s.consumed >= s.window/2:
+		_ = s.took(0) // unlocks
+		s.mu.Lock()
+	}
 	return nil
 }
 
@@ -357,6 +430,7 @@ func (s *Stream) broke(err error) {
 		s.rerr = err
 	}
 	s.more.Signal()
+	s.leave()
 }
 
 // working says whether somebody does something other than wait for the peer.
@@ -375,6 +449,7 @@ func (s *Stream) atEnd() {
 	defer s.mu.Unlock()
 	s.eof = true
 	s.more.Broadcast()
+	s.leave()
 }
 
 // Stale says that a stream at rest must not be used for another call: it has

@@ -10,6 +10,14 @@ type awaiter interface {
 	Await() error
 }
 
+// A borrower is an awaiter that then reads, into memory that it borrows.
+type borrower interface {
+	ReadLate(from interface {
+		Lend() []byte
+		Back()
+	}) (int, error)
+}
+
 // A scratch is where a write half puts a message together.
 type scratch struct{ b []byte }
 
@@ -33,6 +41,15 @@ func (c *Conn) hold() error {
 	c.buf = inPool.Get().(*[bufferSize]byte)[:]
 	return nil
 }
+
+// Lend is for ReadLate: the read buffer of a connection at rest.
+func (c *Conn) Lend() []byte {
+	c.buf = inPool.Get().(*[bufferSize]byte)[:]
+	return c.buf
+}
+
+// Back takes it back.
+func (c *Conn) Back() { c.restRead() }
 
 // restRead gives the read buffer back if nothing is in it. The views of the
 // head that was read last end with it.

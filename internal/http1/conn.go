@@ -96,6 +96,9 @@ type Conn struct {
 	nc    net.Conn
 	ask   asker   // nc, if it is one
 	waits awaiter // the same
+	late  borrower
+	tries tryer
+	hands handed
 	lim   Limits
 
 	// The read half: unread bytes are buf[r:w]; bytes below floor belong to
@@ -131,6 +134,9 @@ func NewConn(nc net.Conn, lim Limits) *Conn {
 	c.nc, c.lim = nc, lim.filled()
 	c.ask, _ = nc.(asker)
 	c.waits, _ = nc.(awaiter)
+	c.late, _ = nc.(borrower)
+	c.tries, _ = nc.(tryer)
+	c.hands, _ = nc.(handed)
 	return c
 }
 
@@ -274,6 +280,10 @@ var errFull = errors.New("read buffer is full")
 
 // fill reads once. It returns an error only when no byte came.
 func (c *Conn) fill() error {
+	if c.buf == nil && c.late != nil && !c.asked {
+		n, err := c.late.ReadLate(c)
+		return c.filled(n, err)
+	}
 	if err := c.hold(); err != nil {
 		return err
 	}
@@ -288,6 +298,11 @@ func (c *Conn) fill() error {
 		return errFull
 	}
 	n, err := c.nc.Read(c.buf[c.w:])
+	return c.filled(n, err)
+}
+
+// filled is the end of a read.
+func (c *Conn) filled(n int, err error) error {
 	if n > 0 {
 		c.w += n
 		return nil

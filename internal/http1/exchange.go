@@ -47,6 +47,10 @@ type Exchange struct {
 	// Accept, when set, sees the final response before any of it is written.
 	// On false Run stops with ErrNotAccepted; Up is then to be closed.
 	Accept func(*Response) bool
+	// Settle, when set, may be called by who reads Up, with the result, once the
+	// answer has gone to Down; Run returns ErrSettled then, when Down has more. It
+	// must not block.
+	Settle func(Result)
 	// Tee, when set, sees what is written to Up and to Down.
 	Tee Tee
 
@@ -56,6 +60,7 @@ type Exchange struct {
 	res      Result
 	upload   *upload
 	answered time.Time // when a head was last read; zero while there is an upload
+	hand     handing
 }
 
 // Result says what an exchange did, also when it failed.
@@ -147,6 +152,9 @@ func (x *Exchange) Run() (Result, error) {
 	}
 	x.Down.idle, x.Up.idle, x.Up.last = x.Idle, x.Idle, nil
 	err := x.run()
+	if err == ErrSettled { //nolint:errorlint // made here
+		return x.res, err
+	}
 	if err != nil {
 		x.res.UpstreamReusable, x.res.DownstreamReusable = false, false
 	}
@@ -193,6 +201,9 @@ func (x *Exchange) run() error {
 		}
 		x.res.ReqBytes, x.res.Whole = data, true
 		up.restWrite()
+		if over, err := x.leave(raw); over {
+			return err
+		}
 	} else if err := x.startUpload(); err != nil {
 		return err
 	}

@@ -75,6 +75,8 @@ func (b *Budget) Used() int64 { return b.used.Load() }
 type Deadline struct {
 	// Passed says that the time is over.
 	Passed bool
+	// OnPass, when set, is called when it is, with the lock held.
+	OnPass func()
 
 	at    time.Time
 	timer *time.Timer
@@ -87,7 +89,7 @@ func (d *Deadline) Set(cond *sync.Cond, t time.Time) {
 	d.at, d.Passed = t, !t.IsZero() && !time.Now().Before(t)
 	switch {
 	case d.Passed:
-		cond.Broadcast()
+		d.pass(cond)
 	case t.IsZero():
 		d.Stop()
 	case d.timer != nil:
@@ -98,9 +100,16 @@ func (d *Deadline) Set(cond *sync.Cond, t time.Time) {
 			defer cond.L.Unlock()
 			if !d.at.IsZero() && !time.Now().Before(d.at) {
 				d.Passed = true
-				cond.Broadcast()
+				d.pass(cond)
 			}
 		})
+	}
+}
+
+func (d *Deadline) pass(cond *sync.Cond) {
+	cond.Broadcast()
+	if d.OnPass != nil {
+		d.OnPass()
 	}
 }
 

@@ -96,6 +96,13 @@ type call struct {
 	only     mesh.ServiceName
 	meant    netip.AddrPort
 
+	// up is what the call was last sent on, way the chain that it goes through. A
+	// call that is settled has been through it.
+	up      *upstream.Conn
+	way     chain
+	settled bool
+	settler func(http1.Result) // settle, made once
+
 	res     http1.Result
 	refused *refusal
 	err     error
@@ -114,7 +121,7 @@ type call struct {
 // reset makes the call ready for the next request on its connection.
 func (x *call) reset() {
 	x.res, x.refused, x.err = http1.Result{}, nil, nil
-	x.keep, x.tunnel, x.broken = false, false, false
+	x.keep, x.tunnel, x.broken, x.settled = false, false, false, false
 	x.idle, x.marked = 0, false
 	x.grant = authz.Grant{}
 	x.face, x.translated = translate.Face{}, false
@@ -425,6 +432,20 @@ func (x *call) finish(up *upstream.Conn) {
 	default:
 		up.Discard()
 	}
+}
+
+// settle ends a call whose answer has gone to the client from the goroutine that
+// reads what many calls share: nothing here waits. The goroutine of the call is
+// waiting for the next one.
+func (x *call) settle(res http1.Result) {
+	x.res = res
+	x.tries.cut.disarm()
+	x.unbind()
+	x.up.Report(x.outcomeOf(), x.tries.began, x.tries.after)
+	x.finish(x.up)
+	x.way[:len(x.way)-1].leave(x)
+	x.settled = true
+	x.conn.rest()
 }
 
 // relay ties both connections together until they end.

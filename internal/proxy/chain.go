@@ -24,11 +24,7 @@ func (c chain) run(x *call) {
 		if p := recover(); p != nil {
 			x.panicked(p)
 		}
-		for n--; n >= 0; n-- {
-			if c[n].leave != nil {
-				c[n].leave(x)
-			}
-		}
+		c[:n].leave(x)
 	}()
 	for ; n < len(c); n++ {
 		if c[n].enter == nil {
@@ -37,6 +33,18 @@ func (c chain) run(x *call) {
 		if r := c[n].enter(x); r != nil {
 			x.refuse(r)
 			break
+		}
+	}
+	if x.settled {
+		n = 0
+	}
+}
+
+// leave leaves the links, the last first.
+func (c chain) leave(x *call) {
+	for n := len(c) - 1; n >= 0; n-- {
+		if c[n].leave != nil {
+			c[n].leave(x)
 		}
 	}
 }

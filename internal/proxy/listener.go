@@ -454,6 +454,7 @@ func (l *listener) calls(x *call, way chain) {
 		x.ex.ToDown.Close = x.ex.ToDown.Close || l.draining.Load()
 		return x.accept == nil || x.accept(x)
 	}
+	x.way = way
 	for {
 		if err := x.down.ReadRequest(&x.req); err != nil {
 			l.unreadable(x, err)

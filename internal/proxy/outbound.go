@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"slices"
 	"sync"
@@ -193,7 +194,9 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 }
 
 func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
-	return &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
+	x := &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
+	x.settler = x.settle
+	return x
 }
 
 // The links of the way out.
@@ -325,6 +328,10 @@ func (d *door) forward(x *call) *refusal {
 	}
 	if d.cfg.KeepForwardedFor {
 		x.extra = appendForwardedFor(x.extra, forwardedFor(x.req.Fields))
+	}
+	x.ex.Settle = x.settler
+	if d.Log.Enabled(x.ctx, slog.LevelDebug) { // a log may have to be waited for
+		x.ex.Settle = nil
 	}
 	return d.send(x, usual)
 }

@@ -127,6 +127,9 @@ func (d *door) send(x *call, p *plan) *refusal {
 			return noEndpoint()
 		}
 		x.try(up)
+		if x.settled {
+			return nil
+		}
 		if x.err == nil {
 			up.Report(x.outcomeOf(), t.began, t.after)
 			x.finish(up)
@@ -175,7 +178,11 @@ func (x *call) try(up *upstream.Conn) {
 func (x *call) run(up *upstream.Conn, due time.Time) {
 	t := &x.tries
 	t.cut.arm(up.NetConn(), due)
-	x.res, x.err = x.ex.Run()
+	x.up = up
+	if x.res, x.err = x.ex.Run(); x.err == http1.ErrSettled { //nolint:errorlint // never wrapped
+		x.err = nil
+		return
+	}
 	t.late = t.cut.disarm() && x.err != nil
 	x.unbind()
 	switch {
