@@ -129,6 +129,12 @@ bench-h2 bench-grpc:
 interop: ## client and server of grpc-go through a pair of sidecars, every case
 	@go test ./test -run '^TestInterop$$' -count=1 -v | sed -E '/^(ok|PASS|FAIL)\s*/d'
 
+.PHONY: gwconformance
+gwconformance: ## the tests of the Gateway API for HTTPRoute and GRPCRoute against real sidecars
+	@go build -o $(BIN)/ ./cmd/issuer ./cmd/sidecar ./cmd/sallyport
+	@cd test/gwconformance && go test -c -vet=off -o $(CURDIR)/$(BIN)/gwconformance.test .
+	@GWCONFORMANCE_BIN=$(CURDIR)/$(BIN) $(BIN)/gwconformance.test -test.v $(ARGS) | grep -E '^ *--- |^\{|^(FAIL|panic)|not ready yet|did not come'
+
 .PHONY: bench-tcp
 bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunnel (ARGS="-rounds 9")
 	@dpkg -s nginx libnginx-mod-stream haproxy stunnel4 >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy stunnel4 >/dev/null; }
