@@ -34,6 +34,9 @@ const maxRecalled = 4 << 10
 // begin begins a section.
 func (r *recollection) begin() {
 	r.block, r.was = r.was[:0], r.block
+	if cap(r.block) > 2*maxRecalled {
+		r.block = nil
+	}
 	r.lines, r.past = r.past[:0], r.lines
 }
 

@@ -67,10 +67,16 @@ func TestRecollectionHoldsLittle(t *testing.T) {
 		t.Errorf("%v allocations", n)
 	}
 	r.begin()
-	if _, _, err := r.fields([]byte("X: " + strings.Repeat("x", maxRecalled) + "\r\n\r\n")); err != nil {
+	if _, _, err := r.fields([]byte("X: " + strings.Repeat("x", 3*maxRecalled) + "\r\n\r\n")); err != nil {
 		t.Fatal(err)
 	}
 	if len(r.lines) > 0 || cap(r.text) > maxRecalled {
 		t.Errorf("%d lines and %d bytes are kept", len(r.lines), cap(r.text))
+	}
+	for range 2 {
+		encode()
+	}
+	if n := cap(r.block) + cap(r.was); n > 2*maxRecalled {
+		t.Errorf("sections hold %d bytes", n)
 	}
 }
