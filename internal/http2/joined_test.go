@@ -20,12 +20,18 @@ func TestJoinedBodies(t *testing.T) {
 	}{
 		{"of known length", []string{"content-length", "5"}, "hello", true, "hello"},
 		{"in chunks", nil, "hello world, hello", true, "12\r\nhello world, hello\r\n0\r\n\r\n"},
+		{"before trailers", []string{"te", "trailers"}, "hello", true, "5\r\nhello\r\n0\r\nx-trailer: v\r\n\r\n"},
 		{"large", nil, strings.Repeat("x", maxJoined), false, "800\r\n" + strings.Repeat("x", maxJoined) + "\r\n0\r\n\r\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			sent := append([]byte(preface), appendSettings(nil)...)
 			sent = appendHeaders(sent, 1, false, seed(func(enc func(...string) []byte) []byte { return enc(request("POST", tt.fields...)...) }))
-			sent = append(appendHeader(sent, len(tt.body), kindData, flagEnd, 1), tt.body...)
+			if strings.Contains(tt.want, "x-trailer") {
+				sent = append(appendHeader(sent, len(tt.body), kindData, 0, 1), tt.body...)
+				sent = appendHeaders(sent, 1, true, appendLine(nil, []byte("x-trailer"), []byte("v")))
+			} else {
+				sent = append(appendHeader(sent, len(tt.body), kindData, flagEnd, 1), tt.body...)
+			}
 			for _, piece := range []int{len(sent), 1} {
 				var l *Lane
 				c := newConn(&memory{in: bytes.NewReader(nil), shut: make(chan struct{})}, Config{}, func(x *Lane) bool {

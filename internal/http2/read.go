@@ -300,7 +300,7 @@ func (c *Conn) data(p []byte) error {
 		c.wasted(nil, len(p))
 		return nil
 	}
-	code, reason := l.deliver(p, in.left == 0 && in.end)
+	code, reason := l.deliver(p, in.left == 0, in.left == 0 && in.end)
 	switch {
 	case reason == errGone:
 		c.wasted(nil, len(p))
@@ -320,9 +320,9 @@ func (c *Conn) data(p []byte) error {
 // thrown away.
 const errGone Reason = "gone"
 
-// deliver takes in what the peer has sent; the window is the bound. With last,
-// nothing comes behind it.
-func (l *Lane) deliver(p []byte, last bool) (Code, Reason) {
+// deliver takes in what the peer has sent; the window is the bound. With whole a
+// frame ends with it, with last the body.
+func (l *Lane) deliver(p []byte, whole, last bool) (Code, Reason) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	g := &l.got
@@ -342,25 +342,31 @@ func (l *Lane) deliver(p []byte, last bool) (Code, Reason) {
 	if l.rerr != nil {
 		return 0, errGone
 	}
-	if !last || g.want > 0 || !g.joins(p) {
+	if !whole || !g.joins(p, last) {
 		g.in.Add(p)
 	}
 	return 0, ""
 }
 
-// joins puts a small body that has come whole behind its head, if nobody has
-// begun to read that.
-func (g *incoming) joins(p []byte) bool {
-	if g.begun || len(g.text) == 0 || g.held || g.in.Len() > 0 || len(g.store)+len(p) > maxJoined {
+// joins puts a small body, or chunk, that has come whole behind its head, if
+// nobody has begun to read that.
+func (g *incoming) joins(p []byte, last bool) bool {
+	switch {
+	case g.begun || g.held || len(g.text) == 0 || g.joined+g.in.Len() > 0 || len(g.store)+len(p) > maxJoined:
 		return false
-	}
-	if g.chunks {
+	case !g.chunks:
+		if !last || g.want > 0 {
+			return false
+		}
+		g.store = append(g.store, p...)
+	default:
 		g.store = append(strconv.AppendInt(g.store, int64(len(p)), 16), "\r\n"...)
+		g.store = append(append(g.store, p...), "\r\n"...)
+		if last {
+			g.store = append(g.store, "0\r\n\r\n"...)
+		}
 	}
-	if g.store = append(g.store, p...); g.chunks {
-		g.store = append(g.store, "\r\n0\r\n\r\n"...)
-	}
-	g.text, g.joined, g.chunks, g.ended = g.store, len(p), false, true
+	g.text, g.joined, g.ended = g.store, len(p), last
 	return true
 }
 
