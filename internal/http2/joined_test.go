@@ -46,6 +46,9 @@ func TestJoinedBodies(t *testing.T) {
 					}
 					at += n
 				}
+				if err := c.announce(nil); err != nil {
+					t.Fatal(err)
+				}
 				if joined := l.got.joined > 0; joined != (tt.joined && piece > 1) {
 					t.Errorf("in pieces of %d: joined %v", piece, joined)
 				}
