@@ -157,6 +157,11 @@ bench-attack: ## what other traffic notices of crowds, slow heads, deaf peers an
 	@go build -o $(BIN)/bench-attack ./bench/attack
 	@$(BIN)/bench-attack -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -gateway $(BIN)/gateway $(ARGS)
 
+.PHONY: bench-route
+bench-route: ## what routes cost a call, part by part (ARGS="-rounds 9")
+	@go build -o $(BIN)/bench-route ./bench/route
+	@$(BIN)/bench-route $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

@@ -23,7 +23,7 @@ var floors = [][]string{
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/http2", "internal/isolate", "internal/archive"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate"},
 	{"internal/egress", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
@@ -33,7 +33,7 @@ var floors = [][]string{
 var beside = []string{
 	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest",
 	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
-	"bench/tcp", "bench/handshake", "bench/attack", "test",
+	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "test",
 }
 
 // never lists what must not be linked into a program, however indirectly.

@@ -46,9 +46,10 @@ type Routes struct {
 	// mesh, which must be a Destination.
 	Service ServiceName `json:"service,omitempty"`
 	Host    string      `json:"host,omitempty"`
-	// Routes are tried by how specific their matches are: exact path, then the
-	// longest prefix, method, number of headers, number of query parameters,
-	// and then the order of the file. A call that none matches goes to the
+	// Routes are tried by how specific their matches are: exact path, then
+	// regular expressions, then the longest prefix; method, number of headers,
+	// number of query parameters, what is asked of the caller (from, region, each
+	// claim), and then the order of the file. A call that none matches goes to the
 	// service itself.
 	Routes []Route `json:"routes,omitempty"`
 	// Subsets name endpoints by their labels.

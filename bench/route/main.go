@@ -1,0 +1,74 @@
+// Bench-route measures what it costs a call that its service has routes: to
+// match it, and what else stands in its way before a connection is lent.
+//
+// Each part is measured by itself, in turn with the others, over and over; a
+// figure is the median of its rounds. The figures are in nanoseconds and
+// allocations a call. It prints a table and a line of JSON.
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+
+	"sallyport/bench/rig"
+)
+
+// A part is one thing that is measured. Its name is that of the figures, which
+// end in _ns and _allocs.
+type part struct {
+	name string
+	// run does it b.N times.
+	run func(b *testing.B)
+	// free says that it must not allocate.
+	free bool
+}
+
+// parts are in the order of the way of a call.
+func parts() []part {
+	return slices.Concat(matching())
+}
+
+func main() {
+	rounds := flag.Int("rounds", 5, "rounds of all parts")
+	flag.Parse()
+	if err := measure(*rounds); err != nil {
+		fmt.Fprintf(os.Stderr, "bench-route: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+func measure(rounds int) error {
+	all := parts()
+	ns, allocs := map[string][]float64{}, map[string]float64{}
+	result := rig.Result{Name: "bench-route", Figures: map[string]float64{}}
+	for range rounds {
+		for _, p := range all {
+			r := testing.Benchmark(p.run)
+			result.Cases.Tried++
+			if r.N == 0 { // it failed, and has said why
+				result.Cases.Failed++
+				continue
+			}
+			result.Cases.Passed++
+			ns[p.name] = append(ns[p.name], float64(r.T.Nanoseconds())/float64(r.N))
+			allocs[p.name] = max(allocs[p.name], float64(r.AllocsPerOp()))
+		}
+	}
+	fmt.Printf("median of %d rounds, one after the other\n%-36s %10s %8s\n", rounds, "a call", "ns", "allocs")
+	for _, p := range all {
+		n := rig.Quantile(ns[p.name], 0.5)
+		result.Figures[p.name+"_ns"], result.Figures[p.name+"_allocs"] = n, allocs[p.name]
+		fmt.Printf("%-36s %10.1f %8.0f\n", p.name, n, allocs[p.name])
+		if p.free {
+			result.Verdicts = append(result.Verdicts, rig.Verdict{Name: p.name + " allocates nothing", OK: allocs[p.name] == 0})
+		}
+	}
+	ok, err := result.Print(os.Stdout)
+	if err == nil && !ok {
+		err = fmt.Errorf("something failed, or allocates")
+	}
+	return err
+}
