@@ -12,6 +12,7 @@ type ownService struct {
 	snap *mesh.Snapshot
 	id   spiffeid.ID
 	mesh.Service
+	hosts map[string]bool // that its routes have it see
 }
 
 // service is the workload's service in the policy in force, zero while there is
@@ -26,7 +27,7 @@ func (s *sidecar) service() *ownService {
 		return own
 	}
 	svc, _ := snap.ServiceByID(self.ID)
-	own := &ownService{snap, self.ID, svc}
+	own := &ownService{snap, self.ID, svc, snap.RoutesOf(svc.Name).Hosts()}
 	s.found.Store(own)
 	return own
 }
@@ -36,6 +37,9 @@ func (s *sidecar) port() uint16 { return s.service().Port }
 
 // name is the name of the workload's service.
 func (s *sidecar) name() mesh.ServiceName { return s.service().Name }
+
+// host says whether the routes of the workload's service have it see a host.
+func (s *sidecar) host(host []byte) bool { return s.service().hosts[string(host)] }
 
 // stream says how streams are carried, if the workload's service speaks TCP.
 func (s *sidecar) stream() (mesh.Stream, bool) {

@@ -34,6 +34,7 @@ import (
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
+	"sallyport/internal/route"
 	"sallyport/internal/shadow"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
@@ -340,6 +341,10 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
+	routes, err := route.Compile(snap, route.Options{})
+	if err != nil {
+		return err
+	}
 	faces := &s.translation
 	faces.mu.Lock()
 	defer faces.mu.Unlock()
@@ -356,6 +361,9 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 		if err := s.addresses.Use(meshNames(snap)); err != nil {
 			s.log.Error("not every service has a virtual address that lasts", "err", err)
 		}
+	}
+	if out := s.outbound.Load(); out != nil {
+		out.Prepare(snap, routes)
 	}
 	s.judge.Use(set)
 	s.tokens.Use(tokens)
@@ -419,7 +427,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	}
 	if s.cfg.Inbound.Listen != "" {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
-			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
+			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Host: s.host, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom,
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,

@@ -14,6 +14,11 @@ type Edit struct {
 	// Extra is appended: whole field lines, each ended by CRLF. Their names
 	// should be in Drop.
 	Extra []byte
+	// Also names more of what Drop does, but for trailers.
+	Also *NameSet
+	// Path replaces the path of a request, without its query. Default: the
+	// request's.
+	Path []byte
 	// Authority replaces the Host of a request. Default: the request's.
 	Authority []byte
 	// Close announces that the connection ends after this message.
@@ -49,7 +54,11 @@ func AppendRequest(dst []byte, r *Request, e *Edit) []byte {
 	if r.Form == Authority {
 		dst = append(dst, authority...)
 	} else {
-		dst = append(dst, r.Path...)
+		if len(e.Path) > 0 {
+			dst = append(dst, e.Path...)
+		} else {
+			dst = append(dst, r.Path...)
+		}
 		if len(r.RawQuery) > 0 {
 			dst = append(dst, '?')
 			dst = append(dst, r.RawQuery...)
@@ -58,7 +67,7 @@ func AppendRequest(dst []byte, r *Request, e *Edit) []byte {
 	dst = append(dst, " HTTP/1.1\r\nHost: "...)
 	dst = append(dst, authority...)
 	dst = append(dst, '\r', '\n')
-	dst = appendFields(dst, r.Fields, e.Drop)
+	dst = appendFields(dst, r.Fields, e)
 	if r.Form != Authority {
 		dst = appendFraming(dst, r.Body)
 	}
@@ -90,7 +99,7 @@ func AppendResponse(dst []byte, r *Response, body Body, e *Edit) []byte {
 	dst = append(dst, ' ')
 	dst = append(dst, r.Phrase...)
 	dst = append(dst, '\r', '\n')
-	dst = appendFields(dst, r.Fields, e.Drop)
+	dst = appendFields(dst, r.Fields, e)
 	if body.Framing == NoBody && r.ContentLength >= 0 {
 		body = Body{Framing: Length, Length: r.ContentLength}
 	}
@@ -112,11 +121,11 @@ func AppendResponse(dst []byte, r *Response, body Body, e *Edit) []byte {
 	return append(dst, '\r', '\n')
 }
 
-func appendFields(dst []byte, fields []Field, drop *NameSet) []byte {
+func appendFields(dst []byte, fields []Field, e *Edit) []byte {
 	for i := range fields {
 		fd := &fields[i]
 		switch {
-		case !fd.kind.forwards() || drop.Has(fd.Name):
+		case !fd.kind.forwards() || e.Drop.Has(fd.Name) || e.Also.Has(fd.Name):
 		case fd.plain:
 			dst = append(dst, fd.Name[:len(fd.Name)+len(fd.Value)+len(": \r\n")]...)
 		default:
@@ -161,6 +170,12 @@ func (c *Conn) WriteRefusal(r *Request, status int, extra []byte) (keep bool, er
 	return c.writeError(r, status, "", extra, nil)
 }
 
+// WriteAnswer is WriteError for an answer that is no error: extra says what its
+// body is.
+func (c *Conn) WriteAnswer(r *Request, status int, extra, body []byte) (keep bool, err error) {
+	return c.writeError(r, status, "", extra, body)
+}
+
 const jsonLine = "Content-Type: application/json\r\n"
 
 func (c *Conn) writeError(r *Request, status int, kind string, extra, body []byte) (keep bool, err error) {
@@ -170,9 +185,11 @@ func (c *Conn) writeError(r *Request, status int, kind string, extra, body []byt
 	b = append(b, ' ')
 	b = append(b, http.StatusText(status)...)
 	b = append(append(b, "\r\n"...), kind...)
-	b = append(b, "Content-Length: "...)
-	b = strconv.AppendInt(b, int64(len(body)), 10)
-	b = append(b, '\r', '\n')
+	if status != http.StatusNoContent && status != http.StatusNotModified {
+		b = append(b, "Content-Length: "...)
+		b = strconv.AppendInt(b, int64(len(body)), 10)
+		b = append(b, '\r', '\n')
+	}
 	if !keep {
 		b = append(b, closeLine...)
 	}

@@ -125,6 +125,20 @@ func (s *Snapshot) RoutesOf(name ServiceName) *Routes {
 	return nil
 }
 
+// Hosts are those that rewrites have the service see.
+func (r *Routes) Hosts() map[string]bool {
+	out := map[string]bool{}
+	if r == nil {
+		return out
+	}
+	for i := range r.Routes {
+		if h := r.Routes[i].Rewrite.Host; h != "" {
+			out[h] = true
+		}
+	}
+	return out
+}
+
 // Subset returns the subset of that name, nil when there is none.
 func (r *Routes) Subset(name string) *Subset {
 	if r == nil {

@@ -33,6 +33,9 @@ func (c *routeChecker) respond(r *Respond) {
 	if len(r.Body) > maxRespond {
 		c.say("body:", "respond: a body of %d bytes is longer than %d", len(r.Body), maxRespond)
 	}
+	if r.Body != "" && (r.Status == 204 || r.Status == 205 || r.Status == 304) {
+		c.say("body:", "respond: an answer of status %d has no body", r.Status)
+	}
 	if !isFieldValue(r.Type) {
 		c.say("content_type:", "respond: content_type %q is no value of a header field", clip(r.Type))
 	}
@@ -42,6 +45,13 @@ func (c *routeChecker) rewrite(r *Route) {
 	if r.Rewrite.Host != "" {
 		if err := CheckHost(r.Rewrite.Host); err != nil {
 			c.say(r.Rewrite.Host, "rewrite: %s", err)
+		}
+	}
+	if h := r.Rewrite.Host; h != "" && c.file.Service != "" {
+		for _, b := range r.Backends {
+			if b.Service != "" && b.Service != c.file.Service {
+				c.say(h, "rewrite: %q is told by the sidecar of %q, which the routes of %s do not tell: write the host into a route of its own service", clip(h), b.Service, c.file.Service)
+			}
 		}
 	}
 	c.newPath("rewrite", r.Rewrite.Path, r.Rewrite.Prefix, r.Matches)

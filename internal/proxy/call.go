@@ -20,6 +20,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/route"
 	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/translate"
@@ -92,7 +93,13 @@ type call struct {
 	// the connection was going to, if rules of the kernel brought it here.
 	stranger error
 	asked    time.Time
-	to       target
+	to       *target
+	known    target // what the authority of the connection meant the last time
+	routed   target // where a route has led the call
+	look     route.Call
+	fromAddr netip.Addr
+	pathBuf  []byte
+	lines    []byte // of the answer
 	only     mesh.ServiceName
 	meant    netip.AddrPort
 
@@ -127,6 +134,7 @@ func (x *call) reset() {
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
+	x.lines = x.lines[:0]
 	x.tries.plan, x.tries.until, x.ex.Idle = nil, time.Time{}, 0
 }
 
@@ -147,6 +155,10 @@ type refusal struct {
 	detail   string // for the caller; never tells about rules
 	told     string // the same, also beside a decision
 	head     string // a further field line
+	// own says that the answer is what a route wants, with body, which head says
+	// all of.
+	own  bool
+	body string
 }
 
 // refuse answers the client. What was not allowed says only that, and the id.
@@ -155,6 +167,10 @@ func (x *call) refuse(r *refusal) {
 	x.res.Status = r.status
 	x.vacate()
 	if x.opaque {
+		return
+	}
+	if r.own {
+		x.answerOwn(r)
 		return
 	}
 	head := []byte(r.head)
@@ -193,6 +209,23 @@ func (x *call) answer(status int, head, body []byte) {
 		keep, err = x.down.WriteRefusal(&x.req, status, head)
 	} else {
 		keep, err = x.down.WriteError(&x.req, status, head, body)
+	}
+	x.keep = keep && err == nil
+	x.err = errors.Join(x.err, err)
+}
+
+// answerOwn writes what a route answers in the service's place.
+func (x *call) answerOwn(r *refusal) {
+	if x.ex.ToDown.Close {
+		x.req.KeepAlive = false
+	}
+	head := append([]byte(r.head), x.lines...)
+	var keep bool
+	var err error
+	if x.speaksGRPC() {
+		keep, err = x.down.WriteRefusal(&x.req, http.StatusOK, appendGRPC(head, "application/grpc", r.status, r.detail))
+	} else {
+		keep, err = x.down.WriteAnswer(&x.req, r.status, head, []byte(r.body))
 	}
 	x.keep = keep && err == nil
 	x.err = errors.Join(x.err, err)

@@ -117,7 +117,8 @@ func (d *door) routeOut(x *call) *refusal {
 	if name, ok := d.cfg.Captured.Virtual(x.meant.Addr()); ok {
 		return d.astray(x, dst, "no_route", fmt.Sprintf("this is the address of %s, which is not served at this port or does not concern this workload", name))
 	}
-	x.to = target{name: GatewayName, dst: dst}
+	x.known = target{name: GatewayName, dst: dst}
+	x.to = &x.known
 	x.dst, x.series = dst, d.outside
 	x.runs()
 	return nil

@@ -51,6 +51,9 @@ type InboundConfig struct {
 	// none. With it the application sees no other Host than its own name in
 	// the mesh, and a call for another service is sent away (421). Optional.
 	Name func() mesh.ServiceName
+	// Host says whether the routes of the service have the application see that
+	// Host where a caller's sidecar asks for it. Optional.
+	Host func(host []byte) bool
 	// Stream says how streams are carried, if the service of Self speaks TCP in
 	// the policy in force. Nil: it speaks HTTP.
 	Stream func() (mesh.Stream, bool)
@@ -449,6 +452,9 @@ func (in *Inbound) target(x *call) *refusal {
 		return &refusal{status: 421, reason: "misdirected", detail: "another service of the mesh is served here"}
 	}
 	x.ex.ToUp.Authority = x.host.bytes
+	if host := x.req.Get("sallyport-host"); len(host) > 0 && in.cfg.Host != nil && in.cfg.Host(host) {
+		x.ex.ToUp.Authority = host
+	}
 	return nil
 }
 

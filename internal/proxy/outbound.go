@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,6 +21,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
+	"sallyport/internal/route"
 	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
@@ -47,13 +49,13 @@ type OutboundConfig struct {
 	// Gateways lends connections to the gateways under the name "gateway".
 	// Without it nothing leads out of the mesh.
 	Gateways *upstream.Services
+	// Region says where an address is, as route.Options has it. Optional.
+	Region func(database string, a netip.Addr) string
 	// KeepForwardedFor passes on what the workload says in X-Forwarded-For, as a
 	// load balancer does. Without it the field is dropped.
 	KeepForwardedFor bool
-	// Mirror gives copies of calls to the shadows that Shadows names for a
-	// request to a service, with the name of its route. Optional.
-	Mirror  *shadow.Mirror
-	Shadows func(service mesh.ServiceName, r *http1.Request) (route string, of []*mesh.Shadow)
+	// Mirror gives copies of calls to the shadows of their route. Optional.
+	Mirror *shadow.Mirror
 	// ShadowOnly says that all that the workload does is done for a shadow.
 	// ShadowWrites are the services which what is done for one may change.
 	ShadowOnly   bool
@@ -83,6 +85,7 @@ func (c OutboundConfig) validate() error {
 type Outbound struct {
 	cfg  OutboundConfig
 	self string
+	kept atomic.Pointer[[2]*policy]
 
 	mu    sync.Mutex // guards doors
 	doors []*door    // those that are served
@@ -243,6 +246,14 @@ type target struct {
 	dst       string
 	series    *telemetry.Series
 	stream    mesh.Stream
+
+	// policy is that of snap, routes those of the service, nil for none.
+	policy *policy
+	routes *route.Set
+	// route is the one that was taken, nil for none, and subset what it narrows
+	// the endpoints to.
+	route  *route.Route
+	subset string
 }
 
 // route finds the service that is meant, or sees that the call leads out.
@@ -262,7 +273,7 @@ func (d *door) route(x *call) *refusal {
 	if snap == nil {
 		return d.noRoute(x, "no_policy")
 	}
-	t := &x.to
+	t := &x.known
 	if t.snap != snap || x.only == "" && !bytes.Equal(t.authority, x.req.Authority) {
 		svc, ok := x.serviceOf(snap)
 		if !ok {
@@ -272,13 +283,17 @@ func (d *door) route(x *call) *refusal {
 			return &refusal{status: 421, reason: "protocol", detail: "the service speaks tcp: it is reached by CONNECT, or by a port of its own"}
 		}
 		dst := svc.ID.String()
-		*t = target{snap: snap, authority: append(t.authority[:0], x.req.Authority...), name: svc.Name, dst: dst, series: d.Signals.Series(x.src, dst, string(svc.Name))}
+		*t = target{snap: snap, authority: append(t.authority[:0], x.req.Authority...), name: svc.Name, dst: dst, series: d.Signals.Series(x.src, dst, string(svc.Name)), policy: d.policyOf(snap)}
+		t.routes = t.policy.of(svc.Name)
 	}
-	x.dst, x.series = t.dst, t.series
+	x.to, x.dst, x.series = t, t.dst, t.series
 	if x.only != "" {
 		x.ex.ToUp.Authority = x.host.of(x.only)
 	}
 	if r := x.elsewhere(); r != nil {
+		return r
+	}
+	if r := d.direct(x); r != nil {
 		return r
 	}
 	x.runs()
@@ -333,5 +348,5 @@ func (d *door) forward(x *call) *refusal {
 	if d.Log.Enabled(x.ctx, slog.LevelDebug) { // a log may have to be waited for
 		x.ex.Settle = nil
 	}
-	return d.send(x, usual)
+	return d.send(x, x.to.plan())
 }

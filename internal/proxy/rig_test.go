@@ -91,6 +91,8 @@ type rig struct {
 	inCfg          InboundConfig
 	outCfg         OutboundConfig
 	access         string
+	routes         string // routes/billing.yaml
+	shadow         *mesh.Shadow
 	nextRevision   uint64
 	endpointsExtra []mesh.Endpoint
 	tokenGrace     time.Duration // of inbound; 0 for the usual
@@ -225,11 +227,18 @@ func start(t testing.TB, run func(context.Context, net.Listener) error) (addr st
 func (r *rig) use(access string) {
 	r.t.Helper()
 	r.nextRevision++
-	p := meshtest.Policies(r.t, map[string]string{"services.yaml": r.served, "access.csv": access, "modes.yaml": r.modes})
+	files := map[string]string{"services.yaml": r.served, "access.csv": access, "modes.yaml": r.modes}
+	if r.routes != "" {
+		files["routes/billing.yaml"] = r.routes
+	}
+	p := meshtest.Policies(r.t, files)
 	eps := append([]mesh.Endpoint{meshtest.Endpoint(r.t, "billing", r.inAddr)}, r.endpointsExtra...)
 	snap, err := mesh.Compile(p, r.nextRevision, r.nextRevision, eps)
 	if err != nil {
 		r.t.Fatal(err)
+	}
+	if r.shadow != nil {
+		snap.Routes = []mesh.Routes{{Service: "billing", Routes: []mesh.Route{{Name: "all", Shadows: []mesh.Shadow{*r.shadow}}}}}
 	}
 	set, err := authz.Compile(snap)
 	if err != nil {

@@ -101,21 +101,21 @@ func (d *door) harmless(x *call) *refusal {
 
 // mirror has the shadows of the call's route get a copy.
 func (d *door) mirror(x *call) *refusal {
-	if d.cfg.Mirror == nil || d.cfg.Shadows == nil || x.marked || x.req.Upgrade || x.req.Form == http1.Authority {
+	if d.cfg.Mirror == nil || x.marked || x.req.Upgrade || x.req.Form == http1.Authority || x.to.route == nil {
 		return nil
 	}
-	route, of := d.cfg.Shadows(x.to.name, &x.req)
+	r := x.to.route
 	var picked []*mesh.Shadow
-	for _, s := range of {
-		if shadow.Copyable(s, x.req.Method) && shadow.Picks(s, route, x.trace.ID) {
-			picked = append(picked, s)
+	for i := range r.Shadows {
+		if s := &r.Shadows[i]; shadow.Copyable(s.Shadow, x.req.Method) && s.Copies(&x.look) {
+			picked = append(picked, s.Shadow)
 		}
 	}
 	if len(picked) == 0 {
 		return nil
 	}
 	x.copied = d.cfg.Mirror.Copy(picked, shadow.Call{
-		Route: route, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
+		Route: r.Name, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
 	})
 	x.ex.Tee = x.copied
 	return nil
@@ -137,7 +137,7 @@ func LendShadow(services *upstream.Services) func(ctx context.Context, to mesh.B
 		if to.Service == "" {
 			return shadow.Line{}, fmt.Errorf("shadow at %s: only a service of the mesh can be one", to.Address)
 		}
-		up, err := services.Get(ctx, to.Service, fresh)
+		up, err := services.Lend(ctx, &upstream.Want{Service: to.Service, Subset: to.Subset, Fresh: fresh})
 		if err != nil {
 			return shadow.Line{}, err
 		}

@@ -53,7 +53,8 @@ func mirroredBy(t *testing.T, pool *upstream.Pool, s mesh.Shadow, limits shadow.
 		go func() { done <- m.Run(ctx) }()
 		t.Cleanup(func() { stop(); <-done })
 		r.outCfg.Mirror = m
-		r.outCfg.Shadows = func(mesh.ServiceName, *http1.Request) (string, []*mesh.Shadow) { return "all", []*mesh.Shadow{&s} }
+		s.Service.Service = "inventory" // whose connections Lend gives
+		r.shadow = &s
 	}
 }
 

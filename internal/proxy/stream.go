@@ -130,12 +130,20 @@ func (d *door) streamRoute(x *call) *refusal {
 	if x.only == "" {
 		return d.routeOut(x)
 	}
-	svc, ok := d.cfg.Snapshot().Service(x.only)
+	snap := d.cfg.Snapshot()
+	svc, ok := snap.Service(x.only)
 	if !ok || svc.Protocol != mesh.TCP {
 		return d.astray(x, "host:"+x.host.textOf(x.only), "no_route", "this workload has nothing to do with the service")
 	}
+	return d.aimed(x, snap, svc)
+}
+
+// aimed is aim and then what routes say.
+func (d *door) aimed(x *call, snap *mesh.Snapshot, svc mesh.Service) *refusal {
 	d.aim(x, svc)
-	return nil
+	x.known.policy = d.policyOf(snap)
+	x.known.routes = x.known.policy.of(svc.Name)
+	return d.direct(x)
 }
 
 // astray refuses a stream that leads nowhere.
@@ -147,7 +155,8 @@ func (d *door) astray(x *call, dst, reason, detail string) *refusal {
 
 // aim fixes the service that a stream goes to.
 func (d *door) aim(x *call, svc mesh.Service) {
-	x.to = target{name: svc.Name, dst: svc.ID.String(), stream: svc.Stream}
+	x.known = target{name: svc.Name, dst: svc.ID.String(), stream: svc.Stream}
+	x.to = &x.known
 	x.dst, x.series = x.to.dst, d.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.to.dst, string(svc.Name))
 	x.runs()
 }
@@ -169,7 +178,7 @@ func (d *door) reach(x *call) (*upstream.Conn, *refusal) {
 	if d.cfg.Streams == nil {
 		return nil, &refusal{status: 503, reason: "no_endpoint", detail: "no tcp is carried here"}
 	}
-	up, err := d.cfg.Streams.Get(x.ctx, x.to.name, true)
+	up, err := d.cfg.Streams.Lend(x.ctx, &upstream.Want{Service: x.to.name, Subset: x.to.subset, Fresh: true})
 	if err != nil {
 		x.err = err
 		return nil, &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
@@ -181,7 +190,9 @@ func (d *door) reach(x *call) (*upstream.Conn, *refusal) {
 // programs that know an HTTP proxy and no port of the service's own.
 func (d *door) connectStream(x *call, svc mesh.Service) *refusal {
 	x.running.End() // it was counted as leading out
-	d.aim(x, svc)
+	if r := d.aimed(x, d.cfg.Snapshot(), svc); r != nil {
+		return r
+	}
 	up, r := d.reach(x)
 	if r != nil {
 		return r

@@ -63,6 +63,7 @@ func planOf(r *mesh.Route) *plan {
 type tries struct {
 	*plan
 	want  upstream.Want
+	key   uint64    // by which ring_hash takes an endpoint
 	n     int       // further tries that were made
 	until time.Time // when all of it must be over; zero: never
 	fixed int       // length of x.extra without what changes with each try
@@ -85,7 +86,7 @@ func (x *call) begin(p *plan) {
 	t.plan, t.n, t.until, t.dropped = p, 0, time.Time{}, false
 	t.grpc = isGRPC(x.req.Get("content-type"))
 	t.safe = p.unsafe || idempotent(x.req.Method) || len(x.req.Get("idempotency-key")) > 0
-	t.want = upstream.Want{Service: x.to.name, Connect: p.Connect}
+	t.want = upstream.Want{Service: x.to.name, Subset: x.to.subset, Key: t.key, Connect: p.Connect}
 	t.fixed = len(x.extra)
 	within := asked(&x.req, t.grpc)
 	if p.Request > 0 && (within == 0 || p.Request < within) {

@@ -48,6 +48,9 @@ func score(key uint64, b *Backend) float64 {
 	return -math.Log(u) / b.weight
 }
 
+// Key is what the call is kept together by.
+func (c *Choice) Key() uint64 { return c.key }
+
 // keyOf is by what the call stays with its backend.
 func (r *Route) keyOf(c *Call) uint64 {
 	if r.Sticky != nil {

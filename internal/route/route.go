@@ -72,6 +72,7 @@ type Options struct {
 // A Table has the routes of every service and host of a snapshot.
 type Table struct {
 	sets map[string]*Set
+	size int
 }
 
 // A Set has the routes of one service or host.
@@ -89,6 +90,8 @@ type Set struct {
 // A Route is a compiled route.
 type Route struct {
 	*mesh.Route
+	// ID is the number of the route among the routes and backends of the Table.
+	ID      int
 	Faults  []Fault
 	Shadows []Shadow
 
@@ -103,8 +106,9 @@ type Backend struct {
 	mesh.Backend
 	// Name is the service, or the address, that is called.
 	Name string
-	// Index is the place among the backends of the route.
-	Index int
+	// Index is the place among the backends of the route, ID the number among
+	// the routes and backends of the Table.
+	Index, ID int
 
 	seed   uint64
 	weight float64
@@ -161,7 +165,21 @@ func Compile(snap *mesh.Snapshot, opt Options) (*Table, error) {
 		}
 		t.sets[f.Of()] = s
 	}
+	t.size = c.size
 	return t, nil
+}
+
+// Size is how many routes and backends there are: their IDs are below it, so that
+// what is kept for each can stand in a slice.
+func (t *Table) Size() int { return t.size }
+
+// All are the sets of the Table, in no order.
+func (t *Table) All(yield func(*Set) bool) {
+	for _, s := range t.sets {
+		if !yield(s) {
+			return
+		}
+	}
 }
 
 // Of returns the routes of a service, nil when it has none.
@@ -253,6 +271,13 @@ func (e *entry) matchesPath(path []byte) bool {
 type compiler struct {
 	opt     Options
 	members map[string][]string
+	size    int
+}
+
+// id is the next number of a route or backend.
+func (c *compiler) id() int {
+	c.size++
+	return c.size - 1
 }
 
 func (c *compiler) set(f *mesh.Routes) (*Set, error) {
@@ -365,7 +390,7 @@ func (c *compiler) entry(m *mesh.Match) (*entry, error) {
 }
 
 func (c *compiler) route(f *mesh.Routes, r *mesh.Route) (*Route, error) {
-	out := &Route{Route: r, salt: hash(0, []byte(f.Of()+" "+r.Name))}
+	out := &Route{Route: r, ID: c.id(), salt: hash(0, []byte(f.Of()+" "+r.Name))}
 	backends := r.Backends
 	if len(backends) == 0 {
 		backends = []mesh.Backend{{Weight: 1}}
@@ -375,7 +400,7 @@ func (c *compiler) route(f *mesh.Routes, r *mesh.Route) (*Route, error) {
 		if b.Weight == 0 {
 			continue
 		}
-		k := Backend{Backend: b, Name: cmp.Or(b.Address, string(b.Service), string(f.Service), f.Host), Index: i, weight: float64(b.Weight)}
+		k := Backend{Backend: b, Name: cmp.Or(b.Address, string(b.Service), string(f.Service), f.Host), Index: i, ID: c.id(), weight: float64(b.Weight)}
 		k.seed = hash(out.salt, []byte(k.Name+" "+b.Subset))
 		byPriority[b.Priority] = append(byPriority[b.Priority], k)
 	}

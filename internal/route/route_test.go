@@ -282,7 +282,7 @@ func TestPrecedenceIsThatOfAnObviousOracle(t *testing.T) {
 				}
 			}
 			if got, want := nameOf(s.Match(c)), oracle(&f, c); got != want {
-				t.Fatalf("%s %s %q: %s, want %s, of\n%+v", c.Method, c.Path, c.Fields, got, want, f.Routes)
+				t.Fatalf("%s %s %s: %s, want %s, of\n%+v", c.Method, c.Path, fmt.Sprint(c.Fields), got, want, f.Routes)
 			}
 		}
 	}

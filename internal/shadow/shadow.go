@@ -14,7 +14,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"log/slog"
 	"sync"
 	"time"
@@ -191,21 +190,6 @@ type Call struct {
 	Method, Path    string
 	Trace           telemetry.Trace
 	Start           time.Time
-}
-
-// Picks says whether a shadow gets a copy of the call with this trace: the same
-// calls at every proxy, and with a larger share still those of a smaller one.
-func Picks(s *mesh.Shadow, route string, trace [16]byte) bool {
-	if s.Share >= mesh.Whole {
-		return true
-	}
-	h := fnv.New64a()
-	_, _ = h.Write([]byte("shadow\x00" + route + "\x00" + s.Name + "\x00"))
-	_, _ = h.Write(trace[:])
-	x := h.Sum64() // its low bits alone are not even enough
-	x ^= x >> 32
-	x *= 0x9e3779b97f4a7c15
-	return (x>>32)%mesh.Whole < uint64(s.Share)
 }
 
 // Copyable says whether a shadow takes calls of this method.

@@ -98,30 +98,3 @@ func TestTapeDropsWhatHasNoRoom(t *testing.T) {
 		})
 	}
 }
-
-// A larger share keeps those that a smaller one has, and a share is what it says.
-func TestPicks(t *testing.T) {
-	one, five := &mesh.Shadow{Name: "next", Share: 100}, &mesh.Shadow{Name: "next", Share: 500}
-	random := rand.NewChaCha8([32]byte{2})
-	n, of := 0, 0
-	for range 100_000 {
-		var id [16]byte
-		_, _ = random.Read(id[:])
-		a, b := Picks(one, "all", id), Picks(five, "all", id)
-		if a && !b {
-			t.Fatal("a larger share gives up a call of a smaller one")
-		}
-		if a {
-			n++
-		}
-		if b {
-			of++
-		}
-	}
-	if n < 800 || n > 1200 || of < 4700 || of > 5300 {
-		t.Errorf("1 %% is %d, 5 %% is %d of 100,000", n, of)
-	}
-	if Picks(&mesh.Shadow{}, "all", [16]byte{}) {
-		t.Error("no share picks a call")
-	}
-}
