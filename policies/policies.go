@@ -4,7 +4,7 @@ package policies
 
 import "embed"
 
-// FS is the folder: the CSV and YAML files, and tests/.
+// FS is the folder: the CSV and YAML files, routes/ and tests/.
 //
-//go:embed *.csv *.yaml tests/*.yaml
+//go:embed *.csv *.yaml routes/*.yaml tests/*.yaml
 var FS embed.FS

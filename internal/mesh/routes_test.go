@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -301,4 +302,22 @@ func parseFiles(t *testing.T, files fstest.MapFS) *Policies {
 		t.Fatal(fmt.Errorf("%w", err))
 	}
 	return p
+}
+
+// What the manual shows is read.
+func TestTheManualsRoutesParse(t *testing.T) {
+	b, err := os.ReadFile("../../docs/routes.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := strings.Split(string(b), "```yaml\n")[1:]
+	if len(blocks) < 3 {
+		t.Errorf("%d examples", len(blocks))
+	}
+	for _, block := range blocks {
+		yaml, _, _ := strings.Cut(block, "```")
+		if _, err := ParseFS(withRoutes(yaml), demoDomain); err != nil {
+			t.Errorf("%v\n%s", err, yaml)
+		}
+	}
 }

@@ -269,7 +269,7 @@ func (d *door) follow(x *call, ch *route.Choice) *refusal {
 		return respond(r.Respond)
 	}
 	if to := &r.Rewrite; to.Path != "" || to.Prefix != "" {
-		x.pathBuf = appendPath(x.pathBuf[:0], x.look.Path, to.Path, to.Prefix, ch.Prefix)
+		x.pathBuf = route.AppendPath(x.pathBuf[:0], x.look.Path, to.Path, to.Prefix, ch.Prefix)
 		x.ex.ToUp.Path = x.pathBuf
 	}
 	return nil
@@ -287,20 +287,6 @@ func (d *door) backend(ch *route.Choice) *route.Backend {
 		}
 	}
 	return ch.Backend(0)
-}
-
-// appendPath appends what a path becomes: another one, or another prefix for the
-// n bytes that matched.
-func appendPath(b, path []byte, whole, prefix string, n int) []byte {
-	if whole != "" {
-		return append(b, whole...)
-	}
-	b = append(b, strings.TrimRight(prefix, "/")...)
-	b = append(b, path[n:]...)
-	if len(b) == 0 {
-		b = append(b, '/')
-	}
-	return b
 }
 
 // redirect tells the client where to go instead. Without a scheme it is the one
@@ -325,7 +311,7 @@ func (x *call) redirect(r *mesh.Redirect, prefix int) *refusal {
 		}
 	}
 	if r.Path != "" || r.Prefix != "" {
-		b = appendPath(b, x.look.Path, r.Path, r.Prefix, prefix)
+		b = route.AppendPath(b, x.look.Path, r.Path, r.Prefix, prefix)
 	} else {
 		b = append(b, x.look.Path...)
 	}
@@ -402,7 +388,7 @@ func allows(list []string, origin []byte) bool {
 		case !wild || len(origin) <= len(before)+len(after):
 		case string(origin[:len(before)]) == before && string(origin[len(origin)-len(after):]) == after:
 			label := origin[len(before) : len(origin)-len(after)]
-			if bytes.IndexAny(label, "./:@") < 0 {
+			if !bytes.ContainsAny(label, "./:@") {
 				return true
 			}
 		}

@@ -271,25 +271,6 @@ func TestARegionIsThatOfAnAddressThatIsBelieved(t *testing.T) {
 	}
 }
 
-func TestAppendPath(t *testing.T) {
-	for _, tt := range []struct {
-		path, whole, prefix, want string
-		n                         int
-	}{
-		{"/a/b", "/x", "", "/x", 0},
-		{"/a/b", "", "/x", "/x/b", 2},
-		{"/a/b", "", "/x/", "/x/b", 2},
-		{"/a/b", "", "/", "/b", 2},
-		{"/a", "", "/", "/", 2},
-		{"/a/", "", "/x", "/x/", 2},
-		{"/a", "", "/x", "/x/a", 0},
-	} {
-		if got := appendPath(nil, []byte(tt.path), tt.whole, tt.prefix, tt.n); string(got) != tt.want {
-			t.Errorf("%+v: %s", tt, got)
-		}
-	}
-}
-
 func (r *rig) exposed() string {
 	w := httptest.NewRecorder()
 	r.metrics.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))

@@ -218,6 +218,13 @@ func flatten(v reflect.Value, label string, out map[string]string) {
 	}
 }
 
+// fieldsOfNoun flattens a noun.
+func fieldsOfNoun(noun any) map[string]string {
+	out := map[string]string{}
+	flatten(reflect.ValueOf(noun), "", out)
+	return out
+}
+
 // placeOf is the name of an element, or its place when it has none.
 func placeOf(v reflect.Value, i int) string {
 	if f := v.FieldByName("Name"); f.IsValid() && f.String() != "" {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"math"
 	"math/bits"
+	"strings"
 
 	"sallyport/internal/mesh"
 )
@@ -48,17 +49,14 @@ func score(key uint64, b *Backend) float64 {
 	return -math.Log(u) / b.weight
 }
 
-// Key is what the call is kept together by.
-func (c *Choice) Key() uint64 { return c.key }
-
 // keyOf is by what the call stays with its backend.
-func (r *Route) keyOf(c *Call) uint64 {
+func (r *Route) keyOf(c *Call) (key uint64, kept bool) {
 	if r.Sticky != nil {
-		if key, ok := valueOf(r.Sticky, c); ok {
-			return hash(r.salt, key)
+		if v, ok := valueOf(r.Sticky, c); ok {
+			return hash(r.salt, v), true
 		}
 	}
-	return hash(r.salt, c.Trace[:])
+	return hash(r.salt, c.Trace[:]), false
 }
 
 // Key is the hash of what a call is to be kept together by; without such a value
@@ -92,6 +90,20 @@ func valueOf(s *mesh.Sticky, c *Call) (key []byte, ok bool) {
 		return c.text, len(c.text) > 0
 	}
 	return nil, false
+}
+
+// AppendPath appends what a path becomes: another one, or another prefix for the
+// n bytes that matched.
+func AppendPath(b, path []byte, whole, prefix string, n int) []byte {
+	if whole != "" {
+		return append(b, whole...)
+	}
+	b = append(b, strings.TrimRight(prefix, "/")...)
+	b = append(b, path[n:]...)
+	if len(b) == 0 {
+		b = append(b, '/')
+	}
+	return b
 }
 
 // cookie is the value of a cookie, the first of that name.

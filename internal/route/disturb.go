@@ -15,6 +15,11 @@ func (f *Fault) Touches(c *Call) bool {
 	return f.callers != nil && f.callers.has(c.Caller) && f.takes(c)
 }
 
+// May says whether the call could be one of those.
+func (f *Fault) May(c *Call) bool {
+	return f.callers != nil && f.callers.has(c.Caller) && f.matched(c)
+}
+
 // A Shadow is a compiled shadow of a route.
 type Shadow struct {
 	*mesh.Shadow
@@ -23,6 +28,9 @@ type Shadow struct {
 
 // Copies says whether the call is one of those that are copied.
 func (s *Shadow) Copies(c *Call) bool { return s.takes(c) }
+
+// May says whether the call could be one of those.
+func (s *Shadow) May(c *Call) bool { return s.matched(c) }
 
 // A disturbance is about a share of the calls that one of some matches holds of.
 type disturbance struct {
@@ -44,9 +52,11 @@ func (c *compiler) disturbance(r *Route, name string, share mesh.Share, matches 
 }
 
 func (d *disturbance) takes(c *Call) bool {
-	if hash(d.salt, c.Trace[:])%mesh.Whole >= d.share {
-		return false
-	}
+	return hash(d.salt, c.Trace[:])%mesh.Whole < d.share && d.matched(c)
+}
+
+// matched says whether the call could be one of them.
+func (d *disturbance) matched(c *Call) bool {
 	for _, e := range d.matches {
 		if e.covers(c.Path) && e.holds(c) {
 			return true

@@ -58,6 +58,23 @@ func (e *entry) step(fails string) Step {
 	return s
 }
 
+// All are the backends that have a weight, the first priority first.
+func (r *Route) All(yield func(*Backend) bool) {
+	for _, level := range r.levels {
+		for i := range level {
+			if !yield(&level[i]) {
+				return
+			}
+		}
+	}
+}
+
+// Spread is the choice for a call that is known to take the route.
+func (r *Route) Spread(c *Call) Choice {
+	key, kept := r.keyOf(c)
+	return Choice{Route: r, Kept: kept, key: key}
+}
+
 // Parts lists what part of the calls of the route goes to which backend of the
 // first priority, as text for people.
 func (r *Route) Parts() (out []string) {

@@ -197,6 +197,8 @@ type Choice struct {
 	Route *Route
 	// Prefix is how much of the path matched as a prefix, bytes.
 	Prefix int
+	// Kept says that the caller stays with its backend; other calls are spread.
+	Kept bool
 
 	key uint64
 }
@@ -207,7 +209,8 @@ func (s *Set) Match(c *Call) Choice {
 	if e == nil {
 		return Choice{}
 	}
-	return Choice{Route: e.route, Prefix: size, key: e.route.keyOf(c)}
+	key, kept := e.route.keyOf(c)
+	return Choice{Route: e.route, Prefix: size, Kept: kept, key: key}
 }
 
 func (s *Set) find(c *Call) (*entry, int) {

@@ -150,7 +150,7 @@ func TestACallThatNothingMatchesHasNoRoute(t *testing.T) {
 	if c.Route != nil || c.Levels() != 0 || c.Backend(0) != nil {
 		t.Errorf("%+v", c)
 	}
-	var none *Table = &Table{}
+	none := &Table{}
 	if none.Of("billing") != nil {
 		t.Error("routes of nobody")
 	}
@@ -389,6 +389,25 @@ func TestCallsStayByWhatTheRouteSays(t *testing.T) {
 		}
 		if (len(seen) == 1) != tt.same {
 			t.Errorf("%+v with %q: %d backends", tt.sticky, tt.field, len(seen))
+		}
+	}
+}
+
+func TestAppendPath(t *testing.T) {
+	for _, tt := range []struct {
+		path, whole, prefix, want string
+		n                         int
+	}{
+		{"/a/b", "/x", "", "/x", 0},
+		{"/a/b", "", "/x", "/x/b", 2},
+		{"/a/b", "", "/x/", "/x/b", 2},
+		{"/a/b", "", "/", "/b", 2},
+		{"/a", "", "/", "/", 2},
+		{"/a/", "", "/x", "/x/", 2},
+		{"/a", "", "/x", "/x/a", 0},
+	} {
+		if got := AppendPath(nil, []byte(tt.path), tt.whole, tt.prefix, tt.n); string(got) != tt.want {
+			t.Errorf("%+v: %s", tt, got)
 		}
 	}
 }
