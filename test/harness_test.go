@@ -85,6 +85,9 @@ func newWorld(t *testing.T, svidTTL time.Duration) *world {
 	if err := os.CopyFS(w.policy, policies.FS); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.RemoveAll(filepath.Join(w.policy, "routes")); err != nil { // many tests have other services
+		t.Fatal(err)
+	}
 	w.write("issuer", fmt.Sprintf(`trust_domain: %s
 data_dir: %s/issuer
 listen: %s
