@@ -159,6 +159,9 @@ func (c *routeChecker) sticky(field string, s *Sticky) {
 		c.say(field+":", "%s: by is missing: header, cookie, claim, caller or trace", field)
 	}
 	c.word(field+".by", s.By, "header", "cookie", "claim", "caller", "trace")
+	if s.By == "claim" {
+		c.notYet(field+":", "a claim", "stay by a header or a cookie")
+	}
 	named := s.By == "header" || s.By == "cookie" || s.By == "claim"
 	switch {
 	case named && s.Name == "":
