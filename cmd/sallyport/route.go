@@ -1,15 +1,19 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
 	"sallyport/internal/authz"
+	"sallyport/internal/gatewayapi"
 	"sallyport/internal/mesh"
 	"sallyport/internal/review"
 )
@@ -19,7 +23,7 @@ func (c *cli) route() *cobra.Command {
 	cmd := &cobra.Command{Use: "route", Short: "Say where calls go, and what an edit of routes changes"}
 	var td string
 	cmd.PersistentFlags().StringVar(&td, "trust-domain", "", "the trust domain (default: that of the first service)")
-	cmd.AddCommand(c.routeExplain(&td), c.routeDiff(&td))
+	cmd.AddCommand(c.routeExplain(&td), c.routeDiff(&td), c.routeImport())
 	return cmd
 }
 
@@ -152,6 +156,49 @@ func writeRouted(w io.Writer, x *review.Routed) {
 	for i := range x.Judged {
 		writeAccount(w, &x.Judged[i].Account)
 	}
+}
+
+// routeImport is "sallyport route import".
+func (c *cli) routeImport() *cobra.Command {
+	var service, into string
+	cmd := &cobra.Command{
+		Use:   "import FILE",
+		Short: "Write HTTPRoute, GRPCRoute, TLSRoute and TCPRoute documents as files of policies/routes",
+		Long: "Write HTTPRoute, GRPCRoute, TLSRoute and TCPRoute documents of the Gateway API as\n" +
+			"files of policies/routes. A document is of the Service in its parentRefs, or of\n" +
+			"its host name in mesh.internal, unless --service says another.",
+		Args: cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			b, err := os.ReadFile(args[0])
+			if err != nil {
+				return usage(err)
+			}
+			files, err := gatewayapi.Import(args[0], b, mesh.ServiceName(service))
+			if err != nil {
+				return failed(err)
+			}
+			for i := range files {
+				if into == "" {
+					fmt.Fprintf(c.stdout, "# routes/%s.yaml\n%s", files[i].Service, files[i].EncodeYAML())
+					continue
+				}
+				name := filepath.Join(into, string(files[i].Service)+".yaml")
+				f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+				if err != nil {
+					return failed(err) // never over what somebody has reviewed
+				}
+				_, err = f.Write(files[i].EncodeYAML())
+				if err = errors.Join(err, f.Close()); err != nil {
+					return failed(err)
+				}
+				fmt.Fprintln(c.stdout, name)
+			}
+			return nil
+		},
+	}
+	cmd.Flags().StringVar(&service, "service", "", "the service whose calls the routes are about")
+	cmd.Flags().StringVar(&into, "write", "", "write new files into this folder instead")
+	return cmd
 }
 
 // routeDiff is "sallyport route diff".
