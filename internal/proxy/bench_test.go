@@ -3,9 +3,11 @@ package proxy
 import (
 	"bufio"
 	"crypto/tls"
+	"fmt"
 	"io"
 	"net"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -16,6 +18,8 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/hop"
+	"sallyport/internal/mesh"
+	"sallyport/internal/shadow"
 	"sallyport/internal/svid"
 )
 
@@ -225,4 +229,45 @@ func inUse() uint64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc + m.StackInuse
+}
+
+// BenchmarkShadow is what a caller waits for while all its calls are copied to a
+// shadow that hangs, or is gone, beside no shadow at all. Calls begin in turn, so
+// that what disturbs the machine disturbs all three.
+func BenchmarkShadow(b *testing.B) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer silent.Close()
+	gone, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		b.Fatal(err)
+	}
+	gone.Close()
+	next := mesh.Shadow{Name: "next", Share: mesh.Whole, Compare: true}
+	kinds := []string{"without", "hangs", "gone"}
+	wires := []*wire{
+		benchRig(b).dial(),
+		benchRig(b, mirrored(b, silent.Addr().String(), next, shadow.Limits{})).dial(),
+		benchRig(b, mirrored(b, gone.Addr().String(), next, shadow.Limits{})).dial(),
+	}
+	took := make([][]time.Duration, len(kinds))
+	for _, w := range wires {
+		_ = w.SetDeadline(noDeadline)
+		roundTrip(b, w, benchRequest)
+	}
+	for b.Loop() {
+		for i, w := range wires {
+			begin := time.Now()
+			roundTrip(b, w, benchRequest)
+			took[i] = append(took[i], time.Since(begin))
+		}
+	}
+	for i, kind := range kinds {
+		slices.Sort(took[i])
+		for _, p := range []int{50, 99} {
+			b.ReportMetric(float64(took[i][len(took[i])*p/100].Nanoseconds())/1000, fmt.Sprintf("%s-p%d-µs", kind, p))
+		}
+	}
 }

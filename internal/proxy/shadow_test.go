@@ -22,11 +22,11 @@ import (
 )
 
 // mirrored gives a rig a shadow at an address, and runs it.
-func mirrored(t *testing.T, at string, s mesh.Shadow, limits shadow.Limits) func(*rig) {
+func mirrored(t testing.TB, at string, s mesh.Shadow, limits shadow.Limits) func(*rig) {
 	return mirroredBy(t, upstream.NewLocal(netip.MustParseAddrPort(at), http1.Limits{}), s, limits)
 }
 
-func mirroredBy(t *testing.T, pool *upstream.Pool, s mesh.Shadow, limits shadow.Limits) func(*rig) {
+func mirroredBy(t testing.TB, pool *upstream.Pool, s mesh.Shadow, limits shadow.Limits) func(*rig) {
 	return func(r *rig) {
 		t.Cleanup(pool.Close)
 		m, err := shadow.New(shadow.Config{

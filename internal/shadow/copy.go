@@ -91,6 +91,9 @@ func (j *job) run(l *lane) {
 	shadow := m.send(l.ctx, j, s.Service)
 	defer shadow.release()
 	m.count(s, shadow.outcome)
+	if shadow.outcome == outcomeUnreachable {
+		l.rests()
+	}
 	if !s.Compare && s.Archive == "" {
 		return
 	}

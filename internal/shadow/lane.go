@@ -3,6 +3,7 @@ package shadow
 import (
 	"context"
 	"sync"
+	"time"
 )
 
 // A lane is the way of the copies of one shadow: one that hangs holds up
@@ -16,6 +17,19 @@ type lane struct {
 	running int
 	closed  bool
 	idle    *sync.Cond
+	// restUntil is when a shadow that could not be reached is tried again.
+	restUntil time.Time
+}
+
+// restFor is how long one that could not be reached is left alone: each attempt
+// costs the machine more than a call does.
+const restFor = time.Second
+
+// rests has the copies of the next second dropped.
+func (l *lane) rests() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.restUntil = time.Now().Add(restFor)
 }
 
 // offer puts a copy into the lane of its shadow, or drops it.
@@ -46,6 +60,8 @@ func (l *lane) take(j *job) (refused string) {
 	switch {
 	case l.closed:
 		return outcomeStopped
+	case !l.restUntil.IsZero() && time.Now().Before(l.restUntil):
+		return outcomeUnreachable
 	case l.running < l.m.cfg.Concurrency:
 		l.running++
 		go l.work(j)
