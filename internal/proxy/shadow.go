@@ -115,7 +115,7 @@ func (d *door) mirror(x *call) *refusal {
 		return nil
 	}
 	x.copied = d.cfg.Mirror.Copy(picked, shadow.Call{
-		Route: r.Name, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
+		Service: x.to.name, Route: r.Name, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
 	})
 	x.ex.Tee = x.copied
 	return nil

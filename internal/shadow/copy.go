@@ -135,7 +135,7 @@ func (j *job) compare(a, b *archive.Answer, second *sending) []Difference {
 func (j *job) record(primary, shadow *archive.Answer, sent *sending, differs []Difference) *archive.Record {
 	r := &archive.Record{
 		Time: j.call.Start.UTC(), Trace: j.call.Trace.String(), Route: j.call.Route, Name: j.shadow.Name,
-		Src: j.call.Src, Dst: j.call.Dst, ShadowDst: string(j.shadow.Service.Service),
+		Src: j.call.Src, Dst: j.call.Dst, ShadowDst: string(j.call.of(j.shadow.Service).Service),
 		Request: readRequest(j.request), Primary: primary, Shadow: shadow,
 		PrimaryMicros: j.took.Microseconds(), ShadowMicros: sent.took.Microseconds(),
 	}

@@ -45,8 +45,18 @@ func (s *sending) read(method string) *archive.Answer {
 
 func (s *sending) release() { s.answer.release() }
 
+// of is the backend that is meant: without a name other endpoints of the service
+// that was called.
+func (c *Call) of(b mesh.Backend) mesh.Backend {
+	if b.Service == "" && b.Address == "" {
+		b.Service = c.Service
+	}
+	return b
+}
+
 // send makes the call again, to another backend.
 func (m *Mirror) send(ctx context.Context, j *job, to mesh.Backend) *sending {
+	to = j.call.of(to)
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
 	defer cancel()
 	s := &sending{answer: m.tape()}

@@ -185,7 +185,8 @@ func (m *Mirror) stop() {
 
 // A Call is what is known of a call beside its bytes.
 type Call struct {
-	// Route is the route of the call, Src and Dst are its ends.
+	// Service is what was called, by Route; Src and Dst are the ends.
+	Service         mesh.ServiceName
 	Route, Src, Dst string
 	Method, Path    string
 	Trace           telemetry.Trace
