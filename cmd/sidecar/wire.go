@@ -184,6 +184,7 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
 		Extra: map[string]http.Handler{
 			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
+			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults),
 		},
 	}
 	g.Go(func() error { return admin.Run(ground) })
@@ -239,6 +240,8 @@ func (s *sidecar) open() (err error) {
 		Generation: func() uint64 { return s.agent.Generation() },
 		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
 		Limits:     cfg.Limits.http(),
+		Zone:       cfg.Workload.Labels.Get(mesh.LabelZone),
+		Changed:    s.changed,
 	}
 	if s.services, err = upstream.New(up); err != nil {
 		return err

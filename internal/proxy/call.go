@@ -134,8 +134,8 @@ func (x *call) reset() {
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
-	x.lines = x.lines[:0]
 	x.tries.plan, x.tries.until, x.ex.Idle = nil, time.Time{}, 0
+	x.lines = x.lines[:0]
 }
 
 // panicked ends a call in which something was not as the code believes.
@@ -375,7 +375,7 @@ func (x *call) exchange() *refusal {
 			up.Put()
 			return r
 		}
-		x.run(up, x.tries.until)
+		x.run(up, up.NetConn(), x.tries.until)
 		if x.err == nil {
 			x.finish(up)
 			return nil

@@ -86,6 +86,8 @@ type Outbound struct {
 	cfg  OutboundConfig
 	self string
 	kept atomic.Pointer[[2]*policy]
+	// faults are those of the policy in force.
+	faults faults
 
 	mu    sync.Mutex // guards doors
 	doors []*door    // those that are served
@@ -96,7 +98,9 @@ func NewOutbound(cfg OutboundConfig) (*Outbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("outbound proxy: %w", err)
 	}
-	return &Outbound{cfg: cfg, self: cfg.Self.String()}, nil
+	o := &Outbound{cfg: cfg, self: cfg.Self.String()}
+	o.faults.note = func(r audit.Record) error { return cfg.Audit.Append(&r) }
+	return o, nil
 }
 
 // Run serves ln, the HTTP proxy of the application, until ctx ends and the

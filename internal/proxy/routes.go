@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
@@ -22,6 +23,9 @@ type policy struct {
 	// first taken; changes are of routes, by theirs.
 	ways    []atomic.Pointer[way]
 	changes []*change
+	// plans and faults are of routes, by their IDs.
+	plans  []*plan
+	faults [][]*fault
 	// broken is why the routes mean nothing; no call is then made.
 	broken error
 }
@@ -37,7 +41,6 @@ type way struct {
 
 // A change is what a route does to the heads of its calls.
 type change struct {
-	plan               *plan
 	drop, dropAnswer   *http1.NameSet
 	lines, linesAnswer []byte
 }
@@ -48,6 +51,7 @@ func (o *Outbound) Prepare(snap *mesh.Snapshot, table *route.Table) { o.keep(new
 
 // keep remembers a policy beside the one before, for calls that still go by it.
 func (o *Outbound) keep(p *policy) *policy {
+	o.faults.use(time.Now(), p)
 	before := (*policy)(nil)
 	if kept := o.kept.Load(); kept != nil {
 		before = kept[0]
@@ -77,9 +81,10 @@ func newPolicy(snap *mesh.Snapshot, table *route.Table) *policy {
 		return p
 	}
 	p.ways, p.changes = make([]atomic.Pointer[way], table.Size()), make([]*change, table.Size())
+	p.plans, p.faults = make([]*plan, table.Size()), make([][]*fault, table.Size())
 	for set := range table.All {
 		for _, r := range set.Routes {
-			p.changes[r.ID] = changeOf(r)
+			p.changes[r.ID], p.plans[r.ID] = changeOf(r), planOf(r.Route)
 		}
 	}
 	return p
@@ -94,7 +99,7 @@ func (p *policy) of(name mesh.ServiceName) *route.Set {
 }
 
 func changeOf(r *route.Route) *change {
-	c := &change{plan: planOf(r.Route)}
+	c := &change{}
 	c.drop, c.lines = editOf(r.Rewrite.Fields)
 	if r.Rewrite.Host != "" {
 		c.lines = append(c.lines, "Sallyport-Host: "+r.Rewrite.Host+"\r\n"...)
@@ -128,14 +133,6 @@ func editOf(e mesh.FieldEdit) (drop *http1.NameSet, lines []byte) {
 	return drop, lines
 }
 
-// plan is how the calls are tried.
-func (t *target) plan() *plan {
-	if t.route == nil {
-		return usual
-	}
-	return t.policy.changes[t.route.ID].plan
-}
-
 // direct takes the route of the call, if its service has routes: it fixes where
 // the call goes and how its heads change, or answers it.
 func (d *door) direct(x *call) *refusal {
@@ -157,7 +154,6 @@ func (d *door) direct(x *call) *refusal {
 		}
 	}
 	if ch.Route == nil {
-		x.spread(t.routes)
 		return nil
 	}
 	r := d.follow(x, &ch)
@@ -172,16 +168,8 @@ func (d *door) direct(x *call) *refusal {
 	}
 	if r == nil {
 		x.ex.ToDown.Extra = x.lines
-		x.spread(t.policy.of(x.to.name))
 	}
 	return r
-}
-
-// spread says by what an endpoint of the service is chosen, if its routes do.
-func (x *call) spread(set *route.Set) {
-	if set != nil && set.File.Balance.Hash != nil {
-		x.tries.key = route.Key(set.File.Balance.Hash, &x.look)
-	}
 }
 
 // seen tells the matcher of the call. Before a browser makes a call it asks

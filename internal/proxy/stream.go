@@ -178,10 +178,21 @@ func (d *door) reach(x *call) (*upstream.Conn, *refusal) {
 	if d.cfg.Streams == nil {
 		return nil, &refusal{status: 503, reason: "no_endpoint", detail: "no tcp is carried here"}
 	}
-	up, err := d.cfg.Streams.Lend(x.ctx, &upstream.Want{Service: x.to.name, Subset: x.to.subset, Fresh: true})
+	f, r := d.meet(x)
+	if r != nil {
+		return nil, r
+	}
+	up, err := d.cfg.Streams.Lend(x.ctx, &upstream.Want{Service: x.to.name, Subset: x.to.subset, Fresh: true, Connect: x.to.plan().Connect})
 	if err != nil {
-		x.err = err
-		return nil, &refusal{status: 503, reason: "no_endpoint", detail: "the service cannot be reached"}
+		if f != nil {
+			f.leave()
+		}
+		return nil, x.unlent(err)
+	}
+	up.Report(upstream.OK, time.Now(), 0) // what it says from here on is not ours to judge
+	if f != nil {
+		x.tries.fault = f
+		x.slowed(f, up)
 	}
 	return up, nil
 }
@@ -210,6 +221,10 @@ func (d *door) connectStream(x *call, svc mesh.Service) *refusal {
 func (x *call) carry(up *upstream.Conn, how mesh.Stream) {
 	defer up.Discard()
 	defer x.unbind()
+	if f := x.tries.fault; f != nil {
+		x.tries.fault = nil
+		defer f.leave()
+	}
 	x.res.Status, x.res.ResponseStarted = 200, true
 	x.idle = how.Idle
 	if how.Life > 0 {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"math/rand/v2"
+	"net"
 	"os"
 	"slices"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/route"
 	"sallyport/internal/upstream"
 )
 
@@ -63,7 +65,6 @@ func planOf(r *mesh.Route) *plan {
 type tries struct {
 	*plan
 	want  upstream.Want
-	key   uint64    // by which ring_hash takes an endpoint
 	n     int       // further tries that were made
 	until time.Time // when all of it must be over; zero: never
 	fixed int       // length of x.extra without what changes with each try
@@ -76,8 +77,31 @@ type tries struct {
 	outcome upstream.Outcome
 	after   time.Duration
 	dropped bool
-	late    bool // it was ended since it was due
+	fault   *fault // that it meets
+	judged  bool   // outcome is of the whole answer
+	late    bool   // it was ended since it was due
 	cut     cutter
+}
+
+// plan is how the calls of the route are tried that was taken.
+func (t *target) plan() *plan {
+	if t.route == nil {
+		return usual
+	}
+	return t.policy.plans[t.route.ID]
+}
+
+// hashed says by what the service that is called keeps callers on an endpoint, nil
+// when it does not.
+func (t *target) hashed() *mesh.Balance {
+	if t.routes == nil {
+		return nil
+	}
+	set := t.policy.of(t.name)
+	if set == nil || set.File.Balance.Policy != "ring_hash" {
+		return nil
+	}
+	return &set.File.Balance
 }
 
 // begin reads what the request says of its tries and its deadline.
@@ -86,8 +110,11 @@ func (x *call) begin(p *plan) {
 	t.plan, t.n, t.until, t.dropped = p, 0, time.Time{}, false
 	t.grpc = isGRPC(x.req.Get("content-type"))
 	t.safe = p.unsafe || idempotent(x.req.Method) || len(x.req.Get("idempotency-key")) > 0
-	t.want = upstream.Want{Service: x.to.name, Subset: x.to.subset, Key: t.key, Connect: p.Connect}
+	t.want = upstream.Want{Service: x.to.name, Subset: x.to.subset, Connect: p.Connect}
 	t.fixed = len(x.extra)
+	if s := x.to.hashed(); s != nil {
+		t.want.Key = route.Key(s.Hash, &x.look)
+	}
 	within := asked(&x.req, t.grpc)
 	if p.Request > 0 && (within == 0 || p.Request < within) {
 		within = p.Request
@@ -127,12 +154,15 @@ func (d *door) send(x *call, p *plan) *refusal {
 			}
 			return noEndpoint()
 		}
+		if t.fault = d.fault(x); t.fault != nil {
+			defer t.fault.leave()
+		}
 		x.try(up)
 		if x.settled {
 			return nil
 		}
 		if x.err == nil {
-			up.Report(x.outcomeOf(), t.began, t.after)
+			x.report(up, x.outcomeOf(), t.began)
 			x.finish(up)
 			return nil
 		}
@@ -172,13 +202,19 @@ func (x *call) try(up *upstream.Conn) {
 	}
 	x.ex.ToUp.Extra = x.extra
 	t.began, t.outcome, t.after, t.dropped = time.Time{}, upstream.OK, 0, false
-	x.run(up, due)
+	t.judged = false
+	if t.fault != nil {
+		x.through(t.fault, up, due)
+		return
+	}
+	x.run(up, up.NetConn(), due)
 }
 
-// run runs the exchange, which must be over when it is due. Zero is never.
-func (x *call) run(up *upstream.Conn, due time.Time) {
+// run runs the exchange over what stands for up, which must be over when it is
+// due. Zero is never.
+func (x *call) run(up *upstream.Conn, over net.Conn, due time.Time) {
 	t := &x.tries
-	t.cut.arm(up.NetConn(), due)
+	t.cut.arm(over, due)
 	x.up = up
 	if x.res, x.err = x.ex.Run(); x.err == http1.ErrSettled { //nolint:errorlint // never wrapped
 		x.err = nil
@@ -250,7 +286,7 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 	untouched := isRefused(x.err) || x.res.RequestBytesSent == 0
 	switch {
 	case t.dropped:
-		up.Report(t.outcome, t.began, t.after)
+		x.report(up, t.outcome, t.began)
 		t.want.Avoid = up.Endpoint()
 		return true, false
 	case http1.FailedSide(x.err) != http1.Upstream:
@@ -266,11 +302,11 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 		t.want.Fresh = true
 		return true, true
 	case t.safe && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x):
-		up.Report(upstream.Failed, time.Now(), 0)
+		x.report(up, upstream.Failed, time.Now())
 		t.want.Avoid, t.want.Fresh = up.Endpoint(), false
 		return true, false
 	}
-	up.Report(upstream.Failed, time.Now(), 0)
+	x.report(up, upstream.Failed, time.Now())
 	return false, false
 }
 
@@ -324,10 +360,20 @@ func (x *call) gaveUp() *refusal {
 
 func timedOut(err error) bool { return http1.StatusOf(err) == 504 }
 
+// report tells what became of a try. A fault that answers in the endpoint's place
+// says nothing of the endpoint.
+func (x *call) report(up *upstream.Conn, o upstream.Outcome, at time.Time) {
+	if f := x.tries.fault; f != nil && !f.real() {
+		up.ReportService(o, at, x.tries.after)
+		return
+	}
+	up.Report(o, at, x.tries.after)
+}
+
 // outcomeOf is what the whole answer says of the service.
 func (x *call) outcomeOf() upstream.Outcome {
 	t := &x.tries
-	if !t.grpc || t.outcome != upstream.OK {
+	if !t.grpc || t.judged || t.outcome != upstream.OK {
 		return t.outcome
 	}
 	code, known := grpcCode(x.ex.Trailer("grpc-status"))

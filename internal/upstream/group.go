@@ -74,6 +74,7 @@ type endpoint struct {
 // a snapshot that changes nothing about it.
 type standing struct {
 	name mesh.ServiceName
+	dst  string
 	cfg  mesh.Routes // without its routes
 	out  *mesh.Outlier
 	*breaker
@@ -130,6 +131,7 @@ func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, places []plac
 			continue // two announcements of one address are one place
 		}
 		now[p.pool] = true
+		st.dst = p.pool.t.id.String()
 		e := was[p.pool]
 		if e == nil {
 			e = st.newEndpoint(p.pool, len(was) > 0)

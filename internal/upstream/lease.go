@@ -103,10 +103,20 @@ func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 	if l.by == nil || l.told {
 		return
 	}
+	now := at.UnixNano()
+	l.by.blame(l.on, now, o, time.Duration(max(now-l.at, 0)), true)
+	c.ReportService(o, at, retryAfter)
+}
+
+// ReportService is Report for what says nothing of the endpoint.
+func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) {
+	l := &c.lease
+	if l.by == nil || l.told {
+		return
+	}
 	l.told = true
 	now := at.UnixNano()
 	took := time.Duration(max(now-l.at, 0))
-	l.by.blame(l.on, now, o, took, true)
 	l.by.capacity.took(now, took, o)
 	l.by.decide(now, o, took, retryAfter, l.probe)
 }

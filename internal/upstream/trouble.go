@@ -22,27 +22,29 @@ const (
 
 // A Trouble is what this proxy holds against a service or one of its endpoints.
 type Trouble struct {
-	Service mesh.ServiceName
-	Kind    string
+	Service mesh.ServiceName `json:"service"`
+	// Dst is the identity of the service, as metrics have it.
+	Dst  string `json:"dst"`
+	Kind string `json:"kind"`
 	// Address is of the endpoint; none for a service.
-	Address netip.AddrPort
-	Since   time.Time
-	Until   time.Time // zero: until something shows otherwise
-	Why     string
+	Address netip.AddrPort `json:"address,omitzero"`
+	Since   time.Time      `json:"since"`
+	Until   time.Time      `json:"until,omitzero"` // zero: until something shows otherwise
+	Why     string         `json:"why,omitempty"`
 }
 
 // ejected describes an ejection. The caller holds the lock.
 func (st *standing) ejected(e *endpoint) Trouble {
-	return Trouble{Service: st.name, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why}
+	return Trouble{Service: st.name, Dst: st.dst, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why}
 }
 
 // cut describes the breaker.
 func (st *standing) cut(now int64) Trouble {
 	open, _, since, why := st.breaker.state()
 	if !open {
-		return Trouble{Service: st.name, Kind: Closed, Since: time.Unix(0, now)}
+		return Trouble{Service: st.name, Dst: st.dst, Kind: Closed, Since: time.Unix(0, now)}
 	}
-	return Trouble{Service: st.name, Kind: Open, Since: time.Unix(0, since), Why: why}
+	return Trouble{Service: st.name, Dst: st.dst, Kind: Open, Since: time.Unix(0, since), Why: why}
 }
 
 // Troubles lists what is held against whom now, by service and address.
@@ -60,7 +62,7 @@ func (s *Services) Troubles() (list []Trouble) {
 				list = append(list, g.ejected(e))
 			}
 			if e.sick.Load() {
-				list = append(list, Trouble{Service: g.name, Kind: Unhealthy, Address: e.pool.t.addr, Since: time.Unix(0, e.sickSince), Why: e.sickWhy})
+				list = append(list, Trouble{Service: g.name, Dst: g.dst, Kind: Unhealthy, Address: e.pool.t.addr, Since: time.Unix(0, e.sickSince), Why: e.sickWhy})
 			}
 		}
 		g.mu.Unlock()

@@ -1,0 +1,49 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+
+	"sallyport/internal/upstream"
+)
+
+// changed tells the operator, in the log and the metrics, of an endpoint that is
+// put aside and of a service that is cut off or served again.
+func (s *sidecar) changed(t upstream.Trouble) {
+	switch t.Kind {
+	case upstream.Ejected:
+		s.metrics.Ejections(t.Dst).Inc()
+		s.log.Warn("endpoint put aside", "service", t.Service, "address", t.Address, "until", t.Until, "why", t.Why)
+	case upstream.Open:
+		s.metrics.BreakerOpen(t.Dst).Set(1)
+		s.log.Warn("service cut off", "service", t.Service, "why", t.Why)
+	case upstream.Closed:
+		s.metrics.BreakerOpen(t.Dst).Set(0)
+		s.log.Info("service is called again", "service", t.Service)
+	}
+}
+
+// troubles are what this proxy holds against services now.
+func (s *sidecar) troubles() []upstream.Trouble {
+	return append(s.services.Troubles(), s.streams.Troubles()...)
+}
+
+func (s *sidecar) serveTroubles(w http.ResponseWriter, _ *http.Request) {
+	list := s.troubles()
+	if list == nil {
+		list = []upstream.Trouble{}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(list) // whoever asked has gone
+}
+
+// stopFaults is the switch for whoever is paged: no policy need be pushed.
+func (s *sidecar) stopFaults(w http.ResponseWriter, _ *http.Request) {
+	n := 0
+	if out := s.outbound.Load(); out != nil {
+		n = out.StopFaults()
+	}
+	s.log.Warn("faults stopped by hand", "faults", n)
+	fmt.Fprintf(w, "%d faults stopped; none begins before the sidecar is started again\n", n)
+}

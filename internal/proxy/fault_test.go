@@ -1,0 +1,161 @@
+package proxy
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+)
+
+// faulty is the text of a route with one fault, in force for an hour.
+func faulty(what, more string) string {
+	return fmt.Sprintf(`%sroutes:
+  - name: all
+    retry: {attempts: 0}
+    faults:
+      - name: trial
+        share: 100%%
+        since: %s
+        until: %s
+        callers: ["spiffe://demo.sallyport/ns/shop/sa/web"]
+        %s
+`, more, time.Now().Add(-time.Minute).UTC().Format(time.RFC3339), time.Now().Add(time.Hour).UTC().Format(time.RFC3339), what)
+}
+
+func TestAFaultIsAFakeUpstream(t *testing.T) {
+	for _, tt := range []struct {
+		name, fault string
+		fields      []string
+		status      int
+		reached     int64
+		check       func(t *testing.T, resp *http.Response, body string, took time.Duration)
+	}{
+		{"a status", "status: 418", nil, 418, 0, func(t *testing.T, resp *http.Response, body string, _ time.Duration) {
+			if resp.Header.Get("Sallyport-Fault") != "trial" || !strings.Contains(body, "fault trial") {
+				t.Errorf("%v %s", resp.Header, body)
+			}
+		}},
+		{"a status of gRPC", "grpc: RESOURCE_EXHAUSTED", []string{"Content-Type: application/grpc", "TE: trailers"}, 200, 0, func(t *testing.T, resp *http.Response, _ string, _ time.Duration) {
+			if resp.Header.Get("Grpc-Status") != "8" {
+				t.Errorf("%v", resp.Header)
+			}
+		}},
+		{"a reset", "reset: true", nil, 502, 0, nil},
+		{"a delay", "delay: 100ms", nil, 200, 1, func(t *testing.T, _ *http.Response, _ string, took time.Duration) {
+			if took < 100*time.Millisecond {
+				t.Errorf("after %s", took)
+			}
+		}},
+		{"a delay that the caller does not wait for", "delay: 5m", []string{"Sallyport-Timeout-Ms: 100"}, 504, 0, nil},
+		{"little bandwidth", "bandwidth: 100000", nil, 200, 1, func(t *testing.T, _ *http.Response, body string, took time.Duration) {
+			if len(body) != 30_000 || took < 200*time.Millisecond {
+				t.Errorf("%d bytes after %s", len(body), took)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := &flaky{}
+			r := newRig(t, app(t, func(w http.ResponseWriter, q *http.Request) {
+				f.ServeHTTP(httptest.NewRecorder(), q)
+				_, _ = io.WriteString(w, strings.Repeat("x", 30_000))
+			}), func(r *rig) { r.routes = "service: billing\n" + faulty(tt.fault, "") })
+			before := time.Now()
+			resp, body := r.ask("GET", "/ok/1", tt.fields...)
+			if resp.StatusCode != tt.status || f.seen.Load() != tt.reached {
+				t.Errorf("status %d, the application saw %d calls; want %d and %d: %s", resp.StatusCode, f.seen.Load(), tt.status, tt.reached, body)
+			}
+			if tt.check != nil {
+				tt.check(t, resp, body, time.Since(before))
+			}
+			if n := r.metric(`sallyport_requests_total{code="200",dst="spiffe://demo.sallyport/ns/shop/sa/billing",proto="http",reporter="outbound",route="billing/all",src="spiffe://demo.sallyport/ns/shop/sa/web"}`); n != "" && n != "0" {
+				t.Errorf("%s calls with a fault count as the backend's", n)
+			}
+		})
+	}
+}
+
+// What stands above a fault sees it as the real thing.
+func TestABreakerOpensForAFault(t *testing.T) {
+	f := &flaky{}
+	r := newRig(t, app(t, f.ServeHTTP), func(r *rig) {
+		r.routes = "service: billing\n" + faulty("status: 503", "breaker: {consecutive: 3, open: 1h, max_open: 1h}\noutlier: {consecutive: 2}\n")
+	})
+	for i := range 5 {
+		want := ""
+		if i >= 3 {
+			want = "circuit_open"
+		}
+		if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 503 || resp.Header.Get("Sallyport-Refused") != want {
+			t.Errorf("call %d: status %d, refused for %q, want %q", i, resp.StatusCode, resp.Header.Get("Sallyport-Refused"), want)
+		}
+	}
+	for _, x := range r.services.Troubles() {
+		if x.Kind != "open" || x.Why != "3 consecutive failures" {
+			t.Errorf("%+v", x)
+		}
+	}
+	if n := len(r.services.Troubles()); n != 1 {
+		t.Errorf("%d troubles, want the breaker alone", n)
+	}
+}
+
+func TestAFaultIsRecordedAndCanBeStopped(t *testing.T) {
+	f := &flaky{}
+	r := newRig(t, app(t, f.ServeHTTP), func(r *rig) { r.routes = "service: billing\n" + faulty("status: 418", "") })
+	if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 418 {
+		t.Fatalf("status %d", resp.StatusCode)
+	}
+	reasons := func() (list []string) {
+		for _, x := range r.outAudit.Records() {
+			if x.Rule == "billing/all/trial" {
+				list = append(list, x.Reason)
+			}
+		}
+		return list
+	}
+	if got := fmt.Sprint(reasons()); got != "[fault_begun]" {
+		t.Errorf("recorded %s", got)
+	}
+	if n := r.outbound.StopFaults(); n != 1 {
+		t.Errorf("%d faults were stopped", n)
+	}
+	if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 200 {
+		t.Errorf("status %d after the stop", resp.StatusCode)
+	}
+	if got := fmt.Sprint(reasons()); got != "[fault_begun fault_ended]" {
+		t.Errorf("recorded %s", got)
+	}
+	r.use(r.access) // a new policy begins none
+	if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 200 {
+		t.Errorf("status %d after a new policy", resp.StatusCode)
+	}
+}
+
+func TestRoutesSayHowCallsAreTried(t *testing.T) {
+	hung, seen := hang(t, "")
+	for _, tt := range []struct {
+		name, route string
+		status      int
+		seen        int64
+	}{
+		{"the whole call", "timeouts: {request: 150ms}", 504, 1},
+		{"each try", "timeouts: {backend_request: 100ms}", 504, 2},
+		{"each try, without retries", "timeouts: {backend_request: 100ms}\n    retry: {attempts: 0}", 504, 1},
+	} {
+		r := newRig(t, hung, func(r *rig) { r.routes = "service: billing\nroutes:\n  - name: all\n    " + tt.route + "\n" })
+		was := seen()
+		if resp, body := r.ask("GET", "/ok/1"); resp.StatusCode != tt.status || seen()-was != tt.seen {
+			t.Errorf("%s: status %d after %d calls, want %d after %d: %s", tt.name, resp.StatusCode, seen()-was, tt.status, tt.seen, body)
+		}
+	}
+	f := &flaky{bad: 3, how: status(500)}
+	r := newRig(t, app(t, f.ServeHTTP), func(r *rig) {
+		r.routes = "service: billing\nroutes:\n  - name: all\n    retry: {attempts: 3, codes: [500], unsafe: true, backoff: 1ms, max_backoff: 2ms}\n"
+	})
+	if resp, _ := r.ask("POST", "/ok/1"); resp.StatusCode != 200 || f.seen.Load() != 4 {
+		t.Errorf("status %d after %d calls", resp.StatusCode, f.seen.Load())
+	}
+}
