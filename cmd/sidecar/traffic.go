@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 
+	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
 )
 
@@ -15,12 +16,30 @@ func (s *sidecar) changed(t upstream.Trouble) {
 	case upstream.Ejected:
 		s.metrics.Ejections(t.Dst).Inc()
 		s.log.Warn("endpoint put aside", "service", t.Service, "address", t.Address, "until", t.Until, "why", t.Why)
+	case upstream.Unhealthy:
+		s.log.Warn("endpoint does not answer its health check", "service", t.Service, "address", t.Address, "why", t.Why)
+	case upstream.Healthy:
+		s.log.Info("endpoint answers its health check again", "service", t.Service, "address", t.Address)
 	case upstream.Open:
 		s.metrics.BreakerOpen(t.Dst).Set(1)
 		s.log.Warn("service cut off", "service", t.Service, "why", t.Why)
 	case upstream.Closed:
 		s.metrics.BreakerOpen(t.Dst).Set(0)
 		s.log.Info("service is called again", "service", t.Service)
+	}
+}
+
+// warnUnserved tells of what routes ask for and no call gets.
+func (s *sidecar) warnUnserved(snap *mesh.Snapshot) {
+	for i := range snap.Routes {
+		for _, r := range snap.Routes[i].Routes {
+			if r.Hedge != nil {
+				s.log.Warn("hedge is not acted on yet", "routes", snap.Routes[i].Of(), "route", r.Name)
+			}
+			if r.Limit != nil {
+				s.log.Warn("limit is not acted on yet", "routes", snap.Routes[i].Of(), "route", r.Name)
+			}
+		}
 	}
 }
 

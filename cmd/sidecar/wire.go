@@ -151,6 +151,8 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return daemon.FitThreads(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
+	g.Go(func() error { return s.services.Watch(ground) })
+	g.Go(func() error { return s.streams.Watch(ground) })
 	g.Go(func() error { return s.translation.Run(ground) })
 	g.Go(func() error { return s.mirror.Run(ground) })
 	if s.tie == nil {
@@ -372,6 +374,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
 	s.streams.Use(snap)
+	s.warnUnserved(snap)
 	return nil
 }
 

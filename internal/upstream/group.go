@@ -68,6 +68,12 @@ type endpoint struct {
 	sick      atomic.Bool
 	sickSince int64
 	sickWhy   string
+	well      bool // the last answer to a check, of alike ones in a row
+	alike     int
+	// asking says that a check is under way; askAt is when the next one is due,
+	// and Watch's own.
+	asking atomic.Bool
+	askAt  int64
 }
 
 // A standing is what all subsets of a service have in common, and what outlives

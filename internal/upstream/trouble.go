@@ -16,8 +16,10 @@ const (
 	Unhealthy = "unhealthy"
 	// Open: calls to the service fail at once.
 	Open = "open"
-	// Closed: they do not any more. It is told of, and stands in no list.
-	Closed = "closed"
+	// Closed: they do not any more, and Healthy: calls avoid the endpoint no more.
+	// These are told of, and stand in no list.
+	Closed  = "closed"
+	Healthy = "healthy"
 )
 
 // A Trouble is what this proxy holds against a service or one of its endpoints.

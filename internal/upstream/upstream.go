@@ -77,7 +77,8 @@ type Config struct {
 	// Zone is where this proxy stands; endpoints of the same zone can be
 	// preferred. Optional.
 	Zone string
-	// Changed is told of each ejection, and when a breaker opens or closes. It
+	// Changed is told of each ejection, of what health checks find, and when a
+	// breaker opens or closes. It
 	// is called on the way of a call and must be quick. Optional.
 	Changed func(Trouble)
 }
