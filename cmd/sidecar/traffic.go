@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/http"
 
-	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
 )
 
@@ -26,20 +25,6 @@ func (s *sidecar) changed(t upstream.Trouble) {
 	case upstream.Closed:
 		s.metrics.BreakerOpen(t.Dst).Set(0)
 		s.log.Info("service is called again", "service", t.Service)
-	}
-}
-
-// warnUnserved tells of what routes ask for and no call gets.
-func (s *sidecar) warnUnserved(snap *mesh.Snapshot) {
-	for i := range snap.Routes {
-		for _, r := range snap.Routes[i].Routes {
-			if r.Hedge != nil {
-				s.log.Warn("hedge is not acted on yet", "routes", snap.Routes[i].Of(), "route", r.Name)
-			}
-			if r.Limit != nil {
-				s.log.Warn("limit is not acted on yet", "routes", snap.Routes[i].Of(), "route", r.Name)
-			}
-		}
 	}
 }
 

@@ -374,7 +374,6 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
 	s.streams.Use(snap)
-	s.warnUnserved(snap)
 	return nil
 }
 
