@@ -472,6 +472,7 @@ func (l *listener) calls(x *call, way chain) {
 			l.leftOff(x, x.err)
 		}
 		switch {
+		case x.settled: // long ago: what has come since is the next request, whatever began meanwhile
 		case x.tunnel:
 			return // both ends are closed
 		case x.broken:
