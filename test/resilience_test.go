@@ -198,7 +198,7 @@ func (w *world) worstCases(t *testing.T, back *backend, payment *hand) {
 		{"is far away", toxic(`{"type":"latency","attributes":{"latency":8000}}`), "/anything", map[string]outcome{get: {0, "504", "timeout", 2}, post: {0, "504", "timeout", 1}}},
 		{"hangs after the head", handled(says("HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhalf")), "/", map[string]outcome{get: {56, "200", "", 1}, post: {56, "200", "", 1}}},
 		{"resets", handled(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }), "/", map[string]outcome{get: {0, "502", "upstream", 2}, post: {0, "502", "upstream", 1}}},
-		{"sends garbage", handled(says("\x16\x03\x01 this is no HTTP\r\n\r\n")), "/", map[string]outcome{get: {0, "502", "upstream", 2}, post: {0, "502", "upstream", 1}}},
+		{"sends garbage", handled(says("\x16\x03\x01 this is no HTTP\r\n\r\n")), "/", map[string]outcome{get: {0, "502", "malformed", 1}, post: {0, "502", "malformed", 1}}},
 		{"is partitioned", toxic(`{"type":"timeout","stream":"upstream","attributes":{"timeout":0}}`), "/anything", map[string]outcome{get: {0, "504", "timeout", 0}, post: {0, "504", "timeout", 0}}},
 		{"refuses", func(f func()) { back.proxy.Stop(); defer back.listen(); f() }, "/anything", map[string]outcome{get: {0, "503", "no_endpoint", 0}, post: {0, "503", "no_endpoint", 0}}},
 	} {

@@ -438,7 +438,21 @@ func (x *call) failed(err error) *refusal {
 		}
 		return r
 	}
-	return &refusal{status: status, reason: "upstream", detail: "the service did not answer properly"}
+	r := &refusal{status: status, reason: "upstream", detail: "the service did not answer properly"}
+	if isMalformed(err) {
+		r.reason = malformed
+	}
+	return r
+}
+
+// malformed is the reason of a refusal in place of an answer that breaks the
+// rules of its protocol. A further try would most likely bring the same.
+const malformed = "malformed"
+
+// isMalformed says that an upstream has answered such.
+func isMalformed(err error) bool {
+	p := (*http1.ProtocolError)(nil)
+	return http1.FailedSide(err) == http1.Upstream && errors.As(err, &p)
 }
 
 func idempotent(method []byte) bool {

@@ -87,6 +87,7 @@ func TestABreakerOpensForAFault(t *testing.T) {
 		want := ""
 		if i >= 3 {
 			want = "circuit_open"
+			await(t, func() bool { return len(r.services.Troubles()) > 0 }) // a call is counted behind its answer
 		}
 		if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 503 || resp.Header.Get("Sallyport-Refused") != want {
 			t.Errorf("call %d: status %d, refused for %q, want %q", i, resp.StatusCode, resp.Header.Get("Sallyport-Refused"), want)

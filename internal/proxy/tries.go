@@ -251,7 +251,7 @@ func (d *door) accept(x *call) bool {
 	}
 	t.after = retryAfter(resp.Get("retry-after"))
 	unseen := refused == "no_endpoint" || refused == "overload"
-	wanted := unseen || t.safe && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
+	wanted := unseen || t.safe && refused != malformed && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
 	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x) {
 		return true
 	}
@@ -301,7 +301,7 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 	case stale && !t.want.Fresh && (t.safe || idempotent(x.req.Method)):
 		t.want.Fresh = true
 		return true, true
-	case t.safe && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x):
+	case t.safe && !isMalformed(x.err) && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x):
 		x.report(up, upstream.Failed, time.Now())
 		t.want.Avoid, t.want.Fresh = up.Endpoint(), false
 		return true, false
