@@ -86,7 +86,7 @@ func answerClasses() []strictClass {
 			{name: "204", say: ask, status: 204, keep: true, reach: whole, answer: "HTTP/1.1 204 No Content\r\n\r\n"},
 			{name: "a length that is not kept", say: ask, status: 200, reach: whole, answer: ok + "Content-Length: 20\r\n\r\nok", hangUp: true},
 			{name: "chunks that break off", say: ask, status: 200, reach: whole, answer: ok + "Transfer-Encoding: chunked\r\n\r\n5\r\nok", hangUp: true},
-			{name: "nothing", say: ask, status: 502, keep: true, reach: whole, answer: "H", hangUp: true, fresh: true},
+			{name: "nothing", say: ask, status: 502, keep: true, reach: whole, answer: "H", hangUp: true, fresh: true, twice: true},
 		}},
 	}
 }

@@ -46,6 +46,7 @@ type strictCase struct {
 	hangUp bool          // and then it closes
 	gate   chan struct{} // not before this is closed
 	fresh  bool          // its connection is not used again
+	twice  bool          // the way out tries it once more
 }
 
 // doors are the listeners that a case is tried at; none means both.
@@ -217,6 +218,7 @@ func (s *strictRig) one(t *testing.T, c strictCase, door string) {
 		t.Errorf("afterwards came %q; kept: want %v", got.Rest, c.keep)
 	}
 	told := got.Head + got.Body
+	c.twice = c.twice && door == "out"
 	s.arrived(t, c, from, kept)
 	for _, want := range c.tells {
 		if !strings.Contains(told, want) {
@@ -278,6 +280,9 @@ func (s *strictRig) arrived(t *testing.T, c strictCase, from int, kept bool) {
 	if kept {
 		want++
 	}
+	if c.twice {
+		want++
+	}
 	if c.reach == cutOff { // it is known to be cut off when its connection ends
 		s.w.await("see the end of a request that is cut off", func() bool { return len(s.app.since(from)) >= want })
 	}
@@ -311,7 +316,7 @@ func (s *strictRig) arrived(t *testing.T, c strictCase, from int, kept bool) {
 			t.Errorf("the application got %q with %q in it", f.raw, bad)
 		}
 	}
-	if c.fresh && kept && got[1].conn == f.conn {
+	if c.fresh && kept && got[want-1].conn == f.conn {
 		t.Error("the connection to the application was used again")
 	}
 }
