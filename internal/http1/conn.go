@@ -207,10 +207,11 @@ func (c *Conn) Tell(now time.Time) { c.now = now }
 
 // Now is the time that was told, once, or else that of the clock.
 func (c *Conn) Now() time.Time {
-	now := c.now
-	if c.now = (time.Time{}); now.IsZero() {
-		return time.Now()
+	if c.now.IsZero() {
+		return time.Now() // without a write: one may read and another write the connection
 	}
+	now := c.now
+	c.now = time.Time{}
 	return now
 }
 

@@ -232,6 +232,7 @@ func (x *Exchange) startUpload() error {
 	r.started = true
 	down.ended.Store(false)
 	up.Now() // is long ago by the time that it may be written
+	down.Now()
 	u := &upload{done: make(chan struct{})}
 	x.upload = u
 	x.res.RequestBytesSent = int64(len(up.out))
@@ -392,7 +393,7 @@ func (x *Exchange) respond() error {
 	if duplex {
 		early = x.overtaken()
 	}
-	if whole && !resp.Upgrade { // all that took time is the write, which the deadline allows for
+	if whole && !resp.Upgrade && x.upload == nil { // all that took time is the write, which the deadline allows for
 		down.Tell(x.answered)
 		up.Tell(x.answered)
 	}

@@ -55,20 +55,21 @@ func (r *reading) again(b []byte) (fd Field, size int) {
 // the one that again has compared.
 func (r *reading) note(fd *Field, size, from int) {
 	r.news = true
+	n := r.n
+	r.n++ // kept or not: at stands behind the line that again has compared
 	if !r.keeps {
 		return
 	}
-	if r.n == maxKeptLines {
+	if n == maxKeptLines {
 		r.keeps = false
 		return
 	}
 	l := line{uint16(size), uint16(len(fd.Name)), uint16(from), uint16(from + len(fd.Value)), fd.kind, fd.plain}
-	if r.n < len(r.said.at) {
-		r.said.at[r.n] = l
+	if n < len(r.said.at) {
+		r.said.at[n] = l
 	} else {
 		r.said.at = append(r.said.at, l)
 	}
-	r.n++
 }
 
 // end keeps the lines of b for the next time, all of which were read. Those of a

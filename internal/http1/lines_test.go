@@ -63,6 +63,31 @@ func TestLinesThatComeAgain(t *testing.T) {
 	alike(t, kept...)
 }
 
+// TestALargeHeadIsComparedInItsPlaces has heads that are too large to be kept
+// differ from the last one in several lines: what follows must be compared with
+// the line at its own place.
+func TestALargeHeadIsComparedInItsPlaces(t *testing.T) {
+	large := "Fill: " + strings.Repeat("y", maxKept) + "\r\n"
+	small := "Pad: " + strings.Repeat("y", 200) + "\r\n"
+	for _, tt := range [][2]string{
+		{ // the second line is the next one that is kept, and as long as the first
+			"GET / HTTP/1.1\r\nA: 0000000000000000\r\nSallyport-Peer: abcd\r\n" + small + "Host: a\r\n",
+			"GET / HTTP/1.1\r\nHost: a\r\nSallyport-Peer: abcd\r\n" + large,
+		},
+		{
+			"POST / HTTP/1.1\r\nA: 00000000000000000000000\r\nTransfer-Encoding: chunked\r\n" + small + "Host: a\r\n",
+			"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n" + large,
+		},
+		{ // more changes than there are bytes kept
+			"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: Go-http-client/1.1\r\nAccept-Encoding: gzip\r\n",
+			"GET / HTTP/1.1\r\nHost: a\r\nUser-Agent: Go-http-client/1.1\r\nAuthorization: " + strings.Repeat("y", maxKept) + "\r\nAccept-Encoding: gzip\r\nX: 1\r\nY: 2\r\nZ: 3\r\n",
+		},
+	} {
+		alike(t, tt[0], tt[1], tt[0], tt[1])
+		alike(t, tt[0], tt[0], tt[1], tt[1], tt[0])
+	}
+}
+
 // TestLinesHoldLittle bounds what a connection at rest keeps of its last head.
 func TestLinesHoldLittle(t *testing.T) {
 	c := NewConn(mem("GET / HTTP/1.1\r\nHost: a\r\nX: "+strings.Repeat("y", 20<<10)+"\r\n\r\n"), Limits{})

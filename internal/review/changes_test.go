@@ -3,6 +3,7 @@ package review
 import (
 	"net/netip"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -45,12 +46,12 @@ func TestChanges(t *testing.T) {
 			{"tokens", "settings", Edited, []Field{{"api_key_header", "", "x-key"}}},
 		}},
 		{"the first routes of a service", func(p *mesh.Policies) {
-			p.Routes = []mesh.Routes{{Service: "billing", Subsets: []mesh.Subset{{Name: "v2", Labels: map[string]string{"version": "v2"}}},
-				Routes: []mesh.Route{{Name: "canary", Matches: []mesh.Match{{Headers: []mesh.NamedText{{Name: "x", Text: mesh.Text{Exact: "1"}}}}}, Backends: []mesh.Backend{{Subset: "v2", Weight: 100}}}}}}
-		}, []Change{{"routes", "billing", Added, []Field{
+			p.Routes = append(slices.Clone(p.Routes), mesh.Routes{Service: "inventory", Subsets: []mesh.Subset{{Name: "v2", Labels: map[string]string{"version": "v2"}}},
+				Routes: []mesh.Route{{Name: "canary", Matches: []mesh.Match{{Headers: []mesh.NamedText{{Name: "x", Text: mesh.Text{Exact: "1"}}}}}, Backends: []mesh.Backend{{Subset: "v2", Weight: 100}}}}})
+		}, []Change{{"routes", "inventory", Added, []Field{
 			{"routes[canary].backends[0].subset", "", "v2"}, {"routes[canary].backends[0].weight", "", "100"},
 			{"routes[canary].matches[0].headers[x].exact", "", "1"}, {"routes[canary].matches[0].headers[x].name", "", "x"}, {"routes[canary].name", "", "canary"},
-			{"service", "", "billing"}, {"subsets[v2].labels.version", "", "v2"}, {"subsets[v2].name", "", "v2"}}}}},
+			{"service", "", "inventory"}, {"subsets[v2].labels.version", "", "v2"}, {"subsets[v2].name", "", "v2"}}}}},
 		{"a file that is not enforced any more", func(p *mesh.Policies) {
 			p.Modes = []mesh.FileMode{{File: "access.csv", Mode: mesh.Observe}}
 		}, []Change{{"mode", "access.csv", Added, []Field{{"file", "", "access.csv"}, {"mode", "", "observe"}}}}},
