@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 
 	"connectrpc.com/vanguard"
 	"google.golang.org/genproto/googleapis/api/annotations"
@@ -185,6 +186,14 @@ func (t *table) methodAt(verb, path string) string {
 	r := (&http.Request{Method: verb, URL: &url.URL{Path: path}, Header: http.Header{}, Body: http.NoBody, Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1}).WithContext(ctx)
 	t.rest.ServeHTTP(p, r)
 	return p.method
+}
+
+// certain says that a service which takes the request as it is cannot take it for
+// another method than this one: it may decode what is escaped before it looks,
+// such as the ':' before a verb, or take an empty last segment for none.
+func (t *table) certain(r Request, method string) bool {
+	path, err := url.PathUnescape(r.Path)
+	return err == nil && (path == r.Path || t.methodAt(r.Verb, path) == method) && (path == "/" || !strings.HasSuffix(path, "/"))
 }
 
 type probeKey struct{}

@@ -175,7 +175,11 @@ func (o *Offer) face(tab *table, r Request) (Face, error) {
 	kind := kindOf(r.ContentType)
 	switch kind {
 	case plain:
-		return Face{Method: tab.methodAt(r.Verb, r.Path), Translated: toGRPC, REST: true}, nil
+		f := Face{Method: tab.methodAt(r.Verb, r.Path), Translated: toGRPC, REST: true}
+		if !toGRPC && !tab.certain(r, f.Method) {
+			f.Method = ""
+		}
+		return f, nil
 	case grpcProto, webProto:
 	case grpcJSON, webJSON:
 		if !toGRPC {

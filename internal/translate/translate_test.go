@@ -301,6 +301,9 @@ func TestWhatARequestMeans(t *testing.T) {
 		{"gRPC for REST", rest, "POST", translatetest.Get, "application/grpc", Face{Method: translatetest.Get, Translated: true}, false},
 		{"gRPC in JSON for REST", rest, "POST", translatetest.Get, "application/grpc+json", Face{}, true},
 		{"REST for REST is judged as the method", rest, "GET", "/v1/items/a", "", Face{Method: translatetest.Get, REST: true}, false},
+		{"an escaped byte that means nothing", rest, "GET", "/v1/items/a%20b", "", Face{Method: translatetest.Get, REST: true}, false},
+		{"an escaped verb, which the service may decode first", rest, "GET", "/v1/items/a%3Awatch", "", Face{REST: true}, false},
+		{"an empty segment, which the service may take for none", rest, "GET", "/v1/items/", "", Face{REST: true}, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := c.tr.Face(t.Context(), Request{c.verb, c.path, c.contentType})
