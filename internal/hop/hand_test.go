@@ -10,6 +10,7 @@ import (
 // catcher is a Hand that takes what begins as it likes it.
 type catcher struct {
 	likes string
+	claim func() bool // nil: it is
 	got   atomic.Pointer[string]
 	left  atomic.Int32
 }
@@ -19,6 +20,8 @@ func (c *catcher) Take(p []byte) bool {
 	c.got.Store(&s)
 	return s[0] == c.likes[0]
 }
+
+func (c *catcher) Claim() bool { return c.claim == nil || c.claim() }
 
 func (c *catcher) Left() { c.left.Add(1) }
 
@@ -105,6 +108,41 @@ func TestHandLeavesTheWindow(t *testing.T) {
 		}
 		p.stop()
 	})
+}
+
+// TestRecallIsTheLastWord has what comes claimed under the lock that Recall takes:
+// else a reader that is held up in between gives an answer to the next call.
+func TestRecallIsTheLastWord(t *testing.T) {
+	for _, claims := range []bool{true, false} {
+		bubble(t, func(t *testing.T) {
+			p := newPair(t, Config{}, Config{}, echo)
+			s := p.open(t)
+			say(t, s, "hello")
+			hear(t, s, "hello")
+			c := &catcher{likes: "y", claim: func() bool {
+				if s.mu.TryLock() {
+					s.mu.Unlock()
+					t.Error("it can be recalled while it is claimed")
+				}
+				return claims
+			}}
+			if !s.Answer(c) {
+				t.Fatal("nothing is to be waited for")
+			}
+			say(t, s, "yes")
+			synctest.Wait()
+			if got := c.got.Load(); claims != (got != nil) {
+				t.Errorf("claimed %v, and got %v", claims, got)
+			}
+			if !claims {
+				hear(t, s, "yes")
+			}
+			if n := s.c.waiting.Load(); n != 0 {
+				t.Errorf("%d streams count as waiting", n)
+			}
+			p.stop()
+		})
+	}
 }
 
 func TestHandIsNotForWhatIsThere(t *testing.T) {

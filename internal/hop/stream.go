@@ -104,6 +104,9 @@ func (s *Stream) Read(p []byte) (int, error) {
 // A Hand takes what comes next on a stream in place of a reader, from the
 // goroutine of the Conn that reads: it must not block.
 type Hand = interface {
+	// Claim says whether it is still to take what has come, to which Take is
+	// called. Locks are held: Recall comes before it or waits for it.
+	Claim() bool
 	// Take takes p, which is void afterwards, or leaves it to a reader.
 	Take(p []byte) bool
 	// Left says that it is for a reader to see what became of the stream: its end,
@@ -124,7 +127,8 @@ func (s *Stream) Answer(h Hand) bool {
 	return true
 }
 
-// Recall takes back what Answer has set.
+// Recall takes back what Answer has set. What has claimed nothing by then never
+// will.
 func (s *Stream) Recall() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -232,7 +236,7 @@ func (s *Stream) deliver(p []byte) error {
 	if s.rerr != nil {
 		return nil // nobody will read it
 	}
-	if h := s.unhand(); h != nil {
+	if h := s.unhand(); h != nil && h.Claim() {
 		return s.handTo(h, p)
 	}
 	if s.dst != nil && s.in.Len() == 0 && s.got < len(s.dst) {

@@ -17,9 +17,11 @@ import (
 var ErrSettled = errors.New("exchange settled where the answer was read")
 
 // handed is a connection on which something else than a reader can take what
-// comes. Left says that it will not be asked.
+// comes. It claims that first, which no Recall overtakes: the next exchange must
+// not get what is meant for this one. Left says that it will not be asked.
 type handed interface {
 	Answer(h interface {
+		Claim() bool
 		Take(p []byte) bool
 		Left()
 	}) bool
@@ -105,12 +107,13 @@ func (x *Exchange) goOn() error {
 	return &SideError{Client, "write", err}
 }
 
-// Take takes the answer if it lies whole in p and both connections live on.
+// Claim takes the exchange away from the owner, unless it has taken it back.
+func (h *hand) Claim() bool { return (*Exchange)(h).hand.state.CompareAndSwap(handWaits, handTakes) }
+
+// Take takes the answer, once it is claimed, if it lies whole in p and both
+// connections live on.
 func (h *hand) Take(p []byte) (took bool) {
 	x := (*Exchange)(h)
-	if !x.hand.state.CompareAndSwap(handWaits, handTakes) {
-		return false
-	}
 	x.hand.work.Lock()
 	defer func() {
 		if p := recover(); p != nil {
@@ -180,7 +183,7 @@ func (x *Exchange) simple(p []byte) int {
 // Left has the owner see what became of Up.
 func (h *hand) Left() {
 	x := (*Exchange)(h)
-	if !x.hand.state.CompareAndSwap(handWaits, handTakes) {
+	if !h.Claim() {
 		return
 	}
 	x.hand.work.Lock()

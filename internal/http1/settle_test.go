@@ -98,6 +98,7 @@ func (e *edge) SetWriteDeadline(time.Time) error { return nil }
 type shared struct {
 	*edge
 	hand interface {
+		Claim() bool
 		Take(p []byte) bool
 		Left()
 	}
@@ -105,6 +106,7 @@ type shared struct {
 }
 
 func (s *shared) Answer(h interface {
+	Claim() bool
 	Take(p []byte) bool
 	Left()
 }) bool {
@@ -120,7 +122,7 @@ func (s *shared) Recall() {}
 // come has what the upstream sends next arrive.
 func (s *shared) come(text string) {
 	p := []byte(text)
-	took := s.hand.Take(p)
+	took := s.hand.Claim() && s.hand.Take(p)
 	clear(p) // it is void
 	if !took {
 		s.sends(0, text)
@@ -238,8 +240,8 @@ func TestClientIsHeardBeforeTheAnswer(t *testing.T) {
 	go func() {
 		nc.sends(2, plainGet)
 		far.sends(1, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok") // once the owner reads
-		if far.hand.Take([]byte("x")) {
-			t.Error("it is still to be taken")
+		if far.hand.Claim() {
+			t.Error("it is still to be claimed")
 		}
 	}()
 	if res, err := x.Run(); err != nil || !res.DownstreamReusable {
