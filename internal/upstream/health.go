@@ -1,7 +1,6 @@
 package upstream
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -98,11 +97,11 @@ func (g *group) ask(ctx context.Context, e *endpoint) error {
 	case h.GRPC == nil:
 		return nil
 	}
-	var answer bytes.Buffer
+	var answer healthAnswer
 	if _, rerr, werr := http1.CopyBody(&answer, c.Conn, resp.Body, http1.UntilClose, nil); rerr != nil || werr != nil {
 		return errors.Join(rerr, werr)
 	}
-	if !serving(answer.Bytes()) {
+	if !serving(answer) {
 		return errors.New("not serving")
 	}
 	return nil
@@ -116,6 +115,21 @@ func healthRequest(service string) []byte {
 		msg = append([]byte{0x0a, byte(len(service))}, service...)
 	}
 	return append([]byte{0, 0, 0, 0, byte(len(msg))}, msg...)
+}
+
+// A healthAnswer holds what the health service of gRPC answers, and no more: the
+// peer chooses how much it sends.
+type healthAnswer []byte
+
+// maxHealthAnswer is in bytes; a HealthCheckResponse has 7, in its frame.
+const maxHealthAnswer = 1 << 10
+
+func (a *healthAnswer) Write(p []byte) (int, error) {
+	if len(*a)+len(p) > maxHealthAnswer {
+		return 0, fmt.Errorf("the answer is longer than %d bytes", maxHealthAnswer)
+	}
+	*a = append(*a, p...)
+	return len(p), nil
 }
 
 // serving reads a HealthCheckResponse: its only field says SERVING.

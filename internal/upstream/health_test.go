@@ -62,6 +62,7 @@ func TestHealthChecksSayWhoIsWell(t *testing.T) {
 		{"gRPC that serves", says(0, 0, 0, 0, 2, 8, 1), mesh.Health{GRPC: &name}, ""},
 		{"gRPC that does not", says(0, 0, 0, 0, 2, 8, 2), mesh.Health{GRPC: &name}, "not serving"},
 		{"gRPC that says nothing", says(), mesh.Health{GRPC: &name}, "not serving"},
+		{"gRPC that says too much", says(append([]byte{0, 0, 0, 0, 2, 8, 1}, make([]byte, 1<<20)...)...), mesh.Health{GRPC: &name}, "the answer is longer than 1024 bytes"},
 	} {
 		g := checked(t, tt.h, tt.cfg)
 		got := ""
