@@ -54,6 +54,9 @@ type InboundConfig struct {
 	// Host says whether the routes of the service have the application see that
 	// Host where a caller's sidecar asks for it. Optional.
 	Host func(host []byte) bool
+	// ShadowOnly says that the application is nothing but a shadow: it sees the
+	// name of the service that it stands for.
+	ShadowOnly bool
 	// Stream says how streams are carried, if the service of Self speaks TCP in
 	// the policy in force. Nil: it speaks HTTP.
 	Stream func() (mesh.Stream, bool)
@@ -443,19 +446,21 @@ func (in *Inbound) target(x *call) *refusal {
 	if name == "" {
 		return nil // no row speaks of it, so the judge denies
 	}
-	if x.marked {
-		if _, inside := serviceOf(x.req.Authority); inside {
-			return nil // a shadow sees the name of the service that it stands for
-		}
-	}
 	if !x.host.isMeant(name, x.req.Authority) {
 		return &refusal{status: 421, reason: "misdirected", detail: "another service of the mesh is served here"}
 	}
 	x.ex.ToUp.Authority = x.host.bytes
-	if host := x.req.Get("sallyport-host"); len(host) > 0 && in.cfg.Host != nil && in.cfg.Host(host) {
+	if host := x.req.Get("sallyport-host"); len(host) > 0 && (in.standsFor(x, host) || in.cfg.Host != nil && in.cfg.Host(host)) {
 		x.ex.ToUp.Authority = host
 	}
 	return nil
+}
+
+// standsFor says whether what is served here is a shadow, and the call a copy of
+// one to that service of the mesh.
+func (in *Inbound) standsFor(x *call, host []byte) bool {
+	_, inside := serviceOf(host)
+	return inside && x.marked && in.cfg.ShadowOnly
 }
 
 // noTrace refuses TRACE: its answer would show the caller what only the

@@ -106,7 +106,7 @@ func TestShadowGetsACopy(t *testing.T) {
 				t.Errorf("the caller got %d with %d bytes", resp.StatusCode, len(b))
 			}
 			h := <-got
-			if h.Method != tt.method || h.RequestURI != "/ok/x?y=1" || h.Host != "billing.mesh.internal" || h.body != tt.body ||
+			if h.Method != tt.method || h.RequestURI != "/ok/x?y=1" || h.Host != "inventory.mesh.internal" || h.Header.Get("Sallyport-Host") != "billing.mesh.internal" || h.body != tt.body ||
 				h.Header.Get("X-Mine") != "yes" || h.Header.Get(shadow.Marker) != "1" || len(h.Header["Traceparent"]) != 1 {
 				t.Errorf("the shadow got %s %s of %s with %d bytes and %v", h.Method, h.RequestURI, h.Host, len(h.body), h.Header)
 			}
@@ -284,5 +284,37 @@ func TestShadowOfGRPC(t *testing.T) {
 	await(t, func() bool { return len(r.outCfg.Mirror.Report().Endpoints) == 1 })
 	if f := r.outCfg.Mirror.Report().Endpoints[0].Fields; len(f) != 1 || f[0].Field != "trailer.grpc-status" || f[0].Sample.Shadow != "5" {
 		t.Errorf("differences: %+v", f)
+	}
+}
+
+// Who marks a call does not choose the Host that an application sees, unless it is
+// nothing but a shadow.
+func TestTheHostOfAPrimaryIsForShadowsAlone(t *testing.T) {
+	for _, tt := range []struct {
+		name       string
+		only       bool
+		host, more string
+		status     int
+		seen       string
+	}{
+		{"another service is meant", false, "ledger.mesh.internal", shadow.Marker + ": 1\r\n", 421, ""},
+		{"by the state of a trace", false, "ledger.mesh.internal", "Tracestate: sallyport=shadow\r\n", 421, ""},
+		{"at a shadow as well", true, "ledger.mesh.internal", shadow.Marker + ": 1\r\n", 421, ""},
+		{"that of a primary", false, "billing.mesh.internal", shadow.Marker + ": 1\r\nSallyport-Host: ledger.mesh.internal\r\n", 200, "billing.mesh.internal"},
+		{"that of a primary, to a shadow", true, "billing.mesh.internal", shadow.Marker + ": 1\r\nSallyport-Host: ledger.mesh.internal\r\n", 200, "ledger.mesh.internal"},
+		{"to a shadow, without the mark", true, "billing.mesh.internal", "Sallyport-Host: ledger.mesh.internal\r\n", 200, "billing.mesh.internal"},
+		{"to a shadow, from outside of the mesh", true, "billing.mesh.internal", shadow.Marker + ": 1\r\nSallyport-Host: admin.test\r\n", 200, "billing.mesh.internal"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			seen := ""
+			r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r.Host }), func(r *rig) {
+				r.inCfg.Name, r.inCfg.ShadowOnly = func() mesh.ServiceName { return "billing" }, tt.only
+			})
+			w := r.dialIn(r.web)
+			w.say("GET /ok/1 HTTP/1.1\r\nHost: " + tt.host + "\r\nTraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n" + tt.more + "\r\n")
+			if resp, _ := w.answer("GET"); resp.StatusCode != tt.status || seen != tt.seen {
+				t.Errorf("status %d, the application saw %q; want %d and %q", resp.StatusCode, seen, tt.status, tt.seen)
+			}
+		})
 	}
 }

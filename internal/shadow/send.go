@@ -2,10 +2,12 @@ package shadow
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -68,7 +70,7 @@ func (m *Mirror) send(ctx context.Context, j *job, to mesh.Backend) *sending {
 			m.cfg.Log.Debug("a shadow cannot be reached", "shadow", j.shadow.Name, "err", err)
 			break
 		}
-		again, err := m.exchange(ctx, j, line, s)
+		again, err := m.exchange(ctx, j, to.Service, line, s)
 		if err == nil {
 			s.outcome = outcomeAnswered
 			break
@@ -91,9 +93,11 @@ func (m *Mirror) send(ctx context.Context, j *job, to mesh.Backend) *sending {
 	return s
 }
 
-// exchange says the request on a connection and keeps the answer. Again says
-// that nobody has acted on the request, so that it may be said on another one.
-func (m *Mirror) exchange(ctx context.Context, j *job, line Line, s *sending) (again bool, err error) {
+// exchange says the request on a connection to a service and keeps the answer. Its
+// Host is the service's, as of any call to it; that of the primary goes beside it,
+// for a sidecar that knows of being a shadow's. Again says that nobody has acted
+// on the request, so that it may be said on another one.
+func (m *Mirror) exchange(ctx context.Context, j *job, to mesh.ServiceName, line Line, s *sending) (again bool, err error) {
 	reusable := false
 	defer func() { line.Done(reusable) }()
 	defer context.AfterFunc(ctx, func() { line.Conn.Close() })()
@@ -110,7 +114,11 @@ func (m *Mirror) exchange(ctx context.Context, j *job, line Line, s *sending) (a
 	child := j.call.Trace.Child()
 	extra := append([]byte("Traceparent: "), child.AppendTraceparent(nil)...)
 	extra = append(extra, "\r\n"+Marker+": 1\r\n"...)
-	x := http1.Exchange{Down: down, Up: line.Conn, Request: &req, ToUp: http1.Edit{Drop: marks, Extra: extra}, Timeout: m.cfg.Timeout}
+	edit := http1.Edit{Drop: marks, Extra: extra, Authority: []byte(string(to) + "." + mesh.Domain)}
+	if req.Get("sallyport-host") == nil && !bytes.Equal(edit.Authority, req.Authority) {
+		edit.Extra = fmt.Appendf(edit.Extra, "Sallyport-Host: %s\r\n", req.Authority)
+	}
+	x := http1.Exchange{Down: down, Up: line.Conn, Request: &req, ToUp: edit, Timeout: m.cfg.Timeout}
 	res, err := x.Run()
 	reusable = err == nil && res.UpstreamReusable && ctx.Err() == nil
 	unseen := res.RequestBytesSent == 0 || errors.Is(err, hop.ErrRefused) || errors.Is(err, http2.ErrRefused)
