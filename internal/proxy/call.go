@@ -134,7 +134,7 @@ func (x *call) reset() {
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
-	x.tries.plan, x.tries.until, x.ex.Idle = nil, time.Time{}, 0
+	x.tries.plan, x.tries.fault, x.tries.until, x.ex.Idle = nil, nil, time.Time{}, 0
 	x.lines = x.lines[:0]
 }
 

@@ -1,8 +1,10 @@
 package proxy
 
 import (
+	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -159,4 +161,62 @@ func TestRoutesSayHowCallsAreTried(t *testing.T) {
 	if resp, _ := r.ask("POST", "/ok/1"); resp.StatusCode != 200 || f.seen.Load() != 4 {
 		t.Errorf("status %d after %d calls", resp.StatusCode, f.seen.Load())
 	}
+}
+
+// deaf takes connections to which nothing can be said.
+type deaf struct{ net.Listener }
+
+type deafConn struct{ net.Conn }
+
+func (l deaf) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	return deafConn{c}, err
+}
+
+func (deafConn) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
+
+// Every call that holds a fault leaves it, once.
+func TestAFaultIsLeftOnce(t *testing.T) {
+	held := func(r *rig) *fault {
+		r.outbound.faults.mu.Lock()
+		defer r.outbound.faults.mu.Unlock()
+		return r.outbound.faults.known["billing/all/trial"]
+	}
+	t.Run("by a stream behind a call on its connection", func(t *testing.T) {
+		r := newRig(t, greeter(t), func(r *rig) { r.routes = "service: billing\n" + faulty("status: 418", "") })
+		w := r.dial()
+		w.say("GET http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+		if resp, _ := w.answer("GET"); resp.StatusCode != 418 {
+			t.Fatalf("status %d", resp.StatusCode)
+		}
+		f := held(r)
+		r.served, r.routes = streamYAML, ""
+		r.use(streamCSV)
+		w.say("CONNECT billing.mesh.internal:5432 HTTP/1.1\r\nHost: billing.mesh.internal:5432\r\n\r\n")
+		_, _ = w.r.ReadString('\n')
+		_, _ = w.r.ReadString('\n')
+		w.greeted()
+		w.Close()
+		if err := r.stopOut(); err != nil {
+			t.Error(err)
+		}
+		if n := f.active.Load(); n != 0 {
+			t.Errorf("%d calls hold it", n)
+		}
+	})
+	t.Run("by a stream whose client is gone", func(t *testing.T) {
+		r, _ := streamRig(t, greeter(t), "", func(r *rig) { r.routes = "service: billing\n" + faulty("bandwidth: 1000000", "") })
+		addr, stop := start(t, func(ctx context.Context, ln net.Listener) error { return r.outbound.Run(ctx, deaf{ln}) })
+		w := newWire(t, addr, nil)
+		w.say("CONNECT billing.mesh.internal:5432 HTTP/1.1\r\nHost: billing.mesh.internal:5432\r\n\r\n")
+		if b, err := io.ReadAll(w.r); len(b) > 0 {
+			t.Errorf("heard %q, %v", b, err)
+		}
+		if err := stop(); err != nil {
+			t.Error(err)
+		}
+		if f := held(r); f == nil || f.active.Load() != 0 {
+			t.Errorf("%d calls hold it", f.active.Load())
+		}
+	})
 }

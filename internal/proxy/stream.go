@@ -210,6 +210,9 @@ func (d *door) connectStream(x *call, svc mesh.Service) *refusal {
 	}
 	if _, err := x.down.Write([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); err != nil {
 		up.Discard()
+		if f := x.tries.fault; f != nil {
+			f.leave()
+		}
 		x.err, x.broken = err, true
 		return nil
 	}
