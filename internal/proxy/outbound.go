@@ -209,6 +209,7 @@ func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
 // The links of the way out.
 
 func (d *door) trace(x *call) *refusal {
+	x.marked = d.cfg.ShadowOnly
 	x.traceOf()
 	return nil
 }

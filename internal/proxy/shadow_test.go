@@ -241,6 +241,17 @@ func TestAWorkloadThatIsAllShadowWritesNowhereElse(t *testing.T) {
 	}
 }
 
+// What it calls learns that it is called for a shadow, though the application hands
+// no mark on.
+func TestAWorkloadThatIsAllShadowMarksItsCalls(t *testing.T) {
+	var seen *http.Request
+	r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r }), func(r *rig) { r.outCfg.ShadowOnly = true })
+	get(t, r.client(), "http://billing.mesh.internal/ok/1")
+	if seen == nil || seen.Header.Get(shadow.Marker) != "1" || seen.Header.Get("Tracestate") != "sallyport=shadow" {
+		t.Errorf("the next is told %v", seen)
+	}
+}
+
 // A stream of gRPC is copied like any call, and its status, which comes behind
 // the messages, compared.
 func TestShadowOfGRPC(t *testing.T) {
