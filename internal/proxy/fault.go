@@ -33,7 +33,9 @@ type fault struct {
 	active atomic.Int32
 	// live says that the record of its beginning is written, and its end has not
 	// come.
-	live  atomic.Bool
+	live atomic.Bool
+	// over is closed at its end, which calls that it holds up do not outlast.
+	over  chan struct{}
 	timer *time.Timer // of its beginning, and then of its end
 }
 
@@ -60,7 +62,7 @@ func (fs *faults) use(now time.Time, p *policy) {
 					key := set.File.Of() + "/" + r.Name + "/" + r.Faults[i].Name
 					f := fs.known[key]
 					if f == nil || !sameFault(f.Fault, r.Faults[i].Fault) {
-						f = &fault{Fault: r.Faults[i].Fault, key: key}
+						f = &fault{Fault: r.Faults[i].Fault, key: key, over: make(chan struct{})}
 					}
 					next[key] = f
 					p.faults[r.ID] = append(p.faults[r.ID], f)
@@ -121,6 +123,7 @@ func (fs *faults) end(f *fault, why string) {
 		f.timer.Stop()
 	}
 	if f.live.Swap(false) {
+		close(f.over)
 		_ = fs.note(faultRecord(f, "fault_ended", why)) // it is over whether or not that is kept
 	}
 }
@@ -157,7 +160,7 @@ func (d *door) fault(x *call) *fault {
 	defer func() { x.look.Trace = was }()
 	x.look.Trace[0] ^= byte(x.tries.n) // each try has its own chance, as with the real thing
 	for i, f := range x.to.policy.faults[r.ID] {
-		if f == nil || !f.live.Load() || !time.Now().Before(f.Until) || x.req.Upgrade && f.real() || !r.Faults[i].Touches(&x.look) {
+		if f == nil || !f.acts() || x.req.Upgrade && f.real() || !r.Faults[i].Touches(&x.look) {
 			continue
 		}
 		most := int32(f.MaxActive)
@@ -183,6 +186,9 @@ func (d *door) faulted(x *call, name string) *telemetry.Series {
 	}
 	return d.Signals.SeriesOf(proto, x.src, x.to.dst, string(x.known.name)+"/"+x.to.route.Name+"/fault:"+name)
 }
+
+// acts says whether it is in force now.
+func (f *fault) acts() bool { return f.live.Load() && time.Now().Before(f.Until) }
 
 func (f *fault) leave() { f.active.Add(-1) }
 
@@ -235,7 +241,7 @@ func (k *fake) Write(p []byte) (int, error) {
 // Read gives the answer.
 func (k *fake) Read(p []byte) (int, error) {
 	if k.Conn != nil {
-		if rate := k.f.Bandwidth; rate > 0 {
+		if rate := k.f.Bandwidth; rate > 0 && k.f.acts() {
 			// A tenth of a second at a time, so that it flows.
 			p = p[:min(len(p), int(max(rate/10, 1)))]
 			n, err := k.Conn.Read(p)
@@ -294,7 +300,7 @@ func (k *fake) deadline(read bool) time.Time {
 	return k.wr
 }
 
-// sleep waits, unless it is closed or past the deadline first.
+// sleep waits, unless it is closed, past the deadline, or the fault over first.
 func (k *fake) sleep(d time.Duration, until time.Time) error {
 	late := false
 	if !until.IsZero() {
@@ -307,6 +313,8 @@ func (k *fake) sleep(d time.Duration, until time.Time) error {
 	select {
 	case <-k.gone:
 		return net.ErrClosed
+	case <-k.f.over:
+		return nil
 	case <-t.C:
 	}
 	if late {

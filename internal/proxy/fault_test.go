@@ -163,6 +163,46 @@ func TestRoutesSayHowCallsAreTried(t *testing.T) {
 	}
 }
 
+// What a fault holds up goes on when it ends.
+func TestAFaultHoldsNothingUpBeyondItsEnd(t *testing.T) {
+	for _, what := range []string{"delay: 5m", "bandwidth: 10"} {
+		for _, how := range []string{"stopped", "removed", "its time is over"} {
+			t.Run(what+" "+how, func(t *testing.T) {
+				r := newRig(t, app(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, strings.Repeat("x", 30_000)) }),
+					func(r *rig) { r.routes = "service: billing\n" + faulty(what, "") })
+				w := r.dial()
+				w.say("GET http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+				var f *fault
+				await(t, func() bool {
+					f = held(r)
+					return f != nil && f.active.Load() == 1
+				})
+				switch how {
+				case "stopped":
+					r.outbound.StopFaults()
+				case "removed":
+					r.routes = ""
+					r.use(r.access)
+					r.outbound.Prepare(r.snap.Load(), nil)
+				default:
+					r.outbound.faults.mu.Lock()
+					r.outbound.faults.end(f, how)
+					r.outbound.faults.mu.Unlock()
+				}
+				if resp, body := w.answer("GET"); resp.StatusCode != 200 || len(body) != 30_000 {
+					t.Errorf("status %d, %d bytes", resp.StatusCode, len(body))
+				}
+			})
+		}
+	}
+}
+
+func held(r *rig) *fault {
+	r.outbound.faults.mu.Lock()
+	defer r.outbound.faults.mu.Unlock()
+	return r.outbound.faults.known["billing/all/trial"]
+}
+
 // deaf takes connections to which nothing can be said.
 type deaf struct{ net.Listener }
 
@@ -177,11 +217,6 @@ func (deafConn) Write([]byte) (int, error) { return 0, io.ErrClosedPipe }
 
 // Every call that holds a fault leaves it, once.
 func TestAFaultIsLeftOnce(t *testing.T) {
-	held := func(r *rig) *fault {
-		r.outbound.faults.mu.Lock()
-		defer r.outbound.faults.mu.Unlock()
-		return r.outbound.faults.known["billing/all/trial"]
-	}
 	t.Run("by a stream behind a call on its connection", func(t *testing.T) {
 		r := newRig(t, greeter(t), func(r *rig) { r.routes = "service: billing\n" + faulty("status: 418", "") })
 		w := r.dial()
