@@ -76,8 +76,23 @@ func NewRedactor(c RedactConfig) *Redactor {
 
 func fold(name string) string { return strings.ToLower(strings.ReplaceAll(name, "_", "-")) }
 
-// Header says whether the value of a field is taken out.
-func (r *Redactor) Header(name string) bool { return r.headers[fold(name)] }
+// Field is the value of a field without what must not be shown: that of an
+// address, too, has a query.
+func (r *Redactor) Field(name, value string) string {
+	switch name = fold(name); {
+	case r.headers[name]:
+		return Redacted
+	case len(r.query) > 0 && (name == "referer" || name == "location" || name == "content-location"):
+		before, query, ok := strings.Cut(value, "?")
+		switch {
+		case strings.Contains(query, "?"): // an address in an address, or another one
+			return before + "?" + Redacted
+		case ok:
+			return before + "?" + r.form(query)
+		}
+	}
+	return value
+}
 
 // Value takes out of a value of JSON, which stands at a path, what must not be
 // shown.
@@ -146,14 +161,7 @@ func (r *Redactor) Record(rec *Record) {
 func (r *Redactor) message(m *Message) {
 	for _, fields := range [][]Field{m.Headers, m.Trailers} {
 		for i := range fields {
-			switch name := fold(fields[i][0]); {
-			case r.headers[name]:
-				fields[i][1] = Redacted
-			case len(r.query) > 0 && (name == "referer" || name == "location" || name == "content-location"):
-				if before, query, ok := strings.Cut(fields[i][1], "?"); ok {
-					fields[i][1] = before + "?" + r.form(query)
-				}
-			}
+			fields[i][1] = r.Field(fields[i][0], fields[i][1])
 		}
 	}
 	if len(m.Body) == 0 {

@@ -275,13 +275,11 @@ func text(v any, d *Difference, redact *archive.Redactor) string {
 	if (v == absent{}) {
 		return "(absent)"
 	}
-	if d.name != "" && redact.Header(d.name) {
-		return archive.Redacted
-	}
-	if len(d.path) > 0 {
-		v = redact.Value(v, d.path)
-	}
+	v = redact.Value(v, d.path) // of a whole body, too
 	if s, ok := v.(string); ok {
+		if d.name != "" {
+			s = redact.Field(d.name, s)
+		}
 		return cut(s, maxSample)
 	}
 	b, err := json.Marshal(v)

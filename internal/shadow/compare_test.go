@@ -130,6 +130,26 @@ func TestNoiseIsLearned(t *testing.T) {
 	}
 }
 
+func TestAReportShowsNothingThatIsRedacted(t *testing.T) {
+	redact := archive.NewRedactor(archive.RedactConfig{JSON: []string{"card", "**.password"}, Query: []string{"token"}})
+	for _, tt := range []struct{ name, headA, a, headB, b, primary, shadow string }{
+		{"a whole body of another type", "", `{"card":"hidden","n":1}`, "", `[{"password":"hidden"}]`, `{"card":"[redacted]","n":1}`, `[{"password":"[redacted]"}]`},
+		{"the query of an address", "Location: /a?token=hidden&b=1", "", "Location: /a?token=other&b=2", "", "/a?token=[redacted]&b=1", "/a?token=[redacted]&b=2"},
+		{"another address", "Location: /a?b=1\nLocation: /c?token=hidden", "", "Location: /a", "", "/a?[redacted]", "/a"},
+		{"of what is no address", "X-A: /a?token=shown", "", "", "", "/a?token=shown", "(absent)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			d := Compare(answer(200, tt.headA, tt.a), answer(200, tt.headB, tt.b), nil)
+			if len(d) != 1 {
+				t.Fatalf("%+v", d)
+			}
+			if a, b := text(d[0].a, &d[0], redact), text(d[0].b, &d[0], redact); a != tt.primary || b != tt.shadow {
+				t.Errorf("shows %s and %s, want %s and %s", a, b, tt.primary, tt.shadow)
+			}
+		})
+	}
+}
+
 // A report does not grow with what callers make up.
 func TestReportIsBounded(t *testing.T) {
 	var r Reports
