@@ -376,6 +376,21 @@ func TestRedactMissesNoDouble(t *testing.T) {
 	if s := string(form.Request.Body); strings.Contains(s, "hidden") || !strings.HasPrefix(s, "a=1&") {
 		t.Error(s)
 	}
+	// What says of itself that it is a form need not be one.
+	for _, tt := range []struct {
+		fields []Field
+		body   string
+		json   []string
+	}{
+		{[]Field{{"Content-Type", "application/x-www-form-urlencoded"}}, `{"card":"hidden"}`, []string{"card"}},
+		{[]Field{{"Content-Type", "application/x-www-form-urlencoded"}, {"Content-Encoding", "gzip"}}, "\x1f\x8bhidden", nil},
+	} {
+		rec := &Record{Request: &Request{Message: Message{Headers: tt.fields, Body: Body(tt.body)}}}
+		NewRedactor(RedactConfig{Query: []string{"password"}, JSON: tt.json}).Record(rec)
+		if q := rec.Request; q.Body != nil || q.Omitted == "" {
+			t.Errorf("kept %q", q.Body)
+		}
+	}
 }
 
 func FuzzReadChain(f *testing.F) {

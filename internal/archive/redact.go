@@ -22,7 +22,8 @@ type RedactConfig struct {
 	Query []string `yaml:"query"`
 	// JSON are paths of what is taken out of bodies: card.number, or
 	// items.*.secret with * for any one name or index, or **.password for any
-	// depth. With any, a body that is not JSON is left out as a whole.
+	// depth. With any, a body that is not JSON is left out as a whole, and so is
+	// one that says that it is a form.
 	JSON []string `yaml:"json"`
 }
 
@@ -169,6 +170,10 @@ func (r *Redactor) message(m *Message) {
 	}
 	kind, _, _ := strings.Cut(m.Get("content-type"), ";")
 	if len(r.query) > 0 && strings.EqualFold(strings.TrimSpace(kind), "application/x-www-form-urlencoded") {
+		if len(r.paths) > 0 || m.Get("content-encoding") != "" { // a message may say of itself what it likes
+			m.Body, m.Omitted = nil, "the body says that it is a form, and may be something else"
+			return
+		}
 		m.Body = Body(r.form(string(m.Body)))
 		return
 	}
