@@ -103,8 +103,8 @@ type call struct {
 	only     mesh.ServiceName
 	meant    netip.AddrPort
 
-	// up is what the call was last sent on, way the chain that it goes through. A
-	// call that is settled has been through it.
+	// up is what is lent to the call until it gives it back, way the chain that it
+	// goes through. A call that is settled has been through it.
 	up      *upstream.Conn
 	way     chain
 	settled bool
@@ -143,7 +143,12 @@ func (x *call) panicked(p any) {
 	x.on.panicked(p)
 	x.err = errors.New("panic")
 	x.keep, x.broken = false, true
+	x.tries.cut.disarm()
 	x.conn.sever()
+	if up := x.up; up != nil {
+		x.up = nil
+		up.Abandon()
+	}
 }
 
 // A refusal is an answer of our own instead of the upstream's. Its decision is
@@ -356,15 +361,15 @@ func (x *call) exchange() *refusal {
 			x.err = err
 			return noEndpoint()
 		}
-		x.ex.Up = up.Conn
+		x.up, x.ex.Up = up, up.Conn
 		if !x.bind(up) {
-			up.Discard()
+			x.discard()
 			x.broken = true
 			return nil
 		}
 		if x.err = up.Stands(); x.err != nil {
 			x.unbind()
-			up.Discard()
+			x.discard()
 			if !fresh {
 				continue // the next handshake says why
 			}
@@ -372,6 +377,7 @@ func (x *call) exchange() *refusal {
 		}
 		if r := x.again(); r != nil {
 			x.unbind()
+			x.up = nil
 			up.Put()
 			return r
 		}
@@ -387,7 +393,7 @@ func (x *call) exchange() *refusal {
 		} else {
 			again = again && up.Reused && !fresh
 		}
-		up.Discard()
+		x.discard()
 		if !again {
 			return x.gaveUp()
 		}
@@ -473,12 +479,20 @@ func (x *call) finish(up *upstream.Conn) {
 	switch {
 	case x.res.Upgraded:
 		x.relay(up)
-		up.Discard()
+		x.discard()
 	case x.res.UpstreamReusable:
+		x.up = nil
 		up.Put()
 	default:
-		up.Discard()
+		x.discard()
 	}
+}
+
+// discard ends what is lent to the call.
+func (x *call) discard() {
+	up := x.up
+	x.up = nil
+	up.Discard()
 }
 
 // settle ends a call whose answer has gone to the client from the goroutine that

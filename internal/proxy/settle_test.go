@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"fmt"
+	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -37,5 +39,68 @@ func TestSettledCallIsOver(t *testing.T) {
 	}
 	if n := len(decisions(r.inAudit)); n != 60 {
 		t.Errorf("%d calls were judged, want 60", n)
+	}
+}
+
+// TestPanicGivesBackWhatWasLent has a service take one call at a time: one that
+// panics must not count for ever.
+func TestPanicGivesBackWhatWasLent(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		answer func(w http.ResponseWriter, r *http.Request)
+		arm    func(d *door, mistake func())
+	}{
+		{"where the answer is read", hello, accepting},
+		{"in the call", func(w http.ResponseWriter, r *http.Request) {
+			hello(w, r)
+			_ = http.NewResponseController(w).Flush() // chunks are for the call
+		}, accepting},
+		{"once it was given back", hello, func(d *door, mistake func()) {
+			leave := d.chain[2].leave
+			d.chain[2].leave = func(x *call) {
+				mistake()
+				leave(x)
+			}
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newParts(t, app(t, tt.answer), func(r *rig) { r.routes = "service: billing\ncapacity: {calls: 1}\n" })
+			var armed atomic.Bool
+			d := newDoor(r.outbound, "")
+			tt.arm(d, func() {
+				if armed.Swap(false) {
+					panic("a mistake of ours")
+				}
+			})
+			r.inAddr, _ = start(t, r.inbound.Run)
+			r.outAddr, _ = start(t, d.run)
+			r.use(r.access)
+			for range 3 {
+				armed.Store(true)
+				w := r.dial()
+				w.say("GET /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+				if got := w.ended(); strings.Contains(got, "capacity") {
+					t.Fatalf("a call got %q", got)
+				}
+				await(t, func() bool { return d.inFlight.Load() == 0 })
+				w = r.dial()
+				w.say("GET /ok/2 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+				if resp, body := w.answer("GET"); body != "hello /ok/2" {
+					t.Fatalf("the next call got %s %q", resp.Status, body)
+				}
+				await(t, func() bool { return d.inFlight.Load() == 0 })
+			}
+			if n := d.panics.Load(); n != 3 {
+				t.Errorf("%d panics, want 3", n)
+			}
+		})
+	}
+}
+
+// accepting has a mistake made of an answer that is whole or to come.
+func accepting(d *door, mistake func()) {
+	d.accepts = func(x *call) bool {
+		mistake()
+		return d.accept(x)
 	}
 }

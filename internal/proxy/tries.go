@@ -139,15 +139,15 @@ func (d *door) send(x *call, p *plan) *refusal {
 		if err != nil {
 			return x.unlent(err)
 		}
-		x.ex.Up = up.Conn
+		x.up, x.ex.Up = up, up.Conn
 		if !x.bind(up) {
-			up.Discard()
+			x.discard()
 			x.broken = true
 			return nil
 		}
 		if x.err = up.Stands(); x.err != nil {
 			x.unbind()
-			up.Discard()
+			x.discard()
 			if !t.want.Fresh {
 				t.want.Fresh = true // the next handshake says why
 				continue
@@ -167,7 +167,7 @@ func (d *door) send(x *call, p *plan) *refusal {
 			return nil
 		}
 		again, free := d.again(x, up, &unseen)
-		up.Discard()
+		x.discard()
 		if !again {
 			return x.gaveUp()
 		}
@@ -215,7 +215,6 @@ func (x *call) try(up *upstream.Conn) {
 func (x *call) run(up *upstream.Conn, over net.Conn, due time.Time) {
 	t := &x.tries
 	t.cut.arm(over, due)
-	x.up = up
 	if x.res, x.err = x.ex.Run(); x.err == http1.ErrSettled { //nolint:errorlint // never wrapped
 		x.err = nil
 		return

@@ -535,9 +535,14 @@ func (p *Pool) sweep() {
 
 // Discard closes a connection that no further call may use.
 func (c *Conn) Discard() {
+	c.Abandon()
+	c.Conn.Release()
+}
+
+// Abandon is Discard of a connection that something may still be at work on.
+func (c *Conn) Abandon() {
 	c.leave()
 	c.Conn.Close()
-	c.Conn.Release()
 }
 
 // Close closes the idle connections; lent ones are closed when they come back.
