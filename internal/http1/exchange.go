@@ -49,7 +49,7 @@ type Exchange struct {
 	Accept func(*Response) bool
 	// Settle, when set, may be called by who reads Up, with the result, once the
 	// answer has gone to Down; Run returns ErrSettled then, when Down has more. It
-	// must not block.
+	// must not block, and Accept may take it away.
 	Settle func(Result)
 	// Tee, when set, sees what is written to Up and to Down.
 	Tee Tee

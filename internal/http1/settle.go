@@ -146,7 +146,7 @@ func (h *hand) Take(p []byte) (took bool) {
 	} else {
 		x.hand.sent, x.hand.failed = down.tries.TryWrite(down.out)
 	}
-	if x.hand.failed != nil || x.hand.sent < len(down.out) || last {
+	if x.hand.failed != nil || x.hand.sent < len(down.out) || last || x.Settle == nil {
 		x.tell(handBegun)
 		return true
 	}

@@ -155,6 +155,10 @@ func TestAnswerIsSettledWhereItIsRead(t *testing.T) {
 			x.ToDown.Close = true
 			return true
 		}},
+		{name: "for the owner", pieces: []string{whole}, accept: func(x *Exchange) bool {
+			x.Settle = nil
+			return true
+		}},
 		{name: "not accepted", pieces: []string{whole}, err: "accept", accept: func(*Exchange) bool { return false }},
 		{name: "the end instead", pieces: []string{""}, err: "read"},
 	} {

@@ -42,6 +42,36 @@ func TestSettledCallIsOver(t *testing.T) {
 	}
 }
 
+// TestBadAnswersAreForTheCall keeps what is told of a service that fails away
+// from who reads for many: a log may have to be waited for.
+func TestBadAnswersAreForTheCall(t *testing.T) {
+	var answer atomic.Int32
+	r := newParts(t, app(t, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(int(answer.Load())) }), func(r *rig) {
+		r.routes = "service: billing\nroutes: [{name: all, retry: {attempts: 0}}]\n"
+	})
+	var settles atomic.Bool
+	d := newDoor(r.outbound, "")
+	d.accepts = func(x *call) bool {
+		ok := d.accept(x)
+		settles.Store(x.ex.Settle != nil)
+		return ok
+	}
+	r.inAddr, _ = start(t, r.inbound.Run)
+	r.outAddr, _ = start(t, d.run)
+	r.use(r.access)
+	w := r.dial()
+	for _, code := range []int{200, 503, 404, 429, 500, 200} {
+		answer.Store(int32(code))
+		w.say("GET /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n\r\n")
+		if resp, _ := w.answer("GET"); resp.StatusCode != code {
+			t.Fatalf("got %s, want %d", resp.Status, code)
+		}
+		if settles.Load() != (code < 429) {
+			t.Errorf("%d is settled where it is read: %v", code, settles.Load())
+		}
+	}
+}
+
 // TestPanicGivesBackWhatWasLent has a service take one call at a time: one that
 // panics must not count for ever.
 func TestPanicGivesBackWhatWasLent(t *testing.T) {

@@ -245,6 +245,9 @@ func (d *door) accept(x *call) bool {
 	}
 	refused := string(resp.Get(refusedField))
 	t.outcome = outcomeOf(resp.Status, code, refused)
+	if !x.up.Quiet(t.outcome, t.began) {
+		x.ex.Settle = nil
+	}
 	if t.outcome == upstream.OK {
 		return true
 	}

@@ -138,6 +138,34 @@ func TestAProbeThatLastsHoldsNobodyUp(t *testing.T) {
 	}
 }
 
+// TestQuietReports says which reports may be made where nothing may be waited for.
+func TestQuietReports(t *testing.T) {
+	plain := newBreaker(mesh.Breaker{Consecutive: 5})
+	slow := newBreaker(mesh.Breaker{Consecutive: 5, Slow: time.Second, SlowShare: 5000})
+	for _, tt := range []struct {
+		name    string
+		breaker *breaker
+		probe   bool
+		o       Outcome
+		took    time.Duration
+		want    bool
+	}{
+		{"well", plain, false, OK, time.Hour, true},
+		{"well, without a breaker", nil, false, OK, time.Hour, true},
+		{"a probe", plain, true, OK, 0, false},
+		{"failed", plain, false, Failed, 0, false},
+		{"failed, without a breaker", nil, false, Failed, 0, false},
+		{"limited", plain, false, Limited, 0, false},
+		{"in time", slow, false, OK, time.Second, true},
+		{"slow", slow, false, OK, time.Second + 1, false},
+	} {
+		c := &Conn{lease: lease{by: &standing{breaker: tt.breaker}, at: 1, probe: tt.probe}}
+		if got := c.Quiet(tt.o, time.Unix(0, 1+int64(tt.took))); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
 func TestBreakerHonoursRetryAfter(t *testing.T) {
 	for asked, want := range map[time.Duration]float64{30 * time.Second: 30, time.Hour: 300} {
 		b := newBreaker(mesh.Breaker{Consecutive: 1})

@@ -121,6 +121,17 @@ func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) 
 	l.by.decide(now, o, took, retryAfter, l.probe)
 }
 
+// Quiet says that a Report of o puts nothing aside and cuts nothing off, nor takes
+// that back: nobody need be told, who may have to be waited for.
+func (c *Conn) Quiet(o Outcome, at time.Time) bool {
+	l := &c.lease
+	if l.by == nil || l.by.breaker == nil {
+		return o == OK
+	}
+	slow := l.by.breaker.cfg.Slow
+	return o == OK && !l.probe && (slow == 0 || at.UnixNano()-l.at <= int64(slow))
+}
+
 // decide tells the breaker.
 func (st *standing) decide(now int64, o Outcome, took, retryAfter time.Duration, probe bool) {
 	if st.breaker == nil {
