@@ -119,6 +119,16 @@ func (s *shared) Answer(h interface {
 
 func (s *shared) Recall() {}
 
+// Read waits for the next piece.
+func (s *shared) Read(p []byte) (int, error) {
+	s.mu.Lock()
+	for len(s.in) == 0 && !s.closed {
+		s.more.Wait()
+	}
+	s.mu.Unlock()
+	return s.edge.Read(p)
+}
+
 // come has what the upstream sends next arrive.
 func (s *shared) come(text string) {
 	p := []byte(text)
