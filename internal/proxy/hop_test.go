@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,8 +16,10 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/hop"
+	"sallyport/internal/http1"
 	"sallyport/internal/meshtest"
 	"sallyport/internal/svid"
+	"sallyport/internal/upstream"
 )
 
 // openAt counts the connections and the streams that are open at a listener.
@@ -153,6 +156,62 @@ func TestRefusedCallIsMadeAgain(t *testing.T) {
 	if resp, body := w.answer("POST"); resp.StatusCode != 200 || body != "POST hello" {
 		t.Errorf("got %d %q", resp.StatusCode, body)
 	}
+}
+
+// refuses has the streams that are kept to an inbound proxy refuse their next call,
+// while it takes new ones.
+func refuses(t *testing.T, in *Inbound) {
+	t.Helper()
+	for _, c := range in.conns() {
+		if _, ok := c.Conn.(*hop.Stream); ok {
+			await(t, func() bool { return c.state.CompareAndSwap(idle, ended) || c.state.Load() == ended })
+		}
+	}
+}
+
+// One that goes on and refuses has too much to do: to try again is a retry as any
+// other, and goes elsewhere.
+func TestACallThatIsRefusedByOneThatStaysIsARetry(t *testing.T) {
+	// On one connection, so that a stream is back before the next call wants it.
+	ask := func(w *wire, method string) int {
+		w.say(method + " http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Length: 0\r\n\r\n")
+		resp, _ := w.answer(method)
+		return resp.StatusCode
+	}
+	t.Run("within the attempts of its route", func(t *testing.T) {
+		f := &flaky{}
+		r := newRig(t, app(t, f.ServeHTTP), func(r *rig) { r.routes = "service: billing\nroutes:\n  - name: all\n    retry: {attempts: 0}\n" })
+		w := r.dial()
+		ask(w, "GET")
+		refuses(t, r.inbound)
+		if got := ask(w, "GET"); got != 502 || f.seen.Load() != 1 {
+			t.Errorf("status %d, the application saw %d calls", got, f.seen.Load())
+		}
+	})
+	t.Run("at another endpoint", func(t *testing.T) {
+		f, other := &flaky{}, &flaky{}
+		r := newRig(t, app(t, f.ServeHTTP))
+		cfg := r.inCfg
+		cfg.App = upstream.NewLocal(netip.MustParseAddrPort(app(t, other.ServeHTTP)), http1.Limits{})
+		in, err := NewInbound(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		addr, _ := start(t, in.Run)
+		r.endpointsExtra = append(r.endpointsExtra, meshtest.Endpoint(t, "billing", addr))
+		r.use(r.access)
+		w := r.dial()
+		for range 20 {
+			for was := f.seen.Load(); f.seen.Load() == was; {
+				ask(w, "GET")
+			}
+			refuses(t, r.inbound)
+			was := f.seen.Load()
+			if got := ask(w, "POST"); got != 200 || f.seen.Load() != was {
+				t.Fatalf("status %d, the one that had refused saw %d calls more", got, f.seen.Load()-was)
+			}
+		}
+	})
 }
 
 func TestStreamsCountAsConnections(t *testing.T) {

@@ -295,10 +295,18 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 		return false, false
 	case !x.res.Replayable:
 	case untouched && !timedOut(x.err):
-		if *unseen++; *unseen > maxUnseen || *unseen > 1 && !d.cfg.Services.Retry(x.to.name) {
+		if *unseen++; *unseen > maxUnseen {
 			return false, false
 		}
 		t.want.Fresh = true
+		if !up.Left() { // it could have, and would not
+			t.want.Avoid = up.Endpoint()
+			return d.another(x), false
+		}
+		if *unseen > 1 {
+			t.want.Avoid = up.Endpoint() // and not before: another process may have come in its place
+			return d.cfg.Services.Retry(x.to.name), true
+		}
 		return true, true
 	case stale && !t.want.Fresh && (t.safe || idempotent(x.req.Method)):
 		t.want.Fresh = true

@@ -95,6 +95,15 @@ func (s *Services) Well(name mesh.ServiceName, subset string) bool {
 // Endpoint is where the connection leads.
 func (c *Conn) Endpoint() netip.AddrPort { return c.pool.t.addr }
 
+// Left says that the peer has left the connection: it takes no more calls on it,
+// or was gone before this one came.
+func (c *Conn) Left() bool {
+	if c.onLine() {
+		return !c.line.Live()
+	}
+	return c.Reused
+}
+
 // Report tells what became of the call that the connection was lent for: when
 // the answer began, or it failed, and what the service asked for in Retry-After,
 // or 0. Without it the call counts for nothing.
