@@ -78,6 +78,7 @@ func (x *Exchange) leave(raw int) (over bool, err error) {
 	}
 	for h.state.Load() == handTakes {
 		h.work.Lock() // it does not take long
+		//lint:ignore SA2001 what is waited for is that it is free
 		h.work.Unlock()
 	}
 	switch h.state.Load() {

@@ -253,7 +253,10 @@ func (d *door) accept(x *call) bool {
 	}
 	t.after = retryAfter(resp.Get("retry-after"))
 	unseen := refused == "no_endpoint" || refused == "overload"
-	wanted := unseen || t.safe && refused != malformed && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
+	// What was decided, could not be recorded, or breaks the protocol is that the
+	// next time as well.
+	final := refused == malformed || refused == "audit" || len(resp.Get("sallyport-decision")) > 0
+	wanted := unseen || t.safe && !final && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
 	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x) {
 		return true
 	}
