@@ -26,12 +26,20 @@ const (
 	demoStopWithin  = 10 * time.Second
 )
 
-// demoWorkloads are the programs that have an identity; those that listen
-// have an inbound port.
-var demoWorkloads = []struct {
-	name   string
-	serves bool
-}{{"billing", true}, {"payment", true}, {"inventory", true}, {"web", false}, {"batch", false}}
+// A demoWorkload is a program that has an identity, and its sidecar.
+type demoWorkload struct {
+	name   string // of the program and its node
+	serves bool   // it listens, and so has an inbound port
+	config string // what its sidecar's configuration says besides
+	env    []string
+}
+
+// demoWorkloads are the shop.
+var demoWorkloads = []demoWorkload{
+	{name: "billing", serves: true, config: "workload:\n  labels: version=v1\n"},
+	{name: "payment", serves: true}, {name: "inventory", serves: true},
+	{name: "web"}, {name: "batch"},
+}
 
 // A demo is a small mesh on this machine: real processes in a directory of
 // their own, and an internet that is not one.
@@ -43,23 +51,31 @@ type demo struct {
 	rec  *recorder
 	proc map[string]*process
 
+	workloads []demoWorkload
+	every     time.Duration // between two purchases
+
 	issuerAddr, gatewayAddr netip.AddrPort
 	inbound, outbound, app  map[string]netip.AddrPort
 }
 
 // demoOptions are the flags of "sallyport demo".
 type demoOptions struct {
-	For  time.Duration
-	JSON bool
-	Keep bool
+	For      time.Duration
+	Scenario string
+	JSON     bool
+	Keep     bool
 }
 
-// runDemo starts the mesh and either shows it until ctx ends, or, with For,
-// puts every promise to the test and prints the verdicts.
+// runDemo starts the mesh and either shows it until ctx ends, or plays the
+// scenario, or, with For, puts every promise to the test; both print verdicts.
 func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err error) {
 	progress := stdout
 	if o.JSON {
 		progress = stderr
+	}
+	sc, err := scenarioNamed(o.Scenario)
+	if err != nil {
+		return err
 	}
 	d, err := newDemo(progress)
 	if err != nil {
@@ -72,16 +88,26 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, "; ")))
 		}
 	}()
-	if err := d.start(ctx); err != nil {
+	if sc != nil {
+		if err := d.stage(sc); err != nil {
+			return err
+		}
+	}
+	if err := d.start(ctx, sc); err != nil {
 		return err
 	}
 	d.printAddresses()
-	if o.For == 0 {
+	if o.For == 0 && sc == nil {
 		return d.show(ctx)
 	}
-	ctx, cancel := context.WithTimeout(ctx, o.For+demoReadyWithin)
-	defer cancel()
-	v := d.putToTest(ctx, o.For)
+	var v *verdicts
+	if sc != nil {
+		v = d.play(ctx, sc)
+	} else {
+		ctx, cancel := context.WithTimeout(ctx, o.For+demoReadyWithin)
+		defer cancel()
+		v = d.putToTest(ctx, o.For)
+	}
 	v.add("clean exit", func() error {
 		if left := d.stop(o.Keep); len(left) > 0 {
 			return errors.New(strings.Join(left, "; "))
@@ -98,6 +124,7 @@ func newDemo(out io.Writer) (*demo, error) {
 	}
 	d := &demo{
 		bin: filepath.Dir(self), out: out, rec: newRecorder(), proc: map[string]*process{},
+		workloads: slices.Clone(demoWorkloads), every: 100 * time.Millisecond,
 		inbound: map[string]netip.AddrPort{}, outbound: map[string]netip.AddrPort{}, app: map[string]netip.AddrPort{},
 	}
 	for _, p := range []string{"issuer", "gateway", "sidecar"} {
@@ -111,8 +138,8 @@ func newDemo(out io.Writer) (*demo, error) {
 	return d, nil
 }
 
-// start brings the mesh up in its natural order.
-func (d *demo) start(ctx context.Context) (err error) {
+// start brings the mesh up in its natural order, with what a scenario changes.
+func (d *demo) start(ctx context.Context, sc *scenario) (err error) {
 	if d.net, err = openInternet("api.stripe.test", "evil.test"); err != nil {
 		return fmt.Errorf("start the fake internet: %w", err)
 	}
@@ -121,6 +148,11 @@ func (d *demo) start(ctx context.Context) (err error) {
 	}
 	if err := d.writePolicies(); err != nil {
 		return err
+	}
+	if sc != nil && sc.policies != nil {
+		if err := sc.policies(d); err != nil {
+			return err
+		}
 	}
 	if err := d.startIssuer(ctx); err != nil {
 		return err
@@ -131,7 +163,7 @@ func (d *demo) start(ctx context.Context) (err error) {
 	// Those who are called first: a caller that is earlier than its service is
 	// told so, and the demo is about what comes after.
 	for _, serves := range []bool{true, false} {
-		for _, w := range demoWorkloads {
+		for _, w := range d.workloads {
 			if w.serves != serves {
 				continue
 			}
@@ -139,7 +171,7 @@ func (d *demo) start(ctx context.Context) (err error) {
 				return err
 			}
 		}
-		for _, w := range demoWorkloads {
+		for _, w := range d.workloads {
 			if w.serves != serves {
 				continue
 			}
@@ -161,7 +193,7 @@ func (d *demo) start(ctx context.Context) (err error) {
 // proxies are the names of all sidecars, and of the gateway.
 func (d *demo) proxies() []string {
 	names := []string{"gateway"}
-	for _, w := range demoWorkloads {
+	for _, w := range d.workloads {
 		names = append(names, w.name)
 	}
 	return names
@@ -191,7 +223,7 @@ func (d *demo) reservePorts() error {
 		return a
 	}
 	d.issuerAddr, d.gatewayAddr = take(), take()
-	for _, w := range demoWorkloads {
+	for _, w := range d.workloads {
 		d.outbound[w.name] = take()
 		if w.serves {
 			d.inbound[w.name], d.app[w.name] = take(), take()
@@ -224,8 +256,12 @@ func (d *demo) awaitReady(ctx context.Context, name string) error {
 // stop ends every process, last started first, and returns what is left. It
 // may be called twice.
 func (d *demo) stop(keep bool) (left []string) {
-	order := append([]string{"attacker", "web", "batch", "payment", "billing", "inventory"}, "gateway", "issuer")
-	for _, name := range order {
+	order := []string{"issuer", "gateway"}
+	for _, w := range d.workloads {
+		order = append(order, w.name)
+	}
+	order = append(order, "attacker")
+	for _, name := range slices.Backward(order) {
 		if p := d.proc[name]; p != nil {
 			if err := p.stop(demoStopWithin); err != nil {
 				left = append(left, err.Error())
@@ -273,7 +309,7 @@ func (d *demo) openPorts() (open []string) {
 
 func (d *demo) printAddresses() {
 	fmt.Fprintf(d.out, "\n  trust domain  %s\n  directory     %s\n  issuer        %s\n  gateway       %s\n", demoTrustDomain, d.dir, d.issuerAddr, d.gatewayAddr)
-	for _, w := range demoWorkloads {
+	for _, w := range d.workloads {
 		fmt.Fprintf(d.out, "  %-12s  proxy %s", w.name, d.outbound[w.name])
 		if w.serves {
 			fmt.Fprintf(d.out, "  mTLS %s", d.inbound[w.name])
@@ -297,6 +333,8 @@ func (c *cli) demo() *cobra.Command {
 		},
 	}
 	cmd.Flags().DurationVar(&o.For, "for", 0, "run this long, put every promise to the test, and end (default: until Ctrl-C)")
+	cmd.Flags().StringVar(&o.Scenario, "scenario", "", "play one of these, and end: "+scenarioNames())
+	cmd.MarkFlagsMutuallyExclusive("for", "scenario")
 	cmd.Flags().BoolVar(&o.JSON, "json", false, "print the verdicts as one line of JSON")
 	cmd.Flags().BoolVar(&o.Keep, "keep", false, "leave the directory behind")
 	return cmd

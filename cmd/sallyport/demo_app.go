@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -13,10 +14,12 @@ import (
 	"fmt"
 	"io"
 	"math/big"
+	mrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"sync"
 	"time"
 )
@@ -24,14 +27,18 @@ import (
 // A demoEvent is one thing that a program of the demo did, a line of JSON on
 // its standard output. Want says what should have come of it.
 type demoEvent struct {
-	App      string    `json:"app"`
-	Probe    string    `json:"probe"`
-	Want     string    `json:"want"`
-	OK       bool      `json:"ok"`
-	Status   int       `json:"status,omitempty"`
-	Decision string    `json:"decision,omitempty"`
-	Detail   string    `json:"detail,omitempty"`
-	At       time.Time `json:"at"`
+	App      string `json:"app"`
+	Probe    string `json:"probe"`
+	Want     string `json:"want"`
+	OK       bool   `json:"ok"`
+	Status   int    `json:"status,omitempty"`
+	Decision string `json:"decision,omitempty"`
+	By       string `json:"by,omitempty"`  // who answered: a version of billing, or why none did
+	For      string `json:"for,omitempty"` // the customer
+	// Took is how long the call took.
+	Took   time.Duration `json:"took,omitempty"`
+	Detail string        `json:"detail,omitempty"`
+	At     time.Time     `json:"at"`
 }
 
 // A demoApp is one program of the demo. It is ordinary: it speaks clear HTTP,
@@ -40,6 +47,8 @@ type demoApp struct {
 	name   string
 	listen string
 	client *http.Client
+
+	billing billing // what it is like, if it is billing
 
 	mu  sync.Mutex // guards out
 	out *json.Encoder
@@ -58,7 +67,7 @@ const (
 // runDemoApp is the hidden command "demo-app NAME".
 func runDemoApp(ctx context.Context, name string, stdout io.Writer) error {
 	a := &demoApp{
-		name: name, listen: os.Getenv(envAppListen), out: json.NewEncoder(stdout),
+		name: name, listen: os.Getenv(envAppListen), billing: billing{version: cmp.Or(os.Getenv(envVersion), "v1")}, out: json.NewEncoder(stdout),
 		client: &http.Client{Timeout: demoCallTimeout, Transport: &http.Transport{
 			Proxy:               http.ProxyFromEnvironment,
 			MaxIdleConnsPerHost: 4,
@@ -75,6 +84,7 @@ func runDemoApp(ctx context.Context, name string, stdout io.Writer) error {
 		go a.repeat(ctx, time.Second, a.reachEvil)
 	case "payment":
 		go a.repeat(ctx, time.Second, a.spyOnInventory)
+		go a.repeat(ctx, every, a.readBack)
 		go a.repeat(ctx, time.Second, a.reachEvil)
 	case "billing":
 		go a.repeat(ctx, time.Second, a.reachEvil)
@@ -118,9 +128,11 @@ func (a *demoApp) serve(ctx context.Context) error {
 	switch a.name {
 	case "payment":
 		mux.HandleFunc("POST /v1/pay", a.relay("http://billing.mesh.internal/v1/charges"))
-	case "billing":
-		mux.HandleFunc("POST /v1/charges", a.relay("https://api.stripe.test/v1/charges"))
+	case "billing", "billing-2", "billing-next":
+		mux.Handle("POST /v1/charges", a.billing.mannered(a.relay("https://api.stripe.test/v1/charges")))
+		mux.Handle("GET /v1/charges/{id}", a.billing.mannered(a.billing.charge))
 		mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, `{"charges": 7}`) })
+		mux.HandleFunc("PUT /manners", a.billing.behave) // no row lets a workload call it
 	case "inventory":
 		mux.HandleFunc("GET /v1/stock/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, `{"stock": 3}`) })
 	}
@@ -145,10 +157,13 @@ func (a *demoApp) relay(next string) http.HandlerFunc {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		status, _, reply, err := a.post(r.Context(), next, body)
+		status, h, reply, err := a.do(r.Context(), http.MethodPost, next, body, headerCustomer, r.Header.Get(headerCustomer))
 		if err != nil {
 			http.Error(w, fmt.Sprintf("%s: %v", a.name, err), http.StatusBadGateway)
 			return
+		}
+		if by := answeredBy(h); by != "" {
+			w.Header().Set(headerBy, by)
 		}
 		w.WriteHeader(status)
 		_, _ = w.Write(reply)
@@ -159,10 +174,14 @@ func (a *demoApp) post(ctx context.Context, target string, body []byte) (status 
 	return a.do(ctx, http.MethodPost, target, body)
 }
 
-func (a *demoApp) do(ctx context.Context, method, target string, body []byte) (status int, h http.Header, reply []byte, err error) {
+// do makes a call, with the names and values of header fields.
+func (a *demoApp) do(ctx context.Context, method, target string, body []byte, fields ...string) (status int, h http.Header, reply []byte, err error) {
 	req, err := http.NewRequestWithContext(ctx, method, target, bytes.NewReader(body))
 	if err != nil {
 		return 0, nil, nil, err
+	}
+	for f := range slices.Chunk(fields, 2) {
+		req.Header.Set(f[0], f[1])
 	}
 	resp, err := a.client.Do(req)
 	if err != nil {
@@ -176,11 +195,12 @@ func (a *demoApp) do(ctx context.Context, method, target string, body []byte) (s
 // buy is the call that goes through everything: web, payment, billing, the
 // gateway and the world outside.
 func (a *demoApp) buy(ctx context.Context) {
-	status, h, reply, err := a.post(ctx, "http://payment.mesh.internal/v1/pay", []byte(`{"amount": 100}`))
+	customer := fmt.Sprintf("customer-%d", mrand.IntN(demoCustomers))
+	status, h, reply, err := a.do(ctx, http.MethodPost, "http://payment.mesh.internal/v1/pay", []byte(`{"amount": 100}`), headerCustomer, customer)
 	if ctx.Err() != nil {
 		return
 	}
-	e := demoEvent{Probe: "buy", Want: "allow", Status: status, OK: err == nil && status == http.StatusOK}
+	e := demoEvent{Probe: "buy", Want: "allow", Status: status, OK: err == nil && status == http.StatusOK, By: h.Get(headerBy), For: customer}
 	if !e.OK {
 		e.Detail = fmt.Sprintf("%.200s %v", reply, err)
 		e.Decision = h.Get("Sallyport-Decision")

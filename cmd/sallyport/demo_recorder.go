@@ -11,6 +11,7 @@ type recorder struct {
 	tally  map[string]*probeTally
 	wake   chan struct{} // closed at every event
 	failed []demoEvent   // the first few that went wrong
+	hear   func(demoEvent)
 }
 
 // A probeTally counts one probe of one program.
@@ -38,6 +39,22 @@ func (r *recorder) event(e demoEvent) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	key := e.App + " " + e.Probe
+	r.count(key, e)
+	if e.By != "" {
+		r.count(key+" by "+e.By, e)
+	}
+	if !e.OK && len(r.failed) < keepFailures {
+		r.failed = append(r.failed, e)
+	}
+	if r.hear != nil {
+		r.hear(e)
+	}
+	close(r.wake)
+	r.wake = make(chan struct{})
+}
+
+// count adds an event to a probe. The caller holds the lock.
+func (r *recorder) count(key string, e demoEvent) {
 	t := r.tally[key]
 	if t == nil {
 		t = &probeTally{}
@@ -48,15 +65,17 @@ func (r *recorder) event(e demoEvent) {
 		t.OK++
 	} else {
 		t.Failed++
-		if len(r.failed) < keepFailures {
-			r.failed = append(r.failed, e)
-		}
 	}
-	close(r.wake)
-	r.wake = make(chan struct{})
 }
 
-// get returns the count of a probe such as "web buy".
+// listen has f told of every event from now on, under the lock.
+func (r *recorder) listen(f func(demoEvent)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.hear = f
+}
+
+// get returns the count of a probe such as "web buy", or "web buy by v1".
 func (r *recorder) get(key string) probeTally {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -82,14 +101,18 @@ func (r *recorder) failures(key string) (out []demoEvent) {
 // the time is over, and reports whether it did.
 func (r *recorder) await(key string, n int, within time.Duration) bool {
 	want := r.get(key).OK + n
+	return r.awaitThat(within, func() bool { return r.get(key).OK >= want })
+}
+
+// awaitThat asks after every event whether something is so.
+func (r *recorder) awaitThat(within time.Duration, so func() bool) bool {
 	timer := time.NewTimer(within)
 	defer timer.Stop()
 	for {
 		r.mu.Lock()
 		wake := r.wake
-		t := r.tally[key]
 		r.mu.Unlock()
-		if t != nil && t.OK >= want {
+		if so() {
 			return true
 		}
 		select {

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"sallyport/internal/control"
@@ -110,11 +111,11 @@ func (d *demo) startProxy(ctx context.Context, name string, config func(name, to
 	if err := os.WriteFile(ca, d.net.CA, 0o600); err != nil {
 		return err
 	}
-	every := 100 * time.Millisecond
-	env := []string{"SSL_CERT_FILE=" + ca, envEvery + "=" + every.String()}
+	env := []string{"SSL_CERT_FILE=" + ca, envEvery + "=" + d.every.String()}
 	if a, ok := d.app[name]; ok {
 		env = append(env, envAppListen+"="+a.String())
 	}
+	env = append(env, d.workload(name).env...)
 	tail := []string{"--", filepath.Join(d.bin, "sallyport"), "demo-app", name}
 	return d.spawn(name, argv, tail, env...)
 }
@@ -145,7 +146,13 @@ egress:
 	if a, ok := d.app[name]; ok {
 		c += fmt.Sprintf("inbound:\n  listen: %s\n  app: %s\n", d.inbound[name], a)
 	}
-	return c
+	return c + d.workload(name).config
+}
+
+// workload is the one of that name.
+func (d *demo) workload(name string) demoWorkload {
+	i := slices.IndexFunc(d.workloads, func(w demoWorkload) bool { return w.name == name })
+	return d.workloads[i]
 }
 
 // startAttacker starts a program that has neither sidecar nor identity.
