@@ -24,7 +24,7 @@ import (
 // archive is "sallyport archive".
 func (c *cli) archive() *cobra.Command {
 	cmd := &cobra.Command{Use: "archive", Short: "Check and read archives of copied calls"}
-	cmd.AddCommand(c.archiveList(), c.archiveVerify(), c.archiveDecrypt(), c.archiveReplay(), c.archiveDiff())
+	cmd.AddCommand(c.archiveList(), c.archiveVerify(), c.archiveDecrypt(), c.archiveReplay(), c.archiveDiff(), c.archiveKeygen())
 	return cmd
 }
 
@@ -155,6 +155,22 @@ func (f *reading) each(path string, do func(*archive.Record) error) error {
 		return usage(fmt.Errorf("--auditor: %w", err))
 	}
 	return failed(archive.Each(path, ids, do))
+}
+
+func (c *cli) archiveKeygen() *cobra.Command {
+	return &cobra.Command{
+		Use:   "keygen FILE",
+		Short: "Make the key of an auditor: the private one in FILE, the public one on stdout",
+		Args:  cobra.ExactArgs(1),
+		RunE: func(_ *cobra.Command, args []string) error {
+			public, err := archive.NewAuditor(args[0])
+			if err != nil {
+				return usage(err)
+			}
+			_, err = fmt.Fprintln(c.stdout, public)
+			return err
+		},
+	}
 }
 
 func (c *cli) archiveDecrypt() *cobra.Command {

@@ -100,14 +100,14 @@ func rootSummary(st control.RootStatus, now time.Time) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "root rotation: %s", st.Phase)
 	if !st.Since.IsZero() {
-		fmt.Fprintf(&b, " for %s", lapse(now.Sub(st.Since)))
+		fmt.Fprintf(&b, " for %s", age(now.Sub(st.Since)))
 	}
 	if st.Emergency {
 		b.WriteString(", EMERGENCY")
 	}
 	fmt.Fprintf(&b, "\nnext step: %s", st.Next)
 	if st.Due.After(now) {
-		fmt.Fprintf(&b, ", by time in %s", lapse(st.Due.Sub(now)))
+		fmt.Fprintf(&b, ", by time in %s", age(st.Due.Sub(now)))
 	}
 	b.WriteByte('\n')
 	if st.Phase == "steady" {
@@ -124,7 +124,7 @@ func rootSummary(st control.RootStatus, now time.Time) string {
 		fmt.Fprintf(&b, "  not yet: %s\n", name)
 	}
 	if st.NotBefore.After(now) {
-		fmt.Fprintf(&b, "tokens under the old key expire in %s\n", lapse(st.NotBefore.Sub(now)))
+		fmt.Fprintf(&b, "tokens under the old key expire in %s\n", age(st.NotBefore.Sub(now)))
 	}
 	return b.String()
 }

@@ -5,14 +5,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"filippo.io/age"
-
+	"sallyport/internal/archive"
 	"sallyport/internal/audit"
 	"sallyport/internal/daemon"
 	"sallyport/internal/shadow"
@@ -57,13 +55,13 @@ func withShadow(name, about string, play func(context.Context, *demo, *verdicts)
 			name: "billing-next", serves: true, config: "shadow: {only: true}\n", env: []string{envVersion + "=next"},
 		}},
 		prepare: func(d *demo) error {
-			key, err := age.GenerateX25519Identity()
+			public, err := archive.NewAuditor(d.auditorKey())
 			if err != nil {
 				return err
 			}
 			i := slices.IndexFunc(d.workloads, func(w demoWorkload) bool { return w.name == "payment" })
-			d.workloads[i].config += fmt.Sprintf(archivesConfig, shadowTimeout, key.Recipient())
-			return os.WriteFile(d.auditorKey(), []byte(key.String()+"\n"), 0o600)
+			d.workloads[i].config += fmt.Sprintf(archivesConfig, shadowTimeout, public)
+			return nil
 		},
 		policies: func(d *demo) error {
 			return errors.Join(

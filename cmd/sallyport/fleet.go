@@ -48,7 +48,7 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 			state += " (candidate refused: " + firstLine(p.CandidateRefused) + ")"
 		}
 		if !p.Connected {
-			seen = lapse(time.Since(p.LastSeen)) + " ago"
+			seen = age(time.Since(p.LastSeen)) + " ago"
 		}
 		rows = append(rows, []string{p.Workload.String(), p.Kind, expiry(p.SVIDExpires), strconv.FormatUint(p.PolicyRevision, 10), state, seen})
 	}
@@ -66,13 +66,13 @@ func expiry(t time.Time) string {
 		return "none"
 	}
 	if d := time.Until(t); d > 0 {
-		return "in " + lapse(d)
+		return "in " + age(d)
 	}
 	return "EXPIRED"
 }
 
-// lapse prints a duration in its largest fitting unit.
-func lapse(d time.Duration) string {
+// age prints a duration in its largest fitting unit.
+func age(d time.Duration) string {
 	switch {
 	case d < time.Minute:
 		return fmt.Sprintf("%ds", int(d.Seconds()))

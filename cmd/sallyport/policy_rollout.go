@@ -129,12 +129,12 @@ func rolloutLine(ro *mesh.Rollout, now time.Time) string {
 	fmt.Fprintf(&b, "canary: revision %d, set %.12s, %s", ro.Revision, ro.Set, strings.ReplaceAll(string(ro.State), "_", " "))
 	switch {
 	case !ro.Active():
-		fmt.Fprintf(&b, " %s ago", lapse(now.Sub(ro.Ended)))
+		fmt.Fprintf(&b, " %s ago", age(now.Sub(ro.Ended)))
 	case ro.State == mesh.Held:
 	case ro.Bake == 0:
-		fmt.Fprintf(&b, " for %s, until it is promoted", lapse(now.Sub(ro.Started)))
+		fmt.Fprintf(&b, " for %s, until it is promoted", age(now.Sub(ro.Started)))
 	default:
-		fmt.Fprintf(&b, " for %s of %s", lapse(now.Sub(ro.Started)), ro.Bake)
+		fmt.Fprintf(&b, " for %s of %s", age(now.Sub(ro.Started)), ro.Bake)
 	}
 	fmt.Fprintf(&b, "; %d of %d canary proxies ack (%s), pushed by %s", ro.Acked, ro.Members, strings.Join(ro.Group, ", "), cmp.Or(ro.By, "somebody"))
 	if ro.Why != "" {

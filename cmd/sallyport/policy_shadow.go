@@ -83,7 +83,7 @@ func (c *cli) printShadow(told []shadowed) error {
 }
 
 func differenceRow(d authz.Difference) []string {
-	last := lapse(time.Since(d.Last)) + " ago"
+	last := age(time.Since(d.Last)) + " ago"
 	if d.Rule == "" {
 		return []string{strconv.FormatUint(d.Count, 10), string(d.Kind), "(all others)", "", "", "", "", "", last}
 	}

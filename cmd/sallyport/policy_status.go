@@ -203,11 +203,11 @@ func (c *cli) emitDistribution(d distribution) error {
 			answer = "nack: " + firstLine(p.Reason)
 		}
 		if !p.Connected {
-			seen = lapse(time.Since(p.LastSeen)) + " ago"
+			seen = age(time.Since(p.LastSeen)) + " ago"
 		}
 		since := "-"
 		if !p.Since.IsZero() {
-			since = lapse(time.Since(p.Since))
+			since = age(time.Since(p.Since))
 		}
 		rows = append(rows, []string{
 			p.Workload.String(), p.Kind, cmp.Or(p.Group, "-"), strconv.FormatUint(cmp.Or(p.Wanted, d.Revision), 10), strconv.FormatUint(p.PolicyRevision, 10),

@@ -173,6 +173,24 @@ func ReadRecords(r io.Reader, f func(*Record) error) error {
 	return s.Err()
 }
 
+// NewAuditor writes a new private key of an auditor to a file that must not
+// exist yet, and returns its public key, a recipient of archives.
+func NewAuditor(file string) (recipient string, err error) {
+	key, err := age.GenerateX25519Identity()
+	if err != nil {
+		return "", err
+	}
+	f, err := os.OpenFile(file, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", err
+	}
+	_, err = fmt.Fprintf(f, "# public key: %s\n%s\n", key.Recipient(), key)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return "", err
+	}
+	return key.Recipient().String(), nil
+}
+
 // ReadIdentities reads the identity files of an auditor, as age-keygen writes
 // them.
 func ReadIdentities(paths ...string) (ids []age.Identity, err error) {
