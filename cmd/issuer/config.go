@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"path/filepath"
 	"time"
 
@@ -41,6 +42,9 @@ type Config struct {
 	// tokens. Default: none.
 	Attestors attest.Config `yaml:"attestors"`
 
+	// Endpoints says where the endpoints of services may stand.
+	Endpoints EndpointsConfig `yaml:"endpoints"`
+
 	// OIDC and BundleEndpoint publish the keys that verify our SVIDs.
 	OIDC           OIDCConfig           `yaml:"oidc"`
 	BundleEndpoint BundleEndpointConfig `yaml:"bundle_endpoint"`
@@ -58,6 +62,29 @@ type Config struct {
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.
 	Pprof bool `yaml:"pprof"`
+}
+
+// EndpointsConfig bounds the addresses that proxies announce: callers are sent
+// there.
+type EndpointsConfig struct {
+	// Allow are the networks, as prefixes, in which a proxy may announce an
+	// address that is not the one its connection to this issuer comes from: for
+	// machines with several addresses, and for those behind address translation
+	// or a load balancer. It allows no loopback address. Default: none.
+	Allow []netip.Prefix `yaml:"allow"`
+}
+
+func (c EndpointsConfig) validate() error {
+	var errs []error
+	for i, p := range c.Allow {
+		switch {
+		case p.Addr().Is4In6():
+			errs = append(errs, fmt.Errorf("endpoints.allow[%d]: %s is a range of IPv4 in the form of IPv6; write it as IPv4, such as 10.1.0.0/16", i, p))
+		case p != p.Masked():
+			errs = append(errs, fmt.Errorf("endpoints.allow[%d]: %s has bits set behind its length; write %s", i, p, p.Masked()))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // DatabaseConfig says where state is that several issuers share.
@@ -122,7 +149,7 @@ func (c *Config) Validate() error {
 		errs = append(errs, fmt.Errorf("ca.kms: %w", err))
 	}
 	errs = append(errs, c.validateUpstream())
-	errs = append(errs, c.Attestors.Validate(), c.validatePolicy())
+	errs = append(errs, c.Attestors.Validate(), c.Endpoints.validate(), c.validatePolicy())
 	errs = append(errs, c.validatePublic(), c.validateFederation())
 	return errors.Join(errs...)
 }

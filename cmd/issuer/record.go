@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -24,6 +25,14 @@ func (in *issuer) recordAdmin(_ context.Context, c control.AdminCall) error {
 		r.Dst = c.On.String()
 	}
 	return in.audit.Append(&r)
+}
+
+// recordAnnounced writes down an endpoint that was refused for its address.
+func (in *issuer) recordAnnounced(_ context.Context, a control.Announcement) error {
+	return in.audit.Append(&audit.Record{
+		Kind: audit.KindAttest, Decision: audit.Deny, Reason: "endpoint_address", Verb: "announce", Src: a.Agent.String(), Dst: a.Workload.String(), Peer: a.Peer,
+		Detail: fmt.Sprintf("service %s at %s", a.Service, a.Address),
+	})
 }
 
 // recordsAtOnce bounds the records that wait for the disk together.

@@ -198,7 +198,7 @@ func (in *issuer) open(ctx context.Context) error {
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
 		Witness: in.witness, Explain: in.why,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
-		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, OnToken: in.recordToken, Log: in.log,
+		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, Endpoints: cfg.Endpoints.Allow, OnAnnounce: in.recordAnnounced, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Policies: in.policyKeeper(), SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
 	})

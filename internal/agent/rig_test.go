@@ -191,7 +191,7 @@ func (is *issuer) start(addr string) {
 			}
 			return control.RefusalEvidence
 		},
-		Log: slog.New(slog.DiscardHandler),
+		Endpoints: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/24")}, Log: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {
 		is.t.Fatal(err)

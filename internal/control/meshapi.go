@@ -136,7 +136,7 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 		return nil, err
 	}
 	sub := &subscription{s: s, st: st, who: who, key: subscriber{who.id, workload, h.GetKind()}, hash: h.GetHaveHash(), candidate: h.GetHaveCandidate()}
-	if sub.endpoints, err = s.readEndpoints(h.GetEndpoints(), who.id, workload); err != nil {
+	if sub.endpoints, err = s.readEndpoints(st.Context(), h.GetEndpoints(), who.id, workload); err != nil {
 		return nil, err
 	}
 	sub.announced = make([]bool, len(sub.endpoints))
@@ -160,9 +160,10 @@ func checkKind(kind string) error {
 	return nil
 }
 
-// readEndpoints refuses an endpoint of a service that is another workload's. One
-// of a service that no policy names yet waits for it.
-func (s *Server) readEndpoints(in []*meshpb.Endpoint, agent, workload spiffeid.ID) ([]mesh.Endpoint, error) {
+// readEndpoints refuses an endpoint of a service that is another workload's, or
+// at an address that the proxy has not shown to have. One of a service that no
+// policy names yet waits for it.
+func (s *Server) readEndpoints(ctx context.Context, in []*meshpb.Endpoint, agent, workload spiffeid.ID) ([]mesh.Endpoint, error) {
 	if len(in) > maxEndpoints {
 		return nil, refuse(codes.InvalidArgument, "%d endpoints, at most %d are announced by one proxy", len(in), maxEndpoints)
 	}
@@ -172,6 +173,9 @@ func (s *Server) readEndpoints(in []*meshpb.Endpoint, agent, workload spiffeid.I
 		e, err := endpointFromWire(w, agent)
 		if err != nil {
 			return nil, refuse(codes.InvalidArgument, "%v", err)
+		}
+		if err := s.checkAddress(ctx, e, workload); err != nil {
+			return nil, err
 		}
 		if snap == nil {
 			out = append(out, e)

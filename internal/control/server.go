@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -171,6 +172,12 @@ type ServerConfig struct {
 	// OnAttest is told of each attestation, before its answer. An error
 	// refuses it: what cannot be recorded does not happen. Default none.
 	OnAttest func(context.Context, Attestation) error
+	// Endpoints are where a proxy may announce an endpoint though its connection
+	// does not come from there. Default: nowhere.
+	Endpoints []netip.Prefix
+	// OnAnnounce is told of each endpoint that is refused for its address, before
+	// its proxy is. Default none.
+	OnAnnounce func(context.Context, Announcement) error
 	// OnToken is told of each join token that the operator makes, and who it
 	// was by, before the token is given out. An error withholds it. Default
 	// none.
@@ -244,6 +251,8 @@ type Server struct {
 	// stopping is closed once the Server is to end its streams.
 	stopping chan struct{}
 	stopOnce sync.Once
+	// machine reads the addresses of the issuer's own machine.
+	machine func() ([]netip.Addr, error)
 	// lease of an announced endpoint; hello bounds the wait for the first
 	// message of a stream.
 	lease, hello time.Duration
@@ -292,6 +301,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		work:     budgets{rate: workRate, burst: workBurst},
 		uploads:  budgets{rate: uploadRate, burst: uploadBurst},
 		stopping: make(chan struct{}),
+		machine:  machineAddresses,
 		lease:    endpointLease,
 		hello:    helloTimeout,
 		open:     map[spiffeid.ID]int{},
