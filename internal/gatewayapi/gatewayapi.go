@@ -207,6 +207,7 @@ func Import(file string, src []byte, service mesh.ServiceName) ([]mesh.Routes, e
 			out = append(out, mesh.Routes{Service: of})
 		}
 		for _, r := range d.routes {
+			r.Matches = under(d.foreign(), r.Matches)
 			for b := range r.Backends {
 				if r.Backends[b].Service == of {
 					r.Backends[b].Service = "" // itself
@@ -255,6 +256,42 @@ func read(file, part, text string) (d document, err error) {
 		return d, fmt.Errorf("%s: %s %s: %w", file, m[1], d.Metadata.Name, err)
 	}
 	return d, nil
+}
+
+// foreign are the host names that are none of the mesh.
+func (d *document) foreign() (out []string) {
+	for _, h := range d.Hostnames {
+		if !strings.HasSuffix(h, "."+mesh.Domain) {
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+// under has each match hold for calls of the hosts only; "*." before one is of
+// all names below it.
+func under(hosts []string, matches []mesh.Match) []mesh.Match {
+	if len(hosts) == 0 {
+		return matches
+	}
+	if len(matches) == 0 {
+		matches = []mesh.Match{{}}
+	}
+	var out []mesh.Match
+	for _, m := range matches {
+		for _, h := range hosts {
+			host := mesh.NamedText{Name: "Host"}
+			if below, any := strings.CutPrefix(h, "*"); any {
+				host.Suffix = below
+			} else {
+				host.Exact = h
+			}
+			n := m
+			n.Headers = append([]mesh.NamedText{host}, m.Headers...)
+			out = append(out, n)
+		}
+	}
+	return out
 }
 
 // of is the service whose calls the routes are about.

@@ -121,6 +121,36 @@ func TestImportRefusesWhatItDoesNotUnderstand(t *testing.T) {
 	}
 }
 
+func TestWhatRulesLeaveOut(t *testing.T) {
+	const rules = `apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: edge}
+spec:
+  parentRefs: [{name: gw}]
+  hostnames: [billing.mesh.internal, shop.example, "*.shop.example"]
+  rules:
+    - backendRefs: [{name: ledger}]
+    - matches: [{path: {value: /v1/}, headers: [{name: X-A, value: "1"}, {name: x-a, value: "2"}], queryParams: [{name: q, value: "1"}, {name: Q, value: "2"}]}]
+    - matches: [{path: {value: /}}]
+      filters: [{type: RequestRedirect, requestRedirect: {statusCode: 303}}]
+`
+	got, err := Import("k8s.yaml", []byte(rules), "")
+	if err != nil || len(got) != 1 || got[0].Service != "billing" {
+		t.Fatalf("%+v %v", got, err)
+	}
+	shop, below := mesh.NamedText{Name: "Host", Text: mesh.Text{Exact: "shop.example"}}, mesh.NamedText{Name: "Host", Text: mesh.Text{Suffix: ".shop.example"}}
+	v1, all := &mesh.Text{Prefix: "/v1"}, &mesh.Text{Prefix: "/"}
+	a, q := mesh.NamedText{Name: "X-A", Text: mesh.Text{Exact: "1"}}, []mesh.NamedText{{Name: "q", Text: mesh.Text{Exact: "1"}}, {Name: "Q", Text: mesh.Text{Exact: "2"}}}
+	want := []mesh.Route{
+		{Name: "edge-1", Matches: []mesh.Match{{Headers: []mesh.NamedText{shop}}, {Headers: []mesh.NamedText{below}}}, Backends: []mesh.Backend{{Service: "ledger", Weight: 1}}},
+		{Name: "edge-2", Matches: []mesh.Match{{Path: v1, Headers: []mesh.NamedText{shop, a}, Query: q}, {Path: v1, Headers: []mesh.NamedText{below, a}, Query: q}}, Respond: &mesh.Respond{Status: 500}},
+		{Name: "edge-3", Matches: []mesh.Match{{Path: all, Headers: []mesh.NamedText{shop}}, {Path: all, Headers: []mesh.NamedText{below}}}, Redirect: &mesh.Redirect{Scheme: "http", Status: 303}},
+	}
+	if diff := cmp.Diff(want, got[0].Routes); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
 func TestMistakesHaveTheirLine(t *testing.T) {
 	text := strings.Replace(documents, "kind: TCPRoute", "kind: TCPRoute\nstatus: {}", 1)
 	_, err := Import("k8s.yaml", []byte(text), "")

@@ -3,6 +3,7 @@ package gatewayapi
 import (
 	"cmp"
 	"fmt"
+	"strings"
 	"time"
 
 	"sallyport/internal/mesh"
@@ -22,10 +23,10 @@ func (d *httpRoute) routes() (out []mesh.Route, err error) {
 				}
 			}
 			n.Method = m.Method
-			if n.Headers, err = named(m.Headers); err != nil {
+			if n.Headers, err = named(m.Headers, strings.ToLower); err != nil {
 				return nil, err
 			}
-			if n.Query, err = named(m.Query); err != nil {
+			if n.Query, err = named(m.Query, strings.Clone); err != nil {
 				return nil, err
 			}
 			r.Matches = append(r.Matches, n)
@@ -49,7 +50,7 @@ func (d *grpcRoute) routes() (out []mesh.Route, err error) {
 				}
 				n.GRPC = &mesh.GRPCMethod{Service: g.Service, Method: g.Method}
 			}
-			if n.Headers, err = named(m.Headers); err != nil {
+			if n.Headers, err = named(m.Headers, strings.ToLower); err != nil {
 				return nil, err
 			}
 			r.Matches = append(r.Matches, n)
@@ -77,21 +78,22 @@ func pathOf(m *valueMatch) (*mesh.Text, error) {
 	case "Exact":
 		return &mesh.Text{Exact: value}, nil
 	case "", "PathPrefix":
-		return &mesh.Text{Prefix: value}, nil
+		return &mesh.Text{Prefix: cmp.Or(strings.TrimRight(value, "/"), "/")}, nil // with or without the slash it is the same
 	case "RegularExpression":
 		return &mesh.Text{Regex: value}, nil
 	}
 	return nil, fmt.Errorf("path match of type %s is not supported: Exact, PathPrefix and RegularExpression are", m.Type)
 }
 
-// named leaves out the second entry of a name, as the Gateway API has it.
-func named(list []valueMatch) (out []mesh.NamedText, err error) {
+// named leaves out the second entry of a name, as the Gateway API has it; fold
+// makes names equal that are the same.
+func named(list []valueMatch, fold func(string) string) (out []mesh.NamedText, err error) {
 	seen := map[string]bool{}
 	for _, m := range list {
-		if seen[m.Name] {
+		if seen[fold(m.Name)] {
 			continue
 		}
-		seen[m.Name] = true
+		seen[fold(m.Name)] = true
 		t := mesh.NamedText{Name: m.Name}
 		switch m.Type {
 		case "", "Exact":
@@ -145,6 +147,9 @@ func (x *rule) route(d head, i int) (r mesh.Route, err error) {
 			return r, fmt.Errorf("rule %s: %w", r.Name, err)
 		}
 	}
+	if len(r.Backends) == 0 && r.Redirect == nil {
+		r.Respond = &mesh.Respond{Status: 500} // as the Gateway API has it, not the service itself
+	}
 	return r, nil
 }
 
@@ -157,7 +162,9 @@ func apply(r *mesh.Route, f filter) (err error) {
 	case f.Type == "RequestRedirect" && f.Redirect != nil:
 		d := f.Redirect
 		r.Redirect = &mesh.Redirect{Scheme: d.Scheme, Host: d.Hostname, Port: d.Port, Status: cmp.Or(d.Status, 302)}
-		r.Redirect.Path, r.Redirect.Prefix, err = d.Path.parts()
+		if r.Redirect.Path, r.Redirect.Prefix, err = d.Path.parts(); d.Path == nil && d.Scheme == "" && d.Hostname == "" && d.Port == 0 {
+			r.Redirect.Scheme = "http" // that of the call
+		}
 	case f.Type == "URLRewrite" && f.Rewrite != nil:
 		r.Rewrite.Host = f.Rewrite.Hostname
 		r.Rewrite.Path, r.Rewrite.Prefix, err = f.Rewrite.Path.parts()

@@ -22,8 +22,7 @@ const controller = "sallyport.example/sidecar"
 // documents of a test with the status that a controller would have written.
 type cluster struct {
 	client client.Client
-	http   []*gw.HTTPRoute
-	grpc   []*gw.GRPCRoute
+	routes bytes.Buffer // the documents of routes, as they are written
 }
 
 // newCluster reads manifests. A Gateway is one loopback address.
@@ -80,12 +79,12 @@ func (c *cluster) object(t *testing.T, doc []byte) client.Object {
 	case "HTTPRoute":
 		r := into(&gw.HTTPRoute{}).(*gw.HTTPRoute)
 		r.Status.RouteStatus = accepted(r.Spec.ParentRefs)
-		c.http = append(c.http, r)
+		c.keep(doc)
 		return r
 	case "GRPCRoute":
 		r := into(&gw.GRPCRoute{}).(*gw.GRPCRoute)
 		r.Status.RouteStatus = accepted(r.Spec.ParentRefs)
-		c.grpc = append(c.grpc, r)
+		c.keep(doc)
 		return r
 	case "Service":
 		return into(&corev1.Service{})
@@ -93,6 +92,12 @@ func (c *cluster) object(t *testing.T, doc []byte) client.Object {
 		return into(&corev1.Namespace{})
 	}
 	return nil
+}
+
+// keep adds a document to those that are imported.
+func (c *cluster) keep(doc []byte) {
+	c.routes.WriteString("\n---\n")
+	c.routes.Write(doc)
 }
 
 // accepted is the status of a route that all its parents take.

@@ -2,8 +2,8 @@
 // HTTPRoute and GRPCRoute against real sidecars, without a cluster.
 //
 // An issuer and a sidecar before each backend are started, and a sidecar that
-// plays the Gateway, whose workload the tests are. The routes of each test become
-// routes of the policy, which takes them in force as any other edit.
+// plays the Gateway, whose workload the tests are. The routes of each test are
+// imported into the policy, which takes them in force as any other edit.
 package gwconformance
 
 import (
@@ -27,8 +27,7 @@ var unclaimed = map[string]string{
 	"HTTPRouteMatchingAcrossRoutes": "an application of the mesh sees its own name as Host, not the one that its caller wrote",
 	"HTTPRouteRewriteHost":          "it takes another Host only by the routes of its own service",
 	"HTTPRouteCORS":                 "a route that lets every origin call with credentials is refused",
-	"HTTPRouteRequestMirror":        "copies go to shadows, which the policy names; not imported here",
-	"HTTPRouteRetry":                "not imported here",
+	"HTTPRouteRequestMirror":        "the tests read the logs of pods, which there are none",
 }
 
 // claimed are the tests of what we claim.
@@ -39,7 +38,7 @@ var claimed = []suite.ConformanceTest{
 	tests.HTTPRouteRequestHeaderModifier, tests.HTTPRouteResponseHeaderModifier,
 	tests.HTTPRouteRedirectHostAndStatus, tests.HTTPRouteRedirectPath, tests.HTTPRouteRedirectPort, tests.HTTPRouteRedirectScheme,
 	tests.HTTPRoute303Redirect, tests.HTTPRoute307Redirect, tests.HTTPRoute308Redirect, tests.HTTPRouteRewritePath,
-	tests.HTTPRouteTimeoutRequest, tests.HTTPRouteTimeoutBackendRequest, tests.HTTPRouteNamedRule,
+	tests.HTTPRouteTimeoutRequest, tests.HTTPRouteTimeoutBackendRequest, tests.HTTPRouteNamedRule, tests.HTTPRouteNoBackendRefs, tests.HTTPRouteRetry,
 	tests.GRPCExactMethodMatching, tests.GRPCRouteHeaderMatching, tests.GRPCRouteWeight, tests.GRPCRouteNamedRule,
 }
 

@@ -12,7 +12,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -265,7 +267,37 @@ func (b backend) serve() (string, error) {
 
 func (b backend) pod() string { return b.name + "-abc12-xyz34" }
 
+// failures are how often a call of a test has failed, by its uuid.
+var failures struct {
+	sync.Mutex
+	of map[string]int
+}
+
+// fails says whether a call of a test of retries is to fail once more.
+func fails(r *http.Request) bool {
+	q := r.URL.Query()
+	times, err := strconv.Atoi(q.Get("succeedAfter"))
+	if err != nil {
+		return false
+	}
+	failures.Lock()
+	defer failures.Unlock()
+	if failures.of == nil {
+		failures.of = map[string]int{}
+	}
+	failures.of[q.Get("uuid")]++
+	return failures.of[q.Get("uuid")] <= times
+}
+
 func (b backend) echo(w http.ResponseWriter, r *http.Request) {
+	if fails(r) {
+		status, err := strconv.Atoi(r.URL.Query().Get("responseCode"))
+		if err != nil {
+			panic(http.ErrAbortHandler) // no status: the connection breaks off
+		}
+		w.WriteHeader(status)
+		return
+	}
 	if d, err := time.ParseDuration(r.URL.Query().Get("delay")); err == nil {
 		select {
 		case <-time.After(d):
