@@ -67,8 +67,11 @@ type tries struct {
 	want  upstream.Want
 	n     int       // further tries that were made
 	until time.Time // when all of it must be over; zero: never
-	fixed int       // length of x.extra without what changes with each try
-	safe  bool      // acting on it twice is the same as once
+	// asked is how long the caller waits, if that is what until is of. That it
+	// was not enough says nothing of the service.
+	asked time.Duration
+	fixed int  // length of x.extra without what changes with each try
+	safe  bool // acting on it twice is the same as once
 	grpc  bool
 
 	// Of the try under way: when its answer began, what that says, what it asks
@@ -116,9 +119,11 @@ func (x *call) begin(p *plan) {
 		t.want.Key = route.Key(s.Hash, &x.look)
 	}
 	within := asked(&x.req, t.grpc)
+	t.asked = within
 	if p.Request > 0 && (within == 0 || p.Request < within) {
-		within = p.Request
+		within, t.asked = p.Request, 0
 	}
+	t.want.Hurried = t.asked > 0
 	if within > 0 {
 		t.until = x.start.Add(within)
 		t.want.Until = t.until
@@ -245,10 +250,13 @@ func (d *door) accept(x *call) bool {
 	}
 	refused := string(resp.Get(refusedField))
 	t.outcome = outcomeOf(resp.Status, code, refused)
+	if t.outcome == upstream.Failed && t.hurried(resp.Status, code, refused) {
+		t.outcome = upstream.Ignored
+	}
 	if !x.up.Quiet(t.outcome, t.began) {
 		x.ex.Settle = nil
 	}
-	if t.outcome == upstream.OK {
+	if t.outcome <= upstream.OK {
 		return true
 	}
 	t.after = retryAfter(resp.Get("retry-after"))
@@ -319,8 +327,24 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 		t.want.Avoid, t.want.Fresh = up.Endpoint(), false
 		return true, false
 	}
-	x.report(up, upstream.Failed, time.Now())
+	o := upstream.Failed
+	if t.late && t.spent() {
+		o = upstream.Ignored
+	}
+	x.report(up, o, time.Now())
 	return false, false
+}
+
+// spent says that the time is over which the caller gives the call.
+func (t *tries) spent() bool { return t.asked > 0 && !time.Now().Before(t.until) }
+
+// hurried says that an answer is the end of what the caller waits for, as the
+// service or its sidecar sees it: they were told, and their clocks begin earlier.
+func (t *tries) hurried(status, code int, refused string) bool {
+	if t.asked == 0 || code != grpcDeadlineExceeded && (status != 504 || refused != "timeout") {
+		return false
+	}
+	return time.Until(t.until) <= t.asked/10
 }
 
 // pause waits before a further try, half to all of what it may be.
@@ -392,6 +416,9 @@ func (x *call) outcomeOf() upstream.Outcome {
 	code, known := grpcCode(x.ex.Trailer("grpc-status"))
 	if !known {
 		return t.outcome
+	}
+	if t.hurried(x.res.Status, code, "") {
+		return upstream.Ignored
 	}
 	return outcomeOf(x.res.Status, code, "")
 }

@@ -205,6 +205,44 @@ func TestACallEndsAtItsDeadline(t *testing.T) {
 	}
 }
 
+// How long a caller is ready to wait says nothing of the service; what a route
+// gives its calls does.
+func TestOnlyARoutesDeadlineIsHeldAgainstTheService(t *testing.T) {
+	for _, tt := range []struct {
+		name, app, routes string
+		fields            []string
+		open              bool
+	}{
+		{"of the caller", "", "", []string{"Sallyport-Timeout-Ms: 100"}, false},
+		{"of a caller of gRPC", "", "", []string{"Grpc-Timeout: 100m"}, false},
+		{"of the caller, which the service keeps by itself", "HTTP/1.1 200 OK\r\nContent-Type: application/grpc\r\nGrpc-Status: 4\r\nContent-Length: 0\r\n\r\n", "", []string{"Grpc-Timeout: 1n"}, false},
+		{"of the service, long before that of the caller", "HTTP/1.1 200 OK\r\nContent-Type: application/grpc\r\nGrpc-Status: 4\r\nContent-Length: 0\r\n\r\n", "", []string{"Grpc-Timeout: 1H"}, true},
+		{"of the route", "", "routes: [{name: all, timeouts: {request: 100ms}}]\n", nil, true},
+		{"of the route, before that of the caller", "", "routes: [{name: all, timeouts: {request: 100ms}}]\n", []string{"Sallyport-Timeout-Ms: 60000"}, true},
+		{"of one try", "", "routes: [{name: all, timeouts: {backend_request: 100ms}, retry: {attempts: 0}}]\n", []string{"Sallyport-Timeout-Ms: 60000"}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			addr, _ := hang(t, tt.app)
+			r := newRig(t, addr, func(r *rig) {
+				r.routes = "service: billing\nbreaker: {consecutive: 2, open: 1h, max_open: 1h}\n" + tt.routes
+			})
+			for range 2 {
+				r.ask("POST", "/ok/1", append(tt.fields, "Content-Type: application/grpc")...)
+			}
+			if tt.open { // a client has its answer before that is reported
+				await(t, func() bool { return len(r.services.Troubles()) > 0 })
+				return
+			}
+			if err := r.stopOut(); err != nil { // with all that is under way
+				t.Fatal(err)
+			}
+			if got := r.services.Troubles(); len(got) > 0 {
+				t.Errorf("the service is cut off: %v", got)
+			}
+		})
+	}
+}
+
 func TestAnAnswerIsCutAtItsDeadline(t *testing.T) {
 	addr, _ := hang(t, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf of")
 	r := newRig(t, addr)

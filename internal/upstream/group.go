@@ -41,9 +41,15 @@ type Want struct {
 	// Config says.
 	Connect time.Duration
 	Until   time.Time
+	// Hurried says that Until is what the caller asked for: when it comes, that
+	// says nothing of the service.
+	Hurried bool
 	// Again says that it is a further try of a call that was counted.
 	Again bool
 }
+
+// spent says that the time is over which the caller gave.
+func (w *Want) spent() bool { return w.Hurried && !time.Now().Before(w.Until) }
 
 // within bounds the making of a connection.
 func (w *Want) within(ctx context.Context, usual time.Duration) (context.Context, context.CancelFunc) {
@@ -382,7 +388,7 @@ func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 			c.on = e
 			return c, nil
 		}
-		if ctx.Err() == nil {
+		if ctx.Err() == nil && !w.spent() {
 			now = time.Now().UnixNano()
 			e.rest.Store(e.pool.restUntil.Load())
 			g.blame(e, now, Failed, penalty, false)

@@ -50,7 +50,7 @@ func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
 	c, err := g.lend(ctx, now, w)
 	if err != nil {
 		o := Failed
-		if ctx.Err() != nil {
+		if ctx.Err() != nil || w.spent() {
 			o = Ignored
 		}
 		g.decide(time.Now().UnixNano(), o, 0, 0, l.probe)

@@ -367,7 +367,7 @@ func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
 			}
 		}
 		if c == nil {
-			return p.open(ctx)
+			return p.open(ctx, want)
 		}
 		now := time.Now()
 		if c.usable(p.cfg.Generation(), now) {
@@ -380,7 +380,7 @@ func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
 }
 
 // open dials by the right that enter or a turn gave.
-func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
+func (p *Pool) open(ctx context.Context, want *Want) (c *Conn, err error) {
 	defer func() { p.dialled(c != nil) }()
 	if p.crowded() {
 		return nil, fmt.Errorf("%s: %w", p.t.addr, errCrowded)
@@ -391,7 +391,7 @@ func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 		epoch = p.epoch.Load() // before the handshake looks
 	}
 	for range maxCrossed {
-		if c, err = p.make(ctx, gen, epoch); !errors.Is(err, hop.ErrClosing) || ctx.Err() != nil {
+		if c, err = p.make(ctx, want, gen, epoch); !errors.Is(err, hop.ErrClosing) || ctx.Err() != nil {
 			break
 		}
 	}
@@ -403,8 +403,11 @@ func (p *Pool) open(ctx context.Context) (c *Conn, err error) {
 const maxCrossed = 3
 
 // make makes a connection, and lends it.
-func (p *Pool) make(ctx context.Context, gen, epoch uint64) (*Conn, error) {
+func (p *Pool) make(ctx context.Context, want *Want, gen, epoch uint64) (*Conn, error) {
 	nc, until, err := p.connect(ctx)
+	if err != nil && want.spent() {
+		return nil, err
+	}
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
 		p.restUntil.Store(time.Now().Add(250 * time.Millisecond << (n - 1)).UnixNano())
