@@ -69,11 +69,19 @@ func (t *Translator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	held := &held{ReadCloser: r.Body, of: t.bodies}
 	defer held.release()
 	r.Body = held
+	if x.kind == plain && r.Header.Get("Content-Encoding") == packing {
+		r.Header.Del("Content-Encoding")
+		r.Header.Del("Content-Length")
+		r.ContentLength = -1
+		r.Body = &unpacked{held: held, from: held}
+	}
 	_ = http.NewResponseController(w).EnableFullDuplex() // the connection is our own
-	x.serve(o, r)
+	x.serve(o, r, held)
+	held.drain(w)
 }
 
-// A held body counts what is read of it, until the call is over.
+// A held body counts what is read of it, and what that unpacks to, until the call
+// is over.
 type held struct {
 	io.ReadCloser
 	of *mux.Budget
@@ -84,16 +92,32 @@ var errHeld = connect.NewError(connect.CodeResourceExhausted, errors.New("too mu
 
 func (h *held) Read(p []byte) (int, error) {
 	n, err := h.ReadCloser.Read(p)
-	if !h.of.Take(n) {
+	if !h.take(n) {
 		return 0, errHeld
 	}
-	h.n += n
 	return n, err
+}
+
+func (h *held) take(n int) bool {
+	if !h.of.Take(n) {
+		return false
+	}
+	h.n += n
+	return true
+}
+
+// drain reads what nobody wanted: net/http, which does so after a handler that
+// answers while it reads, then reads twice at once and gives up the connection.
+func (h *held) drain(w http.ResponseWriter) {
+	if n, _ := io.CopyN(io.Discard, h.ReadCloser, 2*MaxMessage); n == 2*MaxMessage {
+		_ = http.NewResponseController(w).Flush() // the caller may still hear of it
+		panic(http.ErrAbortHandler)
+	}
 }
 
 func (h *held) release() { h.of.Give(h.n) }
 
-func (x *call) serve(o *Offer, r *http.Request) {
+func (x *call) serve(o *Offer, r *http.Request, held *held) {
 	switch {
 	case x.kind == plain && o.spec.To != toGRPC, x.kind != plain && r.URL.Path != x.method:
 		x.fail(codes.Internal, "the call is not the one that was judged", nil)
@@ -109,7 +133,7 @@ func (x *call) serve(o *Offer, r *http.Request) {
 		x.table.rest.ServeHTTP(x, r)
 		x.finish()
 	default:
-		r.Body = &single{ReadCloser: r.Body}
+		r.Body = &single{held: held, packed: r.Header.Get("Grpc-Encoding") == packing}
 		r.Proto, r.ProtoMajor, r.ProtoMinor = "HTTP/2.0", 2, 0 // the connection in memory has what gRPC wants
 		x.table.calls.ServeHTTP(x, r)
 		x.finish()

@@ -84,6 +84,33 @@ func (p protoCodec) Unmarshal(b []byte, m proto.Message) error {
 	return nil
 }
 
+// packing is the one that requests may have. They are unpacked before vanguard
+// sees them, which would not count what it holds.
+const packing = vanguard.CompressionGzip
+
+// An unpacked body is what a packed one holds, all of which counts.
+type unpacked struct {
+	*held
+	from  io.Reader
+	z     bounded
+	begun bool
+}
+
+// Read implements io.Reader.
+func (u *unpacked) Read(p []byte) (int, error) {
+	if !u.begun {
+		if err := u.z.Reset(u.from); err != nil {
+			return 0, err
+		}
+		u.begun = true
+	}
+	n, err := u.z.Read(p)
+	if !u.take(n) {
+		return 0, errHeld
+	}
+	return n, err
+}
+
 // boundedGzip is gzip that does not unpack more than a message may have.
 func boundedGzip() vanguard.TranscoderOption {
 	return vanguard.WithCompression(vanguard.CompressionGzip,

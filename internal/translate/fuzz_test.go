@@ -47,7 +47,7 @@ func FuzzMessages(f *testing.F) {
 				t.Fatalf("read %d bytes for %d", len(b)-r.Len(), read)
 			}
 		}
-		one, err := io.ReadAll(&single{ReadCloser: io.NopCloser(bytes.NewReader(b))})
+		one, err := io.ReadAll(&single{held: &held{ReadCloser: io.NopCloser(bytes.NewReader(b))}})
 		if !bytes.HasPrefix(b, one) {
 			t.Errorf("%q became %q, %v", b, one, err)
 		}

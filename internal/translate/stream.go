@@ -50,33 +50,57 @@ func readMessage(r io.Reader, buf []byte) ([]byte, error) {
 	return buf, unexpected(err)
 }
 
-// A single is the body of a call with one message: what follows is an error.
+// A single is the body of a call with one message: what follows is an error. A
+// message that came packed is read unpacked.
 type single struct {
-	io.ReadCloser
-	head [prefix]byte
-	have int    // of head
-	left uint32 // of the message
+	*held
+	packed bool // it may be
+	begun  bool
+	head   [prefix]byte
+	first  bytes.Buffer // the head, and the message if that was unpacked
+	left   int          // of the message
 }
 
 func (s *single) Read(p []byte) (int, error) {
-	if s.have == prefix && s.left == 0 {
-		n, err := s.ReadCloser.Read(p[:min(len(p), 1)])
+	if !s.begun {
+		s.begun = true
+		if _, err := io.ReadFull(s.held, s.head[:]); err != nil {
+			return 0, err
+		}
+		if err := s.open(); err != nil {
+			return 0, err
+		}
+	}
+	if s.first.Len() > 0 {
+		return s.first.Read(p)
+	}
+	if s.left == 0 {
+		n, err := s.held.Read(p[:min(len(p), 1)])
 		if n > 0 {
 			return 0, errors.New("the call has more than one message")
 		}
 		return 0, err
 	}
-	if s.have < prefix {
-		n, err := s.ReadCloser.Read(p[:min(len(p), prefix-s.have)])
-		copy(s.head[s.have:], p[:n])
-		if s.have += n; s.have == prefix {
-			s.left = binary.BigEndian.Uint32(s.head[1:])
-		}
-		return n, err
-	}
-	n, err := s.ReadCloser.Read(p[:min(len(p), int(s.left))])
-	s.left -= uint32(n)
+	n, err := s.held.Read(p[:min(len(p), s.left)])
+	s.left -= n
 	return n, err
+}
+
+// open looks at the head of the message.
+func (s *single) open() error {
+	size := binary.BigEndian.Uint32(s.head[1:])
+	if s.head[0] != 1 || !s.packed || size == 0 || size > MaxMessage {
+		s.left = int(size)
+		s.first.Write(s.head[:]) // vanguard says what is wrong with it
+		return nil
+	}
+	s.first.Write(make([]byte, prefix))
+	if _, err := io.Copy(&s.first, &unpacked{held: s.held, from: io.LimitReader(s.held, int64(size))}); err != nil {
+		return unexpected(err)
+	}
+	b := s.first.Bytes()
+	binary.BigEndian.PutUint32(b[1:], uint32(len(b)-prefix))
+	return nil
 }
 
 func unexpected(err error) error {

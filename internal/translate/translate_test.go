@@ -2,6 +2,7 @@ package translate
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/binary"
 	"encoding/json"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -377,5 +379,49 @@ func TestRequestsOfAllCallsAreBounded(t *testing.T) {
 	r.Header.Set(MethodField, "/shop.v1.Shop/Put")
 	if tr.ServeHTTP(w, r); w.Code != 200 || tr.bodies.Used() > before {
 		t.Errorf("%d %s, %d bytes are held", w.Code, w.Body, tr.bodies.Used())
+	}
+}
+
+// A body that unpacks to much counts as what it unpacks to, not as what came.
+func TestWhatARequestUnpacksToIsBounded(t *testing.T) {
+	tr := start(t, translatetest.GRPC(t, "127.0.0.1:0"), fromFile)
+	var log bytes.Buffer
+	tr.server.ErrorLog = slog.NewLogLogger(slog.NewTextHandler(&log, nil), slog.LevelError)
+	const leaves = 100 << 10
+	if !tr.bodies.Take(maxBodies - leaves) {
+		t.Fatal("nothing may be held")
+	}
+	used := tr.bodies.Used()
+	pack := func(b []byte) []byte {
+		var out bytes.Buffer
+		z := gzip.NewWriter(&out)
+		_, _ = z.Write(b)
+		z.Close()
+		return out.Bytes()
+	}
+	for _, n := range []int{10, 2 * leaves} {
+		text := `{"id":"a","note":"` + strings.Repeat("x", n) + `"}`
+		rest := request("POST", "/v1/items", "application/json", string(pack([]byte(text))))
+		rest.Header.Set("Content-Encoding", "gzip")
+		m := pack([]byte(frame(t, translatetest.Message(t, "Item", text)))[prefix:])
+		head := binary.BigEndian.AppendUint32([]byte{1}, uint32(len(m)))
+		grpc := request("POST", "/shop.v1.Shop/Put", "application/grpc-web", string(head)+string(m))
+		grpc.Header.Set("Grpc-Encoding", "gzip")
+		for _, r := range []*http.Request{rest, grpc} {
+			resp, body := do(t, tr, r)
+			code, status := resp.Header.Get("Grpc-Status"), resp.StatusCode
+			if want := n == 10; (status == 200 && (code == "" || code == "0")) != want {
+				t.Errorf("%d bytes to %s: %d %s %q", n, r.URL.Path, status, code, body)
+			}
+		}
+	}
+	for tr.bodies.Used() != used { // each call gives back as its last deed
+		runtime.Gosched()
+	}
+	if err := tr.server.Shutdown(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if log.Len() > 0 {
+		t.Errorf("a connection ended with %s", &log)
 	}
 }
