@@ -67,6 +67,7 @@ type sidecar struct {
 	streams *upstream.Services
 	// mirror copies calls; archives keep them, once this process may write.
 	mirror      *shadow.Mirror
+	shadows     shadow.Traces
 	archives    atomic.Pointer[map[string]*archive.Archive]
 	translation translation
 	// inbound and outbound are nil before there is an identity.
@@ -389,7 +390,7 @@ func (s *sidecar) rejudge() {
 
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
-		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log,
+		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log, Shadows: &s.shadows,
 		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Reporter: reporter,
 		Limits: s.cfg.Limits.http(), MaxConns: s.cfg.Limits.Connections, MaxInFlight: s.cfg.Limits.Calls,
 	}

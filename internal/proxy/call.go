@@ -119,9 +119,10 @@ type call struct {
 	// idle is how long nothing may move on a tunnel, 0 for relayIdle.
 	idle   time.Duration
 	broken bool // the client must see that the answer is not whole
-	// marked says that it is done for a shadow; copied is the copy that shadows
-	// get of it.
+	// marked says that it is done for a shadow, proven that somebody has said so
+	// who may; copied is the copy that shadows get of it.
 	marked bool
+	proven bool
 	copied *shadow.Copy
 }
 
@@ -129,7 +130,7 @@ type call struct {
 func (x *call) reset() {
 	x.res, x.refused, x.err = http1.Result{}, nil, nil
 	x.keep, x.tunnel, x.broken, x.settled = false, false, false, false
-	x.idle, x.marked = 0, false
+	x.idle, x.marked, x.proven = 0, false, false
 	x.grant = authz.Grant{}
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]
@@ -294,7 +295,6 @@ func (x *call) traceOf() {
 	if x.req.Form != http1.Authority {
 		x.requestID()
 	}
-	x.mark()
 }
 
 // traceText is the trace as records and logs have it. The texts of 32 calls

@@ -328,6 +328,10 @@ func isClosed(err error) bool {
 
 func (in *Inbound) trace(x *call) *refusal {
 	x.traceOf()
+	x.proven = x.marks()
+	if x.marked {
+		x.mark(true)
+	}
 	return nil
 }
 
@@ -460,7 +464,7 @@ func (in *Inbound) target(x *call) *refusal {
 // one to that service of the mesh.
 func (in *Inbound) standsFor(x *call, host []byte) bool {
 	_, inside := serviceOf(host)
-	return inside && x.marked && in.cfg.ShadowOnly
+	return inside && x.proven && in.cfg.ShadowOnly
 }
 
 // noTrace refuses TRACE: its answer would show the caller what only the
@@ -544,7 +548,12 @@ func (x *call) warn(g authz.Grant) {
 	x.ex.ToDown.Extra = fmt.Appendf(nil, "Sallyport-Warning: denied when enforced; decision=%s\r\n", g.ID())
 }
 
-func (in *Inbound) forward(x *call) *refusal { return in.handOver(x, x.grant) }
+func (in *Inbound) forward(x *call) *refusal {
+	if x.proven {
+		in.Shadows.Add(x.trace.ID)
+	}
+	return in.handOver(x, x.grant)
+}
 
 // handOver brings the call to the application. It takes the proof that the
 // call was judged and recorded.

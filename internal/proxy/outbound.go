@@ -211,6 +211,11 @@ func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
 func (d *door) trace(x *call) *refusal {
 	x.marked = d.cfg.ShadowOnly
 	x.traceOf()
+	x.marks()
+	if x.marked {
+		x.proven = d.cfg.ShadowOnly || d.Shadows.Has(x.trace.ID)
+		x.mark(x.proven)
+	}
 	return nil
 }
 

@@ -19,6 +19,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/http1"
+	"sallyport/internal/shadow"
 	"sallyport/internal/telemetry"
 )
 
@@ -35,6 +36,9 @@ type Shared struct {
 	Reporter string
 	// Log is for operators. Required.
 	Log *slog.Logger
+	// Shadows are the traces that are done for shadows, which the way in learns of
+	// and the way out goes by. Without them a workload is believed of none.
+	Shadows *shadow.Traces
 	// Limits bound what a client may send. Zero means http1's defaults.
 	Limits http1.Limits
 	// MaxConns bounds the open connections of the listener. Default 10,000.

@@ -15,23 +15,31 @@ import (
 
 // A call of a shadow is marked: by a field, and by a member of tracestate, which
 // applications hand on with traceparent. What an application does on behalf of
-// such a call goes out with either, and then may change nothing. Whoever marks a
-// call only takes rights away from it, so that a mark is believed from anybody.
+// such a call goes out with either, and then may change nothing. That only takes
+// rights away, so that a mark is believed from anybody. But what is done for a
+// shadow is copied for no other: for that only the field counts, which proxies
+// alone can set, and what belongs to a trace with which it has come from a peer.
 
-// mark sees whether the call is one of a shadow, and says so to the next.
-func (x *call) mark() {
+// marks sees whether the call is marked, and whether by the field.
+func (x *call) marks() (field bool) {
 	for i := range x.req.Fields {
 		switch f := &x.req.Fields[i]; len(f.Name) {
 		case len(shadow.Marker):
-			x.marked = x.marked || is(f.Name, "sallyport-shadow") && string(f.Value) == "1"
+			field = field || is(f.Name, "sallyport-shadow") && string(f.Value) == "1"
 		case len("tracestate"):
 			x.marked = x.marked || is(f.Name, "tracestate") && hasMember(f.Value, stateMember)
 		}
 	}
-	if !x.marked {
-		return
+	x.marked = x.marked || field
+	return field
+}
+
+// mark tells the next that the call is marked, and by the field if that is true.
+func (x *call) mark(field bool) {
+	if field {
+		x.extra = append(x.extra, shadow.Marker+": 1\r\n"...)
 	}
-	x.extra = append(x.extra, shadow.Marker+": 1\r\nTracestate: "+stateMember...)
+	x.extra = append(x.extra, "Tracestate: "+stateMember...)
 	if x.ex.ToUp.Drop == dropped { // the trace goes on, and its state with it
 		x.extra = appendState(x.extra, x.req.Fields)
 	}
@@ -101,7 +109,7 @@ func (d *door) harmless(x *call) *refusal {
 
 // mirror has the shadows of the call's route get a copy.
 func (d *door) mirror(x *call) *refusal {
-	if d.cfg.Mirror == nil || x.marked || x.req.Upgrade || x.req.Form == http1.Authority || x.to.route == nil {
+	if d.cfg.Mirror == nil || x.req.Upgrade || x.req.Form == http1.Authority || x.to.route == nil {
 		return nil
 	}
 	r := x.to.route
@@ -110,6 +118,10 @@ func (d *door) mirror(x *call) *refusal {
 		if s := &r.Shadows[i]; shadow.Copyable(s.Shadow, x.req.Method) && s.Copies(&x.look) {
 			picked = append(picked, s.Shadow)
 		}
+	}
+	if x.proven {
+		d.cfg.Mirror.Skip(picked)
+		return nil
 	}
 	if len(picked) == 0 {
 		return nil

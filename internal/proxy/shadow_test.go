@@ -3,6 +3,7 @@ package proxy
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"log/slog"
@@ -219,6 +220,52 @@ func TestWhatAShadowDoesChangesNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An application cannot hide its calls from those who copy them: only what belongs
+// to a trace of which a peer has said that it is for a shadow is not copied again.
+func TestOnlyAPeerSaysWhatIsNotCopied(t *testing.T) {
+	at, got := overheard(t)
+	known := new(shadow.Traces)
+	r := newRig(t, app(t, returned), mirrored(t, at, mesh.Shadow{Name: "next", Share: mesh.Whole}, shadow.Limits{}), func(r *rig) {
+		r.inCfg.Shadows, r.outCfg.Shadows = new(shadow.Traces), known
+	})
+	const parent = "Traceparent: 00-%s-b7ad6b7169203331-01\r\n"
+	call := func(trace, fields string) {
+		t.Helper()
+		w := r.dial()
+		w.say("GET http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n" + fmt.Sprintf(parent, trace) + fields + "\r\n")
+		if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
+			t.Fatalf("status %d", resp.StatusCode)
+		}
+	}
+	for i, mark := range []string{"Tracestate: sallyport=shadow\r\n", shadow.Marker + ": 1\r\n"} {
+		call(fmt.Sprintf("0af7651916cd43dd8448eb211c8031%02x", i), mark)
+		<-got
+	}
+	// A peer says so of one trace: its sidecar is told, and the one of the
+	// application that hands it on goes by that.
+	in := r.dialIn(r.web)
+	in.say("GET /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n" + fmt.Sprintf(parent, "0af7651916cd43dd8448eb211c80319c") + shadow.Marker + ": 1\r\n\r\n")
+	in.answer("GET")
+	in.say("GET /ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\n" + fmt.Sprintf(parent, "0af7651916cd43dd8448eb211c8031aa") + "Tracestate: sallyport=shadow\r\n\r\n")
+	in.answer("GET")
+	trace := func(s string) (id [16]byte) {
+		_, _ = hex.Decode(id[:], []byte(s))
+		return id
+	}
+	for id, want := range map[string]bool{"0af7651916cd43dd8448eb211c80319c": true, "0af7651916cd43dd8448eb211c8031aa": false, "0af7651916cd43dd8448eb211c803100": false} {
+		if r.inCfg.Shadows.Has(trace(id)) != want {
+			t.Errorf("trace %s is of a shadow: %t, want %t", id, !want, want)
+		}
+	}
+	known.Add(trace("0af7651916cd43dd8448eb211c80319c"))
+	call("0af7651916cd43dd8448eb211c80319c", "Tracestate: sallyport=shadow\r\n")
+	if !strings.Contains(scrape(r), `sallyport_shadow_copies_total{outcome="skipped",shadow="next"} 1`) {
+		t.Error("the call that was not copied is not counted")
+	}
+	call("0af7651916cd43dd8448eb211c80319c", "") // the trace alone says nothing
+	<-got
 }
 
 func TestAWorkloadThatIsAllShadowWritesNowhereElse(t *testing.T) {

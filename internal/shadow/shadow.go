@@ -105,6 +105,7 @@ const (
 	outcomeQueueFull   = "queue_full" // dropped: the shadow is slower than its calls
 	outcomeCut         = "cut"        // dropped: the call ended before its request did
 	outcomeStopped     = "stopped"    // dropped: the proxy ends
+	outcomeSkipped     = "skipped"    // none was made: the call is one of a shadow
 )
 
 // A Mirror makes copies and sends them.
@@ -209,6 +210,13 @@ func Safe(method []byte) bool {
 		return true
 	}
 	return false
+}
+
+// Skip counts that a call was not copied since it is one of a shadow.
+func (m *Mirror) Skip(shadows []*mesh.Shadow) {
+	for _, s := range shadows {
+		m.count(s, outcomeSkipped)
+	}
 }
 
 func (m *Mirror) count(s *mesh.Shadow, outcome string) {
