@@ -13,6 +13,7 @@ import (
 	"sallyport/internal/attest"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
+	"sallyport/internal/region"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 )
@@ -51,6 +52,10 @@ type Config struct {
 	// Archives keep joined records of calls that were copied, by the name that a
 	// route gives.
 	Archives map[string]ArchiveConfig `yaml:"archives"`
+
+	// Regions are databases in MaxMind's format by the names that routes give
+	// them: files, which are read again when they change.
+	Regions map[string]string `yaml:"regions"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.
@@ -182,7 +187,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.validateShadow(), c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

@@ -34,6 +34,7 @@ import (
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
+	"sallyport/internal/region"
 	"sallyport/internal/route"
 	"sallyport/internal/shadow"
 	"sallyport/internal/sink"
@@ -65,6 +66,7 @@ type sidecar struct {
 	services, gateways *upstream.Services
 	// streams are the services that speak TCP.
 	streams *upstream.Services
+	regions *region.Databases
 	// mirror copies calls; archives keep them, once this process may write.
 	mirror      *shadow.Mirror
 	shadows     shadow.Traces
@@ -156,6 +158,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return s.streams.Watch(ground) })
 	g.Go(func() error { return s.translation.Run(ground) })
 	g.Go(func() error { return s.mirror.Run(ground) })
+	g.Go(func() error { return s.regions.Follow(ground) })
 	if s.tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
@@ -264,7 +267,7 @@ func (s *sidecar) open() (err error) {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
-	if err = errors.Join(s.openTokens(), s.openMirror()); err != nil {
+	if err = errors.Join(s.openTokens(), s.openMirror(), s.openRegions()); err != nil {
 		return err
 	}
 	s.agent, err = agent.Open(agent.Config{
@@ -347,7 +350,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
-	routes, err := route.Compile(snap, route.Options{})
+	routes, err := route.Compile(snap, route.Options{Region: s.regions.Region})
 	if err != nil {
 		return err
 	}
@@ -446,7 +449,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		in = append(in, door{at("inbound.listen", s.cfg.Inbound.Listen), inbound.Run})
 	}
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
-		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot,
+		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot, Region: s.regions.Region,
 		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
 		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo,
 	})

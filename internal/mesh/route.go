@@ -153,7 +153,7 @@ type Region struct {
 	Header   string                    `json:"header,omitempty"`
 	Claim    string                    `json:"claim,omitempty"`
 	Ranges   map[string][]netip.Prefix `json:"ranges,omitempty"`
-	Database string                    `json:"database,omitempty"` // path on the proxy
+	Database string                    `json:"database,omitempty"` // by the name that proxies give it
 }
 
 // A Backend gets its weight's part of the calls of a route.

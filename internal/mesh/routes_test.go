@@ -80,7 +80,7 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"matches: [{region: {in: [], header: x}}]", "names no region"},
 		{"matches: [{region: {in: [ue], ranges: {eu: [10.0.0.0/8]}}}]", `did you mean "eu"?`},
 		{"matches: [{region: {in: [eu], ranges: {eu: [10.0.0.1/8]}}}]", "is not a range"},
-		{"matches: [{region: {in: [eu], database: /geo.mmdb}}]", "write ranges"},
+		{"matches: [{region: {in: [eu], database: /geo.mmdb}}]", "sidecars say under regions which file"},
 		{"backends: [{subset: v1}]", "define none"},
 		{"backends: [{service: nobody}]", "no service is called"},
 		{"backends: [{service: db}]", "speaks another protocol"},

@@ -2,7 +2,6 @@ package mesh
 
 import (
 	"fmt"
-	"path"
 	"regexp"
 	"regexp/syntax"
 	"slices"
@@ -220,6 +219,9 @@ func (c *routeChecker) from(field string, list []string) {
 // ofHTTP says whether the region stands in a request.
 func (r *Region) ofHTTP() bool { return r.Header != "" || r.Claim != "" }
 
+// databaseName is how sidecars call their databases of regions.
+var databaseName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
+
 func (c *routeChecker) region(r *Region) {
 	n := 0
 	for _, there := range []bool{r.Header != "", r.Claim != "", len(r.Ranges) > 0, r.Database != ""} {
@@ -238,11 +240,8 @@ func (c *routeChecker) region(r *Region) {
 			c.say(r.Header, "region: %s", err)
 		}
 	}
-	if r.Database != "" {
-		c.notYet("database:", "a database of regions", "write ranges")
-	}
-	if r.Database != "" && (!path.IsAbs(r.Database) || path.Clean(r.Database) != r.Database) {
-		c.say(r.Database, "region: database %q is not an absolute path", clip(r.Database))
+	if r.Database != "" && !databaseName.MatchString(r.Database) {
+		c.say(r.Database, "region: database %q is not a name of lower-case letters, digits, \"-\" and \"_\"; sidecars say under regions which file has it", clip(r.Database))
 	}
 	total := 0
 	for _, name := range sortedKeys(r.Ranges) {

@@ -63,8 +63,8 @@ func equalFold(b []byte, lower string) bool {
 
 // Options are what a Table takes from its surroundings.
 type Options struct {
-	// Region says in which region a database in MaxMind's format, named by its
-	// path, has an address; empty for none. It must be quick. Without it no
+	// Region says in which region a database in MaxMind's format, of that
+	// name, has an address; empty for none. It must be quick. Without it no
 	// match by database holds.
 	Region func(database string, a netip.Addr) string
 }

@@ -85,7 +85,7 @@ func TestTheMostSpecificMatchWins(t *testing.T) {
 		{Name: "gold", Matches: []mesh.Match{{Path: path("exact", "/lounge"), Claims: map[string]string{"tier": "gold"}}}},
 		{Name: "eu", Matches: []mesh.Match{{Path: path("exact", "/region"), Region: &mesh.Region{In: []string{"eu"}, Ranges: map[string][]netip.Prefix{
 			"eu": {netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("fd00:1::/32")}, "us": {netip.MustParsePrefix("10.2.0.0/16")}}}}}},
-		{Name: "de", Matches: []mesh.Match{{Path: path("exact", "/region"), Region: &mesh.Region{In: []string{"DE"}, Database: "/geo.mmdb"}}}},
+		{Name: "de", Matches: []mesh.Match{{Path: path("exact", "/region"), Region: &mesh.Region{In: []string{"DE"}, Database: "geo"}}}},
 		{Name: "edge", Matches: []mesh.Match{{Path: path("exact", "/region"), Region: &mesh.Region{In: []string{"asia"}, Header: "X-Region"}}}},
 		{Name: "no-debug", Matches: []mesh.Match{{Path: path("exact", "/debug"), Headers: []mesh.NamedText{{Name: "x-debug", Text: mesh.Text{Present: true, Not: true}}}}}},
 	}}, mesh.Membership{Kind: mesh.CallerGroup, Member: "group:robots", Group: "group:ci"}, mesh.Membership{Kind: mesh.CallerGroup, Member: "spiffe://demo.sallyport/ns/ci/sa/r", Group: "group:robots"})
