@@ -78,6 +78,9 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 		}
 		defer gw.letGo()
 	}
+	if err := gw.doors.Activate(); err != nil {
+		return err
+	}
 	if err := gw.open(); err != nil {
 		return err
 	}
@@ -264,6 +267,9 @@ func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain f
 	ln, err := gw.doors.TCP("listen", gw.cfg.Listen)
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen: %w", err), "free the port, or change listen in the configuration")
+	}
+	if err := gw.doors.Unclaimed(); err != nil {
+		return errors.Join(err, ln.Close())
 	}
 	serving, finish := context.WithCancel(ground)
 	defer finish()

@@ -83,7 +83,7 @@ func (in *issuer) publicDoors() (doors []publicDoor, err error) {
 	}()
 	o, b := in.cfg.OIDC, in.cfg.BundleEndpoint
 	open := func(field, listen, certFile, keyFile string, mux *http.ServeMux) error {
-		ln, err := net.Listen("tcp", listen)
+		ln, err := in.doors.TCP(field+".listen", listen)
 		if err != nil {
 			return daemon.Hint(fmt.Errorf("%s.listen: %w", field, err), "free the port, or change "+field+".listen in the configuration")
 		}

@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,6 +23,7 @@ import (
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/federation"
+	"sallyport/internal/handover"
 	"sallyport/internal/mesh"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
@@ -50,6 +50,7 @@ type issuer struct {
 	witness  *witness
 	sinks    []*sink.Sink
 	started  time.Time
+	doors    handover.Doors
 	follower *federation.Follower
 	// federations are those of the configuration and those made by calls.
 	federations *federations
@@ -68,16 +69,22 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	}
 	in.log, in.level = daemon.NewLogger(stderr, cfg.Log.Level, tty)
 	defer func() { err = errors.Join(err, in.close()) }()
+	if err := in.doors.Activate(); err != nil {
+		return err
+	}
 	if err := in.open(ctx); err != nil {
 		return err
 	}
 	stop, now, cancel := daemon.Signals(ctx)
 	defer cancel()
-	ln, err := net.Listen("tcp", cfg.Listen)
+	ln, err := in.doors.TCP("listen", cfg.Listen)
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
 	public, err := in.publicDoors()
+	if err == nil {
+		err = in.doors.Unclaimed()
+	}
 	if err != nil {
 		ln.Close()
 		return err

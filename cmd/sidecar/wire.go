@@ -120,6 +120,9 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 		}
 		defer s.letGo()
 	}
+	if err := s.doors.Activate(); err != nil {
+		return err
+	}
 	if run.Isolate {
 		if err := cfg.mayIsolate(run); err != nil {
 			return err
@@ -475,6 +478,9 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	for i, u := range s.cfg.Outbound.Upstreams {
 		ln := within(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen)
 		out = append(out, door{ln, func(ctx context.Context, ln net.Listener) error { return outbound.RunFor(ctx, ln, u.Service) }})
+	}
+	if err == nil {
+		err = s.doors.Unclaimed()
 	}
 	return in, out, err
 }

@@ -23,17 +23,31 @@ type Listener interface {
 
 // Doors are the listening sockets of a process, each under the setting that it
 // belongs to. Those that the process before had are used again if their address
-// is still the same. The zero value has none.
+// is still the same, and those that a service manager has passed. The zero value
+// has none.
 type Doors struct {
-	mu   sync.Mutex // guards what follows
-	from map[name]*os.File
-	open []*Door
-	held bool
+	mu     sync.Mutex // guards what follows
+	from   map[name]*os.File
+	passed []passed
+	open   []*Door
+	held   bool
 }
 
 // TCP opens the door of a setting.
 func (d *Doors) TCP(setting, address string) (net.Listener, error) {
-	return d.door(name{setting, address}, func() (Listener, error) {
+	n := name{setting, address}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	own, err := d.claim(n)
+	if err != nil {
+		return nil, err
+	}
+	if own != nil && d.from[n] == nil {
+		d.take(n, own)
+	} else if own != nil {
+		own.Close() // the process before had the same from the same service manager
+	}
+	return d.door(n, func() (Listener, error) {
 		var lc net.ListenConfig
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
 		ln, err := lc.Listen(context.Background(), "tcp", address)
@@ -53,6 +67,8 @@ func (d *Doors) TCP(setting, address string) (net.Listener, error) {
 // Unix opens the door of a setting at a path. How says what is made of a socket
 // that the process before had.
 func (d *Doors) Unix(setting, path string, open func() (Listener, error), how func(*net.UnixListener) (Listener, error)) (net.Listener, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	return d.door(name{setting, path}, open, func(ln net.Listener) (Listener, error) {
 		l, ok := ln.(*net.UnixListener)
 		if !ok || l.Addr().String() != path {
@@ -63,9 +79,17 @@ func (d *Doors) Unix(setting, path string, open func() (Listener, error), how fu
 	})
 }
 
+// take keeps a socket for the door that is about to be opened. The caller holds
+// mu.
+func (d *Doors) take(n name, f *os.File) {
+	if d.from == nil {
+		d.from = map[name]*os.File{}
+	}
+	d.from[n] = f
+}
+
+// door opens a door. The caller holds mu.
 func (d *Doors) door(n name, open func() (Listener, error), how func(net.Listener) (Listener, error)) (net.Listener, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	var ln Listener
 	var err error
 	if f := d.from[n]; f != nil {

@@ -1,7 +1,8 @@
 // Package handover lets a new process of a proxy take over from the one that
 // runs: the new one gets the listening sockets and takes all new connections,
 // the old one finishes what it carries and keeps what only one process may have
-// (the audit log, the tie to the issuer) until it ends.
+// (the audit log, the tie to the issuer) until it ends. The sockets that a
+// service manager has opened come in by the same doors.
 //
 // Both speak over a Unix socket of mode 0600 in a directory of mode 0700, and
 // each demands that the other runs as its own user: who may speak here could
