@@ -24,7 +24,7 @@ var floors = [][]string{
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},
 	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region"},
-	{"internal/egress", "internal/proxy", "internal/review"},
+	{"internal/egress", "internal/nameserver", "internal/proxy", "internal/review"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
 }
 
@@ -47,7 +47,7 @@ var never = map[string]map[string]string{
 // rooms names the only packages that may import a heavy dependency directly.
 var rooms = map[string][]string{
 	"filippo.io/age":                             {"internal/archive"},
-	"github.com/miekg/dns":                       {"internal/egress", "cmd/sallyport"},
+	"github.com/miekg/dns":                       {"internal/egress", "internal/nameserver", "cmd/sallyport"},
 	"github.com/casbin/casbin/v2":                {"internal/authz"},
 	"github.com/golang-jwt/jwt/v5":               {"internal/authz", "internal/ca", "internal/stepca"},
 	"github.com/smallstep/certificates":          {"internal/ca", "internal/stepca"},

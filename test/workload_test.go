@@ -46,6 +46,9 @@ func playRole(role string) int {
 	if role == roleShopper {
 		return shop()
 	}
+	if role == roleLookUp {
+		return lookUpGo()
+	}
 	if role != "workload" {
 		fmt.Fprintf(os.Stderr, "no role %q\n", role)
 		return 2

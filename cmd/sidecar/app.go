@@ -63,7 +63,8 @@ func (s *sidecar) startChild(ground context.Context, g *errgroup.Group, app []st
 // isolateApp makes the namespace in which the application will begin, with the
 // doors of the way out in it.
 func (s *sidecar) isolateApp(ground context.Context, g *errgroup.Group, app []string, stdout, stderr io.Writer) error {
-	plan := isolate.Plan{Listen: s.cfg.outbound()}
+	plan := isolate.Plan{Listen: s.cfg.outbound(), Names: s.cfg.nameAddresses(true)}
+	plan.Listen = append(plan.Listen, plan.Names...)
 	if s.cfg.Inbound.Listen != "" {
 		plan.App = s.cfg.Inbound.App
 	}

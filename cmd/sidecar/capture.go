@@ -75,7 +75,7 @@ func (c *Config) validateCapture() error {
 
 // rules are those of the configuration on this machine now.
 func (c *Config) rules() (*redirect.Rules, error) {
-	d := redirect.Doors{Outbound: c.Outbound.Listen.Port()}
+	d := redirect.Doors{Outbound: c.Outbound.Listen.Port(), Names: c.Names.Listen.Port()}
 	if c.Inbound.Listen != "" {
 		port, err := portOf(c.Inbound.Listen)
 		if err != nil {
@@ -257,12 +257,18 @@ func (s *sidecar) virtualService(a netip.Addr) (mesh.ServiceName, bool) {
 	return mesh.ServiceName(service), ok
 }
 
+// outsideHost tells which host outside a virtual address stands for.
+func (s *sidecar) outsideHost(a netip.Addr) (string, bool) {
+	name, ok := s.addresses.Name(a)
+	return name, ok && !strings.HasSuffix(name, "."+mesh.Domain)
+}
+
 // captured is how the way out takes connections that were brought here.
 func (s *sidecar) captured() *proxy.Captured {
 	if !s.virtual {
 		return nil
 	}
-	return &proxy.Captured{Original: capture.OriginalDst, Virtual: s.virtualService, Beyond: s.cfg.Capture.Unknown == toGateway}
+	return &proxy.Captured{Original: capture.OriginalDst, Virtual: s.virtualService, Outside: s.outsideHost, Beyond: s.cfg.Capture.Unknown == toGateway}
 }
 
 const (
@@ -339,6 +345,8 @@ func (c *Config) mayIsolate(run daemon.Run) error {
 		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate without a program after --")), "sidecar run --config FILE --isolate -- PROGRAM ARGS")
 	case c.Outbound.Listen.Addr() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) || c.Outbound.Listen.Port() == 0:
 		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate without a way out")), `write "127.0.0.1:15001" as outbound.listen`)
+	case c.Names.Listen.IsValid() && (c.Names.Listen.Addr() != netip.AddrFrom4([4]byte{127, 0, 0, 1}) || c.Names.Listen.Port() == 0):
+		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate brings questions to 127.0.0.1")), `write "127.0.0.1:15053" as names.listen`)
 	case c.Capture.Enabled():
 		return daemon.Hint(daemon.Exit(daemon.Usage, errors.New("--isolate with capture: the program is captured in its own namespace already")), "leave one of them out")
 	}

@@ -42,6 +42,7 @@ type Config struct {
 	Outbound OutboundConfig     `yaml:"outbound"`
 	Egress   EgressConfig       `yaml:"egress"`
 	Capture  CaptureConfig      `yaml:"capture"`
+	Names    NamesConfig        `yaml:"names"`
 	Limits   LimitsConfig       `yaml:"limits"`
 	Shadow   ShadowConfig       `yaml:"shadow"`
 	TLS      TLSConfig          `yaml:"tls"`
@@ -187,7 +188,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.validateNames(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
 }
 

@@ -9,15 +9,19 @@ import (
 	"sallyport/internal/daemon"
 )
 
-// TestTheManualOfCaptureWorks reads every example of docs/capture.md as the
-// sidecar does.
+// TestTheManualOfCaptureWorks reads every example of docs/capture.md and dns.md as
+// the sidecar does.
 func TestTheManualOfCaptureWorks(t *testing.T) {
-	page, err := os.ReadFile("../../docs/capture.md")
-	if err != nil {
-		t.Fatal(err)
+	var page []byte
+	for _, name := range []string{"capture", "dns"} {
+		one, err := os.ReadFile("../../docs/" + name + ".md")
+		if err != nil {
+			t.Fatal(err)
+		}
+		page = append(page, one...)
 	}
 	const rest = "trust_domain: corp.example\ndata_dir: /var/lib/sallyport\nissuer: {addresses: [\"127.0.0.1:1\"], bundle: bundle.pem}\n"
-	examples := regexp.MustCompile("(?s)```yaml\n(.*?)```").FindAllSubmatch(page, -1)
+	examples := regexp.MustCompile("(?s)```yaml\n(# sidecar.yaml.*?)```").FindAllSubmatch(page, -1)
 	for _, m := range examples {
 		file := filepath.Join(t.TempDir(), "sidecar.yaml")
 		if err := write(file, rest+string(m[1])); err != nil {
@@ -32,7 +36,7 @@ func TestTheManualOfCaptureWorks(t *testing.T) {
 			t.Errorf("it captures nobody:\n%s", m[1])
 		}
 	}
-	if len(examples) < 2 {
+	if len(examples) < 3 {
 		t.Errorf("the page has %d examples", len(examples))
 	}
 }

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"net/http"
 
+	"sallyport/internal/mesh"
+	"sallyport/internal/proxy"
 	"sallyport/internal/upstream"
 )
 
@@ -50,4 +52,13 @@ func (s *sidecar) stopFaults(w http.ResponseWriter, _ *http.Request) {
 	}
 	s.log.Warn("faults stopped by hand", "faults", n)
 	fmt.Fprintf(w, "%d faults stopped; none begins before the sidecar is started again\n", n)
+}
+
+// gatewaySnapshot puts the configured gateways into the form of endpoints.
+func gatewaySnapshot(c EgressConfig) *mesh.Snapshot {
+	snap := &mesh.Snapshot{Services: []mesh.Service{{Name: proxy.GatewayName, ID: c.Gateway}}}
+	for _, a := range c.Addresses {
+		snap.Endpoints = append(snap.Endpoints, mesh.Endpoint{Service: proxy.GatewayName, Address: a})
+	}
+	return snap
 }

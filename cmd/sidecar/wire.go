@@ -33,6 +33,7 @@ import (
 	"sallyport/internal/isolate"
 	"sallyport/internal/keyset"
 	"sallyport/internal/mesh"
+	"sallyport/internal/nameserver"
 	"sallyport/internal/proxy"
 	"sallyport/internal/region"
 	"sallyport/internal/route"
@@ -86,6 +87,8 @@ type sidecar struct {
 	// addresses are those that stand for services, if virtual says that they do.
 	addresses *virtual.Book
 	virtual   bool
+	// names answers the workload's DNS questions; nil when nobody asks here.
+	names *nameserver.Names
 	// room is the application's network namespace; nil when it has ours.
 	room *isolate.Room
 
@@ -270,7 +273,7 @@ func (s *sidecar) open() (err error) {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
-	if err = errors.Join(s.openTokens(), s.openMirror(), s.openRegions()); err != nil {
+	if err = errors.Join(s.openTokens(), s.openMirror(), s.openRegions(), s.openNames()); err != nil {
 		return err
 	}
 	s.agent, err = agent.Open(agent.Config{
@@ -334,15 +337,6 @@ func (s *sidecar) advertised() netip.AddrPort {
 	return a
 }
 
-// gatewaySnapshot puts the configured gateways into the form of endpoints.
-func gatewaySnapshot(c EgressConfig) *mesh.Snapshot {
-	snap := &mesh.Snapshot{Services: []mesh.Service{{Name: proxy.GatewayName, ID: c.Gateway}}}
-	for _, a := range c.Addresses {
-		snap.Endpoints = append(snap.Endpoints, mesh.Endpoint{Service: proxy.GatewayName, Address: a})
-	}
-	return snap
-}
-
 // use puts a snapshot in force: nothing is changed before all of it is good.
 func (s *sidecar) use(snap *mesh.Snapshot) error {
 	set, err := authz.Compile(snap)
@@ -369,7 +363,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	}
 	faces.newest = snap
 	faces.Use(offer)
-	if s.virtual {
+	if s.virtual || s.names != nil {
 		if err := s.addresses.Use(meshNames(snap)); err != nil {
 			s.log.Error("not every service has a virtual address that lasts", "err", err)
 		}
@@ -378,6 +372,9 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 		out.Prepare(snap, routes)
 	}
 	s.judge.Use(set)
+	if s.names != nil {
+		s.names.Use(snap, set)
+	}
 	s.tokens.Use(tokens)
 	s.services.Use(snap)
 	s.streams.Use(snap)
@@ -475,6 +472,14 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 			out = append(out, door{within("outbound.listen", twin(a)), outbound.Run})
 		}
 	}
+	names, e := s.nameDoors(self, within)
+	for _, d := range names {
+		open = append(open, d.ln)
+	}
+	if e != nil {
+		return nil, nil, e
+	}
+	out = append(out, names...)
 	for i, u := range s.cfg.Outbound.Upstreams {
 		ln := within(fmt.Sprintf("outbound.upstreams[%d].listen", i), u.Listen)
 		out = append(out, door{ln, func(ctx context.Context, ln net.Listener) error { return outbound.RunFor(ctx, ln, u.Service) }})
@@ -557,6 +562,7 @@ func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain fu
 	for _, d := range out {
 		outs.Go(func() error { return d.run(outCtx, d.ln) })
 	}
+	s.testNames(ground, g)
 	api, err := s.workloadAPI()
 	if err != nil {
 		return err

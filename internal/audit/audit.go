@@ -48,6 +48,8 @@ const (
 	// KindArchive says which segment of an archive of copied calls was closed, or
 	// removed, and what its hash is.
 	KindArchive Kind = "archive"
+	// KindName is a name that a workload asked a nameserver for.
+	KindName Kind = "name"
 	// KindRollup counts the events of one kind in a stretch of time.
 	KindRollup Kind = "rollup"
 )
@@ -55,7 +57,7 @@ const (
 // Kinds has every kind of record.
 var Kinds = []Kind{
 	KindDecision, KindRollup, KindEgressOpen, KindEgressClose, KindTLS, KindAttest,
-	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow, KindRemoved, KindArchive,
+	KindIssue, KindPolicy, KindAdmin, KindGap, KindError, KindShadow, KindRemoved, KindArchive, KindName,
 }
 
 // The values of Record.Decision.

@@ -155,7 +155,7 @@ func countable(r *Record) (k cellKey) {
 		k.what = allowed
 	case r.Kind == KindDecision && r.Dir == "in" && r.Decision == Deny:
 		k.what = denied
-	case r.Kind == KindDecision && r.Decision == Deny:
+	case (r.Kind == KindDecision || r.Kind == KindName) && r.Decision == Deny:
 		// What a workload asks for outside is its own invention.
 		k.what, k.dst, k.port, k.verb = turned, "", 0, ""
 	case r.Kind == KindTLS && r.Decision == Deny:

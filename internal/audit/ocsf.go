@@ -124,6 +124,8 @@ func ocsfClass(r *Record) (class, activity int) {
 		return ocsfAPI, 3
 	case KindAdmin, KindGap, KindRemoved, KindArchive:
 		return ocsfAPI, ocsfOther
+	case KindName:
+		return ocsfDNS, 2
 	case KindEgressOpen:
 		return ocsfNetwork, 1
 	case KindEgressClose:

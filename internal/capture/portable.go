@@ -115,3 +115,44 @@ func OriginalDst(net.Conn) (netip.AddrPort, bool, error) { return netip.AddrPort
 
 // ForgetProgram does nothing.
 func ForgetProgram() error { return nil }
+
+// Datagrams reads and answers the datagrams of a UDP socket.
+type Datagrams struct {
+	c    *net.UDPConn
+	buf  []byte
+	n    int
+	from netip.AddrPort
+	size int
+}
+
+// NewDatagrams makes room for one datagram.
+func NewDatagrams(c *net.UDPConn, _, size int) (*Datagrams, error) {
+	return &Datagrams{c: c, buf: make([]byte, size)}, nil
+}
+
+// Read waits for a datagram.
+func (d *Datagrams) Read() (n int, err error) {
+	d.n, d.from, err = d.c.ReadFromUDPAddrPort(d.buf)
+	if err != nil {
+		return 0, err
+	}
+	return 1, nil
+}
+
+// At is the buffer of the datagram, and how many bytes of it have come.
+func (d *Datagrams) At(int) ([]byte, int) { return d.buf, d.n }
+
+// From is who sent it.
+func (d *Datagrams) From(int) netip.AddrPort { return d.from }
+
+// Reply has the first n bytes of the buffer sent to its sender by Send.
+func (d *Datagrams) Reply(_, n int) { d.size = n }
+
+// Send sends the reply, which may be lost.
+func (d *Datagrams) Send() error {
+	if d.size > 0 {
+		_, _ = d.c.WriteToUDPAddrPort(d.buf[:d.size], d.from)
+		d.size = 0
+	}
+	return nil
+}

@@ -79,15 +79,28 @@ func (g *Gateway) denyRequest(who *caller, verb string, err error) *answer {
 	}, err)
 }
 
+// originHeader is where a sidecar says how its workload came to the destination.
+const originHeader = "Egress-Origin"
+
+// originOf is what the record says of it. It decides nothing: a caller may write
+// what it likes.
+func originOf(said string) string {
+	switch said {
+	case "explicit", "vip", "orig-dst":
+		return " origin=" + said
+	}
+	return ""
+}
+
 // open judges one CONNECT and dials. It returns a tunnel whose destination is
 // connected and whose open record is written, or the answer that refuses it.
 // The tunnel must then be carried.
-func (g *Gateway) open(ctx context.Context, who *caller, authority, trace string) (*tunnel, *answer) {
+func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trace string) (*tunnel, *answer) {
 	host, port, err := ParseAuthority(authority)
 	if err != nil {
 		return nil, g.denyRequest(who, http.MethodConnect, err)
 	}
-	t := &tunnel{who: who, host: host, call: authz.Call{
+	t := &tunnel{who: who, host: host, origin: originOf(origin), call: authz.Call{
 		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
 		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: trace,
 	}}
@@ -184,7 +197,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	}
 	rec := t.record(audit.KindEgressOpen)
 	rec.Decision = audit.Allow
-	rec.Detail = strings.TrimSpace("to " + to.String() + " " + note)
+	rec.Detail = strings.TrimSpace("to " + to.String() + t.origin + " " + note)
 	if err := g.cfg.Audit.Append(rec); err != nil {
 		g.cfg.Log.Error("tunnel was not recorded, and not opened", "err", err)
 		return refuse(ReasonAudit, "the tunnel could not be recorded")

@@ -114,7 +114,7 @@ func (g *Gateway) request1(who *caller, req *http1.Request, err error) (*tunnel,
 	if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
 		trace = tr.String()
 	}
-	return g.open(g.base, who, string(req.Target), trace)
+	return g.open(g.base, who, string(req.Target), string(req.Get(originHeader)), trace)
 }
 
 // tunnel1 makes a tunnel of an HTTP/1.1 connection; left is what came with its

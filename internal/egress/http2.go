@@ -178,7 +178,7 @@ func (g *Gateway) request2(who *caller, r *http.Request) (*tunnel, *answer) {
 	if tr, ok := telemetry.ParseTraceparent([]byte(r.Header.Get("traceparent"))); ok {
 		trace = tr.String()
 	}
-	return g.open(r.Context(), who, r.Host, trace)
+	return g.open(r.Context(), who, r.Host, r.Header.Get(originHeader), trace)
 }
 
 // verbOf keeps an odd method out of the records.

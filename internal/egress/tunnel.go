@@ -22,6 +22,7 @@ type tunnel struct {
 	revision uint64
 	id       string // of the decision
 	rule     string // that allowed it
+	origin   string // for the record: how the caller came to the host
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"runtime"
@@ -89,7 +90,11 @@ func furnish(o order) (fds []int, err error) {
 	if err := os.WriteFile("/proc/sys/net/ipv4/ip_unprivileged_port_start", []byte("0"), 0o644); err != nil {
 		return nil, fmt.Errorf("free the low ports: %w", err)
 	}
-	h, err := redirect.Isolated(o.Plan.Listen[0].Port()).Install()
+	names := uint16(0)
+	if len(o.Plan.Names) > 0 {
+		names = o.Plan.Names[0].Port()
+	}
+	h, err := redirect.Isolated(o.Plan.Listen[0].Port(), names).Install()
 	if err != nil {
 		return nil, err
 	}
@@ -106,6 +111,19 @@ func furnish(o order) (fds []int, err error) {
 			return nil, err
 		}
 		fds = append(fds, int(f.Fd()))
+	}
+	if len(o.Plan.Names) > 0 {
+		for _, a := range append(o.Plan.Names, netip.AddrPort{}) { // the last one asks
+			c, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(a))
+			if err != nil {
+				return nil, err
+			}
+			f, err := c.File()
+			if err != nil {
+				return nil, err
+			}
+			fds = append(fds, int(f.Fd()))
+		}
 	}
 	diag, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 	if err != nil {

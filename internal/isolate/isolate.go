@@ -40,6 +40,9 @@ type Plan struct {
 	// Listen are the addresses on which the sidecar listens inside, the first
 	// one being where everything that the program opens is brought.
 	Listen []netip.AddrPort
+	// Names are where what the program asks DNS servers is brought, over UDP; the
+	// same is in Listen, over TCP.
+	Names []netip.AddrPort
 	// App is where the program listens; without it there is no usher.
 	App netip.AddrPort
 }
@@ -51,6 +54,8 @@ type Room struct {
 	usher     *net.UnixConn
 	far       []*os.File // the other ends
 	listeners map[netip.AddrPort]*net.TCPListener
+	names     map[netip.AddrPort]*net.UDPConn
+	asker     *net.UDPConn
 	diag      *os.File
 }
 
@@ -61,7 +66,8 @@ type order struct {
 }
 
 // report is its answer. Without an error the sockets come with it: the
-// listeners in their order, and one of sock_diag.
+// listeners in their order, those for names, one that asks if there are any, and
+// one of sock_diag.
 type report struct {
 	Error     string
 	Forbidden bool
@@ -75,7 +81,7 @@ func New(p Plan) (*Room, error) {
 	if len(p.Listen) == 0 {
 		return nil, errors.New("isolate: no door into the mesh")
 	}
-	r := &Room{plan: p, listeners: map[netip.AddrPort]*net.TCPListener{}}
+	r := &Room{plan: p, listeners: map[netip.AddrPort]*net.TCPListener{}, names: map[netip.AddrPort]*net.UDPConn{}}
 	for _, near := range []**net.UnixConn{&r.tie, &r.usher} {
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 		if err != nil {
@@ -148,8 +154,8 @@ func (r *Room) Await() error {
 		return fmt.Errorf("%w: %s", ErrForbidden, rep.Error)
 	case rep.Error != "":
 		return fmt.Errorf("isolate: %s", rep.Error)
-	case len(files) != len(r.plan.Listen)+1:
-		return fmt.Errorf("isolate: %d sockets came, want %d", len(files), len(r.plan.Listen)+1)
+	case len(files) != r.plan.sockets():
+		return fmt.Errorf("isolate: %d sockets came, want %d", len(files), r.plan.sockets())
 	}
 	for i, a := range r.plan.Listen {
 		ln, err := net.FileListener(files[i])
@@ -162,6 +168,9 @@ func (r *Room) Await() error {
 		}
 		r.listeners[a] = t
 	}
+	if err := r.takeNames(files[len(r.plan.Listen):]); err != nil {
+		return err
+	}
 	fd, err := unix.FcntlInt(files[len(files)-1].Fd(), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("isolate: %w", err)
@@ -169,6 +178,58 @@ func (r *Room) Await() error {
 	r.diag = os.NewFile(uintptr(fd), "sock_diag")
 	return nil
 }
+
+// sockets is how many come with the report.
+func (p Plan) sockets() int {
+	n := len(p.Listen) + 1
+	if len(p.Names) > 0 {
+		n += len(p.Names) + 1
+	}
+	return n
+}
+
+// takeNames takes the sockets for names, and the one that asks.
+func (r *Room) takeNames(files []*os.File) error {
+	for i, a := range r.plan.Names {
+		c, err := udpConn(files[i])
+		if err != nil {
+			return fmt.Errorf("isolate: socket %s: %w", a, err)
+		}
+		r.names[a] = c
+		if c.LocalAddr().String() != a.String() {
+			return fmt.Errorf("isolate: what came for %s is not that socket", a)
+		}
+	}
+	if len(r.plan.Names) == 0 {
+		return nil
+	}
+	var err error
+	r.asker, err = udpConn(files[len(r.plan.Names)])
+	return err
+}
+
+func udpConn(f *os.File) (*net.UDPConn, error) {
+	c, err := net.FilePacketConn(f)
+	if err != nil {
+		return nil, err
+	}
+	u, ok := c.(*net.UDPConn)
+	if !ok {
+		return nil, errors.Join(errors.New("it is no UDP socket"), c.Close())
+	}
+	return u, nil
+}
+
+// Names is the socket for names on an address of the plan, once.
+func (r *Room) Names(a netip.AddrPort) (*net.UDPConn, bool) {
+	c, ok := r.names[a]
+	delete(r.names, a)
+	return c, ok
+}
+
+// Asker is a socket that sends as the program would. Nil when the plan has no
+// names.
+func (r *Room) Asker() *net.UDPConn { return r.asker }
 
 // Listener is the one on an address of the plan, once.
 func (r *Room) Listener(a netip.AddrPort) (net.Listener, bool) {
@@ -249,6 +310,12 @@ func (r *Room) Close() {
 	}
 	for _, ln := range r.listeners {
 		ln.Close()
+	}
+	for _, c := range r.names {
+		c.Close()
+	}
+	if r.asker != nil {
+		r.asker.Close()
 	}
 	if r.diag != nil {
 		r.diag.Close()

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 
 	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
@@ -19,6 +20,9 @@ type Captured struct {
 	Original func(c net.Conn) (to netip.AddrPort, ok bool, err error)
 	// Virtual tells which service a virtual address stands for. Required.
 	Virtual func(netip.Addr) (mesh.ServiceName, bool)
+	// Outside tells which host outside of the mesh a virtual address stands for: a
+	// gateway is asked for a tunnel to that host. Optional.
+	Outside func(netip.Addr) (host string, ok bool)
 	// Beyond has what leads to no service of the mesh ask a gateway for a tunnel
 	// to its address. Without it that is refused. With it only virtual addresses
 	// lead to services: the addresses of endpoints are what proxies say, and one
@@ -107,14 +111,21 @@ func (d *door) routeOut(x *call) *refusal {
 		return d.astray(x, "", "no_destination", fmt.Sprintf("the kernel does not say where the connection was going to: %v", x.err))
 	}
 	dst := "host:" + x.meant.String()
+	host, named := d.outsideHost(x.meant.Addr())
+	if named {
+		dst = "host:" + host
+	}
 	snap := d.cfg.Snapshot()
 	if snap == nil {
 		return d.astray(x, dst, "no_policy", "there is no policy yet")
 	}
-	if !d.cfg.Captured.Beyond || d.cfg.Gateways == nil {
+	if named && d.cfg.Gateways == nil {
+		return d.astray(x, dst, "no_gateway", "the world outside is reached through a gateway, and none is configured")
+	}
+	if !named && (!d.cfg.Captured.Beyond || d.cfg.Gateways == nil) {
 		return d.astray(x, dst, "no_route", "the address is that of no service this workload has to do with, or of another port of one; the world outside is reached through a gateway")
 	}
-	if name, ok := d.cfg.Captured.Virtual(x.meant.Addr()); ok {
+	if name, ok := d.cfg.Captured.Virtual(x.meant.Addr()); ok && !named {
 		return d.astray(x, dst, "no_route", fmt.Sprintf("this is the address of %s, which is not served at this port or does not concern this workload", name))
 	}
 	x.known = target{name: GatewayName, dst: dst}
@@ -123,6 +134,19 @@ func (d *door) routeOut(x *call) *refusal {
 	x.runs()
 	return nil
 }
+
+// outsideHost is the host outside that an address stands for.
+func (d *door) outsideHost(a netip.Addr) (string, bool) {
+	if d.cfg.Captured.Outside == nil {
+		return "", false
+	}
+	return d.cfg.Captured.Outside(a)
+}
+
+// egressOrigin tells a gateway how the workload came to its destination:
+// "explicit", by asking the proxy, "vip", by the virtual address of a name, or
+// "orig-dst", by an address. It is for the record and decides nothing.
+const egressOrigin = "Egress-Origin"
 
 // reachOut opens a tunnel through a gateway to where the connection was going,
 // and asks another one when a gateway ends instead of answering, as connect does.
@@ -151,8 +175,11 @@ func (d *door) askGateway(x *call) (_ *upstream.Conn, r *refusal, again bool) {
 		return nil, &refusal{status: 503, reason: "no_gateway", detail: "the gateway is not believed any more"}, false
 	}
 	defer x.unbind()
-	to := x.meant.String()
-	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", to, to)
+	to, origin := x.meant.String(), "orig-dst"
+	if host, ok := d.outsideHost(x.meant.Addr()); ok {
+		to, origin = net.JoinHostPort(host, strconv.Itoa(int(x.meant.Port()))), "vip"
+	}
+	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n", to, to, egressOrigin, origin)
 	if _, err := up.Write(append(append(head, x.extra...), '\r', '\n')); err != nil {
 		return nil, x.noGateway(err, "the gateway closed the connection"), true
 	}

@@ -16,7 +16,10 @@ import (
 	"sallyport/internal/meshtest"
 )
 
-var virtualBilling = netip.MustParseAddr("247.1.2.3")
+var (
+	virtualBilling = netip.MustParseAddr("247.1.2.3")
+	virtualOutside = netip.MustParseAddr("247.1.2.9")
+)
 
 // capturedRig is a rig that takes every connection for one that was going to
 // where the test says.
@@ -42,7 +45,8 @@ func capturedRig(t *testing.T, app string, beyond bool, change ...func(*rig)) (r
 			}
 			return "", false
 		},
-		Beyond: beyond,
+		Outside: func(a netip.Addr) (string, bool) { return "api.example.com", a == virtualOutside },
+		Beyond:  beyond,
 	}
 	change = append(change, func(r *rig) {
 		r.outCfg.Captured = captured
@@ -205,6 +209,41 @@ func TestCapturedConnectionsLeadOutThroughTheGateway(t *testing.T) {
 	case got := <-asked:
 		t.Errorf("the gateway was asked %s", got)
 	default:
+	}
+}
+
+// TestAVirtualAddressOfAHostOutside leads to that host by its name, whatever
+// becomes of other addresses.
+func TestAVirtualAddressOfAHostOutside(t *testing.T) {
+	for _, beyond := range []bool{true, false} {
+		r, to := capturedRig(t, app(t, hello), beyond)
+		asked := make(chan string, 4)
+		fakeGateway(t, r, func(c net.Conn, br *bufio.Reader, req *http.Request) {
+			asked <- req.Method + " " + req.Host + " " + req.Header.Get("Egress-Origin")
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+			_, _ = io.Copy(c, br)
+		})
+		to("247.1.2.9:443")
+		w := tried(t, r.outAddr)
+		if !beyond { // the rig has no gateway then
+			if w != nil {
+				if got := w.ended(); got != "" {
+					t.Errorf("without a gateway: %q", got)
+				}
+			}
+			if list := decisions(r.outAudit); len(list) != 1 || list[0].Reason != "no_gateway" || list[0].Dst != "host:api.example.com" {
+				t.Errorf("recorded %+v", list)
+			}
+			continue
+		}
+		w.say("bytes")
+		_ = w.Conn.(*net.TCPConn).CloseWrite()
+		if got := w.ended(); got != "bytes" {
+			t.Errorf("through the tunnel came %q", got)
+		}
+		if got := <-asked; got != "CONNECT api.example.com:443 vip" {
+			t.Errorf("the gateway was asked %s", got)
+		}
 	}
 }
 

@@ -61,7 +61,7 @@ func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 		return nil, false
 	}
 	defer x.unbind()
-	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", x.req.Authority, x.req.Authority)
+	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: explicit\r\n", x.req.Authority, x.req.Authority, egressOrigin)
 	head = append(append(head, x.extra...), '\r', '\n')
 	if _, err := up.Write(head); err != nil {
 		return x.noGateway(err, "the gateway closed the connection"), true

@@ -149,6 +149,15 @@ func (r *Registry) RequestsRefused(reporter, reason string) *Counter {
 	return r.unread.get(labels{reporter, reason})
 }
 
+// Names counts the questions that the nameserver has answered, by what became
+// of them.
+func (r *Registry) Names(result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.asked.get(labels{result})
+}
+
 // EgressTunnels is the number of open tunnels of a caller.
 func (r *Registry) EgressTunnels(src string) *Gauge {
 	if r == nil {

@@ -148,6 +148,7 @@ type Registry struct {
 	turned    *family[*Counter]
 	broken    *family[*Counter]
 	unread    *family[*Counter]
+	asked     *family[*Counter]
 	tunnels   *family[*Gauge]
 	tunnelB   *family[*Counter]
 	expiry    *family[*Expiry]
@@ -199,6 +200,7 @@ func NewRegistry() *Registry {
 	r.open = gauges(r, 1, "sallyport_connections", "Connections that are open to a listener; proving are those whose peer has not proved an identity yet.", "reporter", "state")
 	r.turned = counters(r, 2, "sallyport_connections_refused_total", "Connections that were closed because of a limit, by which: total, peer, handshakes.", "reporter", "reason")
 	r.broken = counters(r, 2, "sallyport_hop_violations_total", "Connections between proxies that ended because the peer broke the protocol, by how.", "reporter", "reason")
+	r.asked = counters(r, 1, "sallyport_dns_questions_total", "Questions that the nameserver has answered or dropped, by what became of them.", "result")
 	r.unread = counters(r, 2, "sallyport_requests_refused_total", "Requests that were refused for their form, size or slowness, by reason.", "reporter", "reason")
 	r.tunnels = gauges(r, 0, "sallyport_egress_tunnels", "Tunnels that are open, by caller.", "src")
 	r.tunnelB = counters(r, 1, "sallyport_egress_bytes_total", "Bytes through tunnels, up is out of the mesh.", "direction", "src", "dst")

@@ -42,9 +42,10 @@ type Book struct {
 	path   string
 	v4, v6 netip.Prefix
 
-	mu     sync.Mutex // guards the fields below
-	names  map[string]entry
-	byCell map[uint32]string
+	mu      sync.Mutex // guards the fields below
+	names   map[string]entry
+	byCell  map[uint32]string
+	unsaved bool // something that Assign did is not in the file
 }
 
 // entry is a name in the file.
@@ -122,13 +123,53 @@ func (b *Book) Use(names []string) error {
 	return errors.Join(errs...)
 }
 
+// Assign is Use for one name, and leaves the file to Save. Names that a workload
+// invents, such as those below a pattern, take at most half of the room.
+func (b *Book) Assign(name string, invented bool) (v4, v6 netip.Addr, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	now := time.Now().UTC().Truncate(time.Second)
+	e, ok := b.names[name]
+	if !ok {
+		if invented && len(b.names) >= b.room()/2 {
+			b.forget(now)
+			if len(b.names) >= b.room()/2 {
+				return netip.Addr{}, netip.Addr{}, ErrFull
+			}
+		}
+		if e.Cell, err = b.free(name, now); err != nil {
+			return netip.Addr{}, netip.Addr{}, err
+		}
+		b.byCell[e.Cell] = name
+	}
+	if now.Sub(e.Seen) >= seenEvery {
+		e.Seen, b.unsaved = now, true
+		b.names[name] = e
+	}
+	v4, v6 = b.at(e.Cell)
+	return v4, v6, nil
+}
+
+// Save writes down what Assign did.
+func (b *Book) Save() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.unsaved {
+		return nil
+	}
+	return b.save()
+}
+
+// room is for how many names there are numbers.
+func (b *Book) room() int { return min(maxNames, int(b.size()/2)) }
+
 // free finds a number for a name: where its hash points, or the next that
 // stands for nobody, so that most books agree.
 func (b *Book) free(name string, now time.Time) (uint32, error) {
-	if len(b.names) >= min(maxNames, int(b.size()/2)) {
+	if len(b.names) >= b.room() {
 		b.forget(now)
 	}
-	if len(b.names) >= min(maxNames, int(b.size()/2)) {
+	if len(b.names) >= b.room() {
 		return 0, ErrFull
 	}
 	sum := sha256.Sum256([]byte(name))
@@ -157,6 +198,7 @@ func (b *Book) save() error {
 	if err := daemon.WriteFile(b.path, text, 0o600); err != nil {
 		return fmt.Errorf("virtual addresses: %w", err)
 	}
+	b.unsaved = false
 	return nil
 }
 
@@ -168,10 +210,15 @@ func (b *Book) Addresses(name string) (v4, v6 netip.Addr, ok bool) {
 	if !ok {
 		return netip.Addr{}, netip.Addr{}, false
 	}
+	v4, v6 = b.at(e.Cell)
+	return v4, v6, true
+}
+
+func (b *Book) at(cell uint32) (v4, v6 netip.Addr) {
 	a4, a6 := b.v4.Addr().As4(), b.v6.Addr().As16()
-	binary.BigEndian.PutUint32(a4[:], binary.BigEndian.Uint32(a4[:])|e.Cell)
-	binary.BigEndian.PutUint32(a6[12:], e.Cell)
-	return netip.AddrFrom4(a4), netip.AddrFrom16(a6), true
+	binary.BigEndian.PutUint32(a4[:], binary.BigEndian.Uint32(a4[:])|cell)
+	binary.BigEndian.PutUint32(a6[12:], cell)
+	return netip.AddrFrom4(a4), netip.AddrFrom16(a6)
 }
 
 // Name is what an address stands for.

@@ -110,6 +110,39 @@ func TestNamesThatMeet(t *testing.T) {
 	})
 }
 
+// TestInventedNames has names below a pattern take no more than their share, and
+// keep their addresses over a restart.
+func TestInventedNames(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "addresses.json")
+	small := netip.MustParsePrefix("247.1.1.0/24")
+	b := open(t, file, small)
+	first := netip.Addr{}
+	for i := range 64 {
+		a4, a6, err := b.Assign(fmt.Sprintf("x%d.b.example", i), true)
+		if err != nil || !small.Contains(a4) || !v6.Contains(a6) {
+			t.Fatalf("name %d: %s, %s: %v", i, a4, a6, err)
+		}
+		if i == 0 {
+			first = a4
+		}
+	}
+	if _, _, err := b.Assign("more.b.example", true); !errors.Is(err, ErrFull) {
+		t.Errorf("more than half of the room: %v", err)
+	}
+	if _, _, err := b.Assign("written.example", false); err != nil {
+		t.Errorf("a name that a row writes out has no room: %v", err)
+	}
+	if _, _, err := b.Assign("more.c.example", true); !errors.Is(err, ErrFull) {
+		t.Errorf("more than half of the room: %v", err)
+	}
+	if err := b.Save(); err != nil {
+		t.Fatal(err)
+	}
+	if got, ok := open(t, file, small).Name(first); got != "x0.b.example" {
+		t.Errorf("after a restart %s stands for %q (%v)", first, got, ok)
+	}
+}
+
 func TestBadBooks(t *testing.T) {
 	for name, tt := range map[string]struct{ text, want string }{
 		"no JSON":                {"{", "remove the file"},

@@ -292,12 +292,21 @@ func overfull(t *testing.T, uid, port int) {
 
 func serveUDP(t *testing.T, addr, reply string) {
 	t.Helper()
-	c, err := net.ListenPacket("udp", addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { c.Close() })
-	go func() {
+	serveUDPAs(t, 0, addr, reply)
+}
+
+// serveUDPAs answers from a socket of a user.
+func serveUDPAs(t *testing.T, uid int, addr, reply string) {
+	t.Helper()
+	ready := make(chan error)
+	go become(uid, func() {
+		c, err := net.ListenPacket("udp", addr)
+		ready <- err
+		if err != nil {
+			return
+		}
+		t.Cleanup(func() { c.Close() })
+		ready <- nil
 		b := make([]byte, 64)
 		for {
 			_, from, err := c.ReadFrom(b)
@@ -306,5 +315,9 @@ func serveUDP(t *testing.T, addr, reply string) {
 			}
 			_, _ = c.WriteTo([]byte(reply), from)
 		}
-	}()
+	})
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	<-ready
 }

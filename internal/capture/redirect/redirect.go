@@ -62,6 +62,16 @@ type Direct struct {
 	Protocol string `yaml:"protocol"`
 }
 
+// Probe is the address from which a question comes back to the door for names as
+// long as the rules are in force, whoever asks it. It stands for no name.
+func (c Config) Probe() netip.Addr {
+	b := c.Virtual.Addr().As4()
+	for i := c.Virtual.Bits(); i < 32; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	return netip.AddrFrom4(b)
+}
+
 // Enabled says whether the configuration captures anybody.
 func (c Config) Enabled() bool { return c.Everyone || len(c.Users)+len(c.Cgroups) > 0 }
 
@@ -150,6 +160,9 @@ type Doors struct {
 	// Outbound takes what the workload opens, Inbound what others open to it; 0
 	// for none.
 	Outbound, Inbound uint16
+	// Names takes what the workload asks of DNS servers, over UDP and TCP; 0 for
+	// none.
+	Names uint16
 	// App is where the application listens on loopback, which only the sidecar
 	// and the workload itself may use; 0 for none.
 	App uint16

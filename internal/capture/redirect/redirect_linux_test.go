@@ -70,8 +70,14 @@ func TestRulesMeanWhatTheySay(t *testing.T) {
 		{To: netip.MustParsePrefix("192.0.2.7/32")}, {To: netip.MustParsePrefix("2001:db8::/33"), Ports: []uint16{443}}, {Ports: []uint16{22}},
 	}
 	odd.InboundDirect, odd.LoopbackPorts = []uint16{9090, 9091}, []uint16{5432}
-	for name, c := range map[string]Config{"users": byUser(), "everyone": everyone(), "exceptions": odd} {
-		r, err := New(c, testDoors)
+	withNames := testDoors
+	withNames.Names = 15053
+	for name, c := range map[string]Config{"users": byUser(), "everyone": everyone(), "exceptions": odd, "users and names": byUser(), "everyone and names": everyone(), "exceptions and names": odd} {
+		doors := testDoors
+		if strings.HasSuffix(name, "names") {
+			doors = withNames
+		}
+		r, err := New(c, doors)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -198,6 +204,75 @@ func TestWorkloadHasOneWayOut(t *testing.T) {
 	if s.RefusedOther < 3 || s.RefusedTCP < 1 || len(s.Routes) != 2 {
 		t.Errorf("state %+v: what was refused is not counted, or a route is missing", s)
 	}
+}
+
+// TestNamesAreAsked has what a workload asks any DNS server arrive at the door for
+// names, and nobody else speak or listen there.
+func TestNamesAreAsked(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t, sidecarUID)
+	serveUDPAs(t, sidecarUID, "127.0.0.1:15053", "names")
+	serveUDPAs(t, sidecarUID, "[::1]:15053", "names")
+	serveAs(t, sidecarUID, "127.0.0.1:15053", func(net.Conn) string { return "names by TCP" })
+	c := byUser()
+	c.LoopbackPorts = []uint16{8080}
+	c.Direct = []Direct{{To: netip.MustParsePrefix("203.0.113.7/32"), Ports: []uint16{53}, Protocol: "udp"}}
+	doors := testDoors
+	doors.Names = 15053
+	r, err := New(c, doors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(t, "", attempt{sidecarUID, "brief udp 247.255.255.255:53", "refused", "the rules are not in force"})
+	h, err := r.Install()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	check(t, "",
+		attempt{workloadUID, "udp 247.9.9.9:53", "names", "a server anywhere"},
+		attempt{workloadUID, "udp [2001:db8::7]:53", "names", "over IPv6"},
+		attempt{workloadUID, "udp 127.0.0.53:53", "names", "one on loopback, which would ask others"},
+		attempt{workloadUID, "udp [::1]:53", "names", "the same over IPv6"},
+		attempt{workloadUID, "udp 127.0.0.1:15053", "names", "the door itself"},
+		attempt{workloadUID, "tcp 247.9.9.9:53", "names by TCP", "over TCP"},
+		attempt{workloadUID, "tcp 127.0.0.53:53", "names by TCP", "over TCP on loopback"},
+		attempt{workloadUID, "udp 203.0.113.7:53", "outside", "an exception"},
+		attempt{workloadUID, "udp 203.0.113.7:5353", "refused", "another port"},
+		attempt{workloadUID, "udp 127.0.0.1:123", "refused", "another one on loopback"},
+		attempt{sidecarUID, "udp 247.255.255.255:53", "names", "the sidecar sees that the rules are in force"},
+		attempt{sidecarUID, "udp 203.0.113.7:53", "outside", "what the sidecar asks goes out"},
+		attempt{strangerUID, "udp 203.0.113.7:53", "outside", "what another user asks goes out"},
+		attempt{strangerUID, "udp 127.0.0.1:15053", "refused", "nobody else asks in the workload's name"},
+		attempt{strangerUID, "tcp 127.0.0.1:15053", "refused", "nor over TCP"},
+		attempt{strangerUID, "udp 247.255.255.255:53", "refused", "nor by the address that stands for the rules"},
+	)
+}
+
+// TestNobodyElseAnswers has a stranger listen at the door for names while the
+// sidecar is gone.
+func TestNobodyElseAnswers(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	world(t, sidecarUID)
+	serveUDPAs(t, strangerUID, "127.0.0.1:15053", "lies")
+	doors := testDoors
+	doors.Names = 15053
+	r, err := New(byUser(), doors)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := r.Install()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	check(t, "", attempt{workloadUID, "brief udp 247.9.9.9:53", "refused", "the stranger's answer does not leave it"})
 }
 
 func TestEveryoneIsHeld(t *testing.T) {
@@ -566,7 +641,8 @@ func TestIsolatedNamespace(t *testing.T) {
 	serve(t, "[::1]:15001", func(net.Conn) string { return "door6" })
 	serve(t, "127.0.0.1:8080", func(net.Conn) string { return "app" })
 	check(t, "", attempt{0, "tcp 198.51.100.1:443", "refused", "no rules, no routes"})
-	h, err := Isolated(15001).Install()
+	serveUDP(t, "127.0.0.1:15053", "names")
+	h, err := Isolated(15001, 15053).Install()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -575,7 +651,9 @@ func TestIsolatedNamespace(t *testing.T) {
 		attempt{0, "tcp 198.51.100.1:443", "door 198.51.100.1:443 true", "anywhere"},
 		attempt{0, "tcp [2001:db8::1]:443", "door6", "anywhere over IPv6"},
 		attempt{0, "tcp 127.0.0.1:8080", "app", "its own loopback"},
-		attempt{0, "udp 198.51.100.1:53", "refused", "UDP"},
+		attempt{0, "udp 198.51.100.1:53", "names", "a DNS server"},
+		attempt{0, "udp 127.0.0.53:53", "names", "one on loopback"},
+		attempt{0, "udp 198.51.100.1:123", "refused", "UDP"},
 		attempt{0, "icmp 198.51.100.1", "refused", "ICMP"},
 	)
 }

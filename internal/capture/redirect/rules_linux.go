@@ -88,9 +88,10 @@ func New(c Config, d Doors) (*Rules, error) {
 }
 
 // Isolated are the rules for a network namespace in which there is nothing but
-// the workload and the doors of a sidecar that stands outside.
-func Isolated(outbound uint16) *Rules {
-	b := &builder{c: Config{Everyone: true}.WithDefaults(), d: Doors{Outbound: outbound}}
+// the workload and the doors of a sidecar that stands outside. Without a port for
+// names there is no door for them.
+func Isolated(outbound, names uint16) *Rules {
+	b := &builder{c: Config{Everyone: true}.WithDefaults(), d: Doors{Outbound: outbound, Names: names}}
 	r := b.rules()
 	r.isolated = true
 	return r
@@ -185,7 +186,7 @@ func refuse() []rule {
 // destination counts, whoever has changed it: an address translation of
 // somebody else's must not be a way past the doors.
 func (b *builder) heldRules() []rule {
-	tcp := l4proto(unix.IPPROTO_TCP)
+	tcp, udp := l4proto(unix.IPPROTO_TCP), l4proto(unix.IPPROTO_UDP)
 	pass := accept
 	if b.c.Everyone {
 		pass = both(label(passed), accept)
@@ -193,6 +194,9 @@ func (b *builder) heldRules() []rule {
 	var rs []rule
 	for _, here := range loopbacks {
 		rs = append(rs, rule{when: []term{daddr(here), tcp, dport("tcp", b.d.Outbound)}, then: pass})
+		for _, q := range b.questions(b.d.Names) {
+			rs = append(rs, rule{when: append([]term{daddr(here)}, q...), then: pass})
+		}
 	}
 	for _, here := range loopbacks {
 		if b.c.LoopbackPorts == nil {
@@ -211,8 +215,11 @@ func (b *builder) heldRules() []rule {
 	for _, p := range b.c.InboundDirect {
 		rs = append(rs, rule{when: []term{tcp, sport(p), answering}, then: pass})
 	}
-	if b.sidecar == nil { // in the namespace the door answers whatever address was bound to
+	if b.sidecar == nil { // in the namespace the doors answer whatever address was bound to
 		rs = append(rs, rule{when: []term{tcp, sport(b.d.Outbound), answering}, then: pass})
+		if b.d.Names != 0 {
+			rs = append(rs, rule{when: []term{tcp, sport(b.d.Names), answering}, then: pass}, rule{when: []term{udp, udpSport(b.d.Names), answering}, then: pass})
+		}
 	}
 	if b.c.Everyone {
 		rs = append(rs, rule{when: []term{anyOwner}, then: goTo("refuse")})
@@ -276,6 +283,9 @@ func (b *builder) guard() []rule {
 	if ownApp {
 		rs = append(rs, onlyAnswered(b.d.App, toLoopback)...)
 	}
+	for _, q := range b.questions(b.d.Names) { // nobody else asks in the workload's name
+		rs = append(rs, rule{when: append([]term{toLoopback}, append(q, asking)...), then: goTo("refuse")})
+	}
 	if b.d.Inbound != 0 && b.d.App != 0 {
 		// Nobody else on the machine speaks to the application: it would be
 		// judged by nobody.
@@ -295,7 +305,7 @@ func (b *builder) doors() (rs []rule) {
 	if b.c.SidecarUser == "" {
 		return nil
 	}
-	for _, p := range []uint16{b.d.Outbound, b.d.Inbound} {
+	for _, p := range []uint16{b.d.Outbound, b.d.Inbound, b.d.Names} {
 		if p != 0 {
 			rs = append(rs, rule{when: []term{b.sidecar[0], l4proto(unix.IPPROTO_TCP), sport(p)}, then: label(answered)})
 		}
@@ -312,6 +322,36 @@ func (b *builder) thieves() []rule {
 	rs := onlyAnswered(b.d.Outbound, toLoopback)
 	if b.d.Inbound != 0 {
 		rs = append(rs, onlyAnswered(b.d.Inbound)...)
+	}
+	if b.d.Names != 0 { // what the sidecar answers from there was let through before
+		rs = append(rs, onlyAnswered(b.d.Names, toLoopback)...)
+		rs = append(rs, rule{when: []term{toLoopback, l4proto(unix.IPPROTO_UDP), udpSport(b.d.Names)}, then: goTo("refuse")})
+	}
+	return rs
+}
+
+// questions are the terms of what is asked at a port for names.
+func (b *builder) questions(port uint16) [][]term {
+	if b.d.Names == 0 {
+		return nil
+	}
+	return [][]term{{l4proto(unix.IPPROTO_UDP), dport("udp", port)}, {l4proto(unix.IPPROTO_TCP), dport("tcp", port)}}
+}
+
+// namesPort is where DNS servers are asked.
+const namesPort = 53
+
+// askingNames brings what a workload asks any DNS server to the sidecar, also one
+// on loopback, which would ask others for it.
+func (b *builder) askingNames() (rs []rule) {
+	for _, q := range b.questions(namesPort) {
+		if b.c.Everyone {
+			rs = append(rs, rule{when: q, then: redirectTo(b.d.Names)})
+			continue
+		}
+		for _, s := range b.held {
+			rs = append(rs, rule{when: append(slices.Clone(s), q...), then: redirectTo(b.d.Names)})
+		}
 	}
 	return rs
 }
@@ -357,14 +397,23 @@ func (b *builder) outbound() []rule {
 	tcp := l4proto(unix.IPPROTO_TCP)
 	var rs []rule
 	if b.sidecar != nil {
+		if b.d.Names != 0 { // before all else, so that the sidecar sees that the rules are in force
+			udp, probe := l4proto(unix.IPPROTO_UDP), b.c.Probe()
+			rs = append(rs, rule{when: []term{daddr(netip.PrefixFrom(probe, probe.BitLen())), udp, dport("udp", namesPort)}, then: redirectTo(b.d.Names)})
+		}
 		rs = append(rs, rule{when: b.sidecar, then: leave})
+	}
+	var direct []rule
+	for _, when := range b.direct() {
+		direct = append(direct, rule{when: when, then: leave})
+	}
+	if b.d.Names != 0 { // of questions the exceptions come first, loopback is none
+		rs, direct = append(append(rs, direct...), b.askingNames()...), nil
 	}
 	for _, here := range loopbacks {
 		rs = append(rs, rule{when: []term{daddr(here)}, then: leave})
 	}
-	for _, when := range b.direct() {
-		rs = append(rs, rule{when: when, then: leave})
-	}
+	rs = append(rs, direct...)
 	if b.c.Everyone {
 		return append(rs, rule{when: []term{tcp}, then: redirectTo(b.d.Outbound)})
 	}

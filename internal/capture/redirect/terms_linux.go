@@ -109,6 +109,10 @@ func sport(p uint16) term {
 	return fixed(fmt.Sprintf("tcp sport %d", p), load(&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2}, network16(p))...)
 }
 
+func udpSport(p uint16) term {
+	return fixed(fmt.Sprintf("udp sport %d", p), load(&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2}, network16(p))...)
+}
+
 // daddr matches the destination by whole bytes first and by a mask where the
 // prefix ends within one.
 func daddr(p netip.Prefix) term {

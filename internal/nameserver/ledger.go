@@ -1,0 +1,151 @@
+package nameserver
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/mesh"
+)
+
+const (
+	// tellEvery is for how long questions for one name become one record.
+	tellEvery = 50 * time.Millisecond
+	// maxWaiting bounds the names whose record is not written yet.
+	maxWaiting = 4096
+	// allowEvery is how often a name that is answered is recorded, and maxSeen for
+	// how many that is remembered.
+	allowEvery = 24 * time.Hour
+	maxSeen    = 1 << 16
+	saveEvery  = time.Second
+)
+
+// A ledger brings what was asked into the audit log, beside the answers: nobody
+// waits for it, and a question repeated thousands of times is one record that
+// says so. Of names that are answered the first question in a day is recorded.
+type ledger struct {
+	record func(*audit.Record) error
+	log    *slog.Logger
+
+	mu      sync.Mutex // guards what follows
+	waiting []asking
+	lost    uint64        // questions for names that had no room to wait
+	wake    chan struct{} // has a place
+	told    map[asked]time.Time
+}
+
+// An asking is a name that was asked for, by whom.
+type asking struct {
+	who spiffeid.ID
+	e   *entry
+}
+
+type asked struct {
+	who  spiffeid.ID
+	name string
+}
+
+func (l *ledger) open(cfg Config) {
+	l.record, l.log = cfg.Record, cfg.Log
+	l.wake, l.told = make(chan struct{}, 1), map[asked]time.Time{}
+}
+
+// asked notes a question. Only the first since the last record takes the lock.
+func (l *ledger) asked(who spiffeid.ID, e *entry) {
+	if e.result == Inside || e.result == Search || e.asked.Add(1) != 1 {
+		return
+	}
+	l.mu.Lock()
+	if len(l.waiting) < maxWaiting {
+		l.waiting = append(l.waiting, asking{who, e})
+	} else {
+		l.lost += e.asked.Swap(0)
+	}
+	l.mu.Unlock()
+	select {
+	case l.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes records until ctx ends, and then what is left.
+func (l *ledger) run(ctx context.Context, save func()) {
+	saved := time.NewTicker(saveEvery)
+	defer saved.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			l.tell()
+			save()
+			return
+		case <-saved.C:
+			save()
+		case <-l.wake:
+			l.tell()
+			pause := time.NewTimer(tellEvery)
+			select {
+			case <-ctx.Done():
+			case <-pause.C:
+			}
+			pause.Stop()
+		}
+	}
+}
+
+func (l *ledger) tell() {
+	l.mu.Lock()
+	list, lost := l.waiting, l.lost
+	l.waiting, l.lost = nil, 0
+	l.mu.Unlock()
+	for _, a := range list {
+		n := a.e.asked.Swap(0)
+		if n > 0 && (a.e.absent || l.first(a)) {
+			l.write(recordOf(a, n))
+		}
+	}
+	if lost > 0 {
+		l.write(&audit.Record{
+			Kind: audit.KindName, Decision: audit.Deny, Reason: string(Denied), Dir: string(mesh.Out),
+			Detail: fmt.Sprintf("%d questions for more names than are told one by one", lost),
+		})
+	}
+}
+
+// first says that an answered name is to be told of again.
+func (l *ledger) first(a asking) bool {
+	key := asked{a.who, a.e.name}
+	now := time.Now()
+	if at, ok := l.told[key]; ok && now.Sub(at) < allowEvery {
+		return false
+	}
+	if len(l.told) >= maxSeen {
+		clear(l.told)
+	}
+	l.told[key] = now
+	return true
+}
+
+func recordOf(a asking, n uint64) *audit.Record {
+	r := &audit.Record{
+		Kind: audit.KindName, Decision: audit.Allow, Reason: a.e.reason, Rule: a.e.rule, Dir: string(mesh.Out),
+		Src: a.who.String(), Dst: "host:" + a.e.name, Revision: a.e.zone.set.Revision(),
+	}
+	if a.e.absent {
+		r.Decision, r.Detail = audit.Deny, a.e.text
+		if n > 1 {
+			r.Detail += fmt.Sprintf("; asked %d times", n)
+		}
+	}
+	return r
+}
+
+func (l *ledger) write(r *audit.Record) {
+	if err := l.record(r); err != nil {
+		l.log.Error("a question was not recorded", "host", r.Dst, "err", err)
+	}
+}
