@@ -19,7 +19,7 @@ import (
 // floors is the law: a package imports only from lower floors, never from its
 // own. Moving a package is a design decision; the commit explains it.
 var floors = [][]string{
-	{"internal/socket", "internal/mux"},
+	{"internal/socket", "internal/mux", "internal/leak"},
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},
@@ -75,7 +75,7 @@ var rooms = map[string][]string{
 	"github.com/twmb/franz-go":                   {"internal/sink"},
 	"github.com/minio/minio-go/v7":               {"internal/sink"},
 	"go.opentelemetry.io/proto/slim/otlp":        {"internal/sink"},
-	"unsafe":                                     {"internal/capture", "internal/control/meshpb"},
+	"unsafe":                                     {"internal/capture", "internal/control/meshpb", "internal/isolate"},
 }
 
 const (

@@ -77,6 +77,9 @@ func enter(tie *net.UnixConn, o order) error {
 	if os.Getppid() != o.Parent {
 		return nil
 	}
+	if err := holdFamilies(); err != nil {
+		return err
+	}
 	path, args := os.Args[1], os.Args[2:]
 	return fmt.Errorf("execute %s: %w", path, syscall.Exec(path, args, os.Environ()))
 }
