@@ -69,7 +69,7 @@ func (s *suite) expand(secret []byte, label string, size int) ([]byte, error) {
 
 // keys are those of one direction, and count its records.
 type keys struct {
-	aead cipher.AEAD
+	aead cipher.AEAD // nil at rest: the secret has all that is needed
 	seq  uint64
 	iv   [nonceSize]byte
 	// nonce is where the one of a record is put together: on the stack it would
@@ -80,24 +80,40 @@ type keys struct {
 
 // set begins with a secret, of which it takes a copy.
 func (k *keys) set(s *suite, secret []byte) error {
-	key, err := s.expand(secret, "key", s.key)
+	aead, err := s.aeadOf(secret)
 	if err != nil {
 		return err
 	}
-	defer clear(key)
 	iv, err := s.expand(secret, "iv", nonceSize)
 	if err != nil {
 		return err
 	}
 	defer clear(iv)
-	aead, err := s.newCipher(key)
-	if err != nil {
-		return err
-	}
 	copy(k.secret[:], secret)
 	copy(k.iv[:], iv)
 	k.aead, k.seq = aead, 0
 	return nil
+}
+
+// wake makes the cipher again that rest has given up.
+func (k *keys) wake(s *suite) (err error) {
+	if k.aead == nil {
+		k.aead, err = s.aeadOf(k.secret[:s.size])
+	}
+	return err
+}
+
+// rest gives up what takes most room and can be made again. The count of records
+// stays: no nonce comes twice.
+func (k *keys) rest() { k.aead = nil }
+
+func (s *suite) aeadOf(secret []byte) (cipher.AEAD, error) {
+	key, err := s.expand(secret, "key", s.key)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(key)
+	return s.newCipher(key)
 }
 
 // next is what a KeyUpdate does (RFC 8446 section 7.2).

@@ -149,6 +149,9 @@ func (c *Conn) open(p []byte, size int) int {
 	}
 	in.r += size
 	nonce, err := in.number()
+	if err == nil {
+		err = in.wake(c.suite)
+	}
 	if err != nil {
 		c.fail(alertInternalError)
 		return 0

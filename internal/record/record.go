@@ -130,6 +130,17 @@ func (c *Conn) SetWriteDeadline(t time.Time) error { return c.nc.SetWriteDeadlin
 // farewell is how long last words may take.
 const farewell = time.Second
 
+// Rest has the connection take less room until something is read or written: its
+// keys are made anew then, in some microseconds. Nobody reads meanwhile.
+func (c *Conn) Rest() {
+	c.rmu.Lock()
+	c.in.rest()
+	c.rmu.Unlock()
+	c.wmu.Lock()
+	c.out.rest()
+	c.wmu.Unlock()
+}
+
 // Close says farewell, if nobody is writing, and closes the connection.
 func (c *Conn) Close() error {
 	if !c.closed.CompareAndSwap(false, true) {

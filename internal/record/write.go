@@ -195,10 +195,13 @@ func (c *Conn) renew(out []byte) ([]byte, error) {
 	return out, c.out.next(c.suite)
 }
 
-// writable says whether more may be written.
+// writable says whether more may be written, and has the keys for that at hand.
 func (c *Conn) writable() error {
 	if c.out.err == nil && c.dead.Load() {
 		c.out.err = errDead
+	}
+	if c.out.err == nil {
+		c.out.err = c.out.wake(c.suite)
 	}
 	return c.out.err
 }
