@@ -24,7 +24,7 @@ func TestAwaitWaitsForAStream(t *testing.T) {
 		_ = s.SetReadDeadline(time.Now().Add(time.Second))
 		start := time.Now()
 		err := s.Await()
-		if _, rerr := s.Read(make([]byte, 1)); err != nil || !errors.Is(rerr, os.ErrDeadlineExceeded) || time.Since(start) != time.Second {
+		if _, rerr := s.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) || !errors.Is(rerr, os.ErrDeadlineExceeded) || time.Since(start) != time.Second {
 			t.Errorf("waited %s: %v, then read: %v", time.Since(start), err, rerr)
 		}
 		s.Close()

@@ -153,7 +153,7 @@ func (s *Stream) leave() {
 }
 
 // Await waits until there is something to read, or the end, without a buffer to
-// read it into.
+// read it into. A deadline ends it.
 func (s *Stream) Await() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -163,6 +163,9 @@ func (s *Stream) Await() error {
 		s.more.Wait()
 		s.c.waiting.Add(-1)
 		s.awaits = false
+	}
+	if err := s.over(); s.in.Len() == 0 && err == os.ErrDeadlineExceeded { //nolint:errorlint // made in over
+		return err
 	}
 	return nil
 }
