@@ -24,6 +24,9 @@ const (
 	outSize    = 4 << 10
 )
 
+// IdleTimeout is how long a connection may wait for a request, by default.
+const IdleTimeout = 65 * time.Second
+
 // Limits bound what a peer may send and how long it may take. The zero value
 // means the defaults.
 type Limits struct {
@@ -42,7 +45,7 @@ type Limits struct {
 	// its head, absolute. Default 10 s.
 	HeadTimeout time.Duration
 	// IdleTimeout is how long to wait for the first byte of a request.
-	// Default 65 s.
+	// Default the constant of that name, 65 s.
 	IdleTimeout time.Duration
 	// ResponseTimeout is how long to wait for the head of a response.
 	// Default 60 s.
@@ -74,7 +77,7 @@ func (l Limits) filled() Limits {
 	l.Target = cmp.Or(l.Target, 8<<10)
 	l.Interim = cmp.Or(l.Interim, 8)
 	l.HeadTimeout = cmp.Or(l.HeadTimeout, 10*time.Second)
-	l.IdleTimeout = cmp.Or(l.IdleTimeout, 65*time.Second)
+	l.IdleTimeout = cmp.Or(l.IdleTimeout, IdleTimeout)
 	l.ResponseTimeout = cmp.Or(l.ResponseTimeout, time.Minute)
 	l.BodyTimeout = cmp.Or(l.BodyTimeout, 5*time.Minute)
 	l.WriteTimeout = cmp.Or(l.WriteTimeout, time.Minute)

@@ -2,17 +2,13 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"log/slog"
 	"net/http"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"time"
-
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
@@ -57,23 +53,14 @@ type call struct {
 	unread, series, running *telemetry.Series
 	extra                   []byte // field lines for the upstream, ended by CRLF each
 
-	// Inbound: the caller, what it proved and until when, and the judge's slice.
-	peer      spiffeid.ID
-	tls       *tls.ConnectionState
-	peerUntil time.Time
-	// thumbprint is of the peer's certificate, shown and token what the request
-	// shows beside it and what that says, once verified.
-	thumbprint [32]byte
-	shown      authz.Credential
-	token      *authz.Token
-	// verified is when the proof was last looked at, in Unix nanoseconds; share
-	// what the peer has of the listener. The streams of a connection have both
-	// in common.
-	verified *atomic.Int64
-	share    *member
-	placed   bool    // it counts as in flight
-	of       *member // it counts as in flight of this peer
-	epoch    uint64  // of the Rejudge that has seen it
+	// Inbound: the caller, what the request shows beside its SVID and what that
+	// says, once verified, and the judge's slice.
+	who    *peer
+	shown  authz.Credential
+	token  *authz.Token
+	placed bool    // it counts as in flight
+	of     *member // it counts as in flight of this peer
+	epoch  uint64  // of the Rejudge that has seen it
 	// standing, when set, refuses a call that a Rejudge has overtaken.
 	standing func() *refusal
 	port     uint16 // of the rules

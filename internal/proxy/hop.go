@@ -6,7 +6,6 @@ import (
 	"sync"
 
 	"sallyport/internal/hop"
-	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/record"
 )
@@ -15,8 +14,8 @@ import (
 const windows = 64 << 20
 
 // serveHop serves a connection of one of our own proxies: each stream on it is
-// to the chain a connection of its own, with the peer that x has found.
-func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn, x *call) {
+// to the chain a connection of its own, of the same peer.
+func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	broken := func() bool { return in.brokenOff(c, 1) }
@@ -24,14 +23,14 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn, x *ca
 		sc := &conn{Conn: s, on: c, from: c.from, who: c.who}
 		// A caller that breaks a call off ends it at the application too.
 		s.OnCut(sc.hangUp)
-		if !in.enterStream(sc, x) {
+		if !in.enterStream(sc) {
 			return false
 		}
 		wg.Go(func() {
-			defer in.peers.leave(x.peer)
+			defer in.peers.leave(c.who.id)
 			defer in.forget(sc)
 			defer in.survive(sc)
-			in.serveStream(ctx, sc, x)
+			in.serveCalls(ctx, sc, s)
 		})
 		return true
 	})
@@ -46,35 +45,21 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn, x *ca
 		if v := (*hop.Violation)(nil); errors.As(err, &v) {
 			in.Metrics.HopViolations(in.Reporter, string(v.Reason)).Inc()
 		}
-		in.Log.Debug("connection of a proxy ended", "peer", x.src, "remote", x.remote, "err", err)
+		in.Log.Debug("connection of a proxy ended", "peer", c.who.src, "remote", c.who.remote, "err", err)
 	}
 }
 
 // enterStream takes a stream in, which counts as a connection does.
-func (in *Inbound) enterStream(c *conn, x *call) bool {
-	if in.peers.enter(x.peer) == nil {
-		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
+func (in *Inbound) enterStream(c *conn) bool {
+	if in.peers.enter(c.who.id) == nil {
+		in.turnAway(limitPeer, "limit", in.peers.max, "peer", c.who.src)
 		return false
 	}
 	if !in.admit(c) {
-		in.peers.leave(x.peer)
+		in.peers.leave(c.who.id)
 		return false
 	}
 	return true
-}
-
-// serveStream serves one stream. What was proved on the connection holds for
-// it; x itself is left alone.
-func (in *Inbound) serveStream(ctx context.Context, c *conn, x *call) {
-	y := &call{
-		ctx: ctx, on: &in.listener, conn: c, lend: in.lend, src: x.src, dst: x.dst, remote: x.remote,
-		series: x.series, unread: x.unread, peer: x.peer, tls: x.tls, peerUntil: x.peerUntil,
-		thumbprint: x.thumbprint, intro: x.intro, bounds: x.bounds, verified: x.verified, share: x.share, epoch: x.epoch,
-	}
-	y.standing = func() *refusal { return in.overtaken(y) }
-	y.down = http1.NewConn(c.Conn, in.Limits)
-	defer y.down.Release()
-	in.calls(y, in.chain)
 }
 
 // shares marks the connection as one whose streams carry the calls; false means

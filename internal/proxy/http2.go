@@ -58,14 +58,15 @@ func (l *listener) http2Config() http2.Config {
 const bodies = 64 << 20
 
 // serveHTTP2 serves a peer of another make.
-func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn, x *call) {
-	enter := func(sc *conn) bool { return in.enterStream(sc, x) }
-	err := in.listener.serveHTTP2(c, nc, enter, func(sc *conn) {
-		defer in.peers.leave(x.peer)
-		in.serveStream(ctx, sc, x)
+func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn) {
+	err := in.listener.serveHTTP2(c, nc, in.enterStream, func(sc *conn) {
+		defer in.peers.leave(c.who.id)
+		if in.serveAwake(ctx, sc, sc.Conn, in.idleTimeout()) {
+			sc.refuse()
+		}
 	})
 	if err != nil {
-		in.Log.Debug("connection of HTTP/2 ended", "peer", x.src, "remote", x.remote, "err", err)
+		in.Log.Debug("connection of HTTP/2 ended", "peer", c.who.src, "remote", c.who.remote, "err", err)
 	}
 }
 
@@ -87,7 +88,9 @@ func (d *door) serveLane(ctx context.Context, c *conn, on *call) {
 	x.only, x.meant = on.only, on.meant
 	x.down = http1.NewConn(c.Conn, d.Limits)
 	defer x.down.Release()
-	d.calls(x, d.chain)
+	if d.calls(x, d.chain) {
+		c.refuse()
+	}
 }
 
 // ahead is a connection of which something was read already.

@@ -4,29 +4,22 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
-	"sallyport/internal/capture"
-	"sallyport/internal/hop"
 	"sallyport/internal/http1"
-	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
-	"sallyport/internal/record"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
@@ -138,14 +131,15 @@ type Inbound struct {
 	peers    crowd
 	rates    rates
 	drops    dropSets
+	resting  *telemetry.Gauge
 	windows  *mux.Budget
 	behind   *upstream.Pool // leads to the application through Translate
 	// epoch counts the calls of Rejudge.
 	epoch atomic.Uint64
 	// rechecked is the epoch that recheck has seen.
 	rechecked uint64
-	// verifyEvery and tokenGrace are fields for tests.
-	verifyEvery, tokenGrace time.Duration
+	// restAfter, verifyEvery and tokenGrace are fields for tests.
+	restAfter, verifyEvery, tokenGrace time.Duration
 }
 
 // NewInbound checks the configuration; Run does the work.
@@ -153,7 +147,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("inbound proxy: %w", err)
 	}
-	in := &Inbound{cfg: cfg, self: cfg.Self.String(), verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: mux.NewBudget(windows)}
+	in := &Inbound{cfg: cfg, self: cfg.Self.String(), restAfter: restAfter, verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: mux.NewBudget(windows)}
 	in.listener = listener{
 		Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter,
 		calm: mux.NewCalm(brokenBurst, brokenRate), costs: costHandshake,
@@ -161,6 +155,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.Anteroom, in.turns = mux.NewAnteroom(cmp.Or(cfg.MaxHandshakes, 512)), mux.NewTurns()
 	in.unproved.waiting = in.Metrics.Connections(in.Reporter, "proving")
+	in.resting = in.Metrics.Connections(in.Reporter, "resting")
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
 	in.peers.maxCalls = int64(max(in.MaxInFlight/2, 1))
@@ -194,135 +189,6 @@ func (in *Inbound) Yield(on bool) { in.yield(on) }
 
 // Carries is how many connections are open.
 func (in *Inbound) Carries() int { return in.carries() }
-
-// serveConn serves a connection until it ends. What begins it is done elsewhere:
-// a goroutine whose stack is not deep while it waits for the next call gets a
-// small one.
-func (in *Inbound) serveConn(ctx context.Context, c *conn) {
-	x, tc := in.meet(ctx, c)
-	if x == nil {
-		return
-	}
-	defer in.part(x, tc)
-	if !in.serveOther(ctx, x, tc) {
-		in.calls(x, in.chain)
-	}
-}
-
-// serveOther serves a connection on which something else than HTTP/1.1 is spoken,
-// and makes x ready for that otherwise.
-func (in *Inbound) serveOther(ctx context.Context, x *call, tc *record.Conn) bool {
-	_, opaque := in.streams()
-	switch {
-	case opaque:
-		x.down = http1.NewConn(tc, in.Limits)
-		x.series = in.Signals.SeriesOf(telemetry.ProtoTCP, x.src, x.dst, "")
-		in.listener.opaque(x, in.opaque)
-	case x.tls.NegotiatedProtocol == hop.Proto:
-		in.serveHop(ctx, x.conn, tc, x)
-	case x.tls.NegotiatedProtocol == http2.Proto:
-		in.serveHTTP2(ctx, x.conn, tc, x)
-	default:
-		x.down = http1.NewConn(tc, in.Limits)
-		return false
-	}
-	return true
-}
-
-// meet makes the handshake, and finds what holds for all calls of the peer. It
-// gives nothing when the connection cannot be served.
-func (in *Inbound) meet(ctx context.Context, c *conn) (*call, *record.Conn) {
-	remote, err := in.announced(c)
-	x := &call{ctx: ctx, on: &in.listener, conn: c, lend: in.lend, dst: in.self, remote: remote, verified: new(atomic.Int64)}
-	if err != nil {
-		in.unproved.leave(c)
-		in.refusedHandshake(x, err)
-		return nil, nil
-	}
-	x.standing = func() *refusal { return in.overtaken(x) }
-	tc, err := in.handshake(ctx, x)
-	if err != nil {
-		in.brokenOff(c, costHandshake)
-		in.refusedHandshake(x, err)
-		return nil, nil
-	}
-	if x.share = in.peers.enter(x.peer); x.share == nil {
-		in.turnAway(limitPeer, "limit", in.peers.max, "peer", x.src)
-		tc.Close()
-		return nil, nil
-	}
-	x.series = in.Signals.Series(x.src, x.dst, "")
-	x.unread = x.series
-	x.intro, x.bounds = introduce(in.self, x.src, x.remote, in.forwardsFor(x.src)), in.rates.bounds(x.peer)
-	return x, tc
-}
-
-// part is the end of what meet has begun.
-func (in *Inbound) part(x *call, tc *record.Conn) {
-	if x.down != nil {
-		x.down.Release()
-	}
-	in.peers.leave(x.peer)
-	tc.Close()
-}
-
-func (in *Inbound) handshake(ctx context.Context, x *call) (_ *record.Conn, err error) {
-	defer in.unproved.leave(x.conn)
-	ctx, cancel := context.WithTimeout(ctx, in.cfg.HandshakeTimeout)
-	defer cancel()
-	x.epoch = in.epoch.Load()
-	tc, err := record.Server(ctx, capture.NewDirect(x.conn.Conn), in.cfg.TLS, in.turns)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if err != nil {
-			tc.Close()
-		}
-	}()
-	x.tls = tc.State()
-	x.verified.Store(time.Now().UnixNano())
-	id, err := in.cfg.PeerID(*x.tls)
-	if err != nil {
-		return nil, err
-	}
-	x.peer, x.src = id, id.String()
-	x.thumbprint = sha256.Sum256(x.tls.PeerCertificates[0].Raw)
-	for _, c := range x.tls.PeerCertificates {
-		if x.peerUntil.IsZero() || c.NotAfter.Before(x.peerUntil) {
-			x.peerUntil = c.NotAfter
-		}
-	}
-	x.conn.proved(&peer{id, x.tls, x.remote})
-	if reason, detail := in.stands(x); reason != "" {
-		return nil, fmt.Errorf("%s: %s", reason, detail)
-	}
-	return tc, nil
-}
-
-// refusedHandshake records a peer that could not prove an identity. A peer
-// that only closed the connection has proved nothing and tried nothing.
-func (in *Inbound) refusedHandshake(x *call, err error) {
-	if isClosed(err) {
-		return
-	}
-	r := audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Dst: in.self, Peer: x.remote, Detail: err.Error()}
-	if in.cfg.Original != nil {
-		if to, ok, err := in.cfg.Original(x.conn.Conn); err == nil && ok {
-			r.Detail += "; the connection was going to " + to.String()
-		}
-	}
-	if err := in.Audit.Append(&r); err != nil {
-		in.Log.Error("audit record lost", "err", err)
-	}
-	in.Metrics.TLSFailures(in.Reporter, "handshake").Inc()
-	in.Edges.Add("", in.self, telemetry.ProtoHTTP, telemetry.Denied, false, time.Now())
-}
-
-// isClosed says that the peer went away before it said anything.
-func isClosed(err error) bool {
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed)
-}
 
 // The links of the way in.
 
@@ -372,8 +238,8 @@ func (in *Inbound) enterFlight(x *call) *refusal {
 	if r := in.listener.enterFlight(x); r != nil {
 		return r
 	}
-	x.of = x.share
-	if x.share.calls.Add(1) > in.peers.maxCalls {
+	x.of = x.who.share
+	if x.of.calls.Add(1) > in.peers.maxCalls {
 		x.vacate()
 		return &refusal{status: 503, reason: "overload", detail: "too many calls in flight of this caller"}
 	}
@@ -391,13 +257,13 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	var reason string
 	var cause error
 	switch {
-	case !x.start.Before(x.peerUntil):
+	case !x.start.Before(x.who.until):
 		reason = reasonExpired
-	case x.start.UnixNano()-x.verified.Load() >= int64(in.verifyEvery):
-		if cause = in.cfg.TLS.VerifyConnection(*x.tls); cause != nil {
+	case x.start.UnixNano()-x.who.verified.Load() >= int64(in.verifyEvery):
+		if cause = in.cfg.TLS.VerifyConnection(*x.who.tls); cause != nil {
 			reason = "svid_invalid"
 		}
-		x.verified.Store(x.start.UnixNano())
+		x.who.verified.Store(x.start.UnixNano())
 	}
 	detail := ""
 	if cause != nil {
@@ -514,10 +380,10 @@ func (h *ownHost) of(name mesh.ServiceName) []byte {
 func (in *Inbound) judge(x *call) *refusal {
 	if port := in.cfg.Port(); x.judge == nil || port != x.port {
 		x.port = port
-		x.judge = x.share.judgeOf(port, func() *authz.Conn { return in.cfg.Judge.Conn(mesh.In, x.peer, in.self, port) })
+		x.judge = x.who.share.judgeOf(port, func() *authz.Conn { return in.cfg.Judge.Conn(mesh.In, x.who.id, in.self, port) })
 	}
 	x.judged = authz.Call{
-		Dir: mesh.In, Src: x.peer, Dst: in.self, Port: x.port,
+		Dir: mesh.In, Src: x.who.id, Dst: in.self, Port: x.port,
 		Verb: x.verb(), Path: x.path(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
 		Token: x.token,
 	}

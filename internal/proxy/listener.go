@@ -446,8 +446,9 @@ func (l *listener) severAll() {
 }
 
 // calls takes one request after the other from x's connection through the
-// chain, until the connection may carry no more.
-func (l *listener) calls(x *call, way chain) {
+// chain, until the connection may carry no more. Idle says that no request came
+// in time, and nothing else: it could still carry one.
+func (l *listener) calls(x *call, way chain) (idle bool) {
 	// A drain that begins while a call is in flight is told with its answer: a
 	// client that saw only the end could have sent the next request into it.
 	x.ex.Accept = func(*http1.Response) bool {
@@ -457,47 +458,50 @@ func (l *listener) calls(x *call, way chain) {
 	x.way = way
 	for {
 		if err := x.down.ReadRequest(&x.req); err != nil {
+			if errors.Is(err, http1.ErrIdleTimeout) {
+				return true
+			}
 			l.unreadable(x, err)
-			l.leftOff(x, err)
-			return
+			l.leftOff(x.conn, err)
+			return false
 		}
 		if !x.conn.begin() {
 			x.conn.refuse()
-			return
+			return false
 		}
 		x.reset()
 		way.run(x)
 		x.conn.rest()
-		if x.err != nil && http1.FailedSide(x.err) != http1.Upstream {
-			l.leftOff(x, x.err)
+		if x.err != nil && http1.FailedSide(x.err) != http1.Upstream && !x.tunnel {
+			l.leftOff(x.conn, x.err)
 		}
 		switch {
 		case x.settled: // long ago: what has come since is the next request, whatever began meanwhile
 		case x.tunnel:
-			return // both ends are closed
+			return false // both ends are closed
 		case x.broken:
 			x.conn.abort()
-			return
+			return false
 		case !x.keep:
 			_ = x.down.Linger() // the answer is out; the client may be gone
-			return
+			return false
 		case l.draining.Load() && x.down.Stale():
 			_ = x.down.Linger() // more is coming, which must not cost the answer
-			return
+			return false
 		case l.draining.Load():
 			_ = x.down.Close()
-			return
+			return false
 		}
 	}
 }
 
 // leftOff takes note of a client that has reset its connection, or ended it in
 // the middle of a call. Who broke a stream off was noted there.
-func (l *listener) leftOff(x *call, err error) {
+func (l *listener) leftOff(c *conn, err error) {
 	switch {
-	case x.conn.on != nil, x.tunnel:
+	case c.on != nil:
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
-		l.brokenOff(x.conn, l.costs)
+		l.brokenOff(c, l.costs)
 	}
 }
 

@@ -192,7 +192,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 	switch h2, err := x.down.Begins(preface); {
 	case err != nil:
 		d.unreadable(x, err)
-		d.leftOff(x, err)
+		d.leftOff(x.conn, err)
 	case h2:
 		d.serveHTTP2(ctx, c, x)
 	default:

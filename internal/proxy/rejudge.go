@@ -40,13 +40,6 @@ const (
 	reasonPolicy  = "revoked"      // the policy in force does not allow what it carries any more
 )
 
-// A peer is who has proved an identity on a connection.
-type peer struct {
-	id     spiffeid.ID
-	tls    *tls.ConnectionState
-	remote string // its address, as records have it
-}
-
 // A look is what a connection carries, for who judges it again.
 type look struct {
 	who    *peer      // the peer of an inbound connection, once it is known
@@ -67,13 +60,6 @@ func (c *conn) look() look {
 		v.call = *c.call
 	}
 	return v
-}
-
-// proved says whose the connection is.
-func (c *conn) proved(p *peer) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.who = p
 }
 
 // pass says that the connection is a tunnel from now on.
@@ -343,7 +329,7 @@ func (x *call) again() *refusal {
 func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
 	dir, until := mesh.Out, up.Until()
 	if x.grant.Valid() {
-		dir, until = mesh.In, x.peerUntil
+		dir, until = mesh.In, x.who.until
 	}
 	x.conn.pass()
 	if !x.tie(up) || x.again() != nil {

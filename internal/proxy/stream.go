@@ -75,11 +75,11 @@ func (in *Inbound) streams() (mesh.Stream, bool) {
 // plain refuses a peer that believes that HTTP is spoken here: the policy has
 // changed, and it does not know.
 func (in *Inbound) plain(x *call) *refusal {
-	if x.tls.NegotiatedProtocol == "" {
+	if x.who.tls.NegotiatedProtocol == "" {
 		return nil
 	}
 	return in.deny(audit.Record{Reason: "protocol", Dir: string(mesh.In), Src: x.src, Dst: x.dst, Port: in.cfg.Port(), Verb: "CONNECT", Path: "-",
-		Peer: x.remote, Trace: x.traceText(), Detail: "the peer negotiated " + x.tls.NegotiatedProtocol + ", the service speaks tcp"})
+		Peer: x.remote, Trace: x.traceText(), Detail: "the peer negotiated " + x.who.tls.NegotiatedProtocol + ", the service speaks tcp"})
 }
 
 func (in *Inbound) carry(x *call) *refusal { return in.carryTo(x, x.grant) }

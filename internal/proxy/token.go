@@ -41,7 +41,7 @@ func (in *Inbound) shown(x *call, keyField string) {
 	if len(path) != len(x.req.Path) {
 		path = string(x.req.Path) // with parameters: a proof is for one target
 	}
-	x.shown = authz.Credential{Method: x.req.Verb(), Path: path, Thumbprint: x.thumbprint, InQuery: tokenInQuery(x.req.RawQuery)}
+	x.shown = authz.Credential{Method: x.req.Verb(), Path: path, Thumbprint: x.who.thumbprint, InQuery: tokenInQuery(x.req.RawQuery)}
 	if in.cfg.Name != nil {
 		if name := in.cfg.Name(); name != "" {
 			x.shown.Host = x.host.textOf(name)

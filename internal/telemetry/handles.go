@@ -114,7 +114,7 @@ func (r *Registry) UpstreamConnects(dst, result string) *Counter {
 }
 
 // Connections is the number of connections to a listener in a state, "open" or
-// "proving".
+// "proving" or "resting".
 func (r *Registry) Connections(reporter, state string) *Gauge {
 	if r == nil {
 		return nil
