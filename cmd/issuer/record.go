@@ -35,6 +35,14 @@ func (in *issuer) recordAnnounced(_ context.Context, a control.Announcement) err
 	})
 }
 
+// recordFaultStop writes down which faults an operator stops, before it is done.
+func (in *issuer) recordFaultStop(s mesh.FaultStop) error {
+	return in.audit.Append(&audit.Record{
+		Kind: audit.KindPolicy, Decision: audit.Deny, Reason: "fault_stopped", Rule: s.Fault, Verb: "fault stop", Peer: s.By,
+		Detail: "none that is to begin before " + s.Before.UTC().Format(time.RFC3339) + " touches a call",
+	})
+}
+
 // recordsAtOnce bounds the records that wait for the disk together.
 const recordsAtOnce = 64
 

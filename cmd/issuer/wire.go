@@ -219,7 +219,7 @@ func (in *issuer) openRegistry() error {
 		return err
 	}
 	in.registry, err = registry.New(registry.Config{
-		Store: in.store, TrustDomain: in.cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked,
+		Store: in.store, TrustDomain: in.cfg.TrustDomain, Log: in.log, Check: review.Red, Instance: in.instance, OnRevoke: in.recordRevoked, OnFaultStop: in.recordFaultStop,
 		Verify: in.verifier(), OnUnsigned: in.passedOver, OnRollout: in.recordRollout, Floor: floor, OnFloor: in.keepFloor,
 	})
 	return err

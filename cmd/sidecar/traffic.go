@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 
+	"sallyport/internal/control"
 	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
 	"sallyport/internal/upstream"
@@ -33,6 +34,35 @@ func (s *sidecar) changed(t upstream.Trouble) {
 // troubles are what this proxy holds against services now.
 func (s *sidecar) troubles() []upstream.Trouble {
 	return append(s.services.Troubles(), s.streams.Troubles()...)
+}
+
+// steering is what the issuer learns of the calls that pass here, and what it has
+// to say of them.
+func (s *sidecar) steering() *control.Steering {
+	return &control.Steering{Traffic: s.traffic, Stop: s.heed, Share: func(totals []mesh.Total) {
+		if out := s.outbound.Load(); out != nil {
+			out.Share(totals)
+		}
+	}}
+}
+
+func (s *sidecar) traffic() *mesh.Traffic {
+	t := &mesh.Traffic{}
+	for _, x := range s.troubles() {
+		t.Ejections = append(t.Ejections, mesh.Ejection{Service: x.Service, Address: x.Address, Kind: x.Kind, Since: x.Since.UTC(), Why: x.Why})
+	}
+	if out := s.outbound.Load(); out != nil {
+		t.Demands = out.Demands()
+	}
+	return t
+}
+
+// heed stops faults. What is said before there is a way out is kept for it.
+func (s *sidecar) heed(stops *mesh.FaultStops) {
+	s.stops.Store(stops)
+	if out := s.outbound.Load(); out != nil {
+		out.Heed(stops)
+	}
 }
 
 func (s *sidecar) serveTroubles(w http.ResponseWriter, _ *http.Request) {

@@ -69,8 +69,10 @@ type sidecar struct {
 	streams *upstream.Services
 	regions *region.Databases
 	// mirror copies calls; archives keep them, once this process may write.
-	mirror      *shadow.Mirror
-	shadows     shadow.Traces
+	mirror  *shadow.Mirror
+	shadows shadow.Traces
+	// stops are the faults that are stopped for all; nil until the issuer was heard.
+	stops       atomic.Pointer[mesh.FaultStops]
 	archives    atomic.Pointer[map[string]*archive.Archive]
 	translation translation
 	// inbound and outbound are nil before there is an identity.
@@ -279,7 +281,7 @@ func (s *sidecar) open() (err error) {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: s.audit.Append, Identity: cfg.Workload.Identity, Inbound: s.advertised(), Labels: cfg.Workload.Labels, Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
-		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log,
+		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log, Steering: s.steering(),
 	})
 	if err != nil {
 		return err
@@ -451,12 +453,15 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot, Region: s.regions.Region,
 		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
-		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo,
+		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo, FaultsWait: true,
 	})
 	if e != nil {
 		return nil, nil, e
 	}
 	s.outbound.Store(outbound)
+	if stops := s.stops.Load(); stops != nil {
+		outbound.Heed(stops)
+	}
 	within := func(field string, a netip.AddrPort) net.Listener {
 		if s.room != nil {
 			if ln, ok := s.room.Listener(a); ok {

@@ -108,6 +108,9 @@ type Config struct {
 	// snapshot is in force: what is open and may not go on must be closed when it
 	// returns. Required.
 	Rejudge func()
+	// Steering is asked what the proxy carries, and told what concerns that.
+	// Default: the issuer hears nothing of it.
+	Steering *control.Steering
 	// Audit is the path of the log that is sent to the issuer. Required.
 	Audit string
 	// Tree is the tree over that log, whose checkpoints the issuer is to sign.

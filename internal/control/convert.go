@@ -344,7 +344,7 @@ func proxyToWire(p mesh.Proxy) *meshpb.Proxy {
 		SvidExpires: timeToWire(p.SVIDExpires), PolicyRevision: p.PolicyRevision,
 		State: string(p.State), Reason: p.Reason, Connected: p.Connected, LastSeen: timeToWire(p.LastSeen),
 		Revoked: p.Revoked, CandidateRefused: p.CandidateRefused, Verified: p.Verified,
-		Since: timeToWire(p.Since), PolicyHash: p.PolicyHash, Wanted: p.Wanted, Group: p.Group,
+		Since: timeToWire(p.Since), PolicyHash: p.PolicyHash, Wanted: p.Wanted, Group: p.Group, Traffic: trafficToWire(p.Traffic),
 	}
 	if !p.Agent.IsZero() {
 		w.Agent = p.Agent.String()
@@ -360,6 +360,9 @@ func proxyFromWire(w *meshpb.Proxy) (mesh.Proxy, error) {
 		Since: timeFromWire(w.GetSince()), PolicyHash: w.GetPolicyHash(), Wanted: w.GetWanted(), Group: w.GetGroup(),
 	}
 	var err error
+	if p.Traffic, err = trafficFromWire(w.GetTraffic()); err != nil {
+		return p, fmt.Errorf("proxy: %w", err)
+	}
 	if p.Workload, err = spiffeid.FromString(w.GetWorkload()); err != nil {
 		return p, fmt.Errorf("proxy: workload: %w", err)
 	}

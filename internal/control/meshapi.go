@@ -96,6 +96,9 @@ type subscription struct {
 	trust   [sha256.Size]byte
 	forced  uint64
 	proxy   mesh.Proxy
+	// stopsTold is the revision of the stops of faults told last, if any were.
+	stopsTold uint64
+	toldStops bool
 }
 
 // Subscribe pushes snapshots to one proxy until either end leaves.
@@ -210,6 +213,7 @@ func (sub *subscription) close() {
 	}
 	s.mu.Unlock()
 	if gone {
+		s.demands.put(sub.key, nil)
 		sub.proxy.Connected = false
 		sub.report()
 	}
@@ -285,7 +289,7 @@ func (sub *subscription) step(ctx context.Context, find findAgent) error {
 	if err := s.mayBe(entries, sub.who.id, sub.key.workload, sub.key.kind); err != nil {
 		return err
 	}
-	if err := sub.revoke(); err != nil {
+	if err := errors.Join(sub.revoke(), sub.stopFaults()); err != nil {
 		return err
 	}
 	snap, canary := s.cfg.Registry.SnapshotFor(sub.who.id, sub.key.workload, sub.key.kind)
@@ -351,9 +355,9 @@ func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
 // answer takes what the proxy says of a snapshot, or says again.
 func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	ack, nack := m.GetAck(), m.GetNack()
-	revision, revoked, expires, authorities := ack.GetRevision(), ack.GetRevoked(), ack.GetSvidExpires(), ack.GetAuthorities()
+	revision, revoked, expires, authorities, traffic := ack.GetRevision(), ack.GetRevoked(), ack.GetSvidExpires(), ack.GetAuthorities(), ack.GetTraffic()
 	if nack != nil {
-		revision, revoked, expires, authorities = nack.GetRevision(), nack.GetRevoked(), nack.GetSvidExpires(), nack.GetAuthorities()
+		revision, revoked, expires, authorities, traffic = nack.GetRevision(), nack.GetRevoked(), nack.GetSvidExpires(), nack.GetAuthorities(), nack.GetTraffic()
 	}
 	switch {
 	case ack == nil && nack == nil:
@@ -380,8 +384,9 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 	}
 	sub.proxy.Authorities = authoritiesFromWire(authorities)
 	sub.proxy.Revoked = min(revoked, sub.revoked)
+	err := sub.carries(traffic)
 	sub.report()
-	return nil
+	return err
 }
 
 // tried takes what the proxy says of the candidate.

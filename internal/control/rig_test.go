@@ -172,6 +172,7 @@ type memory struct {
 	reported  chan mesh.Proxy
 	edges     []mesh.Edge
 	issued    []mesh.Issued
+	stops     *mesh.FaultStops
 	revoked   *mesh.RevokedSVIDs
 	// onIssued, when set, is called while something is recorded.
 	onIssued func() error
@@ -253,6 +254,21 @@ func (m *memory) RecordIssued(_ context.Context, list []mesh.Issued) error {
 func (m *memory) Revocations() *mesh.RevokedSVIDs {
 	return read(m, func() *mesh.RevokedSVIDs { return m.revoked })
 }
+func (m *memory) FaultStops() *mesh.FaultStops {
+	return read(m, func() *mesh.FaultStops {
+		if m.stops == nil {
+			return &mesh.FaultStops{}
+		}
+		return m.stops
+	})
+}
+func (m *memory) StopFaults(_ context.Context, s mesh.FaultStop) (uint64, error) {
+	before := m.FaultStops()
+	next := &mesh.FaultStops{Revision: before.Revision + 1, All: append(slices.Clone(before.All), s)}
+	m.change(func() { m.stops = next })
+	return next.Revision, nil
+}
+func (m *memory) Issuers() int { return 1 }
 func (m *memory) Current() *mesh.Snapshot {
 	return read(m, func() *mesh.Snapshot { return m.snap })
 }

@@ -125,6 +125,8 @@ var rights = map[string]right{
 	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,
 	meshpb.Admin_Revoke_FullMethodName:          toLocal,
 	meshpb.Admin_Why_FullMethodName:             toLocal,
+	meshpb.Admin_Faults_FullMethodName:          toLocal,
+	meshpb.Admin_StopFaults_FullMethodName:      toLocal,
 	meshpb.Admin_PushPolicy_FullMethodName:      toLocal | toNamed,
 	meshpb.Admin_MovePolicy_FullMethodName:      toLocal | toNamed,
 	meshpb.Admin_PolicySet_FullMethodName:       toLocal | toNamed,

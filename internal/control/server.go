@@ -52,6 +52,12 @@ type Registry interface {
 	// Revocations has another answer.
 	RecordIssued(ctx context.Context, list []mesh.Issued) error
 	Revocations() *mesh.RevokedSVIDs
+	// FaultStops are never nil. Changed is closed when they have another answer.
+	// StopFaults adds one, durable when it returns with its revision.
+	FaultStops() *mesh.FaultStops
+	StopFaults(ctx context.Context, s mesh.FaultStop) (revision uint64, err error)
+	// Issuers is how many share this registry, at least 1.
+	Issuers() int
 	// Current is nil before the first policy.
 	Current() *mesh.Snapshot
 	// SnapshotFor is what a proxy is to act on, and whether that is what its
@@ -246,6 +252,7 @@ type Server struct {
 	// projections are of the snapshot of the fleet, tried of that of a canary
 	// group.
 	projections, tried projections
+	demands            demands
 	trusted            atomic.Pointer[trusted]
 	revisions          entryRevisions
 	// stopping is closed once the Server is to end its streams.

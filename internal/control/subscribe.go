@@ -25,6 +25,9 @@ const (
 	retryMax = 10 * time.Second
 )
 
+// askTraffic is how often a proxy looks whether there is news of its traffic.
+const askTraffic = time.Second
+
 // A Hello says who subscribes.
 type Hello struct {
 	// Kind is KindSidecar or KindGateway.
@@ -56,6 +59,9 @@ type Hello struct {
 	Vouch func(ctx context.Context, set string, fetch func() ([]byte, error)) error
 	// OnState, when set, is told nil when connected and why when not.
 	OnState func(error)
+	// Steering, when set, is asked what the proxy carries, and told what concerns
+	// that. Its functions are called as those of the Handler are.
+	Steering *Steering
 }
 
 // A Handler acts on what the issuer pushes. Its methods are called one at a
@@ -94,6 +100,10 @@ type subscriberState struct {
 	fetch func(ctx context.Context, hash string) ([]byte, error)
 	// told is the revision answered last.
 	told uint64
+	// said is what was said of the traffic last, stopped the revision of the stops
+	// of faults in force.
+	said    *mesh.Traffic
+	stopped uint64
 	// revoked is the revision of the revocations in force; spoiled says that
 	// some were not understood, so that nothing more is confirmed.
 	revoked uint64
@@ -174,6 +184,8 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	defer alive.Stop()
 	look := time.NewTicker(c.look)
 	defer look.Stop()
+	ask := time.NewTicker(askTraffic)
+	defer ask.Stop()
 	changed := s.changed()
 	for {
 		select {
@@ -189,14 +201,15 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 			}
 			return c.explain(ctx, verb, l, err)
 		case m := <-got:
-			if err := s.distrust(ctx, m.GetRevocations()); err != nil {
-				c.cfg.Log.Error("revocations not understood, nothing more is confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
-			}
-			wants, err := s.take(ctx, m)
+			wants, err := c.hear(ctx, s, m)
 			if err != nil {
 				return fmt.Errorf("%s: %w", verb, err)
 			}
 			if !wants {
+				continue
+			}
+		case <-ask.C:
+			if !s.news() {
 				continue
 			}
 		case <-look.C:
@@ -216,6 +229,22 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 			continue
 		}
 	}
+}
+
+// hear acts on one message and reports whether it wants an answer. An error ends
+// the stream.
+func (c *Client) hear(ctx context.Context, s *subscriberState, m *meshpb.SubscribeResponse) (answer bool, err error) {
+	if err := s.distrust(ctx, m.GetRevocations()); err != nil {
+		c.cfg.Log.Error("revocations not understood, nothing more is confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
+	}
+	is, answer, err := s.steer(m)
+	if err != nil {
+		c.cfg.Log.Error("what concerns traffic not understood, and not confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
+	}
+	if is {
+		return answer, nil
+	}
+	return s.take(ctx, m)
 }
 
 // accepted waits for the header, by which the issuer accepts a stream.
@@ -245,6 +274,7 @@ func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
 	s.rejected, s.rejectedSet, s.refused, s.told = "", "", "", 0
 	// Another issuer's store may count otherwise.
 	s.revoked, s.spoiled = 0, false
+	s.said, s.stopped = nil, 0
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Hello{Hello: h}}
 }
 
@@ -426,11 +456,11 @@ func (s *subscriberState) answer() *meshpb.SubscribeRequest {
 	}
 	if s.rejected != "" {
 		return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Nack{Nack: &meshpb.Nack{
-			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
+			Revision: s.told, Reason: s.rejected, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked, Traffic: s.traffic(),
 		}}}
 	}
 	return &meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{
-		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked,
+		Revision: s.told, PolicyRevision: policy, SvidExpires: s.expires(), Authorities: s.authorities(), Revoked: s.revoked, Traffic: s.traffic(),
 		CandidateRefused: s.refused, Verified: s.hello.Vouch != nil && s.inForce != nil,
 	}}}
 }

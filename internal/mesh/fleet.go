@@ -67,6 +67,8 @@ type Proxy struct {
 	Verified bool `json:"verified,omitempty"`
 	// Revoked is the revision of the newest revocations that it acts on.
 	Revoked uint64 `json:"revoked,omitempty"`
+	// Traffic is nil when the proxy says nothing of it. It is immutable.
+	Traffic *Traffic `json:"traffic,omitempty"`
 }
 
 // Authorities are what a proxy acts on while the roots of the trust domain

@@ -340,13 +340,15 @@ type Capacity struct {
 	Adaptive bool `json:"adaptive,omitempty"`
 }
 
-// A RateLimit bounds the calls of a route.
+// A RateLimit bounds the calls that a proxy makes by a route.
 type RateLimit struct {
-	Rate  int    `json:"rate"` // per second
-	Burst int    `json:"burst,omitempty"`
-	By    string `json:"by,omitempty"` // "route" (default), "caller", or "claim:NAME"
-	// Shared counts over all proxies, through the issuer, instead of each.
-	Shared bool `json:"shared,omitempty"`
+	Rate  int `json:"rate"`            // per second
+	Burst int `json:"burst,omitempty"` // default: the calls of a second
+	// Shared is one limit for all proxies, of which each has a part that follows
+	// what it is asked for; the issuer says what all are. By then says for whom:
+	// "route" (default) is all who call, "caller" each workload with its replicas.
+	Shared bool   `json:"shared,omitempty"`
+	By     string `json:"by,omitempty"`
 }
 
 // A Fault is what a fake upstream does with a share of the calls: retries,

@@ -113,7 +113,7 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"retry: {codes: [404]}", "nothing to try again for"},
 		{"retry: {grpc: [unavailable]}", `did you mean "UNAVAILABLE"?`},
 		{"hedge: {after: 1s}", "hedge is not looked at by this version"},
-		{"limit: {rate: 1}", "limit is not looked at by this version"},
+		{"limit: {rate: 1, by: \"claim:team\"}", "a limit by claim is not looked at by this version"},
 		{"faults: [{name: a, " + fault + "}]", "does nothing"},
 		{"faults: [{name: a, status: 503, reset: true, " + fault + "}]", "more than one"},
 		{"faults: [{name: a, reset: true, " + strings.Replace(fault, "T13", "T11", 1) + "}]", "want more than 0 and at most 24h"},

@@ -199,11 +199,12 @@ func (c *routeChecker) patience(r *Route) {
 		within(c, "hedge.after", h.After, time.Millisecond, time.Minute)
 	}
 	if l := r.Limit; l != nil {
-		c.notYet("limit:", "limit", "set inbound.rates of the sidecar that is called")
 		within(c, "limit.rate", l.Rate, 1, maxWeight)
 		within(c, "limit.burst", l.Burst, 0, maxWeight)
-		if claim, is := strings.CutPrefix(l.By, "claim:"); !is || claim == "" {
-			c.word("limit.by", l.By, "route", "caller", "claim:NAME")
+		if claim, is := strings.CutPrefix(l.By, "claim:"); is && claim != "" {
+			c.notYet("by:", "a limit by claim", "use caller")
+		} else {
+			c.word("limit.by", l.By, "route", "caller")
 		}
 	}
 	y := r.Retry

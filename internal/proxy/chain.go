@@ -87,6 +87,7 @@ func (o *door) makeChain() chain {
 		{"workload", "nothing is done for a process that is not the workload", o.ownProcess, nil},
 		{"in-flight limit", "bounds what a runaway workload holds", o.enterFlight, o.leaveFlight},
 		{"route", "one snapshot says which service is meant; below it the target is fixed", o.route, nil},
+		{"limit", "once the route is known, and before anything that a call costs others", o.limit, nil},
 		{"shadow's hands", "once the target is known: what is done for a shadow changes nothing", o.harmless, nil},
 		{"shadow", "around all tries: a copy is of the one that was answered", o.mirror, o.mirrored},
 		{"upstream", "retry around timeout around breaker around balance around dial", o.forward, nil},

@@ -45,7 +45,9 @@ type faults struct {
 	mu      sync.Mutex // guards the fields below
 	known   map[string]*fault
 	stopped bool
-	note    func(r audit.Record) error
+	// stops are those of the issuer; nil until it was heard.
+	stops *mesh.FaultStops
+	note  func(r audit.Record) error
 }
 
 // use takes the faults of a policy in place of those before: one that stays goes
@@ -91,7 +93,7 @@ func sameFault(a, b *mesh.Fault) bool {
 // plan has a fault begin when it is to, and end. The caller holds the lock.
 func (fs *faults) plan(f *fault, now time.Time) {
 	switch {
-	case !now.Before(f.Until):
+	case !now.Before(f.Until), fs.stops == nil, fs.stops.Of(f.key, f.Since) != nil:
 		return
 	case now.Before(f.Since):
 		f.timer = time.AfterFunc(f.Since.Sub(now), func() { fs.turn(f) })
@@ -121,6 +123,7 @@ func (fs *faults) turn(f *fault) {
 func (fs *faults) end(f *fault, why string) {
 	if f.timer != nil {
 		f.timer.Stop()
+		f.timer = nil
 	}
 	if f.live.Swap(false) {
 		close(f.over)
@@ -142,6 +145,21 @@ func (fs *faults) stop() (n int) {
 	return n
 }
 
+// heed takes what the issuer has stopped, in place of what it had before.
+func (fs *faults) heed(now time.Time, stops *mesh.FaultStops) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	fs.stops = stops
+	for _, f := range fs.known {
+		switch {
+		case stops.Of(f.key, f.Since) != nil:
+			fs.end(f, "stopped through the issuer")
+		case f.timer == nil && !fs.stopped:
+			fs.plan(f, now)
+		}
+	}
+}
+
 func faultRecord(f *fault, reason, detail string) audit.Record {
 	return audit.Record{Kind: audit.KindPolicy, Decision: audit.Allow, Reason: reason, Rule: f.key, Dir: string(mesh.Out), Detail: detail}
 }
@@ -149,6 +167,10 @@ func faultRecord(f *fault, reason, detail string) audit.Record {
 // StopFaults ends every fault that this proxy makes, and lets none begin until
 // the process ends. It says how many there were.
 func (o *Outbound) StopFaults() int { return o.faults.stop() }
+
+// Heed ends the faults that are stopped for all, and lets others begin. When it
+// returns no call meets one of the former.
+func (o *Outbound) Heed(stops *mesh.FaultStops) { o.faults.heed(time.Now(), stops) }
 
 // fault is the one that the call meets, nil for none. Whoever gets one leaves it.
 func (d *door) fault(x *call) *fault {

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"sallyport/internal/mesh"
 )
 
 // faulty is the text of a route with one fault, in force for an hour.
@@ -134,6 +136,39 @@ func TestAFaultIsRecordedAndCanBeStopped(t *testing.T) {
 	r.use(r.access) // a new policy begins none
 	if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != 200 {
 		t.Errorf("status %d after a new policy", resp.StatusCode)
+	}
+}
+
+// What is stopped through the issuer touches nothing, and until the issuer was
+// heard nothing begins.
+func TestAFaultIsStoppedForAll(t *testing.T) {
+	f := &flaky{}
+	r := newRig(t, app(t, f.ServeHTTP), func(r *rig) {
+		r.routes = "service: billing\n" + faulty("status: 418", "")
+		r.outCfg.FaultsWait = true
+	})
+	status := func(when string, want int) {
+		t.Helper()
+		if resp, _ := r.ask("GET", "/ok/1"); resp.StatusCode != want {
+			t.Errorf("%s: status %d, want %d", when, resp.StatusCode, want)
+		}
+	}
+	status("before the issuer was heard", 200)
+	other := []mesh.FaultStop{{Fault: "billing/all/other", Before: time.Now().Add(time.Hour)}, {Fault: "billing/all/trial", Before: time.Now().Add(-time.Hour)}}
+	r.outbound.Heed(&mesh.FaultStops{Revision: 1, All: other})
+	status("when others are stopped", 418)
+	r.outbound.Heed(&mesh.FaultStops{Revision: 2, All: append(other, mesh.FaultStop{Fault: mesh.AllFaults, Before: time.Now()})})
+	status("when all are stopped", 200)
+	r.use(r.access)
+	status("after a new policy", 200)
+	reasons := ""
+	for _, x := range r.outAudit.Records() {
+		if x.Rule == "billing/all/trial" {
+			reasons += x.Reason + ":" + x.Detail[:min(len(x.Detail), 11)] + " "
+		}
+	}
+	if !strings.HasPrefix(reasons, "fault_begun:until ") || !strings.HasSuffix(reasons, " fault_ended:stopped thr ") {
+		t.Errorf("recorded %s", reasons)
 	}
 }
 

@@ -60,6 +60,9 @@ type OutboundConfig struct {
 	// ShadowWrites are the services which what is done for one may change.
 	ShadowOnly   bool
 	ShadowWrites []mesh.ServiceName
+	// FaultsWait keeps faults from beginning before Heed was called: who has not
+	// heard what is stopped does not know what may begin.
+	FaultsWait bool
 	// Captured takes connections that rules of the kernel have brought to the
 	// HTTP proxy. Nil: all are made to it.
 	Captured *Captured
@@ -86,8 +89,9 @@ type Outbound struct {
 	cfg  OutboundConfig
 	self string
 	kept atomic.Pointer[[2]*policy]
-	// faults are those of the policy in force.
+	// faults and quotas are those of the policy in force.
 	faults faults
+	quotas quotas
 
 	mu    sync.Mutex // guards doors
 	doors []*door    // those that are served
@@ -99,6 +103,9 @@ func NewOutbound(cfg OutboundConfig) (*Outbound, error) {
 		return nil, fmt.Errorf("outbound proxy: %w", err)
 	}
 	o := &Outbound{cfg: cfg, self: cfg.Self.String()}
+	if !cfg.FaultsWait {
+		o.faults.stops = &mesh.FaultStops{}
+	}
 	o.faults.note = func(r audit.Record) error { return cfg.Audit.Append(&r) }
 	return o, nil
 }

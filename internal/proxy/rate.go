@@ -125,8 +125,6 @@ func (in *Inbound) tooOften(x *call, b bound, wait time.Duration) *refusal {
 	if r.status != 403 {
 		return r // it could not be recorded
 	}
-	seconds := (wait + time.Second - 1) / time.Second
-	r.status, r.told = 429, "too many calls"
-	r.head = fmt.Sprintf("Retry-After: %d\r\n", seconds)
+	r.tooMany(wait)
 	return r
 }

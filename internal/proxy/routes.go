@@ -23,9 +23,10 @@ type policy struct {
 	// first taken; changes are of routes, by theirs.
 	ways    []atomic.Pointer[way]
 	changes []*change
-	// plans and faults are of routes, by their IDs.
+	// plans, faults and quotas are of routes, by their IDs.
 	plans  []*plan
 	faults [][]*fault
+	quotas []*quota
 	// broken is why the routes mean nothing; no call is then made.
 	broken error
 }
@@ -51,7 +52,9 @@ func (o *Outbound) Prepare(snap *mesh.Snapshot, table *route.Table) { o.keep(new
 
 // keep remembers a policy beside the one before, for calls that still go by it.
 func (o *Outbound) keep(p *policy) *policy {
-	o.faults.use(time.Now(), p)
+	now := time.Now()
+	o.faults.use(now, p)
+	o.quotas.use(now, p)
 	before := (*policy)(nil)
 	if kept := o.kept.Load(); kept != nil {
 		before = kept[0]
@@ -81,7 +84,7 @@ func newPolicy(snap *mesh.Snapshot, table *route.Table) *policy {
 		return p
 	}
 	p.ways, p.changes = make([]atomic.Pointer[way], table.Size()), make([]*change, table.Size())
-	p.plans, p.faults = make([]*plan, table.Size()), make([][]*fault, table.Size())
+	p.plans, p.faults, p.quotas = make([]*plan, table.Size()), make([][]*fault, table.Size()), make([]*quota, table.Size())
 	for set := range table.All {
 		for _, r := range set.Routes {
 			p.changes[r.ID], p.plans[r.ID] = changeOf(r), planOf(r.Route)

@@ -59,6 +59,9 @@ type Config struct {
 	// OnRollout is told of each step of a rollout before it is made, and an
 	// error keeps it from being made. It does not call back. Default none.
 	OnRollout func(RolloutStep) error
+	// OnFaultStop is told of each stop of faults before it is made; an error keeps
+	// it from being made. Default none.
+	OnFaultStop func(mesh.FaultStop) error
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }
@@ -118,6 +121,9 @@ type Registry struct {
 
 	ledger  ledger
 	revoked atomic.Pointer[mesh.RevokedSVIDs]
+	stops   atomic.Pointer[mesh.FaultStops]
+	// issuers is how many are alive.
+	issuers atomic.Int32
 
 	// seen is the revision up to which the changes of other issuers are known,
 	// lease says to them that this one is alive. After Load, only follow and
@@ -223,6 +229,9 @@ func (r *Registry) Load(ctx context.Context) error {
 		return err
 	}
 	if _, err := r.loadEntries(ctx); err != nil {
+		return err
+	}
+	if err := r.loadFaultStops(ctx); err != nil {
 		return err
 	}
 	// This write gives what we distribute from now on a revision above all

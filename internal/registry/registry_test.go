@@ -66,6 +66,8 @@ type issuer struct {
 	floor registry.Floor
 	// onRollout is the Config's OnRollout.
 	onRollout func(registry.RolloutStep) error
+	// onStop is the Config's OnFaultStop.
+	onStop func(mesh.FaultStop) error
 }
 
 func start(t *testing.T) *issuer {
@@ -100,7 +102,7 @@ func (in *issuer) restart() {
 			}
 			return nil
 		},
-		Verify: in.verify, OnUnsigned: in.unsigned, OnRollout: in.onRollout,
+		Verify: in.verify, OnUnsigned: in.unsigned, OnRollout: in.onRollout, OnFaultStop: in.onStop,
 		Floor: in.floor, OnFloor: func(f registry.Floor) { in.floor = f },
 	})
 	if err != nil {

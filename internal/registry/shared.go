@@ -48,6 +48,7 @@ func (r *Registry) join(ctx context.Context) error {
 	}
 	if err == nil {
 		r.alive, err = r.living(ctx)
+		r.issuers.Store(int32(len(r.alive)))
 	}
 	if err != nil {
 		return fmt.Errorf("join the other issuers: %w", err)
@@ -144,7 +145,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := len(list) == 0
-	policies, entries, keys, federations, reports, revocations := all, all, all, all, all, all
+	policies, entries, keys, federations, reports, revocations, stops := all, all, all, all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
 	var agents []string
 	for _, c := range list {
@@ -153,6 +154,8 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			agents = append(agents, c.Key)
 		case store.KindRevocation:
 			revocations = revocations || r.Revocations().Revision < uint64(c.Revision)
+		case store.KindFaultStop:
+			stops = stops || r.FaultStops().Revision < uint64(c.Revision)
 		case store.KindPolicy, store.KindRollout:
 			policies = policies || r.state.Load().older(c)
 		case store.KindEndpoint:
@@ -209,7 +212,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	if err := r.followAgents(ctx, agents); err != nil {
 		return err
 	}
-	if err := r.reload(ctx, keys, federations); err != nil {
+	if err := r.reload(ctx, keys, federations, stops); err != nil {
 		return err
 	}
 	if all || len(endpoints) > manyKeys {
@@ -219,7 +222,12 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 }
 
 // reload reads again what of these changed. mu is held.
-func (r *Registry) reload(ctx context.Context, keys, federations bool) error {
+func (r *Registry) reload(ctx context.Context, keys, federations, stops bool) error {
+	if stops {
+		if err := r.loadFaultStops(ctx); err != nil {
+			return err
+		}
+	}
 	if keys {
 		if err := r.loadKeys(ctx); err != nil {
 			return err
@@ -394,6 +402,7 @@ func (r *Registry) renew(ctx context.Context) error {
 		r.fleet.behind.Store(true)
 	}
 	r.alive = alive
+	r.issuers.Store(int32(len(alive)))
 	now, some := r.cfg.Now(), false
 	for _, h := range r.endpoints {
 		switch {
@@ -422,6 +431,9 @@ type proxyRecord struct {
 func differs(old, p proxy) bool {
 	if a, b := old.Authorities, p.Authorities; a != nil && b != nil && slices.Equal(a.Trusts, b.Trusts) && slices.Equal(a.Shows, b.Shows) {
 		p.Authorities = a
+	}
+	if old.Traffic.Equal(p.Traffic) {
+		p.Traffic = old.Traffic
 	}
 	if p.LastSeen.Sub(old.LastSeen) < time.Minute {
 		p.LastSeen = old.LastSeen

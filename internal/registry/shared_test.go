@@ -142,6 +142,7 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"a forgotten agent wakes every issuer", sharedEviction},
 		{"entries made by calls are known to all", sharedEntries},
 		{"what one revokes is revoked by all", sharedRevocations},
+		{"what one stops is stopped by all", sharedStops},
 		{"every issuer knows every proxy", sharedProxies},
 		{"keys are known to all, and there is one root", sharedKeys},
 		{"one issuer at a time edits the plan of the roots", sharedRoots},

@@ -34,6 +34,8 @@ const (
 	// KindIssued is what was given out, KindRevocation what was taken back.
 	KindIssued     Kind = "issued"
 	KindRevocation Kind = "revocation"
+	// KindFaultStop are the faults that an operator has stopped.
+	KindFaultStop Kind = "faultstop"
 )
 
 // Limits that every backend holds to.

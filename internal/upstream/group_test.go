@@ -97,7 +97,7 @@ func TestEjectedEndpointsGetNoCalls(t *testing.T) {
 	if got := spread(g, 1000, at(60), noKey); got[2] == 0 {
 		t.Error("an endpoint got no call after its ejection")
 	}
-	if len(told) != 1 || told[0].Kind != Ejected || told[0].Address != g.all[2].pool.t.addr || told[0].Why != "5 consecutive failures, the last to connect" {
+	if len(told) != 1 || told[0].Kind != Ejected || told[0].Address != g.all[2].pool.t.addr || told[0].Why != "5 consecutive connect errors" {
 		t.Errorf("told %+v", told)
 	}
 	for _, e := range g.all { // half of four may be aside, whatever they do

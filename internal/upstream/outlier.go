@@ -12,7 +12,9 @@ import (
 // A history is what one endpoint has shown. Its ejection is changed under the
 // lock of its group, and read without.
 type history struct {
-	row    atomic.Int32
+	row atomic.Int32
+	// unmade counts those of the row that were failures to connect.
+	unmade atomic.Int32
 	window counts
 	// out is until when the endpoint is put aside, 0 when it is not.
 	out atomic.Int64
@@ -42,12 +44,18 @@ func (r *history) suspect(cfg *mesh.Outlier, now int64, o Outcome, connected boo
 	case OK:
 		if r.row.Load() != 0 {
 			r.row.Store(0)
+			r.unmade.Store(0)
 		}
 	case Failed:
-		if n := r.row.Add(1); int(n) >= cfg.Consecutive {
-			if !connected {
-				return fmt.Sprintf("%d consecutive failures, the last to connect", n)
-			}
+		n, unmade := r.row.Add(1), r.unmade.Load()
+		if !connected {
+			unmade = r.unmade.Add(1)
+		}
+		switch {
+		case int(n) < cfg.Consecutive:
+		case unmade >= n:
+			return fmt.Sprintf("%d consecutive connect errors", n)
+		default:
 			return fmt.Sprintf("%d consecutive failures", n)
 		}
 	}
@@ -74,6 +82,7 @@ func (r *history) eject(cfg *mesh.Outlier, now int64, why string) {
 	r.times++
 	r.since, r.why = now, why
 	r.row.Store(0)
+	r.unmade.Store(0)
 	r.window.reset()
 	r.out.Store(now + int64(min(cfg.Ejection*time.Duration(r.times), cfg.MaxEjection)))
 }

@@ -359,7 +359,8 @@ type Ack struct {
 	// Why the proxy does not try the candidate; empty when it does.
 	CandidateRefused string `protobuf:"bytes,6,opt,name=candidate_refused,json=candidateRefused,proto3" json:"candidate_refused,omitempty"`
 	// The proxy has counted the signatures of the set itself.
-	Verified      bool `protobuf:"varint,7,opt,name=verified,proto3" json:"verified,omitempty"`
+	Verified      bool     `protobuf:"varint,7,opt,name=verified,proto3" json:"verified,omitempty"`
+	Traffic       *Traffic `protobuf:"bytes,20,opt,name=traffic,proto3" json:"traffic,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -443,6 +444,13 @@ func (x *Ack) GetVerified() bool {
 	return false
 }
 
+func (x *Ack) GetTraffic() *Traffic {
+	if x != nil {
+		return x.Traffic
+	}
+	return nil
+}
+
 type Nack struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	Revision uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
@@ -452,6 +460,7 @@ type Nack struct {
 	SvidExpires    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=svid_expires,json=svidExpires,proto3" json:"svid_expires,omitempty"`
 	Authorities    *Authorities           `protobuf:"bytes,5,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	Revoked        uint64                 `protobuf:"varint,6,opt,name=revoked,proto3" json:"revoked,omitempty"`
+	Traffic        *Traffic               `protobuf:"bytes,20,opt,name=traffic,proto3" json:"traffic,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }
@@ -528,6 +537,13 @@ func (x *Nack) GetRevoked() uint64 {
 	return 0
 }
 
+func (x *Nack) GetTraffic() *Traffic {
+	if x != nil {
+		return x.Traffic
+	}
+	return nil
+}
+
 type SubscribeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Message:
@@ -536,6 +552,8 @@ type SubscribeResponse struct {
 	//	*SubscribeResponse_Same
 	//	*SubscribeResponse_SyncNow
 	//	*SubscribeResponse_Revocations
+	//	*SubscribeResponse_FaultStops
+	//	*SubscribeResponse_Totals
 	Message       isSubscribeResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -614,6 +632,24 @@ func (x *SubscribeResponse) GetRevocations() *Revocations {
 	return nil
 }
 
+func (x *SubscribeResponse) GetFaultStops() *FaultStops {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_FaultStops); ok {
+			return x.FaultStops
+		}
+	}
+	return nil
+}
+
+func (x *SubscribeResponse) GetTotals() *Totals {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_Totals); ok {
+			return x.Totals
+		}
+	}
+	return nil
+}
+
 type isSubscribeResponse_Message interface {
 	isSubscribeResponse_Message()
 }
@@ -634,6 +670,14 @@ type SubscribeResponse_Revocations struct {
 	Revocations *Revocations `protobuf:"bytes,4,opt,name=revocations,proto3,oneof"`
 }
 
+type SubscribeResponse_FaultStops struct {
+	FaultStops *FaultStops `protobuf:"bytes,20,opt,name=fault_stops,json=faultStops,proto3,oneof"`
+}
+
+type SubscribeResponse_Totals struct {
+	Totals *Totals `protobuf:"bytes,21,opt,name=totals,proto3,oneof"`
+}
+
 func (*SubscribeResponse_Snapshot) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Same) isSubscribeResponse_Message() {}
@@ -641,6 +685,10 @@ func (*SubscribeResponse_Same) isSubscribeResponse_Message() {}
 func (*SubscribeResponse_SyncNow) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Revocations) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_FaultStops) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_Totals) isSubscribeResponse_Message() {}
 
 type Snapshot struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -1917,7 +1965,9 @@ type Proxy struct {
 	Wanted uint64 `protobuf:"varint,14,opt,name=wanted,proto3" json:"wanted,omitempty"`
 	Group  string `protobuf:"bytes,15,opt,name=group,proto3" json:"group,omitempty"`
 	// It has counted the signatures of the set itself.
-	Verified      bool `protobuf:"varint,20,opt,name=verified,proto3" json:"verified,omitempty"`
+	Verified bool `protobuf:"varint,20,opt,name=verified,proto3" json:"verified,omitempty"`
+	// Without demands.
+	Traffic       *Traffic `protobuf:"bytes,30,opt,name=traffic,proto3" json:"traffic,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2062,6 +2112,13 @@ func (x *Proxy) GetVerified() bool {
 		return x.Verified
 	}
 	return false
+}
+
+func (x *Proxy) GetTraffic() *Traffic {
+	if x != nil {
+		return x.Traffic
+	}
+	return nil
 }
 
 type EdgesRequest struct {
@@ -3169,6 +3226,623 @@ func (x *PolicySetResponse) GetSet() []byte {
 	return nil
 }
 
+// Traffic is what a proxy says of the calls that it carries. It is said whole,
+// with each answer.
+type Traffic struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What it does not call, though it would.
+	Ejections []*Ejection `protobuf:"bytes,1,rep,name=ejections,proto3" json:"ejections,omitempty"`
+	// What is asked for of limits that are shared.
+	Demands []*Demand `protobuf:"bytes,2,rep,name=demands,proto3" json:"demands,omitempty"`
+	// The newest revision of FaultStops that it acts on.
+	Stops         uint64 `protobuf:"varint,3,opt,name=stops,proto3" json:"stops,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Traffic) Reset() {
+	*x = Traffic{}
+	mi := &file_mesh_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Traffic) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Traffic) ProtoMessage() {}
+
+func (x *Traffic) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
+func (*Traffic) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{48}
+}
+
+func (x *Traffic) GetEjections() []*Ejection {
+	if x != nil {
+		return x.Ejections
+	}
+	return nil
+}
+
+func (x *Traffic) GetDemands() []*Demand {
+	if x != nil {
+		return x.Demands
+	}
+	return nil
+}
+
+func (x *Traffic) GetStops() uint64 {
+	if x != nil {
+		return x.Stops
+	}
+	return 0
+}
+
+type Ejection struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Service string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	// IP address and port; empty for the whole service.
+	Address string `protobuf:"bytes,2,opt,name=address,proto3" json:"address,omitempty"`
+	// "ejected", "unhealthy" or "open".
+	Kind          string                 `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	Since         *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
+	Why           string                 `protobuf:"bytes,5,opt,name=why,proto3" json:"why,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ejection) Reset() {
+	*x = Ejection{}
+	mi := &file_mesh_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ejection) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ejection) ProtoMessage() {}
+
+func (x *Ejection) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ejection.ProtoReflect.Descriptor instead.
+func (*Ejection) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *Ejection) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *Ejection) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *Ejection) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Ejection) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Ejection) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+// Demand is how many calls a second a proxy was asked for, whether or not it let
+// them pass.
+type Demand struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SERVICE/ROUTE.
+	Route string `protobuf:"bytes,1,opt,name=route,proto3" json:"route,omitempty"`
+	// The limit is one for each workload, and this is of the proxy's own.
+	PerCaller     bool   `protobuf:"varint,2,opt,name=per_caller,json=perCaller,proto3" json:"per_caller,omitempty"`
+	Calls         uint32 `protobuf:"varint,3,opt,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Demand) Reset() {
+	*x = Demand{}
+	mi := &file_mesh_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Demand) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Demand) ProtoMessage() {}
+
+func (x *Demand) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Demand.ProtoReflect.Descriptor instead.
+func (*Demand) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *Demand) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *Demand) GetPerCaller() bool {
+	if x != nil {
+		return x.PerCaller
+	}
+	return false
+}
+
+func (x *Demand) GetCalls() uint32 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
+// Totals answer the demands of a proxy.
+type Totals struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Totals []*Total               `protobuf:"bytes,1,rep,name=totals,proto3" json:"totals,omitempty"`
+	// How many issuers divide each limit evenly.
+	Issuers       uint32 `protobuf:"varint,2,opt,name=issuers,proto3" json:"issuers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Totals) Reset() {
+	*x = Totals{}
+	mi := &file_mesh_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Totals) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Totals) ProtoMessage() {}
+
+func (x *Totals) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Totals.ProtoReflect.Descriptor instead.
+func (*Totals) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *Totals) GetTotals() []*Total {
+	if x != nil {
+		return x.Totals
+	}
+	return nil
+}
+
+func (x *Totals) GetIssuers() uint32 {
+	if x != nil {
+		return x.Issuers
+	}
+	return 0
+}
+
+type Total struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Route     string                 `protobuf:"bytes,1,opt,name=route,proto3" json:"route,omitempty"`
+	PerCaller bool                   `protobuf:"varint,2,opt,name=per_caller,json=perCaller,proto3" json:"per_caller,omitempty"`
+	// What all proxies of this issuer ask for, and how many there are.
+	Calls         uint64 `protobuf:"varint,3,opt,name=calls,proto3" json:"calls,omitempty"`
+	Proxies       uint32 `protobuf:"varint,4,opt,name=proxies,proto3" json:"proxies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Total) Reset() {
+	*x = Total{}
+	mi := &file_mesh_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Total) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Total) ProtoMessage() {}
+
+func (x *Total) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Total.ProtoReflect.Descriptor instead.
+func (*Total) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *Total) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *Total) GetPerCaller() bool {
+	if x != nil {
+		return x.PerCaller
+	}
+	return false
+}
+
+func (x *Total) GetCalls() uint64 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
+func (x *Total) GetProxies() uint32 {
+	if x != nil {
+		return x.Proxies
+	}
+	return 0
+}
+
+// FaultStops are all that are in force. They are sent at the start of each stream,
+// be there any or none, and when there are more.
+type FaultStops struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Revision      uint64                 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	Stops         []*FaultStop           `protobuf:"bytes,2,rep,name=stops,proto3" json:"stops,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FaultStops) Reset() {
+	*x = FaultStops{}
+	mi := &file_mesh_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FaultStops) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FaultStops) ProtoMessage() {}
+
+func (x *FaultStops) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FaultStops.ProtoReflect.Descriptor instead.
+func (*FaultStops) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *FaultStops) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
+func (x *FaultStops) GetStops() []*FaultStop {
+	if x != nil {
+		return x.Stops
+	}
+	return nil
+}
+
+type FaultStop struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// SERVICE/ROUTE/FAULT, or "*" for all.
+	Fault string `protobuf:"bytes,1,opt,name=fault,proto3" json:"fault,omitempty"`
+	// Those that are to begin before are stopped.
+	Before        *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FaultStop) Reset() {
+	*x = FaultStop{}
+	mi := &file_mesh_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FaultStop) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FaultStop) ProtoMessage() {}
+
+func (x *FaultStop) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FaultStop.ProtoReflect.Descriptor instead.
+func (*FaultStop) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{54}
+}
+
+func (x *FaultStop) GetFault() string {
+	if x != nil {
+		return x.Fault
+	}
+	return ""
+}
+
+func (x *FaultStop) GetBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type FaultsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FaultsRequest) Reset() {
+	*x = FaultsRequest{}
+	mi := &file_mesh_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FaultsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FaultsRequest) ProtoMessage() {}
+
+func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FaultsRequest.ProtoReflect.Descriptor instead.
+func (*FaultsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{55}
+}
+
+type FaultsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The JSON of a list of mesh.FaultState.
+	Faults        []byte `protobuf:"bytes,1,opt,name=faults,proto3" json:"faults,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FaultsResponse) Reset() {
+	*x = FaultsResponse{}
+	mi := &file_mesh_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FaultsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FaultsResponse) ProtoMessage() {}
+
+func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FaultsResponse.ProtoReflect.Descriptor instead.
+func (*FaultsResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *FaultsResponse) GetFaults() []byte {
+	if x != nil {
+		return x.Faults
+	}
+	return nil
+}
+
+type StopFaultsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in FaultStop.
+	Fault         string                 `protobuf:"bytes,1,opt,name=fault,proto3" json:"fault,omitempty"`
+	Before        *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopFaultsRequest) Reset() {
+	*x = StopFaultsRequest{}
+	mi := &file_mesh_proto_msgTypes[57]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopFaultsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopFaultsRequest) ProtoMessage() {}
+
+func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[57]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopFaultsRequest.ProtoReflect.Descriptor instead.
+func (*StopFaultsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{57}
+}
+
+func (x *StopFaultsRequest) GetFault() string {
+	if x != nil {
+		return x.Fault
+	}
+	return ""
+}
+
+func (x *StopFaultsRequest) GetBefore() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+type StopFaultsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Proxies that act on it say this revision in Traffic, or a greater one.
+	Revision      uint64 `protobuf:"varint,1,opt,name=revision,proto3" json:"revision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StopFaultsResponse) Reset() {
+	*x = StopFaultsResponse{}
+	mi := &file_mesh_proto_msgTypes[58]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StopFaultsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StopFaultsResponse) ProtoMessage() {}
+
+func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[58]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StopFaultsResponse.ProtoReflect.Descriptor instead.
+func (*StopFaultsResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{58}
+}
+
+func (x *StopFaultsResponse) GetRevision() uint64 {
+	if x != nil {
+		return x.Revision
+	}
+	return 0
+}
+
 var File_mesh_proto protoreflect.FileDescriptor
 
 const file_mesh_proto_rawDesc = "" +
@@ -3198,7 +3872,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x06labels\x18\x03 \x03(\v2'.sallyport.mesh.v1.Endpoint.LabelsEntryR\x06labels\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xae\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xe4\x02\n" +
 	"\x03Ack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12=\n" +
@@ -3206,19 +3880,24 @@ const file_mesh_proto_rawDesc = "" +
 	"\vauthorities\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12\x18\n" +
 	"\arevoked\x18\x05 \x01(\x04R\arevoked\x12+\n" +
 	"\x11candidate_refused\x18\x06 \x01(\tR\x10candidateRefused\x12\x1a\n" +
-	"\bverified\x18\a \x01(\bR\bverified\"\xfe\x01\n" +
+	"\bverified\x18\a \x01(\bR\bverified\x124\n" +
+	"\atraffic\x18\x14 \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\xb4\x02\n" +
 	"\x04Nack\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12'\n" +
 	"\x0fpolicy_revision\x18\x03 \x01(\x04R\x0epolicyRevision\x12=\n" +
 	"\fsvid_expires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\x05 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12\x18\n" +
-	"\arevoked\x18\x06 \x01(\x04R\arevoked\"\x85\x02\n" +
+	"\arevoked\x18\x06 \x01(\x04R\arevoked\x124\n" +
+	"\atraffic\x18\x14 \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\xfc\x02\n" +
 	"\x11SubscribeResponse\x129\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x1b.sallyport.mesh.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x04same\x18\x02 \x01(\v2\x17.sallyport.mesh.v1.SameH\x00R\x04same\x127\n" +
 	"\bsync_now\x18\x03 \x01(\v2\x1a.sallyport.mesh.v1.SyncNowH\x00R\asyncNow\x12B\n" +
-	"\vrevocations\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.RevocationsH\x00R\vrevocationsB\t\n" +
+	"\vrevocations\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.RevocationsH\x00R\vrevocations\x12@\n" +
+	"\vfault_stops\x18\x14 \x01(\v2\x1d.sallyport.mesh.v1.FaultStopsH\x00R\n" +
+	"faultStops\x123\n" +
+	"\x06totals\x18\x15 \x01(\v2\x19.sallyport.mesh.v1.TotalsH\x00R\x06totalsB\t\n" +
 	"\amessage\"\xb4\x01\n" +
 	"\bSnapshot\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
@@ -3309,7 +3988,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\arollout\x18\t \x01(\fR\arollout\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
-	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\x9e\x04\n" +
+	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\xd4\x04\n" +
 	"\x05Proxy\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
@@ -3328,7 +4007,8 @@ const file_mesh_proto_rawDesc = "" +
 	"policyHash\x12\x16\n" +
 	"\x06wanted\x18\x0e \x01(\x04R\x06wanted\x12\x14\n" +
 	"\x05group\x18\x0f \x01(\tR\x05group\x12\x1a\n" +
-	"\bverified\x18\x14 \x01(\bR\bverified\"\x0e\n" +
+	"\bverified\x18\x14 \x01(\bR\bverified\x124\n" +
+	"\atraffic\x18\x1e \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\x0e\n" +
 	"\fEdgesRequest\">\n" +
 	"\rEdgesResponse\x12-\n" +
 	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x13\n" +
@@ -3397,13 +4077,52 @@ const file_mesh_proto_rawDesc = "" +
 	"\x10PolicySetRequest\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\"%\n" +
 	"\x11PolicySetResponse\x12\x10\n" +
-	"\x03set\x18\x01 \x01(\fR\x03set2\x95\x03\n" +
+	"\x03set\x18\x01 \x01(\fR\x03set\"\x8f\x01\n" +
+	"\aTraffic\x129\n" +
+	"\tejections\x18\x01 \x03(\v2\x1b.sallyport.mesh.v1.EjectionR\tejections\x123\n" +
+	"\ademands\x18\x02 \x03(\v2\x19.sallyport.mesh.v1.DemandR\ademands\x12\x14\n" +
+	"\x05stops\x18\x03 \x01(\x04R\x05stops\"\x96\x01\n" +
+	"\bEjection\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x18\n" +
+	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x120\n" +
+	"\x05since\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x10\n" +
+	"\x03why\x18\x05 \x01(\tR\x03why\"S\n" +
+	"\x06Demand\x12\x14\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route\x12\x1d\n" +
+	"\n" +
+	"per_caller\x18\x02 \x01(\bR\tperCaller\x12\x14\n" +
+	"\x05calls\x18\x03 \x01(\rR\x05calls\"T\n" +
+	"\x06Totals\x120\n" +
+	"\x06totals\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.TotalR\x06totals\x12\x18\n" +
+	"\aissuers\x18\x02 \x01(\rR\aissuers\"l\n" +
+	"\x05Total\x12\x14\n" +
+	"\x05route\x18\x01 \x01(\tR\x05route\x12\x1d\n" +
+	"\n" +
+	"per_caller\x18\x02 \x01(\bR\tperCaller\x12\x14\n" +
+	"\x05calls\x18\x03 \x01(\x04R\x05calls\x12\x18\n" +
+	"\aproxies\x18\x04 \x01(\rR\aproxies\"\\\n" +
+	"\n" +
+	"FaultStops\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\x122\n" +
+	"\x05stops\x18\x02 \x03(\v2\x1c.sallyport.mesh.v1.FaultStopR\x05stops\"U\n" +
+	"\tFaultStop\x12\x14\n" +
+	"\x05fault\x18\x01 \x01(\tR\x05fault\x122\n" +
+	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"\x0f\n" +
+	"\rFaultsRequest\"(\n" +
+	"\x0eFaultsResponse\x12\x16\n" +
+	"\x06faults\x18\x01 \x01(\fR\x06faults\"]\n" +
+	"\x11StopFaultsRequest\x12\x14\n" +
+	"\x05fault\x18\x01 \x01(\tR\x05fault\x122\n" +
+	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"0\n" +
+	"\x12StopFaultsResponse\x12\x1a\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision2\x95\x03\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
 	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\x80\b\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xaa\t\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
@@ -3419,7 +4138,10 @@ const file_mesh_proto_rawDesc = "" +
 	"PushPolicy\x12$.sallyport.mesh.v1.PushPolicyRequest\x1a%.sallyport.mesh.v1.PushPolicyResponse(\x01\x12Y\n" +
 	"\n" +
 	"MovePolicy\x12$.sallyport.mesh.v1.MovePolicyRequest\x1a%.sallyport.mesh.v1.MovePolicyResponse\x12X\n" +
-	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponse0\x01B#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponse0\x01\x12M\n" +
+	"\x06Faults\x12 .sallyport.mesh.v1.FaultsRequest\x1a!.sallyport.mesh.v1.FaultsResponse\x12Y\n" +
+	"\n" +
+	"StopFaults\x12$.sallyport.mesh.v1.StopFaultsRequest\x1a%.sallyport.mesh.v1.StopFaultsResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -3433,7 +4155,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -3483,83 +4205,110 @@ var file_mesh_proto_goTypes = []any{
 	(*PushPolicyResponse)(nil),      // 45: sallyport.mesh.v1.PushPolicyResponse
 	(*PolicySetRequest)(nil),        // 46: sallyport.mesh.v1.PolicySetRequest
 	(*PolicySetResponse)(nil),       // 47: sallyport.mesh.v1.PolicySetResponse
-	nil,                             // 48: sallyport.mesh.v1.Endpoint.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 49: google.protobuf.Timestamp
+	(*Traffic)(nil),                 // 48: sallyport.mesh.v1.Traffic
+	(*Ejection)(nil),                // 49: sallyport.mesh.v1.Ejection
+	(*Demand)(nil),                  // 50: sallyport.mesh.v1.Demand
+	(*Totals)(nil),                  // 51: sallyport.mesh.v1.Totals
+	(*Total)(nil),                   // 52: sallyport.mesh.v1.Total
+	(*FaultStops)(nil),              // 53: sallyport.mesh.v1.FaultStops
+	(*FaultStop)(nil),               // 54: sallyport.mesh.v1.FaultStop
+	(*FaultsRequest)(nil),           // 55: sallyport.mesh.v1.FaultsRequest
+	(*FaultsResponse)(nil),          // 56: sallyport.mesh.v1.FaultsResponse
+	(*StopFaultsRequest)(nil),       // 57: sallyport.mesh.v1.StopFaultsRequest
+	(*StopFaultsResponse)(nil),      // 58: sallyport.mesh.v1.StopFaultsResponse
+	nil,                             // 59: sallyport.mesh.v1.Endpoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 60: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	49, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	60, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	48, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
-	49, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	59, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
+	60, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 8: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	49, // 9: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
-	2,  // 10: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	7,  // 11: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
-	8,  // 12: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
-	9,  // 13: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
-	10, // 14: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
-	11, // 15: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	49, // 16: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
-	19, // 17: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	49, // 18: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	49, // 19: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	49, // 20: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	49, // 21: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	28, // 22: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	49, // 23: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	49, // 24: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	49, // 25: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
-	19, // 26: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	49, // 27: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	36, // 28: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	49, // 29: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	49, // 30: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	49, // 31: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 32: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	42, // 33: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
-	0,  // 34: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 35: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 36: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 37: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 38: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	22, // 39: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	24, // 40: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	26, // 41: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	29, // 42: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	33, // 43: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	34, // 44: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	31, // 45: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	37, // 46: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	39, // 47: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	41, // 48: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	43, // 49: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
-	46, // 50: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	6,  // 51: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 52: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 53: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 54: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 55: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 56: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	25, // 57: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	27, // 58: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	30, // 59: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	35, // 60: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	35, // 61: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	32, // 62: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	38, // 63: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	40, // 64: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	45, // 65: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	44, // 66: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
-	47, // 67: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	51, // [51:68] is the sub-list for method output_type
-	34, // [34:51] is the sub-list for method input_type
-	34, // [34:34] is the sub-list for extension type_name
-	34, // [34:34] is the sub-list for extension extendee
-	0,  // [0:34] is the sub-list for field type_name
+	48, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	60, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	2,  // 11: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
+	48, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	7,  // 13: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
+	8,  // 14: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
+	9,  // 15: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
+	10, // 16: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
+	53, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
+	51, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
+	11, // 19: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
+	60, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	19, // 21: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	60, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	60, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	60, // 24: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	60, // 25: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	28, // 26: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	60, // 27: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	60, // 28: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	60, // 29: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	48, // 30: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
+	19, // 31: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	60, // 32: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	36, // 33: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	60, // 34: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	60, // 35: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	60, // 36: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	11, // 37: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	42, // 38: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	49, // 39: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
+	50, // 40: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
+	60, // 41: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
+	52, // 42: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
+	54, // 43: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
+	60, // 44: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
+	60, // 45: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
+	0,  // 46: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	12, // 47: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	16, // 48: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 49: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 50: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	22, // 51: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	24, // 52: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	26, // 53: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	29, // 54: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	33, // 55: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	34, // 56: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	31, // 57: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	37, // 58: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	39, // 59: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	41, // 60: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	43, // 61: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	46, // 62: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	55, // 63: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
+	57, // 64: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
+	6,  // 65: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 66: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 67: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 68: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 69: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 70: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	25, // 71: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	27, // 72: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	30, // 73: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	35, // 74: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	35, // 75: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	32, // 76: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	38, // 77: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	40, // 78: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	45, // 79: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	44, // 80: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	47, // 81: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	56, // 82: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
+	58, // 83: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
+	65, // [65:84] is the sub-list for method output_type
+	46, // [46:65] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -3577,6 +4326,8 @@ func file_mesh_proto_init() {
 		(*SubscribeResponse_Same)(nil),
 		(*SubscribeResponse_SyncNow)(nil),
 		(*SubscribeResponse_Revocations)(nil),
+		(*SubscribeResponse_FaultStops)(nil),
+		(*SubscribeResponse_Totals)(nil),
 	}
 	file_mesh_proto_msgTypes[37].OneofWrappers = []any{
 		(*RevokeRequest_Serial)(nil),
@@ -3589,7 +4340,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   49,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

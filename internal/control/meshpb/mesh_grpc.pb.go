@@ -304,6 +304,8 @@ const (
 	Admin_PushPolicy_FullMethodName      = "/sallyport.mesh.v1.Admin/PushPolicy"
 	Admin_MovePolicy_FullMethodName      = "/sallyport.mesh.v1.Admin/MovePolicy"
 	Admin_PolicySet_FullMethodName       = "/sallyport.mesh.v1.Admin/PolicySet"
+	Admin_Faults_FullMethodName          = "/sallyport.mesh.v1.Admin/Faults"
+	Admin_StopFaults_FullMethodName      = "/sallyport.mesh.v1.Admin/StopFaults"
 )
 
 // AdminClient is the client API for Admin service.
@@ -335,6 +337,10 @@ type AdminClient interface {
 	MovePolicy(ctx context.Context, in *MovePolicyRequest, opts ...grpc.CallOption) (*MovePolicyResponse, error)
 	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
 	PolicySet(ctx context.Context, in *PolicySetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[PolicySetResponse], error)
+	// Faults are those of the policy in force.
+	Faults(ctx context.Context, in *FaultsRequest, opts ...grpc.CallOption) (*FaultsResponse, error)
+	// StopFaults has every proxy end faults, and begin none of them.
+	StopFaults(ctx context.Context, in *StopFaultsRequest, opts ...grpc.CallOption) (*StopFaultsResponse, error)
 }
 
 type adminClient struct {
@@ -477,6 +483,26 @@ func (c *adminClient) PolicySet(ctx context.Context, in *PolicySetRequest, opts 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_PolicySetClient = grpc.ServerStreamingClient[PolicySetResponse]
 
+func (c *adminClient) Faults(ctx context.Context, in *FaultsRequest, opts ...grpc.CallOption) (*FaultsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(FaultsResponse)
+	err := c.cc.Invoke(ctx, Admin_Faults_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) StopFaults(ctx context.Context, in *StopFaultsRequest, opts ...grpc.CallOption) (*StopFaultsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StopFaultsResponse)
+	err := c.cc.Invoke(ctx, Admin_StopFaults_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -506,6 +532,10 @@ type AdminServer interface {
 	MovePolicy(context.Context, *MovePolicyRequest) (*MovePolicyResponse, error)
 	// PolicySet returns a set that was pushed. NOT_FOUND when it is not kept.
 	PolicySet(*PolicySetRequest, grpc.ServerStreamingServer[PolicySetResponse]) error
+	// Faults are those of the policy in force.
+	Faults(context.Context, *FaultsRequest) (*FaultsResponse, error)
+	// StopFaults has every proxy end faults, and begin none of them.
+	StopFaults(context.Context, *StopFaultsRequest) (*StopFaultsResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -551,6 +581,12 @@ func (UnimplementedAdminServer) MovePolicy(context.Context, *MovePolicyRequest) 
 }
 func (UnimplementedAdminServer) PolicySet(*PolicySetRequest, grpc.ServerStreamingServer[PolicySetResponse]) error {
 	return status.Error(codes.Unimplemented, "method PolicySet not implemented")
+}
+func (UnimplementedAdminServer) Faults(context.Context, *FaultsRequest) (*FaultsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Faults not implemented")
+}
+func (UnimplementedAdminServer) StopFaults(context.Context, *StopFaultsRequest) (*StopFaultsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StopFaults not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -771,6 +807,42 @@ func _Admin_PolicySet_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Admin_PolicySetServer = grpc.ServerStreamingServer[PolicySetResponse]
 
+func _Admin_Faults_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(FaultsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Faults(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Faults_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Faults(ctx, req.(*FaultsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_StopFaults_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StopFaultsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).StopFaults(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_StopFaults_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).StopFaults(ctx, req.(*StopFaultsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -817,6 +889,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "MovePolicy",
 			Handler:    _Admin_MovePolicy_Handler,
+		},
+		{
+			MethodName: "Faults",
+			Handler:    _Admin_Faults_Handler,
+		},
+		{
+			MethodName: "StopFaults",
+			Handler:    _Admin_StopFaults_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -1,0 +1,245 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"sallyport/internal/control"
+	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
+)
+
+// fault is "sallyport fault".
+func (c *cli) fault() *cobra.Command {
+	cmd := &cobra.Command{Use: "fault", Short: "Faults that routes make on purpose"}
+	cmd.AddCommand(&cobra.Command{
+		Use: "list", Short: "List the faults of the policy in force, and how they stand", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd, "sallyport policy status", func(ctx context.Context, a *control.Admin) error {
+				list, err := a.Faults(ctx)
+				if err != nil {
+					return err
+				}
+				rows := make([][]string, 0, len(list))
+				for _, f := range list {
+					state := f.State
+					if f.Stop != nil {
+						state += " by " + f.Stop.By
+					}
+					rows = append(rows, []string{f.Name, state, f.Does, f.Share.String(), f.Until.UTC().Format(time.RFC3339), strings.Join(f.Callers, " ")})
+				}
+				return c.emit(list, []string{"FAULT", "STATE", "DOES", "SHARE", "UNTIL", "CALLERS"}, rows)
+			})
+		},
+	}, c.faultStop())
+	return cmd
+}
+
+func (c *cli) faultStop() *cobra.Command {
+	var wait, hold time.Duration
+	var all bool
+	cmd := &cobra.Command{
+		Use: "stop SERVICE/ROUTE/FAULT|--all", Short: "End faults at every sidecar, now",
+		Long: "End a fault, or all, at every sidecar. What it holds up goes on at once, and none\n" +
+			"that the policy has begin within --hold touches a call. The policy stays as it is:\n" +
+			"take the fault out of it, too. The issuer and every sidecar record it.",
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			name := mesh.AllFaults
+			switch {
+			case all == (len(args) == 1):
+				return usage(errors.New("name one fault, as sallyport fault list does, or give --all"))
+			case !all:
+				name = args[0]
+			}
+			if wait < 0 || hold < 0 || hold > 30*24*time.Hour {
+				return usage(errors.New("--wait is not negative, and --hold from 0 to 720h"))
+			}
+			s := mesh.FaultStop{Fault: name, Before: time.Now().Add(hold)}
+			if err := s.Validate(); err != nil {
+				return usage(err)
+			}
+			var out stopped
+			err := c.with(cmd, "sallyport fault list", func(ctx context.Context, a *control.Admin) (err error) {
+				out, err = c.stopNow(ctx, a, s, wait)
+				return err
+			})
+			if err == nil && len(out.Missing) > 0 && wait > 0 {
+				err = daemon.Hint(&daemon.ExitError{Code: daemon.Failed, Err: fmt.Errorf(
+					"the faults are stopped, but %d sidecars do not say yet that they act on it: %s", len(out.Missing), strings.Join(out.Missing, ", "),
+				)}, "sallyport status, and look at the logs of these sidecars")
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&all, "all", false, "all faults, also those that a policy brings meanwhile")
+	cmd.Flags().DurationVar(&hold, "hold", 24*time.Hour, "also faults that are to begin within this time")
+	cmd.Flags().DurationVar(&wait, "wait", 10*time.Second, "how long to wait until every connected sidecar acts on it")
+	return cmd
+}
+
+// A stopped is what the command prints as JSON.
+type stopped struct {
+	mesh.FaultStop
+	// Faults are those of the policy in force that it holds for.
+	Faults    []string `json:"faults"`
+	Confirmed int      `json:"confirmed"`
+	Connected int      `json:"connected"`
+	Missing   []string `json:"missing,omitempty"`
+}
+
+// stopNow stops faults and says which sidecars do not act on it in time.
+func (c *cli) stopNow(ctx context.Context, a *control.Admin, s mesh.FaultStop, wait time.Duration) (out stopped, err error) {
+	known, err := a.Faults(ctx)
+	if err != nil {
+		return out, err
+	}
+	out = stopped{FaultStop: s, Faults: []string{}}
+	stops := &mesh.FaultStops{All: []mesh.FaultStop{s}}
+	for _, f := range known {
+		if f.State != mesh.FaultOver && stops.Of(f.Name, f.Since) != nil {
+			out.Faults = append(out.Faults, f.Name)
+		}
+	}
+	if s.Fault != mesh.AllFaults && len(out.Faults) == 0 {
+		return out, daemon.Hint(usage(fmt.Errorf("no fault %q of the policy in force begins before %s", s.Fault, s.Before.UTC().Format(time.RFC3339))), "sallyport fault list")
+	}
+	rev, err := a.StopFaults(ctx, s)
+	if err != nil {
+		return out, err
+	}
+	if err := out.await(ctx, a, rev, wait); err != nil {
+		return out, err
+	}
+	rows := make([][]string, 0, len(out.Faults))
+	for _, f := range out.Faults {
+		rows = append(rows, []string{f})
+	}
+	if err := c.emit(out, []string{"STOPPED"}, rows); err != nil {
+		return out, err
+	}
+	fmt.Fprintf(c.stderr, "%d of %d connected sidecars act on it\n", out.Confirmed, out.Connected)
+	return out, nil
+}
+
+// await asks who acts on the stop, until all do that are connected or the time is
+// over.
+func (o *stopped) await(ctx context.Context, a *control.Admin, revision uint64, wait time.Duration) error {
+	for end := time.Now().Add(wait); ; {
+		ps, err := a.Proxies(ctx)
+		if err != nil {
+			return err
+		}
+		o.Confirmed, o.Connected, o.Missing = 0, 0, nil
+		for _, p := range ps {
+			switch {
+			case !p.Connected || p.Kind != control.KindSidecar:
+				continue // it is told before anything else once it connects
+			case p.Traffic != nil && p.Traffic.Stops >= revision:
+				o.Confirmed++
+			default:
+				o.Missing = append(o.Missing, p.Workload.String())
+			}
+			o.Connected++
+		}
+		if len(o.Missing) == 0 || !time.Now().Before(end) {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(askEvery):
+		}
+	}
+}
+
+// ejections is "sallyport ejections".
+func (c *cli) ejections() *cobra.Command {
+	return &cobra.Command{
+		Use: "ejections", Short: "Show which endpoints and services sidecars do not call, and why",
+		Long: "Show which endpoints sidecars have put aside, which fail their health checks, and\n" +
+			"which services are cut off: how many sidecars say so, since when, and why.",
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return c.with(cmd, "sallyport status", func(ctx context.Context, a *control.Admin) error {
+				ps, err := a.Proxies(ctx)
+				if err != nil {
+					return err
+				}
+				list := ejected(ps)
+				if c.format != "table" {
+					return c.emit(list, nil, nil)
+				}
+				for _, e := range list {
+					fmt.Fprintln(c.stdout, e)
+				}
+				if len(list) == 0 {
+					fmt.Fprintln(c.stdout, "no sidecar ejects anything")
+				}
+				return nil
+			})
+		},
+	}
+}
+
+// An ejection is what sidecars say of one endpoint or service.
+type ejection struct {
+	mesh.Ejection          // since the first says so, with its reason
+	Sidecars      []string `json:"sidecars"`
+	// Of is how many sidecars are connected.
+	Of int `json:"of"`
+}
+
+func (e ejection) String() string {
+	said := fmt.Sprintf("eject %s", e.Address)
+	switch e.Kind {
+	case "unhealthy":
+		said = fmt.Sprintf("find %s unhealthy", e.Address)
+	case "open":
+		said = "have cut it off"
+	}
+	return fmt.Sprintf("%s: %d of %d sidecars %s since %s: %s", e.Service, len(e.Sidecars), e.Of, said, e.Since.UTC().Format("15:04"), cmp.Or(e.Why, "no reason given"))
+}
+
+// ejected gathers what the connected sidecars say, by service and address.
+func ejected(ps []mesh.Proxy) []ejection {
+	type key struct{ service, address, kind string }
+	of, by := 0, map[key]*ejection{}
+	for _, p := range ps {
+		if !p.Connected || p.Kind != control.KindSidecar {
+			continue
+		}
+		of++
+		if p.Traffic == nil {
+			continue
+		}
+		for _, e := range p.Traffic.Ejections {
+			k := key{string(e.Service), e.Address.String(), e.Kind}
+			x := by[k]
+			switch {
+			case x == nil:
+				x = &ejection{Ejection: e}
+				by[k] = x
+			case e.Since.Before(x.Since):
+				x.Ejection = e
+			}
+			x.Sidecars = append(x.Sidecars, p.Workload.String())
+		}
+	}
+	list := []ejection{}
+	for _, x := range by {
+		x.Of = of
+		list = append(list, *x)
+	}
+	slices.SortFunc(list, func(a, b ejection) int {
+		return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Kind, b.Kind))
+	})
+	return list
+}

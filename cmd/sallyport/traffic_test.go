@@ -1,0 +1,40 @@
+package main
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/control"
+	"sallyport/internal/mesh"
+)
+
+func TestEjectionsAreToldTogether(t *testing.T) {
+	at := func(hour, minute int) time.Time { return time.Date(2026, 11, 27, hour, minute, 0, 0, time.UTC) }
+	addr := netip.MustParseAddrPort("10.0.0.7:8443")
+	proxy := func(name string, es ...mesh.Ejection) mesh.Proxy {
+		return mesh.Proxy{Workload: spiffeid.RequireFromString("spiffe://corp.example/" + name), Kind: control.KindSidecar, Connected: true, Traffic: &mesh.Traffic{Ejections: es}}
+	}
+	gone, gateway, silent := proxy("gone", mesh.Ejection{Service: "a", Kind: "open"}), proxy("gw"), proxy("old")
+	gone.Connected, gateway.Kind, silent.Traffic = false, control.KindGateway, nil
+	list := ejected([]mesh.Proxy{
+		proxy("a", mesh.Ejection{Service: "billing", Address: addr, Kind: "ejected", Since: at(12, 5), Why: "5 consecutive failures"}),
+		proxy("b", mesh.Ejection{Service: "billing", Address: addr, Kind: "ejected", Since: at(12, 3), Why: "5 consecutive connect errors"}),
+		proxy("c", mesh.Ejection{Service: "ledger", Kind: "open", Since: at(11, 0), Why: "7 consecutive failures"},
+			mesh.Ejection{Service: "billing", Address: addr, Kind: "unhealthy", Since: at(12, 4), Why: "status 500"}),
+		gone, gateway, silent,
+	})
+	var got []string
+	for _, e := range list {
+		got = append(got, e.String())
+	}
+	want := `billing: 2 of 4 sidecars eject 10.0.0.7:8443 since 12:03: 5 consecutive connect errors
+billing: 1 of 4 sidecars find 10.0.0.7:8443 unhealthy since 12:04: status 500
+ledger: 1 of 4 sidecars have cut it off since 11:00: 7 consecutive failures`
+	if strings.Join(got, "\n") != want {
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), want)
+	}
+}
