@@ -163,9 +163,10 @@ type Gateway struct {
 	tunnels tunnels
 	crowd   crowd
 	flood   flood
-	proving *mux.Anteroom // connections without identity
-	turns   mux.Turns     // of handshakes
-	calm    *mux.Calm     // with who breaks off what he has begun
+	proving *mux.Anteroom          // connections without identity
+	turns   mux.Turns              // of handshakes
+	calm    *mux.Calm[mux.Source]  // with who breaks off handshakes
+	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -194,7 +195,8 @@ func New(c Config) (*Gateway, error) {
 	}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
 	g.crowd.of = make(map[spiffeid.ID]int)
-	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm(brokenBurst, brokenRate)
+	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
+	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{"h2", "http/1.1"}
@@ -469,6 +471,12 @@ func (g *Gateway) serveConn(w *wire) {
 		return
 	}
 	defer tc.Close()
+	if g.calmOf.Over(who.id) { // only the handshake is its source's doing
+		g.calm.Spend(w.from, costHandshake)
+		g.cfg.Metrics.ConnectionsRefused(reporter, "resets").Inc()
+		g.flood.more()
+		return
+	}
 	if !g.connected(who) {
 		return
 	}

@@ -127,7 +127,7 @@ func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *record.Conn, left []byte) {
 	}
 	g.carry(t, s)
 	if t.why() == ReasonReset && t.down.Load() == 0 {
-		g.calm.Spend(w.from, 1)
+		g.calmOf.Spend(t.who.id, 1)
 	}
 	s.linger()
 }

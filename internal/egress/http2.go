@@ -160,7 +160,7 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 // brokenOff takes note of a stream that its caller has reset before anything came
 // back, and ends the connection of one who does that too often.
 func (g *Gateway) brokenOff(on *handed, r *http.Request, t *tunnel) {
-	if r.Context().Err() != nil && (t == nil || t.down.Load() == 0) && !g.calm.Spend(on.w.from, 1) {
+	if r.Context().Err() != nil && (t == nil || t.down.Load() == 0) && !g.calmOf.Spend(on.who.id, 1) {
 		on.w.Close()
 	}
 }

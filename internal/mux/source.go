@@ -1,10 +1,13 @@
 package mux
 
 import (
+	"cmp"
 	"container/list"
+	"maps"
 	"net"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 )
@@ -115,67 +118,69 @@ func (a *Anteroom) Len() int {
 	return a.n
 }
 
-// A Calm bounds how often each source may break off what it has begun, over all
-// of its connections: who comes back on a new one finds no new patience. It is
-// safe for concurrent use. The nil *Calm bounds nothing.
-type Calm struct {
+// A Calm bounds how often each party may break off what it has begun, over all
+// of its connections: who comes back on a new one finds no new patience. Parties
+// are sources, or identities where one is proved: neighbours share an address. It
+// is safe for concurrent use. The nil *Calm bounds nothing.
+type Calm[K comparable] struct {
 	burst, rate float64
 
 	mu sync.Mutex // guards of
-	of map[Source]*patience
+	of map[K]*patience
 }
 
-// A patience is what is left for one source.
+// A patience is what is left for one party.
 type patience struct {
 	left float64
 	at   time.Time // when that was so
 	over bool      // it ran out, and has not come back yet
 }
 
-// maxSources bounds the memory of a Calm. Beyond it all sources begin anew.
-const maxSources = 4096
+// maxParties bounds the memory of a Calm. Beyond it those are forgotten who have
+// broken off least.
+const maxParties = 4096
 
 // NewCalm bears so many at once, and so many in a second.
-func NewCalm(burst int, perSecond float64) *Calm {
-	return &Calm{burst: float64(burst), rate: perSecond, of: map[Source]*patience{}}
+func NewCalm[K comparable](burst int, perSecond float64) *Calm[K] {
+	return &Calm[K]{burst: float64(burst), rate: perSecond, of: map[K]*patience{}}
 }
 
 // Spend takes note of something broken off that costs so much; false when that
 // is too much.
-func (c *Calm) Spend(from Source, cost int) bool {
+func (c *Calm[K]) Spend(who K, cost int) bool {
 	if c == nil {
 		return true
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	p := c.look(from)
+	p := c.look(who)
 	if p == nil {
-		if len(c.of) >= maxSources {
+		if len(c.of) >= maxParties {
 			c.sweep()
 		}
 		p = &patience{left: c.burst, at: time.Now()}
-		c.of[from] = p
+		c.of[who] = p
 	}
 	p.left = max(p.left-float64(cost), 0)
 	p.over = p.over || p.left == 0
 	return !p.over
 }
 
-// Over says that a source has used its patience up. It takes a quarter of it to
+// Over says that a party has used its patience up. It takes a quarter of it to
 // be let in again: else a flood would cost a handshake for every bit of it.
-func (c *Calm) Over(from Source) bool {
+func (c *Calm[K]) Over(who K) bool {
 	if c == nil {
 		return false
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	p := c.look(from)
+	p := c.look(who)
 	return p != nil && p.over
 }
 
-// look finds a source that has not got all of its patience.
-func (c *Calm) look(from Source) *patience {
-	p := c.of[from]
+// look finds a party that has not got all of its patience.
+func (c *Calm[K]) look(who K) *patience {
+	p := c.of[who]
 	if p == nil {
 		return nil
 	}
@@ -183,19 +188,35 @@ func (c *Calm) look(from Source) *patience {
 	p.left, p.at = min(p.left+now.Sub(p.at).Seconds()*c.rate, c.burst), now
 	p.over = p.over && p.left < c.burst/4
 	if p.left == c.burst {
-		delete(c.of, from)
+		delete(c.of, who)
 		return nil
 	}
 	return p
 }
 
-// sweep forgets the sources that have recovered, or all.
-func (c *Calm) sweep() {
-	for from := range c.of {
-		c.look(from)
+// sweep forgets the parties that have recovered. Is there no room then, it also
+// forgets an eighth of them, beginning with who has most patience left: whoever
+// comes from many places to wipe the memory of what he has done at one wipes
+// these places. Who is kept out comes last.
+func (c *Calm[K]) sweep() {
+	for who := range c.of {
+		c.look(who)
 	}
-	if len(c.of) >= maxSources {
-		clear(c.of)
+	if len(c.of) < maxParties {
+		return
+	}
+	worse := func(a, b *patience) int {
+		switch {
+		case a.over != b.over && a.over:
+			return 1
+		case a.over != b.over:
+			return -1
+		}
+		return cmp.Compare(b.left, a.left)
+	}
+	all := slices.SortedFunc(maps.Keys(c.of), func(a, b K) int { return worse(c.of[a], c.of[b]) })
+	for _, who := range all[:maxParties/8] {
+		delete(c.of, who)
 	}
 }
 

@@ -78,7 +78,7 @@ func TestAnteroom(t *testing.T) {
 
 func TestCalm(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		c := NewCalm(100, 100)
+		c := NewCalm[Source](100, 100)
 		from, other := source(t, "192.0.2.1:1"), source(t, "192.0.2.2:1")
 		for range 99 {
 			if !c.Spend(from, 1) {
@@ -100,14 +100,46 @@ func TestCalm(t *testing.T) {
 		if c.Over(from) || c.Over(other) || len(c.of) != 0 {
 			t.Errorf("%d sources are remembered for nothing", len(c.of))
 		}
-		for i := range 3 * maxSources {
+		for i := range 3 * maxParties {
 			c.Spend(Source(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)}), 32)), 1)
 		}
-		if len(c.of) > maxSources {
+		if len(c.of) > maxParties {
 			t.Errorf("%d sources are remembered", len(c.of))
 		}
-		if (*Calm)(nil).Over(from) || !(*Calm)(nil).Spend(from, 1) {
+		if (*Calm[Source])(nil).Over(from) || !(*Calm[Source])(nil).Spend(from, 1) {
 			t.Error("nil bounds something")
+		}
+	})
+}
+
+// Who floods from one place and then shows up at as many others as are
+// remembered is remembered all the same.
+func TestCalmForgetsNoOffender(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := NewCalm[int](100, 1)
+		for who := range 10 {
+			c.Spend(who, 100)
+		}
+		c.Spend(10, 99) // not kept out, and nearly
+		for i := range 4 * maxParties {
+			c.Spend(100+i, 1+i%50)
+		}
+		for who := range 10 {
+			if !c.Over(who) {
+				t.Errorf("%d is let in again", who)
+			}
+		}
+		if c.Spend(10, 1) {
+			t.Error("what another one has broken off is forgotten")
+		}
+		if len(c.of) > maxParties {
+			t.Errorf("%d parties are remembered", len(c.of))
+		}
+		for i := range 2 * maxParties { // nobody but offenders: there is room still
+			c.Spend(-1-i, 100)
+		}
+		if len(c.of) > maxParties || !c.Over(-2*maxParties) {
+			t.Errorf("%d offenders are remembered, the last one: %v", len(c.of), c.Over(-2*maxParties))
 		}
 	})
 }

@@ -1,8 +1,12 @@
 package proxy
 
 import (
+	"errors"
 	"net"
+	"os"
 	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mux"
 	"sallyport/internal/svid"
@@ -59,6 +63,35 @@ func TestFloodOfResetsCostsItsSourceOnly(t *testing.T) {
 	again.say(okRequest)
 	if resp, _ := again.answer("GET"); resp.StatusCode != 200 {
 		t.Errorf("afterwards: %s", resp.Status)
+	}
+}
+
+// What an identity breaks off is not charged to the address that it has in common
+// with others.
+func TestFloodOfResetsCostsItsIdentityOnly(t *testing.T) {
+	r := newParts(t, app(t, hello))
+	r.inbound.calmOf = mux.NewCalm[spiffeid.ID](costHandshake, 0) // one is too much, for ever
+	r.inAddr, r.stopIn = start(t, r.inbound.Run)
+	r.use(r.access)
+	stands := r.dialIn(r.web)
+	stands.say(okRequest)
+	stands.answer("GET")
+	flood := r.dialIn(r.billing)
+	flood.say("GET /")
+	flood.Close()
+	await(t, func() bool { return r.inbound.calmOf.Over(billing) })
+	again := r.dialIn(r.billing)
+	if _, err := again.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("whoever flooded is let in: %v", err)
+	}
+	if n := r.metric(`sallyport_connections_refused_total{reason="resets",reporter="inbound"}`); n != "1" {
+		t.Errorf("%s were refused", n)
+	}
+	for _, w := range []*wire{stands, r.dialIn(r.web)} {
+		w.say(okRequest)
+		if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
+			t.Errorf("a neighbour got %s", resp.Status)
+		}
 	}
 }
 

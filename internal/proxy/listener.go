@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
@@ -36,9 +38,13 @@ type listener struct {
 	inFlight atomic.Int64
 	panics   atomic.Int64
 	bodies   *mux.Budget // of connections of HTTP/2
-	calm     *mux.Calm   // with who breaks off what he has begun; nil bears all
-	costs    int         // of that, for a connection; a call costs 1
-	rests    bool        // whom it bears no more waits a little, and is not closed
+	// calm is with sources that break off what they have begun, calmOf with
+	// identities, which are charged in the place of their source once they are
+	// proved; nil bears all.
+	calm   *mux.Calm[mux.Source]
+	calmOf *mux.Calm[spiffeid.ID]
+	costs  int  // of that, for a connection; a call costs 1
+	rests  bool // whom it bears no more waits a little, and is not closed
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
@@ -370,8 +376,14 @@ func (l *listener) rest(ctx context.Context, c *conn) bool {
 }
 
 // brokenOff takes note of something that the peer has broken off; false when that
-// is too much.
-func (l *listener) brokenOff(c *conn, cost int) bool { return l.calm.Spend(c.from, cost) }
+// is too much. It is charged to whoever is proved to have done it: neighbours at
+// its address have not.
+func (l *listener) brokenOff(c *conn, cost int) bool {
+	if who := c.look().who; who != nil && l.calmOf != nil {
+		return l.calmOf.Spend(who.id, cost)
+	}
+	return l.calm.Spend(c.from, cost)
+}
 
 // fullEvery is how often a listener that is full says so.
 const fullEvery = 10 * time.Second

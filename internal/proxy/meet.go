@@ -154,11 +154,17 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 	}
 	tc, err := in.handshake(ctx, c, remote)
 	if err != nil {
-		in.brokenOff(c, costHandshake)
+		in.calm.Spend(c.from, costHandshake)
 		in.refusedHandshake(c, remote, err)
 		return nil
 	}
 	who := c.who
+	if in.calmOf.Over(who.id) { // only the handshake is its source's doing
+		in.calm.Spend(c.from, costHandshake)
+		in.turnAway(limitResets, "peer", who.src)
+		tc.Close()
+		return nil
+	}
 	if who.share = in.peers.enter(who.id); who.share == nil {
 		in.turnAway(limitPeer, "limit", in.peers.max, "peer", who.src)
 		tc.Close()

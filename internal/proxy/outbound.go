@@ -178,7 +178,7 @@ const askEvery = time.Second
 
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
-	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, calm: mux.NewCalm(ownBurst, ownRate), costs: 1, rests: true}
+	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
 	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
 	return d
