@@ -81,7 +81,7 @@ func TestTunnelCarriesBothWays(t *testing.T) {
 		t.Errorf("%d bytes came, %v", len(got), err)
 	}
 	req := <-asked
-	if req.Method != "CONNECT" || req.Host != "api.stripe.test:443" || req.Header.Get("Traceparent") == "" || len(req.Header) != 1 {
+	if req.Method != "CONNECT" || req.Host != "api.stripe.test:443" || req.Header.Get("Traceparent") == "" || req.Header.Get("Egress-Origin") != "explicit" || len(req.Header) != 2 {
 		t.Errorf("the gateway was asked %s %s %v", req.Method, req.Host, req.Header)
 	}
 }
