@@ -159,7 +159,6 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	}
 	g.Go(func() error { return s.audit.Run(ground) })
 	g.Go(func() error { return daemon.Settle(ground) })
-	g.Go(func() error { return daemon.FitThreads(ground) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error { return s.services.Watch(ground) })

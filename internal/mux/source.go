@@ -225,12 +225,8 @@ func (c *Calm[K]) sweep() {
 // gives its turn away meanwhile. The nil Turns lets everybody.
 type Turns chan struct{}
 
-// processors is how many there are for the process. The runtime may use fewer of
-// them at a time while there is little to do.
-var processors = min(runtime.NumCPU(), runtime.GOMAXPROCS(0))
-
 // NewTurns lets half of the processors be taken.
-func NewTurns() Turns { return make(Turns, max(processors/2, 1)) }
+func NewTurns() Turns { return make(Turns, max(runtime.GOMAXPROCS(0)/2, 1)) }
 
 // Take waits for a turn.
 func (t Turns) Take() {
