@@ -2,6 +2,7 @@ package hop
 
 import (
 	"encoding/binary"
+	"runtime"
 	"sync"
 
 	"sallyport/internal/mux"
@@ -9,12 +10,18 @@ import (
 
 const readBuffer = 32 << 10
 
+// patience is how many bytes are kept for readers until these have had their turn:
+// who reads the connection outruns them all as long as more comes, and what has
+// just been read is still in the processor's cache.
+const patience = 128 << 10
+
 var readPool = sync.Pool{New: func() any { return new([readBuffer]byte) }}
 
 // A reader is what only the goroutine that reads knows.
 type reader struct {
 	stream  *Stream // whose data frame is being read; nil: it is thrown away
 	left    int     // payload bytes of it still to come
+	kept    int     // bytes that nobody was ready to take, see patience
 	end     bool    // it ends its direction
 	greeted bool
 	noise   mux.Bucket
@@ -58,6 +65,10 @@ func (c *Conn) read() error {
 		} else {
 			w = copy(buf, buf[r:w]) // less than a header and a small payload
 			r = 0
+		}
+		if c.in.kept >= patience {
+			c.in.kept = 0
+			runtime.Gosched()
 		}
 		if c.waits != nil && w == 0 {
 			rest()

@@ -249,6 +249,7 @@ func (s *Stream) deliver(p []byte) error {
 	}
 	if len(p) > 0 {
 		s.in.Add(p)
+		s.c.in.kept += len(p)
 	}
 	s.more.Signal()
 	return nil
@@ -266,6 +267,7 @@ func (s *Stream) handTo(h Hand, p []byte) error {
 		s.consumed -= len(p)
 		if s.rerr == nil {
 			s.in.Add(p)
+			s.c.in.kept += len(p)
 			s.more.Signal()
 		}
 	case s.consumed >= s.window/2:

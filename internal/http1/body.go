@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -17,7 +18,43 @@ const (
 	rateWindow = 10 * time.Second // of waiting, for which ChunkedRate counts
 )
 
-var bulkPool = sync.Pool{New: func() any { return new([bulkSize]byte) }}
+var (
+	bulkPool = sync.Pool{New: func() any { return new([bulkSize]byte) }}
+	bulks    atomic.Int32 // how many copyLength has in use
+)
+
+// maxBulks bounds them: 16 MiB. A transfer that finds none left reads less at a
+// time.
+const maxBulks = 256
+
+// A bulk is what a long body is read into.
+type bulk struct{ b []byte }
+
+// hold sees that there is memory.
+func (k *bulk) hold() []byte {
+	switch {
+	case k.b != nil:
+	case bulks.Add(1) <= maxBulks:
+		k.b = bulkPool.Get().(*[bulkSize]byte)[:]
+	default:
+		bulks.Add(-1)
+		k.b = inPool.Get().(*[bufferSize]byte)[:]
+	}
+	return k.b
+}
+
+// rest gives it back.
+func (k *bulk) rest() {
+	switch {
+	case k.b == nil:
+	case len(k.b) == bulkSize:
+		bulks.Add(-1)
+		bulkPool.Put((*[bulkSize]byte)(k.b))
+	default:
+		inPool.Put((*[bufferSize]byte)(k.b))
+	}
+	k.b = nil
+}
 
 // CopyBody writes head and then the body that src is about to deliver to dst,
 // head and first body bytes in one write. in is the framing on src; out is
@@ -59,35 +96,27 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 	if n = k; n == length {
 		return n, nil, nil
 	}
-	var bulk *[bulkSize]byte
-	rest := func() {
-		if bulk != nil {
-			bulkPool.Put(bulk)
-			bulk = nil
-		}
-	}
-	defer rest()
+	var into bulk
+	defer into.rest()
 	room := func() []byte {
-		if bulk == nil {
-			bulk = bulkPool.Get().(*[bulkSize]byte)
-		}
-		return bulk[:min(int64(bulkSize), length-n)]
+		b := into.hold()
+		return b[:min(int64(len(b)), length-n)]
 	}
 	var p pace
 	for drained := k < bufferSize/2; n < length; {
 		drained = drained && src.waits != nil
 		if drained {
-			rest() // nobody knows how long it takes
+			into.rest() // nobody knows how long it takes
 		}
 		got, err := src.readBodyInto(room, drained, &p)
 		if err != nil {
 			return n, err, nil
 		}
-		drained = got < bulkSize
+		drained = got < len(into.b)
 		if n+int64(got) == length {
 			src.ended.Store(true)
 		}
-		if _, writeErr = dst.Write(bulk[:got]); writeErr != nil {
+		if _, writeErr = dst.Write(into.b[:got]); writeErr != nil {
 			return n, nil, writeErr
 		}
 		n += int64(got)

@@ -15,19 +15,19 @@ func TestBuffer(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
 	var b Buffer
 	var in, out []byte
-	for range 2000 {
-		p := make([]byte, rnd.IntN(5000))
+	for range 200 {
+		p := make([]byte, rnd.IntN(50_000))
 		for i := range p {
 			p[i] = byte(rnd.Uint32())
 		}
 		b.Add(p)
 		in = append(in, p...)
-		q := make([]byte, rnd.IntN(6000))
+		q := make([]byte, rnd.IntN(60_000))
 		out = append(out, q[:b.Take(q)]...)
 		if b.Len() != len(in)-len(out) {
 			t.Fatalf("%d bytes are left, want %d", b.Len(), len(in)-len(out))
 		}
-		if b.Len() == 0 && b.b != nil {
+		if b.Len() == 0 && b.first != nil {
 			t.Fatal("an empty buffer holds memory")
 		}
 	}
@@ -35,7 +35,7 @@ func TestBuffer(t *testing.T) {
 		t.Error("other bytes came out")
 	}
 	b.Drop()
-	if b.Len() != 0 || b.b != nil || b.Take(make([]byte, 1)) != 0 {
+	if b.Len() != 0 || b.first != nil || b.Take(make([]byte, 1)) != 0 {
 		t.Error("something is left of what was dropped")
 	}
 }
