@@ -20,6 +20,7 @@ func (s *Snapshot) canonical() {
 	s.Memberships = sorted(s.Memberships, compareMemberships)
 	s.Destinations = sorted(s.Destinations, compareDestinations)
 	slices.SortStableFunc(s.Routes, compareRoutes)
+	slices.SortFunc(s.Shares, compareShares)
 	s.Tokens = s.Tokens.canonical()
 	slices.SortFunc(s.Modes, compareModes)
 }
@@ -145,5 +146,6 @@ func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
 // asks before it acts on a snapshot from the wire or from disk.
 func (s *Snapshot) Validate() error {
 	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Routes: s.Routes, Tokens: s.Tokens, Modes: s.Modes}}
+	v.shares(s.Shares)
 	return v.run().orNil()
 }

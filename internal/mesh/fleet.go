@@ -69,6 +69,9 @@ type Proxy struct {
 	Revoked uint64 `json:"revoked,omitempty"`
 	// Traffic is nil when the proxy says nothing of it. It is immutable.
 	Traffic *Traffic `json:"traffic,omitempty"`
+	// Revision is that of the newest snapshot it has acknowledged, as the issuer
+	// counts that it is connected to.
+	Revision uint64 `json:"-"`
 }
 
 // Authorities are what a proxy acts on while the roots of the trust domain

@@ -262,6 +262,8 @@ type Snapshot struct {
 	Memberships    []Membership         `json:"memberships"`
 	Destinations   []Destination        `json:"destinations"`
 	Routes         []Routes             `json:"routes,omitempty"`
+	// Shares are those of canaries whose rollout was started.
+	Shares []CanaryShare `json:"shares,omitempty"`
 	// Tokens is nil for a proxy that has no token to check.
 	Tokens *Tokens `json:"tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.

@@ -30,14 +30,11 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 		}
 	}
 	for _, svc := range s.Services {
-		target := svc.ID.String()
-		groups := x.of(target)
-		called := slices.ContainsFunc(calls, func(r Rule) bool {
-			return MatchDst(In, r.Dst, target) || groups[r.Dst]
-		})
+		called := x.reached(calls, svc)
 		if called || svc.ID == who {
 			out.Services = append(out.Services, svc)
 			out.Routes = append(out.Routes, s.routesOf(svc.Name)...)
+			out.Shares = append(out.Shares, s.sharesOf(svc.Name)...)
 		}
 		if called {
 			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
@@ -49,6 +46,34 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 	out.canonical()
 	if s.Candidate != nil {
 		out.Candidate = s.Candidate.Project(who)
+	}
+	return out
+}
+
+// reached says whether one of the rules is about calls to a service.
+func (g *groups) reached(rules []Rule, svc Service) bool {
+	target := svc.ID.String()
+	in := g.of(target)
+	return slices.ContainsFunc(rules, func(r Rule) bool { return MatchDst(In, r.Dst, target) || in[r.Dst] })
+}
+
+// Callees are the services that a workload may call at all.
+func (p *Policies) Callees(who spiffeid.ID) (out []ServiceName) {
+	if p == nil || who.IsZero() {
+		return nil
+	}
+	id, x := who.String(), newGroups(p.Memberships)
+	mine := x.of(id)
+	var calls []Rule
+	for _, r := range p.Rules {
+		if r.Dir == In && r.Effect == Allow && (MatchSrc(r.Src, id) || mine[r.Src]) {
+			calls = append(calls, r)
+		}
+	}
+	for _, svc := range p.Services {
+		if x.reached(calls, svc) {
+			out = append(out, svc.Name)
+		}
 	}
 	return out
 }

@@ -98,6 +98,8 @@ type Route struct {
 	Shadows   []Shadow   `json:"shadows,omitempty"`
 	Limit     *RateLimit `json:"limit,omitempty"`
 	Translate *Translate `json:"translate,omitempty"`
+	// Plan moves the calls to one of the backends, step by step.
+	Plan *Plan `json:"rollout,omitempty"`
 	// Audit and Fail are as those of a Service, which they override.
 	Audit  string `json:"audit,omitempty"`
 	Fail   string `json:"fail,omitempty"`

@@ -131,6 +131,26 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"translate: {to: grpc, descriptors: a.binpb}", "does not stand beside"},
 		{"translate: {to: grpc, descriptors: ../services.yaml}", "is no file *.binpb"},
 		{"audit: full", "write it for the service"},
+		{plan("canary: {subset: v2}"), "canary \"billing (v2)\" is none of the backends"},
+		{plan("canary: {}"), "canary is missing"},
+		{plan("canary: {service: ledger}", "steps: []"), "steps are missing"},
+		{plan("canary: {service: ledger}", "steps: [{share: 50%, for: 1m}]"), "the last step has a share of 50%: write 100%"},
+		{plan("canary: {service: ledger}", "steps: [{share: 50%, for: 1m}, {share: 10%, for: 1m}, {share: 100%, for: 1m}]"), "10% after 50%: shares rise"},
+		{plan("canary: {service: ledger}", "steps: [{for: 1m}, {share: 100%, for: 1m}]"), "step 1 has no share"},
+		{plan("canary: {service: ledger}", "steps: [{share: 100%}]"), "for is missing"},
+		{plan("canary: {service: ledger}", "steps: [{share: 100%, for: -1m}]"), "rollout.for: -1m0s is not from"},
+		{plan("canary: {service: ledger}", "steps: [{share: 100%, for: 1m, gate: true}]"), "a gate at the last step"},
+		{plan("canary: {service: ledger}", "judge: {widnow: 1m}"), `did you mean "window"?`},
+		{plan("canary: {service: ledger}", "judge: {window: 1ms}"), "judge.window: 1ms is not from 1s"},
+		{plan("canary: {service: ledger}", "judge: {min_requests: 1}"), "judge.min_requests: 1 is not from 10"},
+		{plan("canary: {service: ledger}", "judge: {errors: 51%}"), "more than 50%"},
+		{plan("canary: {service: ledger}", "judge: {confidence: 50%}"), "is not from 80%"},
+		{plan("canary: {service: ledger}", "judge: {latency: {quantile: 10%}}"), "is not from 50%"},
+		{plan("canary: {service: ledger}", "judge: {latency: {ratio: 0.9}}"), "neither 0 nor from 1.05"},
+		{"backends: [{weight: 0}, {service: ledger}]\n    rollout: {canary: {service: ledger}, steps: [{share: 100%, for: 1m}]}", "no backend but the canary has a weight"},
+		{"backends: [{}, {service: ledger, priority: 1}]\n    rollout: {canary: {service: ledger}, steps: [{share: 100%, for: 1m}]}", "have priorities"},
+		{"respond: {status: 200}\n    rollout: {canary: {service: ledger}, steps: [{share: 100%, for: 1m}]}", "respond answers every call itself"},
+		{"service: db\nroutes: [{name: a, rollout: {canary: {subset: v2}}}]", "the service speaks tcp"},
 	} {
 		yaml := tt.route
 		if !strings.HasPrefix(yaml, "service:") && !strings.HasPrefix(yaml, "host:") && !strings.HasPrefix(yaml, "routes:") {
@@ -321,5 +341,71 @@ func TestTheManualsRoutesParse(t *testing.T) {
 		if _, err := ParseFS(withRoutes(yaml), demoDomain); err != nil {
 			t.Errorf("%v\n%s", err, yaml)
 		}
+	}
+}
+
+// plan is a route to billing and ledger with a rollout of these parts.
+func plan(parts ...string) string {
+	if len(parts) == 1 || !strings.HasPrefix(parts[1], "ste") {
+		parts = append(parts, "steps: [{share: 1%, for: 1m}, {share: 100%, for: 1m}]")
+	}
+	return "backends: [{}, {service: ledger, weight: 0}]\n    rollout: {" + strings.Join(parts, ", ") + "}"
+}
+
+func TestSharesOfRollouts(t *testing.T) {
+	p, err := ParseFS(withRoutes("service: billing\nroutes:\n  - name: a\n    "+plan("canary: {service: ledger}")), demoDomain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, ok := p.PlanOf("billing", "b"); ok {
+		t.Error("a route that is not there has a plan")
+	}
+	got, hash, ok := p.PlanOf("billing", "a")
+	if !ok || got.Canary.Service != "ledger" || len(got.Steps) != 2 {
+		t.Fatalf("%+v %t", got, ok)
+	}
+	snap, err := Compile(p, 1, 1, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := snap.ContentHash()
+	snap.Shares = []CanaryShare{{Service: "billing", Route: "a", Share: 50, Watch: true}}
+	if snap.ContentHash() == before {
+		t.Error("a share changes nothing of the hash")
+	}
+	web := spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/web")
+	sent, err := DecodeSnapshot(snap.Project(web).Encode())
+	if err != nil || sent.Validate() != nil {
+		t.Fatalf("%v %v", err, sent.Validate())
+	}
+	if s, ok := sent.ShareOf("billing", "a"); !ok || s.Share != 50 {
+		t.Errorf("%+v %t", s, ok)
+	}
+	if s, ok := snap.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/ledger")).ShareOf("billing", "a"); ok {
+		t.Errorf("whoever calls nobody is told %+v", s)
+	}
+	if got := fmt.Sprint(p.Callees(web)); got != "[billing]" {
+		t.Errorf("web calls %s", got)
+	}
+	for name, shares := range map[string][]CanaryShare{
+		"of no route":           {{Service: "billing", Route: "b"}},
+		"of no service":         {{Route: "a"}},
+		"twice":                 {{Service: "billing", Route: "a"}, {Service: "billing", Route: "a"}},
+		"more than there is":    {{Service: "billing", Route: "a", Share: Whole + 1}},
+		"of a route without it": {{Service: "ledger", Route: "a"}},
+	} {
+		snap.Shares = shares
+		if snap.Validate() == nil {
+			t.Errorf("a share %s is taken", name)
+		}
+	}
+	// An edit of what a rollout goes by is another plan, one of its file is not.
+	p.Routes[0].Routes[0].Origin.Line++
+	if _, again, _ := p.PlanOf("billing", "a"); again != hash {
+		t.Error("the place in the file is part of the plan")
+	}
+	p.Routes[0].Routes[0].Backends[0].Weight++
+	if _, again, _ := p.PlanOf("billing", "a"); again == hash {
+		t.Error("the weights are no part of the plan")
 	}
 }

@@ -179,6 +179,7 @@ func (c *routeChecker) route(r *Route) {
 		c.say("", "backends, redirect and respond are more than one: a call has one end")
 	}
 	c.backends(r)
+	c.plan(r)
 	if r.Redirect != nil {
 		c.redirect(r)
 	}
@@ -213,7 +214,7 @@ func (c *routeChecker) fits(r *Route) {
 	parts := []part{
 		{"sticky", r.Sticky != nil}, {"rewrite", r.Rewrite.set()}, {"timeouts", r.Timeouts != Timeouts{}},
 		{"retry", r.Retry != nil}, {"hedge", r.Hedge != nil}, {"faults", len(r.Faults) > 0},
-		{"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil},
+		{"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil}, {"rollout", r.Plan != nil},
 	}
 	what := ""
 	switch {
@@ -221,7 +222,7 @@ func (c *routeChecker) fits(r *Route) {
 		what = "the service speaks tcp, whose bytes nobody reads"
 		parts = []part{
 			{"redirect", r.Redirect != nil}, {"respond", r.Respond != nil}, {"rewrite", r.Rewrite.set()}, {"answer", r.Answer.set()}, {"cors", r.CORS != nil},
-			{"hedge", r.Hedge != nil}, {"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil},
+			{"hedge", r.Hedge != nil}, {"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil}, {"rollout", r.Plan != nil},
 		}
 	case r.Redirect != nil:
 		what = "redirect answers every call itself"
