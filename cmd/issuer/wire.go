@@ -27,6 +27,7 @@ import (
 	"sallyport/internal/mesh"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
+	"sallyport/internal/rollout"
 	"sallyport/internal/sink"
 	"sallyport/internal/store"
 	"sallyport/internal/telemetry"
@@ -46,6 +47,7 @@ type issuer struct {
 	ca       *ca.CA
 	registry *registry.Registry
 	server   *control.Server
+	rollouts *rollout.Conductor
 	received *received
 	witness  *witness
 	sinks    []*sink.Sink
@@ -116,6 +118,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.witness.Run(run) })
 	g.Go(func() error { return in.ca.Run(run) })
 	g.Go(func() error { return in.registry.Run(run) })
+	g.Go(func() error { return in.rollouts.Run(run) })
 	g.Go(func() error { return in.server.Serve(run, ln) })
 	g.Go(func() error { return in.follower.Run(run) })
 	g.Go(func() error { return in.followFederation(run) })
@@ -200,13 +203,16 @@ func (in *issuer) open(ctx context.Context) error {
 		return err
 	}
 	in.received.signed = in.witness.signed
+	if err := in.openRollouts(); err != nil {
+		return err
+	}
 	auth := &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
 		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
 		Witness: in.witness, Explain: in.why,
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, Endpoints: cfg.Endpoints.Allow, OnAnnounce: in.recordAnnounced, OnToken: in.recordToken, Log: in.log,
-		Keeper: in.registry, Policies: in.policyKeeper(), SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
+		Keeper: in.registry, Policies: in.policyKeeper(), Rollouts: deliveries{in.rollouts}, SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
 	})
 	return err

@@ -31,6 +31,14 @@ func (s *sidecar) changed(t upstream.Trouble) {
 	}
 }
 
+// samples are the calls of rollouts that the issuer judges.
+func (s *sidecar) samples() []mesh.Sample {
+	if out := s.outbound.Load(); out != nil {
+		return out.Samples()
+	}
+	return nil
+}
+
 // troubles are what this proxy holds against services now.
 func (s *sidecar) troubles() []upstream.Trouble {
 	return append(s.services.Troubles(), s.streams.Troubles()...)

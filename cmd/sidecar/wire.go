@@ -280,7 +280,7 @@ func (s *sidecar) open() (err error) {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: s.audit.Append, Identity: cfg.Workload.Identity, Inbound: s.advertised(), Labels: cfg.Workload.Labels, Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
-		Audit: path, Edges: s.edges, Metrics: s.metrics, Ready: s.ready, Log: s.log, Steering: s.steering(),
+		Audit: path, Edges: s.edges, Samples: s.samples, Metrics: s.metrics, Ready: s.ready, Log: s.log, Steering: s.steering(),
 	})
 	if err != nil {
 		return err

@@ -118,6 +118,9 @@ type Config struct {
 	Tree *audit.Tree
 	// Edges are reported to the issuer. Required.
 	Edges *telemetry.Edges
+	// Samples are the calls of rollouts that were counted since it was last asked,
+	// for the issuer. Default: none are.
+	Samples func() []mesh.Sample
 	// Metrics and Ready say how things are. Required.
 	Metrics *telemetry.Registry
 	Ready   *daemon.Ready
@@ -429,6 +432,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	g.Go(func() error { return a.upload(ctx) })
 	g.Go(func() error { return a.cosign(ctx) })
 	g.Go(func() error { return a.reportEdges(ctx) })
+	if a.cfg.Samples != nil {
+		g.Go(func() error { return a.reportSamples(ctx) })
+	}
 	return g.Wait()
 }
 

@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/audit"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
@@ -371,6 +373,34 @@ func (a *Agent) upload(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// samplesEvery is how often the issuer is told of the calls of rollouts: a canary
+// that does badly goes back soon after.
+const samplesEvery = time.Second
+
+// reportSamples tells the issuer of the calls of rollouts. What it may have heard
+// is not told again, nor what was counted while it was away: a verdict is by the
+// calls of one stretch of time, and both sides miss the same.
+func (a *Agent) reportSamples(ctx context.Context) error {
+	for wait(ctx, samplesEvery) {
+		list := a.cfg.Samples()
+		self, err := a.Self()
+		if len(list) == 0 || err != nil {
+			continue
+		}
+		if err := a.tellSamples(ctx, self.ID, list); err != nil && ctx.Err() == nil {
+			a.noticed(err)
+			a.cfg.Log.Warn("calls of a rollout not reported", "err", err)
+		}
+	}
+	return nil
+}
+
+func (a *Agent) tellSamples(ctx context.Context, workload spiffeid.ID, list []mesh.Sample) error {
+	ctx, cancel := context.WithTimeout(ctx, reportTimeout)
+	defer cancel()
+	return a.client.ReportSamples(ctx, workload, list)
 }
 
 // reportTimeout bounds one report.

@@ -237,10 +237,11 @@ func (p *pins) follows(n setName) error {
 	return nil
 }
 
-// at is the snapshot that the set says, with the endpoints of s.
+// at is the snapshot that the set says, with the endpoints of s and the shares of
+// canaries. Those are of rollouts that the set has: Validate refuses others.
 func (p *pins) at(v *vouched, s *mesh.Snapshot) *mesh.Snapshot {
 	with := *v.own
-	with.Revision, with.Endpoints = s.Revision, s.Endpoints
+	with.Revision, with.Endpoints, with.Shares = s.Revision, s.Endpoints, s.Shares
 	return p.project(&with, v.who)
 }
 
@@ -450,7 +451,7 @@ func difference(own, sent *mesh.Snapshot) string {
 	}{
 		{"services", own.Services, sent.Services}, {"groups", own.Memberships, sent.Memberships},
 		{"destinations", own.Destinations, sent.Destinations}, {"routes", own.Routes, sent.Routes}, {"token issuers and API keys", own.Tokens, sent.Tokens},
-		{"modes", own.Modes, sent.Modes}, {"endpoints", own.Endpoints, sent.Endpoints}, {"trust domain", own.TrustDomain, sent.TrustDomain},
+		{"modes", own.Modes, sent.Modes}, {"endpoints", own.Endpoints, sent.Endpoints}, {"shares", own.Shares, sent.Shares}, {"trust domain", own.TrustDomain, sent.TrustDomain},
 	} {
 		if !same(part.own, part.sent) {
 			return "other " + part.name

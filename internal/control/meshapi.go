@@ -366,7 +366,7 @@ func (sub *subscription) answer(m *meshpb.SubscribeRequest) error {
 		return refuse(codes.InvalidArgument, "revision %d was never sent", revision)
 	case ack != nil:
 		// A proxy may hold more than an issuer that was set back has.
-		sub.proxy.State, sub.proxy.Reason = "", ""
+		sub.proxy.State, sub.proxy.Reason, sub.proxy.Revision = "", "", revision
 		sub.proxy.PolicyRevision = min(ack.GetPolicyRevision(), sub.sentPolicy)
 		sub.proxy.Verified = ack.GetVerified()
 		sub.tried(ack)

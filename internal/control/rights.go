@@ -110,11 +110,12 @@ var rights = map[string]right{
 	localauthorityv1.LocalAuthority_TaintWITAuthority_FullMethodName:           toOperators,
 	localauthorityv1.LocalAuthority_RevokeWITAuthority_FullMethodName:          toOperators,
 
-	meshpb.Mesh_Subscribe_FullMethodName:   toAgents,
-	meshpb.Mesh_UploadAudit_FullMethodName: toAgents,
-	meshpb.Mesh_ReportEdges_FullMethodName: toAgents,
-	meshpb.Mesh_Cosign_FullMethodName:      toAgents,
-	meshpb.Mesh_FetchSet_FullMethodName:    toAgents,
+	meshpb.Mesh_Subscribe_FullMethodName:     toAgents,
+	meshpb.Mesh_UploadAudit_FullMethodName:   toAgents,
+	meshpb.Mesh_ReportEdges_FullMethodName:   toAgents,
+	meshpb.Mesh_ReportSamples_FullMethodName: toAgents,
+	meshpb.Mesh_Cosign_FullMethodName:        toAgents,
+	meshpb.Mesh_FetchSet_FullMethodName:      toAgents,
 
 	meshpb.Admin_CreateJoinToken_FullMethodName: toLocal,
 	meshpb.Admin_Status_FullMethodName:          toLocal | toNamed,
@@ -130,6 +131,8 @@ var rights = map[string]right{
 	meshpb.Admin_PushPolicy_FullMethodName:      toLocal | toNamed,
 	meshpb.Admin_MovePolicy_FullMethodName:      toLocal | toNamed,
 	meshpb.Admin_PolicySet_FullMethodName:       toLocal | toNamed,
+	meshpb.Admin_Rollouts_FullMethodName:        toLocal | toNamed,
+	meshpb.Admin_MoveRollout_FullMethodName:     toLocal | toNamed,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,

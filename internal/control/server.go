@@ -193,6 +193,8 @@ type ServerConfig struct {
 	Keeper Keeper
 	// Policies takes policies that are pushed. Default: such calls are refused.
 	Policies PolicyKeeper
+	// Rollouts looks after the rollouts of routes. Default: there are none.
+	Rollouts RolloutKeeper
 	// SetFile gives out a signed set by its hash, mesh.ErrNotFound when it is none
 	// of the last in force. The Server does not change it. Default: none is.
 	SetFile func(hash string) ([]byte, error)

@@ -489,7 +489,9 @@ func (x *call) settle(res http1.Result) {
 	x.res = res
 	x.tries.cut.disarm()
 	x.unbind()
-	x.up.Report(x.outcomeOf(), x.tries.began, x.tries.after)
+	o := x.outcomeOf()
+	x.sample(o, x.tries.began)
+	x.up.Report(o, x.tries.began, x.tries.after)
 	x.finish(x.up)
 	x.way[:len(x.way)-1].leave(x)
 	x.settled = true

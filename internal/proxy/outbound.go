@@ -90,8 +90,9 @@ type Outbound struct {
 	self string
 	kept atomic.Pointer[[2]*policy]
 	// faults and quotas are those of the policy in force.
-	faults faults
-	quotas quotas
+	faults  faults
+	quotas  quotas
+	samples samples
 
 	mu    sync.Mutex // guards doors
 	doors []*door    // those that are served
@@ -271,6 +272,8 @@ type target struct {
 	// the endpoints to.
 	route  *route.Route
 	subset string
+	// side counts the calls to the backend, nil when nobody asks.
+	side *side
 }
 
 // route finds the service that is meant, or sees that the call leads out.

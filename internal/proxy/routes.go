@@ -27,6 +27,8 @@ type policy struct {
 	plans  []*plan
 	faults [][]*fault
 	quotas []*quota
+	// sides are of backends, by their IDs; nil when no rollout is under way.
+	sides []*side
 	// broken is why the routes mean nothing; no call is then made.
 	broken error
 }
@@ -55,6 +57,7 @@ func (o *Outbound) keep(p *policy) *policy {
 	now := time.Now()
 	o.faults.use(now, p)
 	o.quotas.use(now, p)
+	o.samples.use(p)
 	before := (*policy)(nil)
 	if kept := o.kept.Load(); kept != nil {
 		before = kept[0]
@@ -246,6 +249,9 @@ func (d *door) follow(x *call, ch *route.Choice) *refusal {
 	}
 	if b != nil {
 		x.routed.subset = b.Subset
+		if p.sides != nil {
+			x.routed.side = p.sides[b.ID]
+		}
 		if w.name != x.known.name {
 			x.ex.ToUp.Authority = w.host
 		}

@@ -80,9 +80,11 @@ type tries struct {
 	outcome upstream.Outcome
 	after   time.Duration
 	dropped bool
-	fault   *fault // that it meets
-	judged  bool   // outcome is of the whole answer
-	late    bool   // it was ended since it was due
+	fault   *fault    // that it meets
+	judged  bool      // outcome is of the whole answer
+	late    bool      // it was ended since it was due
+	sent    time.Time // when it began, if its time is counted
+	denied  bool      // a policy does not let it through
 	cut     cutter
 }
 
@@ -207,7 +209,10 @@ func (x *call) try(up *upstream.Conn) {
 	}
 	x.ex.ToUp.Extra = x.extra
 	t.began, t.outcome, t.after, t.dropped = time.Time{}, upstream.OK, 0, false
-	t.judged = false
+	t.judged, t.denied = false, false
+	if x.to.side != nil {
+		t.sent = time.Now()
+	}
 	if t.fault != nil {
 		x.through(t.fault, up, due)
 		return
@@ -257,6 +262,7 @@ func (d *door) accept(x *call) bool {
 		x.ex.Settle = nil
 	}
 	if t.outcome <= upstream.OK {
+		t.denied = x.to.side != nil && len(resp.Get("sallyport-decision")) > 0
 		return true
 	}
 	t.after = retryAfter(resp.Get("retry-after"))
@@ -372,6 +378,9 @@ func (x *call) pause() bool {
 // unlent says how to answer a call that got no connection.
 func (x *call) unlent(err error) *refusal {
 	x.err = err
+	if !errors.Is(err, upstream.ErrOpen) && !errors.Is(err, upstream.ErrFull) { // which are of the service as a whole
+		x.sample(upstream.Failed, time.Now())
+	}
 	switch t := &x.tries; {
 	case errors.Is(err, upstream.ErrOpen):
 		return &refusal{status: 503, reason: "circuit_open", detail: "the service keeps failing and is left alone for a while"}
@@ -400,6 +409,7 @@ func timedOut(err error) bool { return http1.StatusOf(err) == 504 }
 // report tells what became of a try. A fault that answers in the endpoint's place
 // says nothing of the endpoint.
 func (x *call) report(up *upstream.Conn, o upstream.Outcome, at time.Time) {
+	x.sample(o, at)
 	if f := x.tries.fault; f != nil && !f.real() {
 		up.ReportService(o, at, x.tries.after)
 		return

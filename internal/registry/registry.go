@@ -124,6 +124,8 @@ type Registry struct {
 	stops   atomic.Pointer[mesh.FaultStops]
 	// issuers is how many are alive.
 	issuers atomic.Int32
+	// deliveries are the rollouts of routes. It is replaced under mu.
+	deliveries atomic.Pointer[map[deliveryKey]delivery]
 
 	// seen is the revision up to which the changes of other issuers are known,
 	// lease says to them that this one is alive. After Load, only follow and
@@ -201,7 +203,7 @@ func (r *Registry) Load(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := errors.Join(r.loadKeys(ctx), r.loadFederations(ctx)); err != nil {
+	if err := errors.Join(r.loadKeys(ctx), r.loadFederations(ctx), r.loadDeliveries(ctx)); err != nil {
 		return err
 	}
 	ro, err := r.loadRollout(ctx, nil)
@@ -268,6 +270,7 @@ func (r *Registry) snapshotOf(acc *accepted, s *state) *mesh.Snapshot {
 	if acc.file != nil {
 		snap.PolicySet = acc.Set
 	}
+	snap.Shares = r.shares(acc.Policies)
 	return snap
 }
 
@@ -295,6 +298,7 @@ func (r *Registry) register(acc *accepted) *state {
 func (r *Registry) publish(next *state, rev int64) {
 	next.snapshot.Revision = max(uint64(rev), r.state.Load().newest()+1)
 	next.rollout = next.rollout.numbered(next.snapshot.Revision)
+	r.numberShares(next.snapshot.Revision)
 	r.keepFile(next.accepted)
 	r.raise(next.accepted)
 	if next.rollout.serves() {

@@ -145,7 +145,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	all := len(list) == 0
-	policies, entries, keys, federations, reports, revocations, stops := all, all, all, all, all, all, all
+	policies, entries, keys, federations, reports, revocations, stops, routes := all, all, all, all, all, all, all, all
 	endpoints := make(map[mesh.Endpoint]int64)
 	var agents []string
 	for _, c := range list {
@@ -158,6 +158,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 			stops = stops || r.FaultStops().Revision < uint64(c.Revision)
 		case store.KindPolicy, store.KindRollout:
 			policies = policies || r.state.Load().older(c)
+			routes = routes || c.Kind == store.KindRollout && r.ofRoute(c)
 		case store.KindEndpoint:
 			e, err := parseKey(c.Key)
 			if err != nil {
@@ -212,7 +213,7 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 	if err := r.followAgents(ctx, agents); err != nil {
 		return err
 	}
-	if err := r.reload(ctx, keys, federations, stops); err != nil {
+	if err := r.reload(ctx, keys, federations, stops, routes); err != nil {
 		return err
 	}
 	if all || len(endpoints) > manyKeys {
@@ -222,7 +223,12 @@ func (r *Registry) applyChanges(ctx context.Context, list []store.Change) error 
 }
 
 // reload reads again what of these changed. mu is held.
-func (r *Registry) reload(ctx context.Context, keys, federations, stops bool) error {
+func (r *Registry) reload(ctx context.Context, keys, federations, stops, routes bool) error {
+	if routes {
+		if err := r.loadDeliveries(ctx); err != nil {
+			return err
+		}
+	}
 	if stops {
 		if err := r.loadFaultStops(ctx); err != nil {
 			return err
@@ -438,6 +444,7 @@ func differs(old, p proxy) bool {
 	if p.LastSeen.Sub(old.LastSeen) < time.Minute {
 		p.LastSeen = old.LastSeen
 	}
+	p.Revision = old.Revision
 	return old != p
 }
 

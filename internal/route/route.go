@@ -95,6 +95,9 @@ type Route struct {
 	Faults  []Fault
 	Shadows []Shadow
 
+	// Watched says that the calls of its canary and of the others are counted.
+	Watched bool
+
 	// levels are the backends that have a weight by their priority, the first
 	// to be chosen from first.
 	levels [][]Backend
@@ -109,6 +112,8 @@ type Backend struct {
 	// Index is the place among the backends of the route, ID the number among
 	// the routes and backends of the Table.
 	Index, ID int
+	// Canary says that it is that of a rollout.
+	Canary bool
 
 	seed   uint64
 	weight float64
@@ -152,11 +157,11 @@ func Compile(snap *mesh.Snapshot, opt Options) (*Table, error) {
 	if len(snap.Routes) == 0 {
 		return t, nil
 	}
-	checked := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Routes: snap.Routes}
+	checked := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Routes: snap.Routes, Shares: snap.Shares}
 	if err := checked.Validate(); err != nil {
 		return nil, fmt.Errorf("routes: %w", err)
 	}
-	c := compiler{opt: opt, members: membersOf(snap.Memberships)}
+	c := compiler{opt: opt, members: membersOf(snap.Memberships), snap: snap}
 	for i := range snap.Routes {
 		f := &snap.Routes[i]
 		s, err := c.set(f)
@@ -172,6 +177,17 @@ func Compile(snap *mesh.Snapshot, opt Options) (*Table, error) {
 // Size is how many routes and backends there are: their IDs are below it, so that
 // what is kept for each can stand in a slice.
 func (t *Table) Size() int { return t.size }
+
+// Each are the backends of the route that have a weight.
+func (r *Route) Each(yield func(*Backend) bool) {
+	for _, level := range r.levels {
+		for i := range level {
+			if !yield(&level[i]) {
+				return
+			}
+		}
+	}
+}
 
 // All are the sets of the Table, in no order.
 func (t *Table) All(yield func(*Set) bool) {
@@ -274,6 +290,7 @@ func (e *entry) matchesPath(path []byte) bool {
 type compiler struct {
 	opt     Options
 	members map[string][]string
+	snap    *mesh.Snapshot
 	size    int
 }
 
@@ -398,12 +415,13 @@ func (c *compiler) route(f *mesh.Routes, r *mesh.Route) (*Route, error) {
 	if len(backends) == 0 {
 		backends = []mesh.Backend{{Weight: 1}}
 	}
+	weights := c.weights(f, out, backends)
 	byPriority := map[uint8][]Backend{}
 	for i, b := range backends {
-		if b.Weight == 0 {
+		if weights[i] == 0 {
 			continue
 		}
-		k := Backend{Backend: b, Name: cmp.Or(b.Address, string(b.Service), string(f.Service), f.Host), Index: i, ID: c.id(), weight: float64(b.Weight)}
+		k := Backend{Backend: b, Name: cmp.Or(b.Address, string(b.Service), string(f.Service), f.Host), Index: i, ID: c.id(), Canary: r.IsCanary(f.Service, i), weight: weights[i]}
 		k.seed = hash(out.salt, []byte(k.Name+" "+b.Subset))
 		byPriority[b.Priority] = append(byPriority[b.Priority], k)
 	}
@@ -427,4 +445,36 @@ func (c *compiler) route(f *mesh.Routes, r *mesh.Route) (*Route, error) {
 		out.Shadows = append(out.Shadows, Shadow{&r.Shadows[i], d})
 	}
 	return out, nil
+}
+
+// weights are those of the backends. While a rollout says the share of the
+// canary, those of the others stay as they are, so that no caller moves between
+// them, and that of the canary follows from the share.
+func (c *compiler) weights(f *mesh.Routes, r *Route, backends []mesh.Backend) []float64 {
+	w, rest := make([]float64, len(backends)), 0.0
+	for i, b := range backends {
+		w[i] = float64(b.Weight)
+		if !r.IsCanary(f.Service, i) {
+			rest += w[i]
+		}
+	}
+	if r.Plan == nil {
+		return w
+	}
+	s, started := c.snap.ShareOf(f.Service, r.Name)
+	if !started {
+		return w
+	}
+	r.Watched = s.Watch
+	for i := range backends {
+		switch canary := r.IsCanary(f.Service, i); {
+		case s.Share == mesh.Whole && canary:
+			w[i] = 1
+		case s.Share == mesh.Whole:
+			w[i] = 0
+		case canary:
+			w[i] = rest * float64(s.Share) / float64(mesh.Whole-s.Share)
+		}
+	}
+	return w
 }

@@ -25,6 +25,14 @@ func (r *Registry) PolicyRejected() *Counter {
 	return r.rejected
 }
 
+// DeliverySteps counts what was done to rollouts of routes.
+func (r *Registry) DeliverySteps(step string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.delivered.get(labels{step})
+}
+
 // RolloutSteps counts what was done to policies that a canary group tries.
 func (r *Registry) RolloutSteps(step string) *Counter {
 	if r == nil {

@@ -163,6 +163,7 @@ type Registry struct {
 	sinkLags  *lags
 	messages  *family[*Counter]
 	rollouts  *family[*Counter]
+	delivered *family[*Counter]
 	retries   *family[*Counter]
 	ejections *family[*Counter]
 	cutOff    *family[*Gauge]
@@ -214,6 +215,7 @@ func NewRegistry() *Registry {
 	r.askedUp = counters(r, 1, "sallyport_ca_upstream_requests_total", "Questions to the upstream authority of the CA, by result.", "result")
 	r.messages = counters(r, 0, "sallyport_issuer_messages_total", "Messages that reached the issuer over mutual TLS, by method: one of a plain call, each of a stream.", "method")
 	r.lookups = counters(r, 1, "sallyport_federation_fetches_total", "Looks at the bundle endpoints of other trust domains, by result.", "result", "trust_domain")
+	r.delivered = counters(r, 1, "sallyport_rollout_steps_total", "Steps of rollouts of routes: start, advance, gate, pause, promote, complete, stall, roll_back, abort, supersede.", "step")
 	r.rollouts = counters(r, 1, "sallyport_policy_rollout_steps_total", "Steps of policies that a canary group tries: try, promote, take_back, hold.", "step")
 	r.retries = counters(r, 1, "sallyport_retries_total", "Further tries of calls: sent, or withheld since the budget was spent.", "result", "dst")
 	r.ejections = counters(r, 0, "sallyport_ejections_total", "Endpoints that were put aside for what they did, by service.", "dst")

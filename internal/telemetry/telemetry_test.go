@@ -48,6 +48,7 @@ func use(r *Registry) {
 	down.Add(6)
 	r.Reloads("policy", "ok").Inc()
 	r.RolloutSteps("take_back").Inc()
+	r.DeliverySteps("roll_back").Inc()
 	r.Rotations("ok").Inc()
 	r.FederationFetches("other.example", "ok").Inc()
 	r.TokenKeyFetches("https://ci.example", "ok").Inc()
@@ -79,6 +80,7 @@ func TestMetricsAreNamedAndCounted(t *testing.T) {
 		`sallyport_egress_bytes_total{direction="up",dst="api.stripe.test",src="billing"} 5`,
 		`sallyport_egress_bytes_total{direction="down",dst="api.stripe.test",src="billing"} 6`,
 		`sallyport_policy_rollout_steps_total{step="take_back"} 1`,
+		`sallyport_rollout_steps_total{step="roll_back"} 1`,
 		`sallyport_reloads_total{result="ok",what="policy"} 1`,
 		`sallyport_svid_rotations_total{result="ok"} 1`,
 		`sallyport_federation_fetches_total{result="ok",trust_domain="other.example"} 1`,

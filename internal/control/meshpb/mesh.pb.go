@@ -1557,6 +1557,182 @@ func (*EdgeAck) Descriptor() ([]byte, []int) {
 	return file_mesh_proto_rawDescGZIP(), []int{20}
 }
 
+type SampleReport struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE ID of the workload whose proxy has made the calls.
+	Workload      string    `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	Samples       []*Sample `protobuf:"bytes,2,rep,name=samples,proto3" json:"samples,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SampleReport) Reset() {
+	*x = SampleReport{}
+	mi := &file_mesh_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SampleReport) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SampleReport) ProtoMessage() {}
+
+func (x *SampleReport) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SampleReport.ProtoReflect.Descriptor instead.
+func (*SampleReport) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SampleReport) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *SampleReport) GetSamples() []*Sample {
+	if x != nil {
+		return x.Samples
+	}
+	return nil
+}
+
+// Sample counts tries since the last report.
+type Sample struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Service string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Route   string                 `protobuf:"bytes,2,opt,name=route,proto3" json:"route,omitempty"`
+	// To the canary; otherwise to all other backends together.
+	Canary bool   `protobuf:"varint,3,opt,name=canary,proto3" json:"canary,omitempty"`
+	Calls  uint64 `protobuf:"varint,4,opt,name=calls,proto3" json:"calls,omitempty"`
+	Failed uint64 `protobuf:"varint,5,opt,name=failed,proto3" json:"failed,omitempty"`
+	// How long those took that did not fail, as mesh.Histogram counts.
+	Took          []uint32 `protobuf:"varint,6,rep,packed,name=took,proto3" json:"took,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Sample) Reset() {
+	*x = Sample{}
+	mi := &file_mesh_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Sample) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Sample) ProtoMessage() {}
+
+func (x *Sample) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Sample.ProtoReflect.Descriptor instead.
+func (*Sample) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *Sample) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *Sample) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *Sample) GetCanary() bool {
+	if x != nil {
+		return x.Canary
+	}
+	return false
+}
+
+func (x *Sample) GetCalls() uint64 {
+	if x != nil {
+		return x.Calls
+	}
+	return 0
+}
+
+func (x *Sample) GetFailed() uint64 {
+	if x != nil {
+		return x.Failed
+	}
+	return 0
+}
+
+func (x *Sample) GetTook() []uint32 {
+	if x != nil {
+		return x.Took
+	}
+	return nil
+}
+
+type SampleAck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SampleAck) Reset() {
+	*x = SampleAck{}
+	mi := &file_mesh_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SampleAck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SampleAck) ProtoMessage() {}
+
+func (x *SampleAck) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SampleAck.ProtoReflect.Descriptor instead.
+func (*SampleAck) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{23}
+}
+
 // Refusal is the detail of a status: a reason from a closed set, so that the
 // other end need not read sentences.
 type Refusal struct {
@@ -1568,7 +1744,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1580,7 +1756,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1593,7 +1769,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{21}
+	return file_mesh_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Refusal) GetReason() string {
@@ -1614,7 +1790,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1626,7 +1802,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1639,7 +1815,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{22}
+	return file_mesh_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateJoinTokenRequest) GetAgentName() string {
@@ -1667,7 +1843,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1855,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1868,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{23}
+	return file_mesh_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -1724,7 +1900,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1736,7 +1912,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1749,7 +1925,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{24}
+	return file_mesh_proto_rawDescGZIP(), []int{27}
 }
 
 type StatusResponse struct {
@@ -1772,7 +1948,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1784,7 +1960,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1797,7 +1973,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{25}
+	return file_mesh_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -1871,7 +2047,7 @@ type ProxiesRequest struct {
 
 func (x *ProxiesRequest) Reset() {
 	*x = ProxiesRequest{}
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1883,7 +2059,7 @@ func (x *ProxiesRequest) String() string {
 func (*ProxiesRequest) ProtoMessage() {}
 
 func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1896,7 +2072,7 @@ func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesRequest.ProtoReflect.Descriptor instead.
 func (*ProxiesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{26}
+	return file_mesh_proto_rawDescGZIP(), []int{29}
 }
 
 type ProxiesResponse struct {
@@ -1908,7 +2084,7 @@ type ProxiesResponse struct {
 
 func (x *ProxiesResponse) Reset() {
 	*x = ProxiesResponse{}
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1920,7 +2096,7 @@ func (x *ProxiesResponse) String() string {
 func (*ProxiesResponse) ProtoMessage() {}
 
 func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1933,7 +2109,7 @@ func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesResponse.ProtoReflect.Descriptor instead.
 func (*ProxiesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{27}
+	return file_mesh_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ProxiesResponse) GetProxies() []*Proxy {
@@ -1974,7 +2150,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1986,7 +2162,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1999,7 +2175,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{28}
+	return file_mesh_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Proxy) GetAgent() string {
@@ -2129,7 +2305,7 @@ type EdgesRequest struct {
 
 func (x *EdgesRequest) Reset() {
 	*x = EdgesRequest{}
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2141,7 +2317,7 @@ func (x *EdgesRequest) String() string {
 func (*EdgesRequest) ProtoMessage() {}
 
 func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2154,7 +2330,7 @@ func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesRequest.ProtoReflect.Descriptor instead.
 func (*EdgesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{29}
+	return file_mesh_proto_rawDescGZIP(), []int{32}
 }
 
 type EdgesResponse struct {
@@ -2166,7 +2342,7 @@ type EdgesResponse struct {
 
 func (x *EdgesResponse) Reset() {
 	*x = EdgesResponse{}
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2354,7 @@ func (x *EdgesResponse) String() string {
 func (*EdgesResponse) ProtoMessage() {}
 
 func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2367,7 @@ func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesResponse.ProtoReflect.Descriptor instead.
 func (*EdgesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{30}
+	return file_mesh_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *EdgesResponse) GetEdges() []*Edge {
@@ -2209,7 +2385,7 @@ type AuditHeadsRequest struct {
 
 func (x *AuditHeadsRequest) Reset() {
 	*x = AuditHeadsRequest{}
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2221,7 +2397,7 @@ func (x *AuditHeadsRequest) String() string {
 func (*AuditHeadsRequest) ProtoMessage() {}
 
 func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2234,7 +2410,7 @@ func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsRequest.ProtoReflect.Descriptor instead.
 func (*AuditHeadsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{31}
+	return file_mesh_proto_rawDescGZIP(), []int{34}
 }
 
 type AuditHeadsResponse struct {
@@ -2249,7 +2425,7 @@ type AuditHeadsResponse struct {
 
 func (x *AuditHeadsResponse) Reset() {
 	*x = AuditHeadsResponse{}
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2261,7 +2437,7 @@ func (x *AuditHeadsResponse) String() string {
 func (*AuditHeadsResponse) ProtoMessage() {}
 
 func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2274,7 +2450,7 @@ func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsResponse.ProtoReflect.Descriptor instead.
 func (*AuditHeadsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{32}
+	return file_mesh_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *AuditHeadsResponse) GetWitnesses() []string {
@@ -2299,7 +2475,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2487,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2500,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{33}
+	return file_mesh_proto_rawDescGZIP(), []int{36}
 }
 
 type MoveRootsRequest struct {
@@ -2341,7 +2517,7 @@ type MoveRootsRequest struct {
 
 func (x *MoveRootsRequest) Reset() {
 	*x = MoveRootsRequest{}
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2353,7 +2529,7 @@ func (x *MoveRootsRequest) String() string {
 func (*MoveRootsRequest) ProtoMessage() {}
 
 func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2366,7 +2542,7 @@ func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
 func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{34}
+	return file_mesh_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *MoveRootsRequest) GetMove() string {
@@ -2417,7 +2593,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2429,7 +2605,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2442,7 +2618,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{35}
+	return file_mesh_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *RootsResponse) GetPhase() string {
@@ -2559,7 +2735,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2571,7 +2747,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2584,7 +2760,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{36}
+	return file_mesh_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Authority) GetId() string {
@@ -2645,7 +2821,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +2833,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +2846,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{37}
+	return file_mesh_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *RevokeRequest) GetWhat() isRevokeRequest_What {
@@ -2743,7 +2919,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2755,7 +2931,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2768,7 +2944,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{38}
+	return file_mesh_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RevokeResponse) GetRevoked() []*Revoked {
@@ -2795,7 +2971,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2807,7 +2983,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2820,7 +2996,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{39}
+	return file_mesh_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *WhyRequest) GetId() string {
@@ -2840,7 +3016,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2852,7 +3028,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2865,7 +3041,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{40}
+	return file_mesh_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *WhyResponse) GetAccount() []byte {
@@ -2892,7 +3068,7 @@ type PushPolicyRequest struct {
 
 func (x *PushPolicyRequest) Reset() {
 	*x = PushPolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2904,7 +3080,7 @@ func (x *PushPolicyRequest) String() string {
 func (*PushPolicyRequest) ProtoMessage() {}
 
 func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2917,7 +3093,7 @@ func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{41}
+	return file_mesh_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *PushPolicyRequest) GetSet() []byte {
@@ -2960,7 +3136,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2972,7 +3148,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2985,7 +3161,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{42}
+	return file_mesh_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Canary) GetGroup() []string {
@@ -3016,7 +3192,7 @@ type MovePolicyRequest struct {
 
 func (x *MovePolicyRequest) Reset() {
 	*x = MovePolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3028,7 +3204,7 @@ func (x *MovePolicyRequest) String() string {
 func (*MovePolicyRequest) ProtoMessage() {}
 
 func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3041,7 +3217,7 @@ func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyRequest.ProtoReflect.Descriptor instead.
 func (*MovePolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{43}
+	return file_mesh_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *MovePolicyRequest) GetMove() string {
@@ -3073,7 +3249,7 @@ type MovePolicyResponse struct {
 
 func (x *MovePolicyResponse) Reset() {
 	*x = MovePolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3085,7 +3261,7 @@ func (x *MovePolicyResponse) String() string {
 func (*MovePolicyResponse) ProtoMessage() {}
 
 func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3098,7 +3274,7 @@ func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyResponse.ProtoReflect.Descriptor instead.
 func (*MovePolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{44}
+	return file_mesh_proto_rawDescGZIP(), []int{47}
 }
 
 type PushPolicyResponse struct {
@@ -3109,7 +3285,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3121,7 +3297,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3134,7 +3310,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{45}
+	return file_mesh_proto_rawDescGZIP(), []int{48}
 }
 
 type PolicySetRequest struct {
@@ -3147,7 +3323,7 @@ type PolicySetRequest struct {
 
 func (x *PolicySetRequest) Reset() {
 	*x = PolicySetRequest{}
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3159,7 +3335,7 @@ func (x *PolicySetRequest) String() string {
 func (*PolicySetRequest) ProtoMessage() {}
 
 func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3172,7 +3348,7 @@ func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
 func (*PolicySetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{46}
+	return file_mesh_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *PolicySetRequest) GetRevision() uint64 {
@@ -3191,7 +3367,7 @@ type PolicySetResponse struct {
 
 func (x *PolicySetResponse) Reset() {
 	*x = PolicySetResponse{}
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3203,7 +3379,7 @@ func (x *PolicySetResponse) String() string {
 func (*PolicySetResponse) ProtoMessage() {}
 
 func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3216,7 +3392,7 @@ func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
 func (*PolicySetResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{47}
+	return file_mesh_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PolicySetResponse) GetSet() []byte {
@@ -3242,7 +3418,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3254,7 +3430,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3267,7 +3443,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{48}
+	return file_mesh_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Traffic) GetEjections() []*Ejection {
@@ -3306,7 +3482,7 @@ type Ejection struct {
 
 func (x *Ejection) Reset() {
 	*x = Ejection{}
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3318,7 +3494,7 @@ func (x *Ejection) String() string {
 func (*Ejection) ProtoMessage() {}
 
 func (x *Ejection) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3331,7 +3507,7 @@ func (x *Ejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ejection.ProtoReflect.Descriptor instead.
 func (*Ejection) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{49}
+	return file_mesh_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Ejection) GetService() string {
@@ -3384,7 +3560,7 @@ type Demand struct {
 
 func (x *Demand) Reset() {
 	*x = Demand{}
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3396,7 +3572,7 @@ func (x *Demand) String() string {
 func (*Demand) ProtoMessage() {}
 
 func (x *Demand) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3409,7 +3585,7 @@ func (x *Demand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Demand.ProtoReflect.Descriptor instead.
 func (*Demand) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{50}
+	return file_mesh_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *Demand) GetRoute() string {
@@ -3445,7 +3621,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3457,7 +3633,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3470,7 +3646,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{51}
+	return file_mesh_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Totals) GetTotals() []*Total {
@@ -3500,7 +3676,7 @@ type Total struct {
 
 func (x *Total) Reset() {
 	*x = Total{}
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3512,7 +3688,7 @@ func (x *Total) String() string {
 func (*Total) ProtoMessage() {}
 
 func (x *Total) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3525,7 +3701,7 @@ func (x *Total) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Total.ProtoReflect.Descriptor instead.
 func (*Total) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{52}
+	return file_mesh_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Total) GetRoute() string {
@@ -3568,7 +3744,7 @@ type FaultStops struct {
 
 func (x *FaultStops) Reset() {
 	*x = FaultStops{}
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3580,7 +3756,7 @@ func (x *FaultStops) String() string {
 func (*FaultStops) ProtoMessage() {}
 
 func (x *FaultStops) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3593,7 +3769,7 @@ func (x *FaultStops) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStops.ProtoReflect.Descriptor instead.
 func (*FaultStops) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{53}
+	return file_mesh_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *FaultStops) GetRevision() uint64 {
@@ -3622,7 +3798,7 @@ type FaultStop struct {
 
 func (x *FaultStop) Reset() {
 	*x = FaultStop{}
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3634,7 +3810,7 @@ func (x *FaultStop) String() string {
 func (*FaultStop) ProtoMessage() {}
 
 func (x *FaultStop) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3647,7 +3823,7 @@ func (x *FaultStop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStop.ProtoReflect.Descriptor instead.
 func (*FaultStop) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{54}
+	return file_mesh_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *FaultStop) GetFault() string {
@@ -3672,7 +3848,7 @@ type FaultsRequest struct {
 
 func (x *FaultsRequest) Reset() {
 	*x = FaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3684,7 +3860,7 @@ func (x *FaultsRequest) String() string {
 func (*FaultsRequest) ProtoMessage() {}
 
 func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3697,7 +3873,7 @@ func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsRequest.ProtoReflect.Descriptor instead.
 func (*FaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{55}
+	return file_mesh_proto_rawDescGZIP(), []int{58}
 }
 
 type FaultsResponse struct {
@@ -3710,7 +3886,7 @@ type FaultsResponse struct {
 
 func (x *FaultsResponse) Reset() {
 	*x = FaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3722,7 +3898,7 @@ func (x *FaultsResponse) String() string {
 func (*FaultsResponse) ProtoMessage() {}
 
 func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3735,7 +3911,7 @@ func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsResponse.ProtoReflect.Descriptor instead.
 func (*FaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{56}
+	return file_mesh_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *FaultsResponse) GetFaults() []byte {
@@ -3756,7 +3932,7 @@ type StopFaultsRequest struct {
 
 func (x *StopFaultsRequest) Reset() {
 	*x = StopFaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3768,7 +3944,7 @@ func (x *StopFaultsRequest) String() string {
 func (*StopFaultsRequest) ProtoMessage() {}
 
 func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3781,7 +3957,7 @@ func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsRequest.ProtoReflect.Descriptor instead.
 func (*StopFaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{57}
+	return file_mesh_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *StopFaultsRequest) GetFault() string {
@@ -3808,7 +3984,7 @@ type StopFaultsResponse struct {
 
 func (x *StopFaultsResponse) Reset() {
 	*x = StopFaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3820,7 +3996,7 @@ func (x *StopFaultsResponse) String() string {
 func (*StopFaultsResponse) ProtoMessage() {}
 
 func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3833,7 +4009,7 @@ func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsResponse.ProtoReflect.Descriptor instead.
 func (*StopFaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{58}
+	return file_mesh_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *StopFaultsResponse) GetRevision() uint64 {
@@ -3841,6 +4017,202 @@ func (x *StopFaultsResponse) GetRevision() uint64 {
 		return x.Revision
 	}
 	return 0
+}
+
+type RolloutsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsRequest) Reset() {
+	*x = RolloutsRequest{}
+	mi := &file_mesh_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsRequest) ProtoMessage() {}
+
+func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsRequest.ProtoReflect.Descriptor instead.
+func (*RolloutsRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{62}
+}
+
+type RolloutsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Each is the JSON of a mesh.Delivery.
+	Rollouts      [][]byte `protobuf:"bytes,1,rep,name=rollouts,proto3" json:"rollouts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RolloutsResponse) Reset() {
+	*x = RolloutsResponse{}
+	mi := &file_mesh_proto_msgTypes[63]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RolloutsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RolloutsResponse) ProtoMessage() {}
+
+func (x *RolloutsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[63]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RolloutsResponse.ProtoReflect.Descriptor instead.
+func (*RolloutsResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{63}
+}
+
+func (x *RolloutsResponse) GetRollouts() [][]byte {
+	if x != nil {
+		return x.Rollouts
+	}
+	return nil
+}
+
+type MoveRolloutRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Service string                 `protobuf:"bytes,1,opt,name=service,proto3" json:"service,omitempty"`
+	Route   string                 `protobuf:"bytes,2,opt,name=route,proto3" json:"route,omitempty"`
+	// "start", "pause", "promote" or "abort".
+	Move string `protobuf:"bytes,3,opt,name=move,proto3" json:"move,omitempty"`
+	// Promote though the canary is not judged to do well.
+	Force         bool `protobuf:"varint,4,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveRolloutRequest) Reset() {
+	*x = MoveRolloutRequest{}
+	mi := &file_mesh_proto_msgTypes[64]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveRolloutRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveRolloutRequest) ProtoMessage() {}
+
+func (x *MoveRolloutRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[64]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveRolloutRequest.ProtoReflect.Descriptor instead.
+func (*MoveRolloutRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{64}
+}
+
+func (x *MoveRolloutRequest) GetService() string {
+	if x != nil {
+		return x.Service
+	}
+	return ""
+}
+
+func (x *MoveRolloutRequest) GetRoute() string {
+	if x != nil {
+		return x.Route
+	}
+	return ""
+}
+
+func (x *MoveRolloutRequest) GetMove() string {
+	if x != nil {
+		return x.Move
+	}
+	return ""
+}
+
+func (x *MoveRolloutRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type MoveRolloutResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The JSON of the mesh.Delivery as it is now.
+	Rollout       []byte `protobuf:"bytes,1,opt,name=rollout,proto3" json:"rollout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MoveRolloutResponse) Reset() {
+	*x = MoveRolloutResponse{}
+	mi := &file_mesh_proto_msgTypes[65]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MoveRolloutResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MoveRolloutResponse) ProtoMessage() {}
+
+func (x *MoveRolloutResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[65]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MoveRolloutResponse.ProtoReflect.Descriptor instead.
+func (*MoveRolloutResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{65}
+}
+
+func (x *MoveRolloutResponse) GetRollout() []byte {
+	if x != nil {
+		return x.Rollout
+	}
+	return nil
 }
 
 var File_mesh_proto protoreflect.FileDescriptor
@@ -3961,7 +4333,18 @@ const file_mesh_proto_rawDesc = "" +
 	"\x04mtls\x18\a \x01(\bR\x04mtls\x120\n" +
 	"\x05first\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05first\x12.\n" +
 	"\x04last\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"\t\n" +
-	"\aEdgeAck\"!\n" +
+	"\aEdgeAck\"_\n" +
+	"\fSampleReport\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x123\n" +
+	"\asamples\x18\x02 \x03(\v2\x19.sallyport.mesh.v1.SampleR\asamples\"\x92\x01\n" +
+	"\x06Sample\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x14\n" +
+	"\x05route\x18\x02 \x01(\tR\x05route\x12\x16\n" +
+	"\x06canary\x18\x03 \x01(\bR\x06canary\x12\x14\n" +
+	"\x05calls\x18\x04 \x01(\x04R\x05calls\x12\x16\n" +
+	"\x06failed\x18\x05 \x01(\x04R\x06failed\x12\x12\n" +
+	"\x04took\x18\x06 \x03(\rR\x04took\"\v\n" +
+	"\tSampleAck\"!\n" +
 	"\aRefusal\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"X\n" +
 	"\x16CreateJoinTokenRequest\x12\x1d\n" +
@@ -4116,13 +4499,25 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05fault\x18\x01 \x01(\tR\x05fault\x122\n" +
 	"\x06before\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x06before\"0\n" +
 	"\x12StopFaultsResponse\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision2\x95\x03\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\x11\n" +
+	"\x0fRolloutsRequest\".\n" +
+	"\x10RolloutsResponse\x12\x1a\n" +
+	"\brollouts\x18\x01 \x03(\fR\brollouts\"n\n" +
+	"\x12MoveRolloutRequest\x12\x18\n" +
+	"\aservice\x18\x01 \x01(\tR\aservice\x12\x14\n" +
+	"\x05route\x18\x02 \x01(\tR\x05route\x12\x12\n" +
+	"\x04move\x18\x03 \x01(\tR\x04move\x12\x14\n" +
+	"\x05force\x18\x04 \x01(\bR\x05force\"/\n" +
+	"\x13MoveRolloutResponse\x12\x18\n" +
+	"\arollout\x18\x01 \x01(\fR\arollout2\xe5\x03\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
 	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
-	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck2\xaa\t\n" +
+	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck\x12N\n" +
+	"\rReportSamples\x12\x1f.sallyport.mesh.v1.SampleReport\x1a\x1c.sallyport.mesh.v1.SampleAck2\xdd\n" +
+	"\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
@@ -4141,7 +4536,9 @@ const file_mesh_proto_rawDesc = "" +
 	"\tPolicySet\x12#.sallyport.mesh.v1.PolicySetRequest\x1a$.sallyport.mesh.v1.PolicySetResponse0\x01\x12M\n" +
 	"\x06Faults\x12 .sallyport.mesh.v1.FaultsRequest\x1a!.sallyport.mesh.v1.FaultsResponse\x12Y\n" +
 	"\n" +
-	"StopFaults\x12$.sallyport.mesh.v1.StopFaultsRequest\x1a%.sallyport.mesh.v1.StopFaultsResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"StopFaults\x12$.sallyport.mesh.v1.StopFaultsRequest\x1a%.sallyport.mesh.v1.StopFaultsResponse\x12S\n" +
+	"\bRollouts\x12\".sallyport.mesh.v1.RolloutsRequest\x1a#.sallyport.mesh.v1.RolloutsResponse\x12\\\n" +
+	"\vMoveRollout\x12%.sallyport.mesh.v1.MoveRolloutRequest\x1a&.sallyport.mesh.v1.MoveRolloutResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -4155,7 +4552,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -4178,137 +4575,151 @@ var file_mesh_proto_goTypes = []any{
 	(*EdgeReport)(nil),              // 18: sallyport.mesh.v1.EdgeReport
 	(*Edge)(nil),                    // 19: sallyport.mesh.v1.Edge
 	(*EdgeAck)(nil),                 // 20: sallyport.mesh.v1.EdgeAck
-	(*Refusal)(nil),                 // 21: sallyport.mesh.v1.Refusal
-	(*CreateJoinTokenRequest)(nil),  // 22: sallyport.mesh.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 23: sallyport.mesh.v1.CreateJoinTokenResponse
-	(*StatusRequest)(nil),           // 24: sallyport.mesh.v1.StatusRequest
-	(*StatusResponse)(nil),          // 25: sallyport.mesh.v1.StatusResponse
-	(*ProxiesRequest)(nil),          // 26: sallyport.mesh.v1.ProxiesRequest
-	(*ProxiesResponse)(nil),         // 27: sallyport.mesh.v1.ProxiesResponse
-	(*Proxy)(nil),                   // 28: sallyport.mesh.v1.Proxy
-	(*EdgesRequest)(nil),            // 29: sallyport.mesh.v1.EdgesRequest
-	(*EdgesResponse)(nil),           // 30: sallyport.mesh.v1.EdgesResponse
-	(*AuditHeadsRequest)(nil),       // 31: sallyport.mesh.v1.AuditHeadsRequest
-	(*AuditHeadsResponse)(nil),      // 32: sallyport.mesh.v1.AuditHeadsResponse
-	(*RootsRequest)(nil),            // 33: sallyport.mesh.v1.RootsRequest
-	(*MoveRootsRequest)(nil),        // 34: sallyport.mesh.v1.MoveRootsRequest
-	(*RootsResponse)(nil),           // 35: sallyport.mesh.v1.RootsResponse
-	(*Authority)(nil),               // 36: sallyport.mesh.v1.Authority
-	(*RevokeRequest)(nil),           // 37: sallyport.mesh.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 38: sallyport.mesh.v1.RevokeResponse
-	(*WhyRequest)(nil),              // 39: sallyport.mesh.v1.WhyRequest
-	(*WhyResponse)(nil),             // 40: sallyport.mesh.v1.WhyResponse
-	(*PushPolicyRequest)(nil),       // 41: sallyport.mesh.v1.PushPolicyRequest
-	(*Canary)(nil),                  // 42: sallyport.mesh.v1.Canary
-	(*MovePolicyRequest)(nil),       // 43: sallyport.mesh.v1.MovePolicyRequest
-	(*MovePolicyResponse)(nil),      // 44: sallyport.mesh.v1.MovePolicyResponse
-	(*PushPolicyResponse)(nil),      // 45: sallyport.mesh.v1.PushPolicyResponse
-	(*PolicySetRequest)(nil),        // 46: sallyport.mesh.v1.PolicySetRequest
-	(*PolicySetResponse)(nil),       // 47: sallyport.mesh.v1.PolicySetResponse
-	(*Traffic)(nil),                 // 48: sallyport.mesh.v1.Traffic
-	(*Ejection)(nil),                // 49: sallyport.mesh.v1.Ejection
-	(*Demand)(nil),                  // 50: sallyport.mesh.v1.Demand
-	(*Totals)(nil),                  // 51: sallyport.mesh.v1.Totals
-	(*Total)(nil),                   // 52: sallyport.mesh.v1.Total
-	(*FaultStops)(nil),              // 53: sallyport.mesh.v1.FaultStops
-	(*FaultStop)(nil),               // 54: sallyport.mesh.v1.FaultStop
-	(*FaultsRequest)(nil),           // 55: sallyport.mesh.v1.FaultsRequest
-	(*FaultsResponse)(nil),          // 56: sallyport.mesh.v1.FaultsResponse
-	(*StopFaultsRequest)(nil),       // 57: sallyport.mesh.v1.StopFaultsRequest
-	(*StopFaultsResponse)(nil),      // 58: sallyport.mesh.v1.StopFaultsResponse
-	nil,                             // 59: sallyport.mesh.v1.Endpoint.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 60: google.protobuf.Timestamp
+	(*SampleReport)(nil),            // 21: sallyport.mesh.v1.SampleReport
+	(*Sample)(nil),                  // 22: sallyport.mesh.v1.Sample
+	(*SampleAck)(nil),               // 23: sallyport.mesh.v1.SampleAck
+	(*Refusal)(nil),                 // 24: sallyport.mesh.v1.Refusal
+	(*CreateJoinTokenRequest)(nil),  // 25: sallyport.mesh.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 26: sallyport.mesh.v1.CreateJoinTokenResponse
+	(*StatusRequest)(nil),           // 27: sallyport.mesh.v1.StatusRequest
+	(*StatusResponse)(nil),          // 28: sallyport.mesh.v1.StatusResponse
+	(*ProxiesRequest)(nil),          // 29: sallyport.mesh.v1.ProxiesRequest
+	(*ProxiesResponse)(nil),         // 30: sallyport.mesh.v1.ProxiesResponse
+	(*Proxy)(nil),                   // 31: sallyport.mesh.v1.Proxy
+	(*EdgesRequest)(nil),            // 32: sallyport.mesh.v1.EdgesRequest
+	(*EdgesResponse)(nil),           // 33: sallyport.mesh.v1.EdgesResponse
+	(*AuditHeadsRequest)(nil),       // 34: sallyport.mesh.v1.AuditHeadsRequest
+	(*AuditHeadsResponse)(nil),      // 35: sallyport.mesh.v1.AuditHeadsResponse
+	(*RootsRequest)(nil),            // 36: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 37: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 38: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 39: sallyport.mesh.v1.Authority
+	(*RevokeRequest)(nil),           // 40: sallyport.mesh.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 41: sallyport.mesh.v1.RevokeResponse
+	(*WhyRequest)(nil),              // 42: sallyport.mesh.v1.WhyRequest
+	(*WhyResponse)(nil),             // 43: sallyport.mesh.v1.WhyResponse
+	(*PushPolicyRequest)(nil),       // 44: sallyport.mesh.v1.PushPolicyRequest
+	(*Canary)(nil),                  // 45: sallyport.mesh.v1.Canary
+	(*MovePolicyRequest)(nil),       // 46: sallyport.mesh.v1.MovePolicyRequest
+	(*MovePolicyResponse)(nil),      // 47: sallyport.mesh.v1.MovePolicyResponse
+	(*PushPolicyResponse)(nil),      // 48: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 49: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 50: sallyport.mesh.v1.PolicySetResponse
+	(*Traffic)(nil),                 // 51: sallyport.mesh.v1.Traffic
+	(*Ejection)(nil),                // 52: sallyport.mesh.v1.Ejection
+	(*Demand)(nil),                  // 53: sallyport.mesh.v1.Demand
+	(*Totals)(nil),                  // 54: sallyport.mesh.v1.Totals
+	(*Total)(nil),                   // 55: sallyport.mesh.v1.Total
+	(*FaultStops)(nil),              // 56: sallyport.mesh.v1.FaultStops
+	(*FaultStop)(nil),               // 57: sallyport.mesh.v1.FaultStop
+	(*FaultsRequest)(nil),           // 58: sallyport.mesh.v1.FaultsRequest
+	(*FaultsResponse)(nil),          // 59: sallyport.mesh.v1.FaultsResponse
+	(*StopFaultsRequest)(nil),       // 60: sallyport.mesh.v1.StopFaultsRequest
+	(*StopFaultsResponse)(nil),      // 61: sallyport.mesh.v1.StopFaultsResponse
+	(*RolloutsRequest)(nil),         // 62: sallyport.mesh.v1.RolloutsRequest
+	(*RolloutsResponse)(nil),        // 63: sallyport.mesh.v1.RolloutsResponse
+	(*MoveRolloutRequest)(nil),      // 64: sallyport.mesh.v1.MoveRolloutRequest
+	(*MoveRolloutResponse)(nil),     // 65: sallyport.mesh.v1.MoveRolloutResponse
+	nil,                             // 66: sallyport.mesh.v1.Endpoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 67: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	60, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	67, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	59, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
-	60, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	66, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
+	67, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 8: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	48, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
-	60, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	51, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	67, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 11: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	48, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	51, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
 	7,  // 13: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 14: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 15: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
 	10, // 16: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
-	53, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
-	51, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
+	56, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
+	54, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
 	11, // 19: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	60, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	67, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
 	19, // 21: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	60, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	60, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	60, // 24: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	60, // 25: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	28, // 26: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	60, // 27: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	60, // 28: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	60, // 29: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
-	48, // 30: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
-	19, // 31: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	60, // 32: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	36, // 33: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	60, // 34: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	60, // 35: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	60, // 36: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 37: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	42, // 38: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
-	49, // 39: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
-	50, // 40: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
-	60, // 41: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
-	52, // 42: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
-	54, // 43: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
-	60, // 44: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
-	60, // 45: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
-	0,  // 46: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 47: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 48: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 49: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 50: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	22, // 51: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	24, // 52: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	26, // 53: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	29, // 54: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	33, // 55: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	34, // 56: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	31, // 57: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	37, // 58: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	39, // 59: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	41, // 60: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	43, // 61: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
-	46, // 62: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	55, // 63: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
-	57, // 64: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
-	6,  // 65: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 66: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 67: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 68: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 69: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 70: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	25, // 71: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	27, // 72: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	30, // 73: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	35, // 74: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	35, // 75: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	32, // 76: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	38, // 77: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	40, // 78: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	45, // 79: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	44, // 80: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
-	47, // 81: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	56, // 82: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
-	58, // 83: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
-	65, // [65:84] is the sub-list for method output_type
-	46, // [46:65] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	67, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	67, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	22, // 24: sallyport.mesh.v1.SampleReport.samples:type_name -> sallyport.mesh.v1.Sample
+	67, // 25: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	67, // 26: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	31, // 27: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	67, // 28: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	67, // 29: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	67, // 30: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	51, // 31: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
+	19, // 32: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	67, // 33: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	39, // 34: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	67, // 35: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	67, // 36: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	67, // 37: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	11, // 38: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	45, // 39: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	52, // 40: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
+	53, // 41: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
+	67, // 42: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
+	55, // 43: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
+	57, // 44: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
+	67, // 45: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
+	67, // 46: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
+	0,  // 47: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	12, // 48: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	16, // 49: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 50: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 51: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	21, // 52: sallyport.mesh.v1.Mesh.ReportSamples:input_type -> sallyport.mesh.v1.SampleReport
+	25, // 53: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	27, // 54: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	29, // 55: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	32, // 56: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	36, // 57: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	37, // 58: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	34, // 59: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	40, // 60: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	42, // 61: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	44, // 62: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	46, // 63: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	49, // 64: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	58, // 65: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
+	60, // 66: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
+	62, // 67: sallyport.mesh.v1.Admin.Rollouts:input_type -> sallyport.mesh.v1.RolloutsRequest
+	64, // 68: sallyport.mesh.v1.Admin.MoveRollout:input_type -> sallyport.mesh.v1.MoveRolloutRequest
+	6,  // 69: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 70: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 71: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 72: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 73: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 74: sallyport.mesh.v1.Mesh.ReportSamples:output_type -> sallyport.mesh.v1.SampleAck
+	26, // 75: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	28, // 76: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	30, // 77: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	33, // 78: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	38, // 79: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	38, // 80: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	35, // 81: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	41, // 82: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	43, // 83: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	48, // 84: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	47, // 85: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	50, // 86: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	59, // 87: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
+	61, // 88: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
+	63, // 89: sallyport.mesh.v1.Admin.Rollouts:output_type -> sallyport.mesh.v1.RolloutsResponse
+	65, // 90: sallyport.mesh.v1.Admin.MoveRollout:output_type -> sallyport.mesh.v1.MoveRolloutResponse
+	69, // [69:91] is the sub-list for method output_type
+	47, // [47:69] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -4329,7 +4740,7 @@ func file_mesh_proto_init() {
 		(*SubscribeResponse_FaultStops)(nil),
 		(*SubscribeResponse_Totals)(nil),
 	}
-	file_mesh_proto_msgTypes[37].OneofWrappers = []any{
+	file_mesh_proto_msgTypes[40].OneofWrappers = []any{
 		(*RevokeRequest_Serial)(nil),
 		(*RevokeRequest_Entry)(nil),
 		(*RevokeRequest_Id)(nil),
@@ -4340,7 +4751,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   60,
+			NumMessages:   67,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -24,11 +24,12 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Mesh_Subscribe_FullMethodName   = "/sallyport.mesh.v1.Mesh/Subscribe"
-	Mesh_UploadAudit_FullMethodName = "/sallyport.mesh.v1.Mesh/UploadAudit"
-	Mesh_Cosign_FullMethodName      = "/sallyport.mesh.v1.Mesh/Cosign"
-	Mesh_FetchSet_FullMethodName    = "/sallyport.mesh.v1.Mesh/FetchSet"
-	Mesh_ReportEdges_FullMethodName = "/sallyport.mesh.v1.Mesh/ReportEdges"
+	Mesh_Subscribe_FullMethodName     = "/sallyport.mesh.v1.Mesh/Subscribe"
+	Mesh_UploadAudit_FullMethodName   = "/sallyport.mesh.v1.Mesh/UploadAudit"
+	Mesh_Cosign_FullMethodName        = "/sallyport.mesh.v1.Mesh/Cosign"
+	Mesh_FetchSet_FullMethodName      = "/sallyport.mesh.v1.Mesh/FetchSet"
+	Mesh_ReportEdges_FullMethodName   = "/sallyport.mesh.v1.Mesh/ReportEdges"
+	Mesh_ReportSamples_FullMethodName = "/sallyport.mesh.v1.Mesh/ReportSamples"
 )
 
 // MeshClient is the client API for Mesh service.
@@ -51,6 +52,9 @@ type MeshClient interface {
 	FetchSet(ctx context.Context, in *FetchSetRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[SetPart], error)
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(ctx context.Context, in *EdgeReport, opts ...grpc.CallOption) (*EdgeAck, error)
+	// ReportSamples adds counts of the calls to the two sides of rollouts. What may
+	// have arrived is not sent again.
+	ReportSamples(ctx context.Context, in *SampleReport, opts ...grpc.CallOption) (*SampleAck, error)
 }
 
 type meshClient struct {
@@ -126,6 +130,16 @@ func (c *meshClient) ReportEdges(ctx context.Context, in *EdgeReport, opts ...gr
 	return out, nil
 }
 
+func (c *meshClient) ReportSamples(ctx context.Context, in *SampleReport, opts ...grpc.CallOption) (*SampleAck, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SampleAck)
+	err := c.cc.Invoke(ctx, Mesh_ReportSamples_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // MeshServer is the server API for Mesh service.
 // All implementations must embed UnimplementedMeshServer
 // for forward compatibility.
@@ -146,6 +160,9 @@ type MeshServer interface {
 	FetchSet(*FetchSetRequest, grpc.ServerStreamingServer[SetPart]) error
 	// ReportEdges adds counts of calls between identities.
 	ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error)
+	// ReportSamples adds counts of the calls to the two sides of rollouts. What may
+	// have arrived is not sent again.
+	ReportSamples(context.Context, *SampleReport) (*SampleAck, error)
 	mustEmbedUnimplementedMeshServer()
 }
 
@@ -170,6 +187,9 @@ func (UnimplementedMeshServer) FetchSet(*FetchSetRequest, grpc.ServerStreamingSe
 }
 func (UnimplementedMeshServer) ReportEdges(context.Context, *EdgeReport) (*EdgeAck, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportEdges not implemented")
+}
+func (UnimplementedMeshServer) ReportSamples(context.Context, *SampleReport) (*SampleAck, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportSamples not implemented")
 }
 func (UnimplementedMeshServer) mustEmbedUnimplementedMeshServer() {}
 func (UnimplementedMeshServer) testEmbeddedByValue()              {}
@@ -253,6 +273,24 @@ func _Mesh_ReportEdges_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Mesh_ReportSamples_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SampleReport)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(MeshServer).ReportSamples(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Mesh_ReportSamples_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(MeshServer).ReportSamples(ctx, req.(*SampleReport))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Mesh_ServiceDesc is the grpc.ServiceDesc for Mesh service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -267,6 +305,10 @@ var Mesh_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ReportEdges",
 			Handler:    _Mesh_ReportEdges_Handler,
+		},
+		{
+			MethodName: "ReportSamples",
+			Handler:    _Mesh_ReportSamples_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
@@ -306,6 +348,8 @@ const (
 	Admin_PolicySet_FullMethodName       = "/sallyport.mesh.v1.Admin/PolicySet"
 	Admin_Faults_FullMethodName          = "/sallyport.mesh.v1.Admin/Faults"
 	Admin_StopFaults_FullMethodName      = "/sallyport.mesh.v1.Admin/StopFaults"
+	Admin_Rollouts_FullMethodName        = "/sallyport.mesh.v1.Admin/Rollouts"
+	Admin_MoveRollout_FullMethodName     = "/sallyport.mesh.v1.Admin/MoveRollout"
 )
 
 // AdminClient is the client API for Admin service.
@@ -341,6 +385,10 @@ type AdminClient interface {
 	Faults(ctx context.Context, in *FaultsRequest, opts ...grpc.CallOption) (*FaultsResponse, error)
 	// StopFaults has every proxy end faults, and begin none of them.
 	StopFaults(ctx context.Context, in *StopFaultsRequest, opts ...grpc.CallOption) (*StopFaultsResponse, error)
+	// Rollouts says how the rollouts of routes stand.
+	Rollouts(ctx context.Context, in *RolloutsRequest, opts ...grpc.CallOption) (*RolloutsResponse, error)
+	// MoveRollout moves one. FAILED_PRECONDITION when it may not move so.
+	MoveRollout(ctx context.Context, in *MoveRolloutRequest, opts ...grpc.CallOption) (*MoveRolloutResponse, error)
 }
 
 type adminClient struct {
@@ -503,6 +551,26 @@ func (c *adminClient) StopFaults(ctx context.Context, in *StopFaultsRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) Rollouts(ctx context.Context, in *RolloutsRequest, opts ...grpc.CallOption) (*RolloutsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RolloutsResponse)
+	err := c.cc.Invoke(ctx, Admin_Rollouts_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) MoveRollout(ctx context.Context, in *MoveRolloutRequest, opts ...grpc.CallOption) (*MoveRolloutResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MoveRolloutResponse)
+	err := c.cc.Invoke(ctx, Admin_MoveRollout_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -536,6 +604,10 @@ type AdminServer interface {
 	Faults(context.Context, *FaultsRequest) (*FaultsResponse, error)
 	// StopFaults has every proxy end faults, and begin none of them.
 	StopFaults(context.Context, *StopFaultsRequest) (*StopFaultsResponse, error)
+	// Rollouts says how the rollouts of routes stand.
+	Rollouts(context.Context, *RolloutsRequest) (*RolloutsResponse, error)
+	// MoveRollout moves one. FAILED_PRECONDITION when it may not move so.
+	MoveRollout(context.Context, *MoveRolloutRequest) (*MoveRolloutResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -587,6 +659,12 @@ func (UnimplementedAdminServer) Faults(context.Context, *FaultsRequest) (*Faults
 }
 func (UnimplementedAdminServer) StopFaults(context.Context, *StopFaultsRequest) (*StopFaultsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method StopFaults not implemented")
+}
+func (UnimplementedAdminServer) Rollouts(context.Context, *RolloutsRequest) (*RolloutsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rollouts not implemented")
+}
+func (UnimplementedAdminServer) MoveRollout(context.Context, *MoveRolloutRequest) (*MoveRolloutResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method MoveRollout not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -843,6 +921,42 @@ func _Admin_StopFaults_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Rollouts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RolloutsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Rollouts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Rollouts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Rollouts(ctx, req.(*RolloutsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_MoveRollout_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MoveRolloutRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).MoveRollout(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_MoveRollout_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).MoveRollout(ctx, req.(*MoveRolloutRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -897,6 +1011,14 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "StopFaults",
 			Handler:    _Admin_StopFaults_Handler,
+		},
+		{
+			MethodName: "Rollouts",
+			Handler:    _Admin_Rollouts_Handler,
+		},
+		{
+			MethodName: "MoveRollout",
+			Handler:    _Admin_MoveRollout_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
