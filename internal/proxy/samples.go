@@ -78,8 +78,8 @@ func (o *Outbound) Samples() (out []mesh.Sample) {
 
 // sample counts a try that came to an end, or to nothing. What a fault of ours
 // did, or a caller who did not wait, says nothing of the backend, and what is done
-// for a shadow is no user's. A
-// call that the backend's policy denies has failed: its row may be forgotten.
+// for a shadow is no user's. A call that the backend's policy denies has failed:
+// its row may be forgotten.
 func (x *call) sample(o upstream.Outcome, at time.Time) {
 	t := &x.tries
 	if x.to == nil || x.to.side == nil || t.fault != nil || x.marked || o == upstream.Ignored {
