@@ -51,10 +51,12 @@ type Config struct {
 	// and not read, MaxWindow what it may grow to while the sender runs out of
 	// it. Defaults 64 KiB and 256 KiB.
 	Window, MaxWindow int
-	// Buffer bounds the same for the whole connection. Default 1 MiB.
+	// Buffer bounds the same for the whole connection. Default 1 MiB. At the end
+	// that accepts, what is more than the 64 KiB that the protocol gives every
+	// connection comes out of the Budget, once the peer uses it.
 	Buffer int
-	// Budget bounds by how much the windows of the streams of many connections
-	// grow. Optional.
+	// Budget bounds by how much the windows of many connections, and of their
+	// streams, grow. Optional.
 	Budget *mux.Budget
 	// HeadTimeout is how long a preface, a field section, or any other frame
 	// than data may take from its first byte to its last. Default 10 s.
@@ -119,6 +121,7 @@ type Conn struct {
 	waiting atomic.Int64
 	open    atomic.Int64
 	inLeft  atomic.Int64 // what the peer may still send on the connection
+	room    atomic.Int64 // the window of the connection
 	eaten   atomic.Int64 // what was read of that and not granted anew
 
 	extended atomic.Bool // the peer takes extended CONNECT
@@ -139,6 +142,7 @@ type Conn struct {
 	resets    [256]uint32        // the streams that we have reset last
 	nresets   int
 	lost      uint32 // the last stream that had to make room there
+	widened   int    // what the window of the connection has of the budget
 	leaving   leaving
 	err       error // why it ended
 	out       writer
@@ -169,7 +173,11 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	c.out.work.L = &c.mu
 	c.in.noise = mux.NewBucket(noiseBurst, noiseRate)
 	c.in.block.init(c.cfg.Head)
-	c.inLeft.Store(int64(max(c.cfg.Buffer, firstWindow)))
+	c.room.Store(firstWindow)
+	if !c.server || c.cfg.Budget == nil {
+		c.room.Store(int64(max(c.cfg.Buffer, firstWindow)))
+	}
+	c.inLeft.Store(c.room.Load())
 	c.greet()
 	return c
 }
@@ -190,7 +198,7 @@ func (c *Conn) greet() {
 		list = append(list, setting{settingPush, 0})
 	}
 	o.pend = appendSettings(o.pend, list...)
-	if more := c.cfg.Buffer - firstWindow; more > 0 {
+	if more := int(c.room.Load()) - firstWindow; more > 0 {
 		o.pend = appendWindow(o.pend, 0, more)
 	}
 }
@@ -210,6 +218,7 @@ func (c *Conn) Run() error {
 	c.mu.Lock()
 	c.deaf = true
 	c.endLocked(err)
+	c.narrow()
 	c.mu.Unlock()
 	<-done
 	c.linger()

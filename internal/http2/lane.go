@@ -270,7 +270,7 @@ func (l *Lane) took(n int) {
 	g.consumed += n
 	if g.consumed >= g.window/2 && !g.end && l.rerr == nil {
 		grant = g.consumed
-		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.inLeft.Load() > int64(l.c.cfg.Buffer/2) && l.c.cfg.Budget.Take(g.window) {
+		if g.starved && g.window < l.c.cfg.MaxWindow && l.c.roomy(n) && l.c.cfg.Budget.Take(g.window) {
 			grant += g.window
 			g.window *= 2
 		}
@@ -279,6 +279,12 @@ func (l *Lane) took(n int) {
 	}
 	l.mu.Unlock()
 	l.c.eat(l, n, grant)
+}
+
+// roomy says whether less than half of the connection's window is held by what was
+// not read, when n bytes more have been.
+func (c *Conn) roomy(n int) bool {
+	return c.inLeft.Load()+c.eaten.Load()+int64(n) > c.room.Load()/2
 }
 
 // shrink gives back by how much the window has grown. The lock of l is held.
@@ -292,7 +298,7 @@ func (l *Lane) shrink() {
 // eat grants anew what was read of the connection's window, when it is much,
 // and of the lane's.
 func (c *Conn) eat(l *Lane, n, grant int) {
-	whole := c.eaten.Add(int64(n)) >= int64(c.cfg.Buffer/4)
+	whole := c.eaten.Add(int64(n)) >= c.room.Load()/4
 	if !whole && grant == 0 {
 		return
 	}
@@ -313,12 +319,37 @@ func (c *Conn) eat(l *Lane, n, grant int) {
 // refill grants the window of the connection anew, if it is much.
 func (c *Conn) refill() {
 	n := c.eaten.Load()
-	if n < int64(c.cfg.Buffer/4) || c.err != nil {
+	if n < c.room.Load()/4 || c.err != nil {
 		return
 	}
 	c.eaten.Add(-n)
 	c.inLeft.Add(n)
 	c.out.pend = appendWindow(c.out.pend, 0, int(n))
+}
+
+// widen has the window of the connection grow when the peer has used half of it:
+// a lane that nobody reads must not hold up the others, for as long as there is
+// memory for that. The lock of c is held.
+func (c *Conn) widen() {
+	room := c.room.Load()
+	more := int(min(room, int64(c.cfg.Buffer)-room))
+	if more <= 0 || c.inLeft.Load() >= room/2 || c.err != nil || !c.cfg.Budget.Take(more) {
+		return
+	}
+	c.widened += more
+	c.room.Add(int64(more))
+	c.inLeft.Add(int64(more))
+	c.out.pend = appendWindow(c.out.pend, 0, more)
+	c.out.wake()
+}
+
+// narrow gives back what widen has taken, when the peer sends no more and nothing
+// of what it has sent is left. The lock of c is held.
+func (c *Conn) narrow() {
+	if c.deaf && len(c.lanes) == 0 {
+		c.cfg.Budget.Give(c.widened)
+		c.widened = 0
+	}
 }
 
 // discard throws away what was not read, and says how much data that was. The
@@ -387,6 +418,7 @@ func (l *Lane) Reset(code Code) error {
 	c.unqueue(l)
 	delete(c.lanes, l)
 	c.open.Store(int64(len(c.lanes)))
+	c.narrow()
 	c.mu.Unlock()
 	if unread > 0 {
 		c.eat(l, unread, 0)

@@ -232,6 +232,7 @@ func (c *Conn) begin(h header, rest []byte) (k int, err error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.widen()
 	if in.lane, err = c.find(h); err != nil {
 		return 0, err
 	}

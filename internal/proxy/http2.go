@@ -53,8 +53,8 @@ func (l *listener) http2Config() http2.Config {
 	}
 }
 
-// bodies is by how much the windows of all calls of HTTP/2 of a listener may
-// grow.
+// bodies is by how much the windows of all connections and calls of HTTP/2 may
+// grow: of those that come in, and of those of all ports of the workload.
 const bodies = 64 << 20
 
 // serveHTTP2 serves a peer of another make.

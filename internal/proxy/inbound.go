@@ -150,7 +150,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in := &Inbound{cfg: cfg, self: cfg.Self.String(), restAfter: restAfter, verifyEvery: verifyEvery, tokenGrace: tokenGrace, windows: mux.NewBudget(windows)}
 	in.listener = listener{
 		Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter,
-		calm: mux.NewCalm[mux.Source](brokenBurst, brokenRate), calmOf: mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), costs: costHandshake,
+		bodies: mux.NewBudget(bodies), calm: mux.NewCalm[mux.Source](brokenBurst, brokenRate), calmOf: mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), costs: costHandshake,
 	}
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.Anteroom, in.turns = mux.NewAnteroom(cmp.Or(cfg.MaxHandshakes, 512)), mux.NewTurns()

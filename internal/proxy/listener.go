@@ -192,7 +192,6 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.mu.Lock()
 	l.open = map[*conn]struct{}{}
 	l.mu.Unlock()
-	l.bodies = mux.NewBudget(bodies)
 	l.opened = l.Metrics.Connections(l.Reporter, "open")
 	defer l.rested()
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))

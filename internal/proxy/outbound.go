@@ -89,6 +89,8 @@ type Outbound struct {
 	cfg  OutboundConfig
 	self string
 	kept atomic.Pointer[[2]*policy]
+	// bodies is what the connections of HTTP/2 of all doors have together.
+	bodies *mux.Budget
 	// faults and quotas are those of the policy in force.
 	faults  faults
 	quotas  quotas
@@ -103,7 +105,7 @@ func NewOutbound(cfg OutboundConfig) (*Outbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("outbound proxy: %w", err)
 	}
-	o := &Outbound{cfg: cfg, self: cfg.Self.String()}
+	o := &Outbound{cfg: cfg, self: cfg.Self.String(), bodies: mux.NewBudget(bodies)}
 	if !cfg.FaultsWait {
 		o.faults.stops = &mesh.FaultStops{}
 	}
@@ -179,7 +181,7 @@ const askEvery = time.Second
 
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
-	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
+	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, bodies: o.bodies, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
 	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
 	return d

@@ -1,0 +1,120 @@
+package http2
+
+import (
+	"bufio"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+
+	xhttp2 "golang.org/x/net/http2"
+
+	"sallyport/internal/mux"
+)
+
+// TestBodiesThatNobodyReads has many connections fill whatever they are allowed
+// to with bodies that nobody reads: beyond what the protocol gives each of them,
+// all have one budget, and those that find it spent go on with what they have.
+func TestBodiesThatNobodyReads(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const conns, streams, limit, size = 12, 6, 1 << 20, 256 << 10
+		budget := mux.NewBudget(limit)
+		var mu sync.Mutex
+		unread := map[*Lane]struct{}{}
+		read := make(chan struct{})
+		var wg sync.WaitGroup
+		accept := func(reads bool) func(l *Lane) bool {
+			return func(l *Lane) bool {
+				l.OnCut(func() { l.Close() })
+				wg.Go(func() {
+					defer l.Close()
+					r, err := http.ReadRequest(bufio.NewReaderSize(l, 128))
+					if err != nil {
+						return
+					}
+					if !reads {
+						mu.Lock()
+						unread[l] = struct{}{}
+						mu.Unlock()
+						<-read
+						return
+					}
+					n, _ := io.Copy(io.Discard, r.Body) // what came tells
+					if n == size {
+						_, _ = io.WriteString(l, "HTTP/1.1 204 No Content\r\n\r\n")
+					}
+				})
+				return true
+			}
+		}
+		var open []*Conn
+		begin := func(reads bool) *xhttp2.ClientConn {
+			near, far := net.Pipe()
+			c := Accepted(near, Config{Budget: budget}, accept(reads))
+			open = append(open, c)
+			wg.Go(func() { _ = c.Run() })
+			client, err := new(xhttp2.Transport).NewClientConn(far)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return client
+		}
+		post := func(c *xhttp2.ClientConn) (status int) {
+			r, err := http.NewRequest("POST", "http://a/", strings.NewReader(strings.Repeat("x", size)))
+			if err != nil {
+				t.Error(err)
+				return 0
+			}
+			resp, err := c.RoundTrip(r)
+			if err != nil {
+				return 0
+			}
+			resp.Body.Close()
+			return resp.StatusCode
+		}
+		for range conns {
+			c := begin(false)
+			for range streams {
+				wg.Go(func() { post(c) })
+			}
+		}
+		synctest.Wait()
+		held, wide := 0, 0
+		mu.Lock()
+		for l := range unread {
+			l.mu.Lock()
+			held += l.got.in.Len() + l.got.joined
+			l.mu.Unlock()
+		}
+		mu.Unlock()
+		for _, c := range open {
+			if c.room.Load() > firstWindow {
+				wide++
+			}
+		}
+		if most := conns*firstWindow + limit; held > most || held < limit {
+			t.Errorf("%d bytes are held, of at most %d", held, most)
+		}
+		if used := budget.Used(); used > limit || wide == 0 || wide == conns {
+			t.Errorf("%d bytes of the budget are used by %d connections", used, wide)
+		}
+		if got := post(begin(true)); got != 204 {
+			t.Errorf("a call beside them got %d", got)
+		}
+		for _, c := range open {
+			c.Sever()
+		}
+		synctest.Wait()
+		if budget.Used() == 0 {
+			t.Error("what is still held has left the budget")
+		}
+		close(read)
+		wg.Wait()
+		if used := budget.Used(); used != 0 {
+			t.Errorf("%d bytes of the budget are used when all is over", used)
+		}
+	})
+}
