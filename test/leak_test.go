@@ -26,7 +26,7 @@ func leaks(t *testing.T, r runReply) (*leak.Report, []string) {
 	}
 	var leaked []string
 	for _, o := range rep.Ways {
-		if o.Result == leak.Leaked {
+		if o.Result == leak.Leaked || o.Result == leak.Unknown {
 			leaked = append(leaked, o.Way)
 		}
 		t.Logf("%-14s %-8s %s", o.Way, o.Result, o.Detail)

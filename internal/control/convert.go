@@ -328,7 +328,8 @@ func endpointFromWire(w *meshpb.Endpoint, agent spiffeid.ID) (mesh.Endpoint, err
 	if err != nil {
 		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: address %.64q is not an IP address and port", name, w.GetAddress())
 	}
-	if ip := addr.Addr(); addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "" {
+	addr = netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
+	if ip := addr.Addr(); addr.Port() == 0 || ip.IsUnspecified() || ip.IsMulticast() || ip.IsLinkLocalUnicast() || ip.Zone() != "" {
 		return mesh.Endpoint{}, fmt.Errorf("endpoint of %s: others cannot reach %s: announce a concrete address and port", name, addr)
 	}
 	labels, err := mesh.NewLabels(w.GetLabels())

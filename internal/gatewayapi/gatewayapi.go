@@ -206,8 +206,12 @@ func Import(file string, src []byte, service mesh.ServiceName) ([]mesh.Routes, e
 			i = len(out)
 			out = append(out, mesh.Routes{Service: of})
 		}
+		hosts, err := d.hosts()
+		if err != nil {
+			return nil, fmt.Errorf("%s: %s %s: %w", file, d.Kind, d.Metadata.Name, err)
+		}
 		for _, r := range d.routes {
-			r.Matches = under(d.foreign(), r.Matches)
+			r.Matches = under(hosts, r.Matches)
 			for b := range r.Backends {
 				if r.Backends[b].Service == of {
 					r.Backends[b].Service = "" // itself
@@ -258,18 +262,20 @@ func read(file, part, text string) (d document, err error) {
 	return d, nil
 }
 
-// foreign are the host names that are none of the mesh.
-func (d *document) foreign() (out []string) {
-	for _, h := range d.Hostnames {
-		if !strings.HasSuffix(h, "."+mesh.Domain) {
-			out = append(out, h)
-		}
+// hosts are the host names that calls of the routes have; none for all calls to
+// the service.
+func (d *document) hosts() ([]string, error) {
+	if !slices.ContainsFunc(d.Hostnames, func(h string) bool { return !strings.HasSuffix(h, "."+mesh.Domain) }) {
+		return nil, nil
 	}
-	return out
+	if d.Kind == "TLSRoute" || d.Kind == "TCPRoute" {
+		return nil, fmt.Errorf("host names %v: streams are carried unread, and match none", d.Hostnames)
+	}
+	return d.Hostnames, nil
 }
 
-// under has each match hold for calls of the hosts only; "*." before one is of
-// all names below it.
+// under has each match hold for calls of the hosts only, whatever their letters
+// and port; "*." before one is of all names below it.
 func under(hosts []string, matches []mesh.Match) []mesh.Match {
 	if len(hosts) == 0 {
 		return matches
@@ -280,14 +286,13 @@ func under(hosts []string, matches []mesh.Match) []mesh.Match {
 	var out []mesh.Match
 	for _, m := range matches {
 		for _, h := range hosts {
-			host := mesh.NamedText{Name: "Host"}
-			if below, any := strings.CutPrefix(h, "*"); any {
-				host.Suffix = below
-			} else {
-				host.Exact = h
+			below, any := strings.CutPrefix(h, "*")
+			text := regexp.QuoteMeta(below)
+			if any {
+				text = ".+" + text
 			}
 			n := m
-			n.Headers = append([]mesh.NamedText{host}, m.Headers...)
+			n.Headers = append([]mesh.NamedText{{Name: "Host", Text: mesh.Text{Regex: "(?i)" + text + "(:[0-9]+)?"}}}, m.Headers...)
 			out = append(out, n)
 		}
 	}

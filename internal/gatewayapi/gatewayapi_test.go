@@ -109,6 +109,7 @@ func TestImportRefusesWhatItDoesNotUnderstand(t *testing.T) {
 		{"kind: Service, name: billing", "kind: Gateway, name: edge", "name the service"},
 		{"hostnames: [billing.mesh.internal]", "hostnames: [billing.mesh.internal, ledger.mesh.internal]", "several services"},
 		{"{name: ledger, port: 80}", "{name: ledger, kind: Bucket}", "only a Service"},
+		{"parentRefs: [{kind: Service, name: db}]", "parentRefs: [{kind: Service, name: db}]\n  hostnames: [db.example]", "streams are carried unread"},
 		{"percent: 5", "percent: 500", "not from 0 to 100"},
 	} {
 		text := strings.Replace(documents, tt.old, tt.new, 1)
@@ -138,13 +139,16 @@ spec:
 	if err != nil || len(got) != 1 || got[0].Service != "billing" {
 		t.Fatalf("%+v %v", got, err)
 	}
-	shop, below := mesh.NamedText{Name: "Host", Text: mesh.Text{Exact: "shop.example"}}, mesh.NamedText{Name: "Host", Text: mesh.Text{Suffix: ".shop.example"}}
+	host := func(text string) mesh.NamedText {
+		return mesh.NamedText{Name: "Host", Text: mesh.Text{Regex: "(?i)" + text + "(:[0-9]+)?"}}
+	}
+	bill, shop, below := host(`billing\.mesh\.internal`), host(`shop\.example`), host(`.+\.shop\.example`)
 	v1, all := &mesh.Text{Prefix: "/v1"}, &mesh.Text{Prefix: "/"}
 	a, q := mesh.NamedText{Name: "X-A", Text: mesh.Text{Exact: "1"}}, []mesh.NamedText{{Name: "q", Text: mesh.Text{Exact: "1"}}, {Name: "Q", Text: mesh.Text{Exact: "2"}}}
 	want := []mesh.Route{
-		{Name: "edge-1", Matches: []mesh.Match{{Headers: []mesh.NamedText{shop}}, {Headers: []mesh.NamedText{below}}}, Backends: []mesh.Backend{{Service: "ledger", Weight: 1}}},
-		{Name: "edge-2", Matches: []mesh.Match{{Path: v1, Headers: []mesh.NamedText{shop, a}, Query: q}, {Path: v1, Headers: []mesh.NamedText{below, a}, Query: q}}, Respond: &mesh.Respond{Status: 500}},
-		{Name: "edge-3", Matches: []mesh.Match{{Path: all, Headers: []mesh.NamedText{shop}}, {Path: all, Headers: []mesh.NamedText{below}}}, Redirect: &mesh.Redirect{Scheme: "http", Status: 303}},
+		{Name: "edge-1", Matches: []mesh.Match{{Headers: []mesh.NamedText{bill}}, {Headers: []mesh.NamedText{shop}}, {Headers: []mesh.NamedText{below}}}, Backends: []mesh.Backend{{Service: "ledger", Weight: 1}}},
+		{Name: "edge-2", Matches: []mesh.Match{{Path: v1, Headers: []mesh.NamedText{bill, a}, Query: q}, {Path: v1, Headers: []mesh.NamedText{shop, a}, Query: q}, {Path: v1, Headers: []mesh.NamedText{below, a}, Query: q}}, Respond: &mesh.Respond{Status: 500}},
+		{Name: "edge-3", Matches: []mesh.Match{{Path: all, Headers: []mesh.NamedText{bill}}, {Path: all, Headers: []mesh.NamedText{shop}}, {Path: all, Headers: []mesh.NamedText{below}}}, Redirect: &mesh.Redirect{Scheme: "http", Status: 303}},
 	}
 	if diff := cmp.Diff(want, got[0].Routes); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)

@@ -23,6 +23,9 @@ const (
 	Refused Result = "refused"
 	// Leaked: something left.
 	Leaked Result = "leaked"
+	// Unknown: nobody answers, and nothing has refused. A firewall on the way, or
+	// no witness.
+	Unknown Result = "unknown"
 	// Absent: this machine has no such way.
 	Absent Result = "absent"
 )
@@ -71,7 +74,7 @@ func Names() (out []string) {
 // A Report is what became of all ways that were tried.
 type Report struct {
 	Name  string `json:"name"`
-	OK    bool   `json:"ok"` // nothing has left
+	OK    bool   `json:"ok"` // every way that is there was refused
 	Cases struct {
 		Tried   int `json:"tried"`
 		Passed  int `json:"passed"`
@@ -97,7 +100,7 @@ func Try(ctx context.Context, c Config, only ...string) *Report {
 		case Refused:
 			r.Cases.Tried++
 			r.Cases.Passed++
-		case Leaked:
+		case Leaked, Unknown:
 			r.Cases.Tried++
 			r.Cases.Failed++
 		case Absent:

@@ -47,6 +47,14 @@ func ways() []way {
 	}
 }
 
+// refused is what an error of a way that has answers means.
+func refused(err error) (Result, string) {
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.ETIMEDOUT) || errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EINPROGRESS) {
+		return Unknown, "nobody answers"
+	}
+	return Refused, why(err)
+}
+
 // why is the kernel's word, without the addresses around it.
 func why(err error) string {
 	var no syscall.Errno
@@ -75,11 +83,14 @@ func (t *trial) said(c net.Conn, way string) (Result, string) {
 		return Refused, why(err)
 	}
 	s, err := bufio.NewReaderSize(c, 1<<10).ReadString('\n')
+	_, udp := c.(*net.UDPConn)
 	switch {
+	case udp && errors.Is(err, os.ErrDeadlineExceeded):
+		return Leaked, "the kernel has sent it"
 	case strings.HasPrefix(s, heard+way+" "+t.nonce):
 		return Leaked, "the witness has heard it"
 	case err != nil:
-		return Refused, why(err)
+		return refused(err)
 	}
 	return Refused, fmt.Sprintf("somebody else answers: %.40q", s)
 }
@@ -99,7 +110,7 @@ func (t *trial) dial(ctx context.Context, network string, to netip.AddrPort, con
 	d.SetMultipathTCP(false)
 	c, err := d.DialContext(ctx, network, to.String())
 	if err != nil {
-		return Refused, why(err)
+		return refused(err)
 	}
 	defer c.Close()
 	return t.said(c, way)
@@ -153,7 +164,7 @@ func (t *trial) bare(_ context.Context, family, kind, protocol int, to unix.Sock
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
 	if err := unix.Connect(fd, to); err != nil {
-		return Refused, why(err)
+		return refused(err)
 	}
 	return t.spoken(fd, t.line("tcp"))
 }
@@ -169,7 +180,7 @@ func (t *trial) spoken(fd int, line string) (Result, string) {
 	n, err := unix.Read(fd, b)
 	switch {
 	case err != nil:
-		return Refused, why(err)
+		return refused(err)
 	case strings.HasPrefix(string(b[:n]), heard):
 		return Leaked, "the witness has heard it"
 	case n == 0:
@@ -202,7 +213,7 @@ func fastOpen(_ context.Context, t *trial) (Result, string) {
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
 	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
 	if err := unix.Sendto(fd, []byte(t.line("tcp")), unix.MSG_FASTOPEN, t.sockaddr()); err != nil {
-		return Refused, why(err)
+		return refused(err)
 	}
 	return t.spoken(fd, "")
 }

@@ -53,6 +53,7 @@ func (w *Witness) Serve(ctx context.Context, at netip.AddrPort) error {
 			return nil
 		}
 		if err != nil {
+			time.Sleep(10 * time.Millisecond) // out of descriptors, most likely
 			continue
 		}
 		wg.Go(func() {
@@ -72,7 +73,9 @@ func (w *Witness) stream(c net.Conn) {
 		return
 	}
 	w.told("tcp", from, string(line))
-	fmt.Fprint(c, answer(string(line)))
+	if strings.HasPrefix(string(line), hello) {
+		fmt.Fprint(c, answer(string(line)))
+	}
 }
 
 func (w *Witness) packets(pc net.PacketConn) {
@@ -86,6 +89,9 @@ func (w *Witness) packets(pc net.PacketConn) {
 			continue
 		}
 		w.told("udp", from.(*net.UDPAddr).AddrPort(), string(b[:n]))
+		if !strings.HasPrefix(string(b[:n]), hello) {
+			continue // another witness, perhaps, which would answer in turn
+		}
 		_, _ = pc.WriteTo([]byte(answer(string(b[:n]))), from) // it has been heard all the same
 	}
 }

@@ -77,6 +77,7 @@ func (t *Translator) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	_ = http.NewResponseController(w).EnableFullDuplex() // the connection is our own
 	x.serve(o, r, held)
+	held.release() // what comes now is thrown away
 	held.drain(w)
 }
 
@@ -115,7 +116,10 @@ func (h *held) drain(w http.ResponseWriter) {
 	}
 }
 
-func (h *held) release() { h.of.Give(h.n) }
+func (h *held) release() {
+	h.of.Give(h.n)
+	h.n = 0
+}
 
 func (x *call) serve(o *Offer, r *http.Request, held *held) {
 	switch {

@@ -388,9 +388,11 @@ func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 			c.on = e
 			return c, nil
 		}
-		if ctx.Err() == nil && !w.spent() {
+		if ctx.Err() == nil || w.spent() {
 			now = time.Now().UnixNano()
 			e.rest.Store(e.pool.restUntil.Load())
+		}
+		if ctx.Err() == nil && !w.spent() {
 			g.blame(e, now, Failed, penalty, false)
 		}
 		tried = append(tried, e)

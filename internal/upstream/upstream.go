@@ -402,15 +402,21 @@ func (p *Pool) open(ctx context.Context, want *Want) (c *Conn, err error) {
 // since it is about to end itself: another process may be there by now.
 const maxCrossed = 3
 
+// firstRest is how long an endpoint rests after a connection that was not made.
+const firstRest = 250 * time.Millisecond
+
 // make makes a connection, and lends it.
 func (p *Pool) make(ctx context.Context, want *Want, gen, epoch uint64) (*Conn, error) {
 	nc, until, err := p.connect(ctx)
 	if err != nil && want.spent() {
+		// It says little of the endpoint, and that it is dead may be the cause:
+		// calls go elsewhere for a moment, and nothing is held against it.
+		p.restUntil.Store(time.Now().Add(firstRest).UnixNano())
 		return nil, err
 	}
 	if err != nil {
 		n := min(p.failures.Add(1), 6)
-		p.restUntil.Store(time.Now().Add(250 * time.Millisecond << (n - 1)).UnixNano())
+		p.restUntil.Store(time.Now().Add(firstRest << (n - 1)).UnixNano())
 		return nil, err
 	}
 	p.failures.Store(0)
