@@ -136,3 +136,20 @@ func TestSocketActivation(t *testing.T) {
 		}
 	}
 }
+
+// TestSocketActivationWithCapture has a sidecar refuse sockets that its own rules
+// would not let answer.
+func TestSocketActivationWithCapture(t *testing.T) {
+	t.Parallel()
+	w, m := newWorld(t, time.Minute), manager{}
+	out := freePort(t)
+	m.open(t, out)
+	if err := os.MkdirAll(w.path("payment"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w.write("payment", w.proxyConfig("payment", "none")+fmt.Sprintf("outbound: {listen: %q}\ncapture: {users: [\"1001\"], sidecar_user: \"1337\"}\n", out))
+	p := w.activate(m, "payment", [][2]string{{"outbound.listen", out}}, "sidecar", "run", "--config", w.path("payment", "config.yaml"))
+	if code := p.end(); code == 0 || !strings.Contains(p.out.String(), "capture.sidecar_user: sockets that the service manager has opened") {
+		t.Errorf("status %d:\n%s", code, p.out)
+	}
+}

@@ -42,6 +42,18 @@ func (s *sidecar) letGo() {
 	}
 }
 
+// activate takes the sockets of a service manager. With capture by the sidecar's
+// user it has none: the rules let answers out of sockets that this user opened,
+// and the manager is another.
+func (s *sidecar) activate() error {
+	err := s.doors.Activate()
+	if err == nil && s.doors.Passed() && s.cfg.Capture.SidecarUser != "" {
+		err = daemon.Hint(errors.New("capture.sidecar_user: sockets that the service manager has opened would not be let answer"),
+			"take the sidecar's .socket unit away, or name sidecar_cgroup alone")
+	}
+	return err
+}
+
 // follow runs the tie to the issuer: at once, or after the process before has
 // ended, with all else that only one may do.
 func (s *sidecar) follow(ground context.Context, g *errgroup.Group) error {

@@ -125,7 +125,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 		}
 		defer s.letGo()
 	}
-	if err := s.doors.Activate(); err != nil {
+	if err := s.activate(); err != nil {
 		return err
 	}
 	if run.Isolate {

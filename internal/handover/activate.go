@@ -45,6 +45,13 @@ func (d *Doors) Activate() error {
 	return nil
 }
 
+// Passed says whether the service manager has passed sockets.
+func (d *Doors) Passed() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.passed) > 0
+}
+
 // passedTo reads how many sockets are passed to a process, and their names.
 func passedTo(pid int, env func(string) string) (n int, names []string, err error) {
 	if env("LISTEN_PID") != strconv.Itoa(pid) {

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"sallyport/internal/mesh"
 )
 
 // A coldPeer makes each connection in its own time, and counts.
@@ -261,5 +263,36 @@ func TestAPanicGivesTheRightToDialBack(t *testing.T) {
 			_, _ = p.Get(t.Context(), false)
 		}()
 		settled(t, p)
+	})
+}
+
+// An endpoint that takes no connection within the time of its callers is left
+// alone for a moment, and nothing is held against it.
+func TestCallersInAHurryLeaveADeadEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := testGroup(2, mesh.Routes{})
+		peers := []*coldPeer{{takes: time.Hour}, {takes: time.Millisecond}}
+		for i, e := range g.all {
+			e.pool = peers[i].pool()
+			defer e.pool.Close()
+		}
+		failed := 0
+		for range 200 {
+			w := &Want{Until: time.Now().Add(10 * time.Millisecond), Hurried: true}
+			c, err := g.lend(t.Context(), time.Now().UnixNano(), w)
+			if err != nil {
+				failed++
+				continue
+			}
+			c.Discard()
+			time.Sleep(time.Millisecond)
+		}
+		if failed > 5 {
+			t.Errorf("%d of 200 calls waited for the endpoint that is dead", failed)
+		}
+		if n := g.all[0].pool.failures.Load(); n != 0 {
+			t.Errorf("%d failures are held against it", n)
+		}
+		synctest.Wait()
 	})
 }
