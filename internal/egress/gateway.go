@@ -18,6 +18,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/capture"
+	"sallyport/internal/hop"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
@@ -53,7 +54,8 @@ type Limits struct {
 	Tunnels int
 	// TunnelsPerCaller is the same for one SPIFFE ID. Default 512.
 	TunnelsPerCaller int
-	// Streams is how many tunnels one HTTP/2 connection carries. Default 250.
+	// Streams is how many tunnels one connection carries that has streams: of
+	// HTTP/2, or of one of our own proxies. Default 250.
 	Streams int
 	// Idle ends a tunnel without a byte either way. Default 1 h.
 	Idle time.Duration
@@ -167,6 +169,7 @@ type Gateway struct {
 	turns   mux.Turns              // of handshakes
 	calm    *mux.Calm[mux.Source]  // with who breaks off handshakes
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
+	windows *mux.Budget            // of streams
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -197,9 +200,10 @@ func New(c Config) (*Gateway, error) {
 	g.crowd.of = make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
+	g.windows = mux.NewBudget(windows)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
-	g.cfg.TLS.NextProtos = []string{"h2", "http/1.1"}
+	g.cfg.TLS.NextProtos = []string{hop.Proto, "h2", "http/1.1"}
 	g.cfg.TLS.DynamicRecordSizingDisabled = true
 	g.base, g.giveUp = context.WithCancel(context.Background())
 	g.h2conns = newHandover()
@@ -258,6 +262,7 @@ func (g *Gateway) Drain(ctx context.Context) {
 			w.Close()
 		}
 	}
+	g.part()
 	h2, h2conns := g.h2, g.h2conns
 	g.mu.Unlock()
 	err := h2.Shutdown(ctx)
@@ -317,6 +322,7 @@ func (g *Gateway) Yield(on bool) {
 		return
 	}
 	g.resting = time.AfterFunc(restGrace, g.closeIdle)
+	g.part()
 	// A server of HTTP/2 that was shut down serves nothing more: what comes in
 	// this process after all, goes to another.
 	old, conns := g.h2, g.h2conns
@@ -484,11 +490,14 @@ func (g *Gateway) serveConn(w *wire) {
 	if !g.proved(w, who) {
 		return
 	}
-	if tc.State().NegotiatedProtocol == "h2" {
+	switch tc.State().NegotiatedProtocol {
+	case hop.Proto:
+		g.serveHop(w, tc, who)
+	case "h2":
 		g.serveHTTP2(w, tc, who)
-		return
+	default:
+		g.serveHTTP1(w, tc, who)
 	}
-	g.serveHTTP1(w, tc, who)
 }
 
 // handshake establishes who calls. Failures are recorded.

@@ -423,6 +423,7 @@ func denial(reason Reason) func(audit.Record) bool {
 func both(t *testing.T, f func(t *testing.T, dial dialFunc)) {
 	t.Run("over HTTP/1.1", func(t *testing.T) { f(t, dial1) })
 	t.Run("over HTTP/2", func(t *testing.T) { f(t, dial2) })
+	t.Run("on a stream of a proxy", func(t *testing.T) { f(t, dialStream) })
 }
 
 func TestAllowedTunnelCarriesTLS(t *testing.T) {
@@ -1279,7 +1280,7 @@ func TestConfigMistakes(t *testing.T) {
 
 // BenchmarkTunnel measures what goes up through a tunnel and comes back.
 func BenchmarkTunnel(b *testing.B) {
-	for name, dial := range map[string]dialFunc{"http1": dial1, "http2": dial2} {
+	for name, dial := range map[string]dialFunc{"http1": dial1, "http2": dial2, "streams": dialStream} {
 		b.Run(name, func(b *testing.B) {
 			w := newWorld(b, nil)
 			tun, ref := dial(w, billing, "db.test:5432")

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net"
@@ -12,70 +13,55 @@ import (
 	"sallyport/internal/telemetry"
 )
 
-// lookback keeps what was read through it, so that bytes the HTTP engine has
-// taken beyond a head can be given to the tunnel.
-type lookback struct {
-	*record.Conn
-	seen []byte
-}
-
-func (l *lookback) Read(p []byte) (int, error) {
-	n, err := l.Conn.Read(p)
-	l.seen = append(l.seen, p[:n]...)
-	return n, err
-}
-
-// keep forgets all but the last n bytes and returns those.
-func (l *lookback) keep(n int) []byte {
-	l.seen = append(l.seen[:0], l.seen[len(l.seen)-n:]...)
-	return l.seen
-}
-
 const established = "HTTP/1.1 200 Connection established\r\n\r\n"
 
 // serveHTTP1 answers requests until one becomes a tunnel, and carries that.
 func (g *Gateway) serveHTTP1(w *wire, tc *record.Conn, who *caller) {
-	lb := &lookback{Conn: tc}
-	hc := http1.NewConn(lb, g.lim.Request)
+	hc := http1.NewConn(tc, g.lim.Request)
+	t := g.await1(w, hc, who)
+	left := hc.Unread()
+	hc.Release()
+	if t != nil {
+		g.tunnel1(t, &stream1{pipe: tc, w: w, left: left, abort: w.reset})
+	}
+}
+
+// await1 answers requests until one becomes a tunnel; nil when the connection is
+// to end.
+func (g *Gateway) await1(w *wire, hc *http1.Conn, who *caller) *tunnel {
 	var req http1.Request
-	for {
-		if !g.setIdle(w, true) {
-			break
-		}
+	for g.setIdle(w, true) {
 		err := hc.ReadRequest(&req)
 		if !g.setIdle(w, false) {
 			break
 		}
-		t, ans := g.request1(who, &req, err)
-		if t != nil {
-			left := lb.keep(hc.Buffered())
-			hc.Release()
-			g.tunnel1(t, w, tc, left)
-			return
+		t, ans := g.request1(g.base, who, &req, err)
+		if t != nil || ans == nil {
+			return t
 		}
-		if ans == nil {
-			break
-		}
-		r := &req
-		if err != nil {
-			r = nil
-		} else if hc.Buffered() > 0 {
-			req.KeepAlive = false // what follows was meant for the tunnel
-		}
-		if g.yields() {
+		if err == nil && g.yields() {
 			req.KeepAlive = false
 		}
-		lb.keep(hc.Buffered())
-		keep, err := hc.WriteError(r, ans.status, ans.fields(), ans.body())
-		if err != nil {
-			break
-		}
-		if !keep {
-			_ = hc.Linger()
+		if !ans.write1(hc, &req, err) {
 			break
 		}
 	}
-	hc.Release()
+	return nil
+}
+
+// write1 answers what ReadRequest returned, and reports whether the connection
+// may carry another request.
+func (a *answer) write1(hc *http1.Conn, req *http1.Request, err error) bool {
+	if err != nil {
+		req = nil
+	} else if hc.Buffered() > 0 {
+		req.KeepAlive = false // what follows was meant for the tunnel
+	}
+	keep, err := hc.WriteError(req, a.status, a.fields(), a.body())
+	if err == nil && !keep {
+		_ = hc.Linger()
+	}
+	return err == nil && keep
 }
 
 // fields are the header lines of an answer.
@@ -92,7 +78,7 @@ func (a *answer) fields() []byte {
 
 // request1 acts on what ReadRequest returned. Without tunnel and answer the
 // connection just ends.
-func (g *Gateway) request1(who *caller, req *http1.Request, err error) (*tunnel, *answer) {
+func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request, err error) (*tunnel, *answer) {
 	var bad *http1.ProtocolError
 	switch {
 	case errors.As(err, &bad):
@@ -114,29 +100,37 @@ func (g *Gateway) request1(who *caller, req *http1.Request, err error) (*tunnel,
 	if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
 		trace = tr.String()
 	}
-	return g.open(g.base, who, string(req.Target), string(req.Get(originHeader)), trace)
+	return g.open(ctx, who, string(req.Target), string(req.Get(originHeader)), trace)
 }
 
-// tunnel1 makes a tunnel of an HTTP/1.1 connection; left is what came with its
-// request. The connection is done with when it returns.
-func (g *Gateway) tunnel1(t *tunnel, w *wire, tc *record.Conn, left []byte) {
-	_ = tc.SetDeadline(time.Time{})
-	s := &stream1{Conn: tc, w: w, left: left}
-	if _, err := tc.Write([]byte(established)); err != nil {
+// tunnel1 makes a tunnel of what carried its request, which is done with when it
+// returns.
+func (g *Gateway) tunnel1(t *tunnel, s *stream1) {
+	_ = s.SetDeadline(time.Time{})
+	if _, err := s.Write([]byte(established)); err != nil {
 		s.Abort()
 	}
 	g.carry(t, s)
-	if t.why() == ReasonReset && t.down.Load() == 0 {
-		g.calmOf.Spend(t.who.id, 1)
+	if t.why() == ReasonReset && t.down.Load() == 0 && !g.calmOf.Spend(t.who.id, 1) {
+		s.w.Close()
 	}
 	s.linger()
 }
 
-// A stream1 is a whole TLS connection as the caller's side of a tunnel.
+// A pipe carries requests of HTTP/1.1: a TLS connection, or a stream of one.
+type pipe interface {
+	net.Conn
+	CloseWrite() error
+	// Await waits until there is something to read.
+	Await() error
+}
+
+// A stream1 is a pipe as the caller's side of a tunnel.
 type stream1 struct {
-	*record.Conn
-	w    *wire
-	left []byte // read before the tunnel began
+	pipe
+	w     *wire
+	left  []byte // read before the tunnel began
+	abort func() // breaks the pipe off
 }
 
 func (s *stream1) Read(p []byte) (int, error) {
@@ -145,33 +139,27 @@ func (s *stream1) Read(p []byte) (int, error) {
 		s.left = s.left[n:]
 		return n, nil
 	}
-	return s.Conn.Read(p)
+	return s.pipe.Read(p)
 }
 
-// Await waits until there is something to read.
 func (s *stream1) Await() error {
 	if len(s.left) > 0 {
 		return nil
 	}
-	return s.Conn.Await()
+	return s.pipe.Await()
 }
 
 // CloseRead makes Read return.
 func (s *stream1) CloseRead() { _ = s.SetReadDeadline(time.Unix(1, 0)) }
 
-// Abort resets the connection: a bare end would look like an orderly one.
-func (s *stream1) Abort() {
-	if tc, ok := s.w.Conn.(*net.TCPConn); ok {
-		_ = tc.SetLinger(0)
-	}
-	s.w.Close()
-}
+// Abort breaks off what would look like an orderly end if it were just closed.
+func (s *stream1) Abort() { s.abort() }
 
 // linger lets the caller read what was sent last: to close on bytes not yet
-// read would reset the connection and could destroy it.
+// read would break the pipe off and could destroy it.
 func (s *stream1) linger() {
 	_ = s.CloseWrite()
 	_ = s.SetReadDeadline(time.Now().Add(time.Second))
-	_, _ = io.CopyN(io.Discard, s.Conn, 256<<10)
-	s.w.Close()
+	_, _ = io.CopyN(io.Discard, s.pipe, 256<<10)
+	s.Close()
 }

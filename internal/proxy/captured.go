@@ -185,7 +185,7 @@ func (d *door) askGateway(x *call) (_ *upstream.Conn, r *refusal, again bool) {
 	}
 	resp, err := gatewayAnswer(up)
 	if err != nil {
-		return nil, x.noGateway(err, "the gateway did not answer properly"), isClosed(err)
+		return nil, x.noGateway(err, "the gateway did not answer properly"), isClosed(err) || isRefused(err)
 	}
 	x.err = nil // of a gateway before
 	if resp.Status/100 == 2 {

@@ -68,7 +68,7 @@ func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 	}
 	resp, err := gatewayAnswer(up)
 	if err != nil {
-		return x.noGateway(err, "the gateway did not answer properly"), isClosed(err)
+		return x.noGateway(err, "the gateway did not answer properly"), isClosed(err) || isRefused(err)
 	}
 	x.err = nil // of a gateway before
 	x.res.Status = resp.Status

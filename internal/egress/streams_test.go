@@ -1,0 +1,189 @@
+package egress
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/hop"
+)
+
+// streamsOn makes the connection of a proxy of our own.
+func (w *world) streamsOn(id spiffeid.ID) *hop.Conn {
+	w.t.Helper()
+	tc, err := tls.Dial("tcp", w.addr, w.client(id, hop.Proto))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if got := tc.ConnectionState().NegotiatedProtocol; got != hop.Proto {
+		w.t.Fatalf("agreed on %q", got)
+	}
+	h := hop.Dialled(tc, hop.Config{})
+	done := make(chan struct{})
+	go func() { defer close(done); _ = h.Run() }()
+	w.t.Cleanup(func() { h.Close(); <-done })
+	return h
+}
+
+// A connStream is a tunnel on a stream.
+type connStream struct {
+	*hop.Stream
+	br *bufio.Reader
+}
+
+func (c *connStream) Read(p []byte) (int, error) { return c.br.Read(p) }
+
+func (w *world) connectStream(h *hop.Conn, authority string) (clientTunnel, *refused) {
+	w.t.Helper()
+	s, err := h.Open()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { s.Close() })
+	_ = s.SetDeadline(time.Now().Add(20 * time.Second))
+	fmt.Fprintf(s, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", authority, authority)
+	c := &connStream{s, bufio.NewReader(s)}
+	res, err := http.ReadResponse(c.br, &http.Request{Method: "CONNECT"})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return orRefused(w, c, res)
+}
+
+func dialStream(w *world, id spiffeid.ID, authority string) (clientTunnel, *refused) {
+	w.t.Helper()
+	return w.connectStream(w.streamsOn(id), authority)
+}
+
+// echoes sees that a tunnel to the echo server works, and ends what it sends.
+func echoes(t *testing.T, tun clientTunnel) {
+	t.Helper()
+	b := make([]byte, 4)
+	if _, err := io.WriteString(tun, "ping"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(tun, b); err != nil || string(b) != "ping" {
+		t.Fatalf("got %q, %v", b, err)
+	}
+}
+
+// TestManyTunnelsOnOneConnection has one connection carry them, a refusal among
+// them, and a change of policy end one of them alone.
+func TestManyTunnelsOnOneConnection(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.ConnsPerCaller = 1 })
+	h := w.streamsOn(billing)
+	var tuns []clientTunnel
+	for range 12 {
+		tun, ref := w.connectStream(h, "db.test:5432")
+		if ref != nil {
+			t.Fatalf("refused: %+v", ref)
+		}
+		tuns = append(tuns, tun)
+	}
+	if _, ref := w.connectStream(h, "evil.test:443"); ref == nil || ref.status != 403 || ref.id == "" {
+		t.Fatalf("evil.test: %+v", ref)
+	}
+	other, ref := w.connectStream(h, "api.stripe.test:443")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	for _, tun := range tuns {
+		echoes(t, tun)
+	}
+	if n := w.gw.Carries(); n != 1 {
+		t.Errorf("%d connections carry them, want 1", n)
+	}
+	w.use(w.policy(`
+p, db, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:db.test, *, CONNECT, -, -, allow
+`, ""))
+	w.gw.Rejudge()
+	if _, err := other.Read(make([]byte, 1)); !errors.Is(err, hop.ErrCancelled) {
+		t.Errorf("the tunnel whose row is gone: %v, want a reset", err)
+	}
+	end := w.until("revoked", func(r audit.Record) bool { return r.Reason == string(ReasonRevoked) && r.Kind == audit.KindEgressClose })
+	if end.Dst != "host:api.stripe.test" {
+		t.Errorf("ended %s", end.Dst)
+	}
+	for _, tun := range tuns {
+		echoes(t, tun)
+	}
+}
+
+// TestACallerThatBreaksOffEndsTheDial has a stream reset while its destination
+// is being dialled.
+func TestACallerThatBreaksOffEndsTheDial(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Names = silentNames{} })
+	h := w.streamsOn(billing)
+	s, err := h.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(s, "CONNECT slow.test:443 HTTP/1.1\r\nHost: slow.test:443\r\n\r\n")
+	for w.gw.Tunnels() == 0 {
+		if t.Context().Err() != nil {
+			t.Fatal("nothing was asked of the resolver")
+		}
+	}
+	s.Close()
+	w.until("the end of the dial", denial(ReasonResolve))
+	tun, ref := w.connectStream(h, "db.test:5432")
+	if ref != nil {
+		t.Fatalf("the connection carries nothing more: %+v", ref)
+	}
+	echoes(t, tun)
+}
+
+// silentNames never answer.
+type silentNames struct{}
+
+func (silentNames) Lookup(ctx context.Context, _ string) ([]netip.Addr, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
+// TestDrainCutsNoStream has a gateway yield: its caller is told, what is open
+// goes on, and Drain waits for it.
+func TestDrainCutsNoStream(t *testing.T) {
+	w := newWorld(t, nil)
+	h := w.streamsOn(billing)
+	tun, ref := w.connectStream(h, "db.test:5432")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	echoes(t, tun)
+	w.gw.Yield(true)
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for h.Live() {
+		<-tick.C // until the goaway is here
+	}
+	echoes(t, tun)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	drained := make(chan struct{})
+	go func() { defer close(drained); w.gw.Drain(ctx) }()
+	w.stop()
+	echoes(t, tun)
+	_ = tun.CloseWrite()
+	if rest, err := io.ReadAll(tun); err != nil || len(rest) > 0 {
+		t.Errorf("at the end %q, %v", rest, err)
+	}
+	tun.Close()
+	<-drained
+	if ctx.Err() != nil {
+		t.Error("Drain waited for more than the tunnel")
+	}
+	if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonDone) {
+		t.Errorf("the tunnel ended with %q", end.Reason)
+	}
+}
