@@ -61,6 +61,21 @@ func TestCurl(t *testing.T) {
 			return r.Kind == "egress_open" && r.Src == id("/ns/shop/sa/billing") && r.Dst == "host:api.stripe.test"
 		})
 	})
+	t.Run("a call out by SOCKS goes through the gateway", func(t *testing.T) {
+		socks := []string{"--noproxy", "", "--proxy", "socks5h://" + bill.out, "--cacert", site.ca}
+		p := read(t, ask[runReply](billing, "/run", curl(append(socks, "https://api.stripe.test/v1/socks")...)))
+		if p.status != "200" || !strings.Contains(p.body, `"path":"/v1/socks"`) {
+			t.Errorf("not the answer of the site: %+v", p)
+		}
+		r := ask[runReply](billing, "/run", curl(append(socks, "https://evil.test/")...))
+		if r.Code != 97 || !strings.Contains(r.Output, "(2)") { // CURLE_PROXY, not allowed by ruleset
+			t.Errorf("curl to evil.test ended with %d, want 97:\n%s", r.Code, r.Output)
+		}
+		line := curl(append(socks, "https://api.stripe.test/v1/socks")...)
+		if r := command(t, line[0], line[1:]...); r.Code != 97 {
+			t.Errorf("another process: curl ended with %d, want 97:\n%s", r.Code, r.Output)
+		}
+	})
 	t.Run("a call out that no rule allows is refused", func(t *testing.T) {
 		for _, c := range []struct {
 			from *hand

@@ -113,7 +113,7 @@ const (
 
 // OutboundConfig is how the application reaches others.
 type OutboundConfig struct {
-	// Listen is the HTTP proxy for the application: host:port on loopback, by
+	// Listen is the proxy for the application, HTTP and SOCKS 5: on loopback, by
 	// custom 127.0.0.1:15001. Without it there is no proxy.
 	Listen netip.AddrPort `yaml:"listen"`
 	// Upstreams are loopback ports of their own for single services, for

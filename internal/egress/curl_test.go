@@ -91,6 +91,11 @@ func TestCurl(t *testing.T) {
 	if out, err := curl("https://api.stripe.test/v1/charges"); err != nil || !strings.Contains(out, "charged through api.stripe.test") {
 		t.Errorf("allowed: %v\n%s", err, out)
 	}
+	if help, _ := exec.Command("curl", "--help", "all").Output(); strings.Contains(string(help), "--proxy-http2") {
+		if out, err := curl("https://api.stripe.test/v1/charges", "--proxy-http2"); err != nil || !strings.Contains(out, "charged through api.stripe.test") {
+			t.Errorf("allowed, over HTTP/2: %v\n%s", err, out)
+		}
+	}
 	if out, err := curl("https://evil.test/"); err == nil || !strings.Contains(out, "403") || !strings.Contains(strings.ToLower(out), "sallyport-decision: ") {
 		t.Errorf("denied: %v\n%s", err, out)
 	}

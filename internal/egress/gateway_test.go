@@ -448,6 +448,7 @@ func TestAllowedTunnelCarriesTLS(t *testing.T) {
 		if rest, err := io.ReadAll(tc); err != nil || len(rest) != 0 {
 			t.Errorf("got %q, %v at the end", rest, err)
 		}
+		_, _ = io.Copy(io.Discard, tun) // to go before the end would break it off
 		tun.Close()
 		open := w.until("open", kind(audit.KindEgressOpen))
 		end := w.until("close", kind(audit.KindEgressClose))

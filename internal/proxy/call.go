@@ -103,6 +103,7 @@ type call struct {
 	keep    bool // the connection may carry another call
 	tunnel  bool // the connection was handed over
 	opaque  bool // nobody speaks HTTP on it
+	socks   bool // it was asked for in SOCKS, which the answer speaks too
 	// idle is how long nothing may move on a tunnel, 0 for relayIdle.
 	idle   time.Duration
 	broken bool // the client must see that the answer is not whole
@@ -160,6 +161,10 @@ func (x *call) refuse(r *refusal) {
 	x.res.Status = r.status
 	x.vacate()
 	if x.opaque {
+		return
+	}
+	if x.socks {
+		x.answerSOCKS(r.status)
 		return
 	}
 	if r.own {

@@ -107,6 +107,17 @@ func (a *ahead) CloseWrite() error {
 	return errors.ErrUnsupported
 }
 
+// NetConn is the connection itself.
+func (a *ahead) NetConn() net.Conn { return a.Conn }
+
+// Await waits until there is something to read, if the connection can.
+func (a *ahead) Await() error {
+	if w, ok := a.Conn.(interface{ Await() error }); ok && len(a.read) == 0 {
+		return w.Await()
+	}
+	return nil
+}
+
 func (a *ahead) Read(p []byte) (int, error) {
 	if len(a.read) == 0 {
 		return a.Conn.Read(p)

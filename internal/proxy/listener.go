@@ -529,6 +529,10 @@ func (l *listener) unreadable(x *call, err error) {
 	}
 	x.unread.Observe(status, 0, 0, 0)
 	l.Metrics.RequestsRefused(l.Reporter, unreadReason(err)).Inc()
+	if x.socks {
+		x.answerSOCKS(status)
+		return
+	}
 	if _, err := x.down.WriteError(nil, status, nil, errorBody(reason, "")); err == nil {
 		_ = x.down.Linger() // best effort, the connection ends anyway
 	}

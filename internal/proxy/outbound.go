@@ -199,15 +199,31 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 		d.listener.opaque(x, d.opaque)
 		return
 	}
-	switch h2, err := x.down.Begins(preface); {
+	switch text, err := d.begins(x); {
 	case err != nil:
 		d.unreadable(x, err)
 		d.leftOff(x.conn, err)
-	case h2:
+	case text == socks5:
+		d.serveSOCKS(ctx, c, x)
+	case text == preface:
 		d.serveHTTP2(ctx, c, x)
 	default:
 		d.calls(x, d.chain)
 	}
+}
+
+// begins says which text a connection begins with that tells a protocol; none
+// for HTTP/1.1. SOCKS is spoken to a proxy only.
+func (d *door) begins(x *call) (string, error) {
+	for _, text := range []string{socks5, preface} {
+		if text == socks5 && (d.service != "" || x.meant.IsValid()) {
+			continue
+		}
+		if ok, err := x.down.Begins(text); ok || err != nil {
+			return text, err
+		}
+	}
+	return "", nil
 }
 
 func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {

@@ -208,7 +208,7 @@ func (d *door) connectStream(x *call, svc mesh.Service) *refusal {
 	if r != nil {
 		return r
 	}
-	if _, err := x.down.Write([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); err != nil {
+	if err := x.established(); err != nil {
 		up.Discard()
 		if f := x.tries.fault; f != nil {
 			f.leave()

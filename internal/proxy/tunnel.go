@@ -76,7 +76,7 @@ func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 		return x.passRefusal(up, resp), false
 	}
 	x.res.ResponseStarted = true
-	if _, err := x.down.Write([]byte("HTTP/1.1 200 Connection Established\r\n\r\n")); err != nil {
+	if err := x.established(); err != nil {
 		x.err, x.broken = err, true
 		return nil, false
 	}
@@ -112,6 +112,9 @@ func (x *call) passRefusal(up *upstream.Conn, resp *http1.Response) *refusal {
 	r := &refusal{status: resp.Status, reason: "gateway", detail: "the gateway refused the tunnel"}
 	if id := resp.Get("Sallyport-Decision"); isDecision(id) {
 		r.decision = string(id)
+	}
+	if x.socks {
+		return r
 	}
 	var body bytes.Buffer
 	if resp.Body.Framing == http1.Length && resp.Body.Length <= tunnelBody {
