@@ -356,6 +356,22 @@ func TestSettingsAreChecked(t *testing.T) {
 	}
 }
 
+// Whoever has no Redactor shows no proof of an identity either.
+func TestRedactorOfNothing(t *testing.T) {
+	for name, r := range map[string]*Redactor{"nil": nil, "zero": {}, "made": NewRedactor(RedactConfig{})} {
+		if a, b := r.Field("Set_Cookie", "x"), r.Field("location", "/a?b"); a != Redacted || b != "/a?b" {
+			t.Errorf("%s: fields are %q, %q", name, a, b)
+		}
+		if v := r.Value(map[string]any{"a": "b"}, []string{"c"}); fmt.Sprint(v) != "map[a:b]" {
+			t.Errorf("%s: value is %v", name, v)
+		}
+		rec := &Record{Request: &Request{Query: "a=b", Message: Message{Headers: []Field{{"Authorization", "x"}, {"A", "b"}}, Body: Body("c")}}}
+		if r.Record(rec); rec.Request.Headers[0][1] != Redacted || rec.Request.Headers[1][1] != "b" || string(rec.Request.Body) != "c" || rec.Request.Query != "a=b" {
+			t.Errorf("%s: record is %+v", name, rec.Request)
+		}
+	}
+}
+
 func TestRedactMissesNoDouble(t *testing.T) {
 	for _, tt := range []struct{ body, want string }{
 		{`{"card":{"number":"hidden"},"card":{}}`, `{"card":{}}`},

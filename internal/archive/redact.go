@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strings"
 )
 
@@ -65,7 +66,7 @@ type Redactor struct {
 // NewRedactor returns a Redactor of a configuration that is valid.
 func NewRedactor(c RedactConfig) *Redactor {
 	r := &Redactor{headers: map[string]bool{}, query: map[string]bool{}}
-	for _, h := range append(always[:len(always):len(always)], c.Headers...) {
+	for _, h := range c.Headers {
 		r.headers[fold(h)] = true
 	}
 	for _, q := range c.Query {
@@ -77,11 +78,19 @@ func NewRedactor(c RedactConfig) *Redactor {
 
 func fold(name string) string { return strings.ToLower(strings.ReplaceAll(name, "_", "-")) }
 
+func (r *Redactor) orZero() *Redactor {
+	if r == nil {
+		return &Redactor{}
+	}
+	return r
+}
+
 // Field is the value of a field without what must not be shown: that of an
 // address, too, has a query.
 func (r *Redactor) Field(name, value string) string {
+	r = r.orZero()
 	switch name = fold(name); {
-	case r.headers[name]:
+	case r.headers[name], slices.Contains(always, name):
 		return Redacted
 	case len(r.query) > 0 && (name == "referer" || name == "location" || name == "content-location"):
 		before, query, ok := strings.Cut(value, "?")
@@ -98,6 +107,7 @@ func (r *Redactor) Field(name, value string) string {
 // Value takes out of a value of JSON, which stands at a path, what must not be
 // shown.
 func (r *Redactor) Value(v any, path []string) any {
+	r = r.orZero()
 	for n := 1; n < len(path); n++ {
 		if r.paths.Match(path[:n]) {
 			return Redacted
@@ -148,6 +158,7 @@ func matches(pattern, path []string) bool {
 
 // Record takes out of a record what must not be written down.
 func (r *Redactor) Record(rec *Record) {
+	r = r.orZero()
 	if q := rec.Request; q != nil {
 		q.Query = r.form(q.Query)
 		r.message(&q.Message)

@@ -55,23 +55,7 @@ type faults struct {
 func (fs *faults) use(now time.Time, p *policy) {
 	fs.mu.Lock()
 	defer fs.mu.Unlock()
-	next := map[string]*fault{}
-	if p.faults != nil {
-		for set := range p.table.All {
-			for _, r := range set.Routes {
-				p.faults[r.ID] = nil
-				for i := range r.Faults {
-					key := set.File.Of() + "/" + r.Name + "/" + r.Faults[i].Name
-					f := fs.known[key]
-					if f == nil || !sameFault(f.Fault, r.Faults[i].Fault) {
-						f = &fault{Fault: r.Faults[i].Fault, key: key, over: make(chan struct{})}
-					}
-					next[key] = f
-					p.faults[r.ID] = append(p.faults[r.ID], f)
-				}
-			}
-		}
-	}
+	next := fs.match(p)
 	for key, f := range fs.known {
 		if next[key] != f {
 			fs.end(f, "the policy has it no more")
@@ -83,6 +67,37 @@ func (fs *faults) use(now time.Time, p *policy) {
 		}
 	}
 	fs.known = next
+}
+
+// lend gives a policy that is in force no more the faults that go on.
+func (fs *faults) lend(p *policy) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	fs.match(p)
+}
+
+// match gives a policy its faults, of which those that are known are the same. The
+// caller holds the lock.
+func (fs *faults) match(p *policy) map[string]*fault {
+	next := map[string]*fault{}
+	if p.faults == nil {
+		return next
+	}
+	for set := range p.table.All {
+		for _, r := range set.Routes {
+			p.faults[r.ID] = nil
+			for i := range r.Faults {
+				key := set.File.Of() + "/" + r.Name + "/" + r.Faults[i].Name
+				f := fs.known[key]
+				if f == nil || !sameFault(f.Fault, r.Faults[i].Fault) {
+					f = &fault{Fault: r.Faults[i].Fault, key: key, over: make(chan struct{})}
+				}
+				next[key] = f
+				p.faults[r.ID] = append(p.faults[r.ID], f)
+			}
+		}
+	}
+	return next
 }
 
 func sameFault(a, b *mesh.Fault) bool {

@@ -232,6 +232,37 @@ func TestAFaultHoldsNothingUpBeyondItsEnd(t *testing.T) {
 	}
 }
 
+// A call that looked before two changes goes by what it saw, and brings nothing
+// of it back.
+func TestAnOvertakenPolicyStaysOvertaken(t *testing.T) {
+	r := newRig(t, app(t, hello), func(r *rig) { r.routes = "service: billing\n" + faulty("status: 503", "") })
+	first := r.snap.Load()
+	begun := r.outbound.policyOf(first)
+	lasting := held(r)
+	if lasting == nil || !lasting.live.Load() {
+		t.Fatal("the fault has not begun")
+	}
+	now := func() *policy {
+		r.use(r.access)
+		return r.outbound.policyOf(r.snap.Load())
+	}
+	now()
+	last := now()
+	late := r.outbound.policyOf(first)
+	if late == begun || late.snap != first || late.faults[0][0] != lasting {
+		t.Errorf("an overtaken policy has other faults: %+v", late.faults)
+	}
+	r.routes = ""
+	last = now()
+	late = r.outbound.policyOf(first)
+	if f := late.faults[0][0]; f.live.Load() || lasting.live.Load() || held(r) != nil {
+		t.Error("a fault is back that the policy has no more")
+	}
+	if kept := r.outbound.kept.Load(); kept[0] != last {
+		t.Error("an overtaken policy is in force again")
+	}
+}
+
 func held(r *rig) *fault {
 	r.outbound.faults.mu.Lock()
 	defer r.outbound.faults.mu.Unlock()

@@ -91,6 +91,9 @@ type Outbound struct {
 	kept atomic.Pointer[[2]*policy]
 	// bodies is what the connections of HTTP/2 of all doors have together.
 	bodies *mux.Budget
+	// keeping is held by who changes kept. It is taken before the locks of faults
+	// and quotas.
+	keeping sync.Mutex
 	// faults and quotas are those of the policy in force.
 	faults  faults
 	quotas  quotas

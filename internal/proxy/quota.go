@@ -98,23 +98,37 @@ type quotas struct {
 func (qs *quotas) use(now time.Time, p *policy) {
 	qs.mu.Lock()
 	defer qs.mu.Unlock()
+	qs.of = qs.match(now, p)
+}
+
+// lend gives a policy that is in force no more the limits that go on counting.
+func (qs *quotas) lend(now time.Time, p *policy) {
+	qs.mu.Lock()
+	defer qs.mu.Unlock()
+	qs.match(now, p)
+}
+
+// match gives a policy its limits, of which those that are known are the same. The
+// caller holds mu.
+func (qs *quotas) match(now time.Time, p *policy) map[string]*quota {
 	next := map[string]*quota{}
-	if p.quotas != nil {
-		for set := range p.table.All {
-			for _, r := range set.Routes {
-				if r.Limit == nil {
-					continue
-				}
-				fresh := newQuota(set.File.Of(), r, now)
-				q := qs.of[fresh.of.Route]
-				if q == nil || q.limit != fresh.limit {
-					q = fresh
-				}
-				next[q.of.Route], p.quotas[r.ID] = q, q
+	if p.quotas == nil {
+		return next
+	}
+	for set := range p.table.All {
+		for _, r := range set.Routes {
+			if r.Limit == nil {
+				continue
 			}
+			fresh := newQuota(set.File.Of(), r, now)
+			q := qs.of[fresh.of.Route]
+			if q == nil || q.limit != fresh.limit {
+				q = fresh
+			}
+			next[q.of.Route], p.quotas[r.ID] = q, q
 		}
 	}
-	qs.of = next
+	return next
 }
 
 // Demands are what the workload asks for of limits that are shared.

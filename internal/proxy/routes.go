@@ -50,9 +50,14 @@ type change struct {
 
 // Prepare makes ready what was compiled of a snapshot, which Snapshot is about
 // to give.
-func (o *Outbound) Prepare(snap *mesh.Snapshot, table *route.Table) { o.keep(newPolicy(snap, table)) }
+func (o *Outbound) Prepare(snap *mesh.Snapshot, table *route.Table) {
+	o.keeping.Lock()
+	defer o.keeping.Unlock()
+	o.keep(newPolicy(snap, table))
+}
 
 // keep remembers a policy beside the one before, for calls that still go by it.
+// The caller holds keeping.
 func (o *Outbound) keep(p *policy) *policy {
 	now := time.Now()
 	o.faults.use(now, p)
@@ -68,6 +73,28 @@ func (o *Outbound) keep(p *policy) *policy {
 
 // policyOf is what was made of a snapshot.
 func (o *Outbound) policyOf(snap *mesh.Snapshot) *policy {
+	if p := o.remembered(snap); p != nil {
+		return p
+	}
+	o.keeping.Lock()
+	defer o.keeping.Unlock()
+	if p := o.remembered(snap); p != nil {
+		return p
+	}
+	table, err := route.Compile(snap, route.Options{Region: o.cfg.Region})
+	p := newPolicy(snap, table)
+	p.broken = err
+	if o.cfg.Snapshot() != snap {
+		// Others have come since the call looked: it goes by what it saw, and
+		// that does not come into force again.
+		o.faults.lend(p)
+		o.quotas.lend(time.Now(), p)
+		return p
+	}
+	return o.keep(p)
+}
+
+func (o *Outbound) remembered(snap *mesh.Snapshot) *policy {
 	if kept := o.kept.Load(); kept != nil {
 		for _, p := range kept {
 			if p != nil && p.snap == snap {
@@ -75,10 +102,7 @@ func (o *Outbound) policyOf(snap *mesh.Snapshot) *policy {
 			}
 		}
 	}
-	table, err := route.Compile(snap, route.Options{Region: o.cfg.Region})
-	p := newPolicy(snap, table)
-	p.broken = err
-	return o.keep(p)
+	return nil
 }
 
 func newPolicy(snap *mesh.Snapshot, table *route.Table) *policy {
