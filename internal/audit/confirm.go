@@ -52,8 +52,10 @@ type claim struct {
 type confirmer struct {
 	trust  Trust
 	claims []*claim
-	tree   spine
-	gone   goneCheck
+	// cosigned is the cosigned checkpoint as it was read.
+	cosigned []byte
+	tree     spine
+	gone     goneCheck
 	// passed is the newest claim of a witness that speaks of removed records
 	// alone, nil when there is none.
 	passed *claim
@@ -69,11 +71,7 @@ type confirmer struct {
 // VerifyFile verifies all files of the log at path as one chain, with its
 // checkpoints, and holds it against what witnesses have signed.
 func VerifyFile(path string, trust Trust) (Report, error) {
-	c := confirmer{trust: trust}
-	if err := c.gather(TreeDir(path)); err != nil {
-		return Report{}, err
-	}
-	files, err := c.open(path)
+	c, files, err := takeUp(path, trust)
 	if err != nil {
 		return Report{}, err
 	}
@@ -117,7 +115,7 @@ func (c *confirmer) open(path string) (files []*os.File, err error) {
 			return nil, fmt.Errorf("open audit log: %w", err)
 		}
 	}
-	return nil, fmt.Errorf("open audit log: the files of %s change too fast; try again", path)
+	return nil, changesTooFast(path)
 }
 
 // segments lists the files but those that are gone by the evidence, which a crash
@@ -142,6 +140,38 @@ func closeAll(files []*os.File) {
 	for _, f := range files {
 		f.Close()
 	}
+}
+
+// takeUp reads what was signed of a log, and opens its files. Between the two a
+// witness may have signed more, and what it signed may have been removed: then
+// what was read is no rewritten log's, but an old one.
+func takeUp(path string, trust Trust) (*confirmer, []*os.File, error) {
+	for range 10 {
+		c := &confirmer{trust: trust}
+		if err := c.gather(TreeDir(path)); err != nil {
+			return nil, nil, err
+		}
+		files, err := c.open(path)
+		if err != nil || c.passed == nil {
+			return c, files, err
+		}
+		now, err := os.ReadFile(filepath.Join(TreeDir(path), cosignedFile))
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		if err == nil && bytes.Equal(now, c.cosigned) {
+			return c, files, nil
+		}
+		closeAll(files)
+		if err != nil {
+			return nil, nil, fmt.Errorf("read audit tree: %w", err)
+		}
+	}
+	return nil, nil, changesTooFast(path)
+}
+
+func changesTooFast(path string) error {
+	return fmt.Errorf("open audit log: the files of %s change too fast; try again", path)
 }
 
 // gather reads the checkpoints beside the log, and finds the heads that speak
@@ -178,6 +208,7 @@ func (c *confirmer) gather(dir string) error {
 		}
 		k := own
 		if file == cosignedFile {
+			c.cosigned = b
 			name, _, _ := strings.Cut(string(b), "\n")
 			k = verifierText(name, public)
 		}
