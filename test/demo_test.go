@@ -23,7 +23,7 @@ func TestDemoKeepsItsPromises(t *testing.T) {
 // The scenarios of the demo, each with all that it promises.
 func TestDemoScenarios(t *testing.T) {
 	t.Parallel()
-	for name, promises := range map[string]int{"breaker": 6, "fault": 7, "shadow": 3, "archive": 6} {
+	for name, promises := range map[string]int{"canary": 6, "bad-canary": 4, "breaker": 6, "fault": 7, "shadow": 3, "archive": 6} {
 		t.Run(name, func(t *testing.T) {
 			if n := newWorld(t, 0).demo(t, "--scenario", name); n != promises {
 				t.Errorf("%d promises, want %d", n, promises)

@@ -38,7 +38,7 @@ type scenario struct {
 
 // scenarios are what there is to play.
 func scenarios() []scenario {
-	return []scenario{breakerScenario(), faultScenario(), shadowScenario(), archiveScenario()}
+	return []scenario{canaryScenario(), badCanaryScenario(), breakerScenario(), faultScenario(), shadowScenario(), archiveScenario()}
 }
 
 func scenarioNames() string {
