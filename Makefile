@@ -157,6 +157,17 @@ bench-attack: ## what other traffic notices of crowds, slow heads, deaf peers an
 	@go build -o $(BIN)/bench-attack ./bench/attack
 	@$(BIN)/bench-attack -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar -gateway $(BIN)/gateway $(ARGS)
 
+.PHONY: bypass
+bypass: ## every bypass of the corpus that the gateway can be asked, and what became of it
+	@BYPASS_TABLE=1 go test ./internal/egress -run '^TestBypass$$' -count=1 -v | grep -vE '^(=== |ok |PASS|FAIL|exit | *---)'
+
+.PHONY: bench-egress
+bench-egress: ## tunnels through a gateway beside Squid with client certificates and tinyproxy (ARGS="-rounds 5")
+	@{ command -v squid && squid -v | grep -q openssl && command -v tinyproxy; } >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends squid-openssl tinyproxy-bin >/dev/null; }
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/gateway
+	@go build -o $(BIN)/bench-egress ./bench/egress
+	@$(BIN)/bench-egress -issuer $(BIN)/issuer -gateway $(BIN)/gateway $(ARGS)
+
 .PHONY: bench-route
 bench-route: ## what routes cost a call, part by part (ARGS="-rounds 9")
 	@go build -o $(BIN)/bench-route ./bench/route

@@ -32,7 +32,7 @@ var floors = [][]string{
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
 	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest",
-	"bench", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
+	"bench", "bench/egress", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
 	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "test",
 }
 
