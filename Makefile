@@ -150,6 +150,14 @@ bench-handshake: ## new connections of mutual TLS to a sidecar, nginx and HAProx
 	@go build -o $(BIN)/bench-handshake ./bench/handshake
 	@$(BIN)/bench-handshake -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
+.PHONY: bench-dns
+bench-dns: ## the nameserver of a sidecar beside unbound and dnsmasq, asked by dnsperf (ARGS="-rounds 9")
+	@for p in dnsperf unbound dnsmasq; do command -v $$p >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends dnsperf unbound dnsmasq-base >/dev/null; }; done
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
+	@go build -o $(BIN)/bench-dns ./bench/dns
+	@$(BIN)/bench-dns -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: bench-attack
 bench-attack: ## what other traffic notices of crowds, slow heads, deaf peers and floods of resets (ARGS="-scenes in")
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/gateway
