@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/big"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -75,6 +76,12 @@ func (w *world) startOutside(host string) *outside {
 
 func (w *world) serveOutside(host string, h http.Handler) *outside {
 	w.t.Helper()
+	return w.serveOutsideAt("", host, h)
+}
+
+// serveOutsideAt is serveOutside at an address of the caller's choice.
+func (w *world) serveOutsideAt(at, host string, h http.Handler) *outside {
+	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		w.t.Fatal(err)
@@ -94,6 +101,12 @@ func (w *world) serveOutside(host string, h http.Handler) *outside {
 		w.t.Fatal(err)
 	}
 	o := &outside{Server: httptest.NewUnstartedServer(h), ca: w.path(host + ".pem")}
+	if at != "" {
+		o.Listener.Close()
+		if o.Listener, err = net.Listen("tcp", at); err != nil {
+			w.t.Fatal(err)
+		}
+	}
 	o.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
 	o.StartTLS()
 	w.t.Cleanup(o.Close)

@@ -2,9 +2,11 @@ package test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -15,23 +17,26 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/dns"
+
 	"sallyport/internal/meshtest"
 )
 
 // allowedNames are rows that let payment leave the mesh.
 var allowedNames = fmt.Sprintf(`p, pay-out-1, out, %[1]s, host:api.stripe.test, 443, CONNECT, -, -, allow
 p, pay-out-2, out, %[1]s, host:*.wild.test, 443, CONNECT, -, -, allow
+p, pay-out-3, out, %[1]s, host:real.stripe.test, 8443, CONNECT, -, -, allow
 `, id("/ns/shop/sa/payment"))
 
 // namesWorld has payment's workload captured, as in capturedWorld, and its
 // questions answered, with a gateway and a host outside.
-func namesWorld(t *testing.T) (w *world, site *outside, sidecar *proc) {
+func namesWorld(t *testing.T) *namedWorld {
 	t.Helper()
 	ip := meshtest.Need(t, "ip")
 	if r := command(t, ip, "route", "add", "203.0.113.0/24", "dev", "lo"); r.Code != 0 { // where resolv.conf has its servers
 		t.Fatal(r.Output)
 	}
-	w = newWorld(t, time.Minute)
+	w := newWorld(t, time.Minute)
 	entries, err := os.ReadFile(w.path("policies", "entries.yaml"))
 	if err != nil {
 		t.Fatal(err)
@@ -42,19 +47,37 @@ func namesWorld(t *testing.T) (w *world, site *outside, sidecar *proc) {
 		t.Fatal(err)
 	}
 	w.extend("access.csv", allowedNames)
-	site = w.startOutside("api.stripe.test")
+	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)
+	w.extend("egress.yaml", realDestination)
 	w.startIssuer()
-	gw := w.startGateway()
+	gw, dot, doh := freePort(t), freePort(t), freePort(t)
+	w.write("gateway", w.proxyConfig("gateway", w.token("gateway"))+fmt.Sprintf("listen: %s\nresolvers: [%q]\nnames: {dot: %q, doh: %q}\n", gw, freePort(w.t), dot, doh))
+	w.awaitReady(w.start("gateway", nil, "gateway", "run", "--config", w.path("gateway", "config.yaml")))
 	w.write("payment", w.proxyConfig("payment", w.token("payment"))+fmt.Sprintf(`outbound: {listen: 127.0.0.1:15001}
 egress: {gateway: %s, addresses: [%q]}
-names: {listen: 127.0.0.1:15053, search: [%s]}
+names: {listen: 127.0.0.1:15053, search: [%s], gateways: [%q]}
 capture:
   users: ["%d"]
   sidecar_user: "%d"
   hold: true
-`, id("/ns/edge/sa/gateway"), gw, strings.Join(searchList, ", "), workloadUID, os.Getuid()))
-	return w, site, w.startCapture()
+`, id("/ns/edge/sa/gateway"), gw, strings.Join(searchList, ", "), dot, workloadUID, os.Getuid()))
+	return &namedWorld{w, site, w.startCapture(), dot, doh}
+}
+
+// realDestination is a host of which workloads are told the address.
+const realDestination = `  - host: real.stripe.test
+    dns: real
+    private: [203.0.113.7/32]
+    route: {endpoints: ["203.0.113.7:8443"]}
+`
+
+// A namedWorld is what namesWorld starts.
+type namedWorld struct {
+	*world
+	site     *outside
+	sidecar  *proc
+	dot, doh string // where the gateway answers
 }
 
 var searchList = []string{"ns1.svc.cluster.local", "svc.cluster.local", "cluster.local"}
@@ -106,7 +129,7 @@ func TestNameserverAnswers(t *testing.T) {
 		return
 	}
 	meshtest.Need(t, "dig")
-	w, _, _ := namesWorld(t)
+	w := namesWorld(t)
 	dig := func(args ...string) string {
 		t.Helper()
 		return as(t, workloadUID, append([]string{"dig", "+tries=1", "+time=10", "+noall", "+comments", "+answer", "+authority"}, args...)...).Output
@@ -176,7 +199,8 @@ func TestEgressDNS(t *testing.T) {
 		return
 	}
 	meshtest.Need(t, "curl")
-	w, site, _ := namesWorld(t)
+	w := namesWorld(t)
+	site := w.site
 	if err := os.Chmod(w.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -208,6 +232,99 @@ func TestEgressDNS(t *testing.T) {
 		}
 		w.awaitAudit(tt.at, name, func(r auditLine) bool { return r.Decision == "deny" && r.Dst == tt.dst && r.Reason == tt.reason })
 	}
+}
+
+// TestEgressDNSReal has a host answered with its own address, and a connection to
+// that address lead to the host.
+func TestEgressDNSReal(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	meshtest.Need(t, "curl")
+	w := namesWorld(t)
+	site := w.serveOutsideAt("203.0.113.7:8443", "real.stripe.test", http.HandlerFunc(echo))
+	if err := errors.Join(os.Chmod(w.dir, 0o755), os.Chmod(site.ca, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if r := w.resolving(curl("-k", "https://203.0.113.7:8443/")...); r.Code == 0 {
+		t.Fatalf("an address that was told for nobody is reached: %s", r.Output)
+	}
+	if r := w.resolving("getent", "ahostsv4", "real.stripe.test"); !strings.HasPrefix(r.Output, "203.0.113.7 ") {
+		t.Fatalf("the host is at %s", r.Output)
+	}
+	p := read(t, w.resolving(curl("--cacert", site.ca, "https://real.stripe.test:8443/v1")...))
+	if p.status != "200" || !strings.Contains(p.body, `"path":"/v1"`) {
+		t.Errorf("not the answer of the site: %+v", p)
+	}
+	for _, args := range [][]string{{"-k", "https://203.0.113.7:8443/"}, {"-k", "--resolve", "evil.test:8443:203.0.113.7", "https://evil.test:8443/"}} {
+		if r := w.resolving(curl(args...)...); r.Code == 0 {
+			t.Errorf("%v: it is answered: %s", args, r.Output)
+		}
+	}
+	for _, reason := range []string{"sni_missing", "sni_mismatch"} {
+		w.awaitAudit("gateway", reason, func(r auditLine) bool {
+			return r.Decision == "deny" && r.Dst == "host:real.stripe.test" && r.Reason == reason
+		})
+	}
+}
+
+// TestNameserverGateway asks the gateway with an SVID, as a host without a sidecar
+// does, over TLS and by curl over HTTPS.
+func TestNameserverGateway(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	meshtest.Need(t, "curl")
+	w := namesWorld(t)
+	question := func(host string) *dns.Msg {
+		m := new(dns.Msg)
+		m.SetQuestion(host+".", dns.TypeA)
+		m.SetEdns0(1232, false)
+		return m
+	}
+	overTLS := func(_ string, certs []tls.Certificate, host string) (*dns.Msg, error) {
+		c := &dns.Client{Net: "tcp-tls", Timeout: within, TLSConfig: &tls.Config{Certificates: certs, InsecureSkipVerify: true, NextProtos: []string{"dot"}}}
+		m, _, err := c.Exchange(question(host), w.dot)
+		return m, err
+	}
+	overHTTPS := func(workload string, _ []tls.Certificate, host string) (*dns.Msg, error) {
+		in, err := question(host).Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.put(w.path("question"), string(in))
+		line := []string{"-sSf", "-k", "--http2", "--max-time", "20", "-H", "Content-Type: application/dns-message", "--data-binary", "@" + w.path("question"), "https://" + w.doh + "/dns-query"}
+		if workload != "" {
+			dir := w.path("stolen-" + workload)
+			line = append(line, "--cert", dir+"/svid.pem", "--key", dir+"/key.pem")
+		}
+		r := command(t, "curl", line...)
+		if r.Code != 0 {
+			return nil, errors.New(r.Output)
+		}
+		m := new(dns.Msg)
+		return m, m.Unpack([]byte(r.Output))
+	}
+	certs := map[string][]tls.Certificate{"payment": {w.steal("payment").cert}, "web": {w.steal("web").cert}}
+	for how, ask := range map[string]func(string, []tls.Certificate, string) (*dns.Msg, error){"TLS": overTLS, "HTTPS": overHTTPS} {
+		for _, tt := range []struct{ workload, host, want string }{
+			{"payment", "api.stripe.test", `status: NOERROR(.|\n)*IN\s+A\s+247\.`},
+			{"payment", "real.stripe.test", `IN\s+A\s+203\.0\.113\.7`},
+			{"web", "api.stripe.test", `status: NXDOMAIN(.|\n)*EDE: 18 \(Prohibited\): \(no row`},
+			{"payment", "billing.mesh.internal", "status: NXDOMAIN"},
+		} {
+			m, err := ask(tt.workload, certs[tt.workload], tt.host)
+			if err != nil || !regexp.MustCompile(tt.want).MatchString(m.String()) {
+				t.Errorf("%s asks for %s over %s: want %s, got %v\n%s", tt.workload, tt.host, how, tt.want, err, m)
+			}
+		}
+		if m, err := ask("", nil, "api.stripe.test"); err == nil {
+			t.Errorf("who has no SVID is answered over %s:\n%s", how, m)
+		}
+	}
+	w.awaitAudit("gateway", "the refusal", func(r auditLine) bool {
+		return r.Kind == "name" && r.Decision == "deny" && r.Src == id("/ns/shop/sa/web") && r.Dst == "host:api.stripe.test"
+	})
 }
 
 // A musl program that looks up one name as any program does.
@@ -250,7 +367,7 @@ func TestNameserverResolvers(t *testing.T) {
 	}
 	getent, muslGCC := meshtest.Need(t, "getent"), meshtest.Need(t, "musl-gcc")
 	node := meshtest.Need(t, "node")
-	w, _, _ := namesWorld(t)
+	w := namesWorld(t)
 	if err := os.Chmod(w.dir, 0o755); err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"time"
@@ -41,6 +42,9 @@ type Config struct {
 	// Resolvers are the DNS servers that external names are asked of, over UDP
 	// and TCP. Required: the system's resolver is never used.
 	Resolvers []netip.AddrPort `yaml:"resolvers"`
+
+	// Names answers DNS questions of workloads that have no sidecar to ask.
+	Names NamesConfig `yaml:"names"`
 
 	Issuer agent.Join         `yaml:"issuer"`
 	Policy agent.Policy       `yaml:"policy"`
@@ -162,7 +166,54 @@ func (c *Config) Validate() error {
 	need(len(c.Resolvers) > 0, "resolvers", `missing; write the DNS servers to ask, such as ["192.0.2.53:53"]`)
 	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate())
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
-	errs = append(errs, c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.Names.validate(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	return errors.Join(errs...)
+}
+
+// NamesConfig has DNS questions answered over TLS to whoever shows an SVID: as a
+// sidecar does for its workload, and with the addresses of hosts whose
+// destination says dns: real.
+type NamesConfig struct {
+	// DoT is host:port for DNS over TLS, by custom port 853; DoH for DNS over
+	// HTTPS, at /dns-query. Without one that is not served.
+	DoT string `yaml:"dot"`
+	DoH string `yaml:"doh"`
+	// Virtual and Virtual6 are the ranges of virtual addresses, the same as in
+	// sidecars. Default 247.0.0.0/8 and fd00:e::/64.
+	Virtual  netip.Prefix `yaml:"virtual"`
+	Virtual6 netip.Prefix `yaml:"virtual6"`
+	// PerPattern is how many names below one pattern a workload may use in a day.
+	// Default 1024.
+	PerPattern int `yaml:"per_pattern"`
+	// Label is the longest label that stands for the star of a pattern, 1 to 63.
+	// Default 63.
+	Label int `yaml:"label"`
+}
+
+func (c NamesConfig) enabled() bool { return c.DoT != "" || c.DoH != "" }
+
+func (c NamesConfig) validate() error {
+	var errs []error
+	for field, addr := range map[string]string{"dot": c.DoT, "doh": c.DoH} {
+		if addr == "" {
+			continue
+		}
+		if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
+			errs = append(errs, fmt.Errorf("names.%s: %q is no host:port, such as \"0.0.0.0:853\"", field, addr))
+		}
+	}
+	if c.PerPattern < 0 || c.PerPattern > 1<<15 {
+		errs = append(errs, fmt.Errorf("names.per_pattern: %d is not between 1 and %d; leave it out for the default", c.PerPattern, 1<<15))
+	}
+	if c.Label < 0 || c.Label > 63 {
+		errs = append(errs, fmt.Errorf("names.label: %d is not between 1 and 63; leave it out for the default", c.Label))
+	}
+	if v := c.Virtual; v.IsValid() && (!v.Addr().Is4() || v.Bits() < 8 || v.Bits() > 24 || v != v.Masked()) {
+		errs = append(errs, fmt.Errorf("names.virtual: %s is not an IPv4 prefix of 8 to 24 bits", v))
+	}
+	if v := c.Virtual6; v.IsValid() && (!v.Addr().Is6() || v.Addr().Is4In6() || v.Bits() < 8 || v.Bits() > 96 || v != v.Masked()) {
+		errs = append(errs, fmt.Errorf("names.virtual6: %s is not an IPv6 prefix of 8 to 96 bits", v))
+	}
 	return errors.Join(errs...)
 }
 
@@ -172,4 +223,10 @@ func (c *Config) fill() {
 		c.RunDir = filepath.Join(c.DataDir, "run")
 	}
 	c.Drain = c.Drain.WithDefaults()
+	if !c.Names.Virtual.IsValid() {
+		c.Names.Virtual = netip.MustParsePrefix("247.0.0.0/8")
+	}
+	if !c.Names.Virtual6.IsValid() {
+		c.Names.Virtual6 = netip.MustParsePrefix("fd00:e::/64")
+	}
 }

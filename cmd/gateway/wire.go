@@ -25,6 +25,7 @@ import (
 	"sallyport/internal/egress"
 	"sallyport/internal/handover"
 	"sallyport/internal/mesh"
+	"sallyport/internal/nameserver"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
@@ -47,6 +48,8 @@ type gateway struct {
 	// inForce is the snapshot that the judge has the rules of.
 	inForce atomic.Pointer[mesh.Snapshot]
 	egress  *egress.Gateway
+	// names answers DNS questions; nil when nobody asks here.
+	names *nameserver.Names
 
 	// now ends when the process is to leave at once.
 	now context.Context
@@ -172,6 +175,9 @@ func (gw *gateway) open() (err error) {
 	if err != nil {
 		return err
 	}
+	if err = gw.openNames(); err != nil {
+		return err
+	}
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
@@ -250,6 +256,9 @@ func (gw *gateway) use(snap *mesh.Snapshot) error {
 		return fmt.Errorf("destinations and routes: %w", err)
 	}
 	gw.judge.Use(set)
+	if gw.names != nil {
+		gw.names.Use(snap, set)
+	}
 	gw.inForce.Store(snap)
 	return nil
 }
@@ -275,6 +284,10 @@ func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain f
 	defer finish()
 	served := make(chan error, 1)
 	go func() { served <- gw.egress.Serve(serving, ln) }()
+	if err := gw.serveNames(serving, g); err != nil {
+		finish()
+		return errors.Join(err, <-served)
+	}
 	if err := gw.keep(stop, ground, g, drain); err != nil {
 		finish()
 		return errors.Join(err, <-served)

@@ -257,8 +257,14 @@ func (s *sidecar) virtualService(a netip.Addr) (mesh.ServiceName, bool) {
 	return mesh.ServiceName(service), ok
 }
 
-// outsideHost tells which host outside a virtual address stands for.
+// outsideHost tells which host outside an address stands for: a virtual one, or
+// one that the workload was told for it.
 func (s *sidecar) outsideHost(a netip.Addr) (string, bool) {
+	if s.real != nil {
+		if host, ok := s.real.Host(a); ok {
+			return host, true
+		}
+	}
 	name, ok := s.addresses.Name(a)
 	return name, ok && !strings.HasSuffix(name, "."+mesh.Domain)
 }

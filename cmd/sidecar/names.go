@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -16,6 +17,7 @@ import (
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
 	"sallyport/internal/nameserver"
+	"sallyport/internal/svid"
 )
 
 // NamesConfig has the workload's DNS questions answered here, by the policy and
@@ -39,6 +41,10 @@ type NamesConfig struct {
 	// Label is the longest label that stands for the star of a pattern, 1 to 63.
 	// Default 63.
 	Label int `yaml:"label"`
+	// Gateways are where gateways serve DNS over TLS, asked in turn for the
+	// addresses of hosts whose destination says dns: real. They prove
+	// egress.gateway. Without them such hosts have virtual addresses, too.
+	Gateways []netip.AddrPort `yaml:"gateways"`
 	// SelfTest is "on", or "off" to be ready also when the questions of the
 	// system's resolver do not arrive here. Default "on".
 	SelfTest string `yaml:"self_test"`
@@ -65,6 +71,9 @@ func (c *Config) validateNames() error {
 		if err := mesh.CheckHost(s); err != nil {
 			bad(fmt.Sprintf("search[%d]", i), "%w", err)
 		}
+	}
+	if len(n.Gateways) > 0 && len(c.Egress.Addresses) == 0 {
+		bad("gateways", "are asked for hosts outside, and egress.addresses names no way there")
 	}
 	if n.PerPattern < 0 || n.PerPattern > 1<<15 {
 		bad("per_pattern", "%d is not between 1 and %d; leave it out for the default", n.PerPattern, 1<<15)
@@ -95,11 +104,18 @@ func (s *sidecar) openNames() error {
 		}
 		search = r.Search
 	}
-	var err error
-	s.names, err = nameserver.New(nameserver.Config{
+	conf := nameserver.Config{
 		Book: s.addresses, Record: s.audit.Append, Log: s.log, Metrics: s.metrics, IPv4Only: c.IPv4Only || !hasIPv6(), Mesh: true,
 		Endpoints: s.cfg.Capture.Unknown != toGateway, Search: search, PerPattern: c.PerPattern, Label: c.Label,
-	})
+	}
+	if len(c.Gateways) > 0 {
+		s.real = &nameserver.Gateways{Addresses: c.Gateways, TLS: func() *tls.Config {
+			return svid.ClientTLS(s.agent.Source(), s.cfg.Egress.Gateway, nameserver.DoT)
+		}}
+		conf.Real = s.real.Lookup
+	}
+	var err error
+	s.names, err = nameserver.New(conf)
 	return err
 }
 

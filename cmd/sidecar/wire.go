@@ -91,6 +91,7 @@ type sidecar struct {
 	virtual   bool
 	// names answers the workload's DNS questions; nil when nobody asks here.
 	names *nameserver.Names
+	real  *nameserver.Gateways // nil when no gateway is asked
 	// room is the application's network namespace; nil when it has ours.
 	room *isolate.Room
 

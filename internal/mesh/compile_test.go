@@ -436,3 +436,35 @@ func again(t *testing.T, name string, project func(*Snapshot) *Snapshot, bare, w
 		t.Errorf("%s: another candidate", name)
 	}
 }
+
+// TestProjectTellsOfRealAddresses: a sidecar learns which of the hosts that its
+// workload may reach have their own addresses, and nothing else of them.
+func TestProjectTellsOfRealAddresses(t *testing.T) {
+	payment := spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/payment")
+	row := func(dst string, eft Effect) Rule {
+		return Rule{ID: dst, Dir: Out, Src: payment.String(), Dst: dst, Port: "443", Verb: "CONNECT", Path: "-", Cond: "-", Effect: eft}
+	}
+	s := &Snapshot{
+		TrustDomain: payment.TrustDomain(),
+		Rules: []Rule{
+			row("host:exact.example.com", Allow), row("hosts:some", Allow), row("host:*.wild.example.com", Allow),
+			row("host:one.wide.example.com", Allow), row("host:denied.example.com", Deny), row("host:virtual.example.com", Allow),
+		},
+		Memberships: []Membership{{Kind: DestinationGroup, Member: "hosts:more", Group: "hosts:some"}, {Kind: DestinationGroup, Member: "host:member.example.com", Group: "hosts:more"}},
+	}
+	for _, host := range []string{"exact.example.com", "member.example.com", "a.wild.example.com", "*.wide.example.com", "denied.example.com", "other.example.com"} {
+		s.Destinations = append(s.Destinations, Destination{Host: host, Proto: "tls", SNI: "strict", DNS: RealAddresses, Private: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:443")}})
+	}
+	s.Destinations = append(s.Destinations, Destination{Host: "virtual.example.com", Proto: "tls", SNI: "strict"})
+	got := s.Project(payment)
+	var want []Destination
+	for _, host := range []string{"*.wide.example.com", "a.wild.example.com", "exact.example.com", "member.example.com"} {
+		want = append(want, Destination{Host: host, Proto: "tls", SNI: "strict", DNS: RealAddresses})
+	}
+	if d := cmp.Diff(want, got.Destinations, cmp.AllowUnexported(Destination{}), cmp.Comparer(func(a, b Origin) bool { return true })); d != "" {
+		t.Error(d)
+	}
+	if other := s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/web")); len(other.Destinations) != 0 {
+		t.Errorf("another workload learns of %+v", other.Destinations)
+	}
+}

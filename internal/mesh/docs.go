@@ -156,6 +156,7 @@ type destinationDoc struct {
 	Host    string         `yaml:"host"`
 	Proto   string         `yaml:"proto"`
 	SNI     string         `yaml:"sni"`
+	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
 	Route   routeDoc       `yaml:"route"`
 }
@@ -172,7 +173,7 @@ func (d egressDoc) nouns() []Destination {
 			continue
 		}
 		n := Destination{
-			Host: s.Host, Proto: s.Proto, SNI: s.SNI,
+			Host: s.Host, Proto: s.Proto, SNI: s.SNI, DNS: s.DNS,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
 			ConnectTimeout: s.Route.ConnectTimeout,
@@ -180,6 +181,9 @@ func (d egressDoc) nouns() []Destination {
 		}
 		if n.Proto == "" {
 			n.Proto = "tls"
+		}
+		if n.DNS == "virtual" {
+			n.DNS = "" // which is the same
 		}
 		if n.SNI == "" && n.Proto == "tls" {
 			n.SNI = "strict"

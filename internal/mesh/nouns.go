@@ -142,6 +142,9 @@ type Destination struct {
 	// SNI is "strict" (default: present and equal to the authority) or
 	// "optional" (may be absent; if present, equal).
 	SNI string `json:"sni"`
+	// DNS is RealAddresses when workloads are told the host's own addresses; empty
+	// when virtual ones.
+	DNS string `json:"dns,omitempty"`
 	// Private lists address ranges that this host may resolve to although they
 	// are private. A local or metadata address needs its own /32 or /128.
 	Private []netip.Prefix `json:"private,omitempty"`
@@ -152,6 +155,9 @@ type Destination struct {
 	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
 	Origin         Origin        `json:"origin"`
 }
+
+// RealAddresses is a value of Destination.DNS.
+const RealAddresses = "real"
 
 // A Selector is one fact that attestation must establish, such as
 // {"unix", "uid:1000"}.

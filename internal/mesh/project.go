@@ -2,6 +2,7 @@ package mesh
 
 import (
 	"slices"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
@@ -40,6 +41,7 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
 		}
 	}
+	out.Destinations = s.realOf(out.Rules, x)
 	out.Memberships = x.below(out.Rules, out.Routes)
 	own, _ := s.ServiceByID(who)
 	out.Tokens = s.Tokens.project(own.Name, served)
@@ -73,6 +75,23 @@ func (p *Policies) Callees(who spiffeid.ID) (out []ServiceName) {
 	for _, svc := range p.Services {
 		if x.reached(calls, svc) {
 			out = append(out, svc.Name)
+		}
+	}
+	return out
+}
+
+// realOf returns the destinations that workloads are told the addresses of, as
+// far as rules allow them, and of each only what a nameserver must know.
+func (s *Snapshot) realOf(rules []Rule, x *groups) (out []Destination) {
+	for _, d := range s.Destinations {
+		meant := func(ref string) bool {
+			host, ok := strings.CutPrefix(ref, "host:")
+			return ok && (host == d.Host || MatchHost(d.Host, host) || MatchHost(host, d.Host))
+		}
+		if d.DNS == RealAddresses && slices.ContainsFunc(rules, func(r Rule) bool {
+			return r.Dir == Out && r.Effect == Allow && (meant(r.Dst) || slices.ContainsFunc(x.members(r.Dst), meant))
+		}) {
+			out = append(out, Destination{Host: d.Host, Proto: d.Proto, SNI: d.SNI, DNS: d.DNS})
 		}
 	}
 	return out
@@ -134,6 +153,23 @@ func (g *groups) of(ref string) map[string]bool {
 		if !out[last] {
 			out[last] = true
 			todo = append(todo, g.up[last]...)
+		}
+	}
+	return out
+}
+
+// members returns who is in a group, directly or through other groups.
+func (g *groups) members(group string) (out []string) {
+	seen := map[string]bool{}
+	for todo := []string{group}; len(todo) > 0; {
+		last := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		if seen[last] {
+			continue
+		}
+		seen[last] = true
+		for _, m := range g.down[last] {
+			out, todo = append(out, m.Member), append(todo, m.Member)
 		}
 	}
 	return out

@@ -176,6 +176,12 @@ func (v *validator) destinations() {
 		case d.Proto == "tls" && d.SNI != "strict" && d.SNI != "optional":
 			v.item(d.Origin, d.SNI, "unknown sni %q%s", d.SNI, didYouMean(d.SNI, []string{"strict", "optional"}))
 		}
+		switch {
+		case d.DNS != "" && d.DNS != RealAddresses:
+			v.item(d.Origin, d.DNS, "unknown dns %q%s", d.DNS, didYouMean(d.DNS, []string{"virtual", RealAddresses}))
+		case d.DNS != "" && isAddress(d.Host):
+			v.item(d.Origin, "dns:", "dns has no meaning for an address: leave it out")
+		}
 		for _, p := range d.Private {
 			v.private(d.Origin, p)
 		}

@@ -82,11 +82,13 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 }
 
 const (
-	// maxConns bounds the connections of one listener, idleTime how long one may
-	// have nothing to ask, and writeTime how long an answer may take.
-	maxConns  = 256
-	idleTime  = 30 * time.Second
-	writeTime = 5 * time.Second
+	// maxConns bounds the connections of one listener, handshakeTime how long it
+	// may take one to say whose it is, idleTime how long it may have nothing to
+	// ask, and writeTime how long an answer may take.
+	maxConns      = 1024
+	handshakeTime = 5 * time.Second
+	idleTime      = 30 * time.Second
+	writeTime     = 5 * time.Second
 )
 
 // Serve answers over the connections of a stream listener until ctx ends, and
@@ -136,11 +138,14 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	var a *answerer
 	buf := make([]byte, 2, 2+room)
+	if c.SetDeadline(time.Now().Add(handshakeTime)) != nil {
+		return
+	}
 	for {
-		if c.SetDeadline(time.Now().Add(idleTime)) != nil {
-			return
-		}
 		id, err := who(ctx, c)
+		if err == nil {
+			err = c.SetDeadline(time.Now().Add(idleTime))
+		}
 		if err != nil {
 			return
 		}

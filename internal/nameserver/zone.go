@@ -67,6 +67,11 @@ func newZone(snap *mesh.Snapshot, set *authz.Set, search []string) *zone {
 	for _, s := range search {
 		z.search = append(z.search, "."+strings.ToLower(strings.Trim(s, ".")))
 	}
+	for _, d := range snap.Destinations {
+		if d.DNS == mesh.RealAddresses {
+			z.real = append(z.real, d.Host)
+		}
+	}
 	for _, h := range set.Hosts() {
 		z.exact[h] = true
 	}

@@ -20,8 +20,9 @@ type Captured struct {
 	Original func(c net.Conn) (to netip.AddrPort, ok bool, err error)
 	// Virtual tells which service a virtual address stands for. Required.
 	Virtual func(netip.Addr) (mesh.ServiceName, bool)
-	// Outside tells which host outside of the mesh a virtual address stands for: a
-	// gateway is asked for a tunnel to that host. Optional.
+	// Outside tells which host outside of the mesh an address stands for, a virtual
+	// one or one that the workload was told: a gateway is asked for a tunnel to that
+	// host. No service is at such an address. Optional.
 	Outside func(netip.Addr) (host string, ok bool)
 	// Beyond has what leads to no service of the mesh ask a gateway for a tunnel
 	// to its address. Without it that is refused. With it only virtual addresses
@@ -71,6 +72,9 @@ func (d *door) serviceAt(snap *mesh.Snapshot, to netip.AddrPort) (mesh.Service, 
 	if name, ok := d.cfg.Captured.Virtual(to.Addr()); ok {
 		svc, ok := snap.Service(name)
 		return svc, ok && at(svc)
+	}
+	if _, outside := d.outsideHost(to.Addr()); outside {
+		return mesh.Service{}, false
 	}
 	if d.cfg.Captured.Beyond {
 		return mesh.Service{}, false

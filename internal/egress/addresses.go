@@ -1,0 +1,50 @@
+package egress
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"sallyport/internal/mesh"
+)
+
+// Addresses are those of a host that a tunnel to it may be dialled to, for a
+// workload that wants to know them. ErrNoHost says that it has none; when all that
+// it has are refused, the error is the refusal of the first. Whether the workload
+// may reach the host has been judged before.
+func (g *Gateway) Addresses(ctx context.Context, name string) ([]netip.Addr, error) {
+	s := g.cfg.Snapshot()
+	if s == nil {
+		return nil, refuse(ReasonNoPolicy, "no policy is loaded")
+	}
+	host, err := ParseHost(name)
+	if err != nil {
+		return nil, err
+	}
+	how, err := routeOf(s, host)
+	if err != nil {
+		return nil, err
+	}
+	if how.DNS != mesh.RealAddresses {
+		return nil, refuse(ReasonNoPolicy, "the destination of %s does not say dns: real", host)
+	}
+	var found []netip.Addr
+	for _, e := range how.Endpoints {
+		found = append(found, e.Addr().Unmap())
+	}
+	if len(found) == 0 && g.cfg.Names != nil {
+		if found, err = g.cfg.Names.Lookup(ctx, host.String()); err != nil {
+			return nil, err
+		}
+	}
+	var pass []netip.Addr
+	for _, a := range found {
+		if err = g.dialer.Guard.Screen(a, how.Private); err == nil {
+			pass = append(pass, a)
+		}
+	}
+	if len(pass) == 0 && err != nil {
+		return nil, fmt.Errorf("addresses of %s: %w", host, err)
+	}
+	return pass, nil
+}
