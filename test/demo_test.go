@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func TestDemoKeepsItsPromises(t *testing.T) {
@@ -36,7 +37,11 @@ func TestDemoScenarios(t *testing.T) {
 func (w *world) demo(t *testing.T, args ...string) int {
 	t.Helper()
 	p := w.start("demo", []string{"TMPDIR=" + w.dir}, "sallyport", append([]string{"demo", "--json"}, args...)...)
-	p.end()
+	select {
+	case <-p.done: // it bounds itself
+	case <-time.After(4 * time.Minute):
+		p.stop()
+	}
 	lines := strings.Split(strings.TrimSpace(p.out.String()), "\n")
 	var v struct {
 		OK       bool
