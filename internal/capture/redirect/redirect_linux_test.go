@@ -303,23 +303,7 @@ func TestCgroupsAreHeld(t *testing.T) {
 	}
 	manyUsers(t)
 	world(t, sidecarUID)
-	root := ""
-	for _, dir := range unified {
-		if err := os.Mkdir(filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid())), 0o755); err == nil {
-			root = filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid()))
-		}
-	}
-	if root == "" {
-		unable(t, "no cgroup can be made here")
-	}
-	t.Cleanup(func() { os.Remove(root) })
-	path := "/" + filepath.Base(root)
-	for _, sub := range []string{"app", "app/worker", "sidecar"} {
-		if err := os.Mkdir(filepath.Join(root, sub), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { os.Remove(filepath.Join(root, sub)) })
-	}
+	root, path := newCgroups(t, "app", "app/worker", "sidecar")
 	c := Config{Cgroups: []string{path + "/app"}, SidecarCgroup: path + "/sidecar", SidecarUser: fmt.Sprint(sidecarUID)}.WithDefaults()
 	h := install(t, c)
 	check(t, root+"/app",
@@ -360,6 +344,107 @@ func TestCgroupsAreHeld(t *testing.T) {
 	c.Cgroups = []string{"/no/such"}
 	if _, err := New(c, testDoors); err == nil || !strings.Contains(err.Error(), "capture.cgroups[0]: no cgroup /no/such") {
 		t.Errorf("a cgroup that is not there: %v", err)
+	}
+}
+
+// TestCgroupsAreReachedThroughTheSidecar dials from another machine what processes
+// of a captured cgroup listen at.
+func TestCgroupsAreReachedThroughTheSidecar(t *testing.T) {
+	if !inNamespace(t) {
+		return
+	}
+	manyUsers(t)
+	other := newPeer(t, meshtest.Need(t, "ip"))
+	root, path := newCgroups(t, "app", "app/worker", "sidecar")
+	says := func(what string) func(net.Conn) string { return func(net.Conn) string { return what } }
+	within := func(sub string, open func()) {
+		defer enter(t, filepath.Join(root, sub))()
+		open()
+	}
+	within("sidecar", func() {
+		serveAs(t, sidecarUID, "0.0.0.0:15006", func(c net.Conn) string {
+			dst, ok, err := capture.OriginalDst(c)
+			return fmt.Sprintf("inbound %s %v %v", dst, ok, err)
+		})
+	})
+	within("app", func() {
+		serveAs(t, workloadUID, "0.0.0.0:8080", says("app"))
+		serveAs(t, workloadUID, "0.0.0.0:7070", says("metrics"))
+		serve(t, "0.0.0.0:9090", says("health"))
+		serveUDPAs(t, workloadUID, "0.0.0.0:5353", "udp")
+	})
+	within("app/worker", func() {
+		serveAs(t, workloadUID, "0.0.0.0:7071", says("debug"))
+		serveUDP(t, "0.0.0.0:5354", "udp")
+	})
+	serveAs(t, workloadUID, "0.0.0.0:22", says("another")) // of the same user, elsewhere
+	serveUDPAs(t, workloadUID, "0.0.0.0:5355", "another")
+	unheld := []attempt{{try: "tcp 10.77.0.1:7070", want: "metrics"}, {try: "tcp 10.77.0.1:7071", want: "debug"}, {try: "udp 10.77.0.1:5353", want: "udp"}, {try: "udp 10.77.0.1:5354", want: "udp"}}
+	for _, a := range unheld {
+		other(a.try, a.want)
+	}
+	install(t, Config{
+		Cgroups: []string{path + "/app"}, SidecarCgroup: path + "/sidecar", SidecarUser: fmt.Sprint(sidecarUID), InboundDirect: []uint16{9090},
+	}.WithDefaults())
+	for _, a := range unheld {
+		other(a.try, "refused")
+	}
+	other("10.77.0.1:8080", "inbound 10.77.0.1:8080 true")
+	other("10.77.0.1:15006", "inbound 10.77.0.1:15006 false")
+	other("10.77.0.1:9090", "health")
+	other("10.77.0.1:22", "another")
+	other("udp 10.77.0.1:5355", "another")
+	check(t, root+"/sidecar", attempt{sidecarUID, "tcp 127.0.0.1:8080", "app", "the sidecar reaches the application"})
+	check(t, "", attempt{strangerUID, "tcp 127.0.0.1:8080", "refused", "a stranger on this machine does not"})
+}
+
+// newCgroups makes a cgroup with others below it. It gives its folder and its path.
+func newCgroups(t *testing.T, below ...string) (root, path string) {
+	t.Helper()
+	for _, dir := range unified {
+		if err := os.Mkdir(filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid())), 0o755); err == nil {
+			root = filepath.Join(dir, fmt.Sprintf("sallyport-test-%d", os.Getpid()))
+		}
+	}
+	if root == "" {
+		unable(t, "no cgroup can be made here")
+	}
+	t.Cleanup(func() { os.Remove(root) })
+	for _, sub := range below {
+		if err := os.Mkdir(filepath.Join(root, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Remove(filepath.Join(root, sub)) })
+	}
+	return root, "/" + filepath.Base(root)
+}
+
+// enter moves this process to a cgroup, where what it opens belongs to, and
+// returns what moves it back.
+func enter(t *testing.T, dir string) (leave func()) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	was := ""
+	for line := range strings.Lines(string(b)) {
+		if p, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			was = p
+		}
+	}
+	move := func(dir string) {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte("0"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	move(dir)
+	return func() {
+		for _, base := range unified {
+			if strings.HasPrefix(dir, base+"/sallyport-test-") {
+				move(filepath.Join(base, was))
+			}
+		}
 	}
 }
 
