@@ -138,13 +138,9 @@ func (p *pusher) run(cmd *cobra.Command, make func(context.Context, *control.Adm
 			return err
 		}
 	}
-	var keys signers
-	for _, file := range p.keys {
-		k, err := readKey(file)
-		if err != nil {
-			return usage(err)
-		}
-		keys = append(keys, k)
+	keys, err := readSigners(p.keys)
+	if err != nil {
+		return err
 	}
 	return p.then(cmd, func(ctx context.Context, a *control.Admin) (uint64, error) {
 		g, err := p.begin(ctx, a, keys)

@@ -161,6 +161,18 @@ func (r *record) save() error {
 	return daemon.WriteFile(r.file, append(b, '\n'), 0o600)
 }
 
+// sign signs a set and notes it, unless another one was signed under its revision.
+func (r *record) sign(s *policyset.Signed, keys signers, state recordedState) error {
+	if hash := r.hash(s.TrustDomain, s.Revision); hash != "" && hash != s.Hash() {
+		return failed(fmt.Errorf("revision %d was signed here already, as set %s; take a higher one", s.Revision, hash))
+	}
+	keys.sign(s)
+	if !r.has(s) {
+		r.note(s, state)
+	}
+	return nil
+}
+
 // note says how far a set has come, and forgets the oldest of too many.
 func (r *record) note(s *policyset.Signed, state recordedState) {
 	at := time.Now().UTC().Truncate(time.Second)

@@ -70,13 +70,14 @@ func makeKey(file string) (ed25519.PrivateKey, error) {
 // policySign is "sallyport policy sign".
 func (c *cli) policySign(td *string) *cobra.Command {
 	var keys []string
-	var out, previous string
+	var out, previous, file string
 	var revision uint64
 	cmd := &cobra.Command{
 		Use: "sign DIR|SET", Short: "Make a folder a set of one file and sign it, or add a signature to a set", Args: cobra.ExactArgs(1),
 		Long: "Make a folder of policies a set: one canonical file with a revision and the hash\n" +
 			"of the set before it, signed by Ed25519 keys. The folder is checked and its tests\n" +
-			"are run; a red one refuses. Given a set, add signatures to it: its hash stays.",
+			"are run; a red one refuses. Given a set, add signatures to it: its hash stays.\n" +
+			"What is signed is recorded before, as by policy push: no two sets under one revision.",
 		RunE: func(_ *cobra.Command, args []string) error {
 			if len(keys) == 0 {
 				return usage(errors.New("--key is missing: name the file of a key, which sallyport policy key FILE makes"))
@@ -102,12 +103,20 @@ func (c *cli) policySign(td *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			for _, file := range keys {
-				k, err := readKey(file)
-				if err != nil {
-					return usage(err)
-				}
-				s.Sign(k)
+			with, err := readSigners(keys)
+			if err != nil {
+				return err
+			}
+			rec, err := openRecord(file)
+			if err != nil {
+				return err
+			}
+			defer rec.Close()
+			if err := rec.sign(s, with, signedOnly); err != nil {
+				return err
+			}
+			if err := rec.save(); err != nil {
+				return failed(fmt.Errorf("nothing is signed: %w", err))
 			}
 			if err := daemon.WriteFile(out, s.Encode(), 0o644); err != nil {
 				return failed(err)
@@ -116,6 +125,7 @@ func (c *cli) policySign(td *string) *cobra.Command {
 		},
 	}
 	cmd.Flags().StringSliceVar(&keys, "key", nil, "the file of a private key (PKCS#8, PEM, mode 0600), may be repeated")
+	cmd.Flags().StringVar(&file, "record", "", "the file that remembers what is signed (default: ~/.local/state/"+recordFile+")")
 	cmd.Flags().StringVar(&out, "out", "", "the file of the set (default: the set that is signed)")
 	cmd.Flags().Uint64Var(&revision, "revision", 0, "the revision of the new set: greater than that of every set before")
 	cmd.Flags().StringVar(&previous, "previous", "", "the hash of the set before; none for the first")

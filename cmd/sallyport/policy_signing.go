@@ -29,6 +29,18 @@ func (k signers) sign(s *policyset.Signed) {
 	}
 }
 
+// readSigners reads keys from their files.
+func readSigners(files []string) (keys signers, err error) {
+	for _, file := range files {
+		k, err := readKey(file)
+		if err != nil {
+			return nil, usage(err)
+		}
+		keys = append(keys, k)
+	}
+	return keys, nil
+}
+
 // A signing is one command that makes a set of what an issuer says. Where keys
 // sign, the issuer's word is held against the record of the signer: it may
 // refuse and withhold, but not choose what gets signed.
@@ -278,14 +290,7 @@ func (g *signing) signOne(s *policyset.Signed, state recordedState) error {
 	if s.TrustDomain != g.st.TrustDomain {
 		return failed(fmt.Errorf("the set is for %s, the issuer serves %s", s.TrustDomain, g.st.TrustDomain))
 	}
-	if hash := g.rec.hash(s.TrustDomain, s.Revision); hash != "" && hash != s.Hash() {
-		return failed(fmt.Errorf("revision %d was signed here already, as set %s; take a higher one", s.Revision, hash))
-	}
-	g.keys.sign(s)
-	if !g.rec.has(s) {
-		g.rec.note(s, state)
-	}
-	return nil
+	return g.rec.sign(s, g.keys, state)
 }
 
 // taken records that the issuer took a set.
