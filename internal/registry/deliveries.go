@@ -67,7 +67,9 @@ func (r *Registry) PutDelivery(ctx context.Context, d mesh.Delivery, write func(
 	defer r.mu.Unlock()
 	rev, err := write(context.WithoutCancel(ctx), store.Op{Kind: store.KindRollout, Key: k.String(), Value: value, IfRevision: &d.Revision})
 	if errors.Is(err, store.ErrConflict) {
-		if err := r.loadDeliveries(ctx); err != nil {
+		// The policies first: a rollout is never known before the plan that it was
+		// started by.
+		if err := errors.Join(r.adopt(ctx), r.loadDeliveries(ctx)); err != nil {
 			return err
 		}
 		return fmt.Errorf("keep rollout of %s/%s: %w", d.Service, d.Route, mesh.ErrChanged)

@@ -143,6 +143,7 @@ func TestIssuersThatShareAStore(t *testing.T) {
 		{"entries made by calls are known to all", sharedEntries},
 		{"what one revokes is revoked by all", sharedRevocations},
 		{"what one stops is stopped by all", sharedStops},
+		{"a rollout of a route is the same at all, and one at a time moves it", sharedDelivery},
 		{"every issuer knows every proxy", sharedProxies},
 		{"keys are known to all, and there is one root", sharedKeys},
 		{"one issuer at a time edits the plan of the roots", sharedRoots},

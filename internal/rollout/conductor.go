@@ -150,7 +150,7 @@ func (c *Conductor) busy() bool {
 		if d.Active() {
 			active[key{d.Service, d.Route}] = true
 		}
-		busy = busy || c.lives(d)
+		busy = busy || c.lives(d) || c.edited(d)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -160,6 +160,14 @@ func (c *Conductor) busy() bool {
 		}
 	}
 	return busy
+}
+
+// edited says that the route of a rollout has another plan than it was started
+// by, or none. Without policies nothing is known.
+func (c *Conductor) edited(d mesh.Delivery) bool {
+	p := c.cfg.Book.Policies()
+	_, hash, ok := p.PlanOf(d.Service, d.Route)
+	return p != nil && d.State != mesh.Superseded && (!ok || hash != d.PlanHash)
 }
 
 // lives says whether others may ask how a rollout does.
@@ -178,10 +186,11 @@ func (c *Conductor) round(ctx context.Context) error {
 	}
 	var errs []error
 	for _, d := range c.cfg.Book.Deliveries() {
-		if d.Active() {
-			if err := c.look(ctx, d); err != nil {
-				errs = append(errs, err)
-			}
+		if c.lease == nil {
+			break // it was lost
+		}
+		if err := c.look(ctx, d); err != nil {
+			errs = append(errs, err)
 		}
 	}
 	return errors.Join(errs...)
@@ -230,14 +239,16 @@ func (c *Conductor) rest() {
 }
 
 // look judges a rollout once, and acts. What is written is written under the
-// lease: an issuer that was asleep and has lost it changes nothing.
+// lease: an issuer that was asleep and has lost it changes nothing. One that is
+// over ends for good with an edit of its route: that the edit is taken back later
+// brings no share back.
 func (c *Conductor) look(ctx context.Context, d mesh.Delivery) error {
 	now := c.cfg.Now().UTC()
-	var next mesh.Delivery
-	step := Supersede
-	if _, hash, ok := c.cfg.Book.Policies().PlanOf(d.Service, d.Route); !ok || hash != d.PlanHash {
-		next = Lapse(d, now)
-	} else {
+	next, step := Lapse(d, now), Supersede
+	if !c.edited(d) {
+		if !d.Active() {
+			return nil
+		}
 		w, _, err := c.calls(ctx, d, now)
 		if err != nil {
 			return err

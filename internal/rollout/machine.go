@@ -79,6 +79,8 @@ func Begin(d mesh.Delivery, plan mesh.Plan, hash, by string, now time.Time) (mes
 	switch {
 	case d.Active() && d.State != mesh.Paused && d.State != mesh.Stalled:
 		return d, fmt.Errorf("%w: %s/%s is under way (%s): first pause, promote or abort it", mesh.ErrDelivery, d.Service, d.Route, d.State)
+	case d.State == mesh.Completed:
+		return d, fmt.Errorf("%w: %s/%s is completed, its canary has all calls: abort it first, or edit the route", mesh.ErrDelivery, d.Service, d.Route)
 	case d.Active() && d.Step == 0:
 		d.State = mesh.Measuring
 	case d.Active():

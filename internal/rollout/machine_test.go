@@ -56,6 +56,7 @@ func TestRollout(t *testing.T) {
 			{5 * time.Hour, good, Promote, mesh.Stepping, mesh.Whole, "", ""},
 			{5*time.Hour + time.Minute, Calls{calls(2000, 0), none.Others}, "", mesh.Completed, mesh.Whole, Complete, ""},
 			{6 * time.Hour, bad, "", mesh.Completed, mesh.Whole, "", ""},
+			{6 * time.Hour, none, Start, mesh.Completed, mesh.Whole, "", "abort it first"},
 			{6 * time.Hour, none, Abort, mesh.RolledBack, 0, "", ""},
 		}},
 		{"a bad canary goes back at once", threeSteps(), []act{

@@ -482,3 +482,49 @@ func FuzzMatch(f *testing.F) {
 		}
 	})
 }
+
+// A rollout's share is exact, and raising it moves callers to the canary only.
+func TestTheShareOfACanary(t *testing.T) {
+	file := mesh.Routes{Service: "billing", Subsets: []mesh.Subset{{Name: "v2", Labels: map[string]string{"version": "v2"}}, {Name: "v0", Labels: map[string]string{"version": "v0"}}}, Routes: []mesh.Route{{
+		Name: "all", Backends: []mesh.Backend{{Weight: 3}, {Subset: "v0", Weight: 1}, {Subset: "v2", Weight: 0}},
+		Plan: &mesh.Plan{Canary: mesh.Ref{Subset: "v2"}, Steps: []mesh.Step{{Share: mesh.Whole, For: 1}}},
+	}}}
+	const callers = 100_000
+	sides := func(shares ...mesh.CanaryShare) (out []string) {
+		snap := &mesh.Snapshot{TrustDomain: domain, Services: []mesh.Service{{Name: "billing", ID: spiffeid.RequireFromPath(domain, "/billing"), Port: 1, Protocol: mesh.HTTP}}, Routes: []mesh.Routes{file}, Shares: shares}
+		table, err := Compile(snap, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := call("GET", "/")
+		for i := range callers {
+			binary.BigEndian.PutUint64(c.Trace[:], uint64(i))
+			ch := table.Of("billing").Match(c)
+			if b := ch.Backend(0); b.Canary != (b.Subset == "v2") || ch.Route.Watched != (len(shares) > 0 && shares[0].Watch) {
+				t.Fatalf("%+v", b)
+			} else {
+				out = append(out, b.Subset)
+			}
+		}
+		return out
+	}
+	before := sides()
+	for _, share := range []mesh.Share{0, 1, 100, 500, 2500, 5000, 9999, mesh.Whole, 2500, 0} {
+		now := sides(mesh.CanaryShare{Service: "billing", Route: "all", Share: share, Watch: share > 0})
+		n := 0
+		for i, side := range now {
+			if side == "v2" {
+				n++
+			} else if before[i] != "v2" && before[i] != side {
+				t.Fatalf("a caller moves from %q to %q at %s", before[i], side, share)
+			}
+		}
+		if want := float64(share) / mesh.Whole; math.Abs(float64(n)/callers-want) > 0.002 || share == 0 && n > 0 || share == mesh.Whole && n < callers {
+			t.Errorf("%s: %d of %d calls go to the canary", share, n, callers)
+		}
+		before = now
+	}
+	if _, err := Compile(&mesh.Snapshot{TrustDomain: domain, Routes: []mesh.Routes{file}, Shares: []mesh.CanaryShare{{Service: "billing", Route: "none"}}}, Options{}); err == nil {
+		t.Error("a share of no route is taken")
+	}
+}
