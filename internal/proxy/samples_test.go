@@ -3,6 +3,7 @@ package proxy
 import (
 	"fmt"
 	"net/http"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -51,6 +52,19 @@ func counts(list []mesh.Sample) string {
 	return text
 }
 
+// counted waits for what is to be counted: a call counts when its client has the
+// answer already.
+func (r *rig) counted(want string) (got string) {
+	r.t.Helper()
+	var list []mesh.Sample
+	for end := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+		list = append(list, r.outbound.Samples()...)
+		if got = counts(list); got == want || time.Now().After(end) {
+			return got
+		}
+	}
+}
+
 func TestCallsOfARolloutAreCounted(t *testing.T) {
 	var answer atomic.Int64
 	answer.Store(200)
@@ -59,7 +73,7 @@ func TestCallsOfARolloutAreCounted(t *testing.T) {
 	})
 	expect := func(when, want string) {
 		t.Helper()
-		if got := counts(r.outbound.Samples()); got != want {
+		if got := r.counted(want); got != want {
 			t.Errorf("%s: others and canary %s, want %s", when, got, want)
 		}
 	}
@@ -110,7 +124,7 @@ func TestFaultsOfOursAreNoneOfTheCanary(t *testing.T) {
 		}
 	}
 	r.ask("GET", "/ok/1")
-	if got := counts(r.outbound.Samples()); got != "1-0-1 0-0-0 " {
+	if got := r.counted("1-0-1 0-0-0 "); got != "1-0-1 0-0-0 " {
 		t.Errorf("others and canary %s", got)
 	}
 }
@@ -133,16 +147,19 @@ func TestSamplesAreToldOnce(t *testing.T) {
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }()
 	total := mesh.Calls{}
-	for more := true; more; {
+	take := func() {
+		for _, s := range r.outbound.Samples() {
+			total.Add(s.Calls)
+		}
+	}
+	for more := true; more; take() {
 		select {
 		case <-done:
 			more = false
 		default:
 		}
-		for _, s := range r.outbound.Samples() {
-			total.Add(s.Calls)
-		}
 	}
+	await(t, func() bool { take(); return total.N >= 201 })
 	if total.N != 201 || total.Failed != 0 {
 		t.Errorf("%d calls are told, %d failed, of 201", total.N, total.Failed)
 	}
