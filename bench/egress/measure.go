@@ -31,7 +31,7 @@ func (s sample) cpu(scene string) float64 {
 	if scene == kindBulk {
 		unit = 1e9
 	}
-	return s.busy.Seconds() / float64(s.Made) * unit
+	return s.busy.Seconds() / float64(max(s.Made, 1)) * unit
 }
 
 type bench struct {
@@ -265,7 +265,9 @@ func (b *bench) ratio(scene string, p, q *proxy) float64 {
 	ours, theirs := b.got[cell{scene, p.name}], b.got[cell{scene, q.name}]
 	var v []float64
 	for i := range ours {
-		v = append(v, ours[i].rate()/theirs[i].rate())
+		if theirs[i].Made > 0 { // on a busy machine a round may pass without one
+			v = append(v, ours[i].rate()/theirs[i].rate())
+		}
 	}
 	return rig.Quantile(v, 0.5)
 }

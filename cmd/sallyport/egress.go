@@ -21,7 +21,7 @@ import (
 // egress is "sallyport egress".
 func (c *cli) egress() *cobra.Command {
 	cmd := &cobra.Command{Use: "egress", Short: "Look at what leaves the mesh, and what must not"}
-	cmd.AddCommand(c.egressLeakTest(), c.egressWitness())
+	cmd.AddCommand(c.egressDenied(), c.egressLedger(), c.egressAllow(), c.egressLeakTest(), c.egressWitness())
 	return cmd
 }
 

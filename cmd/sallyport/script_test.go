@@ -24,7 +24,7 @@ func TestScript(t *testing.T) {
 		Setup: func(e *testscript.Env) error {
 			return errors.Join(os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS), os.CopyFS(filepath.Join(e.WorkDir, "docs"), os.DirFS("../../docs")))
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken, "example": example, "archived": archived, "answers": answers},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken, "example": example, "archived": archived, "answers": answers, "tunnelled": tunnelled},
 	})
 }
 
