@@ -252,6 +252,13 @@ func (d *door) accept(x *call) bool {
 	code, known := grpcCode(resp.Get("grpc-status"))
 	if !known && t.grpc && resp.Status == 200 {
 		code = -1
+		// A status may come with the trailers. Where that is retried, and nothing
+		// comes before it, nobody has heard of the answer yet.
+		if t.statuses != 0 && t.safe && t.n < t.attempts && x.ex.Whole() && x.ex.Hollow() {
+			if c, ok := grpcCode(x.ex.Trailer("grpc-status")); ok {
+				code = c
+			}
+		}
 	}
 	refused := string(resp.Get(refusedField))
 	t.outcome = outcomeOf(resp.Status, code, refused)
@@ -261,7 +268,8 @@ func (d *door) accept(x *call) bool {
 	if !x.up.Quiet(t.outcome, t.began) {
 		x.ex.Settle = nil
 	}
-	if t.outcome <= upstream.OK {
+	asked := slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code)
+	if t.outcome <= upstream.OK && !asked {
 		t.denied = x.to.side != nil && len(resp.Get("sallyport-decision")) > 0
 		return true
 	}
@@ -270,7 +278,7 @@ func (d *door) accept(x *call) bool {
 	// What was decided, could not be recorded, or breaks the protocol is that the
 	// next time as well.
 	final := refused == malformed || refused == "audit" || len(resp.Get("sallyport-decision")) > 0
-	wanted := unseen || t.safe && !final && (slices.Contains(t.codes, resp.Status) || code > 0 && t.retriesGRPC(code))
+	wanted := unseen || t.safe && !final && asked
 	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x) {
 		return true
 	}

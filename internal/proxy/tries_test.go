@@ -159,6 +159,72 @@ func TestRetriesStayWithinTheBudget(t *testing.T) {
 	}
 }
 
+// A status of gRPC is retried wherever it stands, as long as no message came
+// before it.
+func TestStatusesOfGRPCAreRetried(t *testing.T) {
+	const head = "HTTP/1.1 200 OK\r\nContent-Type: application/grpc\r\n"
+	const chunked = head + "Transfer-Encoding: chunked\r\nTrailer: Grpc-Status\r\n\r\n"
+	const good = chunked + "5\r\n\x00\x00\x00\x00\x00\r\n0\r\nGrpc-Status: 0\r\n\r\n"
+	for _, tt := range []struct {
+		name, first, fields string
+		want, seen          int64
+	}{
+		{"in the head", head + "Grpc-Status: 14\r\nContent-Length: 0\r\n\r\n", "", 0, 2},
+		{"in the trailers", chunked + "0\r\nGrpc-Status: 14\r\n\r\n", "", 0, 2},
+		{"one that says nothing of the service", chunked + "0\r\nGrpc-Status: 10\r\n\r\n", "", 0, 2},
+		{"behind a message", chunked + "5\r\n\x00\x00\x00\x00\x00\r\n0\r\nGrpc-Status: 14\r\n\r\n", "", 14, 1},
+		{"one that is not named", chunked + "0\r\nGrpc-Status: 13\r\n\r\n", "", 13, 1},
+		{"that is good", chunked + "0\r\nGrpc-Status: 0\r\n\r\n", "", 0, 1},
+		{"of a call that may not be repeated", chunked + "0\r\nGrpc-Status: 14\r\n\r\n", "-", 14, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var seen atomic.Int64
+			addr := rawApp(t, func(c net.Conn, r *bufio.Reader) {
+				for {
+					req, err := http.ReadRequest(r)
+					if err != nil {
+						return
+					}
+					_, _ = io.Copy(io.Discard, req.Body)
+					say := tt.first
+					if seen.Add(1) > 1 {
+						say = good
+					}
+					for _, part := range strings.SplitAfter(say, "\r\n\r\n") { // the head by itself
+						if _, err := io.WriteString(c, part); err != nil {
+							return
+						}
+					}
+				}
+			})
+			r := newRig(t, addr, func(r *rig) {
+				r.routes = "service: billing\nroutes: [{name: all, retry: {grpc: [UNAVAILABLE, ABORTED]}}]\n"
+			})
+			req, err := http.NewRequest("POST", "http://billing.mesh.internal/ok/G", strings.NewReader("\x00\x00\x00\x00\x00"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Content-Type", "application/grpc")
+			req.Header.Set("TE", "trailers")
+			if tt.fields == "" {
+				req.Header.Set("Idempotency-Key", "k")
+			}
+			resp, err := r.client().Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			got := resp.Trailer.Get("Grpc-Status") + resp.Header.Get("Grpc-Status")
+			if got != fmt.Sprint(tt.want) || seen.Load() != tt.seen {
+				t.Errorf("status %q after %d calls, want %d after %d", got, seen.Load(), tt.want, tt.seen)
+			}
+		})
+	}
+}
+
 // hang is an application that answers nothing.
 func hang(t *testing.T, said string) (string, func() int64) {
 	var n atomic.Int64
