@@ -19,7 +19,8 @@ import (
 // lending is what it costs to be lent a connection that is kept and to give it
 // back: from a pool alone, and from a service with a breaker, a budget of retries,
 // a balancer and ejection, which are told what became of the call. The difference
-// is what these add.
+// is what these add. The clock is read once for each, as a proxy has read it when a
+// call comes and when its answer begins.
 func lending() (out []part) {
 	out = append(out, part{"pool", func(b *testing.B) {
 		p := upstream.NewLocal(listen(b, 1)[0], http1.Limits{})
@@ -41,11 +42,12 @@ func lending() (out []part) {
 			defer s.Close()
 			want, ctx := &upstream.Want{Service: "billing"}, context.Background()
 			for b.Loop() {
+				want.At = time.Now()
 				c, err := s.Lend(ctx, want)
 				if err != nil {
 					b.Fatal(err)
 				}
-				c.Report(upstream.OK, time.Now(), 0)
+				c.Report(upstream.OK, want.At, 0)
 				c.Put()
 			}
 		}, true})

@@ -112,7 +112,7 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"retry: {attempts: 9}", "retry.attempts: 9 is not from 0 to 5"},
 		{"retry: {codes: [404]}", "nothing to try again for"},
 		{"retry: {grpc: [unavailable]}", `did you mean "UNAVAILABLE"?`},
-		{"hedge: {after: 1s}", "hedge is not looked at by this version"},
+		{"hedge: {after: 2m}", "hedge.after"},
 		{"limit: {rate: 1, by: \"claim:team\"}", "a limit by claim is not looked at by this version"},
 		{"faults: [{name: a, " + fault + "}]", "does nothing"},
 		{"faults: [{name: a, status: 503, reset: true, " + fault + "}]", "more than one"},

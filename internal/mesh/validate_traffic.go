@@ -195,7 +195,6 @@ func (c *routeChecker) patience(r *Route) {
 		c.say("backend_request:", "timeouts: backend_request %s is longer than request %s, which bounds all tries together", t.Try, t.Request)
 	}
 	if h := r.Hedge; h != nil {
-		c.notYet("hedge:", "hedge", "retry with a timeout of each try")
 		within(c, "hedge.after", h.After, time.Millisecond, time.Minute)
 	}
 	if l := r.Limit; l != nil {

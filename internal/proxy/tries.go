@@ -115,7 +115,8 @@ func (x *call) begin(p *plan) {
 	t.plan, t.n, t.until, t.dropped = p, 0, time.Time{}, false
 	t.grpc = isGRPC(x.req.Get("content-type"))
 	t.safe = p.unsafe || idempotent(x.req.Method) || len(x.req.Get("idempotency-key")) > 0
-	t.want = upstream.Want{Service: x.to.name, Subset: x.to.subset, Connect: p.Connect}
+	t.want.Renew()
+	t.want.Service, t.want.Subset, t.want.Connect = x.to.name, x.to.subset, p.Connect
 	t.fixed = len(x.extra)
 	if s := x.to.hashed(); s != nil {
 		t.want.Key = route.Key(s.Hash, &x.look)
@@ -141,8 +142,12 @@ func (d *door) send(x *call, p *plan) *refusal {
 		return r
 	}
 	t := &x.tries
+	if x.req.Body.Empty() { // nothing was waited for
+		t.want.At = x.start
+	}
 	for unseen := 0; ; {
 		up, err := d.cfg.Services.Lend(x.ctx, &t.want)
+		t.want.At = time.Time{}
 		if err != nil {
 			return x.unlent(err)
 		}
@@ -164,7 +169,8 @@ func (d *door) send(x *call, p *plan) *refusal {
 		if t.fault = d.fault(x); t.fault != nil {
 			defer t.fault.leave()
 		}
-		x.try(up)
+		d.try(x, up)
+		up = x.up // another one may have answered
 		if x.settled {
 			return nil
 		}
@@ -190,7 +196,7 @@ func noEndpoint() *refusal {
 }
 
 // try runs the exchange once.
-func (x *call) try(up *upstream.Conn) {
+func (d *door) try(x *call, up *upstream.Conn) {
 	t := &x.tries
 	x.extra = x.extra[:t.fixed]
 	due := t.until
@@ -215,6 +221,10 @@ func (x *call) try(up *upstream.Conn) {
 	}
 	if t.fault != nil {
 		x.through(t.fault, up, due)
+		return
+	}
+	if x.hedged() {
+		d.race(x, up, due)
 		return
 	}
 	x.run(up, up.NetConn(), due)

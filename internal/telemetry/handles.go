@@ -269,8 +269,9 @@ func (r *Registry) AuditSinkLag(sink string, lag func() (records, seconds float6
 	}
 }
 
-// Retries counts further tries of calls to a service, by result: "sent", or
-// "no_budget" for one that was withheld.
+// Retries counts further tries of calls to a service, by result: "sent",
+// "hedge" for one beside a call that is late, or "no_budget" for one that was
+// withheld.
 func (r *Registry) Retries(dst, result string) *Counter {
 	if r == nil {
 		return nil

@@ -182,6 +182,9 @@ func (b *breaker) state() (open, half bool, since int64, why string) {
 // decided by it needs it exact.
 type counts struct {
 	width int64 // of a bucket
+	// last is the bucket that was counted in last, by which most calls need no
+	// division.
+	last  atomic.Int64
 	slots [buckets]slot
 }
 
@@ -192,7 +195,11 @@ type slot struct {
 
 // slot is the bucket of now.
 func (c *counts) slot(now int64) *slot {
-	turn := now / c.width
+	turn := c.last.Load()
+	if uint64(now-turn*c.width) >= uint64(c.width) {
+		turn = now / c.width
+		c.last.Store(turn)
+	}
 	s := &c.slots[uint64(turn)%buckets]
 	if was := s.turn.Load(); was != turn && s.turn.CompareAndSwap(was, turn) {
 		s.clear()

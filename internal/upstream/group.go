@@ -46,6 +46,40 @@ type Want struct {
 	Hurried bool
 	// Again says that it is a further try of a call that was counted.
 	Again bool
+	// At is what the clock said a moment ago; zero: it is asked.
+	At time.Time
+
+	// found is the group that known and sub meant the last time, in a table of that
+	// version.
+	version uint64
+	known   mesh.ServiceName
+	sub     string
+	found   *group
+}
+
+// Renew makes w ready for another call, most likely to the same service.
+func (w *Want) Renew() { *w = Want{version: w.version, known: w.known, sub: w.sub, found: w.found} }
+
+// group finds the endpoints that are meant, nil for none.
+func (s *Services) group(w *Want) *group {
+	version := s.version.Load() // before the table, which may be newer
+	if w.found != nil && w.version == version && w.known == w.Service && w.sub == w.Subset {
+		return w.found
+	}
+	g := (*s.table.Load())[w.Service]
+	if g != nil && w.Subset != "" {
+		g = g.subsets[w.Subset]
+	}
+	w.version, w.known, w.sub, w.found = version, w.Service, w.Subset, g
+	return g
+}
+
+// now is the time at which the call asks.
+func (w *Want) now() time.Time {
+	if w.At.IsZero() {
+		return time.Now()
+	}
+	return w.At
 }
 
 // spent says that the time is over which the caller gave.
@@ -291,8 +325,12 @@ func (g *group) pick(v *view, now int64, key uint64) *endpoint {
 		return v.use[v.ring.pick(key, g.bounded(v))]
 	}
 	i := rand.Uint64()
-	a := v.use[uint32(i)%n]
-	b := v.use[(uint32(i)%n+1+uint32(i>>32)%(n-1))%n]
+	k := below(uint32(i), n)
+	l := below(uint32(i>>32), n-1)
+	if l >= k {
+		l++
+	}
+	a, b := v.use[k], v.use[l]
 	wa, wb := float32(1), float32(1)
 	if v.warm {
 		wa, wb = g.warmth(a, now), g.warmth(b, now)
@@ -311,6 +349,10 @@ func (g *group) pick(v *view, now int64, key uint64) *endpoint {
 	}
 	return a
 }
+
+// below makes a number below n of one of 32 bits, as evenly as that allows and
+// without a division.
+func below(i, n uint32) uint32 { return uint32(uint64(i) * uint64(n) >> 32) }
 
 // warmth is the part of its share that an endpoint gets in its slow start, a
 // tenth at least.
@@ -361,35 +403,52 @@ func (g *group) other(v *view, now int64, tried []*endpoint) *endpoint {
 	return best
 }
 
-// lend asks one endpoint after the other until one can be connected to.
+// lend asks the endpoint that is chosen, and the others until one can be connected
+// to.
 func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 	v := g.view(now)
-	var room [8]*endpoint
-	tried := room[:0]
 	e := g.pick(v, now, w.Key)
 	if w.Avoid.IsValid() && e.pool.t.addr == w.Avoid || e.rests(now) {
-		shun := tried
-		for _, a := range g.all {
-			if a.pool.t.addr == w.Avoid {
-				shun = append(shun, a)
-			}
-		}
-		if o := g.other(v, now, shun); o != nil {
-			e = o
+		e = g.instead(v, now, w, e)
+	}
+	c, err := e.pool.get(ctx, w)
+	if err != nil {
+		return g.search(ctx, w, v, e, err)
+	}
+	return g.lent(c, e), nil
+}
+
+// instead is the endpoint to take in place of one that should not be, which it is
+// when there is no other.
+func (g *group) instead(v *view, now int64, w *Want, e *endpoint) *endpoint {
+	var shun []*endpoint
+	for _, a := range g.all {
+		if a.pool.t.addr == w.Avoid {
+			shun = append(shun, a)
 		}
 	}
+	if o := g.other(v, now, shun); o != nil {
+		return o
+	}
+	return e
+}
+
+func (g *group) lent(c *Conn, e *endpoint) *Conn {
+	if e.rest.Load() != 0 {
+		e.rest.Store(0)
+	}
+	e.pending.Add(1)
+	c.on = e
+	return c
+}
+
+// search asks the other endpoints, one after the other, when e could not be
+// connected to because of err.
+func (g *group) search(ctx context.Context, w *Want, v *view, e *endpoint, err error) (*Conn, error) {
+	var tried []*endpoint
 	for {
-		c, err := e.pool.get(ctx, w)
-		if err == nil {
-			if e.rest.Load() != 0 {
-				e.rest.Store(0)
-			}
-			e.pending.Add(1)
-			c.on = e
-			return c, nil
-		}
+		now := time.Now().UnixNano()
 		if ctx.Err() == nil || w.spent() {
-			now = time.Now().UnixNano()
 			e.rest.Store(e.pool.restUntil.Load())
 		}
 		if ctx.Err() == nil && !w.spent() {
@@ -401,6 +460,10 @@ func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 		}
 		if e = g.other(v, now, tried); e == nil {
 			return nil, err
+		}
+		var c *Conn
+		if c, err = e.pool.get(ctx, w); err == nil {
+			return g.lent(c, e), nil
 		}
 	}
 }

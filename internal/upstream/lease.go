@@ -25,21 +25,18 @@ type lease struct {
 // caller tells what became of the call with Report, and gives the connection
 // back with Put, or closes it.
 func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
-	g := (*s.table.Load())[w.Service]
-	if g != nil && w.Subset != "" {
-		g = g.subsets[w.Subset]
-	}
+	g := s.group(w)
 	if g == nil || len(g.all) == 0 {
 		return nil, fmt.Errorf("service %s: %w", w.Service, ErrNoEndpoint)
 	}
-	now := time.Now().UnixNano()
+	now := w.now().UnixNano()
 	if !g.capacity.enter() {
 		return nil, fmt.Errorf("service %s: %w", w.Service, ErrFull)
 	}
-	l := lease{by: g.standing, at: now}
+	probe := false
 	if g.breaker != nil {
 		var ok bool
-		if l.probe, ok = g.breaker.enter(now); !ok {
+		if probe, ok = g.breaker.enter(now); !ok {
 			g.capacity.leave()
 			return nil, fmt.Errorf("service %s: %w", w.Service, ErrOpen)
 		}
@@ -53,12 +50,11 @@ func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
 		if ctx.Err() != nil || w.spent() {
 			o = Ignored
 		}
-		g.decide(time.Now().UnixNano(), o, 0, 0, l.probe)
+		g.decide(time.Now().UnixNano(), o, 0, 0, probe)
 		g.capacity.leave()
 		return nil, &ConnectError{w.Service, err}
 	}
-	l.on = c.lease.on
-	c.lease = l
+	c.by, c.at, c.probe, c.told = g.standing, now, probe, false
 	return c, nil
 }
 
@@ -114,17 +110,19 @@ func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 	}
 	now := at.UnixNano()
 	l.by.blame(l.on, now, o, time.Duration(max(now-l.at, 0)), true)
-	c.ReportService(o, at, retryAfter)
+	c.tell(o, now, retryAfter)
 }
 
 // ReportService is Report for what says nothing of the endpoint.
 func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) {
-	l := &c.lease
-	if l.by == nil || l.told {
-		return
+	if l := &c.lease; l.by != nil && !l.told {
+		c.tell(o, at.UnixNano(), retryAfter)
 	}
+}
+
+func (c *Conn) tell(o Outcome, now int64, retryAfter time.Duration) {
+	l := &c.lease
 	l.told = true
-	now := at.UnixNano()
 	took := time.Duration(max(now-l.at, 0))
 	l.by.capacity.took(now, took, o)
 	l.by.decide(now, o, took, retryAfter, l.probe)
@@ -155,14 +153,14 @@ func (st *standing) decide(now int64, o Outcome, took, retryAfter time.Duration,
 
 // leave ends the lease.
 func (c *Conn) leave() {
-	l := c.lease
-	if l.by == nil {
+	by := c.by
+	if by == nil {
 		return
 	}
-	c.lease = lease{}
-	l.on.pending.Add(-1)
-	l.by.capacity.leave()
-	if l.probe && !l.told {
-		l.by.breaker.done(0, Ignored, 0, 0, true)
+	c.by = nil // the rest means nothing without it
+	c.on.pending.Add(-1)
+	by.capacity.leave()
+	if c.probe && !c.told {
+		by.breaker.done(0, Ignored, 0, 0, true)
 	}
 }

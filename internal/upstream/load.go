@@ -60,7 +60,7 @@ func (l *load) took(now int64, d time.Duration) {
 			w := kept(at - then)
 			micros = avg*w + micros*(1-w)
 		}
-		if l.word.CompareAndSwap(was, pack(micros, at)) {
+		if now := pack(micros, at); now == was || l.word.CompareAndSwap(was, now) {
 			return
 		}
 	}

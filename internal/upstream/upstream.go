@@ -118,6 +118,8 @@ func (c Config) withDefaults() Config {
 type Services struct {
 	cfg   Config
 	table atomic.Pointer[map[mesh.ServiceName]*group]
+	// version counts the tables.
+	version atomic.Uint64
 	// epoch counts the calls of Recheck.
 	epoch atomic.Uint64
 
@@ -186,6 +188,7 @@ func (s *Services) replace(snap *mesh.Snapshot) (gone []*Pool) {
 	old := s.pools
 	s.pools = live
 	s.table.Store(&table)
+	s.version.Add(1)
 	for t, p := range old {
 		if live[t] == nil {
 			gone = append(gone, p)
@@ -353,29 +356,49 @@ func (p *Pool) Get(ctx context.Context, fresh bool) (*Conn, error) {
 }
 
 func (p *Pool) get(ctx context.Context, want *Want) (*Conn, error) {
-	for {
-		c, w := p.enter(want.Fresh)
-		if c == nil && (want.Connect > 0 || !want.Until.IsZero()) {
-			var cancel context.CancelFunc
-			ctx, cancel = want.within(ctx, p.cfg.ConnectTimeout)
-			defer cancel()
-		}
-		if w != nil {
-			var err error
-			if c, err = p.wait(ctx, w); err != nil {
-				return nil, err
-			}
-		}
-		if c == nil {
-			return p.open(ctx, want)
-		}
-		now := time.Now()
+	now := want.now()
+	c, w := p.enter(want.Fresh)
+	for c != nil {
 		if c.usable(p.cfg.Generation(), now) {
 			c.Reused = true
 			c.Tell(now)
 			return c, nil
 		}
 		c.Discard()
+		c, w = p.enter(want.Fresh)
+	}
+	return p.seek(ctx, want, w)
+}
+
+// seek gets a connection where none was at hand: when it is w's turn, or by the
+// right to dial that nil stands for.
+func (p *Pool) seek(ctx context.Context, want *Want, w *waiter) (*Conn, error) {
+	if want.Connect > 0 || !want.Until.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = want.within(ctx, p.cfg.ConnectTimeout)
+		defer cancel()
+	}
+	for {
+		var c *Conn
+		if w != nil {
+			var err error
+			if c, err = p.wait(ctx, w); err != nil {
+				return nil, err
+			}
+			w = nil
+		}
+		for ; c != nil; c, w = p.enter(want.Fresh) {
+			now := time.Now()
+			if c.usable(p.cfg.Generation(), now) {
+				c.Reused = true
+				c.Tell(now)
+				return c, nil
+			}
+			c.Discard()
+		}
+		if w == nil {
+			return p.open(ctx, want)
+		}
 	}
 }
 
