@@ -33,6 +33,7 @@ import (
 	"time"
 
 	"sallyport/internal/mux"
+	"sallyport/internal/socket"
 )
 
 // Proto is the name of the protocol in ALPN.
@@ -110,10 +111,12 @@ const (
 // A Conn is one connection. The end that dialled opens streams, the other one
 // accepts them.
 type Conn struct {
-	nc     net.Conn
-	cfg    Config
-	server bool
-	accept func(*Lane) bool // of a server
+	nc      net.Conn
+	borrows lateReader                 // nc, if it is one
+	waits   interface{ Await() error } // nc, if it waits without memory
+	cfg     Config
+	server  bool
+	accept  func(*Lane) bool // of a server
 
 	// heard counts the reads, waiting the lanes whose reader waits, open the
 	// lanes; the last is written under mu.
@@ -164,12 +167,19 @@ const (
 	gone            // no new streams
 )
 
+// A lateReader reads into memory that it borrows once there is something to read.
+type lateReader interface {
+	ReadLate(socket.Lender) (int, error)
+}
+
 func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	c := &Conn{
 		nc: nc, cfg: cfg.withDefaults(), server: accept != nil, accept: accept, limit: firstStreams,
 		streams: map[uint32]*Lane{}, lanes: map[*Lane]struct{}{}, empty: time.Now(),
 		credit: firstWindow, first: firstWindow,
 	}
+	c.borrows, _ = nc.(lateReader)
+	c.waits, _ = nc.(interface{ Await() error })
 	c.out.work.L = &c.mu
 	c.in.noise = mux.NewBucket(noiseBurst, noiseRate)
 	c.in.block.init(c.cfg.Head)

@@ -4,15 +4,16 @@ import (
 	"errors"
 	"os"
 	"strconv"
+	"sync"
 	"time"
 
 	"sallyport/internal/mux"
 )
 
-const (
-	firstBuffer = 4 << 10
-	readBuffer  = 32 << 10
-)
+// readBuffer has room for a frame that is not data, and for many small ones.
+const readBuffer = 32 << 10
+
+var readPool = sync.Pool{New: func() any { return new([readBuffer]byte) }}
 
 // noiseBurst and noiseRate bound what costs us more than it costs the peer:
 // calls broken off, pings, settings, frames without content.
@@ -23,13 +24,14 @@ const (
 
 // A reader is what only the goroutine that reads knows.
 type reader struct {
-	lane     *Lane // whose data frame is being read; nil: it is thrown away
-	left     int   // payload bytes of it still to come
-	pad      int   // bytes of padding behind that
-	end      bool  // it ends its direction
-	greeted  bool  // the preface has come
-	settled  bool  // the first SETTINGS have
-	hurried  bool  // a read deadline is set
+	buf      []byte // nil while nothing comes, if the connection can wait without
+	lane     *Lane  // whose data frame is being read; nil: it is thrown away
+	left     int    // payload bytes of it still to come
+	pad      int    // bytes of padding behind that
+	end      bool   // it ends its direction
+	greeted  bool   // the preface has come
+	settled  bool   // the first SETTINGS have
+	hurried  bool   // a read deadline is set
 	noise    mux.Bucket
 	ready    []*Lane // what they wait for has come
 	calls    []*Lane // which nobody knows of yet
@@ -39,12 +41,14 @@ type reader struct {
 	block    section
 }
 
-// read takes frames in until the connection ends.
+// read takes frames in until the connection ends. While nothing comes it holds
+// no buffer.
 func (c *Conn) read() error {
-	buf := make([]byte, firstBuffer)
+	in := &c.in
+	defer in.release()
 	r, w := 0, 0
 	for {
-		n, err := c.frames(buf[r:w])
+		n, err := c.frames(in.buf[r:w])
 		c.wakeReady()
 		if err = c.announce(err); err != nil {
 			return err
@@ -52,12 +56,11 @@ func (c *Conn) read() error {
 		if r += n; r == w {
 			r, w = 0, 0
 		} else {
-			w = copy(buf, buf[r:w]) // less than a frame that is not data
+			w = copy(in.buf, in.buf[r:w]) // less than a frame that is not data
 			r = 0
 		}
 		c.hurry(w > 0, n > 0)
-		n, err = c.nc.Read(buf[w:])
-		if n > 0 {
+		if n, err = c.fill(w); n > 0 {
 			c.heard.Add(1)
 		} else if err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) && c.in.hurried {
@@ -65,10 +68,44 @@ func (c *Conn) read() error {
 			}
 			return err
 		}
-		if w += n; w == len(buf) && len(buf) < readBuffer {
-			buf = append(make([]byte, 0, 2*len(buf)), buf...)
-			buf = buf[:cap(buf)]
+		w += n
+	}
+}
+
+// fill reads behind what is there, w bytes.
+func (c *Conn) fill(w int) (int, error) {
+	in := &c.in
+	if w > 0 {
+		return c.nc.Read(in.buf[w:])
+	}
+	if c.borrows != nil {
+		in.release()
+		return c.borrows.ReadLate(in)
+	}
+	if c.waits != nil {
+		in.release()
+		if err := c.waits.Await(); err != nil {
+			return 0, err
 		}
+	}
+	return c.nc.Read(in.Lend())
+}
+
+// Lend gives the buffer to read into.
+func (in *reader) Lend() []byte {
+	if in.buf == nil {
+		in.buf = readPool.Get().(*[readBuffer]byte)[:]
+	}
+	return in.buf
+}
+
+// Back takes it back when nothing was there.
+func (in *reader) Back() { in.release() }
+
+func (in *reader) release() {
+	if in.buf != nil {
+		readPool.Put((*[readBuffer]byte)(in.buf))
+		in.buf = nil
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
+	"sallyport/internal/socket"
 )
 
 // preface is what a client of HTTP/2 says first, told nobody's ALPN.
@@ -73,7 +74,7 @@ func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn) {
 // serveHTTP2 serves an application that says HTTP/2 by prior knowledge, of which
 // x has read the beginning.
 func (d *door) serveHTTP2(ctx context.Context, c *conn, x *call) {
-	begun := &ahead{Conn: c.Conn, read: x.down.Unread()}
+	begun := &ahead{Conn: x.down.NetConn(), read: x.down.Unread()}
 	x.down.Release() // each lane has buffers of its own
 	x.down = nil
 	err := d.listener.serveHTTP2(c, begun, d.admit, func(sc *conn) { d.serveLane(ctx, sc, x) })
@@ -84,7 +85,7 @@ func (d *door) serveHTTP2(ctx context.Context, c *conn, x *call) {
 
 // serveLane serves a lane of a connection of which on has found where it leads.
 func (d *door) serveLane(ctx context.Context, c *conn, on *call) {
-	x := d.callOn(ctx, c, on.remote)
+	x := d.callOn(ctx, c, on.remote, on.process)
 	x.only, x.meant = on.only, on.meant
 	x.down = http1.NewConn(c.Conn, d.Limits)
 	defer x.down.Release()
@@ -125,4 +126,14 @@ func (a *ahead) Read(p []byte) (int, error) {
 	n := copy(p, a.read)
 	a.read = a.read[n:]
 	return n, nil
+}
+
+// ReadLate is Read into memory that is borrowed when there is something to read.
+func (a *ahead) ReadLate(from socket.Lender) (int, error) {
+	if late, ok := a.Conn.(interface {
+		ReadLate(socket.Lender) (int, error)
+	}); ok && len(a.read) == 0 {
+		return late.ReadLate(from)
+	}
+	return a.Read(from.Lend())
 }
