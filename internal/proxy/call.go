@@ -75,11 +75,9 @@ type call struct {
 	bounds     []bound // of how often the caller may call
 	host       ownHost
 
-	// Outbound: what the local process is, when that was asked, and the
-	// service meant. Every request is for only, if that is set; meant is where
+	// Outbound: what the local process is, and the service meant. Every request is for only, if that is set; meant is where
 	// the connection was going to, if rules of the kernel brought it here.
-	stranger error
-	asked    time.Time
+	process  *process
 	to       *target
 	known    target // what the authority of the connection meant the last time
 	routed   target // where a route has led the call

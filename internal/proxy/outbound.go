@@ -191,7 +191,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 }
 
 func (d *door) serveConn(ctx context.Context, c *conn) {
-	x := d.callOn(ctx, c, c.RemoteAddr().String())
+	x := d.callOn(ctx, c, c.RemoteAddr().String(), new(process))
 	x.down = http1.NewConn(capture.NewDirect(c.Conn), d.Limits)
 	defer func() {
 		if x.down != nil {
@@ -229,10 +229,18 @@ func (d *door) begins(x *call) (string, error) {
 	return "", nil
 }
 
-func (d *door) callOn(ctx context.Context, c *conn, remote string) *call {
-	x := &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, unread: d.nowhere, only: d.service}
+func (d *door) callOn(ctx context.Context, c *conn, remote string, at *process) *call {
+	x := &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, process: at, unread: d.nowhere, only: d.service}
 	x.settler = x.settle
 	return x
+}
+
+// A process is who is at the other end of a connection of the workload, whose
+// lanes have it in common.
+type process struct {
+	mu       sync.Mutex // guards the fields below, also while it is asked for
+	asked    time.Time
+	stranger error // it is not the workload
 }
 
 // The links of the way out.
@@ -259,15 +267,23 @@ func (d *door) count(x *call) { x.observe() }
 // when the answer is old, since a connection can be handed to another process
 // and the number of a process that has ended comes to mean another.
 func (d *door) ownProcess(x *call) *refusal {
-	if x.asked.IsZero() || x.start.Sub(x.asked) >= d.askEvery {
-		x.stranger = d.cfg.Local(x.conn.base())
-		x.asked = x.start
-	}
-	if x.stranger == nil {
+	stranger := d.strangerOn(x)
+	if stranger == nil {
 		return nil
 	}
 	x.ex.ToDown.Close = true
-	return d.deny(d.about(x, "not_workload", x.stranger.Error()))
+	return d.deny(d.about(x, "not_workload", stranger.Error()))
+}
+
+func (d *door) strangerOn(x *call) error {
+	p := x.process
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.asked.IsZero() || x.start.Sub(p.asked) >= d.askEvery {
+		p.stranger = d.cfg.Local(x.conn.base())
+		p.asked = x.start
+	}
+	return p.stranger
 }
 
 // about is the record of a refusal to carry something out.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -247,6 +248,41 @@ func TestAnswerAboutTheProcessHoldsForAWhile(t *testing.T) {
 	if n := r.locals.Load(); n > 3 {
 		t.Errorf("asked %d times for 5 calls in a moment", n)
 	}
+}
+
+// The calls of a connection of HTTP/2 come from one process, which is asked for
+// once for all of them.
+func TestProcessIsAskedForOnceForAllLanes(t *testing.T) {
+	release := make(chan struct{})
+	var waiting atomic.Int32
+	r := newParts(t, app(t, func(_ http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/ok/first" {
+			waiting.Add(1)
+			<-release
+		}
+	}))
+	r.inAddr, _ = start(t, r.inbound.Run)
+	d := newDoor(r.outbound, "")
+	d.askEvery = time.Hour
+	r.outAddr, _ = start(t, d.run)
+	r.use(r.access)
+	c := r.clientH2C()
+	get(t, c, "http://billing.mesh.internal/ok/first") // makes the connection
+	const lanes = 8
+	var wg sync.WaitGroup
+	for range lanes {
+		wg.Go(func() {
+			if resp, _ := get(t, c, "http://billing.mesh.internal/ok/1"); resp.StatusCode != 200 {
+				t.Errorf("got %s", resp.Status)
+			}
+		})
+	}
+	await(t, func() bool { return waiting.Load() == lanes })
+	if n := r.locals.Load(); n != 1 {
+		t.Errorf("asked %d times for %d calls on one connection", n, lanes+1)
+	}
+	close(release)
+	wg.Wait()
 }
 
 func TestExpiredPeerIsRefusedOnAKeptConnection(t *testing.T) {
