@@ -327,6 +327,44 @@ func TestNameserverGateway(t *testing.T) {
 	})
 }
 
+// TestNameserverIsolated has a program in a namespace of its own ask any server,
+// and the sidecar see by a question of its own that it is asked there.
+func TestNameserverIsolated(t *testing.T) {
+	t.Parallel()
+	meshtest.Need(t, "dig")
+	w := newWorld(t, time.Minute)
+	if err := os.RemoveAll(w.path("policies", "tests")); err != nil { // they say that payment leaves no mesh
+		t.Fatal(err)
+	}
+	w.extend("access.csv", allowedNames)
+	w.startIssuer()
+	pay := &node{name: "payment"}
+	w.join(pay)
+	w.write(pay.name, w.sidecarConfig(pay, w.token(pay.name))+"names: {listen: 127.0.0.1:15053}\n")
+	user := w.ordinary(pay.name)
+	w.flags = []string{"--isolate"}
+	payment := w.startWorkloadBy(pay.name, user, envListen+"="+pay.app)
+	dig := func(args ...string) string {
+		t.Helper()
+		return ask[runReply](payment, "/run", append([]string{"dig", "+tries=1", "+time=10"}, args...)).Output
+	}
+	for _, tt := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"@203.0.113.53", "api.stripe.test"}, `IN\s+A\s+247\.`},
+		{[]string{"@2001:db8::53", "api.stripe.test"}, `IN\s+A\s+247\.`},
+		{[]string{"@127.0.0.53", "+tcp", "api.stripe.test"}, `IN\s+A\s+247\.`},
+		{[]string{"@203.0.113.53", "billing.mesh.internal"}, `IN\s+A\s+247\.`},
+		{[]string{"@203.0.113.53", "evil.test"}, `status: NXDOMAIN`},
+	} {
+		if got := dig(tt.args...); !regexp.MustCompile(tt.want).MatchString(got) {
+			t.Errorf("dig %v: want %s, got\n%s", tt.args, tt.want, got)
+		}
+	}
+	w.await("be ready, which the self-test must let it", func() bool { return w.readiness(pay.name) == http.StatusOK })
+}
+
 // A musl program that looks up one name as any program does.
 const lookUp = `#include <netdb.h>
 #include <stdio.h>
