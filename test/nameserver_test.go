@@ -62,7 +62,8 @@ capture:
   sidecar_user: "%d"
   hold: true
 `, id("/ns/edge/sa/gateway"), gw, strings.Join(searchList, ", "), dot, workloadUID, os.Getuid()))
-	return &namedWorld{w, site, w.startCapture(), dot, doh}
+	w.startCapture()
+	return &namedWorld{w, site, dot, doh}
 }
 
 // realDestination is a host of which workloads are told the address.
@@ -76,7 +77,6 @@ const realDestination = `  - host: real.stripe.test
 type namedWorld struct {
 	*world
 	site     *outside
-	sidecar  *proc
 	dot, doh string // where the gateway answers
 }
 

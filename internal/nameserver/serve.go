@@ -22,7 +22,7 @@ const (
 	// slow is how many questions may be looked at the slow way at once. What comes
 	// beyond over UDP is dropped: its asker asks again.
 	slow = 128
-	// few is how many entries are kept for what is asked now and then.
+	// fewEntries are kept for what is asked now and then.
 	fewEntries = 256
 )
 
