@@ -49,6 +49,7 @@ type relay struct {
 	dest   *net.TCPConn
 	ended  bool
 	reason Reason
+	quiet  *time.Timer // calls look; nil without a limit
 }
 
 // stop breaks the relay off at once; the first reason counts.
@@ -120,10 +121,11 @@ func (r *relay) why() Reason {
 // run blocks until both directions have ended. The destination is closed then.
 func (r *relay) run() {
 	if r.idle > 0 {
-		quit := make(chan struct{})
-		defer close(quit)
 		r.moved.Store(int64(time.Since(r.start)))
-		go r.watch(quit)
+		r.mu.Lock()
+		r.quiet = time.AfterFunc(r.idle, r.look)
+		r.mu.Unlock()
+		defer r.quiet.Stop()
 	}
 	dest := capture.NewDirect(r.dest).(destination)
 	upward := &lane{r: r, src: r.caller, dst: dest, count: &r.up}
@@ -147,22 +149,18 @@ func (r *relay) run() {
 	r.end(ReasonDone, false)
 }
 
-// watch stops a relay in which nothing moves.
-func (r *relay) watch(quit <-chan struct{}) {
-	t := time.NewTimer(r.idle)
-	defer t.Stop()
-	for {
-		select {
-		case <-quit:
-			return
-		case <-t.C:
-		}
-		silent := time.Since(r.start) - time.Duration(r.moved.Load())
-		if silent >= r.idle {
-			r.stop(ReasonIdle)
-			return
-		}
-		t.Reset(r.idle - silent)
+// look stops a relay in which nothing moves. A timer costs less than a goroutine
+// that waits.
+func (r *relay) look() {
+	silent := time.Since(r.start) - time.Duration(r.moved.Load())
+	if silent >= r.idle {
+		r.stop(ReasonIdle)
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.ended {
+		r.quiet.Reset(r.idle - silent)
 	}
 }
 
