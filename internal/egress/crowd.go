@@ -13,8 +13,12 @@ import (
 
 // A crowd counts the connections of each caller, so that none can hold all.
 type crowd struct {
-	mu sync.Mutex // guards of
+	mu sync.Mutex // guards what follows
 	of map[spiffeid.ID]int
+	// asking are the streams whose request is not answered yet, askingOf those of
+	// a caller.
+	asking   int
+	askingOf map[spiffeid.ID]int
 }
 
 // connected counts a connection in, unless its caller has too many. What was
@@ -41,6 +45,30 @@ func (g *Gateway) parted(who *caller) {
 	defer g.crowd.mu.Unlock()
 	if g.crowd.of[who.id]--; g.crowd.of[who.id] <= 0 {
 		delete(g.crowd.of, who.id)
+	}
+}
+
+// asks counts a stream in whose request is to be read, unless there are as many
+// as there may be connections, which hold the same. It is counted out by answered.
+func (g *Gateway) asks(who *caller) bool {
+	c := &g.crowd
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.asking >= g.lim.Conns || c.askingOf[who.id] >= g.lim.ConnsPerCaller {
+		return false
+	}
+	c.asking++
+	c.askingOf[who.id]++
+	return true
+}
+
+func (g *Gateway) answered(who *caller) {
+	c := &g.crowd
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asking--
+	if c.askingOf[who.id]--; c.askingOf[who.id] <= 0 {
+		delete(c.askingOf, who.id)
 	}
 }
 

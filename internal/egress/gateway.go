@@ -37,7 +37,8 @@ type Recorder interface {
 type Limits struct {
 	// Conns is how many connections are open at once. Default 8192.
 	Conns int
-	// ConnsPerCaller is the same for one SPIFFE ID. Default 1024.
+	// ConnsPerCaller is the same for one SPIFFE ID. Default 1024. Both bound also
+	// the streams whose request is not answered yet.
 	ConnsPerCaller int
 	// Handshakes is how many of them may be without identity. One more closes the
 	// one that has taken longest, of the address that has most. Default 512.
@@ -197,7 +198,7 @@ func New(c Config) (*Gateway, error) {
 		guard = new(Guard)
 	}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
-	g.crowd.of = make(map[spiffeid.ID]int)
+	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
 	g.windows = mux.NewBudget(windows)

@@ -15,7 +15,11 @@ const windows = 64 << 20
 // stream on it is one CONNECT, judged by itself.
 func (g *Gateway) serveHop(w *wire, tc *record.Conn, who *caller) {
 	h := hop.Accepted(tc, hop.Config{Streams: g.lim.Streams, Budget: g.windows}, func(s *hop.Stream) bool {
+		if !g.asks(who) {
+			return false
+		}
 		if !g.enter() {
+			g.answered(who)
 			return false
 		}
 		ctx, cancel := context.WithCancel(g.base)
@@ -65,8 +69,7 @@ func (g *Gateway) part() {
 func (g *Gateway) serveHopStream(ctx context.Context, w *wire, s *hop.Stream, who *caller) {
 	hc := http1.NewConn(s, g.lim.Request)
 	var req http1.Request
-	err := hc.ReadRequest(&req)
-	t, ans := g.request1(ctx, who, &req, err)
+	t, ans, err := g.readStream(ctx, hc, &req, who)
 	if t == nil && ctx.Err() != nil && !g.calmOf.Spend(who.id, 1) {
 		w.Close()
 	}
@@ -79,4 +82,11 @@ func (g *Gateway) serveHopStream(ctx context.Context, w *wire, s *hop.Stream, wh
 	if t != nil {
 		g.tunnel1(t, &stream1{pipe: s, w: w, left: left, abort: func() { s.Close() }})
 	}
+}
+
+func (g *Gateway) readStream(ctx context.Context, hc *http1.Conn, req *http1.Request, who *caller) (*tunnel, *answer, error) {
+	defer g.answered(who)
+	err := hc.ReadRequest(req)
+	t, ans := g.request1(ctx, who, req, err)
+	return t, ans, err
 }

@@ -187,3 +187,39 @@ func TestDrainCutsNoStream(t *testing.T) {
 		t.Errorf("the tunnel ended with %q", end.Reason)
 	}
 }
+
+// TestStreamsThatAskNothing bounds what a caller holds by heads that never
+// become whole, without a record for each.
+func TestStreamsThatAskNothing(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Limits.ConnsPerCaller = 2 })
+	h := w.streamsOn(billing)
+	var held []*hop.Stream
+	for range 3 {
+		s, err := h.Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(s, "CONNECT db.test"); err != nil {
+			t.Fatal(err)
+		}
+		held = append(held, s)
+	}
+	if _, err := held[2].Read(make([]byte, 1)); !errors.Is(err, hop.ErrRefused) {
+		t.Fatalf("the third: %v, want that it is refused", err)
+	}
+	if _, err := io.WriteString(held[0], ":5432 HTTP/1.1\r\nHost: db.test:5432\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(bufio.NewReader(held[0]), &http.Request{Method: "CONNECT"})
+	if err != nil || res.StatusCode != 200 {
+		t.Fatalf("the first: %v, %v", res, err)
+	}
+	tun, ref := w.connectStream(h, "db.test:5432") // in its place
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	echoes(t, tun)
+	for _, s := range held {
+		s.Close()
+	}
+}
