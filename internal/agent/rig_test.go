@@ -312,7 +312,7 @@ func (p *proxy) join() *proxy {
 
 func (p *proxy) serves() spiffeid.ID {
 	p.t.Helper()
-	ctx, cancel := context.WithTimeout(p.t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(p.t.Context(), time.Minute)
 	defer cancel()
 	id, err := p.AwaitPolicy(ctx)
 	if err != nil {
@@ -326,7 +326,7 @@ func await(t *testing.T, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	end := time.After(20 * time.Second)
+	end := time.After(time.Minute)
 	for !ok() {
 		select {
 		case <-tick.C:

@@ -241,7 +241,7 @@ func TestCallersThatDoNotRead(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+			_ = c.SetDeadline(time.Now().Add(time.Minute))
 			_, _ = io.WriteString(c, http2.ClientPreface)
 			f := http2.NewFramer(c, c)
 			var block bytes.Buffer

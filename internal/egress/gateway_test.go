@@ -311,7 +311,7 @@ func (w *world) open1(id spiffeid.ID) *conn1 {
 		w.t.Fatal(err)
 	}
 	w.t.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	return &conn1{c, bufio.NewReader(c)}
 }
 
@@ -389,7 +389,7 @@ func (w *world) until(what string, fits func(r audit.Record) bool) audit.Record 
 	w.t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	end := time.After(10 * time.Second)
+	end := time.After(time.Minute)
 	for {
 		for _, r := range w.audit.Records() {
 			if fits(r) {
@@ -665,7 +665,8 @@ func TestFirstBytes(t *testing.T) {
 
 func TestHelloInPieces(t *testing.T) {
 	both(t, func(t *testing.T, dial dialFunc) {
-		w := newWorld(t, nil)
+		// Thousands of pieces take a slow machine long.
+		w := newWorld(t, func(c *Config) { c.Limits.HelloTimeout = time.Minute })
 		raw := records(rebuild(realHello("api.stripe.test"), sniBytes("api.stripe.test"), extensionBytes(0xfafa, make([]byte, 3000))), 7)
 		got := sendHello(t, w, dial, "api.stripe.test", raw, 1)
 		if !strings.HasPrefix(got, "\x16\x03\x03") || <-w.stripe.seen != "api.stripe.test" {
@@ -962,7 +963,7 @@ func TestStrangersCannotShakeHands(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			c, err := tls.Dial("tcp", w.addr, cfg)
 			if err == nil {
-				_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+				_ = c.SetDeadline(time.Now().Add(time.Minute))
 				fmt.Fprintf(c, "CONNECT db.test:5432 HTTP/1.1\r\nHost: db.test:5432\r\n\r\n")
 				if b, err := io.ReadAll(c); err == nil || len(b) > 0 {
 					t.Errorf("got %q, %v", b, err)
@@ -1023,7 +1024,7 @@ func TestHandshakeLimits(t *testing.T) {
 		idle = append(idle, c)
 	}
 	for _, c := range idle {
-		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		c.SetReadDeadline(time.Now().Add(time.Minute))
 		if _, err := io.ReadAll(c); errors.Is(err, context.DeadlineExceeded) {
 			t.Error("row 16: a connection without identity is kept")
 		}
@@ -1049,7 +1050,7 @@ func TestHandshakeFloodPutsOutTheOldest(t *testing.T) {
 		flood = append(flood, c)
 	}
 	for _, c := range flood[:8] {
-		c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		c.SetReadDeadline(time.Now().Add(time.Minute))
 		if _, err := io.ReadAll(c); errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Error("one of the oldest is kept")
 		}
@@ -1220,7 +1221,7 @@ func rawStream(t *testing.T, w *world, fields ...string) string {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
 	io.WriteString(c, http2.ClientPreface)
 	f := http2.NewFramer(c, c)
 	f.ReadMetaHeaders = hpack.NewDecoder(4096, nil)

@@ -126,7 +126,7 @@ func TestATunnelEndsWithTheSVIDOfItsCaller(t *testing.T) {
 		w := newWorld(t, nil)
 		cfg := w.client(billing, "http/1.1")
 		st := *w.caller.Current()
-		st.Identities = []svid.Identity{w.ca.Issue(t, billing, 3*time.Second)}
+		st.Identities = []svid.Identity{w.ca.Issue(t, billing, 6*time.Second)}
 		if err := w.caller.Set(&st); err != nil {
 			t.Fatal(err)
 		}

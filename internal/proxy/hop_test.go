@@ -254,7 +254,7 @@ func TestBrokenOffCallEndsAtTheApplication(t *testing.T) {
 	w.Close()
 	select {
 	case <-gone:
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Error("the application goes on writing")
 	}
 }

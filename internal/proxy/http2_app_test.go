@@ -137,7 +137,7 @@ func TestCallsThatAreBrokenOff(t *testing.T) {
 			if !errors.Is(err, context.Canceled) {
 				t.Errorf("the application learned %v", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(patience):
 			t.Error("the application did not learn of it")
 		}
 	})

@@ -126,7 +126,7 @@ func TestBrokenOffStreamEndsAtTheApplication(t *testing.T) {
 		_ = w.WriteRSTStream(1, xhttp2.ErrCodeCancel)
 		select {
 		case <-gone:
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Fatalf("%s: the call goes on", door)
 		}
 		w.head(3, true, ask("GET", "/no")...)

@@ -42,7 +42,7 @@ func newH2wire(t *testing.T, addr string, cfg *tls.Config) *h2wire {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	w := &h2wire{t: t, Conn: c, Framer: xhttp2.NewFramer(c, c), dec: hpack.NewDecoder(4096, nil)}
 	w.enc = hpack.NewEncoder(&w.buf)
 	if _, err := io.WriteString(c, preface); err != nil {

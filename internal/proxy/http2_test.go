@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"sallyport/internal/hop"
 	"sallyport/internal/svid"
@@ -23,7 +22,7 @@ func (r *rig) clientH2C() *http.Client {
 	}}
 	tr.Protocols.SetUnencryptedHTTP2(true)
 	r.t.Cleanup(tr.CloseIdleConnections)
-	return &http.Client{Transport: tr, Timeout: 30 * time.Second}
+	return &http.Client{Transport: tr, Timeout: 2 * patience}
 }
 
 // clientH2 is a peer of another make with an SVID.
@@ -34,7 +33,7 @@ func (r *rig) clientH2(src *svid.Source) *http.Client {
 	}}
 	tr.Protocols.SetHTTP2(true)
 	r.t.Cleanup(tr.CloseIdleConnections)
-	return &http.Client{Transport: tr, Timeout: 30 * time.Second}
+	return &http.Client{Transport: tr, Timeout: 2 * patience}
 }
 
 // withH2 has the service offer h2, as sidecars do.

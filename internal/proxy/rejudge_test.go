@@ -146,7 +146,7 @@ func known(in *Inbound) (n int) {
 
 // refusedHandshake says why a peer does not get in.
 func (w *wire) refusedHandshake(s *svid.Source) error {
-	_ = w.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = w.SetDeadline(time.Now().Add(patience))
 	tc := tls.Client(w.Conn, svid.ClientTLS(s, billing, "http/1.1"))
 	if err := tc.Handshake(); err != nil {
 		return err
@@ -322,7 +322,7 @@ func TestAnUpgradedConnectionOutlivesTheSVIDOfItsPeer(t *testing.T) {
 				short, id = r.billing, billing
 			}
 			st := *short.Current()
-			st.Identities = []svid.Identity{r.ca.Issue(t, id, 4*time.Second)}
+			st.Identities = []svid.Identity{r.ca.Issue(t, id, 8*time.Second)}
 			if err := short.Set(&st); err != nil {
 				t.Fatal(err)
 			}

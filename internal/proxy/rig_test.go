@@ -13,7 +13,6 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -255,7 +254,7 @@ func (r *rig) client() *http.Client {
 	proxy := &url.URL{Scheme: "http", Host: r.outAddr}
 	tr := &http.Transport{Proxy: http.ProxyURL(proxy), MaxIdleConnsPerHost: 200, DisableCompression: true}
 	r.t.Cleanup(tr.CloseIdleConnections)
-	return &http.Client{Transport: tr, Timeout: 30 * time.Second}
+	return &http.Client{Transport: tr, Timeout: 2 * patience}
 }
 
 // dial connects to the outbound proxy; what is said is up to the test.
@@ -285,7 +284,7 @@ func newWire(t testing.TB, addr string, cfg *tls.Config) *wire {
 func wireOn(t testing.TB, c net.Conn, cfg *tls.Config) *wire {
 	t.Helper()
 	t.Cleanup(func() { c.Close() })
-	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	if cfg != nil {
 		tc := tls.Client(c, cfg)
 		if err := tc.Handshake(); err != nil {
@@ -417,7 +416,7 @@ func handshakeAndAsk(t *testing.T, addr string, src *svid.Source) string {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(patience))
 	tc := tls.Client(c, cfg)
 	_, _ = io.WriteString(tc, okRequest)
 	b, _ := io.ReadAll(tc)
@@ -439,11 +438,18 @@ func awaitRecords(t *testing.T, l *audit.Log, k audit.Kind, n int) {
 	})
 }
 
+// patience is for what is sure to come, on a machine that is slow and busy.
+const patience = time.Minute
+
 // await asks again until it is so.
 func await(t testing.TB, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !ok(); runtime.Gosched() {
-		if time.Now().After(end) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for end := time.After(patience); !ok(); {
+		select {
+		case <-tick.C:
+		case <-end:
 			t.Fatal("it did not happen")
 		}
 	}

@@ -294,7 +294,7 @@ func TestTheApplicationLearnsWhoCalls(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(patience))
 		_, _ = c.Write(head)
 		if b, _ := io.ReadAll(c); bytes.Contains(b, []byte("220")) {
 			t.Errorf("a header of a stranger was taken: %q", b)

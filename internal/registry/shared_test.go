@@ -92,7 +92,7 @@ func (f *fleet) join(name string, run bool) *member {
 // eventually waits until something is so: other issuers see a write late.
 func (f *fleet) eventually(what string, so func() bool) {
 	f.t.Helper()
-	until := time.After(20 * time.Second)
+	until := time.After(time.Minute)
 	for !so() {
 		select {
 		case <-until:

@@ -57,7 +57,7 @@ func seqsOf(t *testing.T, text string) (out []uint64) {
 // deliver sends what is in the log, up to record last.
 func deliver(t *testing.T, s *Sink, last uint64) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	defer s.close()
 	for s.Sent() < last {
@@ -324,7 +324,7 @@ func awaitSent(t *testing.T, s *Sink, last uint64) {
 	t.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
-	for late := time.After(30 * time.Second); s.Sent() < last; {
+	for late := time.After(2 * time.Minute); s.Sent() < last; {
 		select {
 		case <-tick.C:
 		case <-late:

@@ -92,7 +92,7 @@ func (c *collector) seqs(t *testing.T) (out []uint64) {
 // until waits for something that batches bring about.
 func (c *collector) until(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for late := time.After(30 * time.Second); !ok(); {
+	for late := time.After(2 * time.Minute); !ok(); {
 		select {
 		case <-c.came:
 		case <-late:
