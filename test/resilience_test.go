@@ -168,6 +168,7 @@ func TestResilience(t *testing.T) {
 	w.underLoad(t, back, payment)
 	w.opensAndCloses(t, back, payment)
 	w.faultsAreMade(t, back, payment)
+	w.callsAreLimited(t, back, payment)
 }
 
 func (w *world) worstCases(t *testing.T, back *backend, payment *hand) {
@@ -256,6 +257,9 @@ func (w *world) opensAndCloses(t *testing.T, back *backend, payment *hand) {
 			if r := w.onAdmin("payment", "/troubles"); !strings.Contains(r, `"kind":"open"`) || !strings.Contains(r, "consecutive failures") {
 				t.Errorf("the sidecar says of its troubles: %s", r)
 			}
+			w.await("tell the operator who calls billing no more", func() bool {
+				return strings.HasPrefix(w.sallyport("ejections").Output, "billing: 1 of 2 sidecars have cut it off since ")
+			})
 		})
 		w.await("close the breaker", func() bool { return back.tried(payment, "GET", "/status/200").status == "200" })
 		if r := w.onAdmin("payment", "/troubles"); r != "[]\n" {
@@ -271,14 +275,43 @@ func (w *world) faultsAreMade(t *testing.T, back *backend, payment *hand) {
 			now.Add(-time.Minute).Format(time.RFC3339), now.Add(time.Hour).Format(time.RFC3339), id("/ns/shop/sa/payment")))
 		w.await("make the fault", func() bool { return back.tried(payment, "GET", "/anything") == outcome{0, "418", "", 0} })
 		w.awaitAudit("payment", "the beginning of the fault", func(l auditLine) bool { return l.Reason == "fault_begun" && l.Rule == "billing/all/trial" })
-		line := append([]string{"curl", "-sS", "-X", "POST", "--unix-socket", w.path("payment", "run", "admin.sock")}, "http://admin/faults/stop")
-		if r := command(t, line[0], line[1:]...); r.Code != 0 || !strings.HasPrefix(r.Output, "1 faults stopped") {
-			t.Errorf("stop the faults: %d %s", r.Code, r.Output)
+		if r := w.sallyport("fault", "list"); r.Code != 0 || !strings.Contains(r.Output, "billing/all/trial  active  status 418") {
+			t.Errorf("list the faults: %d %s", r.Code, r.Output)
+		}
+		if r := w.sallyport("fault", "stop", "billing/all/trial", "--wait", "1m"); r.Code != 0 || !strings.Contains(r.Output, "2 of 2 connected sidecars act on it") {
+			t.Errorf("stop the fault: %d %s", r.Code, r.Output)
 		}
 		if got, want := back.tried(payment, "GET", "/anything"), (outcome{0, "200", "", 1}); got != want {
 			t.Errorf("after the stop: %+v, want %+v", got, want)
 		}
 		w.awaitAudit("payment", "the end of the fault", func(l auditLine) bool { return l.Reason == "fault_ended" })
+		w.awaitAudit("issuer", "the stop", func(l auditLine) bool { return l.Reason == "fault_stopped" && l.Rule == "billing/all/trial" })
+		if r := w.sallyport("fault", "list"); !strings.Contains(r.Output, "billing/all/trial  stopped by the user of the admin socket") {
+			t.Errorf("list the faults: %d %s", r.Code, r.Output)
+		}
+		// The switch of one sidecar needs no issuer.
+		line := append([]string{"curl", "-sS", "-X", "POST", "--unix-socket", w.path("payment", "run", "admin.sock")}, "http://admin/faults/stop")
+		if r := command(t, line[0], line[1:]...); r.Code != 0 || !strings.HasPrefix(r.Output, "0 faults stopped") {
+			t.Errorf("stop the faults of one: %d %s", r.Code, r.Output)
+		}
+	})
+}
+
+// callsAreLimited has a limit that is shared.
+func (w *world) callsAreLimited(t *testing.T, back *backend, payment *hand) {
+	t.Run("calls beyond a shared limit are refused", func(t *testing.T) {
+		w.routes(patient + "    limit: {rate: 4, shared: true}\n")
+		w.await("refuse a call", func() bool { return back.tried(payment, "GET", "/status/200").status == "429" })
+		w.awaitAudit("payment", "the refusal", func(l auditLine) bool { return l.Reason == "limit" })
+		w.routes(patient)
+		w.await("refuse none", func() bool {
+			for range 10 {
+				if back.tried(payment, "GET", "/status/200").status != "200" {
+					return false
+				}
+			}
+			return true
+		})
 	})
 }
 

@@ -28,7 +28,7 @@ type part struct {
 
 // parts are in the order of the way of a call.
 func parts() []part {
-	return slices.Concat(matching(), lending())
+	return slices.Concat(matching(), lending(), translating())
 }
 
 func main() {
