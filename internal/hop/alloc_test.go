@@ -1,6 +1,7 @@
 package hop
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
@@ -153,5 +154,26 @@ func BenchmarkBulk(b *testing.B) {
 		if _, err := s.Write(buf); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// What is queued grows in few steps, and is what was queued.
+func TestPendingGrowsInFewSteps(t *testing.T) {
+	var o writer
+	var want []byte
+	steps, was := 0, 0
+	for i := range 1000 {
+		frame := bytes.Repeat([]byte{byte(i)}, 300)
+		o.pend = append(o.pending(len(frame)), frame...)
+		want = append(want, frame...)
+		if cap(o.pend) != was {
+			steps, was = steps+1, cap(o.pend)
+		}
+	}
+	if steps > 4 {
+		t.Errorf("300 KB were moved %d times, want at most 4", steps)
+	}
+	if !bytes.Equal(o.pend, want) {
+		t.Error("what is queued is not what was put there")
 	}
 }

@@ -365,7 +365,7 @@ func (s *Stream) queue(p []byte, flags uint8) {
 	}
 	s.credit -= len(p)
 	s.queued += len(p)
-	c.out.pend = append(appendHeader(c.out.pending(), len(p), kindData, flags, s.id), p...)
+	c.out.pend = append(appendHeader(c.out.pending(headerSize+len(p)), len(p), kindData, flags, s.id), p...)
 }
 
 // CloseWrite ends what this end sends. The peer reads EOF behind it.

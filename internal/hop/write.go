@@ -65,16 +65,24 @@ func (o *writer) hello(streams int) { o.control(note{kindHello, 0, uint64(stream
 // control queues a frame other than data; false when there are too many.
 func (o *writer) control(n note) bool {
 	was := len(o.pend)
-	o.pend = n.append(o.pending())
+	o.pend = n.append(o.pending(headerSize + 8))
 	o.notes += len(o.pend) - was
 	return o.notes <= maxNotes
 }
 
-// pending is what more is appended to.
-func (o *writer) pending() []byte {
+// pending is what n more bytes are appended to. It grows in few steps: append alone
+// copies what is queued again for each quarter of it.
+func (o *writer) pending(n int) []byte {
 	if o.lent == nil {
 		o.lent = takeBuffer()
 		o.pend = o.lent.b
+	}
+	if need := len(o.pend) + n; need > cap(o.pend) {
+		for _, size := range []int{2 * share, 2 * gather, keepBuffer} {
+			if need <= size {
+				return append(make([]byte, 0, size), o.pend...)
+			}
+		}
 	}
 	return o.pend
 }
