@@ -247,13 +247,13 @@ func TestAnOvertakenPolicyStaysOvertaken(t *testing.T) {
 		return r.outbound.policyOf(r.snap.Load())
 	}
 	now()
-	last := now()
+	now()
 	late := r.outbound.policyOf(first)
 	if late == begun || late.snap != first || late.faults[0][0] != lasting {
 		t.Errorf("an overtaken policy has other faults: %+v", late.faults)
 	}
 	r.routes = ""
-	last = now()
+	last := now()
 	late = r.outbound.policyOf(first)
 	if f := late.faults[0][0]; f.live.Load() || lasting.live.Load() || held(r) != nil {
 		t.Error("a fault is back that the policy has no more")
