@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"bufio"
 	"crypto/tls"
 	"fmt"
 	"io"
@@ -288,5 +289,53 @@ func TestAPeerThatDrainsIsDialledAgain(t *testing.T) {
 	w.say("POST http://billing.mesh.internal/ok/1 HTTP/1.1\r\nHost: billing.mesh.internal\r\nContent-Length: 5\r\n\r\nhello")
 	if resp, body := w.answer("POST"); resp.StatusCode != 200 || body != "hello /ok/1" {
 		t.Errorf("got %d %q after %d handshakes", resp.StatusCode, body, shaken.Load())
+	}
+}
+
+// A proof that does not hold any more refuses every call on the connection, not
+// only the one that looked.
+func TestAProofThatFailsStaysSo(t *testing.T) {
+	r := newRig(t, app(t, hello))
+	r.inbound.verifyEvery = time.Hour
+	tc, err := tls.Dial("tcp", r.inAddr, svid.ClientTLS(r.web, billing, hop.Proto))
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := hop.Dialled(tc, hop.Config{})
+	done := make(chan struct{})
+	go func() { defer close(done); _ = h.Run() }()
+	defer func() { h.Close(); <-done }()
+	ask := func() int {
+		t.Helper()
+		s, err := h.Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		_ = s.SetDeadline(time.Now().Add(time.Minute))
+		_, _ = io.WriteString(s, okRequest)
+		resp, err := http.ReadResponse(bufio.NewReader(s), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode
+	}
+	if got := ask(); got != 200 {
+		t.Fatalf("got %d", got)
+	}
+	other := meshtest.NewCA(t, meshtest.TD)
+	if err := r.billing.Set(&svid.State{Identities: []svid.Identity{other.Issue(t, billing, time.Hour)}, Bundle: other.Bundle()}); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range r.inbound.conns() {
+		if who := c.look().who; who != nil {
+			who.verified.Store(0) // it is time to look again
+		}
+	}
+	for range 3 {
+		if got := ask(); got != 403 {
+			t.Errorf("a call by a proof that is withdrawn got %d", got)
+		}
 	}
 }

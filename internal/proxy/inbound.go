@@ -262,6 +262,7 @@ func (in *Inbound) peerValid(x *call) *refusal {
 	case x.start.UnixNano()-x.who.verified.Load() >= int64(in.verifyEvery):
 		if cause = in.cfg.TLS.VerifyConnection(*x.who.tls); cause != nil {
 			reason = "svid_invalid"
+			break // and so for every other call of this peer on the connection
 		}
 		x.who.verified.Store(x.start.UnixNano())
 	}
