@@ -137,7 +137,7 @@ func TestRollout(t *testing.T) {
 			d := mesh.Delivery{Service: "billing", Route: "all"}
 			for i, a := range tt.acts {
 				now, step, err := begin.Add(a.at), "", error(nil)
-				next := d
+				var next mesh.Delivery
 				switch a.move {
 				case "":
 					next, step = Look(d, a.w, now)
