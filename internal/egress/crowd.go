@@ -55,6 +55,7 @@ func (g *Gateway) asks(who *caller) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.asking >= g.lim.Conns || c.askingOf[who.id] >= g.lim.ConnsPerCaller {
+		g.cfg.Metrics.ConnectionsRefused(reporter, "streams").Inc()
 		return false
 	}
 	c.asking++

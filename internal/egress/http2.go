@@ -124,6 +124,12 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusForbidden) // no handshake leads here
 		return
 	}
+	if !g.asks(on.who) {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	}
+	answered := sync.OnceFunc(func() { g.answered(on.who) })
+	defer answered()
 	var t *tunnel
 	defer func() { g.brokenOff(on, r, t) }()
 	if r.Context().Err() != nil {
@@ -148,6 +154,7 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
+	answered() // a tunnel counts against limits of its own
 	s := &stream2{w: w, r: r.Body, rc: http.NewResponseController(w)}
 	defer s.finish()
 	w.WriteHeader(http.StatusOK)

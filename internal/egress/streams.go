@@ -67,26 +67,27 @@ func (g *Gateway) part() {
 // serveHopStream answers one request, which opens a stream, and carries the
 // tunnel that it may become.
 func (g *Gateway) serveHopStream(ctx context.Context, w *wire, s *hop.Stream, who *caller) {
+	if t, left := g.askStream(ctx, w, s, who); t != nil {
+		g.tunnel1(t, &stream1{pipe: s, w: w, left: left, abort: func() { s.Close() }})
+	}
+}
+
+// askStream reads the request, and answers one that becomes no tunnel. The stream
+// is counted until its answer is out, however slowly its caller takes that, or the
+// tunnel is, which counts against limits of its own.
+func (g *Gateway) askStream(ctx context.Context, w *wire, s *hop.Stream, who *caller) (*tunnel, []byte) {
+	defer g.answered(who)
 	hc := http1.NewConn(s, g.lim.Request)
+	defer hc.Release()
 	var req http1.Request
-	t, ans, err := g.readStream(ctx, hc, &req, who)
-	if t == nil && ctx.Err() != nil && !g.calmOf.Spend(who.id, 1) {
+	err := hc.ReadRequest(&req)
+	t, ans := g.request1(ctx, who, &req, err)
+	if t == nil && ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
 		w.Close()
 	}
 	if ans != nil {
 		req.KeepAlive = false
 		ans.write1(hc, &req, err)
 	}
-	left := hc.Unread()
-	hc.Release()
-	if t != nil {
-		g.tunnel1(t, &stream1{pipe: s, w: w, left: left, abort: func() { s.Close() }})
-	}
-}
-
-func (g *Gateway) readStream(ctx context.Context, hc *http1.Conn, req *http1.Request, who *caller) (*tunnel, *answer, error) {
-	defer g.answered(who)
-	err := hc.ReadRequest(req)
-	t, ans := g.request1(ctx, who, req, err)
-	return t, ans, err
+	return t, hc.Unread()
 }

@@ -179,16 +179,27 @@ func (c *Conn) Linger() error {
 	}
 	c.readEnd = time.Now().Add(time.Second)
 	if c.nc.SetReadDeadline(c.readEnd) == nil {
-		bulk := bulkPool.Get().(*[bulkSize]byte) // the views of the head stay as they are
-		defer bulkPool.Put(bulk)
 		for left := 256 << 10; left > 0; {
-			n, err := c.nc.Read(bulk[:])
+			n, err := c.throw()
 			if left -= n; err != nil {
 				break
 			}
 		}
 	}
 	return c.nc.Close()
+}
+
+// throw reads once, into memory that it takes only when there is something to
+// read: the views of the head stay as they are, and who waits costs nothing.
+func (c *Conn) throw() (int, error) {
+	if c.waits != nil {
+		if err := c.waits.Await(); err != nil {
+			return 0, err
+		}
+	}
+	b := inPool.Get().(*[bufferSize]byte)
+	defer inPool.Put(b)
+	return c.nc.Read(b[:])
 }
 
 var errNoHalfClose = errors.New("connection cannot close one direction")

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -376,5 +377,20 @@ func TestLingerLetsTheAnswerArrive(t *testing.T) {
 	resp, err := http.ReadResponse(bufio.NewReader(client), nil)
 	if err != nil || resp.StatusCode != 400 {
 		t.Fatalf("%v, %v", resp, err)
+	}
+}
+
+// A silent is a connection that waits without memory, on which nothing comes.
+type silent struct{ net.Conn }
+
+func (silent) Await() error                    { return os.ErrDeadlineExceeded }
+func (silent) CloseWrite() error               { return nil }
+func (silent) Close() error                    { return nil }
+func (silent) SetReadDeadline(time.Time) error { return nil }
+func (silent) Read([]byte) (int, error)        { panic("a buffer was taken to wait with") }
+
+func TestLingerWaitsWithoutMemory(t *testing.T) {
+	if err := NewConn(silent{}, Limits{}).Linger(); err != nil {
+		t.Error(err)
 	}
 }

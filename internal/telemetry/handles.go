@@ -130,8 +130,8 @@ func (r *Registry) Connections(reporter, state string) *Gauge {
 	return r.open.get(labels{reporter, state})
 }
 
-// ConnectionsRefused counts connections that a limit closed: "total", "peer" or
-// "handshakes".
+// ConnectionsRefused counts connections that a limit closed: "total", "peer",
+// "handshakes" or "resets"; and at a gateway streams without an answer: "streams".
 func (r *Registry) ConnectionsRefused(reporter, limit string) *Counter {
 	if r == nil {
 		return nil

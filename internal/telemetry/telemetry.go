@@ -199,7 +199,7 @@ func NewRegistry() *Registry {
 	r.conns = gauges(r, 1, "sallyport_upstream_connections", "Connections to a service, active or idle in the pool.", "state", "dst")
 	r.connects = counters(r, 1, "sallyport_upstream_connects_total", "Attempts to connect to a service, by result.", "result", "dst")
 	r.open = gauges(r, 1, "sallyport_connections", "Connections that are open to a listener; proving are those whose peer has not proved an identity yet, resting those, and streams, that have carried no call for a while.", "reporter", "state")
-	r.turned = counters(r, 2, "sallyport_connections_refused_total", "Connections that were closed because of a limit, by which: total, peer, handshakes.", "reporter", "reason")
+	r.turned = counters(r, 2, "sallyport_connections_refused_total", "Connections that were closed because of a limit, by which: total, peer, handshakes, resets, streams.", "reporter", "reason")
 	r.broken = counters(r, 2, "sallyport_hop_violations_total", "Connections between proxies that ended because the peer broke the protocol, by how.", "reporter", "reason")
 	r.asked = counters(r, 1, "sallyport_dns_questions_total", "Questions that the nameserver has answered or dropped, by what became of them.", "result")
 	r.unread = counters(r, 2, "sallyport_requests_refused_total", "Requests that were refused for their form, size or slowness, by reason.", "reporter", "reason")
