@@ -107,16 +107,20 @@ func (k *race) run() error {
 			if k.d.cfg.Services.Retry(k.x.to.name) {
 				k.d.Metrics.Retries(k.x.dst, "hedge").Inc()
 				running++
-				go k.ask()
+				// The call may be over, and its place another's, before ask begins.
+				go k.ask(upstream.Want{Service: k.x.to.name, Subset: k.x.to.subset, Avoid: k.first.Endpoint(), Again: true,
+					Until: k.x.tries.until, Hurried: k.x.tries.asked > 0})
 			} else {
 				k.d.Metrics.Retries(k.x.dst, "no_budget").Inc()
 			}
 		case a := <-k.got:
 			running--
-			switch {
-			case a.err == nil:
-				return k.win(a)
-			case a.of == k.first || failed == nil:
+			if a.err == nil {
+				if a.err = k.win(a); a.err == nil {
+					return nil
+				}
+			}
+			if a.of == k.first || failed == nil {
 				failed = a.err // what the first says of itself is what the call came to
 			}
 			if running == 0 {
@@ -161,8 +165,7 @@ func (k *race) listen(up *upstream.Conn, nc net.Conn) {
 }
 
 // ask brings the request to another endpoint.
-func (k *race) ask() {
-	w := upstream.Want{Service: k.x.to.name, Subset: k.x.to.subset, Avoid: k.first.Endpoint(), Again: true, Until: k.x.tries.until, Hurried: k.x.tries.asked > 0}
+func (k *race) ask(w upstream.Want) {
 	up, err := k.d.cfg.Services.Lend(k.ctx, &w)
 	if err == nil && !k.enter(up) {
 		err = net.ErrClosed

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 	"time"
 
 	"sallyport/internal/http1"
@@ -152,8 +153,13 @@ func DialThrough(ctx context.Context, gateways *upstream.Services, address strin
 		return nil, fmt.Errorf("reach the gateway: %w", err)
 	}
 	// The tunnel's owner sets deadlines of its own; until then ctx ends it.
-	stop := context.AfterFunc(ctx, func() { up.Close() })
+	c := up.NetConn()
+	stop := context.AfterFunc(ctx, func() { c.Close() }) // not what is around it, which may be another's by then
 	defer stop()
+	if err := up.Stands(); err != nil {
+		up.Discard()
+		return nil, fmt.Errorf("reach the gateway: %w", err)
+	}
 	if _, err := fmt.Fprintf(up, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n\r\n", address, address); err != nil {
 		up.Discard()
 		return nil, fmt.Errorf("ask the gateway: %w", err)
@@ -169,7 +175,23 @@ func DialThrough(ctx context.Context, gateways *upstream.Services, address strin
 		up.Discard()
 		return nil, fmt.Errorf("gateway answered CONNECT: %w", err)
 	}
-	c := up.NetConn()
-	up.Release()
-	return c, c.SetDeadline(time.Time{})
+	t := &through{Conn: c, up: up}
+	if !stop() {
+		t.Close()
+		return nil, ctx.Err()
+	}
+	return t, c.SetDeadline(time.Time{})
+}
+
+// A through is a tunnel that counts as a call to its gateway until it is closed.
+type through struct {
+	net.Conn
+	up   *upstream.Conn
+	over sync.Once
+}
+
+// Close closes the tunnel.
+func (t *through) Close() error {
+	t.over.Do(t.up.Discard)
+	return nil
 }
