@@ -262,7 +262,7 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		t.end(ReasonDone, false)
 		return false
 	case err != nil && !errors.As(err, &ref):
-		t.stop(ReasonReset)
+		t.broke(true)
 		return false
 	}
 	if err == nil {
@@ -282,7 +282,7 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 	n, err := t.dest.Write(hello.Raw)
 	t.up.Add(int64(n))
 	if err != nil {
-		t.stop(ReasonReset)
+		t.broke(false)
 		return false
 	}
 	t.greet = newGreeting(func(second *Hello) error {

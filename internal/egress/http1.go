@@ -111,7 +111,7 @@ func (g *Gateway) tunnel1(t *tunnel, s *stream1) {
 		s.Abort()
 	}
 	g.carry(t, s)
-	if t.why() == ReasonReset && t.down.Load() == 0 && !g.calmOf.Spend(t.who.id, 1) {
+	if t.brokenOff() && !g.calmOf.Spend(t.who.id, 1) {
 		s.w.Close()
 	}
 	s.linger()

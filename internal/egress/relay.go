@@ -49,11 +49,30 @@ type relay struct {
 	dest   *net.TCPConn
 	ended  bool
 	reason Reason
+	cut    bool        // the caller broke it off, not the destination
 	quiet  *time.Timer // calls look; nil without a limit
 }
 
 // stop breaks the relay off at once; the first reason counts.
 func (r *relay) stop(reason Reason) { r.end(reason, true) }
+
+// broke stops the relay because one side has failed.
+func (r *relay) broke(caller bool) {
+	r.mu.Lock()
+	if !r.ended {
+		r.cut = caller
+	}
+	r.mu.Unlock()
+	r.stop(ReasonReset)
+}
+
+// brokenOff says that the caller has broken the relay off before anything came
+// back.
+func (r *relay) brokenOff() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.reason == ReasonReset && r.cut && r.down.Load() == 0
+}
 
 // end ends the relay. Without abort the caller sees an orderly end, which is
 // for who calls to finish.
@@ -183,6 +202,7 @@ type lane struct {
 	count *atomic.Int64
 	first func() error // moves what comes before all else; nil: nothing
 	ear   func([]byte) // is told what moves, nil at the end; nil: nobody
+	stuck bool         // it was dst that failed
 }
 
 // pump moves bytes from src to dst and passes the end of src on. A failure on
@@ -202,6 +222,7 @@ func (l *lane) pump() {
 	switch {
 	case err == io.EOF:
 		err = l.dst.CloseWrite()
+		l.stuck = err != nil
 	case errors.As(err, &ref):
 		l.r.refused(ref)
 	}
@@ -211,7 +232,7 @@ func (l *lane) pump() {
 	case errors.Is(err, errWhole):
 		l.r.end(ReasonDone, false)
 	default:
-		l.r.stop(ReasonReset)
+		l.r.broke((l.count == &l.r.up) != l.stuck)
 	}
 }
 
@@ -248,7 +269,7 @@ func (l *lane) send(b []byte, write func([]byte) (int, error)) (int, error) {
 	l.r.moved.Store(int64(time.Since(l.r.start)))
 	n, err := write(b)
 	l.count.Add(int64(n))
-	if err == nil {
+	if l.stuck = err != nil; !l.stuck {
 		l.r.moved.Store(int64(time.Since(l.r.start)))
 	}
 	return n, err
