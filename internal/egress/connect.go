@@ -107,6 +107,11 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trac
 	if !time.Now().Before(who.until) {
 		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
 	}
+	if err := g.verify(who); err != nil {
+		ans := g.deny(t.record(audit.KindDecision), err)
+		g.disprove(who)
+		return nil, ans
+	}
 	s := g.cfg.Snapshot()
 	if s == nil || g.cfg.Judge.Set() == nil {
 		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded"))
@@ -178,7 +183,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 		switch t.why() {
 		case ReasonRevoked:
 			return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
-		case ReasonSVIDRevoked, ReasonSVIDEnded:
+		case ReasonSVIDRevoked, ReasonSVIDEnded, ReasonIdentity:
 			return errIdentity(t.why())
 		case ReasonShutdown:
 			return refuse(ReasonShutdown, "the gateway is stopping")

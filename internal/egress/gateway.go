@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -65,6 +66,9 @@ type Limits struct {
 	// Rejudge is how often live tunnels are judged again on account of time:
 	// the until= and when= of rules. Default 15 s.
 	Rejudge time.Duration
+	// Verify is how often the proof of a caller that asks for tunnels is looked at
+	// again: an authority may have been withdrawn. Default 10 s.
+	Verify time.Duration
 }
 
 func (l Limits) filled() Limits {
@@ -82,6 +86,7 @@ func (l Limits) filled() Limits {
 	l.Idle = cmp.Or(l.Idle, time.Hour)
 	l.Life = cmp.Or(l.Life, 24*time.Hour)
 	l.Rejudge = cmp.Or(l.Rejudge, 15*time.Second)
+	l.Verify = cmp.Or(l.Verify, 10*time.Second)
 	return l
 }
 
@@ -91,7 +96,7 @@ func (l Limits) validate() error {
 		"conns": int64(l.Conns), "conns per caller": int64(l.ConnsPerCaller), "handshakes": int64(l.Handshakes), "tunnels": int64(l.Tunnels),
 		"tunnels per caller": int64(l.TunnelsPerCaller), "streams": int64(l.Streams),
 		"handshake timeout": int64(l.HandshakeTimeout), "hello timeout": int64(l.HelloTimeout),
-		"idle": int64(l.Idle), "life": int64(l.Life), "rejudge": int64(l.Rejudge),
+		"idle": int64(l.Idle), "life": int64(l.Life), "rejudge": int64(l.Rejudge), "verify": int64(l.Verify),
 	} {
 		if v < 0 {
 			errs = append(errs, fmt.Errorf("limits: %s: is negative", name))
@@ -455,6 +460,11 @@ type caller struct {
 	until time.Time // when its SVID, or what signed that, ends
 	peer  string    // its address
 	state tls.ConnectionState
+
+	// verified is when that was last verified, in Unix nanoseconds; disproved says
+	// that it was in vain.
+	verified  atomic.Int64
+	disproved atomic.Bool
 }
 
 func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
@@ -468,6 +478,7 @@ func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
 			who.until = c.NotAfter
 		}
 	}
+	who.verified.Store(time.Now().UnixNano())
 	return who, nil
 }
 

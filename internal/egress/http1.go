@@ -39,7 +39,7 @@ func (g *Gateway) await1(w *wire, hc *http1.Conn, who *caller) *tunnel {
 		if t != nil || ans == nil {
 			return t
 		}
-		if err == nil && g.yields() {
+		if err == nil && (g.yields() || who.disproved.Load()) {
 			req.KeepAlive = false
 		}
 		if !ans.write1(hc, &req, err) {

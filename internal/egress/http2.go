@@ -148,6 +148,9 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		if ans.status == http.StatusMethodNotAllowed {
 			h.Set("Allow", http.MethodConnect)
 		}
+		if on.who.disproved.Load() {
+			h.Set("Connection", "close") // which HTTP/2 says in a way of its own
+		}
 		w.WriteHeader(ans.status)
 		if r.Method != http.MethodHead {
 			_, _ = w.Write(ans.body())

@@ -28,14 +28,20 @@ func (g *Gateway) Rejudge() {
 
 // errIdentity is the refusal of a tunnel whose caller's proof holds no more.
 func errIdentity(reason Reason) *Refusal {
-	if reason == ReasonSVIDRevoked {
+	switch reason {
+	case ReasonSVIDRevoked:
 		return refuse(reason, "the caller's SVID is revoked")
+	case ReasonIdentity:
+		return refuse(reason, "the caller's SVID has no authority any more")
 	}
 	return refuse(reason, "the caller's SVID has ended; connect again with a new one")
 }
 
 // standing says why a caller's proof holds no more; empty when it does.
 func (g *Gateway) standing(who *caller) Reason {
+	if who.disproved.Load() {
+		return ReasonIdentity
+	}
 	switch err := g.cfg.Standing(who.state); {
 	case err == nil:
 		return ""
@@ -62,6 +68,43 @@ func (g *Gateway) rejudge(t *tunnel) error {
 	}
 	t.stop(ReasonRevoked)
 	return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+}
+
+// verify looks again, now and then, at what who has proved in its handshake.
+// Success alone is remembered for that long.
+func (g *Gateway) verify(who *caller) error {
+	now := time.Now().UnixNano()
+	if who.disproved.Load() {
+		return errIdentity(ReasonIdentity)
+	}
+	if g.cfg.TLS.VerifyConnection == nil || now-who.verified.Load() < int64(g.lim.Verify) {
+		return nil
+	}
+	if err := g.cfg.TLS.VerifyConnection(who.state); err != nil {
+		return refuse(ReasonIdentity, "the caller's SVID is not verified any more: %v", err)
+	}
+	who.verified.Store(now)
+	return nil
+}
+
+// disprove ends the tunnels of a connection whose proof holds no more, and the
+// connection once it has told its streams.
+func (g *Gateway) disprove(who *caller) {
+	if !time.Now().Before(who.until) || who.disproved.Swap(true) {
+		return // what is just over has its grace
+	}
+	for _, t := range g.tunnels.all() {
+		if t.who == who {
+			_ = g.rejudge(t)
+		}
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for w := range g.conns {
+		if w.who == who && w.shared != nil {
+			w.shared.Drain()
+		}
+	}
 }
 
 // proved says whose a connection is, and whether it may go on: a Rejudge that

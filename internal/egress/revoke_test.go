@@ -11,8 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"sallyport/internal/audit"
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 	"sallyport/internal/svid"
 )
 
@@ -148,5 +151,84 @@ func TestATunnelEndsWithTheSVIDOfItsCaller(t *testing.T) {
 		if _, err := io.ReadFull(br, b); err != nil || string(b) != "ping" {
 			t.Errorf("got %q, %v", b, err)
 		}
+	})
+}
+
+// withdraw has the gateway trust no authority that it trusted until now.
+func (w *world) withdraw() {
+	w.t.Helper()
+	other := meshtest.NewCA(w.t, meshtest.TD)
+	if err := w.source.Set(&svid.State{Identities: []svid.Identity{other.Issue(w.t, gatewayID, time.Hour)}, Bundle: other.Bundle()}); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// ends sees that the last connection of the gateway does.
+func (w *world) ends() {
+	w.t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for w.gw.Carries() > 0 {
+		<-tick.C // a test that waits for ever is ended by its own limit
+	}
+}
+
+// TestAWithdrawnAuthority has callers ask on connections that were proved by it.
+func TestAWithdrawnAuthority(t *testing.T) {
+	each := func(c *Config) { c.Limits.Verify = time.Nanosecond }
+	want := func(t *testing.T, w *world, ref *refused) {
+		t.Helper()
+		if ref == nil || ref.status != 403 {
+			t.Errorf("another tunnel: %+v, want 403", ref)
+		}
+		if end := w.until("close", kind(audit.KindEgressClose)); end.Reason != string(ReasonIdentity) {
+			t.Errorf("recorded %+v", end)
+		}
+		w.until("denial", denial(ReasonIdentity))
+		w.ends()
+	}
+	t.Run("on streams of a proxy", func(t *testing.T) {
+		w := newWorld(t, each)
+		h := w.streamsOn(billing)
+		tun, ref := w.connectStream(h, "db.test:5432")
+		if ref != nil {
+			t.Fatalf("refused: %+v", ref)
+		}
+		echoes(t, tun)
+		w.withdraw()
+		_, ref = w.connectStream(h, "db.test:5432")
+		_, _ = io.Copy(io.Discard, tun) // returns when it has ended
+		want(t, w, ref)
+	})
+	t.Run("over HTTP/2", func(t *testing.T) {
+		w := newWorld(t, each)
+		tr := &http2.Transport{TLSClientConfig: w.client(billing, "h2")}
+		defer tr.CloseIdleConnections()
+		tun, ref := connect2(w, tr, "db.test:5432")
+		if ref != nil {
+			t.Fatalf("refused: %+v", ref)
+		}
+		echoes(t, tun)
+		w.withdraw()
+		_, ref = connect2(w, tr, "db.test:5432")
+		_, _ = io.Copy(io.Discard, tun)
+		want(t, w, ref)
+	})
+	t.Run("over HTTP/1.1", func(t *testing.T) {
+		w := newWorld(t, each)
+		c := w.open1(billing)
+		fmt.Fprint(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+		res, err := http.ReadResponse(c.br, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = io.Copy(io.Discard, res.Body)
+		w.withdraw()
+		fmt.Fprint(c, "CONNECT db.test:5432 HTTP/1.1\r\nHost: db.test:5432\r\n\r\n")
+		if res, err := http.ReadResponse(c.br, &http.Request{Method: "CONNECT"}); err != nil || res.StatusCode != 403 {
+			t.Errorf("%v, %v", res, err)
+		}
+		_, _ = io.Copy(io.Discard, c.br)
+		w.ends()
 	})
 }
