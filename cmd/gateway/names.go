@@ -29,6 +29,15 @@ func (gw *gateway) openNames() error {
 	if err != nil {
 		return err
 	}
+	gw.doors.Beside(func(held bool) {
+		pass := book.Adopt
+		if held {
+			pass = book.Yield
+		}
+		if err := pass(); err != nil {
+			gw.log.Error("virtual addresses are not handed over; programs may have to look names up again", "err", err)
+		}
+	})
 	gw.names, err = nameserver.New(nameserver.Config{
 		Book: book, Record: gw.audit.Append, Log: gw.log, Metrics: gw.metrics, PerPattern: c.PerPattern, Label: c.Label, Real: gw.realAddresses,
 	})

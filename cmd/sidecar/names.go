@@ -7,12 +7,10 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
-	"golang.org/x/sys/unix"
 
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
@@ -126,12 +124,15 @@ func (s *sidecar) nameDoors(self spiffeid.ID, within func(field string, a netip.
 		return nil, nil
 	}
 	for _, a := range s.cfg.nameAddresses(s.virtual) {
-		c, err := s.nameSocket(a)
+		udp, c, err := s.nameSocket(a)
 		if err != nil {
 			return out, err
 		}
 		out = append(out,
-			door{udpDoor{c}, func(ctx context.Context, _ net.Listener) error { return s.names.ServeUDP(ctx, c, self) }},
+			door{udp, func(ctx context.Context, ln net.Listener) error {
+				defer ln.Close()
+				return s.names.ServeUDP(ctx, c, self)
+			}},
 			door{within("names.listen", a), func(ctx context.Context, ln net.Listener) error {
 				return s.names.Serve(ctx, ln, nameserver.Always(self))
 			}})
@@ -139,12 +140,11 @@ func (s *sidecar) nameDoors(self spiffeid.ID, within func(field string, a netip.
 	return out, nil
 }
 
-// A udpDoor stands among listeners to be closed with them.
-type udpDoor struct{ c *net.UDPConn }
+// A roomDoor stands among listeners to be closed with them.
+type roomDoor struct{ *net.UDPConn }
 
-func (u udpDoor) Accept() (net.Conn, error) { return nil, errors.ErrUnsupported }
-func (u udpDoor) Addr() net.Addr            { return u.c.LocalAddr() }
-func (u udpDoor) Close() error              { return u.c.Close() }
+func (r roomDoor) Accept() (net.Conn, error) { return nil, errors.ErrUnsupported }
+func (r roomDoor) Addr() net.Addr            { return r.LocalAddr() }
 
 // nameAddresses are those at which names are asked for.
 func (c *Config) nameAddresses(captured bool) []netip.AddrPort {
@@ -158,26 +158,31 @@ func (c *Config) nameAddresses(captured bool) []netip.AddrPort {
 	return out
 }
 
-// nameSocket opens a socket for questions. A process that takes over has one of
-// its own beside that of the process before.
-func (s *sidecar) nameSocket(a netip.AddrPort) (*net.UDPConn, error) {
+// nameSocket opens a socket for questions. A process that takes over has that of
+// the process before: the kernel would spread questions over two.
+func (s *sidecar) nameSocket(a netip.AddrPort) (net.Listener, *net.UDPConn, error) {
 	if s.room != nil {
 		if c, ok := s.room.Names(a); ok {
-			return c, nil
+			return roomDoor{c}, c, nil
 		}
 	}
-	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
-		var err error
-		if cerr := raw.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); cerr != nil {
-			return cerr
-		}
-		return err
-	}}
-	c, err := lc.ListenPacket(s.now, "udp", a.String())
+	ln, c, err := s.doors.UDP("names.listen/udp", a.String())
 	if err != nil {
-		return nil, daemon.Hint(fmt.Errorf("names.listen: %w", err), "free the port, or change names.listen in the configuration")
+		return nil, nil, daemon.Hint(fmt.Errorf("names.listen: %w", err), "free the port, or change names.listen in the configuration")
 	}
-	return c.(*net.UDPConn), nil
+	return ln, c, nil
+}
+
+// holdAddresses has only one of two processes give names their addresses: the
+// one that answers.
+func (s *sidecar) holdAddresses(held bool) {
+	pass := s.addresses.Adopt
+	if held {
+		pass = s.addresses.Yield
+	}
+	if err := pass(); err != nil {
+		s.log.Error("virtual addresses are not handed over; programs may have to look names up again", "err", err)
+	}
 }
 
 const (

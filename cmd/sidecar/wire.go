@@ -226,6 +226,7 @@ func (s *sidecar) open() (err error) {
 	if s.addresses, err = virtual.Open(filepath.Join(cfg.DataDir, "addresses.json"), cfg.Capture.Virtual, cfg.Capture.Virtual6); err != nil {
 		return err
 	}
+	s.doors.Beside(s.holdAddresses)
 	path := filepath.Join(cfg.DataDir, auditFile)
 	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}
 	if s.tie != nil {
@@ -479,7 +480,9 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	}
 	names, e := s.nameDoors(self, within)
 	for _, d := range names {
-		open = append(open, d.ln)
+		if d.ln != nil { // within could not open one
+			open = append(open, d.ln)
+		}
 	}
 	if e != nil {
 		return nil, nil, e

@@ -31,7 +31,54 @@ type Doors struct {
 	passed []passed
 	open   []*Door
 	held   bool
+	beside func(held bool)
 }
+
+// Beside names what is held and released with the doors: it is told when they
+// accept nothing any more, and before they do again. Of doors that are held
+// already it is told at once.
+func (d *Doors) Beside(f func(held bool)) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.beside = f; d.held {
+		f(true)
+	}
+}
+
+// UDP opens the door of a setting for datagrams. While it is held, reading from
+// the socket fails with os.ErrDeadlineExceeded, and what is asked waits in the
+// socket for the process that reads it. Closing the listener closes the socket.
+func (d *Doors) UDP(setting, address string) (net.Listener, *net.UDPConn, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := name{setting, address}
+	f := d.from[n]
+	delete(d.from, n)
+	var c net.PacketConn
+	var err error
+	if f != nil {
+		c, err = net.FilePacketConn(f) // a descriptor of its own
+		f.Close()
+	} else {
+		c, err = net.ListenPacket("udp", address)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	udp, ok := c.(*net.UDPConn)
+	if !ok {
+		return nil, nil, errors.Join(fmt.Errorf("take %s over: it is no UDP socket", setting), c.Close())
+	}
+	return d.add(n, packets{udp}), udp, nil
+}
+
+// packets stand among listeners. Only their reading is held: an answer that is
+// ready goes out.
+type packets struct{ *net.UDPConn }
+
+func (p packets) Accept() (net.Conn, error)     { return nil, errors.ErrUnsupported }
+func (p packets) Addr() net.Addr                { return p.LocalAddr() }
+func (p packets) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
 
 // TCP opens the door of a setting.
 func (d *Doors) TCP(setting, address string) (net.Listener, error) {
@@ -104,12 +151,17 @@ func (d *Doors) door(n name, open func() (Listener, error), how func(net.Listene
 	if err != nil {
 		return nil, err
 	}
+	return d.add(n, ln), nil
+}
+
+// add keeps an open door. The caller holds mu.
+func (d *Doors) add(n name, ln Listener) *Door {
 	door := &Door{Listener: ln, name: n, gone: make(chan struct{})}
 	if d.held {
 		door.hold()
 	}
 	d.open = append(d.open, door)
-	return door, nil
+	return door
 }
 
 func inherited(f *os.File, how func(net.Listener) (Listener, error)) (Listener, error) {
@@ -143,12 +195,18 @@ func (d *Doors) hold() {
 	for _, x := range d.open {
 		x.hold()
 	}
+	if d.beside != nil {
+		d.beside(true)
+	}
 }
 
 // Release has the doors accept again that were held.
 func (d *Doors) Release() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.held && d.beside != nil {
+		d.beside(false)
+	}
 	d.held = false
 	for _, x := range d.open {
 		x.release()
@@ -193,7 +251,7 @@ func receive(names []name, fds []int) (*Doors, error) {
 	}
 	for i, fd := range fds {
 		if err == nil {
-			err = listens(fd)
+			err = isDoor(fd)
 		}
 		if err == nil && d.from[names[i]] != nil {
 			err = errors.New("it is named twice")

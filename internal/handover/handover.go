@@ -136,6 +136,28 @@ func ownUser(c *net.UnixConn) (pid int, err error) {
 	return cred.PID, nil
 }
 
+// isDoor looks at a socket that the process before has sent.
+func isDoor(fd int) error {
+	if n, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL); err != nil || n != unix.IPPROTO_UDP {
+		return listens(fd)
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		return err
+	}
+	switch at := at.(type) {
+	case *unix.SockaddrInet4:
+		if at.Port != 0 {
+			return nil
+		}
+	case *unix.SockaddrInet6:
+		if at.Port != 0 {
+			return nil
+		}
+	}
+	return errors.New("it has no port")
+}
+
 // listens looks at a socket that somebody has sent: it must be what a listener
 // was.
 func listens(fd int) error {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -299,6 +300,74 @@ func TestRecordsGoThroughTheOldOne(t *testing.T) {
 	<-tie.Gone()
 	if after, _ := p.log.Head(); head != after || kept.Load() != head || refused.Load() != 4 {
 		t.Errorf("%d records when it left, %d now, %d acknowledged, %d writers told", head, after, kept.Load(), refused.Load())
+	}
+}
+
+// Both read one socket, and only one at a time.
+func TestDatagramsWaitForTheOneThatReads(t *testing.T) {
+	p := running(t, nil)
+	var beside []bool
+	p.keeper.Doors.Beside(func(held bool) { beside = append(beside, held) })
+	ln, old, err := p.keeper.Doors.UDP("names", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	c, err := net.Dial("udp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	in := make([]byte, 16)
+	read := func(from *net.UDPConn, want string) {
+		t.Helper()
+		if n, err := from.Read(in); err != nil || string(in[:n]) != want {
+			t.Errorf("%q, %v, want %q", in[:n], err, want)
+		}
+	}
+	say := func(word string) {
+		t.Helper()
+		if _, err := io.WriteString(c, word); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tie, err := Take(p.want())
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, young, err := tie.Doors().UDP("names", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer next.Close()
+	if next.Addr().String() != ln.Addr().String() {
+		t.Fatalf("another socket: %s, want %s", next.Addr(), ln.Addr())
+	}
+	if _, err := young.Read(in); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the new one reads before the old one yields: %v", err)
+	}
+	say("one")
+	read(old, "one")
+	ready := make(chan error, 1)
+	go func() { ready <- tie.Ready() }()
+	<-p.keeper.Taken()
+	if err := <-ready; err != nil {
+		t.Fatal(err)
+	}
+	say("two")
+	if _, err := old.Read(in); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("the old one reads on: %v", err)
+	}
+	var told []bool
+	tie.Doors().Beside(func(held bool) { told = append(told, held) })
+	tie.Doors().Release()
+	read(young, "two")
+	tie.Close()
+	p.keeper.Doors.Release()
+	say("three")
+	read(old, "three")
+	if want := []bool{true, false}; !slices.Equal(beside, want) || !slices.Equal(told, want) {
+		t.Errorf("beside the doors %v and %v were told, want %v", beside, told, want)
 	}
 }
 

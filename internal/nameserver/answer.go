@@ -131,14 +131,18 @@ func (a *answerer) entry(wire []byte) *entry {
 	}
 	e.count = a.names.counter(e.result)
 	e.prepare()
-	a.entries[string(wire)] = e
+	switch e.result {
+	case Invented, Full, Dropped: // not so for long
+	default:
+		a.entries[string(wire)] = e
+	}
 	return e
 }
 
 // prepare makes the answers to the common questions, unless they are long or
 // must be looked up.
 func (e *entry) prepare() {
-	if e.real || e.ptr != "" || e.srv != 0 || e.txt != "" || len(e.v4) > 1 || len(e.v6) > 1 {
+	if e.result == Dropped || e.real || e.ptr != "" || e.srv != 0 || e.txt != "" || len(e.v4) > 1 || len(e.v6) > 1 {
 		return
 	}
 	e.plain = true

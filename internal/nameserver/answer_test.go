@@ -248,6 +248,13 @@ func TestBudgets(t *testing.T) {
 			t.Errorf("%s: %s, want %s", name, got, want)
 		}
 	}
+	a := r.answerer(payment, 64)
+	over := pack(t, ask("c.wild.example.com.", dns.TypeHTTPS, 1232))
+	out, _ := a.answer(context.Background(), over, false)
+	r.budgets[payment].since = time.Time{} // a day later
+	if again, _ := a.answer(context.Background(), over, false); unpack(t, out).Rcode != dns.RcodeNameError || unpack(t, again).Rcode != dns.RcodeSuccess {
+		t.Errorf("over the budget %s, a day later %s", short(unpack(t, out)), short(unpack(t, again)))
+	}
 	if got := get("api.example.com."); !strings.HasPrefix(got, "NOERROR") {
 		t.Errorf("a name that a row writes out: %s", got)
 	}

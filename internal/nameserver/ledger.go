@@ -31,6 +31,7 @@ const (
 type ledger struct {
 	record func(*audit.Record) error
 	log    *slog.Logger
+	seen   func(name string)
 
 	mu      sync.Mutex // guards what follows
 	waiting []asking
@@ -51,7 +52,7 @@ type asked struct {
 }
 
 func (l *ledger) open(cfg Config) {
-	l.record, l.log = cfg.Record, cfg.Log
+	l.record, l.log, l.seen = cfg.Record, cfg.Log, cfg.Book.Seen
 	l.wake, l.told = make(chan struct{}, 1), map[asked]time.Time{}
 }
 
@@ -105,6 +106,9 @@ func (l *ledger) tell() {
 	for _, a := range list {
 		n := a.e.asked.Swap(0)
 		if n > 0 && (a.e.absent || l.first(a)) {
+			if !a.e.absent {
+				l.seen(a.e.name) // its answer is kept ready, its address must be, too
+			}
 			l.write(recordOf(a, n))
 		}
 	}

@@ -58,7 +58,9 @@ func (a *answerer) answer(ctx context.Context, in []byte, stream bool) (out []by
 	case q.Question[0].Qclass != dns.ClassINET, t == dns.TypeAXFR, t == dns.TypeIXFR, t == dns.TypeTKEY, t == dns.TypeTSIG:
 		m.Rcode, r = dns.RcodeRefused, Badly
 	default:
-		r = a.reply(ctx, wire, m)
+		if r = a.reply(ctx, wire, m); r == Dropped {
+			return nil, r
+		}
 	}
 	m.Truncate(most)
 	out, err := m.Pack()
@@ -161,6 +163,9 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 		m.Rcode = dns.RcodeServerFailure
 		explain(m, dns.ExtendedErrorCodeNotReady, "there is no policy yet")
 		return Failed
+	}
+	if e.result == Dropped {
+		return Dropped
 	}
 	a.names.asked(a.who, e)
 	what, ttl := *e.meaning, uint32(virtualTTL)

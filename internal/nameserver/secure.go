@@ -94,6 +94,11 @@ func (n *Names) serveHTTP(w http.ResponseWriter, r *http.Request, standing func(
 	}
 	out, res := n.answerer(who, 1).answer(r.Context(), in, true)
 	n.counter(res).Inc()
+	if res == Dropped {
+		w.Header().Set("Connection", "close")
+		http.Error(w, "another process answers; ask again", http.StatusServiceUnavailable)
+		return
+	}
 	if len(out) == 0 {
 		http.Error(w, "this is no question", http.StatusBadRequest)
 		return

@@ -24,6 +24,8 @@ const (
 	slow = 128
 	// fewEntries are kept for what is asked now and then.
 	fewEntries = 256
+	// again is after how long a socket is read again that could not be.
+	again = 20 * time.Millisecond
 )
 
 // ServeUDP answers the workload on a socket until ctx ends, and closes it.
@@ -49,7 +51,14 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 		case errors.Is(err, net.ErrClosed):
 			return err
 		case err != nil:
-			continue // of one datagram
+			// Another process reads the socket for now, or the kernel is short of
+			// something.
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(again):
+			}
+			continue
 		}
 		for i := range came {
 			b, size := d.At(i)

@@ -2,6 +2,7 @@ package nameserver
 
 import (
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
+	"sallyport/internal/virtual"
 )
 
 // A Result says what became of a question. The set is closed: it is a metric
@@ -147,6 +149,12 @@ func (n *Names) outside(z *zone, who spiffeid.ID, name string, d authz.Decision)
 		return no(Invented, fmt.Sprintf("row %s: more than %d names below %s in a day", d.Rule, n.cfg.PerPattern, parent))
 	}
 	v4, v6, err := n.cfg.Book.Assign(name, invented)
+	if errors.Is(err, virtual.ErrYielded) {
+		if yes.real {
+			return yes
+		}
+		return meaning{result: Dropped} // who asks again asks the process that has the book
+	}
 	if err != nil {
 		return no(Full, "no virtual address is left")
 	}

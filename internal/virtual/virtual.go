@@ -34,18 +34,26 @@ const (
 	seenEvery = 24 * time.Hour
 )
 
-// ErrFull says that there is no room for another name.
-var ErrFull = errors.New("no room for another name")
+// ErrFull says that there is no room for another name, and ErrYielded that
+// another process gives names their addresses.
+var (
+	ErrFull    = errors.New("no room for another name")
+	ErrYielded = errors.New("another process has the book")
+)
 
 // A Book says which address stands for which name.
 type Book struct {
 	path   string
 	v4, v6 netip.Prefix
 
+	saving sync.Mutex // writes the file; taken before mu
+
 	mu      sync.Mutex // guards the fields below
 	names   map[string]entry
 	byCell  map[uint32]string
-	unsaved bool // something that Assign did is not in the file
+	current map[string]bool // what the last Use named: never forgotten
+	unsaved bool            // something is not in the file
+	yielded bool            // the file is another's
 }
 
 // entry is a name in the file.
@@ -58,28 +66,81 @@ type entry struct {
 // Open reads the book from a file, which need not be there yet. The ranges are
 // an IPv4 prefix of 8 to 24 bits and an IPv6 prefix of at most 96.
 func Open(path string, v4, v6 netip.Prefix) (*Book, error) {
-	b := &Book{path: path, v4: v4.Masked(), v6: v6.Masked(), names: map[string]entry{}, byCell: map[uint32]string{}}
+	b := &Book{path: path, v4: v4.Masked(), v6: v6.Masked()}
 	if !v4.Addr().Is4() || v4.Bits() < 8 || v4.Bits() > 24 || !v6.Addr().Is6() || v6.Bits() > 96 {
 		return nil, fmt.Errorf("virtual addresses: %s and %s are no ranges for them", v4, v6)
 	}
-	text, err := os.ReadFile(path)
+	var err error
+	b.names, b.byCell, err = b.read()
+	return b, err
+}
+
+// read reads the file.
+func (b *Book) read() (names map[string]entry, byCell map[uint32]string, err error) {
+	names, byCell = map[string]entry{}, map[uint32]string{}
+	text, err := os.ReadFile(b.path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return b, nil
+		return names, byCell, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("virtual addresses: %w", err)
+		return nil, nil, fmt.Errorf("virtual addresses: %w", err)
 	}
-	if err := json.Unmarshal(text, &b.names); err != nil {
-		return nil, daemon.Hint(fmt.Errorf("virtual addresses: %s: %w", path, err), "remove the file; programs that remember an address must look it up again")
+	if err := json.Unmarshal(text, &names); err != nil {
+		return nil, nil, daemon.Hint(fmt.Errorf("virtual addresses: %s: %w", b.path, err), "remove the file; programs that remember an address must look it up again")
 	}
-	for _, name := range slices.Sorted(maps.Keys(b.names)) {
-		c := b.names[name].Cell
-		if other, taken := b.byCell[c]; taken || !b.usable(c) {
-			return nil, daemon.Hint(fmt.Errorf("virtual addresses: %s: %s has the number %d, which is %s", path, name, c, holder(other)), "remove the file; programs that remember an address must look it up again")
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		c := names[name].Cell
+		if other, taken := byCell[c]; taken || !b.usable(c) {
+			return nil, nil, daemon.Hint(fmt.Errorf("virtual addresses: %s: %s has the number %d, which is %s", b.path, name, c, holder(other)), "remove the file; programs that remember an address must look it up again")
 		}
-		b.byCell[c] = name
+		byCell[c] = name
 	}
-	return b, nil
+	return names, byCell, nil
+}
+
+// Yield writes down what is not in the file yet, which from now on is another
+// process's: until Adopt nothing is written, and no name gets an address by
+// Assign that had none.
+func (b *Book) Yield() error {
+	b.mu.Lock()
+	b.yielded = true
+	b.mu.Unlock()
+	return b.save(true)
+}
+
+// Adopt has the file be this book's again, and takes from it what the other
+// process wrote.
+func (b *Book) Adopt() error {
+	b.saving.Lock()
+	defer b.saving.Unlock()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.yielded {
+		return nil
+	}
+	b.yielded = false
+	own := b.names
+	names, byCell, err := b.read()
+	if err != nil {
+		b.unsaved = true // what is known here is better than nothing
+		return err
+	}
+	b.names, b.byCell = names, byCell
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(own)) {
+		if _, ok := names[name]; ok {
+			continue
+		}
+		e := own[name]
+		if _, taken := byCell[e.Cell]; taken {
+			if e.Cell, err = b.free(name, time.Now()); err != nil {
+				errs = append(errs, fmt.Errorf("virtual addresses: %s: %w", name, err))
+				continue
+			}
+		}
+		b.names[name], b.byCell[e.Cell], b.unsaved = e, name, true
+	}
+	return errors.Join(errs...)
 }
 
 func holder(other string) string {
@@ -92,14 +153,26 @@ func holder(other string) string {
 func (b *Book) size() uint32         { return 1 << (32 - b.v4.Bits()) }
 func (b *Book) usable(c uint32) bool { return c > 0 && c < b.size()-1 } // neither network nor broadcast
 
-// Use gives addresses to the names that have none. When the file cannot be
-// written the addresses hold until the process ends.
+// Use gives addresses to the names that have none, and keeps these until the
+// next Use. When the file cannot be written the addresses hold until the process
+// ends.
 func (b *Book) Use(names []string) error {
+	err := b.use(names)
+	return errors.Join(err, b.Save())
+}
+
+func (b *Book) use(names []string) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	now := time.Now().UTC().Truncate(time.Second)
 	var errs []error
-	changed := false
+	for name := range b.current {
+		b.see(name, now) // it may be the last time
+	}
+	b.current = make(map[string]bool, len(names))
+	for _, name := range names {
+		b.current[name] = true
+	}
 	for _, name := range names {
 		e, ok := b.names[name]
 		if ok && now.Sub(e.Seen) < seenEvery {
@@ -115,12 +188,24 @@ func (b *Book) Use(names []string) error {
 			b.byCell[c] = name
 		}
 		e.Seen = now
-		b.names[name], changed = e, true
-	}
-	if changed {
-		errs = append(errs, b.save())
+		b.names[name], b.unsaved = e, true
 	}
 	return errors.Join(errs...)
+}
+
+// Seen notes that a name is in use.
+func (b *Book) Seen(name string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.see(name, time.Now().UTC().Truncate(time.Second))
+}
+
+// see is Seen for who holds mu.
+func (b *Book) see(name string, now time.Time) {
+	if e, ok := b.names[name]; ok && now.Sub(e.Seen) >= seenEvery {
+		e.Seen = now
+		b.names[name], b.unsaved = e, true
+	}
 }
 
 // Assign is Use for one name, and leaves the file to Save. Names that a workload
@@ -131,6 +216,9 @@ func (b *Book) Assign(name string, invented bool) (v4, v6 netip.Addr, err error)
 	now := time.Now().UTC().Truncate(time.Second)
 	e, ok := b.names[name]
 	if !ok {
+		if b.yielded {
+			return netip.Addr{}, netip.Addr{}, ErrYielded
+		}
 		if invented && len(b.names) >= b.room()/2 {
 			b.forget(now)
 			if len(b.names) >= b.room()/2 {
@@ -151,13 +239,31 @@ func (b *Book) Assign(name string, invented bool) (v4, v6 netip.Addr, err error)
 }
 
 // Save writes down what Assign did.
-func (b *Book) Save() error {
+func (b *Book) Save() error { return b.save(false) }
+
+// save writes the file, while names are looked up: of a book that is yielded
+// for the last time, or not at all.
+func (b *Book) save(last bool) error {
+	b.saving.Lock()
+	defer b.saving.Unlock()
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if !b.unsaved {
+	if !b.unsaved || b.yielded && !last {
+		b.mu.Unlock()
 		return nil
 	}
-	return b.save()
+	text, err := json.Marshal(b.names)
+	b.unsaved = false
+	b.mu.Unlock()
+	if err == nil {
+		err = daemon.WriteFile(b.path, text, 0o600)
+	}
+	if err != nil {
+		b.mu.Lock()
+		b.unsaved = true
+		b.mu.Unlock()
+		return fmt.Errorf("virtual addresses: %w", err)
+	}
+	return nil
 }
 
 // room is for how many names there are numbers.
@@ -183,23 +289,11 @@ func (b *Book) free(name string, now time.Time) (uint32, error) {
 // forget drops the names that have been gone for long enough.
 func (b *Book) forget(now time.Time) {
 	for name, e := range b.names {
-		if now.Sub(e.Seen) > reserve {
+		if now.Sub(e.Seen) > reserve && !b.current[name] {
 			delete(b.names, name)
 			delete(b.byCell, e.Cell)
 		}
 	}
-}
-
-func (b *Book) save() error {
-	text, err := json.Marshal(b.names)
-	if err != nil {
-		return err
-	}
-	if err := daemon.WriteFile(b.path, text, 0o600); err != nil {
-		return fmt.Errorf("virtual addresses: %w", err)
-	}
-	b.unsaved = false
-	return nil
 }
 
 // Addresses are those that stand for a name.

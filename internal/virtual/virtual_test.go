@@ -143,6 +143,88 @@ func TestInventedNames(t *testing.T) {
 	}
 }
 
+// TestHandedOver has a book lose nothing when another process takes it over.
+func TestHandedOver(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "addresses.json")
+	old := open(t, file, v4)
+	next := open(t, file, v4)
+	if err := next.Yield(); err != nil {
+		t.Fatal(err)
+	}
+	if err := next.Use([]string{"billing.mesh.internal"}); err != nil {
+		t.Fatal(err)
+	}
+	want, _, err := old.Assign("x.b.example", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := old.Yield(); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := old.Assign("y.b.example", true); !errors.Is(err, ErrYielded) {
+		t.Errorf("the old one gives an address away: %v", err)
+	}
+	if got, _, err := old.Assign("x.b.example", true); err != nil || got != want {
+		t.Errorf("the old one has forgotten: %s, %v", got, err)
+	}
+	if err := next.Adopt(); err != nil {
+		t.Fatal(err)
+	}
+	if got, ok := next.Name(want); got != "x.b.example" {
+		t.Errorf("at the new one %s stands for %q (%v)", want, got, ok)
+	}
+	if _, _, ok := next.Addresses("billing.mesh.internal"); !ok {
+		t.Error("what was used before has no address")
+	}
+	y, _, err := next.Assign("y.b.example", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(next.Save(), old.Use([]string{"late.mesh.internal"}), old.Save()); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := open(t, file, v4).Name(y); got != "y.b.example" {
+		t.Errorf("the old one has written over the file: %s stands for %q", y, got)
+	}
+	if err := next.Yield(); err != nil {
+		t.Fatal(err)
+	}
+	if err := old.Adopt(); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := old.Name(y); got != "y.b.example" {
+		t.Errorf("back at the old one %s stands for %q", y, got)
+	}
+}
+
+// TestNamesInUseStay has no name of the policy in force forgotten, however long
+// that policy stands, nor one that is asked for.
+func TestNamesInUseStay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := open(t, filepath.Join(t.TempDir(), "addresses.json"), netip.MustParsePrefix("247.1.1.0/24"))
+		if err := b.Use([]string{"billing.mesh.internal"}); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 63 {
+			if _, _, err := b.Assign(fmt.Sprintf("x%d.b.example", i), true); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 {
+			time.Sleep(20 * 24 * time.Hour)
+			b.Seen("x0.b.example")
+		}
+		if _, _, err := b.Assign("more.b.example", true); err != nil {
+			t.Errorf("nothing was forgotten: %v", err)
+		}
+		for name, want := range map[string]bool{"billing.mesh.internal": true, "x0.b.example": true, "x1.b.example": false} {
+			if _, _, ok := b.Addresses(name); ok != want {
+				t.Errorf("%s has an address: %v, want %v", name, ok, want)
+			}
+		}
+	})
+}
+
 func TestBadBooks(t *testing.T) {
 	for name, tt := range map[string]struct{ text, want string }{
 		"no JSON":                {"{", "remove the file"},
