@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	xhttp2 "golang.org/x/net/http2"
 
@@ -116,5 +117,121 @@ func TestBodiesThatNobodyReads(t *testing.T) {
 		if used := budget.Used(); used != 0 {
 			t.Errorf("%d bytes of the budget are used when all is over", used)
 		}
+	})
+}
+
+// A budgeted is a connection with a budget whose calls read no body before release.
+type budgeted struct {
+	*Conn
+	client  *xhttp2.ClientConn
+	release chan struct{}
+	wg      sync.WaitGroup
+}
+
+func newBudgeted(t *testing.T, budget *mux.Budget) *budgeted {
+	near, far := net.Pipe()
+	b := &budgeted{release: make(chan struct{})}
+	b.Conn = Accepted(near, Config{Budget: budget}, func(l *Lane) bool {
+		l.OnCut(func() { l.Close() })
+		b.wg.Go(func() {
+			defer l.Close()
+			r, err := http.ReadRequest(bufio.NewReaderSize(l, 128))
+			if err != nil {
+				return
+			}
+			<-b.release
+			_, _ = io.Copy(io.Discard, r.Body)
+			_, _ = io.WriteString(l, "HTTP/1.1 204 No Content\r\n\r\n")
+		})
+		return true
+	})
+	b.wg.Go(func() { _ = b.Run() })
+	var err error
+	if b.client, err = new(xhttp2.Transport).NewClientConn(far); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func (b *budgeted) post(t *testing.T, size int) {
+	r, err := http.NewRequest("POST", "http://a/", strings.NewReader(strings.Repeat("x", size)))
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	resp, err := b.client.RoundTrip(r)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	resp.Body.Close()
+	if resp.StatusCode != 204 {
+		t.Errorf("got %d", resp.StatusCode)
+	}
+}
+
+// TestAWindowIsGivenBack has a connection at rest keep no more of the budget than
+// its peer may still send, and not that when others need it.
+func TestAWindowIsGivenBack(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		limit int64
+		ends  bool
+	}{
+		{"while there is memory", 64 << 20, false},
+		{"while there is none", firstWindow, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				budget := mux.NewBudget(tc.limit)
+				b := newBudgeted(t, budget)
+				b.wg.Go(func() { b.post(t, 600<<10) })
+				synctest.Wait()
+				if budget.Used() == 0 {
+					t.Fatal("the window has not grown")
+				}
+				close(b.release)
+				synctest.Wait()
+				time.Sleep(b.cfg.beat() + time.Millisecond)
+				if used, may := budget.Used(), b.inLeft.Load()-firstWindow; b.Live() && used > max(may, 0) {
+					t.Errorf("%d bytes are taken, and the peer may send %d", used, may)
+				}
+				time.Sleep(2 * b.cfg.beat())
+				if used := budget.Used(); b.Live() == tc.ends || tc.ends && used != 0 {
+					t.Errorf("lives %v, %d bytes are taken", b.Live(), used)
+				}
+				b.Close()
+				b.client.Close()
+				b.wg.Wait()
+				if used := budget.Used(); used != 0 {
+					t.Errorf("%d bytes are taken when all is over", used)
+				}
+			})
+		})
+	}
+}
+
+// TestAWindowGrowsLater has the memory come that a peer waits for.
+func TestAWindowGrowsLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		budget := mux.NewBudget(firstWindow)
+		budget.Take(firstWindow)
+		b := newBudgeted(t, budget)
+		b.wg.Go(func() { b.post(t, 4*firstWindow) })
+		synctest.Wait()
+		if left := b.inLeft.Load(); left != 0 {
+			t.Fatalf("the peer may send %d bytes", left)
+		}
+		budget.Give(firstWindow)
+		time.Sleep(b.cfg.beat() + time.Millisecond)
+		synctest.Wait()
+		if b.room.Load() == firstWindow {
+			t.Error("the window has not grown")
+		}
+		close(b.release)
+		synctest.Wait()
+		b.Close()
+		b.client.Close()
+		b.wg.Wait()
 	})
 }

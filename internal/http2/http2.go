@@ -406,7 +406,7 @@ func (c Config) beat() time.Duration {
 }
 
 // lookAround runs once in a beat. It asks a peer that is silent for a sign
-// of life, and closes what has no calls for long.
+// of life, closes what has no calls for long, and sees to memory for windows.
 func (c *Conn) lookAround() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -426,7 +426,11 @@ func (c *Conn) lookAround() {
 		c.out.pend = appendPing(c.out.pend, 0, pingWord)
 		c.out.wake()
 	}
-	if len(c.streams) == 0 && time.Since(c.empty) >= c.cfg.Idle {
+	c.withhold()
+	if c.inLeft.Load() == 0 {
+		c.widen() // there may be memory by now; who may send nothing does not ask again
+	}
+	if len(c.streams) == 0 && time.Since(c.empty) >= c.cfg.Idle || c.hoards() {
 		c.leave()
 	}
 	c.tick.Reset(c.cfg.beat())

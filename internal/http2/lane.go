@@ -123,6 +123,7 @@ func (c *Conn) forget(l *Lane) {
 	l.id = 0
 	if len(c.streams) == 0 {
 		c.empty = time.Now()
+		c.withhold()
 		c.parting()
 	}
 }
@@ -318,6 +319,7 @@ func (c *Conn) eat(l *Lane, n, grant int) {
 
 // refill grants the window of the connection anew, if it is much.
 func (c *Conn) refill() {
+	c.withhold()
 	n := c.eaten.Load()
 	if n < c.room.Load()/4 || c.err != nil {
 		return
@@ -341,6 +343,33 @@ func (c *Conn) widen() {
 	c.inLeft.Add(int64(more))
 	c.out.pend = appendWindow(c.out.pend, 0, more)
 	c.out.wake()
+}
+
+// withhold gives back what widen has taken while no stream is open: what was read
+// is then not granted anew. The lock of c is held.
+func (c *Conn) withhold() {
+	n := min(int(c.eaten.Load()), c.widened)
+	if n <= 0 || len(c.streams) > 0 {
+		return
+	}
+	c.eaten.Add(-int64(n))
+	c.room.Add(-int64(n))
+	c.widened -= n
+	c.cfg.Budget.Give(n)
+}
+
+// hoards says that no stream has been open for a beat, and that the peer could
+// still send what others have no memory for: what it was granted cannot be taken
+// back. The lock of c is held.
+func (c *Conn) hoards() bool {
+	if c.widened == 0 || len(c.streams) > 0 || time.Since(c.empty) < c.cfg.beat() {
+		return false
+	}
+	free := c.cfg.Budget.Take(firstWindow)
+	if free {
+		c.cfg.Budget.Give(firstWindow)
+	}
+	return !free
 }
 
 // narrow gives back what widen has taken, when the peer sends no more and nothing
