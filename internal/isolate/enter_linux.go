@@ -113,7 +113,11 @@ func furnish(o order) (fds []int, err error) {
 		if err != nil {
 			return nil, err
 		}
-		fds = append(fds, int(f.Fd()))
+		fd, err := own(f)
+		if err != nil {
+			return nil, err
+		}
+		fds = append(fds, fd)
 	}
 	if len(o.Plan.Names) > 0 {
 		for _, a := range append(o.Plan.Names, netip.AddrPort{}) { // the last one asks
@@ -125,7 +129,11 @@ func furnish(o order) (fds []int, err error) {
 			if err != nil {
 				return nil, err
 			}
-			fds = append(fds, int(f.Fd()))
+			fd, err := own(f)
+			if err != nil {
+				return nil, err
+			}
+			fds = append(fds, fd)
 		}
 	}
 	diag, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
@@ -133,6 +141,13 @@ func furnish(o order) (fds []int, err error) {
 		return nil, fmt.Errorf("open sock_diag: %w", err)
 	}
 	return append(fds, diag), nil
+}
+
+// own copies the descriptor of a file and closes it: it would be closed whenever
+// the file became garbage.
+func own(f *os.File) (int, error) {
+	defer f.Close()
+	return unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 }
 
 // dropAll gives up every capability for good: the program could change the

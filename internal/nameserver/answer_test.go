@@ -3,6 +3,7 @@ package nameserver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -11,6 +12,9 @@ import (
 
 	"github.com/miekg/dns"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
 )
 
 func TestAnswers(t *testing.T) {
@@ -257,6 +261,36 @@ func TestBudgets(t *testing.T) {
 	}
 	if got := get("api.example.com."); !strings.HasPrefix(got, "NOERROR") {
 		t.Errorf("a name that a row writes out: %s", got)
+	}
+}
+
+// TestLenientBudget has a workload that no row holds use up one budget, whatever
+// the names end in.
+func TestLenientBudget(t *testing.T) {
+	r := newRig(t, func(c *Config) { c.PerPattern = 2 })
+	snap := *testSnapshot
+	snap.Modes = []mesh.FileMode{{File: "access.csv", Mode: mesh.Observe}}
+	set, err := authz.Compile(&snap)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Use(&snap, set)
+	refused := 0
+	for i := range 20 {
+		m := first(r.both(payment, pack(t, ask(fmt.Sprintf("x.p%d.example.", i), dns.TypeHTTPS, 1232))))
+		if m.Rcode == dns.RcodeNameError {
+			refused++
+		}
+	}
+	if used := len(r.budgets[payment].used); refused != 20-2*lenientFor || used != 1 {
+		t.Errorf("%d names were refused, %d patterns are kept", refused, used)
+	}
+	b := &budget{used: map[string]int{}}
+	for i := range 2 * maxPatterns {
+		b.spend(fmt.Sprint(i), 1)
+	}
+	if len(b.used) > maxPatterns+1 {
+		t.Errorf("%d patterns are kept", len(b.used))
 	}
 }
 

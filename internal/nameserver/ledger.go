@@ -103,20 +103,31 @@ func (l *ledger) tell() {
 	list, lost := l.waiting, l.lost
 	l.waiting, l.lost = nil, 0
 	l.mu.Unlock()
+	var failed error
+	unwritten := 0
+	write := func(r *audit.Record) {
+		if err := l.record(r); err != nil {
+			failed = err
+			unwritten++
+		}
+	}
 	for _, a := range list {
 		n := a.e.asked.Swap(0)
 		if n > 0 && (a.e.absent || l.first(a)) {
 			if !a.e.absent {
 				l.seen(a.e.name) // its answer is kept ready, its address must be, too
 			}
-			l.write(recordOf(a, n))
+			write(recordOf(a, n))
 		}
 	}
 	if lost > 0 {
-		l.write(&audit.Record{
+		write(&audit.Record{
 			Kind: audit.KindName, Decision: audit.Deny, Reason: string(Denied), Dir: string(mesh.Out),
-			Detail: fmt.Sprintf("%d questions for more names than are told one by one", lost),
+			Detail: fmt.Sprintf("%d questions for more names than are told one by one, be they allowed or not", lost),
 		})
+	}
+	if failed != nil { // of a flood one line
+		l.log.Error("questions were not recorded", "names", unwritten, "err", failed)
 	}
 }
 
@@ -146,10 +157,4 @@ func recordOf(a asking, n uint64) *audit.Record {
 		}
 	}
 	return r
-}
-
-func (l *ledger) write(r *audit.Record) {
-	if err := l.record(r); err != nil {
-		l.log.Error("a question was not recorded", "host", r.Dst, "err", err)
-	}
 }

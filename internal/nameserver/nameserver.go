@@ -136,6 +136,13 @@ const (
 	budgetEvery = 24 * time.Hour
 	// maxBudgets bounds for how many workloads budgets are kept.
 	maxBudgets = 1 << 14
+	// maxPatterns bounds the patterns below which names are counted.
+	maxPatterns = 1 << 10
+	// anyPattern is that of names which no row allows and the mode lets pass: the
+	// workload chooses what they end in. There may be as many as below lenientFor
+	// patterns.
+	anyPattern = "*"
+	lenientFor = 8
 )
 
 func (n *Names) budgetOf(who spiffeid.ID) *budget {
@@ -152,7 +159,8 @@ func (n *Names) budgetOf(who spiffeid.ID) *budget {
 	return b
 }
 
-// spend takes one name below a pattern, if there is one left.
+// spend takes one name below a pattern, if there is one left. What stands below
+// more patterns than a policy has any use for is not told apart.
 func (b *budget) spend(pattern string, most int) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -160,9 +168,21 @@ func (b *budget) spend(pattern string, most int) bool {
 		b.since = now
 		clear(b.used)
 	}
+	if _, known := b.used[pattern]; !known && len(b.used) >= maxPatterns {
+		pattern = anyPattern
+	}
 	if b.used[pattern] >= most {
 		return false
 	}
 	b.used[pattern]++
 	return true
+}
+
+// refund gives back a name that got no address.
+func (b *budget) refund(pattern string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.used[pattern] > 0 {
+		b.used[pattern]--
+	}
 }

@@ -145,10 +145,21 @@ func (n *Names) outside(z *zone, who spiffeid.ID, name string, d authz.Decision)
 	if n.cfg.Real != nil && z.answersReal(name) {
 		yes.real = true
 	}
-	if _, _, known := n.cfg.Book.Addresses(name); invented && !known && !n.budgetOf(who).spend(parent, n.cfg.PerPattern) {
-		return no(Invented, fmt.Sprintf("row %s: more than %d names below %s in a day", d.Rule, n.cfg.PerPattern, parent))
+	budget, most := n.budgetOf(who), n.cfg.PerPattern
+	if d.Reason == authz.Observed || d.Reason == authz.Warned {
+		parent, most = anyPattern, lenientFor*most
+	}
+	_, _, known := n.cfg.Book.Addresses(name)
+	if invented && !known && !budget.spend(parent, most) {
+		if parent == anyPattern {
+			return no(Invented, fmt.Sprintf("more than %d names in a day that no row allows", most))
+		}
+		return no(Invented, fmt.Sprintf("row %s: more than %d names below %s in a day", d.Rule, most, parent))
 	}
 	v4, v6, err := n.cfg.Book.Assign(name, invented)
+	if err != nil && invented && !known {
+		budget.refund(parent)
+	}
 	if errors.Is(err, virtual.ErrYielded) {
 		if yes.real {
 			return yes
