@@ -6,9 +6,11 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestMain plays the program that is run again.
@@ -92,5 +94,23 @@ func TestClosedWaysDoNot(t *testing.T) {
 	}
 	if r := Try(t.Context(), Config{}, "tcp4"); r.OK || r.Cases.Tried != 0 {
 		t.Errorf("a test of nothing passes: %+v", r)
+	}
+}
+
+// TestResolversLeak has a socket at which names are looked up be a way out.
+func TestResolversLeak(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	way := resolver(path)
+	try := &trial{Config: Config{Timeout: time.Minute}}
+	if got, detail := way(t.Context(), try); got != Absent {
+		t.Errorf("without a socket: %s, %s", got, detail)
+	}
+	ln, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if got, detail := way(t.Context(), try); got != Leaked {
+		t.Errorf("with a socket: %s, %s", got, detail)
 	}
 }

@@ -43,6 +43,7 @@ func ways() []way {
 		{"vsock", vsock},
 		{"metadata4", metadata("169.254.169.254:80")}, {"metadata6", metadata("[fd00:ec2::254]:80")},
 		{"connect", connect},
+		{"resolved", resolver("/run/systemd/resolve/io.systemd.Resolve")}, {"nscd", resolver("/run/nscd/socket")},
 		{"other-user", otherUser}, {"other-cgroup", otherCgroup}, {"own-network", ownNetwork},
 	}
 }
@@ -473,6 +474,23 @@ func otherCgroup(ctx context.Context, t *trial) (Result, string) {
 	return t.again(ctx, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}, func(pid int) error {
 		return os.WriteFile(filepath.Join(root, "cgroup.procs"), fmt.Append(nil, pid), 0)
 	})
+}
+
+// resolver opens the socket of a process that looks names up for whoever asks,
+// with questions of its own that no rule of ours is for.
+func resolver(path string) func(context.Context, *trial) (Result, string) {
+	return func(ctx context.Context, t *trial) (Result, string) {
+		d := net.Dialer{Timeout: t.Timeout}
+		c, err := d.DialContext(ctx, "unix", path)
+		switch {
+		case errors.Is(err, os.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+			return Absent, "nobody is at " + path
+		case err != nil:
+			return refused(err)
+		}
+		c.Close()
+		return Leaked, "who opens " + path + " has names looked up outside"
+	}
 }
 
 // ownNetwork makes a network of its own, where no rule of ours is.

@@ -12,7 +12,6 @@ package nameserver
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -86,10 +85,12 @@ func (c Config) Validate() error {
 
 // Names says what a name means to a workload. It is safe for concurrent use.
 type Names struct {
-	cfg   Config
-	token string // what only this process answers
-	zone  atomic.Pointer[zone]
+	cfg  Config
+	zone atomic.Pointer[zone]
 	ledger
+
+	probing sync.Mutex             // held while the self-test asks
+	token   atomic.Pointer[string] // what only this process answers; nil when nothing is asked
 
 	mu      sync.Mutex // guards budgets
 	budgets map[spiffeid.ID]*budget
@@ -102,7 +103,7 @@ func New(cfg Config) (*Names, error) {
 	}
 	cfg.PerPattern = cmp.Or(cfg.PerPattern, 1024)
 	cfg.Label = cmp.Or(cfg.Label, 63)
-	n := &Names{cfg: cfg, token: rand.Text(), budgets: map[spiffeid.ID]*budget{}}
+	n := &Names{cfg: cfg, budgets: map[spiffeid.ID]*budget{}}
 	n.ledger.open(cfg)
 	return n, nil
 }

@@ -2,12 +2,12 @@ package nameserver
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/miekg/dns"
@@ -18,7 +18,7 @@ const probeTime = 2 * time.Second
 
 // Reached asks an address what only this process answers, over a socket of the
 // caller's or, when that is nil, one of its own, and says why it was not this
-// process that answered.
+// process that answered. What it asks for is true of one question only.
 func (n *Names) Reached(ctx context.Context, from *net.UDPConn, server netip.AddrPort) error {
 	if from == nil {
 		var err error
@@ -27,6 +27,11 @@ func (n *Names) Reached(ctx context.Context, from *net.UDPConn, server netip.Add
 		}
 		defer from.Close()
 	}
+	n.probing.Lock()
+	defer n.probing.Unlock()
+	token := rand.Text()
+	n.token.Store(&token)
+	defer n.token.Store(nil)
 	q := new(dns.Msg)
 	q.SetQuestion(SelfTest+".", dns.TypeTXT)
 	out, err := q.Pack()
@@ -45,16 +50,19 @@ func (n *Names) Reached(ctx context.Context, from *net.UDPConn, server netip.Add
 	}
 	in := make([]byte, maxSize)
 	for {
-		k, _, err := from.ReadFromUDPAddrPort(in)
+		k, by, err := from.ReadFromUDPAddrPort(in)
 		if err != nil {
 			return fmt.Errorf("a question to %s does not arrive here: %w", server, err)
 		}
 		m := new(dns.Msg)
+		if !server.Addr().IsUnspecified() && netip.AddrPortFrom(by.Addr().Unmap().WithZone(""), by.Port()) != server {
+			continue // nobody whom we asked
+		}
 		if m.Unpack(in[:k]) != nil || m.Id != q.Id || !m.Response {
 			continue // of a question before
 		}
 		if len(m.Answer) == 1 {
-			if txt, ok := m.Answer[0].(*dns.TXT); ok && len(txt.Txt) == 1 && txt.Txt[0] == n.token {
+			if txt, ok := m.Answer[0].(*dns.TXT); ok && len(txt.Txt) == 1 && txt.Txt[0] == token {
 				return nil
 			}
 		}
@@ -92,36 +100,19 @@ func SystemResolver(path string) (Resolver, error) {
 	return r, nil
 }
 
-// Beside says whether a program of the C library resolves names by asking some
-// other process of the machine instead of a DNS server: systemd-resolved by way
-// of nsswitch.conf, or nscd. Root is where the files are, "/" as a rule.
+// Beside says whether some other process of the machine looks names up for
+// whoever opens its socket: systemd-resolved or nscd. Its questions go past all
+// rules, and a program that means harm asks it whatever nsswitch.conf says. Root
+// is where the files are, "/" as a rule.
 func Beside(root string) error {
-	there := func(path string) bool {
-		_, err := os.Stat(root + path)
-		return err == nil
-	}
-	for _, nscd := range []string{"run/nscd/socket", "var/run/nscd/socket"} {
-		if there(nscd) {
-			return fmt.Errorf("names are looked up by nscd (/%s): stop it, or have it not keep hosts", nscd)
-		}
-	}
-	text, err := os.ReadFile(root + "etc/nsswitch.conf")
-	if err != nil || !there("run/systemd/resolve/io.systemd.Resolve") {
-		return nil //nolint:nilerr // the library asks DNS servers then
-	}
-	for line := range strings.Lines(string(text)) {
-		line, _, _ = strings.Cut(line, "#")
-		f := strings.Fields(line)
-		if len(f) == 0 || f[0] != "hosts:" {
-			continue
-		}
-		for _, word := range f[1:] {
-			switch word {
-			case "resolve":
-				return errors.New(`names are looked up by systemd-resolved: write "dns" in place of "resolve" in the line "hosts:" of /etc/nsswitch.conf`)
-			case "dns":
-				return nil
-			}
+	for path, how := range map[string]string{
+		"run/nscd/socket":     "nscd; stop it (systemctl disable --now nscd.socket nscd)",
+		"var/run/nscd/socket": "nscd; stop it (systemctl disable --now nscd.socket nscd)",
+		"run/systemd/resolve/io.systemd.Resolve": "systemd-resolved; stop it (systemctl disable --now systemd-resolved), " +
+			"or have the workload not see the socket (InaccessiblePaths= in its unit, and self_test: off)",
+	} {
+		if _, err := os.Stat(root + path); err == nil {
+			return fmt.Errorf("names are looked up past the rules by whoever opens /%s, of %s", path, how)
 		}
 	}
 	return nil

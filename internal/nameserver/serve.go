@@ -190,8 +190,3 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 		}
 	}
 }
-
-// Always is a who for the connections of one workload.
-func Always(id spiffeid.ID) func(context.Context, net.Conn) (spiffeid.ID, error) {
-	return func(context.Context, net.Conn) (spiffeid.ID, error) { return id, nil }
-}

@@ -120,7 +120,7 @@ func TestOverUDP(t *testing.T) {
 func TestOverTCP(t *testing.T) {
 	r := newRig(t, nil)
 	v4, _ := r.addresses("api.example.com.")
-	addr := r.listenTCP(t, Always(payment))
+	addr := r.listenTCP(t, always(payment))
 	c, err := dns.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -201,4 +201,9 @@ func TestUnknownAsker(t *testing.T) {
 	if m, _, err := client.ExchangeWithConn(ask("api.example.com.", dns.TypeA, 0), c); err == nil {
 		t.Errorf("it is answered: %s", short(m))
 	}
+}
+
+// always is a who for the connections of one workload.
+func always(id spiffeid.ID) func(context.Context, net.Conn) (spiffeid.ID, error) {
+	return func(context.Context, net.Conn) (spiffeid.ID, error) { return id, nil }
 }

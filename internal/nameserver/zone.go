@@ -104,7 +104,11 @@ func (n *Names) meaning(z *zone, who spiffeid.ID, name string) *meaning {
 func (n *Names) find(z *zone, who spiffeid.ID, name string) meaning {
 	switch {
 	case name == SelfTest:
-		return meaning{result: Inside, txt: n.token}
+		m := meaning{result: Inside}
+		if token := n.token.Load(); token != nil {
+			m.txt = *token
+		}
+		return m
 	case name == "localhost" || strings.HasSuffix(name, ".localhost"):
 		return loopback
 	case strings.HasSuffix(name, ".arpa"):
