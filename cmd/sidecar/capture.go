@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -260,13 +261,17 @@ func (s *sidecar) virtualService(a netip.Addr) (mesh.ServiceName, bool) {
 // outsideHost tells which host outside an address stands for: a virtual one, or
 // one that the workload was told for it.
 func (s *sidecar) outsideHost(a netip.Addr) (string, bool) {
-	if s.real != nil {
-		if host, ok := s.real.Host(a); ok {
-			return host, true
-		}
-	}
 	name, ok := s.addresses.Name(a)
+	if !ok && s.real != nil {
+		return s.real.Host(a)
+	}
 	return name, ok && !strings.HasSuffix(name, "."+mesh.Domain)
+}
+
+// endpointAt says whether an address is that of a service, for this workload.
+func (s *sidecar) endpointAt(a netip.Addr) bool {
+	snap := s.agent.Snapshot()
+	return snap != nil && slices.ContainsFunc(snap.Endpoints, func(e mesh.Endpoint) bool { return e.Address.Addr().Unmap() == a })
 }
 
 // captured is how the way out takes connections that were brought here.

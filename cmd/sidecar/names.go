@@ -110,6 +110,9 @@ func (s *sidecar) openNames() error {
 		s.real = &nameserver.Gateways{Addresses: c.Gateways, TLS: func() *tls.Config {
 			return svid.ClientTLS(s.agent.Source(), s.cfg.Egress.Gateway, nameserver.DoT)
 		}}
+		if conf.Endpoints { // otherwise they lead nowhere, and could block a host
+			s.real.Inside = s.endpointAt
+		}
 		conf.Real = s.real.Lookup
 	}
 	var err error

@@ -232,6 +232,12 @@ func TestReal(t *testing.T) {
 			t.Errorf("%s, %v: %s, want %s", dns.TypeToString[tt.typ], tt.err, got, tt.want)
 		}
 	}
+	fails = errTaken
+	m, _ := r.both(payment, pack(t, ask("rEal.example.com.", dns.TypeA, 1232)))
+	v4, _, _ := r.cfg.Book.Addresses("real.example.com")
+	if got, want := short(m), "NOERROR | "+v4.String(); got != want {
+		t.Errorf("when its addresses stand for another: %s, want %s", got, want)
+	}
 }
 
 func TestBudgets(t *testing.T) {

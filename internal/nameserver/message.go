@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -156,6 +157,18 @@ func optOf(q *dns.Msg) (opt *dns.OPT, ok bool) {
 	return opt, ok && len(q.Extra) == 1 && opt.Hdr.Name == "."
 }
 
+// use has the name mean these addresses.
+func (m *meaning) use(addrs []netip.Addr) {
+	m.v4, m.v6 = nil, nil
+	for _, a := range addrs {
+		if a.Is4() {
+			m.v4 = append(m.v4, a)
+		} else {
+			m.v6 = append(m.v6, a)
+		}
+	}
+}
+
 // reply fills in what the name means.
 func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 	e := a.entry(wire)
@@ -171,7 +184,9 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 	what, ttl := *e.meaning, uint32(virtualTTL)
 	if t := m.Question[0].Qtype; e.real && (t == dns.TypeA || t == dns.TypeAAAA) {
 		addrs, keep, err := a.names.cfg.Real(ctx, a.who, e.name)
+		virtual := errors.Is(err, errTaken) && len(e.v4) > 0
 		switch {
+		case virtual:
 		case errors.Is(err, ErrAbsent):
 			what.absent = true
 		case err != nil:
@@ -180,15 +195,10 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 			explain(m, dns.ExtendedErrorCodeNetworkError, "the gateway did not look it up")
 			return Failed
 		}
-		what.v4, what.v6 = nil, nil
-		for _, addr := range addrs {
-			if addr.Is4() {
-				what.v4 = append(what.v4, addr)
-			} else {
-				what.v6 = append(what.v6, addr)
-			}
+		if !virtual {
+			what.use(addrs)
+			ttl = uint32(min(max(keep, negativeTTL*time.Second), 300*time.Second) / time.Second)
 		}
-		ttl = uint32(min(max(keep, negativeTTL*time.Second), 300*time.Second) / time.Second)
 	}
 	explain(m, what.code, what.text)
 	if m.Answer = what.records(m.Question[0], ttl); len(m.Answer) == 0 {

@@ -24,17 +24,24 @@ const (
 )
 
 // Gateways ask gateways, over TLS, for the addresses of hosts, and remember which
-// host an address was told for: a connection to it is one to that host. Of an
-// address of several hosts that is the one that was asked for last.
+// host an address was told for: a connection to it is one to that host. An address
+// of several hosts is told for the first of them alone, while a program may know it
+// for that: who owns one host must not take what goes to another.
 type Gateways struct {
 	// Addresses are the gateways, asked in turn until one answers. Required.
 	Addresses []netip.AddrPort
 	// TLS is the configuration for one connection. Required.
 	TLS func() *tls.Config
+	// Inside says that an address is one of the mesh, which stands for no host.
+	// Optional.
+	Inside func(netip.Addr) bool
 
 	mu    sync.Mutex // guards bound
 	bound map[netip.Addr]binding
 }
+
+// errTaken is returned for a host all of whose addresses stand for others.
+var errTaken = errors.New("its addresses are told for others")
 
 type binding struct {
 	host  string
@@ -47,8 +54,11 @@ func (g *Gateways) Lookup(ctx context.Context, _ spiffeid.ID, name string) ([]ne
 	for _, a := range g.Addresses {
 		addrs, ttl, err := g.ask(ctx, a, name)
 		if err == nil {
-			g.bind(addrs, name, ttl)
-			return addrs, ttl, nil
+			told := g.bind(addrs, name, ttl)
+			if len(told) == 0 && len(addrs) > 0 {
+				return nil, 0, errTaken
+			}
+			return told, ttl, nil
 		}
 		if errors.Is(err, ErrAbsent) {
 			return nil, 0, err
@@ -113,8 +123,8 @@ func exchange(nc net.Conn, name string, typ uint16) (*dns.Msg, error) {
 	return m, nil
 }
 
-// bind remembers what addresses were told for.
-func (g *Gateways) bind(addrs []netip.Addr, host string, ttl time.Duration) {
+// bind remembers what addresses are told for, and returns those that may be.
+func (g *Gateways) bind(addrs []netip.Addr, host string, ttl time.Duration) (told []netip.Addr) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
@@ -123,23 +133,30 @@ func (g *Gateways) bind(addrs []netip.Addr, host string, ttl time.Duration) {
 	}
 	if len(g.bound)+len(addrs) > maxBound {
 		for a, b := range g.bound {
-			if now.After(b.until) {
+			if !now.Before(b.until) {
 				delete(g.bound, a)
 			}
 		}
-		if len(g.bound)+len(addrs) > maxBound {
-			clear(g.bound) // their hosts are asked for again
-		}
 	}
 	for _, a := range addrs {
+		b, known := g.bound[a]
+		switch {
+		case known && b.host != host && now.Before(b.until), !known && len(g.bound) >= maxBound, g.inside(a):
+			continue
+		}
 		g.bound[a] = binding{host, now.Add(ttl + boundBeyond)}
+		told = append(told, a)
 	}
+	return told
 }
+
+func (g *Gateways) inside(a netip.Addr) bool { return g.Inside != nil && g.Inside(a) }
 
 // Host tells for which host an address was told.
 func (g *Gateways) Host(a netip.Addr) (string, bool) {
+	a = a.Unmap()
 	g.mu.Lock()
-	defer g.mu.Unlock()
-	b, ok := g.bound[a.Unmap()]
-	return b.host, ok && time.Now().Before(b.until)
+	b, ok := g.bound[a]
+	g.mu.Unlock()
+	return b.host, ok && time.Now().Before(b.until) && !g.inside(a)
 }

@@ -10,9 +10,11 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/miekg/dns"
@@ -226,4 +228,39 @@ func TestGateways(t *testing.T) {
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); err == nil {
 		t.Error("whoever answers is believed")
 	}
+}
+
+// TestAnAddressIsOfOneHost has hosts point at what is another's.
+func TestAnAddressIsOfOneHost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		at := netip.MustParseAddr
+		endpoint := at("203.0.113.1")
+		g := &Gateways{Inside: func(a netip.Addr) bool { return a == endpoint }}
+		for _, step := range []struct {
+			host string
+			asks []netip.Addr
+			told []netip.Addr
+		}{
+			{"b.example", []netip.Addr{at("203.0.113.7")}, []netip.Addr{at("203.0.113.7")}},
+			{"a.example", []netip.Addr{at("203.0.113.7"), at("203.0.113.8"), endpoint}, []netip.Addr{at("203.0.113.8")}},
+			{"a.example", []netip.Addr{at("203.0.113.7")}, nil},
+			{"b.example", []netip.Addr{at("203.0.113.7")}, []netip.Addr{at("203.0.113.7")}},
+		} {
+			if told := g.bind(step.asks, step.host, time.Second); !slices.Equal(told, step.told) {
+				t.Errorf("%s was told %s, want %s", step.host, told, step.told)
+			}
+		}
+		if host, ok := g.Host(at("203.0.113.7")); !ok || host != "b.example" {
+			t.Errorf("the address of b.example is of %q", host)
+		}
+		endpoint = at("203.0.113.7") // it joined later
+		if host, ok := g.Host(endpoint); ok {
+			t.Errorf("the address of an endpoint is of %q", host)
+		}
+		endpoint = netip.Addr{}
+		time.Sleep(boundBeyond + time.Second)
+		if told := g.bind([]netip.Addr{at("203.0.113.7")}, "a.example", time.Second); len(told) != 1 {
+			t.Error("an address that nobody has any more was not told")
+		}
+	})
 }
