@@ -109,6 +109,8 @@ type call struct {
 	// who may; copied is the copy that shadows get of it.
 	marked bool
 	proven bool
+	// traced says that the trace is believed until the call ends.
+	traced bool
 	copied *shadow.Copy
 }
 
@@ -116,7 +118,7 @@ type call struct {
 func (x *call) reset() {
 	x.res, x.refused, x.err = http1.Result{}, nil, nil
 	x.keep, x.tunnel, x.broken, x.settled = false, false, false, false
-	x.idle, x.marked, x.proven = 0, false, false
+	x.idle, x.marked, x.proven, x.traced = 0, false, false, false
 	x.grant = authz.Grant{}
 	x.face, x.translated = translate.Face{}, false
 	x.extra = x.extra[:0]

@@ -110,7 +110,13 @@ func (l *listener) enterFlight(x *call) *refusal {
 	return nil
 }
 
-func (l *listener) leaveFlight(x *call) { x.vacate() }
+func (l *listener) leaveFlight(x *call) {
+	if x.traced {
+		x.traced = false
+		l.Shadows.End(x.trace.ID)
+	}
+	x.vacate()
+}
 
 // vacate gives up the place of a call in flight: at its end, or before a refusal
 // is written, which a client may take its time to read.

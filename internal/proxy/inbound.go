@@ -417,7 +417,7 @@ func (x *call) warn(g authz.Grant) {
 
 func (in *Inbound) forward(x *call) *refusal {
 	if x.proven {
-		in.Shadows.Add(x.trace.ID)
+		x.traced = in.Shadows.Begin(x.src, x.trace.ID)
 	}
 	return in.handOver(x, x.grant)
 }

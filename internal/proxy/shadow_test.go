@@ -259,7 +259,7 @@ func TestOnlyAPeerSaysWhatIsNotCopied(t *testing.T) {
 			t.Errorf("trace %s is of a shadow: %t, want %t", id, !want, want)
 		}
 	}
-	known.Add(trace("0af7651916cd43dd8448eb211c80319c"))
+	known.Begin("a peer", trace("0af7651916cd43dd8448eb211c80319c"))
 	call("0af7651916cd43dd8448eb211c80319c", "Tracestate: sallyport=shadow\r\n")
 	if !strings.Contains(scrape(r), `sallyport_shadow_copies_total{outcome="skipped",shadow="next"} 1`) {
 		t.Error("the call that was not copied is not counted")

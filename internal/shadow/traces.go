@@ -1,52 +1,105 @@
 package shadow
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
-// maxTraces is how many traces are remembered: those of the last minutes, of
-// which what an application does for a copy is one.
-const maxTraces = 16 << 10
+const (
+	// maxTraces is how many traces are remembered, and maxPerPeer how many of one
+	// peer: none makes room for itself by the traces of others.
+	maxTraces, maxPerPeer = 16 << 10, 1 << 10
+	// grace is for how long after its last call a trace is believed: what an
+	// application still does for it comes at once.
+	grace = 10 * time.Second
+)
 
-// Traces remember for which traces a peer has said, by an identity that it has
-// proved, that they are done for a shadow. An application can say so of any call
-// of its own, and would be believed by nobody who copies calls: it would hide
-// them. The zero value knows none; it is safe for concurrent use.
+// Traces are those for which a peer has said, by an identity that it has proved,
+// that they are done for a shadow. An application can say so of any call of its
+// own, and would be believed by nobody who copies calls: it would hide them. For
+// the same reason a trace is believed only while a call of it is here, and for a
+// moment after. The zero value knows none; it is safe for concurrent use.
 type Traces struct {
-	mu   sync.Mutex // guards the fields below
-	of   map[[16]byte]struct{}
-	ring [][16]byte // in the order of their coming, the oldest at next once it is full
-	next int
+	mu    sync.Mutex // guards the fields below
+	of    map[[16]byte]*carried
+	peers map[string]int // how many traces are each one's
+	swept time.Time
 }
 
-// Add remembers a trace, in place of the oldest when there are too many.
-func (t *Traces) Add(id [16]byte) {
+// carried is a trace with the calls of it that are here.
+type carried struct {
+	peer  string
+	calls int
+	left  time.Time // when there were none any more
+}
+
+func (c *carried) over(now time.Time) bool { return c.calls == 0 && now.Sub(c.left) >= grace }
+
+// Begin remembers a trace as long as a call of it is here, and says whether it
+// does: not when there are too many. After true, End follows.
+func (t *Traces) Begin(peer string, id [16]byte) bool {
 	if t == nil {
-		return
+		return false
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if _, ok := t.of[id]; ok {
-		return
+	c := t.of[id]
+	if c == nil {
+		if t.full(peer) {
+			t.sweep(time.Now())
+		}
+		if t.full(peer) {
+			return false
+		}
+		if t.of == nil {
+			t.of, t.peers = map[[16]byte]*carried{}, map[string]int{}
+		}
+		c = &carried{peer: peer}
+		t.of[id] = c
+		t.peers[peer]++
 	}
-	if t.of == nil {
-		t.of = map[[16]byte]struct{}{}
-	}
-	if len(t.ring) < maxTraces {
-		t.ring = append(t.ring, id)
-	} else {
-		delete(t.of, t.ring[t.next])
-		t.ring[t.next] = id
-		t.next = (t.next + 1) % maxTraces
-	}
-	t.of[id] = struct{}{}
+	c.calls++
+	return true
 }
 
-// Has says whether a trace is remembered.
+// End says that a call has ended that has begun.
+func (t *Traces) End(id [16]byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c := t.of[id]; c != nil {
+		c.calls--
+		c.left = time.Now()
+	}
+}
+
+func (t *Traces) full(peer string) bool {
+	return len(t.of) >= maxTraces || t.peers[peer] >= maxPerPeer
+}
+
+// sweep forgets what is over, at most once a second: it looks at all.
+func (t *Traces) sweep(now time.Time) {
+	if now.Sub(t.swept) < time.Second {
+		return
+	}
+	t.swept = now
+	for id, c := range t.of {
+		if !c.over(now) {
+			continue
+		}
+		delete(t.of, id)
+		if t.peers[c.peer]--; t.peers[c.peer] == 0 {
+			delete(t.peers, c.peer)
+		}
+	}
+}
+
+// Has says whether a trace is believed.
 func (t *Traces) Has(id [16]byte) bool {
 	if t == nil {
 		return false
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	_, ok := t.of[id]
-	return ok
+	c := t.of[id]
+	return c != nil && !c.over(time.Now())
 }

@@ -3,30 +3,47 @@ package shadow
 import (
 	"encoding/binary"
 	"testing"
+	"testing/synctest"
+	"time"
 )
 
-func TestTracesForgetTheOldest(t *testing.T) {
-	var ts Traces
-	id := func(n int) (id [16]byte) {
-		binary.BigEndian.PutUint64(id[:], uint64(n))
-		return id
-	}
-	for n := range 2 * maxTraces {
-		ts.Add(id(n))
-		ts.Add(id(n)) // is one
-		if !ts.Has(id(n)) || len(ts.of) > maxTraces {
-			t.Fatalf("%d is not known, or %d are", n, len(ts.of))
+// TestTracesEnd has a trace believed while a call of it is here and a moment
+// longer, and one peer take no room from others.
+func TestTracesEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var ts Traces
+		id := func(n int) (id [16]byte) {
+			binary.BigEndian.PutUint64(id[:], uint64(n))
+			return id
 		}
-	}
-	for _, tt := range []struct {
-		n    int
-		want bool
-	}{{0, false}, {maxTraces - 1, false}, {maxTraces, true}, {2*maxTraces - 1, true}} {
-		if got := ts.Has(id(tt.n)); got != tt.want {
-			t.Errorf("trace %d: %t", tt.n, got)
+		time.Sleep(time.Minute)
+		for n := range maxPerPeer {
+			if !ts.Begin("a", id(n)) {
+				t.Fatalf("trace %d is not remembered", n)
+			}
 		}
-	}
-	if none := (*Traces)(nil); none.Has(id(1)) {
-		t.Error("nobody knows a trace")
-	}
+		if ts.Begin("a", id(maxPerPeer)) || !ts.Begin("a", id(0)) || !ts.Begin("b", id(maxPerPeer+1)) {
+			t.Error("one peer's traces are not bounded, or bound another's")
+		}
+		ts.End(id(0))
+		time.Sleep(grace)
+		if !ts.Has(id(0)) {
+			t.Error("a trace with a call is over")
+		}
+		ts.End(id(0))
+		time.Sleep(grace - 1)
+		if !ts.Has(id(0)) {
+			t.Error("no moment is left")
+		}
+		time.Sleep(1)
+		if ts.Has(id(0)) || !ts.Has(id(1)) {
+			t.Error("a trace is believed for ever, or one that is here is not")
+		}
+		if !ts.Begin("a", id(maxPerPeer)) || ts.Begin("a", id(0)) || ts.peers["a"] != maxPerPeer {
+			t.Errorf("no room was made: %d", ts.peers["a"])
+		}
+		if none := (*Traces)(nil); none.Has(id(1)) || none.Begin("a", id(1)) {
+			t.Error("nobody knows a trace")
+		}
+	})
 }
