@@ -54,7 +54,7 @@ test: ## every test, with the race detector where a C compiler is
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve. Most of
 	@# the time they wait, so one more than there are cores may run at once.
-	go test $(RACE) -vet=off -timeout 10m -parallel $$(($$(getconf _NPROCESSORS_ONLN) + 1)) ./test
+	go test $(RACE) -vet=off -timeout 15m -parallel $$(($$(getconf _NPROCESSORS_ONLN) + 1)) ./test
 
 .PHONY: check
 check: ## format, vet, staticcheck
