@@ -172,7 +172,7 @@ func archiveScenario() scenario {
 			return signer != "", err
 		})
 		if err == nil {
-			out, err = d.operator(ctx, "archive", "verify", dir, "--key", signer)
+			_, err = d.operator(ctx, "archive", "verify", dir, "--key", signer)
 		}
 		v.say("it verifies by the key that stands in the audit log", "", err)
 
@@ -192,7 +192,7 @@ func archiveScenario() scenario {
 
 		before, err := d.behave(ctx, "billing-next", manners{})
 		if err == nil {
-			out, err = d.operator(ctx, "archive", "replay", dir, "-i", key, "--target", "http://"+d.app["billing-next"].String(), "--count", "20", "--rate", "50")
+			_, err = d.operator(ctx, "archive", "replay", dir, "-i", key, "--target", "http://"+d.app["billing-next"].String(), "--count", "20", "--rate", "50")
 		}
 		after, e := d.behave(ctx, "billing-next", manners{})
 		if err = errors.Join(err, e); err == nil && after-before < 20 {

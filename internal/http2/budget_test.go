@@ -2,6 +2,7 @@ package http2
 
 import (
 	"bufio"
+	"context"
 	"io"
 	"net"
 	"net/http"
@@ -10,8 +11,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	xhttp2 "golang.org/x/net/http2"
 
 	"sallyport/internal/mux"
 )
@@ -52,18 +51,14 @@ func TestBodiesThatNobodyReads(t *testing.T) {
 			}
 		}
 		var open []*Conn
-		begin := func(reads bool) *xhttp2.ClientConn {
+		begin := func(reads bool) *http.Transport {
 			near, far := net.Pipe()
 			c := Accepted(near, Config{Budget: budget}, accept(reads))
 			open = append(open, c)
 			wg.Go(func() { _ = c.Run() })
-			client, err := new(xhttp2.Transport).NewClientConn(far)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return client
+			return clientOn(far)
 		}
-		post := func(c *xhttp2.ClientConn) (status int) {
+		post := func(c *http.Transport) (status int) {
 			r, err := http.NewRequest("POST", "http://a/", strings.NewReader(strings.Repeat("x", size)))
 			if err != nil {
 				t.Error(err)
@@ -120,15 +115,25 @@ func TestBodiesThatNobodyReads(t *testing.T) {
 	})
 }
 
+// clientOn calls over one connection, by HTTP/2 in clear.
+func clientOn(c net.Conn) *http.Transport {
+	t := &http.Transport{
+		Protocols:   new(http.Protocols),
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
+	}
+	t.Protocols.SetUnencryptedHTTP2(true)
+	return t
+}
+
 // A budgeted is a connection with a budget whose calls read no body before release.
 type budgeted struct {
 	*Conn
-	client  *xhttp2.ClientConn
+	client  *http.Transport
 	release chan struct{}
 	wg      sync.WaitGroup
 }
 
-func newBudgeted(t *testing.T, budget *mux.Budget) *budgeted {
+func newBudgeted(budget *mux.Budget) *budgeted {
 	near, far := net.Pipe()
 	b := &budgeted{release: make(chan struct{})}
 	b.Conn = Accepted(near, Config{Budget: budget}, func(l *Lane) bool {
@@ -146,10 +151,7 @@ func newBudgeted(t *testing.T, budget *mux.Budget) *budgeted {
 		return true
 	})
 	b.wg.Go(func() { _ = b.Run() })
-	var err error
-	if b.client, err = new(xhttp2.Transport).NewClientConn(far); err != nil {
-		t.Fatal(err)
-	}
+	b.client = clientOn(far)
 	return b
 }
 
@@ -184,7 +186,7 @@ func TestAWindowIsGivenBack(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				budget := mux.NewBudget(tc.limit)
-				b := newBudgeted(t, budget)
+				b := newBudgeted(budget)
 				b.wg.Go(func() { b.post(t, 600<<10) })
 				synctest.Wait()
 				if budget.Used() == 0 {
@@ -201,7 +203,7 @@ func TestAWindowIsGivenBack(t *testing.T) {
 					t.Errorf("lives %v, %d bytes are taken", b.Live(), used)
 				}
 				b.Close()
-				b.client.Close()
+				b.client.CloseIdleConnections()
 				b.wg.Wait()
 				if used := budget.Used(); used != 0 {
 					t.Errorf("%d bytes are taken when all is over", used)
@@ -216,7 +218,7 @@ func TestAWindowGrowsLater(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		budget := mux.NewBudget(firstWindow)
 		budget.Take(firstWindow)
-		b := newBudgeted(t, budget)
+		b := newBudgeted(budget)
 		b.wg.Go(func() { b.post(t, 4*firstWindow) })
 		synctest.Wait()
 		if left := b.inLeft.Load(); left != 0 {
@@ -231,7 +233,7 @@ func TestAWindowGrowsLater(t *testing.T) {
 		close(b.release)
 		synctest.Wait()
 		b.Close()
-		b.client.Close()
+		b.client.CloseIdleConnections()
 		b.wg.Wait()
 	})
 }
