@@ -1,3 +1,5 @@
+//lint:file-ignore SA1019 http2.Transport is the one client that sends CONNECT with a body that goes on
+
 package egress
 
 import (
