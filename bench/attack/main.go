@@ -15,12 +15,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"runtime"
 	"slices"
 	"strings"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -28,25 +25,7 @@ import (
 )
 
 func main() {
-	if err := play(os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-attack: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// play is the bench, or one of the processes that it starts.
-func play(args []string) error {
-	switch {
-	case len(args) == 2 && args[0] == "load":
-		return serveLoad(args[1])
-	case len(args) == 2 && args[0] == "attack":
-		return rig.ServeOrders(args[1], hostile.run)
-	case len(args) == 2 && args[0] == "origin":
-		return serveOrigin(args[1])
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	return measure(ctx, os.Stdout)
+	rig.Main("bench-attack", measure, map[string]rig.Role{"load": rig.At(serveLoad), "attack": rig.Load(hostile.run), "origin": rig.At(serveOrigin)})
 }
 
 // bound is the longest that the bench may take.

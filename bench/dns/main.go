@@ -25,21 +25,15 @@ import (
 )
 
 func main() {
-	if err := play(os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-dns: %v\n", err)
-		os.Exit(1)
-	}
+	rig.Main("bench-dns", measure, map[string]rig.Role{"idle": idle})
 }
 
-// play is the bench, or the workload that the sidecar starts.
-func play(args []string) error {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if len(args) == 1 && args[0] == "idle" {
-		<-ctx.Done()
-		return nil
-	}
-	return measure(ctx, os.Stdout)
+// idle is the workload that the sidecar starts.
+func idle([]string) error {
+	end := make(chan os.Signal, 1)
+	signal.Notify(end, syscall.SIGTERM)
+	<-end
+	return nil
 }
 
 // bound is the longest that the bench may take.

@@ -15,8 +15,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -62,12 +60,7 @@ type settings struct {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, os.Stdout); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-fleet: %v\n", err)
-		os.Exit(1)
-	}
+	rig.Main("bench-fleet", run, nil)
 }
 
 func run(ctx context.Context, w io.Writer) error {

@@ -13,39 +13,14 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"runtime"
-	"syscall"
 	"time"
 
 	"sallyport/bench/rig"
 )
 
 func main() {
-	if err := play(os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-http1: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// play is the bench, or one of the processes that it starts.
-func play(args []string) error {
-	role := ""
-	if len(args) > 0 {
-		role = args[0]
-	}
-	switch {
-	case role == "load" && len(args) == 2:
-		return rig.ServeOrders(args[1], order.run)
-	case role == "origin" && len(args) == 2:
-		return serveOrigin(args[1])
-	case role == "reverse" && len(args) == 4:
-		return serveReverse(args[1], args[2], args[3])
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	return measure(ctx, os.Stdout)
+	rig.Main("bench-http1", measure, map[string]rig.Role{"load": rig.Load(order.run), "origin": rig.At(serveOrigin), "reverse": serveReverse})
 }
 
 // bound is the longest that the bench may take.

@@ -152,7 +152,11 @@ func (b *bench) reverse(ctx context.Context) (*pair, error) {
 }
 
 // serveReverse is one half of the pair: towards https it is the client's.
-func serveReverse(dir, listen, to string) error {
+func serveReverse(args []string) error {
+	if len(args) != 3 {
+		return fmt.Errorf("%d arguments, want a folder, where to listen and where to", len(args))
+	}
+	dir, listen, to := args[0], args[1], args[2]
 	u, err := url.Parse(to)
 	if err != nil {
 		return err

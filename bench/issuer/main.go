@@ -15,13 +15,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"sallyport/bench/rig"
@@ -38,12 +35,7 @@ type settings struct {
 }
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, os.Stdout); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-issuer: %v\n", err)
-		os.Exit(1)
-	}
+	rig.Main("bench-issuer", run, nil)
 }
 
 func run(ctx context.Context, w io.Writer) error {

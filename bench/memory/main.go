@@ -17,11 +17,9 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"runtime"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"sallyport/bench/rig"
@@ -29,20 +27,9 @@ import (
 )
 
 func main() {
-	if err := play(os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-memory: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// play is the bench, or the application behind a sidecar.
-func play(args []string) error {
-	if len(args) == 2 && args[0] == "origin" {
-		return http.ListenAndServe(args[1], http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	return measure(ctx, os.Stdout)
+	rig.Main("bench-memory", measure, map[string]rig.Role{"origin": rig.At(func(at string) error {
+		return http.ListenAndServe(at, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	})})
 }
 
 const (

@@ -15,11 +15,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"os"
-	"os/signal"
 	"runtime"
 	"slices"
-	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -27,25 +24,7 @@ import (
 )
 
 func main() {
-	if err := play(os.Args[1:]); err != nil {
-		fmt.Fprintf(os.Stderr, "bench-tcp: %v\n", err)
-		os.Exit(1)
-	}
-}
-
-// play is the bench, or one of the processes that it starts.
-func play(args []string) error {
-	if len(args) == 2 {
-		switch args[0] {
-		case "load":
-			return rig.ServeOrders(args[1], order.run)
-		case "origin":
-			return serveOrigin(args[1])
-		}
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	return measure(ctx, os.Stdout)
+	rig.Main("bench-tcp", measure, map[string]rig.Role{"load": rig.Load(order.run), "origin": rig.At(serveOrigin)})
 }
 
 // bound is the longest that the bench may take.
