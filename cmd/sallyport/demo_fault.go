@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"time"
 
 	"sallyport/internal/audit"
-	"sallyport/internal/daemon"
 )
 
 // faultRoutes make one fault in billing's place for half of payment's calls.
@@ -56,7 +54,7 @@ func faultScenario() scenario {
 				err = errors.New("no call was touched")
 			}
 			if err == nil {
-				err = post(ctx, d.adminSocket("payment"), "faults/stop")
+				_, err = d.operator(ctx, "fault", "stop", "billing/all/trial", "--socket", d.apiSocket())
 			}
 			if err == nil {
 				err = d.noneBy(fault, well)
@@ -92,23 +90,4 @@ func (d *demo) awaitRecord(ctx context.Context, name string, wanted func(audit.R
 // isFault is for the records of faults with a reason.
 func isFault(reason string) func(audit.Record) bool {
 	return func(r audit.Record) bool { return r.Reason == reason }
-}
-
-// post says something to an admin socket.
-func post(ctx context.Context, socket, path string) error {
-	c := daemon.AdminClient(socket)
-	defer c.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://admin/"+path, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.Do(req)
-	if err != nil {
-		return err
-	}
-	resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("it answers %s", resp.Status)
-	}
-	return nil
 }

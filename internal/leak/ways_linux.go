@@ -156,18 +156,26 @@ func (t *trial) sockaddr() *unix.SockaddrInet4 {
 // bare connects a socket that the library knows nothing of, and speaks to
 // whoever answers.
 func (t *trial) bare(_ context.Context, family, kind, protocol int, to unix.Sockaddr) (Result, string) {
-	fd, err := unix.Socket(family, kind|unix.SOCK_CLOEXEC, protocol)
+	fd, err := t.socket(family, kind, protocol)
 	if err != nil {
 		return noSocket(err)
 	}
 	defer unix.Close(fd)
-	wait := unix.NsecToTimeval(t.Timeout.Nanoseconds())
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
 	if err := unix.Connect(fd, to); err != nil {
 		return refused(err)
 	}
 	return t.spoken(fd, t.line("tcp"))
+}
+
+// socket is one that waits no longer than a way may take.
+func (t *trial) socket(family, kind, protocol int) (fd int, err error) {
+	if fd, err = unix.Socket(family, kind|unix.SOCK_CLOEXEC, protocol); err != nil {
+		return -1, err
+	}
+	wait := unix.NsecToTimeval(t.Timeout.Nanoseconds())
+	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait) // without them it waits longer
+	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
+	return fd, nil
 }
 
 // spoken sends a line on a connected socket and reads what comes.
@@ -205,14 +213,11 @@ func fastOpen(_ context.Context, t *trial) (Result, string) {
 	if !t.V4.IsValid() {
 		return Absent, noAddress
 	}
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	fd, err := t.socket(unix.AF_INET, unix.SOCK_STREAM, 0)
 	if err != nil {
 		return noSocket(err)
 	}
 	defer unix.Close(fd)
-	wait := unix.NsecToTimeval(t.Timeout.Nanoseconds())
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &wait)
-	_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
 	if err := unix.Sendto(fd, []byte(t.line("tcp")), unix.MSG_FASTOPEN, t.sockaddr()); err != nil {
 		return refused(err)
 	}

@@ -219,8 +219,16 @@ func (c *routeChecker) from(field string, list []string) {
 // ofHTTP says whether the region stands in a request.
 func (r *Region) ofHTTP() bool { return r.Header != "" || r.Claim != "" }
 
-// databaseName is how sidecars call their databases of regions.
 var databaseName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
+
+// CheckDatabaseName says what is wrong with the name of a database of regions,
+// which routes and sidecars call it by.
+func CheckDatabaseName(name string) error {
+	if !databaseName.MatchString(name) {
+		return fmt.Errorf("%q is not a name of lower-case letters, digits, \"-\" and \"_\"", clip(name))
+	}
+	return nil
+}
 
 func (c *routeChecker) region(r *Region) {
 	n := 0
@@ -240,8 +248,10 @@ func (c *routeChecker) region(r *Region) {
 			c.say(r.Header, "region: %s", err)
 		}
 	}
-	if r.Database != "" && !databaseName.MatchString(r.Database) {
-		c.say(r.Database, "region: database %q is not a name of lower-case letters, digits, \"-\" and \"_\"; sidecars say under regions which file has it", clip(r.Database))
+	if r.Database != "" {
+		if err := CheckDatabaseName(r.Database); err != nil {
+			c.say(r.Database, "region: database: %s; sidecars say under regions which file has it", err)
+		}
 	}
 	total := 0
 	for _, name := range sortedKeys(r.Ranges) {

@@ -12,7 +12,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -20,6 +19,7 @@ import (
 	"github.com/oschwald/maxminddb-golang/v2"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 )
 
 // Databases are the open databases by name. They are safe for concurrent use.
@@ -48,14 +48,12 @@ type record struct {
 	} `maxminddb:"continent"`
 }
 
-var names = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
-
 // Validate says what is wrong with files by name, each error led by the name.
 func Validate(files map[string]string) error {
 	var errs []error
 	for _, name := range slices.Sorted(maps.Keys(files)) {
-		if !names.MatchString(name) {
-			errs = append(errs, fmt.Errorf("%s: is not a name of lower-case letters, digits, \"-\" and \"_\"", name))
+		if err := mesh.CheckDatabaseName(name); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
 		}
 		if f := files[name]; !filepath.IsAbs(f) {
 			errs = append(errs, fmt.Errorf("%s: %q is not an absolute path to a file of MaxMind's format", name, f))
@@ -69,7 +67,7 @@ func Open(files map[string]string, log *slog.Logger) (*Databases, error) {
 	d := &Databases{log: log, of: map[string]*database{}}
 	for name, file := range files {
 		db := &database{file: file}
-		if err := db.read(); err != nil {
+		if _, err := db.read(); err != nil {
 			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		d.of[name] = db
@@ -77,29 +75,29 @@ func Open(files map[string]string, log *slog.Logger) (*Databases, error) {
 	return d, nil
 }
 
-// read reads the file, unless it is as it was.
-func (db *database) read() error {
+// read reads the file anew, unless it is as it was.
+func (db *database) read() (anew bool, err error) {
 	st, err := os.Stat(db.file)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if w := db.was; w != nil && os.SameFile(w, st) && w.Size() == st.Size() && w.ModTime().Equal(st.ModTime()) {
-		return nil
+		return false, nil
 	}
 	b, err := os.ReadFile(db.file)
 	if err != nil {
-		return err
+		return false, err
 	}
 	r, err := maxminddb.OpenBytes(b)
 	if err != nil {
-		return fmt.Errorf("%s: %w", db.file, err)
+		return false, fmt.Errorf("%s: %w", db.file, err)
 	}
 	if err := r.Verify(); err != nil {
-		return fmt.Errorf("%s: %w", db.file, err)
+		return false, fmt.Errorf("%s: %w", db.file, err)
 	}
 	db.now.Store(r)
 	db.was = st
-	return nil
+	return true, nil
 }
 
 // Region is where the database says that an address is: its region, else the
@@ -125,8 +123,11 @@ func (d *Databases) Follow(ctx context.Context) error {
 	for name, db := range d.of {
 		wg.Go(func() {
 			errs <- daemon.Watch(ctx, db.file, 0, func() {
-				if err := db.read(); err != nil {
+				switch anew, err := db.read(); {
+				case err != nil:
 					d.log.Error("database of regions not read; the one before stays in force", "name", name, "err", err)
+				case anew:
+					d.log.Info("database of regions read again", "name", name)
 				}
 			})
 		})
