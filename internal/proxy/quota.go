@@ -20,16 +20,14 @@ const (
 	gauge = 900 * time.Millisecond
 )
 
-// A quota is the limit of a route, as far as it is this proxy's. It counts as the
-// generic cell rate algorithm does: all there is to remember is when the calls
-// that were let pass will have had their time.
+// A quota is the limit of a route, as far as it is this proxy's.
 type quota struct {
 	limit mesh.RateLimit
 	of    mesh.Quota // of a shared one
 	// step is the time between two calls in the long run, slack what may be used
 	// up at once, nanoseconds. A shared one changes with what others need.
 	step, slack atomic.Int64
-	free        atomic.Int64
+	count       count
 	asked       atomic.Uint32 // calls since was last counted
 
 	mu    sync.Mutex // guards the fields below
@@ -63,17 +61,7 @@ func (q *quota) take(now int64) (wait time.Duration) {
 	if q.limit.Shared {
 		q.asked.Add(1)
 	}
-	step, slack := q.step.Load(), q.slack.Load()
-	for {
-		was := q.free.Load()
-		free := max(was, now) + step
-		if over := free - now - slack; over > 0 {
-			return time.Duration(over)
-		}
-		if q.free.CompareAndSwap(was, free) {
-			return 0
-		}
-	}
+	return q.count.take(now, time.Duration(q.step.Load()), time.Duration(q.slack.Load()))
 }
 
 // demand is how many calls a second were asked for lately.

@@ -90,15 +90,19 @@ func (r *rate) counted(id spiffeid.ID, now time.Time) *count {
 	return c
 }
 
-// take lets one call pass, or says after what time one may.
-func (b bound) take(now int64) (wait time.Duration) {
+// take lets one call of the caller pass, or says after what time one may.
+func (b bound) take(now int64) (wait time.Duration) { return b.count.take(now, b.step, b.burst) }
+
+// take lets one call pass that takes step in the long run, with slack to be used
+// up at once, or says after what time one may (the generic cell rate algorithm).
+func (c *count) take(now int64, step, slack time.Duration) (wait time.Duration) {
 	for {
-		was := b.free.Load()
-		free := max(was, now) + int64(b.step)
-		if over := free - now - int64(b.burst); over > 0 {
+		was := c.free.Load()
+		free := max(was, now) + int64(step)
+		if over := free - now - int64(slack); over > 0 {
 			return time.Duration(over)
 		}
-		if b.free.CompareAndSwap(was, free) {
+		if c.free.CompareAndSwap(was, free) {
 			return 0
 		}
 	}
