@@ -16,8 +16,8 @@ import (
 func TestDemoKeepsItsPromises(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 0)
-	if n := w.demo(t, "--for", "15s"); n < 12 {
-		t.Errorf("%d promises only", n)
+	if v := w.demo(t, "--for", "15s"); v.Cases.Passed < 50 || len(v.UseCases) != 15 {
+		t.Errorf("%d promises and %d use cases only", v.Cases.Passed, len(v.UseCases))
 	}
 }
 
@@ -26,15 +26,29 @@ func TestDemoScenarios(t *testing.T) {
 	t.Parallel()
 	for name, promises := range map[string]int{"canary": 6, "bad-canary": 4, "breaker": 6, "fault": 7, "shadow": 3, "archive": 6} {
 		t.Run(name, func(t *testing.T) {
-			if n := newWorld(t, 0).demo(t, "--scenario", name); n != promises {
-				t.Errorf("%d promises, want %d", n, promises)
+			if v := newWorld(t, 0).demo(t, "--scenario", name); v.Cases.Passed != promises {
+				t.Errorf("%d promises, want %d", v.Cases.Passed, promises)
 			}
 		})
 	}
 }
 
-// demo runs a demo that judges itself, and returns how many promises it kept.
-func (w *world) demo(t *testing.T, args ...string) int {
+// demoVerdicts is what a demo says of itself.
+type demoVerdicts struct {
+	OK       bool
+	Cases    struct{ Tried, Passed, Failed, Skipped int }
+	UseCases []struct {
+		Name, Detail string
+		OK           bool
+	} `json:"use_cases"`
+	Verdicts []struct {
+		Name, Detail string
+		OK           bool
+	}
+}
+
+// demo runs a demo that judges itself, and sees that all was kept.
+func (w *world) demo(t *testing.T, args ...string) demoVerdicts {
 	t.Helper()
 	p := w.start("demo", []string{"TMPDIR=" + w.dir}, "sallyport", append([]string{"demo", "--json"}, args...)...)
 	select {
@@ -43,14 +57,7 @@ func (w *world) demo(t *testing.T, args ...string) int {
 		p.stop()
 	}
 	lines := strings.Split(strings.TrimSpace(p.out.String()), "\n")
-	var v struct {
-		OK       bool
-		Cases    struct{ Tried, Passed, Failed, Skipped int }
-		Verdicts []struct {
-			Name, Detail string
-			OK           bool
-		}
-	}
+	var v demoVerdicts
 	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &v); err != nil {
 		t.Fatalf("the last line is not the verdicts: %v:\n%s", err, p.out)
 	}
@@ -63,8 +70,13 @@ func (w *world) demo(t *testing.T, args ...string) int {
 	if code := p.cmd.ProcessState.ExitCode(); code != 0 || !v.OK || v.Cases.Tried != v.Cases.Passed || v.Cases.Skipped != 0 {
 		t.Errorf("status %d, cases %+v", code, v.Cases)
 	}
+	for _, u := range v.UseCases {
+		if !u.OK {
+			t.Errorf("the use case %s was not shown: %s", u.Name, u.Detail)
+		}
+	}
 	w.nothingLeft(p)
-	return v.Cases.Passed
+	return v
 }
 
 func TestDemoInterrupted(t *testing.T) {

@@ -31,6 +31,7 @@ type demoWorkload struct {
 	name   string // of the program and its node
 	serves bool   // it listens, and so has an inbound port
 	config string // what its sidecar's configuration says besides
+	grpc   bool   // it speaks gRPC, and nothing else
 	env    []string
 }
 
@@ -52,7 +53,9 @@ type demo struct {
 	proc map[string]*process
 
 	workloads []demoWorkload
-	every     time.Duration // between two purchases
+	later     []demoWorkload // that come when the mesh is there already
+	tokens    string         // which tokens billing believes
+	every     time.Duration  // between two purchases
 
 	issuerAddr, gatewayAddr netip.AddrPort
 	inbound, outbound, app  map[string]netip.AddrPort
@@ -67,7 +70,7 @@ type demoOptions struct {
 }
 
 // runDemo starts the mesh and either shows it until ctx ends, or plays the
-// scenario, or, with For, puts every promise to the test; both print verdicts.
+// scenario, which with For is the tour through all of them; it prints verdicts.
 func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err error) {
 	progress := stdout
 	if o.JSON {
@@ -88,6 +91,9 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 			err = errors.Join(err, fmt.Errorf("left behind: %s", strings.Join(left, "; ")))
 		}
 	}()
+	if o.For > 0 {
+		sc = tour(o.For)
+	}
 	if sc != nil {
 		if err := d.stage(sc); err != nil {
 			return err
@@ -97,17 +103,10 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 		return err
 	}
 	d.printAddresses()
-	if o.For == 0 && sc == nil {
+	if sc == nil {
 		return d.show(ctx)
 	}
-	var v *verdicts
-	if sc != nil {
-		v = d.play(ctx, sc)
-	} else {
-		ctx, cancel := context.WithTimeout(ctx, o.For+demoReadyWithin)
-		defer cancel()
-		v = d.putToTest(ctx, o.For)
-	}
+	v := d.play(ctx, sc)
 	v.add("clean exit", func() error {
 		if left := d.stop(o.Keep); len(left) > 0 {
 			return errors.New(strings.Join(left, "; "))
@@ -190,11 +189,16 @@ func (d *demo) start(ctx context.Context, sc *scenario) (err error) {
 	return d.startAttacker()
 }
 
-// proxies are the names of all sidecars, and of the gateway.
+// proxies are the names of all sidecars that are there, and of the gateway.
 func (d *demo) proxies() []string {
 	names := []string{"gateway"}
 	for _, w := range d.workloads {
 		names = append(names, w.name)
+	}
+	for _, w := range d.later {
+		if d.proc[w.name] != nil {
+			names = append(names, w.name)
+		}
 	}
 	return names
 }
@@ -208,22 +212,18 @@ func (d *demo) reservePorts() error {
 			l.Close()
 		}
 	}()
-	port := func() (netip.AddrPort, error) {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return netip.AddrPort{}, err
-		}
-		held = append(held, l)
-		return l.Addr().(*net.TCPAddr).AddrPort(), nil
-	}
 	var err error
 	take := func() netip.AddrPort {
-		a, e := port()
-		err = errors.Join(err, e)
-		return a
+		l, e := net.Listen("tcp", "127.0.0.1:0")
+		if e != nil {
+			err = errors.Join(err, e)
+			return netip.AddrPort{}
+		}
+		held = append(held, l)
+		return l.Addr().(*net.TCPAddr).AddrPort()
 	}
 	d.issuerAddr, d.gatewayAddr = take(), take()
-	for _, w := range d.workloads {
+	for _, w := range slices.Concat(d.workloads, d.later) {
 		d.outbound[w.name] = take()
 		if w.serves {
 			d.inbound[w.name], d.app[w.name] = take(), take()
@@ -257,7 +257,7 @@ func (d *demo) awaitReady(ctx context.Context, name string) error {
 // may be called twice.
 func (d *demo) stop(keep bool) (left []string) {
 	order := []string{"issuer", "gateway"}
-	for _, w := range d.workloads {
+	for _, w := range slices.Concat(d.workloads, d.later) {
 		order = append(order, w.name)
 	}
 	order = append(order, "attacker")

@@ -37,6 +37,7 @@ type demoEvent struct {
 	For      string `json:"for,omitempty"` // the customer
 	// Took is how long the call took.
 	Took   time.Duration `json:"took,omitempty"`
+	Seen   []string      `json:"seen,omitempty"` // the traces that programs on the way were told
 	Detail string        `json:"detail,omitempty"`
 	At     time.Time     `json:"at"`
 }
@@ -82,7 +83,13 @@ func runDemoApp(ctx context.Context, name string, stdout io.Writer) error {
 	case "web":
 		go a.repeat(ctx, every, a.buy)
 		go a.repeat(ctx, time.Second, a.reachEvil)
+		if os.Getenv(envTour) != "" {
+			go a.repeat(ctx, time.Second, a.askStock)
+		}
 	case "payment":
+		if token := os.Getenv(envToken); token != "" {
+			go a.repeat(ctx, time.Second, func(ctx context.Context) { a.refund(ctx, token) })
+		}
 		go a.repeat(ctx, time.Second, a.spyOnInventory)
 		go a.repeat(ctx, every, a.readBack)
 		go a.repeat(ctx, time.Second, a.reachEvil)
@@ -131,12 +138,18 @@ func (a *demoApp) serve(ctx context.Context) error {
 	case "billing", "billing-2", "billing-next":
 		mux.Handle("POST /v1/charges", a.billing.mannered(a.relay("https://api.stripe.test/v1/charges")))
 		mux.Handle("GET /v1/charges/{id}", a.billing.mannered(a.billing.charge))
+		mux.HandleFunc("POST /v1/refunds", func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprintf(w, "{\"for\": %q}\n", r.Header.Get("X-User"))
+		})
 		mux.HandleFunc("GET /v1/report", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, `{"charges": 7}`) })
 		mux.HandleFunc("PUT /manners", a.billing.behave) // no row lets a workload call it
 	case "inventory":
+		mux.HandleFunc("POST "+stockMethod, stock)
 		mux.HandleFunc("GET /v1/stock/", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, `{"stock": 3}`) })
 	}
-	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second, Protocols: new(http.Protocols)}
+	srv.Protocols.SetHTTP1(true)
+	srv.Protocols.SetUnencryptedHTTP2(true)
 	ln, err := net.Listen("tcp", a.listen)
 	if err != nil {
 		return err
@@ -157,7 +170,9 @@ func (a *demoApp) relay(next string) http.HandlerFunc {
 			http.Error(w, err.Error(), http.StatusBadRequest)
 			return
 		}
-		status, h, reply, err := a.do(r.Context(), http.MethodPost, next, body, headerCustomer, r.Header.Get(headerCustomer))
+		// What makes one trace of many calls: every program hands on what came.
+		status, h, reply, err := a.do(r.Context(), http.MethodPost, next, body, headerCustomer, r.Header.Get(headerCustomer),
+			"Traceparent", r.Header.Get("Traceparent"), "X-Request-Id", r.Header.Get("X-Request-Id"))
 		if err != nil {
 			http.Error(w, fmt.Sprintf("%s: %v", a.name, err), http.StatusBadGateway)
 			return
@@ -165,6 +180,7 @@ func (a *demoApp) relay(next string) http.HandlerFunc {
 		if by := answeredBy(h); by != "" {
 			w.Header().Set(headerBy, by)
 		}
+		w.Header()[headerSeen] = append(h[headerSeen], r.Header.Get("Traceparent"))
 		w.WriteHeader(status)
 		_, _ = w.Write(reply)
 	}
@@ -200,7 +216,7 @@ func (a *demoApp) buy(ctx context.Context) {
 	if ctx.Err() != nil {
 		return
 	}
-	e := demoEvent{Probe: "buy", Want: "allow", Status: status, OK: err == nil && status == http.StatusOK, By: h.Get(headerBy), For: customer}
+	e := demoEvent{Probe: "buy", Want: "allow", Status: status, OK: err == nil && status == http.StatusOK, By: h.Get(headerBy), For: customer, Seen: h[headerSeen]}
 	if !e.OK {
 		e.Detail = fmt.Sprintf("%.200s %v", reply, err)
 		e.Decision = h.Get("Sallyport-Decision")

@@ -15,7 +15,9 @@ const (
 	// headerBy says in answers which version of billing made them.
 	headerBy       = "X-Answered-By"
 	headerCustomer = "X-Customer"
-	demoCustomers  = 200
+	// headerSeen has the traces that the programs on the way were told.
+	headerSeen    = "X-Seen"
+	demoCustomers = 200
 )
 
 // billing is how a program behaves that plays billing, or a version of it.

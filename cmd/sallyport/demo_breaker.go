@@ -22,41 +22,43 @@ func breakerScenario() scenario {
 		policies: func(d *demo) error {
 			return daemon.WriteFile(d.policyFile("routes", "billing.yaml"), []byte(breakerRoutes), 0o600)
 		},
-		play: func(ctx context.Context, d *demo, v *verdicts) {
-			before, err := d.behave(ctx, "billing", manners{Status: http.StatusInternalServerError})
-			if err == nil && !d.rec.awaitThat(stepWithin, func() bool { return d.rec.get("payment read by circuit_open").Failed > 0 }) {
-				err = fmt.Errorf("no call was refused with circuit_open: %+v", d.rec.failures("payment read"))
-			}
-			v.say("a service that keeps failing is cut off", "", err)
-
-			var ts []upstream.Trouble
-			err = until(ctx, "payment's sidecar holds an open breaker against billing", func() (bool, error) {
-				ts = nil
-				err := askProxy(ctx, d.adminSocket("payment"), "troubles", &ts)
-				for _, t := range ts {
-					if t.Kind == upstream.Open && t.Service == "billing" {
-						return true, err
-					}
-				}
-				return false, err
-			})
-			v.say("the sidecar says since when and why", fmt.Sprintf("%d troubles, %s", len(ts), whyOf(ts)), err)
-
-			d.testOpen(ctx, v, before)
-
-			_, err = d.behave(ctx, "billing", manners{})
-			start := time.Now()
-			if err == nil && !d.rec.await("web buy", 20, stepWithin) {
-				err = fmt.Errorf("no purchases after billing was well: %+v", d.rec.failures("web buy"))
-			}
-			v.say("one good call closes it again", "20 purchases within "+time.Since(start).Round(time.Millisecond).String(), err)
-			v.add("and nothing is held against it", until(ctx, "no trouble is left", func() (bool, error) {
-				ts = nil
-				err := askProxy(ctx, d.adminSocket("payment"), "troubles", &ts)
-				return len(ts) == 0, err
-			}))
-		},
+		play: func(ctx context.Context, d *demo, v *verdicts) { d.testBreaker(ctx, v) },
 	}
+}
+
+func (d *demo) testBreaker(ctx context.Context, v *verdicts) {
+	before, err := d.behave(ctx, "billing", manners{Status: http.StatusInternalServerError})
+	if err == nil && !d.rec.awaitThat(stepWithin, func() bool { return d.rec.get("payment read by circuit_open").Failed > 0 }) {
+		err = fmt.Errorf("no call was refused with circuit_open: %+v", d.rec.failures("payment read"))
+	}
+	v.say("a service that keeps failing is cut off", "", err)
+
+	var ts []upstream.Trouble
+	err = until(ctx, "payment's sidecar holds an open breaker against billing", func() (bool, error) {
+		ts = nil
+		err := askProxy(ctx, d.adminSocket("payment"), "troubles", &ts)
+		for _, t := range ts {
+			if t.Kind == upstream.Open && t.Service == "billing" {
+				return true, err
+			}
+		}
+		return false, err
+	})
+	v.say("the sidecar says since when and why", fmt.Sprintf("%d troubles, %s", len(ts), whyOf(ts)), err)
+
+	d.testOpen(ctx, v, before)
+
+	_, err = d.behave(ctx, "billing", manners{})
+	start := time.Now()
+	if err == nil && !d.rec.await("web buy", 20, stepWithin) {
+		err = fmt.Errorf("no purchases after billing was well: %+v", d.rec.failures("web buy"))
+	}
+	v.say("one good call closes it again", "20 purchases within "+time.Since(start).Round(time.Millisecond).String(), err)
+	v.add("and nothing is held against it", until(ctx, "no trouble is left", func() (bool, error) {
+		ts = nil
+		err := askProxy(ctx, d.adminSocket("payment"), "troubles", &ts)
+		return len(ts) == 0, err
+	}))
 }
 
 func whyOf(ts []upstream.Trouble) string {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 
 	"sallyport/internal/control"
@@ -32,16 +33,16 @@ routes:
       judge: {window: 5s, min_requests: 20, errors: 15%, confidence: 95%, latency: {ratio: 0}}
 `
 
-const canaryRoute = "billing/charges"
+// secondBilling is version 2 of billing, under the same identity.
+var secondBilling = demoWorkload{
+	name: "billing-2", serves: true, config: "workload:\n  labels: version=v2\n", env: []string{envVersion + "=v2"},
+}
 
 // canaried is what both stories need: a second instance of billing, of version 2.
 func canaried(name, about string, play func(context.Context, *demo, *verdicts)) scenario {
 	return scenario{
 		name: name, about: about, play: play,
-		workloads: []demoWorkload{{
-			name: "billing-2", serves: true, config: "workload:\n  labels: version=v2\n",
-			env: []string{envVersion + "=v2"},
-		}},
+		workloads: []demoWorkload{secondBilling},
 		policies: func(d *demo) error {
 			return errors.Join(
 				d.enrol("billing-2", "billing"),
@@ -51,14 +52,15 @@ func canaried(name, about string, play func(context.Context, *demo, *verdicts)) 
 	}
 }
 
-// rollout runs a command about the rollout, on the issuer of the demo.
-func (d *demo) rollout(ctx context.Context, args ...string) (string, error) {
-	return d.operator(ctx, append(append([]string{"rollout"}, args...), canaryRoute, "--socket", d.apiSocket())...)
+// rollout runs a command about the rollout of a route of billing, on the issuer
+// of the demo.
+func (d *demo) rollout(ctx context.Context, route string, args ...string) (string, error) {
+	return d.operator(ctx, append(append([]string{"rollout"}, args...), "billing/"+route, "--socket", d.apiSocket())...)
 }
 
-// awaitDelivery waits until the rollout is in that state, and every proxy acts
-// on it.
-func (d *demo) awaitDelivery(ctx context.Context, state mesh.DeliveryState) error {
+// awaitDelivery waits until the rollout of a route is in that state, and every
+// proxy acts on it.
+func (d *demo) awaitDelivery(ctx context.Context, route string, state mesh.DeliveryState) error {
 	admin, err := control.DialAdmin(d.apiSocket())
 	if err != nil {
 		return err
@@ -66,7 +68,9 @@ func (d *demo) awaitDelivery(ctx context.Context, state mesh.DeliveryState) erro
 	defer admin.Close()
 	return until(ctx, "the rollout is "+string(state)+" everywhere", func() (bool, error) {
 		list, err := admin.Rollouts(ctx)
-		return len(list) == 1 && list[0].State == state && list[0].Proxies > 0 && list[0].Acked == list[0].Proxies, err
+		return slices.ContainsFunc(list, func(r mesh.Delivery) bool {
+			return r.Route == route && r.State == state && r.Proxies > 0 && r.Acked == r.Proxies
+		}), err
 	})
 }
 
@@ -93,67 +97,72 @@ func lastLine(s string) string {
 // canaryScenario: version 2 takes over step by step, and no purchase fails.
 func canaryScenario() scenario {
 	return canaried("canary", "a good version takes over step by step", func(ctx context.Context, d *demo, v *verdicts) {
-		bought, came := d.rec.get("web buy"), d.rec.get("web buy by v2").OK
-		var err error
-		if came > 0 {
-			err = fmt.Errorf("%d purchases were by it", came)
-		}
-		v.say("before it starts nobody is on version 2", fmt.Sprintf("%d purchases", bought.OK), err)
-		moved := map[string]bool{} // customers that are on version 2
-		back := 0
-		d.rec.listen(func(e demoEvent) {
-			switch {
-			case e.Probe != "buy" || !e.OK:
-			case e.By == "v2":
-				moved[e.For] = true
-			case moved[e.For]:
-				back++
-			}
-		})
-		var out string
-		out, err = d.rollout(ctx, "start", "--watch", "--timeout", "1m")
-		if err == nil {
-			err = d.awaitDelivery(ctx, mesh.Completed)
-		}
-		v.say("its share grows by the steps until it has all", lastLine(out), err)
-		v.add("then all purchases are by version 2", d.allBy("v2"))
-		d.rec.listen(nil)
-		if err = nil; back > 0 {
-			err = fmt.Errorf("%d purchases of customers that were on version 2 went to version 1", back)
-		}
-		v.say("no customer was moved back on the way", fmt.Sprintf("%d customers", len(moved)), err)
-		if err = nil; d.rec.get("web buy").Failed > bought.Failed {
-			err = fmt.Errorf("%+v", d.rec.failures("web buy"))
-		}
-		v.add("no purchase failed", err)
+		d.testCanary(ctx, v, "charges")
 	})
+}
+
+func (d *demo) testCanary(ctx context.Context, v *verdicts, route string) {
+	bought, came := d.rec.get("web buy"), d.rec.get("web buy by v2").OK
+	var err error
+	if came > 0 {
+		err = fmt.Errorf("%d purchases were by it", came)
+	}
+	v.say("before it starts nobody is on version 2", fmt.Sprintf("%d purchases", bought.OK), err)
+	moved := map[string]bool{} // customers that are on version 2
+	back := 0
+	stop := d.rec.listen(func(e demoEvent) {
+		switch {
+		case e.Probe != "buy" || !e.OK:
+		case e.By == "v2":
+			moved[e.For] = true
+		case moved[e.For]:
+			back++
+		}
+	})
+	out, err := d.rollout(ctx, route, "start", "--watch", "--timeout", "1m")
+	if err == nil {
+		err = d.awaitDelivery(ctx, route, mesh.Completed)
+	}
+	v.say("its share grows by the steps until it has all", lastLine(out), err)
+	v.add("then all purchases are by version 2", d.allBy("v2"))
+	stop()
+	if err = nil; back > 0 {
+		err = fmt.Errorf("%d purchases of customers that were on version 2 went to version 1", back)
+	}
+	v.say("no customer was moved back on the way", fmt.Sprintf("%d customers", len(moved)), err)
+	v.add("no purchase failed", d.noMoreFailed("web buy", bought))
+}
+
+// noMoreFailed says what of a probe has failed since it was counted.
+func (d *demo) noMoreFailed(key string, before probeTally) error {
+	if n := d.rec.get(key).Failed - before.Failed; n > 0 {
+		return fmt.Errorf("%d calls failed: %+v", n, d.rec.failures(key))
+	}
+	return nil
 }
 
 // badCanaryScenario: version 2 fails, and all customers are taken from it at
 // once, by nobody's hand.
 func badCanaryScenario() scenario {
 	return canaried("bad-canary", "a bad version is rolled back by itself", func(ctx context.Context, d *demo, v *verdicts) {
-		failed := d.rec.get("web buy").Failed
-		_, err := d.behave(ctx, "billing-2", manners{Status: http.StatusInternalServerError})
-		out := ""
-		if err == nil {
-			out, err = d.rollout(ctx, "start", "--watch", "--timeout", "1m")
-		}
-		if err == nil {
-			err = d.awaitDelivery(ctx, mesh.RolledBack)
-		}
-		v.say("it is rolled back by itself", lastLine(out), err)
-		before, e := d.behave(ctx, "billing-2", manners{})
-		if err = e; err == nil {
-			err = d.allBy("v1")
-		}
-		after, e := d.behave(ctx, "billing-2", manners{})
-		if err = errors.Join(err, e); err == nil && after != before {
-			err = fmt.Errorf("%d calls came to it afterwards", after-before)
-		}
-		v.say("afterwards no call comes to it", "", err)
-		hurt := d.rec.get("web buy").Failed - failed
-		v.Figures["purchases_failed"] = float64(hurt)
-		v.say("few customers have noticed", fmt.Sprintf("%d purchases failed", hurt), nil)
+		d.testBadCanary(ctx, v, "charges")
 	})
+}
+
+func (d *demo) testBadCanary(ctx context.Context, v *verdicts, route string) {
+	failed := d.rec.get("web buy").Failed
+	_, err := d.behave(ctx, "billing-2", manners{Status: http.StatusInternalServerError})
+	out := ""
+	if err == nil {
+		out, err = d.rollout(ctx, route, "start", "--watch", "--timeout", "1m")
+	}
+	if err == nil {
+		err = d.awaitDelivery(ctx, route, mesh.RolledBack)
+	}
+	v.say("it is rolled back by itself", lastLine(out), err)
+	v.add("afterwards no purchase comes to it", d.allBy("v1"))
+	hurt := d.rec.get("web buy").Failed - failed
+	v.Figures["purchases_failed"] = float64(hurt)
+	_, err = d.behave(ctx, "billing-2", manners{})
+	v.say("few customers have noticed", fmt.Sprintf("%d purchases failed", hurt), err)
 }

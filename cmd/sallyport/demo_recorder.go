@@ -11,7 +11,8 @@ type recorder struct {
 	tally  map[string]*probeTally
 	wake   chan struct{} // closed at every event
 	failed []demoEvent   // the first few that went wrong
-	hear   func(demoEvent)
+	hear   map[int]func(demoEvent)
+	heard  int // how many have ever listened
 }
 
 // A probeTally counts one probe of one program.
@@ -23,7 +24,7 @@ type probeTally struct {
 const keepFailures = 20
 
 func newRecorder() *recorder {
-	return &recorder{tally: map[string]*probeTally{}, wake: make(chan struct{})}
+	return &recorder{tally: map[string]*probeTally{}, wake: make(chan struct{}), hear: map[int]func(demoEvent){}}
 }
 
 // begin forgets what was said while the mesh came up.
@@ -46,8 +47,8 @@ func (r *recorder) event(e demoEvent) {
 	if !e.OK && len(r.failed) < keepFailures {
 		r.failed = append(r.failed, e)
 	}
-	if r.hear != nil {
-		r.hear(e)
+	for _, f := range r.hear {
+		f(e)
 	}
 	close(r.wake)
 	r.wake = make(chan struct{})
@@ -68,11 +69,18 @@ func (r *recorder) count(key string, e demoEvent) {
 	}
 }
 
-// listen has f told of every event from now on, under the lock.
-func (r *recorder) listen(f func(demoEvent)) {
+// listen has f told of every event until stop, under the lock.
+func (r *recorder) listen(f func(demoEvent)) (stop func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.hear = f
+	r.heard++
+	n := r.heard
+	r.hear[n] = f
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.hear, n)
+	}
 }
 
 // get returns the count of a probe such as "web buy", or "web buy by v1".

@@ -29,7 +29,9 @@ const (
 // A scenario is a story that the demo plays once, and judges.
 type scenario struct {
 	name, about string
+	takes       time.Duration     // at least
 	workloads   []demoWorkload    // beside those of the shop, and before them
+	later       []demoWorkload    // that join while it is played
 	config      map[string]string // what sidecars' configurations say besides, by workload
 	prepare     func(d *demo) error
 	policies    func(d *demo) error // edits the policy files before anybody reads them
@@ -64,7 +66,7 @@ func scenarioNamed(name string) (*scenario, error) {
 
 // stage adds to the demo what the scenario needs before it starts.
 func (d *demo) stage(sc *scenario) error {
-	d.every = scenarioEvery
+	d.every, d.later = scenarioEvery, sc.later
 	d.workloads = append(slices.Clone(sc.workloads), d.workloads...)
 	for i, w := range d.workloads {
 		d.workloads[i].config += sc.config[w.name]
@@ -77,9 +79,9 @@ func (d *demo) stage(sc *scenario) error {
 
 // play plays the scenario in the running mesh.
 func (d *demo) play(ctx context.Context, sc *scenario) *verdicts {
-	ctx, cancel := context.WithTimeout(ctx, scenarioWithin)
+	ctx, cancel := context.WithTimeout(ctx, sc.takes+scenarioWithin)
 	defer cancel()
-	v := newVerdicts("demo " + sc.name)
+	v := newVerdicts(strings.TrimSpace("demo " + sc.name))
 	sc.play(ctx, d, v)
 	return v
 }
@@ -141,6 +143,9 @@ func (d *demo) routes(ctx context.Context, text string) (took time.Duration, err
 		return 0, err
 	}
 	err = d.awaitSynced(ctx, admin, st.PolicyRevision+1, stepWithin)
+	if now, e := admin.Status(ctx); err != nil && e == nil && now.LastRefusal != "" {
+		err = errors.New(now.LastRefusal)
+	}
 	return time.Since(start), err
 }
 

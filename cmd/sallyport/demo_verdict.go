@@ -23,6 +23,8 @@ type verdict struct {
 	Name   string `json:"name"`
 	OK     bool   `json:"ok"`
 	Detail string `json:"detail,omitempty"`
+	// UseCase is the use of a mesh that the promise belongs to, if to one.
+	UseCase string `json:"use_case,omitempty"`
 }
 
 // verdicts is the outcome of a bounded check, in the form every check prints.
@@ -36,7 +38,10 @@ type verdicts struct {
 		Skipped int `json:"skipped"`
 	} `json:"cases"`
 	Figures  map[string]float64 `json:"figures,omitempty"`
+	UseCases []useCase          `json:"use_cases,omitempty"`
 	Verdicts []verdict          `json:"verdicts"`
+
+	use string // what is shown now
 }
 
 func newVerdicts(name string) *verdicts {
@@ -55,7 +60,7 @@ func (v *verdicts) say(name, detail string, err error) {
 	} else {
 		v.Cases.Passed++
 	}
-	v.Verdicts = append(v.Verdicts, verdict{name, err == nil, detail})
+	v.Verdicts = append(v.Verdicts, verdict{Name: name, OK: err == nil, Detail: detail, UseCase: v.use})
 }
 
 // print writes the verdicts for people or as one line of JSON, and returns an
@@ -73,6 +78,13 @@ func (v *verdicts) print(w io.Writer, asJSON bool) error {
 			}
 			fmt.Fprintf(w, "  %s  %-45s %s\n", mark, x.Name, x.Detail)
 		}
+		for _, u := range v.UseCases {
+			mark := "shown "
+			if !u.OK {
+				mark = "BROKEN"
+			}
+			fmt.Fprintf(w, "  %s  %-25s %d promises\n", mark, u.Name, u.Promises)
+		}
 	}
 	if !v.OK {
 		return &daemon.ExitError{Code: daemon.Failed, Err: fmt.Errorf("%d of %d promises broken", v.Cases.Failed, v.Cases.Tried)}
@@ -80,46 +92,21 @@ func (v *verdicts) print(w io.Writer, asJSON bool) error {
 	return nil
 }
 
-// putToTest lets the mesh run, hurts it, and asks of each promise whether it
-// was kept.
-func (d *demo) putToTest(ctx context.Context, span time.Duration) *verdicts {
-	v := newVerdicts("demo")
-	end := time.Now().Add(span)
-	admin, err := control.DialAdmin(d.apiSocket())
-	if err != nil {
-		v.add("issuer answers", err)
-		return v
-	}
-	defer admin.Close()
-	w := watchSVIDs(ctx, admin)
-
-	if !d.rec.await("web buy", 10, demoReadyWithin) {
-		v.add("traffic flows", fmt.Errorf("no ten purchases in %s: %v", demoReadyWithin, d.rec.failures("web buy")))
-		return v
-	}
-	d.testPolicyEdits(ctx, v, admin)
-	d.testIssuerLoss(ctx, v, admin)
-	for time.Now().Before(end) && ctx.Err() == nil {
-		d.rec.await("web buy", 1<<30, min(time.Until(end), time.Second))
-	}
-	d.testProbes(v)
-	d.testRotation(v, w.stop())
-	d.testAudit(v)
-	return v
-}
-
 // testProbes judges what the programs saw while they ran.
 func (d *demo) testProbes(v *verdicts) {
 	for _, p := range []struct {
-		promise string
-		probes  []string
+		use, promise string
+		probes       []string
 	}{
-		{"payment may POST /v1/charges on billing", []string{"web buy"}},
-		{"payment may not reach inventory", []string{"payment inventory"}},
-		{"batch may read billing's report and not write", []string{"batch report", "batch write"}},
-		{"no handshake without an SVID", []string{"attacker handshake"}},
-		{"a sidecar serves its own workload only", []string{"attacker borrow"}},
+		{useAccess, "payment may POST /v1/charges on billing", []string{"web buy"}},
+		{useAccess, "payment may not reach inventory", []string{"payment inventory"}},
+		{useAccess, "batch may read billing's report and not write", []string{"batch report", "batch write"}},
+		{useMTLS, "no handshake without an SVID", []string{"attacker handshake"}},
+		{useAccess, "a sidecar serves its own workload only", []string{"attacker borrow"}},
+		{useTranslation, "web asks a service of gRPC with GET and JSON", []string{"web stock"}},
+		{useCredentials, "a refund needs a token of the login, and whose it is", []string{"payment refund", "payment refund without", "payment refund forged"}},
 	} {
+		v.of(p.use)
 		var err error
 		n := 0
 		for _, key := range p.probes {
@@ -134,6 +121,7 @@ func (d *demo) testProbes(v *verdicts) {
 		}
 		v.say(p.promise, fmt.Sprintf("%d times", n), err)
 	}
+	v.of("")
 	var err error
 	if n := d.net.Sites["api.stripe.test"].Connections.Load(); n == 0 {
 		err = errors.New("nobody came to api.stripe.test")

@@ -17,7 +17,9 @@ import (
 type svidWatch struct {
 	cancel context.CancelFunc
 	done   chan struct{}
-	count  map[string]int // by proxy name; read after done
+
+	mu    sync.Mutex     // guards count
+	count map[string]int // by proxy name
 }
 
 // watchSVIDs asks the issuer twice a second, until stop.
@@ -32,7 +34,9 @@ func watchSVIDs(ctx context.Context, admin *control.Admin) *svidWatch {
 			for _, p := range ps {
 				name := path.Base(p.Workload.Path())
 				if old, seen := last[name]; seen && p.SVIDExpires.After(old) {
+					w.mu.Lock()
 					w.count[name]++
+					w.mu.Unlock()
 				}
 				last[name] = p.SVIDExpires
 			}
@@ -43,6 +47,18 @@ func watchSVIDs(ctx context.Context, admin *control.Admin) *svidWatch {
 		}
 	}()
 	return w
+}
+
+// all says whether each of them was renewed.
+func (w *svidWatch) all(names []string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, n := range names {
+		if w.count[n] == 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // stop ends the watch and returns the counts.

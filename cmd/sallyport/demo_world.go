@@ -145,14 +145,37 @@ egress:
 `, d.outbound[name], demoTrustDomain, d.gatewayAddr)
 	if a, ok := d.app[name]; ok {
 		c += fmt.Sprintf("inbound:\n  listen: %s\n  app: %s\n", d.inbound[name], a)
+		if d.workload(name).grpc {
+			c += "  app_protocol: h2c\n"
+		}
 	}
 	return c + d.workload(name).config
 }
 
 // workload is the one of that name.
 func (d *demo) workload(name string) demoWorkload {
+	all := slices.Concat(d.workloads, d.later)
+	return all[slices.IndexFunc(all, func(w demoWorkload) bool { return w.name == name })]
+}
+
+// give adds variables to the environment of a workload's program.
+func (d *demo) give(name string, env ...string) {
 	i := slices.IndexFunc(d.workloads, func(w demoWorkload) bool { return w.name == name })
-	return d.workloads[i]
+	d.workloads[i].env = append(slices.Clone(d.workloads[i].env), env...)
+}
+
+// join starts a workload that comes later, and leave ends it.
+func (d *demo) join(ctx context.Context, name string) error {
+	if err := d.startProxy(ctx, name, d.sidecarConfig, "sidecar", "run"); err != nil {
+		return err
+	}
+	return d.awaitReady(ctx, name)
+}
+
+func (d *demo) leave(name string) error {
+	p := d.proc[name]
+	delete(d.proc, name)
+	return p.stop(demoStopWithin)
 }
 
 // startAttacker starts a program that has neither sidecar nor identity.
