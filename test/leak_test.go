@@ -62,6 +62,11 @@ func TestLeakCaptured(t *testing.T) {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.WriteFile(program, b, 0o755)); err != nil {
 		t.Fatal(err)
 	}
+	for _, args := range [][]string{{"add", "out0", "type", "veth", "peer", "name", "out0p"}, {"set", "out0", "up"}, {"set", "out0p", "up"}} { // for frames
+		if r := command(t, ip, append([]string{"link"}, args...)...); r.Code != 0 {
+			t.Fatal(r.Output)
+		}
+	}
 	w, _, _ := capturedWorld(t, "", "", "")
 	four, six := w.start("witness", nil, "sallyport", "egress", "witness", "--listen", v4), w.start("witness6", nil, "sallyport", "egress", "witness", "--listen", v6)
 	try := func(uid uint32, more ...string) runReply {
@@ -90,6 +95,23 @@ func TestLeakCaptured(t *testing.T) {
 			t.Errorf("the witness has heard\n%s", after)
 		}
 	})
+	t.Run("nor with every kind of socket", func(t *testing.T) {
+		if leaked := leaksRaw(t, program, strangerUID); !slices.Contains(leaked, "packet") || !slices.Contains(leaked, "packet-direct") || !slices.Contains(leaked, "raw-ip") {
+			t.Errorf("who is not captured gets out by %v", leaked)
+		}
+		if leaked := leaksRaw(t, program, workloadUID); len(leaked) > 0 {
+			t.Errorf("leaked %v", leaked)
+		}
+	})
+}
+
+// leaksRaw tries the ways of somebody who may open sockets of any kind.
+func leaksRaw(t *testing.T, program string, uid int) (leaked []string) {
+	t.Helper()
+	n := strconv.Itoa(uid)
+	_, leaked = leaks(t, command(t, meshtest.Need(t, "setpriv"), "--reuid", n, "--regid", n, "--clear-groups", "--inh-caps", "+net_raw", "--ambient-caps", "+net_raw", "--",
+		program, "egress", "leak-test", "--witness", "203.0.113.7:7777", "--timeout", "1s", "-o", "json", "--only", "packet,packet-direct,raw-icmp,raw-ip,raw-gre,tcp-mark"))
+	return leaked
 }
 
 // TestLeakIsolated tries every way out of a network namespace that holds the

@@ -145,7 +145,7 @@ func installRules(c *Config, dry bool, stdout io.Writer) error {
 		return err
 	}
 	if dry {
-		_, err := fmt.Fprintf(stdout, "%s%s", r, r.RoutesText())
+		_, err := fmt.Fprintf(stdout, "%s%s%s", r, r.RoutesText(), r.FramesText())
 		return err
 	}
 	h, err := r.Install()
@@ -155,6 +155,9 @@ func installRules(c *Config, dry bool, stdout io.Writer) error {
 	defer h.Close()
 	if !h.Owned {
 		fmt.Fprintf(stdout, "this kernel keeps nobody with CAP_NET_ADMIN off the rules, not even while a sidecar holds them (Linux 6.9 does)\n")
+	}
+	if !h.Frames() {
+		fmt.Fprintf(stdout, "frames that a workload puts together itself are not held: there is no interface, no user is named, or the kernel is older than Linux 5.16\n")
 	}
 	_, err = fmt.Fprintf(stdout, "table inet %s: in force, %s\n", c.Capture.Table, h.Digest())
 	return err
@@ -184,8 +187,8 @@ func showRules(c *Config, stdout io.Writer) error {
 	if len(s.Routes) > 0 {
 		routes = strings.Join(s.Routes, ", ")
 	}
-	_, err = fmt.Fprintf(stdout, "table inet %s\nrules                 %s\nof this configuration %s\nheld by               %s\nvirtual ranges        %s\nrefused packets       %d TCP, %d other\n",
-		c.Capture.Table, s.Digest, same, holder, routes, s.RefusedTCP, s.RefusedOther)
+	_, err = fmt.Fprintf(stdout, "table inet %s\nrules                 %s\nof this configuration %s\nheld by               %s\nvirtual ranges        %s\nrefused packets       %d TCP, %d other\nheld frames           of %d interfaces, %d refused\n",
+		c.Capture.Table, s.Digest, same, holder, routes, s.RefusedTCP, s.RefusedOther, s.Frames, s.RefusedFrames)
 	if err == nil && same != "yes" {
 		return daemon.Hint(daemon.Exit(daemon.Failed, errors.New("the rules in force are not those of the configuration")), "sidecar capture install --config FILE")
 	}
@@ -331,7 +334,7 @@ func (s *sidecar) installRules() (*redirect.Hold, error) {
 	}
 	h, err := r.Install()
 	if err == nil {
-		s.log.Info("capture rules in force", "table", s.cfg.Capture.Table, "rules", h.Digest(), "others_kept_off", h.Owned)
+		s.log.Info("capture rules in force", "table", s.cfg.Capture.Table, "rules", h.Digest(), "others_kept_off", h.Owned, "frames", h.Frames())
 	}
 	return h, err
 }

@@ -39,7 +39,7 @@ func ways() []way {
 		{"raw-icmp", datagram(unix.SOCK_RAW, unix.IPPROTO_ICMP)},
 		{"raw-gre", datagram(unix.SOCK_RAW, unix.IPPROTO_GRE)},
 		{"raw-ip", datagram(unix.SOCK_RAW, unix.IPPROTO_RAW)},
-		{"packet", frame},
+		{"packet", frame(false)}, {"packet-direct", frame(true)},
 		{"vsock", vsock},
 		{"metadata4", metadata("169.254.169.254:80")}, {"metadata6", metadata("[fd00:ec2::254]:80")},
 		{"connect", connect},
@@ -317,31 +317,39 @@ func multicast(_ context.Context, t *trial) (Result, string) {
 }
 
 // frame sends a frame to everybody on each interface that is up and not
-// loopback, below the rules for packets.
-func frame(_ context.Context, t *trial) (Result, string) {
-	ifs, err := net.Interfaces()
-	if err != nil {
-		return Refused, why(err)
-	}
-	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return noSocket(err)
-	}
-	defer unix.Close(fd)
-	result, detail := Absent, "there is no interface but loopback"
-	for _, i := range ifs {
-		if i.Flags&net.FlagLoopback != 0 || i.Flags&net.FlagUp == 0 {
-			continue
+// loopback, below the rules for packets; when direct, past the queue of the
+// interface and what stands there.
+func frame(direct bool) func(context.Context, *trial) (Result, string) {
+	return func(_ context.Context, t *trial) (Result, string) {
+		ifs, err := net.Interfaces()
+		if err != nil {
+			return Refused, why(err)
 		}
-		// 0x88b5 is for experiments (IEEE 802).
-		to := &unix.SockaddrLinklayer{Protocol: 0xb588, Ifindex: i.Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}
-		if err := unix.Sendto(fd, []byte(t.line("frame")), 0, to); err != nil {
-			result, detail = Refused, i.Name+": "+why(err)
-			continue
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return noSocket(err)
 		}
-		return Leaked, i.Name + ": the kernel has sent it"
+		defer unix.Close(fd)
+		if direct {
+			if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1); err != nil {
+				return Absent, why(err)
+			}
+		}
+		result, detail := Absent, "there is no interface but loopback"
+		for _, i := range ifs {
+			if i.Flags&net.FlagLoopback != 0 || i.Flags&net.FlagUp == 0 {
+				continue
+			}
+			// 0x88b5 is for experiments (IEEE 802).
+			to := &unix.SockaddrLinklayer{Protocol: 0xb588, Ifindex: i.Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}
+			if err := unix.Sendto(fd, []byte(t.line("frame")), 0, to); err != nil {
+				result, detail = Refused, i.Name+": "+why(err)
+				continue
+			}
+			return Leaked, i.Name + ": the kernel has sent it"
+		}
+		return result, detail
 	}
-	return result, detail
 }
 
 // vsock calls the host of a virtual machine.

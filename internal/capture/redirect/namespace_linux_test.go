@@ -156,6 +156,8 @@ func try(attempt string) string {
 	d := net.Dialer{Timeout: patience}
 	network := f[0]
 	switch network {
+	case "frame", "frame-direct":
+		return sendFrame(f[1], network == "frame-direct")
 	case "icmp":
 		network = "ip4:icmp"
 	case "mptcp":
@@ -187,6 +189,31 @@ func try(attempt string) string {
 		return "refused: " + err.Error()
 	}
 	return string(b[:n])
+}
+
+// sendFrame writes a frame with a packet of IPv4 past the stack, and past what
+// orders packets when direct.
+func sendFrame(device string, direct bool) string {
+	i, err := net.InterfaceByName(device)
+	if err != nil {
+		return err.Error()
+	}
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "no socket: " + err.Error()
+	}
+	defer unix.Close(fd)
+	if direct {
+		if err := unix.SetsockoptInt(fd, unix.SOL_PACKET, unix.PACKET_QDISC_BYPASS, 1); err != nil {
+			return err.Error()
+		}
+	}
+	packet := append([]byte{0x45, 0, 0, 28, 0, 0, 0, 0, 64, unix.IPPROTO_UDP, 0, 0, 10, 77, 0, 1, 10, 77, 0, 2}, 0, 9, 0, 9, 0, 8, 0, 0)
+	to := &unix.SockaddrLinklayer{Protocol: 0x0008, Ifindex: i.Index, Halen: 6, Addr: [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}}
+	if err := unix.Sendto(fd, packet, 0, to); err != nil {
+		return "refused: " + err.Error()
+	}
+	return "sent"
 }
 
 // place makes an address of the world outside, on this machine, so that what

@@ -72,6 +72,11 @@ func TestRulesMeanWhatTheySay(t *testing.T) {
 	odd.InboundDirect, odd.LoopbackPorts = []uint16{9090, 9091}, []uint16{5432}
 	withNames := testDoors
 	withNames.Names = 15053
+	for _, name := range []string{"out0", "out.1"} {
+		if out, err := exec.CommandContext(t.Context(), meshtest.Need(t, "ip"), "link", "add", name, "type", "veth", "peer", "name", name+"p").CombinedOutput(); err != nil {
+			t.Fatalf("%v %s", err, out)
+		}
+	}
 	for name, c := range map[string]Config{"users": byUser(), "everyone": everyone(), "exceptions": odd, "users and names": byUser(), "everyone and names": everyone(), "exceptions and names": odd} {
 		doors := testDoors
 		if strings.HasSuffix(name, "names") {
@@ -86,20 +91,24 @@ func TestRulesMeanWhatTheySay(t *testing.T) {
 			t.Fatal(err)
 		}
 		h.Close()
-		ours := nft(t, "list", "table", "inet", c.Table)
-		nft(t, "delete", "table", "inet", c.Table)
+		list := func() string {
+			all := nft(t, "list", "table", "inet", c.Table) + nft(t, "list", "table", "netdev", c.Table)
+			nft(t, "delete", "table", "inet", c.Table)
+			nft(t, "delete", "table", "netdev", c.Table)
+			return all
+		}
+		ours := list()
 		file := filepath.Join(t.TempDir(), "rules")
-		if err := os.WriteFile(file, []byte(r.String()), 0o600); err != nil {
+		if err := os.WriteFile(file, []byte(r.String()+r.FramesText()), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		nft(t, "-f", file)
-		theirs := nft(t, "list", "table", "inet", c.Table)
-		nft(t, "delete", "table", "inet", c.Table)
+		theirs := list()
 		ours = strings.ReplaceAll(ours, " flags owner,persist\n", "")
 		if d := cmp.Diff(lines(theirs), lines(ours)); d != "" {
 			t.Errorf("%s: by nft -f (-), by netlink (+):\n%s", name, d)
 		}
-		if strings.Count(ours, "\n") < 20 {
+		if strings.Count(ours, "\n") < 20 || strings.Count(ours, "hook egress") != 4 {
 			t.Errorf("%s: nft lists too little:\n%s", name, ours)
 		}
 	}

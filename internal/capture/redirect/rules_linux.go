@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -16,9 +17,11 @@ import (
 // Rules are what a configuration means on this machine at this moment: users
 // and cgroups have become numbers.
 type Rules struct {
-	table    string
-	maps     []portMap
-	chains   []chain
+	table  string
+	maps   []portMap
+	chains []chain
+	// frames are the chains of the table for frames.
+	frames   []chain
 	virtual  []netip.Prefix
 	isolated bool
 	// cgroups are the numbers of those that are named; one that was made anew
@@ -51,6 +54,8 @@ type hook struct {
 	// before the number that the kind is known by in nft, so that nobody
 	// else's address translation comes first.
 	priority int
+	// device is whose frames it sees, of the hook "egress".
+	device string
 }
 
 // A rule acts on a packet that satisfies all its terms.
@@ -62,10 +67,10 @@ type rule struct {
 }
 
 var (
-	onOutput     = &hook{"nat", "output", -105}
-	onPrerouting = &hook{"nat", "prerouting", -105}
-	onLeaving    = &hook{"filter", "output", 0}
-	onArriving   = &hook{"filter", "input", 0}
+	onOutput     = &hook{kind: "nat", at: "output", priority: -105}
+	onPrerouting = &hook{kind: "nat", at: "prerouting", priority: -105}
+	onLeaving    = &hook{kind: "filter", at: "output"}
+	onArriving   = &hook{kind: "filter", at: "input"}
 )
 
 // subject is somebody whose packets are recognised.
@@ -103,6 +108,8 @@ type builder struct {
 	d       Doors
 	sidecar subject // nil: nobody is let through
 	held    []subject
+	users   []subject // of held, those that are users
+	devices []net.Interface
 	maps    []portMap
 	cgroups []uint64
 	errs    []error
@@ -136,6 +143,7 @@ func (b *builder) resolve() {
 		users.elements = append(users.elements, element{fmt.Sprint(uid), native32(uid), b.d.Outbound})
 		b.held = append(b.held, subject{skuid(uid)})
 	}
+	b.users = slices.Clone(b.held)
 	if len(users.elements) > 0 {
 		b.maps = append(b.maps, users)
 	}
@@ -160,6 +168,10 @@ func (b *builder) resolve() {
 			b.maps = append(b.maps, *m)
 		}
 	}
+	var err error
+	if b.devices, err = net.Interfaces(); err != nil {
+		b.errs = append(b.errs, fmt.Errorf("capture: list the interfaces: %w", err))
+	}
 }
 
 func (b *builder) rules() *Rules {
@@ -171,6 +183,7 @@ func (b *builder) rules() *Rules {
 	r.chains = append(r.chains, chain{name: "outbound", hook: onOutput, rules: b.outbound()}, chain{name: "arriving", hook: onArriving, rules: b.arriving()})
 	guard := r.chains[2].rules
 	guard[0].comment = "sha256:" + r.digest()
+	r.frames = b.frames()
 	return r
 }
 
@@ -444,11 +457,13 @@ func (b *builder) inbound() []rule {
 	return append(rs, rule{when: when, then: redirectTo(b.d.Inbound)})
 }
 
-// String prints the rules as a file for nft -f.
-func (r *Rules) String() string {
+// String prints the rules for packets as a file for nft -f.
+func (r *Rules) String() string { return tableText("inet", r.table, r.maps, r.chains) }
+
+func tableText(family, name string, maps []portMap, chains []chain) string {
 	var s strings.Builder
-	fmt.Fprintf(&s, "table inet %s {\n", r.table)
-	for _, m := range r.maps {
+	fmt.Fprintf(&s, "table %s %s {\n", family, name)
+	for _, m := range maps {
 		fmt.Fprintf(&s, "\tmap %s {\n\t\ttype %s : inet_service\n\t\telements = { ", m.name, m.kind)
 		for i, e := range m.elements {
 			if i > 0 {
@@ -458,13 +473,17 @@ func (r *Rules) String() string {
 		}
 		s.WriteString(" }\n\t}\n\n")
 	}
-	for i, c := range r.chains {
+	for i, c := range chains {
 		if i > 0 {
 			s.WriteString("\n")
 		}
 		fmt.Fprintf(&s, "\tchain %s {\n", c.name)
-		if c.hook != nil {
-			fmt.Fprintf(&s, "\t\ttype %s hook %s priority %d; policy accept;\n", c.hook.kind, c.hook.at, c.hook.priority)
+		if h := c.hook; h != nil {
+			at := h.at
+			if h.device != "" {
+				at += fmt.Sprintf(" device %q", h.device)
+			}
+			fmt.Fprintf(&s, "\t\ttype %s hook %s priority %d; policy accept;\n", h.kind, at, h.priority)
 		}
 		for _, ru := range c.rules {
 			s.WriteString("\t\t" + ru.text() + "\n")

@@ -36,6 +36,7 @@ var loopbacks = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustP
 // The verdicts.
 var (
 	accept = fixed("accept", &expr.Verdict{Kind: expr.VerdictAccept})
+	drop   = fixed("drop", &expr.Verdict{Kind: expr.VerdictDrop})
 	// leave is for address translation: no rule of this chain changes it.
 	leave      = fixed("return", &expr.Verdict{Kind: expr.VerdictReturn})
 	reset      = fixed("reject with tcp reset", &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})
@@ -158,9 +159,10 @@ func icmp6(typ byte) term {
 var (
 	// anyOwner holds for what a process sends by an open socket: only of such
 	// a packet the kernel knows a user.
-	anyOwner = fixed("meta skuid >= 0", &expr.Meta{Key: expr.MetaKeySKUID, Register: 1},
-		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
-		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: make([]byte, 4)})
+	anyOwner = known32("meta skuid >= 0", expr.MetaKeySKUID)
+	// routed holds for what the stack has found a route for: only that has a
+	// class of routes, be it none.
+	routed    = known32("meta rtclassid >= 0", expr.MetaKeyRTCLASSID)
 	answering = fixed("ct direction reply", load(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, []byte{1})...)
 	asking    = fixed("ct direction original", load(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, []byte{0})...)
 	// known holds for what belongs to a connection that there is, related for
@@ -179,6 +181,13 @@ var (
 	// fromLoopback needs no name of the interface: it is the first.
 	fromLoopback = fixed(`iif "lo"`, load(&expr.Meta{Key: expr.MetaKeyIIF, Register: 1}, native32(1))...)
 )
+
+// known32 holds where the kernel has a number at all.
+func known32(text string, key expr.MetaKey) term {
+	return fixed(text, &expr.Meta{Key: key, Register: 1},
+		&expr.Byteorder{SourceRegister: 1, DestRegister: 1, Op: expr.ByteorderHton, Len: 4, Size: 4},
+		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: make([]byte, 4)})
+}
 
 func state(names string, bits uint32) term {
 	return fixed("ct state "+names, &expr.Ct{Key: expr.CtKeySTATE, Register: 1},
