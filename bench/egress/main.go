@@ -48,7 +48,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.DurationVar(&s.warm, "warm", 200*time.Millisecond, "how long it is warmed up before")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy, and names in the list of Squid")
 	flag.IntVar(&s.idle, "idle", 10_000, "idle tunnels; 0: none")
-	flag.BoolVar(&s.many, "many", true, "compare 10 rows with 10,000; a message to a proxy has room for not many more")
+	flag.BoolVar(&s.many, "many", true, "compare 10 rows with 10,000 and with 100,000")
 	flag.StringVar(&s.profile, "profile", "", "write a CPU profile of the gateway to this file, and measure nothing")
 	flag.StringVar(&s.scene, "scene", kindCold, "what is profiled: cold, warm or bulk")
 	flag.Parse()

@@ -185,10 +185,13 @@ func (b *bench) play(ctx context.Context, w io.Writer, res *rig.Result) error {
 	return nil
 }
 
+// manyRows are the numbers of rows that are compared, the fewest first.
+var manyRows = []int{10, 10_000, 100_000}
+
 // manyRules compares gateways that differ in the number of rows.
 func (b *bench) manyRules(ctx context.Context, w io.Writer, res *rig.Result) error {
 	var gates []*proxy
-	for _, n := range []int{10, 10_000} {
+	for _, n := range manyRows {
 		p, err := b.gate(ctx, fmt.Sprintf("rows-%d", n), n)
 		if err == nil {
 			err = b.answers(ctx, p)
@@ -203,7 +206,10 @@ func (b *bench) manyRules(ctx context.Context, w io.Writer, res *rig.Result) err
 		return err
 	}
 	b.table(w, gates, of)
-	res.Figures["rules_10000_ratio"] = min(b.ratio(kindCold, gates[1], gates[0]), b.ratio(kindWarm, gates[1], gates[0]))
+	for i, n := range manyRows[1:] {
+		p := gates[i+1]
+		res.Figures[fmt.Sprintf("rules_%d_ratio", n)] = min(b.ratio(kindCold, p, gates[0]), b.ratio(kindWarm, p, gates[0]))
+	}
 	return nil
 }
 

@@ -93,7 +93,7 @@ func (b *bench) open(name, text string) (string, error) {
 func policy(rows int, origin string) map[string]string {
 	var access, entries strings.Builder
 	for n := range rows - 1 {
-		fmt.Fprintf(&access, "p, r%d, out, **, host:h%d.t, *, *, **, -, allow\n", n, n)
+		fmt.Fprintf(&access, "p, out-%06d, out, **, host:api-%06[1]d.example.com, 443, CONNECT, -, -, allow\n", n)
 	}
 	fmt.Fprintf(&access, "p, out, out, %s, host:%s, *, CONNECT, -, -, allow\n", identity("client"), outside)
 	entries.WriteString("entries:\n")

@@ -21,8 +21,9 @@ const (
 	ruleFields = iota
 )
 
-// maxRows is the size of the largest file of rows, in bytes: some 50,000 rows.
-const maxRows = 8 << 20
+// maxRows is the size of the largest file of rows, in bytes: some 250,000 rows of
+// ordinary length.
+const maxRows = 32 << 20
 
 const memberFields = 3 // kind, member, group
 
