@@ -82,6 +82,24 @@ func (w *world) serveOutside(host string, h http.Handler) *outside {
 // serveOutsideAt is serveOutside at an address of the caller's choice.
 func (w *world) serveOutsideAt(at, host string, h http.Handler) *outside {
 	w.t.Helper()
+	o := &outside{Server: httptest.NewUnstartedServer(h), ca: w.path(host + ".pem")}
+	if at != "" {
+		o.Listener.Close()
+		var err error
+		if o.Listener, err = net.Listen("tcp", at); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	o.TLS = &tls.Config{Certificates: []tls.Certificate{w.certify(host, o.ca)}}
+	o.StartTLS()
+	w.t.Cleanup(o.Close)
+	return o
+}
+
+// certify makes a certificate for a host outside, which is its own authority, and
+// writes it to a file for those who are to trust it.
+func (w *world) certify(host, file string) tls.Certificate {
+	w.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		w.t.Fatal(err)
@@ -100,18 +118,8 @@ func (w *world) serveOutsideAt(at, host string, h http.Handler) *outside {
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	o := &outside{Server: httptest.NewUnstartedServer(h), ca: w.path(host + ".pem")}
-	if at != "" {
-		o.Listener.Close()
-		if o.Listener, err = net.Listen("tcp", at); err != nil {
-			w.t.Fatal(err)
-		}
-	}
-	o.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
-	o.StartTLS()
-	w.t.Cleanup(o.Close)
-	w.put(o.ca, certsPEM(leaf))
-	return o
+	w.put(file, certsPEM(leaf))
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
 // routeOut points the external host of the demo's policy at the server that

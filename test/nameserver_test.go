@@ -63,7 +63,7 @@ capture:
   hold: true
 `, id("/ns/edge/sa/gateway"), gw, strings.Join(searchList, ", "), dot, workloadUID, os.Getuid()))
 	w.startCapture()
-	return &namedWorld{w, site, dot, doh}
+	return &namedWorld{w, site, gw, dot, doh}
 }
 
 // realDestination is a host of which workloads are told the address.
@@ -77,7 +77,8 @@ const realDestination = `  - host: real.stripe.test
 type namedWorld struct {
 	*world
 	site     *outside
-	dot, doh string // where the gateway answers
+	gateway  string // its address
+	dot, doh string // where it answers questions
 }
 
 var searchList = []string{"ns1.svc.cluster.local", "svc.cluster.local", "cluster.local"}

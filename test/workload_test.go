@@ -49,6 +49,9 @@ func playRole(role string) int {
 	if role == roleLookUp {
 		return lookUpGo()
 	}
+	if role == roleHealth {
+		return askHealth()
+	}
 	if role != "workload" {
 		fmt.Fprintf(os.Stderr, "no role %q\n", role)
 		return 2

@@ -114,6 +114,9 @@ func other(t testing.TB) *syscall.Credential {
 	return nil
 }
 
+// Socket is the Unix socket that it answers on.
+func (s *Server) Socket() string { return filepath.Join(s.dir, ".s.PGSQL.5432") }
+
 func (s *Server) data() string { return filepath.Join(s.dir, "data") }
 
 func (s *Server) command(name string, args ...string) *exec.Cmd {
