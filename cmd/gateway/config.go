@@ -188,6 +188,9 @@ type NamesConfig struct {
 	// Label is the longest label that stands for the star of a pattern, 1 to 63.
 	// Default 63.
 	Label int `yaml:"label"`
+	// Rate is how many questions a second one workload may ask, and how many at
+	// once, up to 1000000; what is beyond gets no answer. Default: any number.
+	Rate int `yaml:"rate"`
 }
 
 func (c NamesConfig) enabled() bool { return c.DoT != "" || c.DoH != "" }
@@ -204,6 +207,9 @@ func (c NamesConfig) validate() error {
 	}
 	if c.PerPattern < 0 || c.PerPattern > 1<<15 {
 		errs = append(errs, fmt.Errorf("names.per_pattern: %d is not between 1 and %d; leave it out for the default", c.PerPattern, 1<<15))
+	}
+	if c.Rate < 0 || c.Rate > 1_000_000 {
+		errs = append(errs, fmt.Errorf("names.rate: %d is not between 1 and 1000000; leave it out for any number", c.Rate))
 	}
 	if c.Label < 0 || c.Label > 63 {
 		errs = append(errs, fmt.Errorf("names.label: %d is not between 1 and 63; leave it out for the default", c.Label))

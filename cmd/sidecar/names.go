@@ -39,6 +39,9 @@ type NamesConfig struct {
 	// Label is the longest label that stands for the star of a pattern, 1 to 63.
 	// Default 63.
 	Label int `yaml:"label"`
+	// Rate is how many questions a second the workload may ask, and how many at
+	// once, up to 1000000; what is beyond gets no answer. Default: any number.
+	Rate int `yaml:"rate"`
 	// Gateways are where gateways serve DNS over TLS, asked in turn for the
 	// addresses of hosts whose destination says dns: real. They prove
 	// egress.gateway. Without them such hosts have virtual addresses, too.
@@ -79,6 +82,9 @@ func (c *Config) validateNames() error {
 	if n.Label < 0 || n.Label > 63 {
 		bad("label", "%d is not between 1 and 63; leave it out for the default", n.Label)
 	}
+	if n.Rate < 0 || n.Rate > 1_000_000 {
+		bad("rate", "%d is not between 1 and 1000000; leave it out for any number", n.Rate)
+	}
 	if s := n.SelfTest; s != "" && s != "on" && s != "off" {
 		bad("self_test", "%q is neither on nor off", s)
 	}
@@ -104,7 +110,7 @@ func (s *sidecar) openNames() error {
 	}
 	conf := nameserver.Config{
 		Book: s.addresses, Record: s.audit.Append, Log: s.log, Metrics: s.metrics, IPv4Only: c.IPv4Only || !hasIPv6(), Mesh: true,
-		Endpoints: s.cfg.Capture.Unknown != toGateway, Search: search, PerPattern: c.PerPattern, Label: c.Label,
+		Endpoints: s.cfg.Capture.Unknown != toGateway, Search: search, PerPattern: c.PerPattern, Label: c.Label, Rate: c.Rate,
 	}
 	if len(c.Gateways) > 0 {
 		s.real = &nameserver.Gateways{Addresses: c.Gateways, TLS: func() *tls.Config {

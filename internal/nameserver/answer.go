@@ -2,6 +2,7 @@ package nameserver
 
 import (
 	"encoding/binary"
+	"net"
 	"net/netip"
 	"sync/atomic"
 
@@ -49,17 +50,33 @@ const doAt = 7
 // An answerer answers the questions of one workload that come one after the
 // other. It is not safe for concurrent use.
 type answerer struct {
-	names *Names
-	who   spiffeid.ID
-	most  int // entries
-	q     question
+	names  *Names
+	who    spiffeid.ID
+	budget *budget
+	most   int // entries
+	q      question
+	// from is who asks now, as far as it is known.
+	from func() netip.AddrPort
 
 	zone    *zone
 	entries map[string]*entry
 }
 
 func (n *Names) answerer(who spiffeid.ID, most int) *answerer {
-	return &answerer{names: n, who: who, most: most, entries: map[string]*entry{}}
+	return &answerer{names: n, who: who, budget: n.budgetOf(who), most: most, entries: map[string]*entry{}, from: nobody}
+}
+
+// nobody is who asks where that is not known.
+func nobody() netip.AddrPort { return netip.AddrPort{} }
+
+// may says whether the workload may ask one more question now.
+func (a *answerer) may() bool { return a.names.may(a.who, a.budget) }
+
+// at has what is asked next come from an address.
+func (a *answerer) at(addr net.Addr) {
+	if tcp, ok := addr.(*net.TCPAddr); ok {
+		a.from = tcp.AddrPort
+	}
 }
 
 // quick answers the common question in place: b begins with a message of n
@@ -102,7 +119,7 @@ func (a *answerer) quick(b []byte, n int) (size int, e *entry) {
 			opt[doAt] |= 0x80
 		}
 	}
-	a.names.asked(a.who, e)
+	a.names.asked(a.who, e, a.from)
 	return size, e
 }
 

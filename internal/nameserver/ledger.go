@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -35,15 +36,23 @@ type ledger struct {
 
 	mu      sync.Mutex // guards what follows
 	waiting []asking
+	over    []beyond      // workloads that ask too much
 	lost    uint64        // questions for names that had no room to wait
 	wake    chan struct{} // has a place
 	told    map[asked]time.Time
 }
 
-// An asking is a name that was asked for, by whom.
+// An asking is a name that was asked for, by whom, first from where.
 type asking struct {
+	who  spiffeid.ID
+	e    *entry
+	from netip.AddrPort
+}
+
+// beyond is who asks more than it may.
+type beyond struct {
 	who spiffeid.ID
-	e   *entry
+	b   *budget
 }
 
 type asked struct {
@@ -57,13 +66,13 @@ func (l *ledger) open(cfg Config) {
 }
 
 // asked notes a question. Only the first since the last record takes the lock.
-func (l *ledger) asked(who spiffeid.ID, e *entry) {
+func (l *ledger) asked(who spiffeid.ID, e *entry, from func() netip.AddrPort) {
 	if e.result == Inside || e.result == Search || e.asked.Add(1) != 1 {
 		return
 	}
 	l.mu.Lock()
 	if len(l.waiting) < maxWaiting {
-		l.waiting = append(l.waiting, asking{who, e})
+		l.waiting = append(l.waiting, asking{who, e, from()})
 	} else {
 		l.lost += e.asked.Swap(0)
 	}
@@ -71,6 +80,34 @@ func (l *ledger) asked(who spiffeid.ID, e *entry) {
 	select {
 	case l.wake <- struct{}{}:
 	default:
+	}
+}
+
+// beyond notes a question that got no answer. It is told with the others of a
+// second.
+func (l *ledger) beyond(who spiffeid.ID, b *budget) {
+	if b.beyond.Add(1) != 1 {
+		return
+	}
+	l.mu.Lock()
+	l.over = append(l.over, beyond{who, b}) // each workload once
+	l.mu.Unlock()
+}
+
+// tellBeyond records who asked more than it may.
+func (l *ledger) tellBeyond() {
+	l.mu.Lock()
+	list := l.over
+	l.over = nil
+	l.mu.Unlock()
+	for _, o := range list {
+		err := l.record(&audit.Record{
+			Kind: audit.KindName, Decision: audit.Deny, Reason: string(TooMany), Dir: string(mesh.Out), Src: o.who.String(),
+			Detail: fmt.Sprintf("%d questions beyond what it may ask in a second got no answer", o.b.beyond.Swap(0)),
+		})
+		if err != nil {
+			l.log.Error("questions beyond the rate were not recorded", "err", err)
+		}
 	}
 }
 
@@ -82,9 +119,11 @@ func (l *ledger) run(ctx context.Context, save func()) {
 		select {
 		case <-ctx.Done():
 			l.tell()
+			l.tellBeyond()
 			save()
 			return
 		case <-saved.C:
+			l.tellBeyond()
 			save()
 		case <-l.wake:
 			l.tell()
@@ -149,6 +188,9 @@ func recordOf(a asking, n uint64) *audit.Record {
 	r := &audit.Record{
 		Kind: audit.KindName, Decision: audit.Allow, Reason: a.e.reason, Rule: a.e.rule, Dir: string(mesh.Out),
 		Src: a.who.String(), Dst: "host:" + a.e.name, Revision: a.e.zone.set.Revision(),
+	}
+	if a.from.IsValid() {
+		r.Peer = a.from.String()
 	}
 	if a.e.absent {
 		r.Decision, r.Detail = audit.Deny, a.e.text

@@ -180,7 +180,7 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 	if e.result == Dropped {
 		return Dropped
 	}
-	a.names.asked(a.who, e)
+	a.names.asked(a.who, e, a.from)
 	what, ttl := *e.meaning, uint32(virtualTTL)
 	if t := m.Question[0].Qtype; e.real && (t == dns.TypeA || t == dns.TypeAAAA) {
 		addrs, keep, err := a.names.cfg.Real(ctx, a.who, e.name)

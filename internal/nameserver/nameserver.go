@@ -62,6 +62,9 @@ type Config struct {
 	// day. Default 1024. Label is the longest label that may stand for the star
 	// of a pattern. Default 63, as long as a label can be.
 	PerPattern, Label int
+	// Rate is how many questions a second one workload may ask, and how many at
+	// once; what is beyond gets no answer. Default: any number.
+	Rate int
 	// Real finds the addresses of a name that the policy has answered with real
 	// ones, as far as they may be dialled, and for how long they may be
 	// remembered. ErrAbsent says that there is none. Without it nobody is
@@ -125,8 +128,11 @@ func (n *Names) Run(ctx context.Context) error {
 	return nil
 }
 
-// A budget is what a workload has invented since a moment.
+// A budget is what a workload has asked and invented since a moment.
 type budget struct {
+	next   atomic.Int64  // when the rate is used up no more, in Unix nanoseconds
+	beyond atomic.Uint64 // questions beyond the rate that are not in a record yet
+
 	mu    sync.Mutex // guards what follows
 	since time.Time
 	used  map[string]int // names below a pattern
@@ -177,6 +183,26 @@ func (b *budget) spend(pattern string, most int) bool {
 	}
 	b.used[pattern]++
 	return true
+}
+
+// may says whether a workload may ask one more question now.
+func (n *Names) may(who spiffeid.ID, b *budget) bool {
+	if n.cfg.Rate == 0 {
+		return true
+	}
+	now, step := time.Now().UnixNano(), int64(time.Second)/int64(n.cfg.Rate)
+	for {
+		was := b.next.Load()
+		next := max(was, now-int64(time.Second)) + step // of a second, all at once
+		if next > now {
+			n.counter(TooMany).Inc()
+			n.ledger.beyond(who, b)
+			return false
+		}
+		if b.next.CompareAndSwap(was, next) {
+			return true
+		}
+	}
 }
 
 // refund gives back a name that got no address.

@@ -10,6 +10,7 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
 	"strings"
 	"sync"
 
@@ -92,7 +93,16 @@ func (n *Names) serveHTTP(w http.ResponseWriter, r *http.Request, standing func(
 		http.Error(w, "a question is sent by POST as "+mediaType+", or by GET as ?dns= in base64url, to "+path, status)
 		return
 	}
-	out, res := n.answerer(who, 1).answer(r.Context(), in, true)
+	a := n.answerer(who, 1)
+	if addr, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
+		a.from = func() netip.AddrPort { return addr }
+	}
+	if !a.may() {
+		w.Header().Set("Retry-After", "1")
+		http.Error(w, "more questions than this workload may ask", http.StatusTooManyRequests)
+		return
+	}
+	out, res := a.answer(r.Context(), in, true)
 	n.counter(res).Inc()
 	if res == Dropped {
 		w.Header().Set("Connection", "close")

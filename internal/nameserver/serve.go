@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -37,6 +38,8 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 		return err
 	}
 	a := n.answerer(who, maxEntries)
+	at := 0 // the datagram that is looked at
+	a.from = func() netip.AddrPort { return d.From(at) }
 	var aside sync.WaitGroup
 	defer aside.Wait()
 	places := make(chan *answerer, slow)
@@ -61,7 +64,11 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 			continue
 		}
 		for i := range came {
+			if !a.may() {
+				continue
+			}
 			b, size := d.At(i)
+			at = i
 			if answer, e := a.quick(b, size); answer > 0 {
 				e.count.Inc()
 				d.Reply(i, answer)
@@ -74,6 +81,7 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 					if one == nil {
 						one = n.answerer(who, fewEntries)
 					}
+					one.from = func() netip.AddrPort { return to }
 					defer func() { places <- one }()
 					if out, r := one.answer(ctx, in, false); len(out) > 0 {
 						n.counter(r).Inc()
@@ -160,6 +168,7 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 		}
 		if a == nil || a.who != id {
 			a = n.answerer(id, fewEntries)
+			a.at(c.RemoteAddr())
 		}
 		buf = buf[:2]
 		if _, err := io.ReadFull(c, buf); err != nil {
@@ -174,6 +183,9 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 			return
 		}
 		if id, err = who(ctx, c); err != nil || id != a.who { // it may have waited long
+			return
+		}
+		if !a.may() {
 			return
 		}
 		out, r := a.answer(ctx, buf[2:], true)

@@ -30,6 +30,7 @@ const (
 	Badly   Result = "form"    // the question is not one that is answered
 	Failed  Result = "failed"  // no answer could be given
 	Dropped Result = "dropped" // too many at once
+	TooMany Result = "rate"    // more than one workload may ask
 
 	Never    Result = "never"         // names that nobody has a use for here
 	NoName   Result = "name"          // no name that a host can have

@@ -1,0 +1,74 @@
+package nameserver
+
+import (
+	"net"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/miekg/dns"
+)
+
+// TestRate has a workload ask more than it may in a second, which is no other's
+// loss, and is told once.
+func TestRate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) { c.Rate = 4 })
+		one, more, other := r.answerer(payment, 64), r.answerer(payment, 64), r.answerer(web, 64)
+		may := func(a *answerer) (n int) {
+			for range 10 {
+				if a.may() {
+					n++
+				}
+			}
+			return n
+		}
+		if n := may(one); n != 4 {
+			t.Errorf("%d questions at once, want 4", n)
+		}
+		if n := may(more); n != 0 {
+			t.Errorf("%d questions more by another socket", n)
+		}
+		if n := may(other); n != 4 {
+			t.Errorf("%d questions of another workload, want 4", n)
+		}
+		time.Sleep(250 * time.Millisecond)
+		if n := may(one); n != 1 {
+			t.Errorf("%d questions after a quarter of a second, want 1", n)
+		}
+		time.Sleep(time.Hour)
+		if n := may(one); n != 4 {
+			t.Errorf("%d questions at once after an hour, want 4", n)
+		}
+		r.tellBeyond()
+		told := map[string]string{}
+		for _, rec := range r.records {
+			told[rec.Src] += rec.Reason + ": " + rec.Detail
+		}
+		if got, want := told[payment.String()], "rate: 31 questions beyond what it may ask in a second got no answer"; got != want || len(told) != 2 {
+			t.Errorf("recorded %v, want %q", told, want)
+		}
+	})
+}
+
+// TestWhoAsksIsRecorded has the record of a name say from where it was asked for.
+func TestWhoAsksIsRecorded(t *testing.T) {
+	r := newRig(t, nil)
+	from := netip.MustParseAddrPort("127.0.0.1:40000")
+	a := r.answerer(payment, 64)
+	a.from = func() netip.AddrPort { return from }
+	b := make([]byte, room)
+	if size, _ := a.quick(b, copy(b, pack(t, ask("evil.test.", dns.TypeA, 1232)))); size == 0 {
+		t.Fatal("not answered")
+	}
+	a = r.answerer(web, 64)
+	a.at(net.TCPAddrFromAddrPort(netip.MustParseAddrPort("127.0.0.1:40001")))
+	if size, _ := a.quick(b, copy(b, pack(t, ask("evil.test.", dns.TypeA, 1232)))); size == 0 {
+		t.Fatal("not answered")
+	}
+	r.tell()
+	if len(r.records) != 2 || r.records[0].Peer != from.String() || r.records[1].Peer != "127.0.0.1:40001" {
+		t.Errorf("recorded %+v", r.records)
+	}
+}
