@@ -45,16 +45,21 @@ demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for
 .PHONY: test
 test: ## every test, with the race detector where a C compiler is
 	go vet ./...
-	go test $(RACE) -vet=off -timeout 10m $$(go list ./... | grep -v '^sallyport/test$$')
+	go test $(RACE) -vet=off -timeout 10m $$(go list ./... | grep -vE '^sallyport/test(/manual)?$$')
 	$(if $(RACE),go test -vet=off -timeout 10m $(PARTLY))
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
 	-@cd tools/h2spec && go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec
 	-@cd tools/interop && go build -o /dev/null google.golang.org/grpc/interop/client google.golang.org/grpc/interop/server
+	go test -vet=off -timeout 5m ./test/manual
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve. Most of
 	@# the time they wait, so one more than there are cores may run at once.
 	go test $(RACE) -vet=off -timeout 15m -parallel $$(($$(getconf _NPROCESSORS_ONLN) + 1)) ./test
+
+.PHONY: docs-test
+docs-test: ## every command and configuration of the README and docs/, held against the programs or carried out
+	@go test ./test/manual -count=1 -v | grep -vE '^(=== |--- PASS|PASS|ok )'
 
 .PHONY: check
 check: ## format, vet, staticcheck
