@@ -220,9 +220,15 @@ func (p *proc) kill() {
 // awaitReady waits until the process says on its admin socket that it is.
 func (w *world) awaitReady(p *proc) {
 	w.t.Helper()
+	w.awaitReadyAt(p, w.path(p.name, "run", "admin.sock"))
+}
+
+// awaitReadyAt is awaitReady of a process whose admin socket is elsewhere.
+func (w *world) awaitReadyAt(p *proc, socket string) {
+	w.t.Helper()
 	c := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", w.path(p.name, "run", "admin.sock"))
+		return d.DialContext(ctx, "unix", socket)
 	}}}
 	defer c.CloseIdleConnections()
 	p.await("be ready", func() bool {

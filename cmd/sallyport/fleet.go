@@ -1,14 +1,15 @@
 package main
 
 import (
+	"context"
 	"fmt"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"sallyport/internal/control"
 	"sallyport/internal/mesh"
 )
 
@@ -90,18 +91,26 @@ func indent(s string) string { return "  " + strings.ReplaceAll(s, "\n", "\n  ")
 func (c *cli) token() *cobra.Command {
 	cmd := &cobra.Command{Use: "token", Short: "Tokens with which a new node joins"}
 	var ttl time.Duration
+	var join []string
 	create := &cobra.Command{
 		Use:   "create AGENT",
 		Short: "Make a single-use token for the node called AGENT",
 		Long: "Make a single-use join token. The node that uses it becomes the agent\n" +
-			"spiffe://<trust domain>/spire/agent/join_token/AGENT; entries name it as parent_id.",
+			"spiffe://<trust domain>/spire/agent/join_token/AGENT; entries name it as parent_id.\n\n" +
+			"With --join an invitation is printed, which holds the token, where the issuer\n" +
+			"is, and the fingerprint of its root: sallyport join takes it on the node.",
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if !regexp.MustCompile(`^[a-zA-Z0-9._-]{1,128}$`).MatchString(args[0]) {
+			if !agentName.MatchString(args[0]) {
 				return usage(fmt.Errorf("%q is not an agent name: use letters, digits, dot, dash and underscore", args[0]))
 			}
 			if ttl < time.Second {
 				return usage(fmt.Errorf("--ttl %s is too short: use at least 1s", ttl))
+			}
+			for _, addr := range join {
+				if err := checkDial(addr); err != nil {
+					return usage(fmt.Errorf("--join: %w", err))
+				}
 			}
 			a, err := c.admin()
 			if err != nil {
@@ -112,17 +121,34 @@ func (c *cli) token() *cobra.Command {
 			if err != nil {
 				return c.unreachable(err)
 			}
-			if c.format == "json" {
-				return c.emit(map[string]any{"token": tok.Value, "agent": tok.Agent, "expires": tok.Expires.UTC()}, nil, nil)
+			said := tok.Value
+			if len(join) > 0 {
+				if said, err = invite(cmd.Context(), a, args[0], tok, join); err != nil {
+					return c.failed(err, "sallyport token create "+args[0])
+				}
 			}
-			fmt.Fprintln(c.stdout, tok.Value)
+			if c.format == "json" {
+				return c.emit(map[string]any{"token": said, "agent": tok.Agent, "expires": tok.Expires.UTC()}, nil, nil)
+			}
+			fmt.Fprintln(c.stdout, said)
 			fmt.Fprintf(c.stderr, "for %s, valid once, until %s\n", tok.Agent, tok.Expires.UTC().Format(time.RFC3339))
 			return nil
 		},
 	}
 	create.Flags().DurationVar(&ttl, "ttl", 10*time.Minute, "how long the token may wait to be used")
+	create.Flags().StringSliceVar(&join, "join", nil, "host:port at which the node reaches an issuer; print an invitation for sallyport join")
 	cmd.AddCommand(create)
 	return cmd
+}
+
+// invite makes an invitation of a token.
+func invite(ctx context.Context, a *control.Admin, agent string, tok control.Token, issuers []string) (string, error) {
+	td := tok.Agent.TrustDomain()
+	b, err := a.Bundle(ctx, td)
+	if err != nil {
+		return "", err
+	}
+	return invitation{TrustDomain: td, Issuers: issuers, Roots: fingerprints(b), Agent: agent, Token: tok.Value}.text()
 }
 
 // entry is "sallyport entry".

@@ -22,7 +22,9 @@ func TestScript(t *testing.T) {
 		Dir: "testdata/script", RequireExplicitExec: true, RequireUniqueNames: true,
 		// The policy files of the demo, to edit, and the manual.
 		Setup: func(e *testscript.Env) error {
-			return errors.Join(os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS), os.CopyFS(filepath.Join(e.WorkDir, "docs"), os.DirFS("../../docs")))
+			text, err := nobody().text()
+			e.Setenv("NOBODY", text)
+			return errors.Join(err, os.CopyFS(filepath.Join(e.WorkDir, "demo"), policies.FS), os.CopyFS(filepath.Join(e.WorkDir, "docs"), os.DirFS("../../docs")))
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){"edit": edit, "fails": fails, "taken": taken, "example": example, "archived": archived, "answers": answers, "tunnelled": tunnelled},
 	})

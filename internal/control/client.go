@@ -79,6 +79,8 @@ type Client struct {
 	// alive is how often a subscriber repeats its last answer, look how often it
 	// compares its SVID with that of the connection.
 	alive, look time.Duration
+	// unproved takes whoever answers for the issuer: Introduce's first question.
+	unproved bool
 
 	// mu guards what stands below it.
 	mu     sync.Mutex

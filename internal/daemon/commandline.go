@@ -2,6 +2,7 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -75,16 +76,7 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 		Use: "config", Short: "About the configuration", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	config.AddCommand(&cobra.Command{
-		Use: "show", Short: "Print the effective configuration, secrets masked", Args: cobra.NoArgs,
-		RunE: func(*cobra.Command, []string) error {
-			c, err := load()
-			if err != nil {
-				return err
-			}
-			return Show(stdout, c)
-		},
-	})
+	config.AddCommand(showCommand(load, stdout))
 	root.AddCommand(l.run(load, &file, stdout), config)
 	if l.More != nil {
 		root.AddCommand(l.More(load)...)
@@ -97,6 +89,26 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 		return Hint(Exit(Usage, err), l.Name+" --help")
 	}
 	return err
+}
+
+// showCommand is "config show".
+func showCommand[C any](load func() (*C, error), stdout io.Writer) *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use: "show", Short: "Print the effective configuration, secrets masked", Args: cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			c, err := load()
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return json.NewEncoder(stdout).Encode(Masked(c))
+			}
+			return Show(stdout, c)
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print it as JSON, for other programs")
+	return cmd
 }
 
 func (l CommandLine[C]) example() string {
