@@ -14,6 +14,9 @@ func TestCurl(t *testing.T) {
 	w := newWorld(t, time.Minute)
 	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)
+	shop := w.startOutside("shop.test")
+	w.extend("egress.yaml", shop.originated("shop.test"))
+	w.extend("access.csv", "p, bill-shop-1, out, "+id("/ns/shop/sa/billing")+", host:shop.test, 443, GET|POST, /v1/**, env.sni=same, allow\n")
 	w.startIssuer()
 	gw := w.startGateway()
 	pay, bill := &node{name: "payment", gateways: gw}, &node{name: "billing", gateways: gw}
@@ -60,6 +63,25 @@ func TestCurl(t *testing.T) {
 		w.awaitAudit("gateway", "the tunnel", func(r auditLine) bool {
 			return r.Kind == "egress_open" && r.Src == id("/ns/shop/sa/billing") && r.Dst == "host:api.stripe.test"
 		})
+	})
+	t.Run("a call out in the clear goes on over TLS", func(t *testing.T) {
+		socks := []string{"--noproxy", "", "--proxy", "socks5h://" + bill.out}
+		for name, args := range map[string][]string{"by HTTP_PROXY": nil, "by CONNECT": {"--proxytunnel"}, "by SOCKS": socks} {
+			p := read(t, ask[runReply](billing, "/run", curl(append(args, "-d", "{}", "http://shop.test/v1/"+strings.Fields(name)[1])...)))
+			if p.status != "200" || !strings.Contains(p.body, `"path":"/v1/`+strings.Fields(name)[1]) {
+				t.Errorf("%s: not the answer of the site: %+v", name, p)
+			}
+			for what, refused := range map[string][]string{"path": {"http://shop.test/admin"}, "method": {"-X", "DELETE", "http://shop.test/v1/1"}} {
+				decision := isRefusal(t, read(t, ask[runReply](billing, "/run", curl(append(args, refused...)...))))
+				w.awaitAudit("gateway", what+" "+name, func(r auditLine) bool {
+					return r.ID == decision && r.Kind == "decision" && r.Decision == "deny" && r.Src == id("/ns/shop/sa/billing") && r.Dst == "host:shop.test"
+				})
+			}
+		}
+		w.awaitAudit("gateway", "the request", func(r auditLine) bool {
+			return r.Kind == "egress_close" && r.Src == id("/ns/shop/sa/billing") && r.Dst == "host:shop.test" && r.Verb == "POST"
+		})
+		isRefusal(t, read(t, ask[runReply](payment, "/run", curl("http://shop.test/v1/1"))))
 	})
 	t.Run("a call out by SOCKS goes through the gateway", func(t *testing.T) {
 		socks := []string{"--noproxy", "", "--proxy", "socks5h://" + bill.out, "--cacert", site.ca}

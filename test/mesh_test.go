@@ -122,6 +122,16 @@ func (w *world) certify(host, file string) tls.Certificate {
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
+// originated describes the server as a destination whose TLS the gateway speaks.
+func (o *outside) originated(host string) string {
+	pem, err := os.ReadFile(o.ca)
+	if err != nil {
+		panic(err)
+	}
+	return fmt.Sprintf("  - host: %s\n    tls: originate\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n    ca: |\n      %s\n",
+		host, strings.TrimPrefix(o.URL, "https://"), strings.ReplaceAll(strings.TrimSpace(string(pem)), "\n", "\n      "))
+}
+
 // routeOut points the external host of the demo's policy at the server that
 // plays it.
 func (w *world) routeOut(o *outside) {

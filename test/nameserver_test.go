@@ -26,6 +26,7 @@ import (
 var allowedNames = fmt.Sprintf(`p, pay-out-1, out, %[1]s, host:api.stripe.test, 443, CONNECT, -, -, allow
 p, pay-out-2, out, %[1]s, host:*.wild.test, 443, CONNECT, -, -, allow
 p, pay-out-3, out, %[1]s, host:real.stripe.test, 8443, CONNECT, -, -, allow
+p, pay-out-4, out, %[1]s, host:shop.test, 443, GET, /v1/**, -, allow
 `, id("/ns/shop/sa/payment"))
 
 // namesWorld has payment's workload captured, as in capturedWorld, and its
@@ -49,7 +50,7 @@ func namesWorld(t *testing.T) *namedWorld {
 	w.extend("access.csv", allowedNames)
 	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)
-	w.extend("egress.yaml", realDestination)
+	w.extend("egress.yaml", realDestination+w.startOutside("shop.test").originated("shop.test"))
 	w.startIssuer()
 	gw, dot, doh := freePort(t), freePort(t), freePort(t)
 	w.write("gateway", w.proxyConfig("gateway", w.token("gateway"))+fmt.Sprintf("listen: %s\nresolvers: [%q]\nnames: {dot: %q, doh: %q}\n", gw, freePort(w.t), dot, doh))
@@ -215,6 +216,20 @@ func TestEgressDNS(t *testing.T) {
 	w.awaitAudit("gateway", "the tunnel", func(r auditLine) bool {
 		return r.Kind == "egress_open" && r.Dst == "host:api.stripe.test" && r.Src == id("/ns/shop/sa/payment") && strings.Contains(r.Detail, "origin=vip")
 	})
+	p = read(t, w.resolving(curl("http://shop.test/v1/charges")...)) // whose TLS the gateway speaks
+	if p.status != "200" || !strings.Contains(p.body, `"path":"/v1/charges"`) {
+		t.Errorf("not the answer of the other site: %+v", p)
+	}
+	shop := strings.Fields(w.resolving("getent", "ahostsv4", "shop.test").Output)[0]
+	for reason, args := range map[string][]string{
+		"no_row": {"http://shop.test/admin"}, "misdirected": {"--resolve", "api.stripe.test:80:" + shop, "http://api.stripe.test/v1/charges"},
+	} {
+		p := read(t, w.resolving(curl(args...)...))
+		if p.status != "403" && p.status != "421" || p.decision == "" {
+			t.Errorf("%s: not a proper refusal: %+v", reason, p)
+		}
+		w.awaitAudit("gateway", reason, func(r auditLine) bool { return r.ID == p.decision && r.Decision == "deny" && r.Reason == reason })
+	}
 	vip := strings.Fields(w.resolving("getent", "ahostsv4", "api.stripe.test").Output)[0]
 	for name, tt := range map[string]struct {
 		args            []string

@@ -63,17 +63,17 @@ type Config struct {
 // the default. What goes beyond is refused; sallyport_connections_refused_total
 // counts the connections, the audit log has the rest.
 type LimitsConfig struct {
-	// Head is the size of the head of a CONNECT in bytes, 1024 to 1048576. Default
-	// 8192.
+	// Head is the size of the head of a request in bytes, 1024 to 1048576. Default
+	// 32768.
 	Head int `yaml:"head"`
-	// Headers is the number of its field lines, 10 to 10000. Default 64.
+	// Headers is the number of its field lines, 10 to 10000. Default 100.
 	Headers int `yaml:"headers"`
-	// Target is the length of its target in bytes, at most Head. Default 512.
+	// Target is the length of its target in bytes, at most Head. Default 8192.
 	Target int `yaml:"target"`
 	// HeadTimeout is the time from its first byte to the end of its head. Default
 	// 10 s.
 	HeadTimeout time.Duration `yaml:"head_timeout"`
-	// IdleTimeout closes a connection that waits for a CONNECT. Default 65 s.
+	// IdleTimeout closes a connection that waits for a request. Default 65 s.
 	IdleTimeout time.Duration `yaml:"idle_timeout"`
 	// HandshakeTimeout bounds a TLS handshake. Default 5 s.
 	HandshakeTimeout time.Duration `yaml:"handshake_timeout"`
@@ -87,7 +87,7 @@ type LimitsConfig struct {
 	// that has most.
 	Handshakes int `yaml:"handshakes"`
 
-	// Tunnels in all. Default 4096.
+	// Tunnels in all, requests under way counted with them. Default 4096.
 	Tunnels int `yaml:"tunnels"`
 	// TunnelsPerWorkload bounds one caller. Default 512.
 	TunnelsPerWorkload int `yaml:"tunnels_per_workload"`
@@ -117,7 +117,7 @@ func (c LimitsConfig) Validate() error {
 	const least, most = 1 << 10, 1 << 20
 	head := c.Head
 	if head < least || head > most {
-		head = 8 << 10
+		head = 32 << 10
 	}
 	within("head", c.Head, least, most)
 	within("headers", c.Headers, 10, 10_000)

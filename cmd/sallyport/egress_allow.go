@@ -112,7 +112,10 @@ func (a *allowance) write() (row string, err error) {
 	}
 	host := strings.TrimPrefix(a.call.Dst, "host:")
 	ways := mesh.Snapshot{Destinations: p.Destinations}
-	if how, found := ways.DestinationOf(host); !found || how.Proto == "" || how.Proto == "tls" {
+	switch how, found := ways.DestinationOf(host); {
+	case how.Proto == mesh.ProtoHTTP:
+		return "", usage(fmt.Errorf("nothing is written: %s is asked request by request, so its row names methods and paths: write it by hand", host))
+	case !found || how.Proto == "" || how.Proto == mesh.ProtoTLS:
 		a.call.SNI = host // what a tunnel of TLS must then say
 	}
 	x, err := review.Explain(p, &a.call)

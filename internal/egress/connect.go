@@ -37,9 +37,11 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusBadRequest, "the request is not acceptable; CONNECT host:port is"
 	case ReasonMethod:
 		a.status, a.text = http.StatusMethodNotAllowed, "only CONNECT is served here"
+	case ReasonMisdirected:
+		a.status, a.text = http.StatusMisdirectedRequest, "the tunnel leads to another host"
 	case ReasonTunnelCap:
 		a.status, a.text = http.StatusTooManyRequests, "too many tunnels are open"
-	case ReasonResolve, ReasonDial:
+	case ReasonResolve, ReasonDial, ReasonCertificate:
 		a.status, a.text = http.StatusBadGateway, "the destination cannot be reached"
 	case ReasonTimeout:
 		a.status, a.text = http.StatusGatewayTimeout, "the destination did not answer in time"
@@ -104,24 +106,13 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trac
 		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
 		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: trace,
 	}}
-	if !time.Now().Before(who.until) {
-		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
-	}
-	if err := g.verify(who); err != nil {
-		ans := g.deny(t.record(audit.KindDecision), err)
-		g.disprove(who)
+	_, howErr, ans := g.prepare(t)
+	if ans != nil {
 		return nil, ans
 	}
-	s := g.cfg.Snapshot()
-	if s == nil || g.cfg.Judge.Set() == nil {
-		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded"))
+	if asksHTTP(t.how) {
+		return g.openRequests(t, howErr)
 	}
-	t.revision = s.PolicyRevision
-	how, howErr := routeOf(s, host)
-	if _, literal := host.Addr(); how.Proto == protoTLS && !literal {
-		t.call.SNI = host.String() // what the first bytes must then say
-	}
-	t.how, t.sni = how, t.call.SNI
 	grant, err := g.cfg.Judge.Judge(&t.call)
 	if err != nil {
 		return nil, g.denied(t, err)
@@ -155,6 +146,48 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trac
 		return nil, g.deny(t.record(audit.KindDecision), err)
 	}
 	kept = true
+	return t, nil
+}
+
+// prepare looks at what must hold before t is judged, and finds how its host is
+// reached. When it cannot be, howErr is for after the judgement.
+func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answer) {
+	who := t.who
+	if !time.Now().Before(who.until) {
+		return nil, nil, g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
+	}
+	if err := g.verify(who); err != nil {
+		ans := g.deny(t.record(audit.KindDecision), err)
+		g.disprove(who)
+		return nil, nil, ans
+	}
+	s = g.cfg.Snapshot()
+	if s == nil || g.cfg.Judge.Set() == nil {
+		return nil, nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded"))
+	}
+	t.revision = s.PolicyRevision
+	t.how, howErr = routeOf(s, t.host)
+	if _, literal := t.host.Addr(); !literal && (t.how.Proto == mesh.ProtoTLS || t.how.TLS != "") {
+		t.call.SNI = t.host.String() // what the first bytes must then say, or the gateway says
+	}
+	t.sni = t.call.SNI
+	return s, howErr, nil
+}
+
+// openRequests opens a tunnel to a host that the gateway asks itself: nothing is
+// dialled, and each request in it is judged. What no row allows any of is refused
+// at once.
+func (g *Gateway) openRequests(t *tunnel, howErr error) (*tunnel, *answer) {
+	t.asked = t.call.Port
+	t.call.Port = portOf(t.how, t.asked)
+	if !g.cfg.Judge.Reaches(mesh.Out, t.call.Src, t.call.Dst, t.call.Port) {
+		if _, err := g.cfg.Judge.Judge(&t.call); err != nil {
+			return nil, g.denied(t, err)
+		}
+	}
+	if howErr != nil {
+		return nil, g.deny(t.record(audit.KindDecision), howErr)
+	}
 	return t, nil
 }
 
@@ -233,7 +266,7 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	// A clock that is set meanwhile is noticed by the next Rejudge.
 	svid := time.AfterFunc(time.Until(t.who.until.Add(mesh.Grace)), func() { t.stop(ReasonSVIDEnded) })
 	defer svid.Stop()
-	if t.how.Proto == protoTLS && !g.greet(t, s) {
+	if t.how.Proto == mesh.ProtoTLS && !g.greet(t, s) {
 		return
 	}
 	t.run()

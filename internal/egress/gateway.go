@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -49,10 +50,11 @@ type Limits struct {
 	// HelloTimeout is the time from 200 to a whole ClientHello, however slowly
 	// its bytes come; and for a caller to take a refusal. Default 5 s.
 	HelloTimeout time.Duration
-	// Request bounds the head of a CONNECT over HTTP/1.1, and the wait for it.
-	// Default: 8 KiB, 64 fields, a target of 512 bytes, and http1's times.
+	// Request bounds the head of a request over HTTP/1.1, and the wait for it.
+	// Default: those of http1.
 	Request http1.Limits
-	// Tunnels is how many tunnels are open at once. Default 4096.
+	// Tunnels is how many tunnels are open at once, requests under way counted with
+	// them. Default 4096.
 	Tunnels int
 	// TunnelsPerCaller is the same for one SPIFFE ID. Default 512.
 	TunnelsPerCaller int
@@ -77,9 +79,6 @@ func (l Limits) filled() Limits {
 	l.Handshakes = cmp.Or(l.Handshakes, 512)
 	l.HandshakeTimeout = cmp.Or(l.HandshakeTimeout, 5*time.Second)
 	l.HelloTimeout = cmp.Or(l.HelloTimeout, 5*time.Second)
-	l.Request.Head = cmp.Or(l.Request.Head, 8<<10)
-	l.Request.Headers = cmp.Or(l.Request.Headers, 64)
-	l.Request.Target = cmp.Or(l.Request.Target, 512)
 	l.Tunnels = cmp.Or(l.Tunnels, 4096)
 	l.TunnelsPerCaller = cmp.Or(l.TunnelsPerCaller, 512)
 	l.Streams = cmp.Or(l.Streams, 250)
@@ -121,6 +120,9 @@ type Config struct {
 	// Names resolves destinations without endpoints. Without it those are
 	// refused.
 	Names Names
+	// Roots are whom the certificates of hosts must lead to that the gateway speaks
+	// TLS with itself. Default: those of the system.
+	Roots *x509.CertPool
 	// Guard screens addresses. Default: the zero Guard.
 	Guard *Guard
 	// Audit keeps what the Judge does not know: tunnels opened and closed, and
@@ -176,6 +178,7 @@ type Gateway struct {
 	calm    *mux.Calm[mux.Source]  // with who breaks off handshakes
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	windows *mux.Budget            // of streams
+	origins origins
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -185,6 +188,7 @@ type Gateway struct {
 
 	mu       sync.Mutex // guards what follows, and h2 and h2conns
 	conns    map[*wire]bool
+	waiting  map[*hop.Stream]bool // for another request
 	draining bool
 	// yielding has connections end with their next answer; resting closes those
 	// that wait for a request meanwhile.
@@ -197,7 +201,7 @@ func New(c Config) (*Gateway, error) {
 	if err := c.Validate(); err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
-	g := &Gateway{cfg: c, lim: c.Limits.filled(), conns: make(map[*wire]bool)}
+	g := &Gateway{cfg: c, lim: c.Limits.filled(), conns: make(map[*wire]bool), waiting: make(map[*hop.Stream]bool)}
 	guard := c.Guard
 	if guard == nil {
 		guard = new(Guard)
@@ -292,6 +296,7 @@ func (g *Gateway) Drain(ctx context.Context) {
 		_ = h2.Close()
 	}
 	<-done
+	g.origins.sweep(true)
 	g.refusedMore(g.flood.rest())
 }
 

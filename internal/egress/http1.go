@@ -22,18 +22,28 @@ func (g *Gateway) serveHTTP1(w *wire, tc *record.Conn, who *caller) {
 	left := hc.Unread()
 	hc.Release()
 	if t != nil {
-		g.tunnel1(t, &stream1{pipe: tc, w: w, left: left, abort: w.reset})
+		g.tunnel1(g.base, t, &stream1{
+			pipe: tc, w: w, left: left, abort: w.reset,
+			rest: func() bool { return g.setIdle(w, true) }, wake: func() bool { return g.setIdle(w, false) },
+		})
 	}
 }
 
 // await1 answers requests until one becomes a tunnel; nil when the connection is
 // to end.
 func (g *Gateway) await1(w *wire, hc *http1.Conn, who *caller) *tunnel {
+	a := &asker{hc: hc, who: who, abort: w.reset}
 	var req http1.Request
 	for g.setIdle(w, true) {
 		err := hc.ReadRequest(&req)
 		if !g.setIdle(w, false) {
 			break
+		}
+		if err == nil && string(req.Method) != http.MethodConnect {
+			if !g.ask(g.base, a, &req) {
+				break
+			}
+			continue
 		}
 		t, ans := g.request1(g.base, who, &req, err)
 		if t != nil || ans == nil {
@@ -76,25 +86,11 @@ func (a *answer) fields() []byte {
 	return b
 }
 
-// request1 acts on what ReadRequest returned. Without tunnel and answer the
-// connection just ends.
+// request1 acts on what ReadRequest returned, which is a CONNECT if it is a
+// request. Without tunnel and answer the connection just ends.
 func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request, err error) (*tunnel, *answer) {
-	var bad *http1.ProtocolError
-	switch {
-	case errors.As(err, &bad):
-		ans := g.denyRequest(who, "", refuse(ReasonRequest, "%v; target %s", bad, clip(string(req.Target))))
-		if ans.status == http.StatusBadRequest {
-			ans.status = http1.StatusOf(err)
-		}
+	if ans := g.unread(who, req, err); ans != nil || err != nil {
 		return nil, ans
-	case errors.Is(err, http1.ErrHeadTimeout):
-		ans := g.denyRequest(who, "", refuse(ReasonRequest, "the request was not whole in time"))
-		ans.status = http.StatusRequestTimeout
-		return nil, ans
-	case err != nil:
-		return nil, nil
-	case string(req.Method) != http.MethodConnect:
-		return nil, g.denyRequest(who, req.Verb(), refuse(ReasonMethod, "only CONNECT is served; target %s", clip(string(req.Target))))
 	}
 	trace := ""
 	if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
@@ -103,12 +99,42 @@ func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request,
 	return g.open(ctx, who, string(req.Target), string(req.Get(originHeader)), trace)
 }
 
+// unreadable says that something was sent, and is not to be made sense of.
+func unreadable(err error) bool {
+	var bad *http1.ProtocolError
+	return errors.As(err, &bad) || errors.Is(err, http1.ErrHeadTimeout)
+}
+
+// unread is the answer to what could not be read, nil when there is nobody to
+// answer.
+func (g *Gateway) unread(who *caller, req *http1.Request, err error) *answer {
+	var bad *http1.ProtocolError
+	switch {
+	case errors.As(err, &bad):
+		ans := g.denyRequest(who, "", refuse(ReasonRequest, "%v; target %s", bad, clip(string(req.Target))))
+		if ans.status == http.StatusBadRequest {
+			ans.status = http1.StatusOf(err)
+		}
+		return ans
+	case errors.Is(err, http1.ErrHeadTimeout):
+		ans := g.denyRequest(who, "", refuse(ReasonRequest, "the request was not whole in time"))
+		ans.status = http.StatusRequestTimeout
+		return ans
+	}
+	return nil
+}
+
 // tunnel1 makes a tunnel of what carried its request, which is done with when it
 // returns.
-func (g *Gateway) tunnel1(t *tunnel, s *stream1) {
+func (g *Gateway) tunnel1(ctx context.Context, t *tunnel, s *stream1) {
 	_ = s.SetDeadline(time.Time{})
 	if _, err := s.Write([]byte(established)); err != nil {
 		s.Abort()
+	}
+	if t.asked != 0 {
+		g.inside(ctx, t, s, &asker{abort: s.abort, rest: s.rest, wake: s.wake})
+		s.linger()
+		return
 	}
 	g.carry(t, s)
 	if t.brokenOff() && !g.calmOf.Spend(t.who.id, 1) {
@@ -131,6 +157,8 @@ type stream1 struct {
 	w     *wire
 	left  []byte // read before the tunnel began
 	abort func() // breaks the pipe off
+	// rest and wake are as an asker has them.
+	rest, wake func() bool
 }
 
 func (s *stream1) Read(p []byte) (int, error) {

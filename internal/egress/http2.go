@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -64,7 +65,7 @@ func (g *Gateway) newHTTP2() *http.Server {
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, handedKey{}, c)
 		},
-		MaxHeaderBytes: g.lim.Request.Head,
+		MaxHeaderBytes: cmp.Or(g.lim.Request.Head, 8<<10),
 		IdleTimeout:    5 * time.Minute,
 		ErrorLog:       log.New(io.Discard, "", 0),
 		HTTP2: &http.HTTP2Config{
@@ -164,6 +165,11 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	if err := s.rc.Flush(); err != nil {
 		s.Abort()
 	}
+	if t.asked != 0 {
+		always := func() bool { return true }
+		g.inside(r.Context(), t, &lane2{s}, &asker{abort: s.Abort, rest: always, wake: always})
+		return
+	}
 	g.carry(t, s)
 }
 
@@ -249,3 +255,25 @@ func (s *stream2) finish() {
 	defer s.mu.Unlock()
 	s.over = true
 }
+
+// A lane2 is a stream2 as a connection on which HTTP/1.1 is spoken.
+type lane2 struct{ *stream2 }
+
+// Close resets the stream.
+func (c *lane2) Close() error {
+	c.Abort()
+	return nil
+}
+
+// LocalAddr and RemoteAddr are of no address.
+func (c *lane2) LocalAddr() net.Addr  { return &net.TCPAddr{} }
+func (c *lane2) RemoteAddr() net.Addr { return &net.TCPAddr{} }
+
+// SetDeadline sets both deadlines.
+func (c *lane2) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
+// SetReadDeadline and SetWriteDeadline set one each.
+func (c *lane2) SetReadDeadline(t time.Time) error  { return c.rc.SetReadDeadline(t) }
+func (c *lane2) SetWriteDeadline(t time.Time) error { return c.rc.SetWriteDeadline(t) }

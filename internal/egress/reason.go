@@ -30,6 +30,9 @@ const (
 	ReasonAudit     Reason = "audit"        // the record could not be written
 	ReasonMethod    Reason = "method"       // not CONNECT
 	ReasonRequest   Reason = "request"      // not a request we accept
+	// A request inside a tunnel names another host than the tunnel leads to.
+	ReasonMisdirected Reason = "misdirected"
+	ReasonCertificate Reason = "certificate" // the host did not prove its name
 )
 
 // The reasons of refusals at the first bytes of an open tunnel.

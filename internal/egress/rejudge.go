@@ -150,6 +150,7 @@ func (g *Gateway) rejudgeEvery(ctx context.Context) {
 			return
 		case <-tick.C:
 			g.refusedMore(g.flood.rest())
+			g.origins.sweep(false)
 			g.Rejudge()
 		}
 	}

@@ -7,8 +7,6 @@ import (
 )
 
 const (
-	protoTLS    = "tls"
-	protoTCP    = "tcp"
 	sniStrict   = "strict"
 	sniOptional = "optional"
 )
@@ -25,10 +23,26 @@ func routeOf(s *mesh.Snapshot, h Host) (mesh.Destination, error) {
 			return how, refuse(ReasonLiteral, "%s is an address, and no destination lists it", name)
 		}
 	}
-	how.Proto = cmp.Or(how.Proto, protoTLS)
+	how.Proto = cmp.Or(how.Proto, mesh.ProtoTLS)
 	how.SNI = cmp.Or(how.SNI, sniStrict)
-	if how.Proto != protoTLS && how.Proto != protoTCP {
-		return how, refuse(ReasonNoPolicy, "the destination of %s has protocol %q, which this gateway does not know", name, how.Proto)
+	switch {
+	case how.Proto == mesh.ProtoTCP && how.TLS == "", how.Proto == mesh.ProtoTLS && how.TLS == "":
+	case how.Proto == mesh.ProtoHTTP && (how.TLS == "" || how.TLS == mesh.Originate):
+	default:
+		return how, refuse(ReasonNoPolicy, "the destination of %s has protocol %q and tls %q, which this gateway does not know", name, how.Proto, how.TLS)
 	}
 	return how, nil
+}
+
+// asksHTTP says whether the gateway asks the host itself, request by request.
+func asksHTTP(how mesh.Destination) bool { return how.Proto == mesh.ProtoHTTP }
+
+// portOf is the port of the host that a request for a port leads to, and by which
+// it is judged: who says http means the port of https where the gateway makes that
+// of it.
+func portOf(how mesh.Destination, port uint16) uint16 {
+	if how.TLS == mesh.Originate && port == 80 {
+		return 443
+	}
+	return port
 }

@@ -2,6 +2,7 @@ package egress
 
 import (
 	"context"
+	"net/http"
 
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
@@ -12,7 +13,7 @@ import (
 const windows = 64 << 20
 
 // serveHop serves a connection of one of our own proxies (package hop): each
-// stream on it is one CONNECT, judged by itself.
+// stream on it carries a tunnel, or requests that are judged one by one.
 func (g *Gateway) serveHop(w *wire, tc *record.Conn, who *caller) {
 	h := hop.Accepted(tc, hop.Config{Streams: g.lim.Streams, Budget: g.windows}, func(s *hop.Stream) bool {
 		if !g.asks(who) {
@@ -62,32 +63,97 @@ func (g *Gateway) part() {
 			w.shared.Drain()
 		}
 	}
+	for s := range g.waiting {
+		_ = s.Refuse() // which tells that nothing was acted on
+	}
+	clear(g.waiting)
 }
 
-// serveHopStream answers one request, which opens a stream, and carries the
-// tunnel that it may become.
+// rests notes that a stream waits for its next request, unless the gateway ends
+// such.
+func (g *Gateway) rests(s *hop.Stream) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.yielding || g.draining {
+		return false
+	}
+	g.waiting[s] = true
+	return true
+}
+
+// wakes notes that one has come. It is false when the peer was told meanwhile that
+// none is taken.
+func (g *Gateway) wakes(s *hop.Stream) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	waited := g.waiting[s]
+	delete(g.waiting, s)
+	return waited
+}
+
+// serveHopStream answers the requests on a stream, and carries the tunnel that one
+// may become.
 func (g *Gateway) serveHopStream(ctx context.Context, w *wire, s *hop.Stream, who *caller) {
 	if t, left := g.askStream(ctx, w, s, who); t != nil {
-		g.tunnel1(t, &stream1{pipe: s, w: w, left: left, abort: func() { s.Close() }})
+		g.tunnel1(ctx, t, &stream1{
+			pipe: s, w: w, left: left, abort: func() { s.Close() },
+			rest: func() bool { return g.rests(s) }, wake: func() bool { return g.wakes(s) },
+		})
 	}
 }
 
-// askStream reads the request, and answers one that becomes no tunnel. The stream
-// is counted until its answer is out, however slowly its caller takes that, or the
-// tunnel is, which counts against limits of its own.
+// askStream answers requests until one becomes a tunnel. The stream is counted
+// until the answer is out, however slowly its caller takes that, or the tunnel is,
+// which counts against limits of its own; not while it waits for another request.
 func (g *Gateway) askStream(ctx context.Context, w *wire, s *hop.Stream, who *caller) (*tunnel, []byte) {
-	defer g.answered(who)
+	asking := true
+	defer func() {
+		if asking {
+			g.answered(who)
+		}
+	}()
 	hc := http1.NewConn(s, g.lim.Request)
 	defer hc.Release()
+	a := &asker{hc: hc, who: who, abort: func() { s.Close() }}
 	var req http1.Request
-	err := hc.ReadRequest(&req)
-	t, ans := g.request1(ctx, who, &req, err)
+	for {
+		err := hc.ReadRequest(&req)
+		if !asking {
+			if err != nil && !unreadable(err) {
+				return nil, nil // it was a pause that did not end
+			}
+			if asking = g.wakes(s) && g.asks(who); !asking {
+				_ = s.Refuse()
+				return nil, nil
+			}
+		}
+		if err != nil || string(req.Method) == http.MethodConnect {
+			return g.lastOf(ctx, w, hc, who, &req, err)
+		}
+		if !g.ask(ctx, a, &req) {
+			if ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
+				w.Close()
+			}
+			return nil, nil
+		}
+		g.answered(who)
+		if asking = false; !g.rests(s) {
+			_ = s.Refuse()
+			return nil, nil
+		}
+	}
+}
+
+// lastOf acts on what was read from a stream and is the last of it: a tunnel, or
+// an answer to what cannot become one.
+func (g *Gateway) lastOf(ctx context.Context, w *wire, hc *http1.Conn, who *caller, req *http1.Request, err error) (*tunnel, []byte) {
+	t, ans := g.request1(ctx, who, req, err)
 	if t == nil && ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
 		w.Close()
 	}
 	if ans != nil {
 		req.KeepAlive = false
-		ans.write1(hc, &req, err)
+		ans.write1(hc, req, err)
 	}
 	return t, hc.Unread()
 }

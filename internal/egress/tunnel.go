@@ -23,6 +23,9 @@ type tunnel struct {
 	id       string // of the decision
 	rule     string // that allowed it
 	origin   string // for the record: how the caller came to the host
+	// asked is the port that the caller has named, of a tunnel for requests of HTTP;
+	// else 0.
+	asked uint16
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.
@@ -101,7 +104,7 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.A
 	if err != nil || how.Proto != t.how.Proto {
 		return false
 	}
-	if how.Proto == protoTLS && how.SNI != sniOptional && sni == "" {
+	if how.Proto == mesh.ProtoTLS && how.SNI != sniOptional && sni == "" {
 		return false
 	}
 	if !to.IsValid() {

@@ -155,6 +155,8 @@ type destinationDoc struct {
 	at      `yaml:"-"`
 	Host    string         `yaml:"host"`
 	Proto   string         `yaml:"proto"`
+	TLS     string         `yaml:"tls"`
+	CA      string         `yaml:"ca"`
 	SNI     string         `yaml:"sni"`
 	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
@@ -173,19 +175,26 @@ func (d egressDoc) nouns() []Destination {
 			continue
 		}
 		n := Destination{
-			Host: s.Host, Proto: s.Proto, SNI: s.SNI, DNS: s.DNS,
+			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
 			ConnectTimeout: s.Route.ConnectTimeout,
 			Origin:         s.origin,
 		}
-		if n.Proto == "" {
-			n.Proto = "tls"
+		switch {
+		case n.Proto != "":
+		case n.TLS == Originate:
+			n.Proto = ProtoHTTP
+		default:
+			n.Proto = ProtoTLS
+		}
+		if n.TLS == "passthrough" {
+			n.TLS = "" // which is the same
 		}
 		if n.DNS == "virtual" {
 			n.DNS = "" // which is the same
 		}
-		if n.SNI == "" && n.Proto == "tls" {
+		if n.SNI == "" && n.Proto == ProtoTLS {
 			n.SNI = "strict"
 		}
 		out = append(out, n)

@@ -137,8 +137,14 @@ type Membership struct {
 type Destination struct {
 	// Host is a lower-case DNS name, "*." and a name, or an address.
 	Host string `json:"host"`
-	// Proto is what the tunnel must carry: "tls" (default) or "tcp".
+	// Proto is what the workload speaks: "tls" (default), "http" or "tcp".
 	Proto string `json:"proto"`
+	// TLS is what a gateway does about it: nothing when empty, or Originate. With
+	// that, and with proto "http", each request is judged by itself.
+	TLS string `json:"tls,omitempty"`
+	// CA are certificates in PEM, to which that of the host must lead. Default:
+	// those that the gateway's system trusts.
+	CA string `json:"ca,omitempty"`
 	// SNI is "strict" (default: present and equal to the authority) or
 	// "optional" (may be absent; if present, equal).
 	SNI string `json:"sni"`
@@ -155,6 +161,17 @@ type Destination struct {
 	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
 	Origin         Origin        `json:"origin"`
 }
+
+// Originate is a value of Destination.TLS: requests come in the clear, and go on
+// to the host over TLS under its own name.
+const Originate = "originate"
+
+// The values of Destination.Proto.
+const (
+	ProtoTLS  = "tls"
+	ProtoHTTP = "http"
+	ProtoTCP  = "tcp"
+)
 
 // RealAddresses is a value of Destination.DNS.
 const RealAddresses = "real"

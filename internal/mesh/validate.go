@@ -156,49 +156,6 @@ func (v *validator) stream(s Service) {
 	}
 }
 
-func (v *validator) destinations() {
-	seen := map[string]Origin{}
-	for _, d := range v.p.Destinations {
-		if err := checkHostRef(d.Host); d.Host == "" {
-			v.missing(d.Origin, "host")
-		} else if err != nil {
-			v.item(d.Origin, d.Host, "%s", err)
-		} else {
-			twice(v, seen, d.Host, d.Origin, "host")
-		}
-		switch {
-		case d.Proto != "tls" && d.Proto != "tcp":
-			v.item(d.Origin, d.Proto, "unknown proto %q%s", d.Proto, didYouMean(d.Proto, []string{"tls", "tcp"}))
-		case d.Proto == "tcp" && d.SNI != "":
-			v.item(d.Origin, "sni:", "sni has no meaning for proto tcp: leave it out")
-		case d.Proto == "tls" && d.SNI == "strict" && isAddress(d.Host):
-			v.item(d.Origin, d.Host, "host %q is an address, which no TLS hello names: write sni: optional or proto: tcp", d.Host)
-		case d.Proto == "tls" && d.SNI != "strict" && d.SNI != "optional":
-			v.item(d.Origin, d.SNI, "unknown sni %q%s", d.SNI, didYouMean(d.SNI, []string{"strict", "optional"}))
-		}
-		switch {
-		case d.DNS != "" && d.DNS != RealAddresses:
-			v.item(d.Origin, d.DNS, "unknown dns %q%s", d.DNS, didYouMean(d.DNS, []string{"virtual", RealAddresses}))
-		case d.DNS != "" && isAddress(d.Host):
-			v.item(d.Origin, "dns:", "dns has no meaning for an address: leave it out")
-		}
-		for _, p := range d.Private {
-			v.private(d.Origin, p)
-		}
-		for _, e := range d.Endpoints {
-			if !e.IsValid() || e.Port() == 0 || e.Addr().Zone() != "" || e.Addr().Is4In6() {
-				v.item(d.Origin, e.String(), "endpoint %q is not an address and a port", e)
-			}
-		}
-		if len(d.Endpoints) > 0 && strings.HasPrefix(d.Host, "*.") {
-			v.item(d.Origin, "endpoints:", "endpoints of pattern %q would serve every name below it: write one destination per host", d.Host)
-		}
-		if d.ConnectTimeout < 0 || d.ConnectTimeout > time.Minute {
-			v.item(d.Origin, "connect_timeout:", "connect_timeout %s is not from 0 to 1m", d.ConnectTimeout)
-		}
-	}
-}
-
 // private refuses ranges so wide that they mean "anything".
 func (v *validator) private(o Origin, p netip.Prefix) {
 	switch {

@@ -170,9 +170,9 @@ type door struct {
 	chain   chain
 	opaque  chain // of streams
 	accepts func(*call) bool
-	// nowhere counts calls that lead to no service, outside those that leave
-	// the mesh.
-	nowhere, outside *telemetry.Series
+	// nowhere counts calls that lead to no service, outside the tunnels that leave
+	// the mesh, and asked the requests.
+	nowhere, outside, asked *telemetry.Series
 	// tcp is what the service spoke when it was last known.
 	tcp atomic.Bool
 	// askEvery is a field for tests.
@@ -186,6 +186,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
 	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, bodies: o.bodies, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
+	d.asked = d.Signals.Series(o.self, "gateway", "")
 	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
 	return d
 }
@@ -333,6 +334,10 @@ func (d *door) route(x *call) *refusal {
 	t := &x.known
 	if t.snap != snap || x.only == "" && !bytes.Equal(t.authority, x.req.Authority) {
 		svc, ok := x.serviceOf(snap)
+		if !ok && d.leadsOut(x) {
+			d.aimOut(x)
+			return nil
+		}
 		if !ok {
 			return d.noRoute(x, "no_route")
 		}
@@ -360,7 +365,7 @@ func (d *door) route(x *call) *refusal {
 // noRoute refuses a call to something that is not a service this workload has
 // anything to do with.
 func (d *door) noRoute(x *call, reason string) *refusal {
-	r := d.about(x, reason, "clear HTTP is carried to services of the mesh only; the world outside is reached by CONNECT")
+	r := d.about(x, reason, "clear HTTP is carried to services of the mesh, and through a gateway; else the world outside is reached by CONNECT")
 	x.dst = r.Dst
 	return d.deny(r)
 }
@@ -397,6 +402,9 @@ func serviceOf(authority []byte) (name string, inside bool) {
 func (d *door) forward(x *call) *refusal {
 	if x.req.Form == http1.Authority {
 		return d.connect(x)
+	}
+	if x.to.name == GatewayName {
+		return d.passOut(x)
 	}
 	if d.cfg.KeepForwardedFor {
 		x.extra = appendForwardedFor(x.extra, forwardedFor(x.req.Fields))

@@ -188,7 +188,7 @@ func TestCallsThatCannotBeRecordedAreRefused(t *testing.T) {
 }
 
 func TestUnknownServicesAreRefusedAndRecorded(t *testing.T) {
-	r := newRig(t, app(t, hello))
+	r := newRig(t, app(t, hello), func(r *rig) { r.outCfg.Gateways = nil })
 	for _, host := range []string{"nobody.mesh.internal", "example.com", "127.0.0.1:8080", "billing.mesh.internal.example.com", "x.billing.mesh.internal"} {
 		resp, body := get(t, r.client(), "http://"+host+"/ok/1")
 		if rec := denied(t, resp, body, r.outAudit, "no_route"); !strings.HasPrefix(rec.Dst, "host:") || rec.Dir != string(mesh.Out) {

@@ -1,0 +1,389 @@
+package egress
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
+)
+
+// An asker is a connection of HTTP/1.1, or a stream that carries one, on which a
+// caller asks for what hosts outside have.
+type asker struct {
+	hc    *http1.Conn
+	who   *caller
+	ex    http1.Exchange
+	abort func() // breaks it off
+	// rest notes that it waits for a request, and wake that one has come. Either is
+	// false when the gateway has no time for it any more.
+	rest, wake func() bool
+	// in is the tunnel that the requests come in by, whose host they must name;
+	// nil for a connection on which each says where it goes.
+	in *tunnel
+}
+
+// A fetch is one request that the gateway asks a host in the caller's stead. It
+// stands in the registry of tunnels while it lasts: to a change of the policy it
+// is one.
+type fetch struct {
+	*tunnel
+	g      *Gateway
+	a      *asker
+	ctx    context.Context
+	req    *http1.Request
+	snap   *mesh.Snapshot
+	grant  authz.Grant
+	tries  int
+	status int    // that the host has answered
+	note   string // of the dial, or of what went wrong
+
+	mu        sync.Mutex   // guards what follows
+	over      *net.TCPConn // what the request is sent on
+	answering bool         // the caller has a part of the answer
+}
+
+// inside answers the requests that come in a tunnel to a host that the gateway
+// asks itself.
+func (g *Gateway) inside(ctx context.Context, t *tunnel, c net.Conn, a *asker) {
+	a.hc, a.who, a.in = http1.NewConn(c, http1.Limits{}), t.who, t
+	defer a.hc.Release()
+	var req http1.Request
+	for a.rest() {
+		err := a.hc.ReadRequest(&req)
+		if !a.wake() {
+			return
+		}
+		if ans := g.unread(a.who, &req, err); ans != nil {
+			ans.write1(a.hc, &req, err)
+			return
+		}
+		if err != nil || !g.ask(ctx, a, &req) {
+			return
+		}
+	}
+}
+
+// ask answers one request, and says whether the connection may carry another.
+func (g *Gateway) ask(ctx context.Context, a *asker, req *http1.Request) (keep bool) {
+	f, ans := g.fetch(ctx, a, req)
+	if ans == nil {
+		defer g.tunnels.remove(f.tunnel)
+		defer f.end(ReasonDone, false)
+		keep, ans = f.run()
+		if a.in != nil {
+			a.in.down.Add(f.down.Load())
+		}
+		if ans == nil {
+			if !keep {
+				_ = a.hc.Linger() // what was broken off is closed already
+			}
+			return keep
+		}
+	}
+	if g.yields() || a.who.disproved.Load() {
+		req.KeepAlive = false
+	}
+	return ans.write1(a.hc, req, nil)
+}
+
+// fetch judges a request. What it returns is in the registry.
+func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fetch, *answer) {
+	verb := req.Verb()
+	host, port, err := a.target(req)
+	if err != nil {
+		return nil, g.denyRequest(a.who, verbOf(verb), err)
+	}
+	t := &tunnel{who: a.who, host: host, origin: originOf(string(req.Get(originHeader))), call: authz.Call{
+		Dir: mesh.Out, Src: a.who.id, Dst: "host:" + host.String(), Port: port,
+		Verb: verb, Path: strings.Clone(req.PathText()), Peer: a.who.peer,
+	}}
+	if a.in != nil {
+		t.origin, t.call.Trace = a.in.origin, a.in.call.Trace
+	} else if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
+		t.call.Trace = tr.String()
+	}
+	snap, howErr, ans := g.prepare(t)
+	if ans != nil {
+		return nil, ans
+	}
+	t.call.Port = portOf(t.how, port)
+	f := &fetch{tunnel: t, g: g, a: a, req: req, snap: snap}
+	if verb == http.MethodTrace {
+		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonMethod, "TRACE is not passed on: it would show what is added on the way"))
+	}
+	if f.grant, err = g.cfg.Judge.Judge(&t.call); err != nil {
+		return nil, g.denied(t, err)
+	}
+	t.id, t.rule = f.grant.ID(), f.grant.Rule()
+	if howErr == nil && !asksHTTP(t.how) {
+		howErr = refuse(ReasonMethod, "%s is reached by CONNECT: its destination says neither proto: http nor tls: originate", host)
+	}
+	if howErr != nil {
+		return nil, g.deny(t.record(audit.KindDecision), howErr)
+	}
+	f.start = time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	f.ctx, t.cancel = ctx, func() { cancel(); f.cut() }
+	if err := g.tunnels.add(t); err != nil {
+		cancel()
+		return nil, g.deny(t.record(audit.KindDecision), err)
+	}
+	return f, nil
+}
+
+// target finds where a request goes.
+func (a *asker) target(req *http1.Request) (Host, uint16, error) {
+	usual := uint16(80)
+	if a.in != nil {
+		usual = a.in.asked
+	}
+	authority := string(req.Authority)
+	switch {
+	case req.Form == http1.Authority:
+		return Host{}, 0, refuse(ReasonMethod, "CONNECT came inside a tunnel; target %s", clip(string(req.Target)))
+	case req.Form == http1.Asterisk:
+		return Host{}, 0, refuse(ReasonRequest, "OPTIONS for the server as a whole is not passed on")
+	case req.Scheme == "https":
+		return Host{}, 0, refuse(ReasonRequest, "https is reached by CONNECT; target %s", clip(string(req.Target)))
+	case authority == "":
+		return Host{}, 0, refuse(ReasonRequest, "the request names no host")
+	case strings.HasSuffix(authority, "]") || strings.IndexByte(authority, ':') < 0:
+		authority = fmt.Sprintf("%s:%d", authority, usual)
+	}
+	host, port, err := ParseAuthority(authority)
+	if err == nil && a.in != nil && (host != a.in.host || port != a.in.asked) {
+		err = refuse(ReasonMisdirected, "a request for %s came in a tunnel to %s port %d", clip(authority), a.in.host, a.in.asked)
+	}
+	return host, port, err
+}
+
+// cut breaks off what is under way.
+func (f *fetch) cut() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.over != nil {
+		_ = f.over.SetLinger(0) // a farewell could have the host end its answer in order
+		f.over.Close()
+	}
+	if f.answering {
+		f.a.abort()
+	}
+}
+
+// on says what the request is sent on, nil for nothing any more. It is false when
+// the request has been stopped.
+func (f *fetch) on(c *net.TCPConn) bool {
+	f.mu.Lock()
+	f.over, f.answering = c, f.answering && c != nil
+	f.mu.Unlock()
+	return f.why() == ""
+}
+
+// answers notes that the answer goes to the caller from now on. It is false when
+// the request has been stopped.
+func (f *fetch) answers() bool {
+	f.mu.Lock()
+	f.answering = true
+	f.mu.Unlock()
+	return f.why() == ""
+}
+
+// run sends the request on, and the answer back; or says what to answer.
+func (f *fetch) run() (keep bool, ans *answer) {
+	life := time.AfterFunc(f.g.lim.Life, func() { f.stop(ReasonLife) })
+	defer life.Stop()
+	if err := f.a.hc.Prefetch(f.req); err != nil {
+		return f.failed(&http1.SideError{Side: http1.Client, Op: "read", Err: err}, http1.Result{})
+	}
+	if err := f.g.rejudge(f.tunnel); err != nil { // the policy may have changed before the registry knew
+		return false, f.g.deny(f.record(audit.KindDecision), err)
+	}
+	f.edit()
+	for fresh := false; ; fresh = true {
+		o, err := f.lend(fresh)
+		if err != nil {
+			return false, f.unlent(err)
+		}
+		f.tries++
+		f.a.ex.Up = o.Conn
+		var res http1.Result
+		if err = errStopped; f.on(o.tcp) {
+			res, err = f.a.ex.Run()
+		}
+		f.on(nil)
+		f.status = res.Status
+		f.up.Add(res.ReqBytes)
+		f.down.Add(res.RespBytes)
+		if err == nil && res.UpstreamReusable && f.why() == "" {
+			f.g.origins.put(o)
+		} else {
+			o.discard()
+		}
+		stale := o.reused && res.Replayable && !res.ResponseSeen && (res.RequestBytesSent == 0 || idempotent(f.req.Method))
+		switch {
+		case err == nil:
+			f.recordEnd(cmp.Or(f.why(), ReasonDone))
+			return res.DownstreamReusable, nil
+		case stale && !fresh && f.why() == "":
+			continue // the host had closed it
+		}
+		return f.failed(err, res)
+	}
+}
+
+var errStopped = errors.New("the request was stopped")
+
+func idempotent(method []byte) bool {
+	switch string(method) {
+	case "GET", "HEAD", "OPTIONS", "PUT", "DELETE":
+		return true
+	}
+	return false
+}
+
+// The fields that do not leave the mesh: what only proxies say, what is meant for
+// a proxy, and what would have the host take a method for another than was judged.
+// Of an answer, nothing may name another way to the host than the one that is
+// judged.
+var (
+	notOut = http1.NewNameSet("sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "egress-*", "proxy-*", "traceparent", "tracestate", "x-request-id",
+		"x-http-method-override", "x-http-method", "x-method-override", "alt-used")
+	notIn    = http1.NewNameSet("sallyport-*", "alt-svc", "proxy-*")
+	location = http1.NewNameSet("location")
+)
+
+// edit says how the two heads change.
+func (f *fetch) edit() {
+	x := &f.a.ex
+	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, 0, 0
+	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
+	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
+	f.req.Upgrade = false
+	x.Accept = func(resp *http1.Response) bool {
+		f.redirect(resp)
+		return f.answers()
+	}
+}
+
+// authorityOf is how the host itself is told who it is: without the port that its
+// scheme has.
+func authorityOf(h Host, port uint16, how mesh.Destination) string {
+	usual := uint16(80)
+	if how.TLS != "" {
+		usual = 443
+	}
+	name := h.String()
+	if strings.IndexByte(name, ':') >= 0 {
+		name = "[" + name + "]"
+	}
+	if port == usual {
+		return name
+	}
+	return fmt.Sprintf("%s:%d", name, port)
+}
+
+// unlent answers a request that got no connection.
+func (f *fetch) unlent(err error) *answer {
+	reason := f.why()
+	if reason == "" {
+		reason = reasonOf(err)
+	} else {
+		err = errEnded(reason)
+	}
+	f.stop(reason)
+	return f.g.deny(f.record(audit.KindDecision), err)
+}
+
+// errEnded is the refusal of what was stopped before it had begun.
+func errEnded(reason Reason) *Refusal {
+	switch reason {
+	case ReasonRevoked:
+		return refuse(reason, "the policy changed while the host was connected to")
+	case ReasonSVIDRevoked, ReasonSVIDEnded, ReasonIdentity:
+		return errIdentity(reason)
+	case ReasonShutdown:
+		return refuse(reason, "the gateway is stopping")
+	}
+	return refuse(reason, "it was ended while the host was connected to")
+}
+
+// failed answers a request that came to nothing, or breaks the answer off.
+func (f *fetch) failed(err error, res http1.Result) (keep bool, ans *answer) {
+	reason := cmp.Or(f.why(), ReasonReset)
+	f.note = strings.TrimSpace(f.note + " " + clip(err.Error()))
+	f.recordEnd(reason)
+	if res.ResponseStarted {
+		f.a.abort()
+		return false, nil
+	}
+	if reason != ReasonReset {
+		ans = answerTo(reason, f.id)
+	} else if ans = (&answer{status: http1.StatusOf(err), id: f.id, text: "the destination did not answer properly"}); ans.status == 0 {
+		f.a.abort()
+		return false, nil
+	}
+	if http1.FailedSide(err) == http1.Client {
+		ans.text = "the request could not be read"
+	}
+	f.req.KeepAlive = false
+	return false, ans
+}
+
+// recordEnd is the record of what the request came to, also when that is nothing.
+func (f *fetch) recordEnd(reason Reason) {
+	up, down := f.g.cfg.Metrics.EgressBytes(f.call.Src.String(), f.how.Host)
+	up.Add(f.up.Load())
+	down.Add(f.down.Load())
+	rec := f.record(audit.KindEgressClose)
+	rec.Reason = string(reason)
+	rec.BytesUp, rec.BytesDown, rec.Duration = f.up.Load(), f.down.Load(), time.Since(f.start)
+	rec.Detail = strings.TrimSpace(fmt.Sprintf("status %d to %s%s %s", f.status, f.to, f.origin, f.note))
+	if f.tries > 1 {
+		rec.Detail += fmt.Sprintf(", %d tries", f.tries)
+	}
+	rec.Done = true
+	if err := f.g.cfg.Audit.Append(rec); err != nil {
+		f.g.cfg.Log.Error("end of a request was not recorded", "decision", f.id, "err", err)
+	}
+}
+
+// lend gives a connection to the host: one that was kept, or a new one.
+func (f *fetch) lend(fresh bool) (*origin, error) {
+	key := originKey{host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA}
+	if !fresh {
+		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, "", to) }); o != nil {
+			f.leads(o.to)
+			return o, nil
+		}
+	}
+	o, note, err := f.g.dialOrigin(f.ctx, f.grant, key, Target{Host: f.host, Port: f.call.Port, How: f.how})
+	if err != nil {
+		return nil, err
+	}
+	f.note = note
+	f.leads(o.to)
+	if err := f.g.rejudge(f.tunnel); err != nil { // now that Rejudge can see where it leads
+		o.discard()
+		return nil, err
+	}
+	return o, nil
+}
+
+// leads notes where the request goes.
+func (f *fetch) leads(to netip.AddrPort) {
+	f.relay.mu.Lock()
+	defer f.relay.mu.Unlock()
+	f.to = to
+}

@@ -1,0 +1,191 @@
+package egress
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"net/netip"
+	"sync"
+	"time"
+
+	"sallyport/internal/authz"
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+)
+
+const (
+	// maxIdleOrigin is how many connections are kept to one host, and maxIdleAll
+	// to all.
+	maxIdleOrigin = 64
+	maxIdleAll    = 4096
+	// originIdle is how long a connection is kept unused. Servers close theirs
+	// after a minute or more, by custom.
+	originIdle = 50 * time.Second
+	// originShake bounds a handshake with a host.
+	originShake = 10 * time.Second
+)
+
+// An originKey is whom a connection leads to, and as whom.
+type originKey struct {
+	host    Host
+	port    uint16
+	tls, ca string
+}
+
+// An origin is a connection to a host on which the gateway speaks HTTP itself.
+type origin struct {
+	*http1.Conn
+	nc     net.Conn
+	tcp    *net.TCPConn // under TLS
+	key    originKey
+	to     netip.AddrPort
+	reused bool
+	idle   time.Time
+}
+
+func (o *origin) discard() {
+	o.nc.Close()
+	o.Release()
+}
+
+// origins keeps connections to hosts between requests. It is safe for concurrent
+// use.
+type origins struct {
+	mu     sync.Mutex // guards what follows
+	idle   map[originKey][]*origin
+	n      int
+	closed bool
+}
+
+// take gives the connection that came back last, if one fits. It takes the proof
+// that the request was allowed, as a dial does.
+func (p *origins) take(proof authz.Grant, key originKey, fits func(netip.AddrPort) bool) *origin {
+	if !proof.Covers("host:"+key.host.String(), key.port) {
+		return nil
+	}
+	for {
+		p.mu.Lock()
+		list := p.idle[key]
+		if len(list) == 0 {
+			p.mu.Unlock()
+			return nil
+		}
+		o := list[len(list)-1]
+		p.keep(key, list[:len(list)-1])
+		p.n--
+		p.mu.Unlock()
+		if time.Since(o.idle) < originIdle && !o.Stale() && fits(o.to) {
+			o.reused = true
+			return o
+		}
+		o.discard()
+	}
+}
+
+// keep sets what is kept of a host. The caller holds the lock.
+func (p *origins) keep(key originKey, list []*origin) {
+	if len(list) == 0 {
+		delete(p.idle, key)
+		return
+	}
+	p.idle[key] = list
+}
+
+// put takes a connection back that may carry another request.
+func (p *origins) put(o *origin) {
+	o.Rest()
+	o.idle = time.Now()
+	p.mu.Lock()
+	full := p.closed || p.n >= maxIdleAll || len(p.idle[o.key]) >= maxIdleOrigin
+	if !full {
+		if p.idle == nil {
+			p.idle = make(map[originKey][]*origin)
+		}
+		p.idle[o.key] = append(p.idle[o.key], o)
+		p.n++
+	}
+	p.mu.Unlock()
+	if full {
+		o.discard()
+	}
+}
+
+// sweep closes what was kept for too long; with all, everything for good.
+func (p *origins) sweep(all bool) {
+	var old []*origin
+	p.mu.Lock()
+	p.closed = p.closed || all
+	for key, list := range p.idle {
+		n := 0
+		for n < len(list) && (all || time.Since(list[n].idle) >= originIdle) {
+			n++
+		}
+		old = append(old, list[:n]...)
+		p.keep(key, append([]*origin(nil), list[n:]...))
+	}
+	p.n -= len(old)
+	p.mu.Unlock()
+	for _, o := range old {
+		o.discard()
+	}
+}
+
+// dialOrigin connects to a host, and has it prove its name where TLS is spoken.
+func (g *Gateway) dialOrigin(ctx context.Context, proof authz.Grant, key originKey, to Target) (*origin, string, error) {
+	conn, note, err := g.dialer.Dial(ctx, proof, to)
+	if err != nil {
+		return nil, "", err
+	}
+	at := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	o := &origin{nc: conn, tcp: conn, key: key, to: netip.AddrPortFrom(at.Addr().Unmap(), at.Port())}
+	if to.How.TLS != "" {
+		cfg, err := g.originTLS(to)
+		if err != nil {
+			conn.Close()
+			return nil, "", err
+		}
+		tc := tls.Client(conn, cfg)
+		ctx, cancel := context.WithTimeout(ctx, originShake)
+		defer cancel()
+		if err := tc.HandshakeContext(ctx); err != nil {
+			conn.Close()
+			return nil, "", refuseShake(to.Host, err)
+		}
+		o.nc = tc
+	}
+	o.Conn = http1.NewConn(o.nc, http1.Limits{})
+	return o, note, nil
+}
+
+// originTLS is the client's side of TLS to a host: its certificate must be for
+// the name that was judged, whatever address it is at.
+func (g *Gateway) originTLS(to Target) (*tls.Config, error) {
+	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
+	if to.How.CA == "" {
+		return cfg, nil
+	}
+	list, err := mesh.ParseCA(to.How.CA)
+	if err != nil {
+		return nil, refuse(ReasonNoPolicy, "the destination of %s: ca: %v", to.Host, err)
+	}
+	cfg.RootCAs = x509.NewCertPool()
+	for _, c := range list {
+		cfg.RootCAs.AddCert(c)
+	}
+	return cfg, nil
+}
+
+// refuseShake says why a host is not spoken to.
+func refuseShake(h Host, err error) *Refusal {
+	var cert *tls.CertificateVerificationError
+	var ne net.Error
+	switch {
+	case errors.As(err, &cert):
+		return refuse(ReasonCertificate, "%s did not prove its name: %v", h, cert.Err)
+	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &ne) && ne.Timeout():
+		return refuse(ReasonTimeout, "handshake with %s: %v", h, err)
+	}
+	return refuse(ReasonDial, "handshake with %s: %v", h, err)
+}
