@@ -32,6 +32,20 @@ build: ## the four programs, in bin/
 release: ## the four programs as they are to be shipped: the sidecar compiled by its profile
 	@$(MAKE) --no-print-directory build PGO=$(PROFILE)
 
+VERSION ?= 0.0.0
+# What a package is made of. Its test does without the profile, which takes minutes.
+PACKAGED ?= release
+.PHONY: package
+package: ## the .deb and the .rpm, in bin/packages (VERSION=1.2.3)
+	@$(MAKE) --no-print-directory $(PACKAGED)
+	@rm -rf $(BIN)/packages && mkdir -p $(BIN)/packages
+	@for p in deb rpm; do VERSION=$(VERSION) ARCH=$$(go env GOARCH) go tool -modfile=tools/package/go.mod nfpm package -f deploy/package/nfpm.yaml -p $$p -t $(BIN)/packages/ >&2; done
+
+.PHONY: package-test
+package-test: ## the .deb installed into a root of its own, its units looked at by systemd
+	@$(MAKE) --no-print-directory package PACKAGED=build
+	@PACKAGES=$(CURDIR)/$(BIN)/packages go test ./test/packages -count=1 -v | grep -vE '^(=== | *--- PASS|PASS|ok )'
+
 .PHONY: issuer-pkcs11
 issuer-pkcs11: ## the issuer with PKCS#11, in bin/; needs a C compiler
 	@CGO_ENABLED=1 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/issuer-pkcs11 ./cmd/issuer

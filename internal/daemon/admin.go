@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -52,7 +53,8 @@ type Admin struct {
 }
 
 // Run serves until ctx ends, then closes every connection: an admin connection
-// never holds a drain. It returns nil when ctx ended.
+// never holds a drain. It returns nil when ctx ended. As long as the socket
+// answers, a service manager that wants to know is told that all is well.
 func (a *Admin) Run(ctx context.Context) error {
 	ln := a.Listener
 	if ln == nil {
@@ -70,6 +72,11 @@ func (a *Admin) Run(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	defer ln.Close()
+	var dog sync.WaitGroup
+	defer dog.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	dog.Go(func() { watchdog(ctx, a.Socket, a.Log) })
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 		return fmt.Errorf("serve admin socket %s: %w", a.Socket, err)
 	}
