@@ -70,6 +70,7 @@ const (
 	Unread      Reason = "unread"   // answers that the peer does not read
 	SlowSection Reason = "slow"     // a field section, or another frame, that does not come to its end
 	TooMany     Reason = "too_many" // more streams than it may open
+	Hoarded     Reason = "hoarded"  // data that nobody reads, beyond what there is memory for
 )
 
 // A Violation ends the connection it happened on.

@@ -59,6 +59,10 @@ type Config struct {
 	// Budget bounds by how much the windows of many connections, and of their
 	// streams, grow. Optional.
 	Budget *mux.Budget
+	// First bounds what many connections hold unread of those 64 KiB, at the end
+	// that accepts, but for 4 KiB of each. A call whose data finds nothing left of
+	// it is reset. Optional.
+	First *mux.Budget
 	// HeadTimeout is how long a preface, a field section, or any other frame
 	// than data may take from its first byte to its last. Default 10 s.
 	HeadTimeout time.Duration
@@ -146,6 +150,7 @@ type Conn struct {
 	nresets   int
 	lost      uint32 // the last stream that had to make room there
 	widened   int    // what the window of the connection has of the budget
+	paid      int    // what of First pays for data that is not read
 	leaving   leaving
 	err       error // why it ended
 	out       writer
@@ -427,6 +432,7 @@ func (c *Conn) lookAround() {
 		c.out.wake()
 	}
 	c.withhold()
+	c.repay()
 	if c.inLeft.Load() == 0 {
 		c.widen() // there may be memory by now; who may send nothing does not ask again
 	}

@@ -121,6 +121,7 @@ func (l *Lane) fresh() {
 func (c *Conn) forget(l *Lane) {
 	delete(c.streams, l.id)
 	l.id = 0
+	c.repay()
 	if len(c.streams) == 0 {
 		c.empty = time.Now()
 		c.withhold()
@@ -320,6 +321,7 @@ func (c *Conn) eat(l *Lane, n, grant int) {
 // refill grants the window of the connection anew, if it is much.
 func (c *Conn) refill() {
 	c.withhold()
+	c.repay()
 	n := c.eaten.Load()
 	if n < c.room.Load()/4 || c.err != nil {
 		return
@@ -377,7 +379,8 @@ func (c *Conn) hoards() bool {
 func (c *Conn) narrow() {
 	if c.deaf && len(c.lanes) == 0 {
 		c.cfg.Budget.Give(c.widened)
-		c.widened = 0
+		c.cfg.First.Give(c.paid)
+		c.widened, c.paid = 0, 0
 	}
 }
 

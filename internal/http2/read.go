@@ -273,6 +273,12 @@ func (c *Conn) begin(h header, rest []byte) (k int, err error) {
 	if in.lane, err = c.find(h); err != nil {
 		return 0, err
 	}
+	if l := in.lane; l != nil && !c.afford() {
+		in.lane = nil
+		if err := c.fault(l, EnhanceYourCalm, Hoarded); err != nil {
+			return 0, err
+		}
+	}
 	if over := h.length - in.left; over > 0 {
 		c.wasted(in.lane, over)
 	}

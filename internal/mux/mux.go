@@ -44,17 +44,21 @@ func (b *Bucket) Earn(n int) { b.tokens = min(b.tokens+n, b.burst) }
 type Budget struct {
 	max  int64
 	used atomic.Int64
+	of   *Budget // what it is a part of
 }
 
 // NewBudget returns a budget of so many bytes.
 func NewBudget(bytes int64) *Budget { return &Budget{max: bytes} }
+
+// Part returns a budget of so many bytes, which are taken from b as well.
+func (b *Budget) Part(bytes int64) *Budget { return &Budget{max: bytes, of: b} }
 
 // Take takes n bytes; false when they are not left.
 func (b *Budget) Take(n int) bool {
 	if b == nil {
 		return true
 	}
-	if b.used.Add(int64(n)) > b.max {
+	if b.used.Add(int64(n)) > b.max || !b.of.Take(n) {
 		b.used.Add(-int64(n))
 		return false
 	}
@@ -65,6 +69,7 @@ func (b *Budget) Take(n int) bool {
 func (b *Budget) Give(n int) {
 	if b != nil && n != 0 {
 		b.used.Add(-int64(n))
+		b.of.Give(n)
 	}
 }
 

@@ -112,3 +112,22 @@ func TestDeadline(t *testing.T) {
 		}
 	})
 }
+
+// What a part of a budget takes is taken from the whole, and no more than either has.
+func TestPartOfABudget(t *testing.T) {
+	all := NewBudget(10)
+	a, b := all.Part(6), all.Part(6)
+	for _, tt := range []struct {
+		of   *Budget
+		n    int
+		want bool
+	}{{a, 7, false}, {a, 6, true}, {a, 1, false}, {b, 5, false}, {b, 4, true}, {all, 1, false}} {
+		if got := tt.of.Take(tt.n); got != tt.want {
+			t.Errorf("take %d: %v", tt.n, got)
+		}
+	}
+	a.Give(6)
+	if !b.Take(2) || b.Take(1) || all.Used() != 6 || a.Used() != 0 {
+		t.Errorf("used are %d of the whole, %d and %d of the parts", all.Used(), a.Used(), b.Used())
+	}
+}

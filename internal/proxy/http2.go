@@ -22,6 +22,9 @@ func (l *listener) serveHTTP2(c *conn, nc net.Conn, enter func(*conn) bool, serv
 	defer wg.Wait()
 	cfg := l.http2Config()
 	cfg.Broken = func() bool { return l.brokenOff(c, 1) }
+	if cfg.First = l.firsts; c.who != nil {
+		cfg.First = c.who.share.firsts
+	}
 	h := http2.Accepted(nc, cfg, func(lane *http2.Lane) bool {
 		sc := &conn{Conn: lane, on: c, from: c.from, who: c.who}
 		// A client that breaks a call off ends it at the service too.
@@ -57,6 +60,10 @@ func (l *listener) http2Config() http2.Config {
 // bodies is by how much the windows of all connections and calls of HTTP/2 may
 // grow: of those that come in, and of those of all ports of the workload.
 const bodies = 64 << 20
+
+// firsts is what all connections of HTTP/2 may hold unread of their first windows,
+// half of it those of one identity: in all, and beside what bodies bounds.
+const firsts = 64 << 20
 
 // serveHTTP2 serves a peer of another make.
 func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn) {

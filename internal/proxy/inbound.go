@@ -159,6 +159,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.unproved.putOut = in.Metrics.ConnectionsRefused(in.Reporter, limitHandshakes)
 	in.peers.max = cmp.Or(cfg.MaxPerPeer, max(in.MaxConns/2, 1))
 	in.peers.maxCalls = int64(max(in.MaxInFlight/2, 1))
+	in.peers.firsts = mux.NewBudget(firsts)
 	in.chain, in.opaque = in.makeChain(), in.streamChain()
 	if cfg.Translate != nil {
 		in.behind = upstream.NewLocal(netip.AddrPort{}, cfg.Limits)

@@ -38,6 +38,7 @@ func (a *anteroom) leave(c *conn) {
 type crowd struct {
 	max      int   // connections
 	maxCalls int64 // in flight
+	firsts   *mux.Budget
 
 	mu sync.Mutex // guards of, and the connections of members
 	of map[spiffeid.ID]*member
@@ -47,6 +48,8 @@ type crowd struct {
 type member struct {
 	conns int
 	calls atomic.Int64
+	// firsts is what its connections of HTTP/2 may hold unread.
+	firsts *mux.Budget
 	// judge has the rules of the identity, which all of its connections share:
 	// they are many times what else a connection needs.
 	judge atomic.Pointer[portJudge]
@@ -77,7 +80,7 @@ func (c *crowd) enter(id spiffeid.ID) *member {
 		if c.of == nil {
 			c.of = map[spiffeid.ID]*member{}
 		}
-		m = new(member)
+		m = &member{firsts: c.firsts.Part(firsts / 2)}
 		c.of[id] = m
 	}
 	if m.conns >= c.max {

@@ -38,6 +38,7 @@ type listener struct {
 	inFlight atomic.Int64
 	panics   atomic.Int64
 	bodies   *mux.Budget // of connections of HTTP/2
+	firsts   *mux.Budget // the same, of who has proved no identity
 	// calm is with sources that break off what they have begun, calmOf with
 	// identities, which are charged in the place of their source once they are
 	// proved; nil bears all.

@@ -89,8 +89,9 @@ type Outbound struct {
 	cfg  OutboundConfig
 	self string
 	kept atomic.Pointer[[2]*policy]
-	// bodies is what the connections of HTTP/2 of all doors have together.
-	bodies *mux.Budget
+	// bodies and firsts are what the connections of HTTP/2 of all doors have
+	// together.
+	bodies, firsts *mux.Budget
 	// keeping is held by who changes kept. It is taken before the locks of faults
 	// and quotas.
 	keeping sync.Mutex
@@ -108,7 +109,7 @@ func NewOutbound(cfg OutboundConfig) (*Outbound, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, fmt.Errorf("outbound proxy: %w", err)
 	}
-	o := &Outbound{cfg: cfg, self: cfg.Self.String(), bodies: mux.NewBudget(bodies)}
+	o := &Outbound{cfg: cfg, self: cfg.Self.String(), bodies: mux.NewBudget(bodies), firsts: mux.NewBudget(firsts)}
 	if !cfg.FaultsWait {
 		o.faults.stops = &mesh.FaultStops{}
 	}
@@ -184,7 +185,7 @@ const askEvery = time.Second
 
 func newDoor(o *Outbound, service mesh.ServiceName) *door {
 	d := &door{Outbound: o, service: service, askEvery: askEvery}
-	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, bodies: o.bodies, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
+	d.listener = listener{Shared: o.cfg.Shared.withDefaults(), serve: d.serveConn, bodies: o.bodies, firsts: o.firsts, calm: mux.NewCalm[mux.Source](ownBurst, ownRate), costs: 1, rests: true}
 	d.nowhere, d.outside = d.Signals.Series(o.self, "", ""), d.Signals.SeriesOf(telemetry.ProtoTCP, o.self, "gateway", "")
 	d.asked = d.Signals.Series(o.self, "gateway", "")
 	d.chain, d.opaque, d.accepts = d.makeChain(), d.streamChain(), d.accept
