@@ -1,13 +1,16 @@
 package capture
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,7 +37,8 @@ type socket struct {
 // processes of the same user; one that may not be seen is ErrNoOwner.
 //
 // When several processes share the socket (a parent and its forked child), the
-// first candidate, else the lowest pid, is named. The connection and the
+// first candidate, else one that Owners have named of late, else the lowest pid,
+// is named. The connection and the
 // owner's descriptor are looked at again after the process was inspected. An
 // owner of another user than the one who opened the connection is refused.
 //
@@ -43,22 +47,66 @@ type socket struct {
 // the holder of now. User, cgroup and process tree do not change that way, the
 // executable does; so the executable alone is no boundary for a TCP connection.
 func OwnerOf(local, remote netip.AddrPort, candidates ...int) (Process, error) {
-	return new(Owners).Of(local, remote, candidates...)
+	var o Owners
+	defer o.hangUp()
+	return o.Of(local, remote, candidates...)
 }
 
 // Owners answers as OwnerOf does, and remembers by which descriptor of which
 // process a connection was held: a process with a thousand connections would
 // otherwise be searched a thousand times. Nothing of that is believed, it is
 // only looked at first; so the holder that was named once is named as long as
-// it holds the connection. The zero value is ready, and safe for concurrent use.
+// it holds the connection. What the state of that process is, it is asked four
+// times a second at most, for all connections that it was found to hold before.
+// The zero value is ready, and safe for concurrent use.
 type Owners struct {
 	// In is a socket of sock_diag that was opened in another network namespace,
 	// whose connections are meant then. Nil: those of our own.
 	In *os.File
 
-	asking sync.Mutex // guards In: one question at a time
-	mu     sync.Mutex // guards last
+	asking sync.Mutex // guards In and own: one question at a time
+	own    *os.File   // as In, of our own namespace; nil before the first question
+
+	scanning sync.Mutex // held by who looks through all processes, which costs as much as many calls
+
+	mu     sync.Mutex // guards what follows
 	last   map[socket]place
+	seen   map[int]sight // by pid
+	recent [4]int        // the pids that were named last, the latest first
+}
+
+// A sight is what was seen of a process.
+type sight struct {
+	Process
+	at time.Time
+}
+
+const (
+	sightHolds = 250 * time.Millisecond
+	maxSights  = 1 << 10 // beyond it they begin anew
+)
+
+// inspect is Inspect, or what that said a moment ago: the caller sees to it that
+// it is the same process.
+func (o *Owners) inspect(pid int, lately bool) (Process, error) {
+	o.mu.Lock()
+	last, ok := o.seen[pid]
+	o.mu.Unlock()
+	now := time.Now()
+	if lately && ok && now.Sub(last.at) < sightHolds {
+		return last.Process, nil
+	}
+	p, err := Inspect(pid)
+	if err != nil {
+		return p, err
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.seen == nil || len(o.seen) >= maxSights {
+		o.seen = map[int]sight{}
+	}
+	o.seen[pid] = sight{p, now}
+	return p, nil
 }
 
 // A place is a descriptor of a process.
@@ -79,6 +127,12 @@ func (o *Owners) place(s socket) place {
 func (o *Owners) keep(s socket, p place) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	at := slices.Index(o.recent[:], p.pid)
+	if at < 0 {
+		at = len(o.recent) - 1
+	}
+	copy(o.recent[1:at+1], o.recent[:at])
+	o.recent[0] = p.pid
 	if o.last == nil || len(o.last) >= maxPlaces {
 		o.last = map[socket]place{}
 	}
@@ -93,13 +147,14 @@ func (o *Owners) Of(local, remote netip.AddrPort, candidates ...int) (Process, e
 		return Process{}, err
 	}
 	at := o.place(s)
-	if at.pid == 0 || !at.holds(s) {
-		if at.pid, at.fd = findHolder(s, candidates); at.pid == 0 {
-			return Process{}, ErrNoOwner
+	known := at.pid != 0 && at.holds(s)
+	if !known {
+		if at, err = o.find(s, remote, local, candidates); err != nil {
+			return Process{}, err
 		}
 		o.keep(s, at)
 	}
-	p, err := Inspect(at.pid)
+	p, err := o.inspect(at.pid, known)
 	if err != nil {
 		return Process{}, fmt.Errorf("owner of connection from %s: %w", remote, err)
 	}
@@ -136,17 +191,34 @@ func (o *Owners) lookup(src, dst netip.AddrPort) (socket, error) {
 	if !src.IsValid() || !dst.IsValid() || src.Addr().Is4() != dst.Addr().Is4() {
 		return socket{}, fmt.Errorf("owner of connection: %s to %s is not one TCP connection", src, dst)
 	}
+	o.asking.Lock()
+	defer o.asking.Unlock()
 	if o.In != nil {
-		o.asking.Lock()
-		defer o.asking.Unlock()
 		return ask(int(o.In.Fd()), src, dst)
 	}
-	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
-	if err != nil {
-		return socket{}, fmt.Errorf("owner of connection: open sock_diag: %w", err)
+	if o.own == nil {
+		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
+		if err != nil {
+			return socket{}, fmt.Errorf("owner of connection: open sock_diag: %w", err)
+		}
+		o.own = os.NewFile(uintptr(fd), "sock_diag")
 	}
-	defer unix.Close(fd)
-	return ask(fd, src, dst)
+	s, err := ask(int(o.own.Fd()), src, dst)
+	if err != nil && !errors.Is(err, ErrNoOwner) {
+		o.own.Close() // the answer may still come, and must not be taken for that of another question
+		o.own = nil
+	}
+	return s, err
+}
+
+// hangUp closes what lookup has opened.
+func (o *Owners) hangUp() {
+	o.asking.Lock()
+	defer o.asking.Unlock()
+	if o.own != nil {
+		o.own.Close()
+		o.own = nil
+	}
 }
 
 // ask sends one question on a socket of sock_diag and reads the answer.
@@ -239,15 +311,38 @@ func diagAddr(family byte, port, addr []byte) netip.AddrPort {
 
 func socketLink(s socket) string { return "socket:[" + strconv.FormatUint(uint64(s.inode), 10) + "]" }
 
-// findHolder finds a process with a descriptor of s: candidates first, then
-// the processes of the socket's user, then all others.
-func findHolder(s socket, candidates []int) (pid int, fd string) {
+// find finds a process with a descriptor of s: candidates first, then those that
+// were named last, then all. These are looked through for one connection at a
+// time, and not for one that has ended meanwhile: to open many must not cost more
+// than they do.
+func (o *Owners) find(s socket, src, dst netip.AddrPort, candidates []int) (place, error) {
 	link := socketLink(s)
-	for _, c := range candidates {
-		if fd := holds(c, link); fd != "" {
-			return c, fd
+	o.mu.Lock()
+	recent := o.recent
+	o.mu.Unlock()
+	for _, pid := range append(slices.Clone(candidates), recent[:]...) {
+		if pid == 0 {
+			continue
+		}
+		if fd := holds(pid, link); fd != "" {
+			return place{pid, fd}, nil
 		}
 	}
+	o.scanning.Lock()
+	defer o.scanning.Unlock()
+	if again, err := o.lookup(src, dst); err != nil || again != s {
+		return place{}, cmp.Or(err, ErrNoOwner)
+	}
+	pid, fd := findHolder(s.uid, link)
+	if pid == 0 {
+		return place{}, ErrNoOwner
+	}
+	return place{pid, fd}, nil
+}
+
+// findHolder finds a process with a descriptor of that link: of the socket's user
+// first, then of all others.
+func findHolder(uid uint32, link string) (pid int, fd string) {
 	pids, err := listPIDs()
 	if err != nil {
 		return 0, ""
@@ -258,7 +353,7 @@ func findHolder(s socket, candidates []int) (pid int, fd string) {
 		if unix.Stat("/proc/"+strconv.Itoa(p), &st) != nil {
 			continue
 		}
-		if st.Uid != s.uid {
+		if st.Uid != uid {
 			others = append(others, p)
 			continue
 		}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -177,6 +178,67 @@ func TestOwnersForgetWhoLetGo(t *testing.T) {
 	}
 }
 
+// TestOwnersLookAgain plants what is remembered of a process: it counts for a
+// connection that it was found to hold before, for a moment.
+func TestOwnersLookAgain(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var o Owners
+	defer o.hangUp()
+	pid := os.Getpid()
+	held := func() (local, remote netip.AddrPort) {
+		c, err := net.Dial("tcp4", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			c.Close()
+			s.Close()
+		})
+		return ends(s)
+	}
+	planted := func(local, remote netip.AddrPort, age time.Duration, change func(*Process)) (bool, error) {
+		o.mu.Lock()
+		p := o.seen[pid].Process
+		p.ExePath = "planted"
+		change(&p)
+		o.seen[pid] = sight{p, time.Now().Add(-age)}
+		o.mu.Unlock()
+		got, err := o.Of(local, remote)
+		return got.ExePath == "planted", err
+	}
+	same := func(*Process) {}
+	local, remote := held()
+	if _, err := o.Of(local, remote); err != nil {
+		t.Fatal(err)
+	}
+	if old, err := planted(local, remote, -time.Hour, same); err != nil || !old {
+		t.Errorf("a moment later: as before %v, %v", old, err)
+	}
+	if old, err := planted(local, remote, sightHolds, same); err != nil || old {
+		t.Errorf("later: as before %v, %v", old, err)
+	}
+	if _, err := planted(local, remote, -time.Hour, func(p *Process) { p.Start++ }); !errors.Is(err, ErrNoOwner) {
+		t.Errorf("another process under the number: %v", err)
+	}
+	if _, err := planted(local, remote, -time.Hour, func(p *Process) { p.UID++ }); !errors.Is(err, ErrNoOwner) {
+		t.Errorf("another user: %v", err)
+	}
+	other, end := held()
+	o.scanning.Lock() // who was named before is found without a look at all
+	defer o.scanning.Unlock()
+	if old, err := planted(other, end, -time.Hour, same); err != nil || old {
+		t.Errorf("another connection: as before %v, %v", old, err)
+	}
+}
+
 func BenchmarkOwnerOf(b *testing.B) {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
@@ -190,11 +252,24 @@ func BenchmarkOwnerOf(b *testing.B) {
 	}
 	defer s.Close()
 	local, remote := ends(s)
-	for name, cand := range map[string][]int{"candidate": {o.Process.Pid}, "scan": nil} {
+	var owners, named Owners
+	defer owners.hangUp()
+	defer named.hangUp()
+	for name, of := range map[string]func() (Process, error){
+		"candidate": func() (Process, error) { return OwnerOf(local, remote, o.Process.Pid) },
+		"scan":      func() (Process, error) { return OwnerOf(local, remote) },
+		"again":     func() (Process, error) { return owners.Of(local, remote) },
+		"new": func() (Process, error) {
+			named.mu.Lock()
+			named.last = nil
+			named.mu.Unlock()
+			return named.Of(local, remote)
+		},
+	} {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if p, err := OwnerOf(local, remote, cand...); err != nil || p.PID != o.Process.Pid {
+				if p, err := of(); err != nil || p.PID != o.Process.Pid {
 					b.Fatal(p, err)
 				}
 			}
