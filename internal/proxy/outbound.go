@@ -240,9 +240,10 @@ func (d *door) callOn(ctx context.Context, c *conn, remote string, at *process) 
 // A process is who is at the other end of a connection of the workload, whose
 // lanes have it in common.
 type process struct {
-	mu       sync.Mutex // guards the fields below, also while it is asked for
+	mu       sync.Mutex // guards the fields below, also while a call asks
 	asked    time.Time
 	stranger error // it is not the workload
+	ahead    bool  // it is asked for again, and no call waits for that
 }
 
 // The links of the way out.
@@ -281,11 +282,34 @@ func (d *door) strangerOn(x *call) error {
 	p := x.process
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.asked.IsZero() || x.start.Sub(p.asked) >= d.askEvery {
+	switch age := x.start.Sub(p.asked); {
+	case p.asked.IsZero() || age >= d.askEvery:
 		p.stranger = d.cfg.Local(x.conn.base())
 		p.asked = x.start
+	case age >= d.askEvery*3/4 && !p.ahead:
+		p.ahead = true
+		go d.askAhead(x.conn, p)
 	}
 	return p.stranger
+}
+
+// askAhead asks before the answer is old: to ask takes as long as some calls, and
+// one that comes then need not wait for it.
+func (d *door) askAhead(c *conn, p *process) {
+	var stranger error
+	began := time.Now()
+	defer func() {
+		fault := recover()
+		if fault != nil { // it is for the next call to ask
+			d.survived(c, fault)
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.ahead = false; fault == nil && began.After(p.asked) {
+			p.asked, p.stranger = began, stranger
+		}
+	}()
+	stranger = d.cfg.Local(c.base())
 }
 
 // about is the record of a refusal to carry something out.
