@@ -238,6 +238,33 @@ func TestProcessIsAskedForAgain(t *testing.T) {
 	}
 }
 
+// Who is asked for before the answer is old keeps no call waiting, and the answer
+// counts for the next one.
+func TestProcessIsAskedForAhead(t *testing.T) {
+	r := newParts(t, "127.0.0.1:1")
+	d := newDoor(r.outbound, "billing")
+	d.askEvery = time.Hour
+	asked, answer := make(chan struct{}), make(chan error)
+	r.outbound.cfg.Local = func(net.Conn) error {
+		asked <- struct{}{}
+		return <-answer
+	}
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	now := time.Now()
+	x := &call{conn: &conn{Conn: near}, process: &process{asked: now.Add(-50 * time.Minute)}, start: now}
+	for range 2 { // the second does not ask once more
+		if err := d.strangerOn(x); err != nil {
+			t.Errorf("a call meets %v", err)
+		}
+	}
+	<-asked
+	another := errors.New("another process")
+	answer <- another
+	await(t, func() bool { return errors.Is(d.strangerOn(x), another) })
+}
+
 func TestAnswerAboutTheProcessHoldsForAWhile(t *testing.T) {
 	r := newRig(t, app(t, hello))
 	w := r.dial()
