@@ -2,6 +2,7 @@ package telemetry
 
 import (
 	"bytes"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"net/http/httptest"
@@ -210,6 +211,16 @@ func TestConcurrentUse(t *testing.T) {
 }
 
 const goodTrace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+func TestAppendHex(t *testing.T) {
+	b := make([]byte, 256)
+	for i := range b {
+		b[i] = byte(i)
+	}
+	if got, want := string(appendHex([]byte("-"), b)), "-"+hex.EncodeToString(b); got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+}
 
 func TestParseTraceparent(t *testing.T) {
 	for name, tc := range map[string]struct {
