@@ -40,7 +40,8 @@ type Stream struct {
 	mu       sync.Mutex // guards the fields below
 	in       mux.Buffer // received and not read
 	dst      []byte     // where a reader waits for bytes
-	got      int        // how many it has been given there
+	from     lender     // who lends that, to a reader that has none yet
+	got      int        // how many bytes it has been given there
 	awaits   bool       // a reader waits without a place for bytes
 	hand     Hand       // who takes what comes next; nil: a reader does
 	left     int        // what the peer may still send
@@ -98,6 +99,36 @@ func (s *Stream) Read(p []byte) (int, error) {
 		}
 	}
 	n := s.in.Take(p)
+	return n, s.took(n)
+}
+
+// A lender lends memory for one read: Lend when something has come, Back when
+// nothing was there after all.
+type lender = interface {
+	Lend() []byte
+	Back()
+}
+
+// ReadLate is Read into memory that is borrowed once something has come: what
+// has is then where it will be read, and nobody holds memory while he waits.
+func (s *Stream) ReadLate(from lender) (int, error) {
+	s.mu.Lock()
+	for s.in.Len() == 0 {
+		if err := s.over(); err != nil {
+			s.mu.Unlock()
+			return 0, err
+		}
+		s.from = from
+		s.c.waiting.Add(1)
+		s.more.Wait()
+		s.c.waiting.Add(-1)
+		s.from, s.dst = nil, nil
+		if n := s.got; n > 0 {
+			s.got = 0
+			return n, s.took(n)
+		}
+	}
+	n := s.in.Take(from.Lend())
 	return n, s.took(n)
 }
 
@@ -241,6 +272,9 @@ func (s *Stream) deliver(p []byte) error {
 	}
 	if h := s.unhand(); h != nil && h.Claim() {
 		return s.handTo(h, p)
+	}
+	if s.from != nil && s.dst == nil {
+		s.dst = s.from.Lend()
 	}
 	if s.dst != nil && s.in.Len() == 0 && s.got < len(s.dst) {
 		n := copy(s.dst[s.got:], p)
@@ -449,7 +483,7 @@ func (s *Stream) working() bool {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.dst == nil && !s.awaits || s.got > 0 || s.in.Len() > 0
+	return s.dst == nil && s.from == nil && !s.awaits || s.got > 0 || s.in.Len() > 0
 }
 
 // atEnd notes that the peer sends no more; the lock of the Conn is held.
