@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
+	"net/url"
 	"path/filepath"
 	"time"
 
@@ -45,6 +47,10 @@ type Config struct {
 
 	// Names answers DNS questions of workloads that have no sidecar to ask.
 	Names NamesConfig `yaml:"names"`
+
+	// Secrets are what destinations may have the gateway add to requests, by the
+	// names that egress.yaml has them under.
+	Secrets []SecretConfig `yaml:"secrets"`
 
 	Issuer agent.Join         `yaml:"issuer"`
 	Policy agent.Policy       `yaml:"policy"`
@@ -166,8 +172,84 @@ func (c *Config) Validate() error {
 	need(len(c.Resolvers) > 0, "resolvers", `missing; write the DNS servers to ask, such as ["192.0.2.53:53"]`)
 	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate())
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
-	errs = append(errs, c.Names.validate(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.Names.validate(), validateSecrets(c.Secrets), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
 	return errors.Join(errs...)
+}
+
+// SecretConfig says where a secret is read: one of file, env and vault. It is read
+// when it is asked for, and again after 30 s; one that cannot be read any more
+// serves for 10 minutes.
+type SecretConfig struct {
+	// Name is what inject.secret of a destination says. Required.
+	Name string `yaml:"name"`
+	// File has the secret and perhaps a line feed.
+	File string `yaml:"file"`
+	// Env is the name of an environment variable of the gateway.
+	Env string `yaml:"env"`
+	// Vault is a document that is fetched.
+	Vault *VaultConfig `yaml:"vault"`
+}
+
+// VaultConfig is a document as Vault serves them: {"data": {"data": {FIELD: ...}}},
+// or without the second data.
+type VaultConfig struct {
+	// URL is all of it, such as "https://vault.example:8200/v1/secret/data/stripe".
+	// Required.
+	URL string `yaml:"url"`
+	// Field has the secret. Default "value".
+	Field string `yaml:"field"`
+	// TokenFile has what is sent in X-Vault-Token. Required.
+	TokenFile string `yaml:"token_file"`
+	// CAFile has the authorities that the server's certificate may lead to, in PEM.
+	// Default: those of the system.
+	CAFile string `yaml:"ca_file"`
+}
+
+func validateSecrets(list []SecretConfig) error {
+	var errs []error
+	seen := map[string]bool{}
+	for i, c := range list {
+		bad := func(field, format string, args ...any) {
+			errs = append(errs, fmt.Errorf("secrets[%d].%s: %s", i, field, fmt.Sprintf(format, args...)))
+		}
+		n := 0
+		for _, set := range []bool{c.File != "", c.Env != "", c.Vault != nil} {
+			if set {
+				n++
+			}
+		}
+		switch {
+		case c.Name == "":
+			bad("name", "missing; write what inject.secret of a destination says")
+		case seen[c.Name]:
+			bad("name", "%q is written twice", c.Name)
+		case n != 1:
+			bad("name", "%q has %d of file, env and vault; write one", c.Name, n)
+		}
+		seen[c.Name] = true
+		if v := c.Vault; v != nil {
+			if u, err := url.Parse(v.URL); err != nil || u.Scheme != "https" || u.Host == "" {
+				bad("vault.url", "%q is no https:// URL", v.URL)
+			}
+			if v.TokenFile == "" {
+				bad("vault.token_file", "missing; write the file of the token to show")
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// secrets is the same as the gateway takes it.
+func (c *Config) secrets() *egress.Secrets {
+	out := map[string]egress.SecretSource{}
+	for _, s := range c.Secrets {
+		from := egress.SecretSource{File: s.File, Env: s.Env}
+		if v := s.Vault; v != nil {
+			from.Vault = &egress.VaultSource{URL: v.URL, Field: cmp.Or(v.Field, "value"), TokenFile: v.TokenFile, CAFile: v.CAFile}
+		}
+		out[s.Name] = from
+	}
+	return egress.NewSecrets(out)
 }
 
 // NamesConfig has DNS questions answered over TLS to whoever shows an SVID: as a

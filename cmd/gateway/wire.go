@@ -191,7 +191,7 @@ func (gw *gateway) open() (err error) {
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
 		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
-		Limits: cfg.Limits.egress(),
+		Secrets: cfg.secrets(), Limits: cfg.Limits.egress(),
 	})
 	if err != nil {
 		return err

@@ -45,6 +45,8 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusBadGateway, "the destination cannot be reached"
 	case ReasonTimeout:
 		a.status, a.text = http.StatusGatewayTimeout, "the destination did not answer in time"
+	case ReasonSecret:
+		a.status, a.text = http.StatusServiceUnavailable, "the credential for the destination is missing"
 	case ReasonAudit, ReasonShutdown:
 		a.status, a.text = http.StatusServiceUnavailable, "the decision could not be recorded"
 	}

@@ -47,6 +47,7 @@ type fetch struct {
 	grant  authz.Grant
 	tries  int
 	status int    // that the host has answered
+	secret string // the name of what is injected; empty: nothing is
 	note   string // of the dial, or of what went wrong
 
 	mu        sync.Mutex   // guards what follows
@@ -211,6 +212,9 @@ func (f *fetch) run() (keep bool, ans *answer) {
 		return false, f.g.deny(f.record(audit.KindDecision), err)
 	}
 	f.edit()
+	if err := f.inject(); err != nil {
+		return false, f.unlent(err)
+	}
 	for fresh := false; ; fresh = true {
 		o, err := f.lend(fresh)
 		if err != nil {
@@ -268,10 +272,14 @@ var (
 func (f *fetch) edit() {
 	x := &f.a.ex
 	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, 0, 0
+	x.Scrub = nil
 	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
 	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
 	f.req.Upgrade = false
 	x.Accept = func(resp *http1.Response) bool {
+		if !f.scrub(resp) {
+			return false
+		}
 		f.redirect(resp)
 		return f.answers()
 	}
@@ -330,7 +338,9 @@ func (f *fetch) failed(err error, res http1.Result) (keep bool, ans *answer) {
 	}
 	if reason != ReasonReset {
 		ans = answerTo(reason, f.id)
-	} else if ans = (&answer{status: http1.StatusOf(err), id: f.id, text: "the destination did not answer properly"}); ans.status == 0 {
+	} else if ans = (&answer{status: http1.StatusOf(err), id: f.id, text: "the destination did not answer properly"}); errors.Is(err, http1.ErrNotAccepted) {
+		ans.status = http.StatusBadGateway
+	} else if ans.status == 0 {
 		f.a.abort()
 		return false, nil
 	}
@@ -361,7 +371,7 @@ func (f *fetch) recordEnd(reason Reason) {
 
 // lend gives a connection to the host: one that was kept, or a new one.
 func (f *fetch) lend(fresh bool) (*origin, error) {
-	key := originKey{host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA}
+	key := originKey{host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, secret: f.secret}
 	if !fresh {
 		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, "", to) }); o != nil {
 			f.leads(o.to)

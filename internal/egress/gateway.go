@@ -123,6 +123,8 @@ type Config struct {
 	// Roots are whom the certificates of hosts must lead to that the gateway speaks
 	// TLS with itself. Default: those of the system.
 	Roots *x509.CertPool
+	// Secrets are what destinations may have injected. Default: none.
+	Secrets *Secrets
 	// Guard screens addresses. Default: the zero Guard.
 	Guard *Guard
 	// Audit keeps what the Judge does not know: tunnels opened and closed, and

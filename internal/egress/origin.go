@@ -32,6 +32,7 @@ type originKey struct {
 	host    Host
 	port    uint16
 	tls, ca string
+	secret  string // the name of what is injected
 }
 
 // An origin is a connection to a host on which the gateway speaks HTTP itself.

@@ -33,6 +33,7 @@ const (
 	// A request inside a tunnel names another host than the tunnel leads to.
 	ReasonMisdirected Reason = "misdirected"
 	ReasonCertificate Reason = "certificate" // the host did not prove its name
+	ReasonSecret      Reason = "secret"      // the credential to inject cannot be had
 )
 
 // The reasons of refusals at the first bytes of an open tunnel.

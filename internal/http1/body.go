@@ -85,7 +85,7 @@ func copyBody(dst io.Writer, src *Conn, in Body, out Framing, scratch *[]byte) (
 
 func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int64, readErr, writeErr error) {
 	k := min(length, int64(src.w-src.r))
-	*scratch = append(*scratch, src.buf[src.r:src.r+int(k)]...)
+	*scratch = append(*scratch, src.scrubbed(src.buf[src.r:src.r+int(k)], k == length)...)
 	if k == length {
 		src.ended.Store(true)
 	}
@@ -116,8 +116,10 @@ func copyLength(dst io.Writer, src *Conn, length int64, scratch *[]byte) (n int6
 		if n+int64(got) == length {
 			src.ended.Store(true)
 		}
-		if _, writeErr = dst.Write(into.b[:got]); writeErr != nil {
-			return n, nil, writeErr
+		if piece := src.scrubbed(into.b[:got], n+int64(got) == length); len(piece) > 0 {
+			if _, writeErr = dst.Write(piece); writeErr != nil {
+				return n, nil, writeErr
+			}
 		}
 		n += int64(got)
 	}
@@ -247,16 +249,19 @@ func (c *Conn) pass(dst io.Writer, b []byte, w *window) error {
 }
 
 func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int64, readErr, writeErr error) {
-	var d decoder
+	d := decoder{scrub: src.scrub}
 	var sent, taken window
 	out := *scratch
 	for {
 		var k int
 		out, k, readErr = d.feed(out, src.buf[src.r:src.w], framed)
+		if src.scrub != nil && d.done() {
+			out = appendChunk(out, src.scrub.rest(), framed)
+		}
 		switch {
 		case readErr != nil || !d.done():
 		case framed:
-			out, readErr = d.appendLast(out, src.trailers, src.dropped, &src.lim)
+			out, readErr = d.appendLast(out, src.trailers && src.scrub == nil, src.dropped, &src.lim)
 			src.last = d.last
 		default:
 			_, readErr = d.fields(&src.lim)
@@ -295,7 +300,7 @@ func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n i
 	out := *scratch
 	for {
 		n += int64(src.w - src.r)
-		out = appendChunk(out, src.buf[src.r:src.w], framed)
+		out = appendChunk(out, src.scrubbed(src.buf[src.r:src.w], false), framed)
 		src.r = src.w
 		if len(out) > 0 {
 			*scratch = out
@@ -309,11 +314,15 @@ func copyUntilClose(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n i
 		}
 		src.readWithin(src.bodyTimeout())
 		switch err := src.fill(); {
-		case err == io.EOF && framed:
-			_, writeErr = dst.Write([]byte("0\r\n\r\n"))
-			return n, nil, writeErr
 		case err == io.EOF:
-			return n, nil, nil
+			out = appendChunk(out, src.scrubbed(nil, true), framed)
+			if framed {
+				out = append(out, "0\r\n\r\n"...)
+			}
+			if len(out) > 0 {
+				_, writeErr = dst.Write(out)
+			}
+			return n, nil, writeErr
 		case err != nil:
 			return n, err, nil
 		}

@@ -33,6 +33,7 @@ type decoder struct {
 	data    int64 // data bytes seen
 	ext     int64 // extension bytes seen
 	trailer []byte
+	scrub   *Scrub  // takes something out of the data; nil: nothing
 	last    []Field // of trailer, once it was read
 }
 
@@ -58,7 +59,11 @@ func (d *decoder) feed(out, b []byte, framed bool) (_ []byte, n int, err error) 
 			}
 		case chunkData:
 			k := int(min(d.left, int64(len(b)-n)))
-			out = appendChunk(out, b[n:n+k], framed)
+			piece := b[n : n+k]
+			if d.scrub != nil {
+				piece = d.scrub.feed(piece)
+			}
+			out = appendChunk(out, piece, framed)
 			d.left -= int64(k)
 			d.data += int64(k)
 			if n += k; d.left == 0 {

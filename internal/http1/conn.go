@@ -114,6 +114,7 @@ type Conn struct {
 	last        []Field       // the trailers that were passed on
 	idle        time.Duration // in place of lim.BodyTimeout, for one exchange
 	dropped     *NameSet      // but not these
+	scrub       *Scrub        // of the body; nil: nothing is taken out
 	quit        atomic.Bool   // set from outside: stop reading a body
 	ended       atomic.Bool   // the body being copied was read to its end
 	said        lines         // of the head that was read last

@@ -51,6 +51,9 @@ type Exchange struct {
 	// answer has gone to Down; Run returns ErrSettled then, when Down has more. It
 	// must not block, and Accept may take it away.
 	Settle func(Result)
+	// Scrub, when set, takes a text out of the body of the response. Trailers and
+	// interim responses do not pass then; the head is for Accept to Clean.
+	Scrub *Scrub
 	// Tee, when set, sees what is written to Up and to Down.
 	Tee Tee
 
@@ -150,7 +153,7 @@ func (x *Exchange) Run() (Result, error) {
 	if x.Tee != nil {
 		x.Tee.Again()
 	}
-	x.Down.idle, x.Up.idle, x.Up.last = x.Idle, x.Idle, nil
+	x.Down.idle, x.Up.idle, x.Up.last, x.Up.scrub = x.Idle, x.Idle, nil, x.Scrub
 	err := x.run()
 	if err == ErrSettled { //nolint:errorlint // made here
 		return x.res, err
@@ -342,7 +345,7 @@ func (x *Exchange) arm(now time.Time) {
 // interim passes an interim response on. 100 is ours to say, and a client of
 // HTTP/1.0 knows none (RFC 9110 section 15.2).
 func (x *Exchange) interim() error {
-	if x.Response.Status == http.StatusContinue || x.Request.Minor == 0 {
+	if x.Response.Status == http.StatusContinue || x.Request.Minor == 0 || x.Scrub != nil {
 		return nil
 	}
 	down := x.Down

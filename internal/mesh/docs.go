@@ -157,10 +157,18 @@ type destinationDoc struct {
 	Proto   string         `yaml:"proto"`
 	TLS     string         `yaml:"tls"`
 	CA      string         `yaml:"ca"`
+	Inject  *injectDoc     `yaml:"inject"`
 	SNI     string         `yaml:"sni"`
 	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
 	Route   routeDoc       `yaml:"route"`
+}
+
+type injectDoc struct {
+	Secret string   `yaml:"secret"`
+	Header string   `yaml:"header"`
+	Prefix string   `yaml:"prefix"`
+	Paths  []string `yaml:"paths"`
 }
 
 type routeDoc struct {
@@ -180,6 +188,9 @@ func (d egressDoc) nouns() []Destination {
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
 			ConnectTimeout: s.Route.ConnectTimeout,
 			Origin:         s.origin,
+		}
+		if i := s.Inject; i != nil {
+			n.Inject = &Inject{Secret: i.Secret, Header: i.Header, Prefix: i.Prefix, Paths: i.Paths}
 		}
 		switch {
 		case n.Proto != "":

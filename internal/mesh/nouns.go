@@ -3,6 +3,7 @@ package mesh
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -145,6 +146,8 @@ type Destination struct {
 	// CA are certificates in PEM, to which that of the host must lead. Default:
 	// those that the gateway's system trusts.
 	CA string `json:"ca,omitempty"`
+	// Inject has the gateway add a credential to requests; nil: none.
+	Inject *Inject `json:"inject,omitempty"`
 	// SNI is "strict" (default: present and equal to the authority) or
 	// "optional" (may be absent; if present, equal).
 	SNI string `json:"sni"`
@@ -160,6 +163,23 @@ type Destination struct {
 	// ConnectTimeout bounds one dial. Default 5 s.
 	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
 	Origin         Origin        `json:"origin"`
+}
+
+// An Inject is a credential that a gateway has and its workloads do not.
+type Inject struct {
+	// Secret is the name that the gateway's configuration has it under.
+	Secret string `json:"secret"`
+	// Header is the field that carries it, behind Prefix, such as "Bearer ". What a
+	// workload sends in that field does not go on.
+	Header string `json:"header"`
+	Prefix string `json:"prefix,omitempty"`
+	// Paths are the patterns of the requests that get it.
+	Paths []string `json:"paths"`
+}
+
+// For says whether a request for a path gets the credential.
+func (i *Inject) For(path string) bool {
+	return slices.ContainsFunc(i.Paths, func(p string) bool { return MatchPath(p, path) })
 }
 
 // Originate is a value of Destination.TLS: requests come in the clear, and go on

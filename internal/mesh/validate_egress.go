@@ -6,6 +6,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -64,6 +65,9 @@ func (v *validator) spoken(d *Destination) {
 	case d.TLS == Originate && isAddress(d.Host):
 		v.item(d.Origin, d.Host, "host %q is an address: tls: originate needs the name that the host's certificate is for", d.Host)
 	}
+	if d.Inject != nil {
+		v.inject(d)
+	}
 	if d.CA == "" {
 		return
 	}
@@ -73,6 +77,35 @@ func (v *validator) spoken(d *Destination) {
 	}
 	if _, err := ParseCA(d.CA); err != nil {
 		v.item(d.Origin, "ca:", "ca: %s", err)
+	}
+}
+
+// notInjected are fields that say how a message is read, or whom it is for.
+var notInjected = []string{"host", "content-length", "transfer-encoding", "connection", "te", "trailer", "upgrade", "expect", "content-encoding", "range", "accept-encoding"}
+
+func (v *validator) inject(d *Destination) {
+	i := d.Inject
+	if d.TLS == "" {
+		v.item(d.Origin, "inject:", "inject has no meaning where the gateway speaks no TLS of its own: write tls: originate")
+	}
+	if !plainWord(i.Secret, 64) {
+		v.item(d.Origin, "secret:", "inject: secret %q is not 1 to 64 letters, digits, hyphens, dots or underscores: it is the name under which the gateway has it", clip(i.Secret))
+	}
+	if err := checkFieldName(i.Header); err != nil {
+		v.item(d.Origin, "header:", "inject: header: %s", err)
+	} else if slices.Contains(notInjected, strings.ToLower(i.Header)) {
+		v.item(d.Origin, "header:", "inject: header %q says how a request is read, and carries no credential", i.Header)
+	}
+	if len(i.Prefix) > 64 || strings.ContainsFunc(i.Prefix, func(r rune) bool { return r < ' ' || r >= 0x7f }) {
+		v.item(d.Origin, "prefix:", "inject: prefix %q is not at most 64 printable characters", clip(i.Prefix))
+	}
+	if len(i.Paths) == 0 {
+		v.item(d.Origin, "inject:", `inject: paths is missing: say which requests get the credential, such as ["/v1/**"]`)
+	}
+	for _, p := range i.Paths {
+		if err := checkPath("GET", p); err != nil {
+			v.item(d.Origin, p, "inject: %s", err)
+		}
 	}
 }
 

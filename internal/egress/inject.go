@@ -1,0 +1,51 @@
+package egress
+
+import (
+	"fmt"
+
+	"sallyport/internal/http1"
+)
+
+// inject adds the credential that the destination asks for to what is sent. It
+// fails rather than send the bare request.
+func (f *fetch) inject() error {
+	i, x := f.how.Inject, &f.a.ex
+	if i == nil {
+		return nil
+	}
+	// Whatever the workload says there, the host takes its word from us alone.
+	x.ToUp.Also = http1.NewNameSet(i.Header)
+	if !i.For(f.call.Path) {
+		return nil
+	}
+	value, err := f.g.cfg.Secrets.Value(f.ctx, i.Secret)
+	if err != nil {
+		return refuse(ReasonSecret, "%v", err)
+	}
+	f.secret = i.Secret
+	// What comes back must be whole and plain, or the secret could come in it unseen.
+	x.ToUp.Also = http1.NewNameSet(i.Header, "accept-encoding", "te", "range", "if-range")
+	x.ToUp.Extra = fmt.Appendf(nil, "%s: %s%s\r\n", i.Header, i.Prefix, value)
+	f.req.TETrailers = false
+	x.Scrub = http1.NewScrub(value)
+	return nil
+}
+
+// scrub takes the credential out of the head of an answer that shows it. It is
+// false for one in which it could not be seen.
+func (f *fetch) scrub(resp *http1.Response) bool {
+	s := f.a.ex.Scrub
+	if s == nil {
+		return true
+	}
+	if coding := resp.Get("content-encoding"); len(coding) > 0 && string(coding) != "identity" {
+		f.note = "the answer is " + clip(string(coding)) + ", though a plain one was asked for: what was injected could be in it unseen"
+		return false
+	}
+	s.Clean(resp.Phrase)
+	for _, field := range resp.Fields {
+		s.Clean(field.Name)
+		s.Clean(field.Value)
+	}
+	return true
+}

@@ -1,0 +1,174 @@
+package egress
+
+import (
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"sallyport/internal/audit"
+)
+
+const credential = "sk_live_0123456789abcdef"
+
+// injected is the destination of a site whose requests for charges get the
+// credential.
+func (s *site) injected(host string) string {
+	return s.originated(host) + "    inject: {secret: shop, header: Authorization, prefix: \"Bearer \", paths: [/v1/charges/**]}\n"
+}
+
+// injectWorld has the credential in a file, which it returns.
+func injectWorld(t *testing.T) (*world, *site, string) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(file, []byte(credential+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := startSite(t, "shop.test")
+	w := newWorld(t, func(c *Config) { c.Secrets = NewSecrets(map[string]SecretSource{"shop": {File: file}}) })
+	w.use(w.policy(asking, s.injected("shop.test")))
+	return w, s, file
+}
+
+func TestCredentialsAreInjectedWhereTheyBelong(t *testing.T) {
+	w, s, _ := injectWorld(t)
+	c := w.askOnStream(w.streamsOn(billing))
+	for path, want := range map[string]string{"/v1/charges/7": "Bearer " + credential, "/v1/charges": "Bearer " + credential, "/v1/other": ""} {
+		res, body := c.ask(t, "GET http://shop.test"+path+" HTTP/1.1\r\nHost: shop.test\r\nAuthorization: Bearer of-the-workload\r\nAccept-Encoding: gzip\r\nRange: bytes=0-3\r\n\r\n")
+		r := <-s.seen
+		if got := strings.Join(r.Header.Values("Authorization"), ","); res.StatusCode != 200 || body != "served" || got != want {
+			t.Errorf("%s: %d %q, the site saw %q", path, res.StatusCode, body, got)
+		}
+		if want != "" && (r.Header.Get("Accept-Encoding") != "" || r.Header.Get("Range") != "") {
+			t.Errorf("%s: the site may hide the credential: %v", path, r.Header)
+		}
+	}
+	if strings.Contains(w.lines(), credential) {
+		t.Error("the credential is in the records")
+	}
+}
+
+func TestAnswersDoNotShowTheCredential(t *testing.T) {
+	w, s, _ := injectWorld(t)
+	stars := strings.Repeat("*", len(credential))
+	for name, answer := range map[string]http.HandlerFunc{
+		"whole": func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("X-Echo", r.Header.Get("Authorization"))
+			_, _ = io.WriteString(rw, `{"auth":"`+r.Header.Get("Authorization")+`"}`)
+		},
+		"in chunks of one byte": func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("X-Echo", r.Header.Get("Authorization"))
+			rw.Header().Set("Trailer", "X-Late")
+			for _, b := range []byte(`{"auth":"` + r.Header.Get("Authorization") + `"}`) {
+				_, _ = rw.Write([]byte{b})
+				_ = http.NewResponseController(rw).Flush()
+			}
+			rw.Header().Set("X-Late", r.Header.Get("Authorization"))
+		},
+		"to the end of the connection": func(rw http.ResponseWriter, r *http.Request) {
+			c, _, err := http.NewResponseController(rw).Hijack()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			auth := r.Header.Get("Authorization")
+			fmt.Fprintf(c, "HTTP/1.1 200 %s\r\nX-Echo: %[1]s\r\n\r\n{\"auth\":\"%[1]s\"}", auth)
+		},
+		"early": func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("X-Echo", r.Header.Get("Authorization"))
+			rw.WriteHeader(http.StatusEarlyHints)
+			_, _ = io.WriteString(rw, `{"auth":"`+r.Header.Get("Authorization")+`"}`)
+		},
+	} {
+		s.does(answer)
+		res, body := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n")
+		<-s.seen
+		if res.StatusCode != 200 || body != `{"auth":"Bearer `+stars+`"}` || res.Header.Get("X-Echo") != "Bearer "+stars || strings.Contains(res.Status, credential) || len(res.Trailer) > 0 && res.Trailer.Get("X-Late") != "" {
+			t.Errorf("%s: %s %v %q %v", name, res.Status, res.Header, body, res.Trailer)
+		}
+	}
+	s.does(func(rw http.ResponseWriter, _ *http.Request) {
+		rw.Header().Set("Content-Encoding", "gzip")
+		_, _ = io.WriteString(rw, "anything")
+	})
+	if res, _ := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 502 {
+		t.Errorf("compressed: %d", res.StatusCode)
+	}
+}
+
+func TestWithoutTheCredentialNothingIsSent(t *testing.T) {
+	w, s, file := injectWorld(t)
+	for name, text := range map[string]string{"gone": "", "too short": "short", "of two lines": "0123456789\r\nX-Evil: yes"} {
+		w.gw.cfg.Secrets = NewSecrets(map[string]SecretSource{"shop": {File: file}})
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		res, _ := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n")
+		if res.StatusCode != 503 || res.Header.Get("Sallyport-Decision") == "" {
+			t.Errorf("%s: %d", name, res.StatusCode)
+		}
+	}
+	w.gw.cfg.Secrets = nil
+	if res, _ := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 503 {
+		t.Errorf("unknown: %d", res.StatusCode)
+	}
+	w.until("a refusal", denial(ReasonSecret))
+	if n := s.connected(); n != 0 {
+		t.Errorf("the site got %d connections", n)
+	}
+	for _, r := range w.audit.Records() {
+		if strings.Contains(r.Detail, "X-Evil") || r.Kind == audit.KindEgressClose {
+			t.Errorf("recorded %+v", r)
+		}
+	}
+}
+
+func TestSecretsAreRead(t *testing.T) {
+	vault := httptest.NewTLSServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Header.Get("X-Vault-Token") != "s.token":
+			rw.WriteHeader(403)
+		case r.URL.Path == "/v1/secret/data/shop":
+			fmt.Fprintf(rw, `{"data":{"data":{"value":%q},"metadata":{}}}`, credential)
+		case r.URL.Path == "/v1/kv/shop":
+			fmt.Fprintf(rw, `{"data":{"value":%q}}`, credential)
+		case r.URL.Path == "/v1/elsewhere":
+			http.Redirect(rw, r, "/v1/kv/shop", http.StatusFound)
+		default:
+			fmt.Fprint(rw, `{"errors":["`+credential+`"]}`)
+		}
+	}))
+	defer vault.Close()
+	dir := t.TempDir()
+	token, ca := filepath.Join(dir, "token"), filepath.Join(dir, "ca.pem")
+	for file, text := range map[string][]byte{token: []byte("s.token\n"), ca: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: vault.Certificate().Raw})} {
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Setenv("SHOP_SECRET", credential)
+	at := func(path, token, ca string) SecretSource {
+		return SecretSource{Vault: &VaultSource{URL: vault.URL + path, Field: "value", TokenFile: token, CAFile: ca}}
+	}
+	s := NewSecrets(map[string]SecretSource{
+		"env": {Env: "SHOP_SECRET"}, "second": at("/v1/secret/data/shop", token, ca), "first": at("/v1/kv/shop", token, ca),
+		"no-env": {Env: "SHOP_NOTHING"}, "no-file": {File: filepath.Join(dir, "none")}, "moved": at("/v1/elsewhere", token, ca),
+		"other": at("/v1/other", token, ca), "stranger": at("/v1/kv/shop", token, ""), "denied": at("/v1/kv/shop", ca, ca),
+	})
+	for _, name := range []string{"env", "second", "first"} {
+		if v, err := s.Value(t.Context(), name); v != credential || err != nil {
+			t.Errorf("%s: %q, %v", name, v, err)
+		}
+	}
+	for _, name := range []string{"no-env", "no-file", "moved", "other", "stranger", "denied", "unknown"} {
+		if v, err := s.Value(t.Context(), name); v != "" || err == nil || strings.Contains(err.Error(), credential) {
+			t.Errorf("%s: %q, %v", name, v, err)
+		}
+	}
+}
