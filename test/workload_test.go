@@ -49,6 +49,9 @@ func playRole(role string) int {
 	if role == roleLookUp {
 		return lookUpGo()
 	}
+	if role == roleTunnels {
+		return openTunnels()
+	}
 	if role == roleHealth {
 		return askHealth()
 	}
