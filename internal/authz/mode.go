@@ -6,13 +6,14 @@ import (
 	"sallyport/internal/mesh"
 )
 
-// lenient is what a Set knows of files that are not enforced.
+// lenient is what a Set knows of rows that are not enforced.
 type lenient struct {
-	// rows has the rows of the enforced files alone.
-	rows *Set
-	// access and guard are the modes of the two files.
-	access, guard mesh.Mode
-	// guards are the ids of the rows in guardrails.csv.
+	snap *mesh.Snapshot // its modes
+	// full has the rows of access.csv and of guardrails that are enforced, bars
+	// these alone.
+	full, bars *Set
+	// guard is the mode of guardrails.csv, guards are the ids of its rows.
+	guard  mesh.Mode
 	guards map[string]bool
 }
 
@@ -27,43 +28,67 @@ var wouldDeny = func() map[Reason]string {
 
 // compileModes keeps apart what is enforced, when not everything is.
 func compileModes(snap *mesh.Snapshot) (*lenient, error) {
-	if len(snap.Modes) == 0 {
+	if !snap.Lenient() {
 		return nil, nil
 	}
-	l := &lenient{access: snap.ModeOf(nil), guards: map[string]bool{}, guard: mesh.Enforce}
-	enforced := *snap
-	enforced.Modes, enforced.Rules = nil, nil
+	l := &lenient{snap: snap, guards: map[string]bool{}, guard: mesh.Enforce}
+	full, bars := *snap, *snap
+	full.Modes, full.Rules, bars.Modes, bars.Rules = nil, nil, nil, nil
 	for i := range snap.Rules {
 		r := &snap.Rules[i]
-		if r.Guard() {
+		guard := r.Guard()
+		if guard {
 			l.guard, l.guards[r.ID] = snap.ModeOf(r), true
 		}
-		if snap.ModeOf(r) == mesh.Enforce {
-			enforced.Rules = append(enforced.Rules, *r)
+		if guard && l.guard != mesh.Enforce {
+			continue
+		}
+		if full.Rules = append(full.Rules, *r); guard {
+			bars.Rules = append(bars.Rules, *r)
 		}
 	}
 	var err error
-	if l.rows, err = compileIndex(&enforced); err != nil {
+	if l.full, err = compileIndex(&full); err == nil {
+		l.bars, err = compileIndex(&bars)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("rows that are enforced: %w", err)
 	}
 	return l, nil
 }
 
-// soften lets a call pass that only files deny which are not enforced. The
+// modeTo returns the mode of access.csv for calls to a destination.
+func (s *Set) modeTo(dir mesh.Direction, dst string) mesh.Mode {
+	switch {
+	case s.lenient == nil:
+		return mesh.Enforce
+	case dir == mesh.Out:
+		return s.lenient.snap.ModeTo(dst)
+	}
+	return s.lenient.snap.ModeOf(nil)
+}
+
+// soften lets a call pass that only rows deny which are not enforced. The
 // decision keeps the row and names the mode as its reason.
 func (s *Set) soften(c *Call, d Decision) Decision {
 	if d.Allow || s == nil || s.lenient == nil || d.Reason == BadRequest || d.Reason == Internal {
 		return d
 	}
-	l := s.lenient
-	mode := l.access
+	return s.softened(c.Dir, c.Dst, d, func(rows *Set) Decision { return rows.Decide(c) })
+}
+
+// softened does so by what rows say that are enforced.
+func (s *Set) softened(dir mesh.Direction, dst string, d Decision, ask func(*Set) Decision) Decision {
+	l, access := s.lenient, s.modeTo(dir, dst)
+	mode := access
 	if l.guards[d.Rule] {
 		mode = l.guard
 	}
-	strict := l.rows.Decide(c)
-	pass := strict.Allow
-	if l.access != mesh.Enforce {
-		pass = strict.Reason != ByRule // the rows left are denials, and none denies
+	var pass bool
+	if access == mesh.Enforce {
+		pass = ask(l.full).Allow
+	} else {
+		pass = ask(l.bars).Reason != ByRule // they are denials, and none denies
 	}
 	switch {
 	case !pass:

@@ -151,3 +151,36 @@ func TestReaches(t *testing.T) {
 		}
 	}
 }
+
+// TestModeOfDestination has the mode of a host go before that of access.csv, for
+// calls to it alone, and never before guardrails.
+func TestModeOfDestination(t *testing.T) {
+	out := func(file, mode mesh.Mode) *Set {
+		snap := rows(t, `p, pay-1, out, spiffe://corp.example/ns/shop/sa/payment, host:api.example.com, 443, CONNECT, -, -, allow
+p, guard-1, out, **, host:bad.example.com, *, *, **, -, deny
+`)
+		snap.Destinations = []mesh.Destination{{Host: "*.example.com", Proto: "tls", SNI: "strict", Mode: mode}, {Host: "held.example.com", Proto: "tls", SNI: "strict", Mode: mesh.Enforce}}
+		return compileModal(t, snap, file, mesh.Enforce)
+	}
+	for _, c := range []struct {
+		file, host mesh.Mode
+		name       string
+		want       Reason // of an allowed call; empty: denied
+	}{
+		{mesh.Enforce, mesh.Observe, "api", ByRule}, {mesh.Enforce, mesh.Observe, "new", Observed}, {mesh.Enforce, mesh.Warn, "new", Warned},
+		{mesh.Enforce, mesh.Observe, "bad", ""}, {mesh.Enforce, mesh.Observe, "held", ""}, {mesh.Enforce, mesh.Observe, "x.y", ""},
+		{mesh.Observe, mesh.Enforce, "new", ""}, {mesh.Observe, mesh.Enforce, "api", ByRule}, {mesh.Observe, mesh.Enforce, "x.y", Observed},
+		{mesh.Warn, mesh.Observe, "new", Observed}, {mesh.Observe, "", "new", Observed}, {mesh.Observe, mesh.Enforce, "bad", ""},
+	} {
+		s, host := out(c.file, c.host), c.name+".example.com"
+		call := &Call{Dir: mesh.Out, Src: pay, Dst: "host:" + host, Port: 443, Verb: "CONNECT", Path: "-"}
+		for how, d := range map[string]Decision{"calls": s.soften(call, s.Decide(call)), "names": s.Resolves(pay, host)} {
+			if d.Allow != (c.want != "") || d.Allow && d.Reason != c.want {
+				t.Errorf("%s of %s under file %s and host %s: %+v, want %q", how, host, c.file, c.host, d, c.want)
+			}
+		}
+		if c.want == Observed && !s.reaches(mesh.Out, pay, "host:"+host, 443) {
+			t.Errorf("%s is not reached", host)
+		}
+	}
+}

@@ -19,25 +19,7 @@ func (s *Set) Resolves(src spiffeid.ID, host string) Decision {
 	if d.Allow || s == nil || s.lenient == nil {
 		return d
 	}
-	l := s.lenient
-	mode := l.access
-	if l.guards[d.Rule] {
-		mode = l.guard
-	}
-	strict := l.rows.resolves(src, "host:"+host)
-	pass := strict.Allow
-	if l.access != mesh.Enforce {
-		pass = strict.Reason != ByRule // the rows left are denials, and none denies all
-	}
-	switch {
-	case !pass:
-		return d
-	case mode == mesh.Observe:
-		return Decision{Allow: true, Rule: d.Rule, Reason: Observed, would: d.Reason}
-	case mode == mesh.Warn:
-		return Decision{Allow: true, Rule: d.Rule, Reason: Warned, would: d.Reason}
-	}
-	return d
+	return s.softened(mesh.Out, "host:"+host, d, func(rows *Set) Decision { return rows.resolves(src, "host:"+host) })
 }
 
 func (s *Set) resolves(src spiffeid.ID, dst string) Decision {

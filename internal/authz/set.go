@@ -297,7 +297,7 @@ func (s *Set) reaches(dir mesh.Direction, src spiffeid.ID, dst string, port uint
 	switch {
 	case s.Len() == 0:
 		return false
-	case s.lenient != nil && s.lenient.access != mesh.Enforce:
+	case s.modeTo(dir, dst) != mesh.Enforce:
 		return true
 	}
 	for _, r := range s.Slice(dir, src, dst, port).rules { // denials first

@@ -31,7 +31,7 @@ const (
 	// maxMessage bounds a message to a proxy, bytes: a snapshot of 10,000 rules
 	// is about 2 MiB, and a gateway has those of everybody. maxRequest bounds one
 	// from a proxy, maxAdminMessage one to the operator, who lists everything.
-	maxMessage      = 64 << 20
+	maxMessage      = 32 << 20
 	maxRequest      = 2 << 20
 	maxAdminMessage = 64 << 20
 	// streamWindow and connWindow are what a peer may send before it is read,

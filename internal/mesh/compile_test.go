@@ -468,3 +468,21 @@ func TestProjectTellsOfRealAddresses(t *testing.T) {
 		t.Errorf("another workload learns of %+v", other.Destinations)
 	}
 }
+
+// TestProjectTellsOfModes: where one host has a mode of its own, every sidecar
+// learns which have, and which others the mode of a pattern is not for.
+func TestProjectTellsOfModes(t *testing.T) {
+	payment := spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/payment")
+	s := &Snapshot{TrustDomain: payment.TrustDomain(), Destinations: []Destination{
+		{Host: "*.new.example.com", Proto: "tls", SNI: "strict", Mode: Observe}, {Host: "held.new.example.com", Proto: "tls", SNI: "optional"}, {Host: "other.example.com", Proto: "tls", SNI: "strict"},
+	}}
+	got := s.Project(payment)
+	for dst, want := range map[string]Mode{"host:a.new.example.com": Observe, "host:held.new.example.com": Enforce, "host:other.example.com": Enforce, "hosts:group": Enforce} {
+		if s.ModeTo(dst) != want || got.ModeTo(dst) != want {
+			t.Errorf("%s is in mode %s, to a sidecar %s, want %s", dst, s.ModeTo(dst), got.ModeTo(dst), want)
+		}
+	}
+	if len(got.Destinations) != 2 {
+		t.Errorf("a sidecar learns of %+v", got.Destinations)
+	}
+}

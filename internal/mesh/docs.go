@@ -161,6 +161,7 @@ type destinationDoc struct {
 	SNI     string         `yaml:"sni"`
 	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
+	Mode    string         `yaml:"mode"`
 	Route   routeDoc       `yaml:"route"`
 }
 
@@ -186,8 +187,8 @@ func (d egressDoc) nouns() []Destination {
 			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
-			ConnectTimeout: s.Route.ConnectTimeout,
-			Origin:         s.origin,
+			ConnectTimeout: s.Route.ConnectTimeout, Mode: Mode(s.Mode),
+			Origin: s.origin,
 		}
 		if i := s.Inject; i != nil {
 			n.Inject = &Inject{Secret: i.Secret, Header: i.Header, Prefix: i.Prefix, Paths: i.Paths}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"path"
 	"slices"
+	"strings"
 )
 
 // modesFile says how strictly the files of rows are taken.
@@ -80,6 +81,49 @@ func (v *validator) modes() {
 		}
 		twice(v, seen, m.File, m.Origin, "mode of")
 	}
+}
+
+// modeOfDestination checks the mode of one host.
+func (v *validator) modeOfDestination(d Destination) {
+	switch d.Mode {
+	case "", Enforce, Warn, Observe:
+	default:
+		v.item(d.Origin, string(d.Mode), "unknown mode %q%s", clip(string(d.Mode)), didYouMean(string(d.Mode), modes))
+	}
+}
+
+// ModeTo returns the mode of access.csv for calls to a destination: that of the
+// host, or else that of the file.
+func (s *Snapshot) ModeTo(dst string) Mode {
+	if host, ok := strings.CutPrefix(dst, "host:"); ok {
+		if d, ok := s.DestinationOf(host); ok && d.Mode != "" {
+			return d.Mode
+		}
+	}
+	return s.ModeOf(nil)
+}
+
+// moded says that some destination has a mode of its own.
+func (s *Snapshot) moded() bool {
+	return slices.ContainsFunc(s.Destinations, func(d Destination) bool { return d.Mode != "" })
+}
+
+// Lenient reports whether anything that rows deny may pass.
+func (s *Snapshot) Lenient() bool { return len(s.Modes) > 0 || s.moded() }
+
+// modesOf returns the destinations by which a nameserver finds the mode of a
+// host, and of each no more than that.
+func (s *Snapshot) modesOf() (out []Destination) {
+	if !s.moded() {
+		return nil
+	}
+	for _, d := range s.Destinations {
+		below := func(p Destination) bool { return p.Mode != "" && MatchHost(p.Host, d.Host) }
+		if d.Mode != "" || slices.ContainsFunc(s.Destinations, below) {
+			out = append(out, Destination{Host: d.Host, Proto: d.Proto, SNI: d.SNI, Mode: d.Mode})
+		}
+	}
+	return out
 }
 
 // sameFile clears where a row stands, and keeps the file when that matters.

@@ -160,6 +160,9 @@ type Destination struct {
 	// Endpoints, when set, are dialled instead of what DNS says. They are
 	// screened all the same.
 	Endpoints []netip.AddrPort `json:"endpoints,omitempty"`
+	// Mode is what becomes of a call to this host that access.csv denies; empty: as
+	// modes.yaml says. Guardrails are no part of it.
+	Mode Mode `json:"mode,omitempty"`
 	// ConnectTimeout bounds one dial. Default 5 s.
 	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
 	Origin         Origin        `json:"origin"`

@@ -41,7 +41,7 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
 		}
 	}
-	out.Destinations = s.realOf(out.Rules, x)
+	out.Destinations = s.namesOf(out.Rules, x)
 	out.Memberships = x.below(out.Rules, out.Routes)
 	own, _ := s.ServiceByID(who)
 	out.Tokens = s.Tokens.project(own.Name, served)
@@ -75,6 +75,19 @@ func (p *Policies) Callees(who spiffeid.ID) (out []ServiceName) {
 	for _, svc := range p.Services {
 		if x.reached(calls, svc) {
 			out = append(out, svc.Name)
+		}
+	}
+	return out
+}
+
+// namesOf returns what a nameserver must know of destinations.
+func (s *Snapshot) namesOf(rules []Rule, x *groups) []Destination {
+	out := s.realOf(rules, x)
+	for _, d := range s.modesOf() {
+		if i := slices.IndexFunc(out, func(o Destination) bool { return o.Host == d.Host }); i >= 0 {
+			out[i].Mode = d.Mode
+		} else {
+			out = append(out, d)
 		}
 	}
 	return out

@@ -28,6 +28,7 @@ func (v *validator) destinations() {
 		case d.DNS != "" && isAddress(d.Host):
 			v.item(d.Origin, "dns:", "dns has no meaning for an address: leave it out")
 		}
+		v.modeOfDestination(d)
 		for _, p := range d.Private {
 			v.private(d.Origin, p)
 		}

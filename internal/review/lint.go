@@ -37,6 +37,11 @@ func Lint(p *mesh.Policies, now time.Time) []Finding {
 	for _, m := range p.Modes {
 		l.add(NotEnforced, m.Origin, m.File, "%s is in mode %s: what it denies is recorded and passes", m.File, m.Mode)
 	}
+	for _, d := range p.Destinations {
+		if d.Mode == mesh.Observe || d.Mode == mesh.Warn {
+			l.add(NotEnforced, d.Origin, d.Host, "%s is in mode %s: what access.csv denies there is recorded and passes", d.Host, d.Mode)
+		}
+	}
 	slices.SortStableFunc(l.found, func(a, b Finding) int {
 		return cmp.Or(cmp.Compare(a.Origin.File, b.Origin.File), cmp.Compare(a.Origin.Line, b.Origin.Line))
 	})

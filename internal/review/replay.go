@@ -184,25 +184,21 @@ type replayer struct {
 	members members
 	conds   [][]mesh.Cond
 	env     string
-	// open: what no row allows passes, as access.csv is not enforced.
-	open bool
-	// off are the rows that are not enforced.
-	off []bool
+	// modes say what is not enforced.
+	modes mesh.Snapshot
 }
 
 func newReplayer(p *mesh.Policies, env string) (*replayer, error) {
 	if err := p.Validate(); err != nil {
 		return nil, err
 	}
-	modes := mesh.Snapshot{Modes: p.Modes}
-	j := &replayer{p: p, members: membersOf(p.Memberships), env: env, open: modes.ModeOf(nil) != mesh.Enforce}
+	j := &replayer{p: p, members: membersOf(p.Memberships), env: env, modes: mesh.Snapshot{Modes: p.Modes, Destinations: p.Destinations}}
 	for i := range p.Rules {
 		conds, err := mesh.ParseCond(p.Rules[i].Cond)
 		if err != nil {
 			return nil, fmt.Errorf("row %s: %w", p.Rules[i].ID, err)
 		}
 		j.conds = append(j.conds, conds)
-		j.off = append(j.off, modes.ModeOf(&p.Rules[i]) != mesh.Enforce)
 	}
 	return j, nil
 }
@@ -225,9 +221,14 @@ func (j *replayer) decide(o *Observed, known []string) Replayed {
 	if err != nil {
 		return out // nobody
 	}
+	access := j.modes.ModeTo(o.Dst)
 	for i := range j.p.Rules {
 		r := &j.p.Rules[i]
-		if r.Effect == mesh.Deny && j.off[i] {
+		mode := access
+		if r.Guard() {
+			mode = j.modes.ModeOf(r)
+		}
+		if r.Effect == mesh.Deny && mode != mesh.Enforce {
 			continue
 		}
 		f, on := j.fits(i, o, src, known)
@@ -242,8 +243,11 @@ func (j *replayer) decide(o *Observed, known []string) Replayed {
 			mayDeny, onDeny = cmp.Or(mayDeny, r.ID), append(onDeny, on...)
 		}
 	}
-	if allow == "" && j.open {
+	if allow == "" && access != mesh.Enforce {
 		allow = "modes.yaml"
+		if access != j.modes.ModeOf(nil) {
+			allow = "egress.yaml"
+		}
 	}
 	switch {
 	case deny != "":

@@ -298,6 +298,25 @@ func TestReplayOfModes(t *testing.T) {
 	}
 }
 
+// TestReplayOfModeOfHost lets through what the mode of one host does, and no more.
+func TestReplayOfModeOfHost(t *testing.T) {
+	p := demo(t)
+	call := func(dst string) Observed {
+		return Observed{Dir: mesh.Out, Src: "spiffe://demo.sallyport/ns/shop/sa/web", Dst: dst, Port: 443, Verb: "CONNECT", Path: "-"}
+	}
+	p.Destinations = append(p.Destinations, mesh.Destination{Host: "new.example.com", Proto: "tls", SNI: "strict", Mode: mesh.Observe})
+	j, err := newReplayer(p, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dst, want := range map[string]string{"host:new.example.com": "allow egress.yaml", "host:other.example.com": "deny no_row"} {
+		o := call(dst)
+		if d := j.decide(&o, nil); d.Now+" "+d.Is != want {
+			t.Errorf("%s: %s %s, want %s", dst, d.Now, d.Is, want)
+		}
+	}
+}
+
 func FuzzTrafficRead(f *testing.F) {
 	f.Add([]byte(`{"v":1,"seq":1,"time":"2026-11-23T10:00:00.000000000Z","kind":"decision","id":"a","decision":"allow","reason":"rule","rule":"a","dir":"in","src":"spiffe://a/b","dst":"spiffe://a/c","port":1,"verb":"GET","path":"/a","prev":"0000000000000000000000000000000000000000000000000000000000000000"}` + "\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
