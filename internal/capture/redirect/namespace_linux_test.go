@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -74,17 +75,9 @@ func inNamespace(t *testing.T) bool {
 		return true
 	}
 	t.Parallel()
-	n := 1
-	if os.Getuid() == 0 {
-		n = 65536
-	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
 	cmd.Env = append(os.Environ(), envInside+"=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{
-		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
-		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: n}},
-		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: n}}, GidMappingsEnableSetgroups: n > 1,
-	}
+	cmd.SysProcAttr = ownNamespace()
 	out, err := cmd.CombinedOutput()
 	switch {
 	case cmd.ProcessState == nil:
@@ -95,6 +88,19 @@ func inNamespace(t *testing.T) bool {
 		t.Skipf("%s", out)
 	}
 	return false
+}
+
+// ownNamespace is how a process gets a user and a network namespace of its own.
+func ownNamespace() *syscall.SysProcAttr {
+	n := 1
+	if os.Getuid() == 0 {
+		n = 65536
+	}
+	return &syscall.SysProcAttr{
+		Cloneflags: syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET, Pdeathsig: syscall.SIGKILL,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: n}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: n}}, GidMappingsEnableSetgroups: n > 1,
+	}
 }
 
 // unable ends a test for which this machine has no means.
@@ -158,6 +164,23 @@ func try(attempt string) string {
 	switch network {
 	case "frame", "frame-direct":
 		return sendFrame(f[1], network == "frame-direct")
+	case "raw", "gre", "fragment", "multicast":
+		return sendRaw(network, f[1])
+	case "mark":
+		network = "tcp"
+		d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, 1) }), err)
+		}
+	case "device":
+		network = "tcp"
+		d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.BindToDevice(int(fd), f[2]) }), err)
+		}
+	case "fast":
+		network = "tcp"
+		d.Control = func(_, _ string, c syscall.RawConn) (err error) {
+			return errors.Join(c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_FASTOPEN_CONNECT, 1) }), err)
+		}
 	case "icmp":
 		network = "ip4:icmp"
 	case "mptcp":
@@ -214,6 +237,58 @@ func sendFrame(device string, direct bool) string {
 		return "refused: " + err.Error()
 	}
 	return "sent"
+}
+
+// sendRaw sends a packet that no protocol answers: one of experiments, of GRE, the
+// first fragment of one that never becomes whole, or one to many.
+func sendRaw(kind, addr string) string {
+	protocol, packet := unix.IPPROTO_GRE, []byte{0, 0, 0x08, 0}
+	to := net.ParseIP(addr).To4()
+	switch kind {
+	case "raw", "fragment":
+		protocol = unix.IPPROTO_RAW
+		packet = append([]byte{0x45, 0, 0, 28, 0, 1, 0, 0, 64, 253, 0, 0, 0, 0, 0, 0}, to...)
+		if kind == "fragment" {
+			packet[6], packet[9] = 0x20, unix.IPPROTO_UDP // more fragments
+		}
+		packet = append(packet, 0, 53, 0, 53, 0, 64, 0, 0)
+	}
+	domain, typ, port := unix.AF_INET, unix.SOCK_RAW, 0
+	if kind == "multicast" {
+		typ, protocol, port = unix.SOCK_DGRAM, unix.IPPROTO_UDP, 5353
+	}
+	fd, err := unix.Socket(domain, typ|unix.SOCK_CLOEXEC, protocol)
+	if err != nil {
+		return "no socket: " + err.Error()
+	}
+	defer unix.Close(fd)
+	const many = 20 // so that they are told from what the kernel itself sends
+	before := transmitted()
+	for range many {
+		if err := unix.Sendto(fd, packet, 0, &unix.SockaddrInet4{Port: port, Addr: [4]byte(to)}); err != nil {
+			return "refused: " + err.Error()
+		}
+		if kind == "fragment" {
+			packet[5]++ // each of another packet
+		}
+	}
+	if kind == "fragment" && transmitted()-before < many {
+		return "refused: the kernel waits for the rest"
+	}
+	return "sent"
+}
+
+// transmitted is how many packets have left through the interface "near".
+func transmitted() (n int) {
+	b, _ := os.ReadFile("/proc/net/dev")
+	for line := range strings.Lines(string(b)) {
+		if name, rest, ok := strings.Cut(strings.TrimSpace(line), ":"); ok && name == "near" {
+			if f := strings.Fields(rest); len(f) > 9 {
+				n, _ = strconv.Atoi(f[9])
+			}
+		}
+	}
+	return n
 }
 
 // place makes an address of the world outside, on this machine, so that what
