@@ -32,6 +32,11 @@ build: ## the four programs, in bin/
 release: ## the four programs as they are to be shipped: the sidecar compiled by its profile
 	@$(MAKE) --no-print-directory build PGO=$(PROFILE)
 
+.PHONY: kubernetes-test
+kubernetes-test: build ## the manifests and the pods of the injector, read by the types of Kubernetes
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/injector
+	@cd test/kubernetes && PROGRAMS=$(CURDIR)/$(BIN) go test -count=1 ./...
+
 VERSION ?= 0.0.0
 # What a package is made of. Its test does without the profile, which takes minutes.
 PACKAGED ?= release

@@ -25,7 +25,7 @@ var floors = [][]string{
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},
 	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region", "internal/rollout"},
 	{"internal/egress", "internal/nameserver", "internal/proxy", "internal/review"},
-	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport"},
+	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport", "cmd/injector"},
 }
 
 // beside lists what stands next to the house. The suites and the test network
@@ -41,6 +41,7 @@ var never = map[string]map[string]string{
 	"cmd/issuer":    {"internal/capture/redirect": "an issuer captures nobody"},
 	"cmd/sidecar":   {"internal/ca": "a sidecar cannot sign", "internal/store": "a sidecar keeps no database"},
 	"cmd/gateway":   {"internal/ca": "a gateway cannot sign", "internal/store": "a gateway keeps no database", "internal/capture/redirect": "a gateway captures nobody"},
+	"cmd/injector":  {"internal/ca": "an injector cannot sign", "internal/store": "an injector keeps no database", "internal/control": "an injector speaks to no issuer", "internal/capture/redirect": "an injector captures nobody"},
 	"cmd/sallyport": {"internal/ca": "the CLI holds no signing key", "internal/capture/redirect": "the CLI captures nobody"},
 }
 

@@ -45,7 +45,7 @@ func (r *reader) config(f fence) {
 		return
 	}
 	var errs []error
-	for _, program := range []string{"issuer", "sidecar", "gateway"} {
+	for _, program := range []string{"issuer", "sidecar", "gateway", "injector"} {
 		full := text
 		for _, l := range rest[program] {
 			if key, _, _ := strings.Cut(l, ":"); !slices.Contains(keys, key) && (key != "policies" || !strings.Contains(text, "source: pushed")) {

@@ -166,7 +166,7 @@ func (r *reader) checkOurs(f fence, c command) {
 		path, rest = append(slices.Clone(path), rest[0]), rest[1:]
 		help = r.helpOf(path)
 	}
-	if strings.Contains(help, "Available Commands:") && len(rest) > 0 && !strings.HasPrefix(rest[0], "-") && !strings.Contains(help, strings.Join(path, " ")+" [") {
+	if strings.Contains(help, "Available Commands:") && len(rest) > 0 && !strings.HasPrefix(rest[0], "-") {
 		r.errorf(f, c.line, "%s has no command %q", strings.Join(path, " "), rest[0])
 		return
 	}
