@@ -174,7 +174,7 @@ func (w *shadowed) copies() map[string]string {
 	return out
 }
 
-var copiesLine = regexp.MustCompile(`(?m)^sallyport_shadow_copies_total\{outcome="(\w+)",shadow="next"\} (\S+)$`)
+var copiesLine = regexp.MustCompile(`(?m)^sallyport_shadow_total\{outcome="(\w+)",shadow="next"\} (\S+)$`)
 
 func TestShadow(t *testing.T) {
 	t.Parallel()

@@ -119,7 +119,7 @@ func (w *world) tryCandidate(payment *hand, url string) {
 		return r.Kind == "shadow" && r.Reason == "newly_denied" && r.Src == id("/ns/shop/sa/payment") && strings.HasPrefix(r.Detail, "in force: allowed by row ")
 	})
 	m := command(w.t, "curl", "-sS", "--unix-socket", socket, "http://admin/metrics")
-	if !strings.Contains(m.Output, `sallyport_shadow_total{difference="newly_denied",rule="`) {
+	if !strings.Contains(m.Output, `sallyport_policy_candidate_total{difference="newly_denied",rule="`) {
 		w.t.Errorf("the metric is missing in %s", m.Output)
 	}
 	if err := os.RemoveAll(dir); err != nil {

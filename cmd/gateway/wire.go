@@ -72,7 +72,7 @@ const auditFile = "audit.jsonl"
 
 // serve runs the gateway until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (err error) {
-	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), doors: new(handover.Doors), adopted: make(chan struct{})}
+	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name()), doors: new(handover.Doors), adopted: make(chan struct{})}
 	f, ok := stderr.(*os.File)
 	gw.log, gw.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
 	if takeover {
@@ -133,13 +133,30 @@ func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain f
 	if err != nil {
 		return err
 	}
+	scrape, err := gw.scrape()
+	if err != nil {
+		return err
+	}
 	admin := &daemon.Admin{
-		Socket: path, Listener: ln, Ready: gw.ready, Metrics: gw.metrics.Handler(),
+		Socket: path, Listener: ln, Scrape: scrape, Ready: gw.ready, Metrics: gw.metrics.Handler(),
 		ConfigDump: func() any { return gw.cfg }, Level: gw.level, Drain: drain, Pprof: gw.cfg.Pprof, Log: gw.log,
 		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
+}
+
+// scrape opens the port of metrics, if there is one.
+func (gw *gateway) scrape() (net.Listener, error) {
+	addr := gw.cfg.Metrics.Listen
+	if addr == "" {
+		return nil, nil
+	}
+	ln, err := gw.doors.TCP("metrics.listen", addr)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
+	}
+	return ln, nil
 }
 
 // open builds every part, the lowest first. It contacts nobody.
@@ -150,7 +167,7 @@ func (gw *gateway) open() (err error) {
 		return err
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
-	log := audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile()}
+	log := audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile(), Counted: func(k audit.Kind) { gw.metrics.AuditRecords(string(k)).Inc() }}
 	if gw.tie != nil {
 		gw.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, gw.tie, gw.tie.Head())
 	} else {

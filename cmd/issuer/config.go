@@ -55,9 +55,10 @@ type Config struct {
 	// DataDir, for one.
 	Database DatabaseConfig `yaml:"database"`
 
-	CA    CAConfig         `yaml:"ca"`
-	Audit sink.ListConfig  `yaml:"audit"`
-	Log   daemon.LogConfig `yaml:"log"`
+	CA      CAConfig             `yaml:"ca"`
+	Audit   sink.ListConfig      `yaml:"audit"`
+	Log     daemon.LogConfig     `yaml:"log"`
+	Metrics daemon.MetricsConfig `yaml:"metrics"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.
@@ -143,7 +144,7 @@ func (c *Config) Validate() error {
 	}{{"ca.x509_ttl", c.CA.X509TTL}, {"ca.jwt_ttl", c.CA.JWTTTL}, {"ca.agent_ttl", c.CA.AgentTTL}} {
 		need(t.d == 0 || t.d >= floor, t.field, fmt.Sprintf("%s is too short; write at least %s", t.d, floor))
 	}
-	errs = append(errs, c.Audit.Validate(), c.Log.Validate())
+	errs = append(errs, c.Audit.Validate(), c.Log.Validate(), c.Metrics.Validate())
 	keys := ca.Config{Dir: c.DataDir, RootDir: c.CA.RootDir, KMS: c.CA.KMS, SharedRoot: c.Database.URL != "", Passphrase: []byte(c.CA.PassphraseFile)}
 	if err := keys.CheckKMS(); err != nil {
 		errs = append(errs, fmt.Errorf("ca.kms: %w", err))

@@ -57,12 +57,14 @@ func (in *issuer) applyFolder(ctx context.Context) error {
 	st := in.registry.Status()
 	if err != nil {
 		in.metrics.PolicyRejected().Inc()
+		in.metrics.Reloads("policy", "refused").Inc()
 		if st.PolicyRevision > 0 {
 			in.log.Error("policy edit refused, the old stays in force", "revision", st.PolicyRevision, "err", err)
 		}
 		return errors.Join(err, in.audit.Append(&audit.Record{Kind: audit.KindPolicy, Decision: audit.Deny, Revision: st.PolicyRevision, Detail: err.Error()}))
 	}
 	in.metrics.PolicyRevision().Set(float64(st.PolicyRevision))
+	in.metrics.Reloads("policy", "ok").Inc()
 	if st.PolicyRevision == before {
 		return nil
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -64,7 +65,7 @@ type issuer struct {
 
 // serve runs the issuer until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	in := &issuer{cfg: cfg, folder: &mesh.Folder{Dir: cfg.Policies, TrustDomain: cfg.TrustDomain}, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry()}
+	in := &issuer{cfg: cfg, folder: &mesh.Folder{Dir: cfg.Policies, TrustDomain: cfg.TrustDomain}, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name())}
 	tty := false
 	if f, ok := stderr.(*os.File); ok {
 		tty = daemon.IsTerminal(f)
@@ -84,6 +85,10 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
 	public, err := in.publicDoors()
+	var scrape net.Listener
+	if err == nil {
+		scrape, err = in.scrape()
+	}
 	if err == nil {
 		err = in.doors.Unclaimed()
 	}
@@ -101,7 +106,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 		return err
 	}
 	admin := &daemon.Admin{
-		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Ready: in.ready, Metrics: in.metrics.Handler(),
+		Socket: filepath.Join(cfg.RunDir, "admin.sock"), Scrape: scrape, Ready: in.ready, Metrics: in.metrics.Handler(),
 		ConfigDump: func() any { return cfg }, Level: in.level, Drain: cancel, Pprof: cfg.Pprof, Log: in.log,
 	}
 	g, run := errgroup.WithContext(stop)
@@ -213,7 +218,7 @@ func (in *issuer) open(ctx context.Context) error {
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, Endpoints: cfg.Endpoints.Allow, OnAnnounce: in.recordAnnounced, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Policies: in.policyKeeper(), Rollouts: deliveries{in.rollouts}, SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
-		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() },
+		OnMessage: func(method string) { in.metrics.IssuerMessages(method).Inc() }, OnCall: in.countCall(),
 	})
 	return err
 }
@@ -233,7 +238,7 @@ func (in *issuer) openRegistry() error {
 
 // openAudit opens the issuer's own log, and what sends it away.
 func (in *issuer) openAudit() (err error) {
-	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Log: in.log, MaxFile: in.cfg.Audit.Keep.MaxFile()}); err != nil {
+	if in.audit, err = audit.Open(audit.Config{Path: filepath.Join(in.cfg.DataDir, "audit.jsonl"), Log: in.log, MaxFile: in.cfg.Audit.Keep.MaxFile(), Counted: func(k audit.Kind) { in.metrics.AuditRecords(string(k)).Inc() }}); err != nil {
 		return err
 	}
 	if in.sinks, err = sink.NewAll(in.cfg.Audit, sink.Env{
@@ -259,6 +264,9 @@ func (in *issuer) followCA(ctx context.Context) error {
 		if err := in.writeBundle(); err != nil {
 			in.log.Error("bundle file not written", "err", err)
 		}
+		st := in.ca.Status()
+		in.metrics.CertExpiry("root").Set(st.RootExpires)
+		in.metrics.CertExpiry("intermediate").Set(st.IntermediateExpires)
 		select {
 		case <-ctx.Done():
 			return nil

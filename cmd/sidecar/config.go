@@ -35,20 +35,21 @@ type Config struct {
 	// Default: "run" inside DataDir.
 	RunDir string `yaml:"run_dir"`
 
-	Issuer   agent.Join         `yaml:"issuer"`
-	Policy   agent.Policy       `yaml:"policy"`
-	Workload WorkloadConfig     `yaml:"workload"`
-	Inbound  InboundConfig      `yaml:"inbound"`
-	Outbound OutboundConfig     `yaml:"outbound"`
-	Egress   EgressConfig       `yaml:"egress"`
-	Capture  CaptureConfig      `yaml:"capture"`
-	Names    NamesConfig        `yaml:"names"`
-	Limits   LimitsConfig       `yaml:"limits"`
-	Shadow   ShadowConfig       `yaml:"shadow"`
-	TLS      TLSConfig          `yaml:"tls"`
-	Audit    sink.ListConfig    `yaml:"audit"`
-	Log      daemon.LogConfig   `yaml:"log"`
-	Drain    daemon.DrainConfig `yaml:"drain"`
+	Issuer   agent.Join           `yaml:"issuer"`
+	Policy   agent.Policy         `yaml:"policy"`
+	Workload WorkloadConfig       `yaml:"workload"`
+	Inbound  InboundConfig        `yaml:"inbound"`
+	Outbound OutboundConfig       `yaml:"outbound"`
+	Egress   EgressConfig         `yaml:"egress"`
+	Capture  CaptureConfig        `yaml:"capture"`
+	Names    NamesConfig          `yaml:"names"`
+	Limits   LimitsConfig         `yaml:"limits"`
+	Shadow   ShadowConfig         `yaml:"shadow"`
+	TLS      TLSConfig            `yaml:"tls"`
+	Audit    sink.ListConfig      `yaml:"audit"`
+	Log      daemon.LogConfig     `yaml:"log"`
+	Drain    daemon.DrainConfig   `yaml:"drain"`
+	Metrics  daemon.MetricsConfig `yaml:"metrics"`
 
 	// Archives keep joined records of calls that were copied, by the name that a
 	// route gives.
@@ -188,7 +189,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.validateNames(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate())
+	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.validateNames(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate(), c.Metrics.Validate())
 	return errors.Join(errs...)
 }
 

@@ -1,9 +1,15 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"syscall"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/control"
 	"sallyport/internal/mesh"
@@ -16,7 +22,7 @@ import (
 func (s *sidecar) changed(t upstream.Trouble) {
 	switch t.Kind {
 	case upstream.Ejected:
-		s.metrics.Ejections(t.Dst).Inc()
+		s.metrics.Ejections(t.Dst, t.Cause).Inc()
 		s.log.Warn("endpoint put aside", "service", t.Service, "address", t.Address, "until", t.Until, "why", t.Why)
 	case upstream.Unhealthy:
 		s.log.Warn("endpoint does not answer its health check", "service", t.Service, "address", t.Address, "why", t.Why)
@@ -29,6 +35,20 @@ func (s *sidecar) changed(t upstream.Trouble) {
 		s.metrics.BreakerOpen(t.Dst).Set(0)
 		s.log.Info("service is called again", "service", t.Service)
 	}
+}
+
+// dialled counts the connections that are made to others.
+func (s *sidecar) dialled(to spiffeid.ID, err error) {
+	result := "ok"
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		result = "timeout"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		result = "refused"
+	case err != nil:
+		result = "failed"
+	}
+	s.metrics.UpstreamConnects(to.String(), result).Inc()
 }
 
 // samples are the calls of rollouts that the issuer judges.

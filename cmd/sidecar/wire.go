@@ -8,7 +8,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -115,7 +114,7 @@ const auditFile = "audit.jsonl"
 // signal, until the application ends, or until a part fails.
 func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.Writer) (err error) {
 	s := &sidecar{
-		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: telemetry.NewRegistry(), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
+		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name()), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
 		doors: new(handover.Doors), adopted: make(chan struct{}),
 	}
 	f, ok := stderr.(*os.File)
@@ -185,26 +184,6 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	return g.Wait()
 }
 
-// administer serves the admin socket.
-func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain func()) error {
-	path := filepath.Join(s.cfg.RunDir, "admin.sock")
-	ln, err := s.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, s.log) },
-		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, s.log), nil })
-	if err != nil {
-		return err
-	}
-	admin := &daemon.Admin{
-		Socket: path, Listener: ln, Ready: s.ready, Metrics: s.metrics.Handler(),
-		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
-		Extra: map[string]http.Handler{
-			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
-			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults),
-		},
-	}
-	g.Go(func() error { return admin.Run(ground) })
-	return nil
-}
-
 // either ends when one of both does. Nothing is left behind once b has ended.
 func either(a, b context.Context) context.Context {
 	ctx, cancel := context.WithCancel(b)
@@ -228,7 +207,7 @@ func (s *sidecar) open() (err error) {
 	}
 	s.doors.Beside(s.holdAddresses)
 	path := filepath.Join(cfg.DataDir, auditFile)
-	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile()}
+	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile(), Counted: func(k audit.Kind) { s.metrics.AuditRecords(string(k)).Inc() }}
 	if s.tie != nil {
 		s.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, s.tie, s.tie.Head())
 	} else {
@@ -256,7 +235,7 @@ func (s *sidecar) open() (err error) {
 		Standing:   func(cs tls.ConnectionState) error { return s.agent.Source().Standing(cs) },
 		Limits:     cfg.Limits.http(),
 		Zone:       cfg.Workload.Labels.Get(mesh.LabelZone),
-		Changed:    s.changed,
+		Changed:    s.changed, Dialled: s.dialled,
 	}
 	if s.services, err = upstream.New(up); err != nil {
 		return err

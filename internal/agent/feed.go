@@ -35,6 +35,7 @@ func (a *Agent) use(s *mesh.Snapshot) error {
 	a.mu.Unlock()
 	a.cfg.Ready.Set(readyPolicy, nil)
 	a.cfg.Metrics.PolicyRevision().Set(float64(s.PolicyRevision))
+	a.cfg.Metrics.Reloads("policy", "ok").Inc()
 	return nil
 }
 

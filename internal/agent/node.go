@@ -324,8 +324,15 @@ func (m minter) federated(ctx context.Context, t *svid.Trust) error {
 	return nil
 }
 
-func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) ([]*x509.Certificate, error) {
+func (m minter) MintX509(ctx context.Context, e mesh.Entry, key crypto.Signer) (_ []*x509.Certificate, err error) {
 	res, err := m.a.client.NewX509SVIDs(ctx, []control.SVIDRequest{{EntryID: e.ID, ID: e.SPIFFEID, Key: key}})
+	defer func() {
+		result := "ok"
+		if err != nil {
+			result = "failed"
+		}
+		m.a.cfg.Metrics.Rotations(result).Inc()
+	}()
 	if err != nil {
 		m.a.noticed(err)
 		return nil, err

@@ -375,6 +375,7 @@ func (a *Agent) usePinned(s *mesh.Snapshot) (*mesh.Snapshot, error) {
 // rejected tells why a snapshot was not taken.
 func (a *Agent) rejected(err error) error {
 	a.cfg.Metrics.PolicyRejected().Inc()
+	a.cfg.Metrics.Reloads("policy", "refused").Inc()
 	var in uint64
 	if s := a.Snapshot(); s != nil {
 		in = s.PolicyRevision

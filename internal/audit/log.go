@@ -35,6 +35,9 @@ type Config struct {
 	// Heads tells what witnesses have signed of the log that is copied here, now
 	// and before, for a Mirror. Default: nobody signs it.
 	Heads func(context.Context) ([]Head, error)
+	// Counted is told of each record that was written. It is called under a lock
+	// and must be quick. Optional.
+	Counted func(Kind)
 }
 
 // Validate reports every mistake by field name.
@@ -238,6 +241,9 @@ func (l *Log) write(r *Record) error {
 		l.spool.end += int64(len(l.buf))
 	}
 	r.Seq, r.Time, r.ID = rec.Seq, rec.Time, rec.ID
+	if l.cfg.Counted != nil {
+		l.cfg.Counted(rec.Kind)
+	}
 	return nil
 }
 

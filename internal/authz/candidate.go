@@ -174,7 +174,7 @@ func (s *differences) add(k differenceKey, m *telemetry.Registry, first Differen
 		return x // somebody else was faster
 	}
 	k.src, k.dst, k.rule = strings.Clone(k.src), strings.Clone(k.dst), strings.Clone(k.rule)
-	x := &difference{key: k, first: first, metric: m.Shadow(string(k.kind), cmp.Or(k.rule, telemetry.Other))}
+	x := &difference{key: k, first: first, metric: m.Candidate(string(k.kind), cmp.Or(k.rule, telemetry.Other))}
 	if k.rule != "" {
 		x.detail = "in force: " + first.InForce + "; candidate: " + first.Candidate
 	}

@@ -38,8 +38,8 @@ type JudgeConfig struct {
 	// CheckEvery is how many decisions pass between two that Run gives to
 	// Casbin, too; a power of two. Default 65,536.
 	CheckEvery uint64
-	// Metrics counts what a candidate would decide otherwise. Default: nothing
-	// is counted.
+	// Metrics counts decisions, and what a candidate would decide otherwise.
+	// Default: nothing is counted.
 	Metrics *telemetry.Registry
 }
 
@@ -193,10 +193,43 @@ func (j *Judge) judge(call Call, cn *Conn) (g Grant, err error) {
 		d = set.soften(c, d)
 	}
 	g, err = j.record(c, set, d)
+	j.count(d, cn)
 	if t := j.candidate.Load(); t != nil && sure {
 		j.try(t, c, set, d, cn, idOf(g, err))
 	}
 	return g, err
+}
+
+// count counts a decision. A connection remembers where its last one counted.
+func (j *Judge) count(d Decision, cn *Conn) {
+	if j.cfg.Metrics == nil {
+		return
+	}
+	if cn == nil {
+		j.counter(d).Inc()
+		return
+	}
+	t := cn.tally.Load()
+	if t == nil || t.allow != d.Allow || t.rule != d.Rule {
+		t = &ruleCount{allow: d.Allow, rule: d.Rule, n: j.counter(d)}
+		cn.tally.Store(t)
+	}
+	t.n.Inc()
+}
+
+func (j *Judge) counter(d Decision) *telemetry.Counter {
+	effect := audit.Deny
+	if d.Allow {
+		effect = audit.Allow
+	}
+	return j.cfg.Metrics.Authz(d.Rule, string(effect))
+}
+
+// ruleCount is where decisions of one kind count.
+type ruleCount struct {
+	allow bool
+	rule  string
+	n     *telemetry.Counter
 }
 
 // idOf is the decision id that the caller of Judge is told.
@@ -344,6 +377,7 @@ func (j *Judge) compare(set *Set, c *Call, got, want Decision, err error) bool {
 		return true
 	}
 	j.mismatches.Add(1)
+	j.cfg.Metrics.AuthzMismatch().Inc()
 	if j.doubted.Swap(set) != set {
 		j.cfg.Log.Error("ALARM: the compiled policy and Casbin disagree; both are asked from now on",
 			"src", srcText(c.Src), "dst", c.Dst, "port", c.Port, "verb", c.Verb,
@@ -378,6 +412,7 @@ type Conn struct {
 	port  uint16
 	// cur is of the set in force, tried of the candidate.
 	cur, tried atomic.Pointer[Slice]
+	tally      atomic.Pointer[ruleCount]
 }
 
 // Conn prepares to judge calls from src to dst.

@@ -11,6 +11,7 @@ import (
 	"os"
 	"runtime/debug"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -18,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
 
 	"sallyport/internal/capture"
 	"sallyport/internal/mesh"
@@ -215,7 +217,10 @@ func (s *Server) recoverStream(srv any, st grpc.ServerStream, info *grpc.StreamS
 
 func (s *Server) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 	s.cfg.OnMessage(info.FullMethod)
-	return next(ctx, req)
+	began := time.Now()
+	resp, err := next(ctx, req)
+	s.cfg.OnCall(info.FullMethod, uint32(status.Code(err)), time.Since(began))
+	return resp, err
 }
 
 func (s *Server) countStream(srv any, st grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {

@@ -206,6 +206,9 @@ type ServerConfig struct {
 	// OnMessage is told of each message of a caller, by the full name of its
 	// method: of those over mutual TLS only. Default none.
 	OnMessage func(method string)
+	// OnCall is told of each plain call of a caller that was answered, by the full
+	// name of its method, with the code of gRPC that it got and how long it took. Default none.
+	OnCall func(method string, code uint32, took time.Duration)
 	// Alone says that nobody else writes to what the Registry keeps, so that
 	// HeldAgent is always true. Default: other issuers may.
 	Alone bool
@@ -299,6 +302,9 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 	if cfg.OnMessage == nil {
 		cfg.OnMessage = func(string) {}
 	}
+	if cfg.OnCall == nil {
+		cfg.OnCall = func(string, uint32, time.Duration) {}
+	}
 	if cfg.Why == nil {
 		cfg.Why = func(error) Refusal { return RefusalEvidence }
 	}
@@ -327,7 +333,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.Creds(&doorCreds{credentials.NewTLS(s.tlsConfig()), &s.conns, strangerConns}),
 		grpc.InTapHandle(s.tap),
-		grpc.ChainUnaryInterceptor(s.recoverUnary, s.countUnary, s.guardUnary),
+		grpc.ChainUnaryInterceptor(s.countUnary, s.recoverUnary, s.guardUnary),
 		grpc.ChainStreamInterceptor(s.recoverStream, s.countStream, s.guardStream))...)
 	agentv1.RegisterAgentServer(g, &agentAPI{s: s})
 	bundlev1.RegisterBundleServer(g, &bundleAPI{s: s})

@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"golang.org/x/sys/unix"
 )
 
@@ -37,6 +38,8 @@ type Admin struct {
 	Ready *Ready
 	// Metrics answers /metrics. Without it the path is not found.
 	Metrics http.Handler
+	// Scrape serves Metrics alone, to whoever reaches it, and is closed. Optional.
+	Scrape net.Listener
 	// ConfigDump gives what /config_dump prints as JSON; secrets are masked as
 	// by Masked.
 	ConfigDump func() any
@@ -63,24 +66,53 @@ func (a *Admin) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	srv := &http.Server{
-		Handler:           a.handler(),
+	var beside sync.WaitGroup
+	defer beside.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	beside.Go(func() { watchdog(ctx, a.Socket, a.Log) })
+	if a.Scrape != nil {
+		scrape := a.server(a.scrape())
+		scrape.ReadTimeout, scrape.WriteTimeout, scrape.IdleTimeout = 10*time.Second, 30*time.Second, 3*time.Minute
+		beside.Go(func() {
+			if err := serveUntil(ctx, scrape, netutil.LimitListener(a.Scrape, maxScrapers)); err != nil {
+				a.Log.Error("metrics are not served any more", "err", err)
+			}
+		})
+	}
+	if err := serveUntil(ctx, a.server(a.handler()), ln); err != nil {
+		return fmt.Errorf("serve admin socket %s: %w", a.Socket, err)
+	}
+	return nil
+}
+
+func (a *Admin) server(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
 		MaxHeaderBytes:    16 << 10,
 		ErrorLog:          slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug),
 	}
+}
+
+func serveUntil(ctx context.Context, srv *http.Server, ln net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
 	defer ln.Close()
-	var dog sync.WaitGroup
-	defer dog.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	dog.Go(func() { watchdog(ctx, a.Socket, a.Log) })
 	if err := srv.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve admin socket %s: %w", a.Socket, err)
+		return err
 	}
 	return nil
+}
+
+// maxScrapers bounds the connections of those who read metrics.
+const maxScrapers = 64
+
+// scrape is all that the port of metrics has.
+func (a *Admin) scrape() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", a.Metrics)
+	return mux
 }
 
 func (a *Admin) handler() http.Handler {

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"time"
 )
 
@@ -68,4 +70,30 @@ func Pause(now context.Context, d time.Duration) {
 	case <-now.Done():
 	case <-t.C:
 	}
+}
+
+// MetricsConfig is the section about who may read the metrics over TCP. They are
+// on the admin socket in any case.
+type MetricsConfig struct {
+	// Listen serves GET /metrics and nothing else in clear text: host:port, by
+	// custom 127.0.0.1:9464. Default: nothing is served.
+	Listen string `yaml:"listen"`
+	// Anyone allows an address that is not on loopback. Metrics name services and
+	// rules, and how often they are called; whoever reaches the port reads that.
+	Anyone bool `yaml:"anyone"`
+}
+
+// Validate reports every mistake, by field.
+func (m MetricsConfig) Validate() error {
+	if m.Listen == "" {
+		return nil
+	}
+	host, port, err := net.SplitHostPort(m.Listen)
+	if err != nil || port == "" {
+		return fmt.Errorf("metrics.listen: %q is no host:port, such as \"127.0.0.1:9464\"", m.Listen)
+	}
+	if a, err := netip.ParseAddr(host); !m.Anyone && (err != nil || !a.IsLoopback()) {
+		return fmt.Errorf("metrics.listen: %s is not a loopback address; metrics are served in clear text, so write metrics.anyone: true if whoever reaches it may read them", m.Listen)
+	}
+	return nil
 }

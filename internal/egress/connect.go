@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -20,6 +21,7 @@ type answer struct {
 	status int
 	id     string // of the decision; empty when none could be recorded
 	text   string
+	reason Reason
 }
 
 // body is the JSON of an answer. Its text and id need no escape.
@@ -31,7 +33,7 @@ func (a *answer) body() []byte {
 const decisionHeader = "Sallyport-Decision"
 
 func answerTo(reason Reason, id string) *answer {
-	a := &answer{status: http.StatusForbidden, id: id, text: "denied by policy"}
+	a := &answer{status: http.StatusForbidden, id: id, text: "denied by policy", reason: cmp.Or(reason, ReasonPolicy)}
 	switch reason {
 	case ReasonName, ReasonRequest:
 		a.status, a.text = http.StatusBadRequest, "the request is not acceptable; CONNECT host:port is"
@@ -251,10 +253,12 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	src := t.call.Src.String()
 	open := g.cfg.Metrics.EgressTunnels(src)
 	open.Add(1)
+	over := g.begins(t)
 	defer func() {
 		t.stop(ReasonInternal) // nothing, unless it was left by a panic
 		g.tunnels.remove(t)
 		open.Add(-1)
+		over()
 		up, down := g.cfg.Metrics.EgressBytes(src, t.how.Host)
 		up.Add(t.up.Load())
 		down.Add(t.down.Load())

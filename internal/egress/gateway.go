@@ -181,6 +181,7 @@ type Gateway struct {
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	windows *mux.Budget            // of streams
 	origins origins
+	signals *telemetry.Signals
 	h2      *http.Server
 	h2conns *handover
 	base    context.Context // ends when Drain gives up waiting
@@ -212,7 +213,7 @@ func New(c Config) (*Gateway, error) {
 	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
-	g.windows = mux.NewBudget(windows)
+	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{hop.Proto, "h2", "http/1.1"}
@@ -234,6 +235,8 @@ func (g *Gateway) Serve(ctx context.Context, ln net.Listener) error {
 	over, cancel := context.WithCancel(ctx)
 	defer cancel()
 	helpers.Go(func() { g.rejudgeEvery(over) })
+	defer g.cfg.Metrics.Saturation(reporter, "connections", func() float64 { return float64(g.Carries()) / float64(g.lim.Conns) })()
+	defer g.cfg.Metrics.Saturation(reporter, "tunnels", func() float64 { return float64(g.Tunnels()) / float64(g.lim.Tunnels) })()
 	g.serveStreams()
 	pause := 5 * time.Millisecond
 	for {

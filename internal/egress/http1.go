@@ -88,7 +88,8 @@ func (a *answer) fields() []byte {
 
 // request1 acts on what ReadRequest returned, which is a CONNECT if it is a
 // request. Without tunnel and answer the connection just ends.
-func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request, err error) (*tunnel, *answer) {
+func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request, err error) (t *tunnel, a *answer) {
+	defer func(began time.Time) { g.counted(who, began, t, a) }(time.Now())
 	if ans := g.unread(who, req, err); ans != nil || err != nil {
 		return nil, ans
 	}

@@ -181,7 +181,8 @@ func (g *Gateway) brokenOff(on *handed, r *http.Request, t *tunnel) {
 	}
 }
 
-func (g *Gateway) request2(who *caller, r *http.Request) (*tunnel, *answer) {
+func (g *Gateway) request2(who *caller, r *http.Request) (t *tunnel, a *answer) {
+	defer func(began time.Time) { g.counted(who, began, t, a) }(time.Now())
 	switch {
 	case r.Method != http.MethodConnect:
 		return nil, g.denyRequest(who, verbOf(r.Method), refuse(ReasonMethod, "only CONNECT is served; target %s", clip(r.RequestURI)))

@@ -34,6 +34,7 @@ const (
 	ReasonMisdirected Reason = "misdirected"
 	ReasonCertificate Reason = "certificate" // the host did not prove its name
 	ReasonSecret      Reason = "secret"      // the credential to inject cannot be had
+	ReasonPolicy      Reason = "policy"      // no rule allows it, or one denies it
 )
 
 // The reasons of refusals at the first bytes of an open tunnel.

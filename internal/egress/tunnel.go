@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -26,6 +27,7 @@ type tunnel struct {
 	// asked is the port that the caller has named, of a tunnel for requests of HTTP;
 	// else 0.
 	asked uint16
+	began time.Time
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.

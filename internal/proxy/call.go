@@ -96,6 +96,7 @@ type call struct {
 	settler func(http1.Result) // settle, made once
 
 	res     http1.Result
+	grpc    string // status of gRPC that the client was told, empty for other calls
 	refused *refusal
 	err     error
 	keep    bool // the connection may carry another call
@@ -116,7 +117,7 @@ type call struct {
 
 // reset makes the call ready for the next request on its connection.
 func (x *call) reset() {
-	x.res, x.refused, x.err = http1.Result{}, nil, nil
+	x.res, x.refused, x.err, x.grpc = http1.Result{}, nil, nil, ""
 	x.keep, x.tunnel, x.broken, x.settled = false, false, false, false
 	x.idle, x.marked, x.proven, x.traced = 0, false, false, false
 	x.grant = authz.Grant{}
@@ -185,6 +186,7 @@ func (x *call) refuse(r *refusal) {
 	}
 	switch {
 	case x.speaksGRPC():
+		x.grpc = grpcText(grpcStatus(r.status))
 		x.answer(http.StatusOK, appendGRPC(head, "application/grpc", r.status, detail), nil)
 	case x.face.Web: // its clients read the status of HTTP too, and others would take 200 for a yes
 		x.answer(r.status, appendGRPC(head, "application/grpc-web+proto", r.status, detail), nil)
@@ -375,6 +377,7 @@ func (x *call) exchange() *refusal {
 		}
 		x.run(up, up.NetConn(), x.tries.until)
 		if x.err == nil {
+			x.saidGRPC()
 			x.finish(up)
 			return nil
 		}
@@ -497,6 +500,7 @@ func (x *call) settle(res http1.Result) {
 	o := x.outcomeOf()
 	x.sample(o, x.tries.began)
 	x.up.Report(o, x.tries.began, x.tries.after)
+	x.saidGRPC()
 	x.finish(x.up)
 	x.way[:len(x.way)-1].leave(x)
 	x.settled = true
@@ -556,30 +560,4 @@ func (l *listener) deny(r audit.Record) *refusal {
 // happen. The id is that of the refusal, if it has one.
 func unrecorded(id string) *refusal {
 	return &refusal{status: 503, reason: "audit", detail: "the decision could not be recorded", decision: id}
-}
-
-// outcome is how the call counts on the map of who calls whom.
-func (x *call) outcome() telemetry.Outcome {
-	switch {
-	case x.refused != nil && x.refused.decision != "":
-		return telemetry.Denied
-	case x.tunnel:
-		return telemetry.Allowed // how it ended says nothing of the service
-	case x.err != nil || x.status() >= 500 || x.res.Status >= 500:
-		return telemetry.Errored
-	}
-	return telemetry.Allowed
-}
-
-// observe counts the call in its series and ends what began.
-func (x *call) observe() {
-	x.running.End()
-	x.running = nil
-	x.series.Observe(x.status(), time.Since(x.start), x.res.ReqBytes, x.res.RespBytes)
-}
-
-// runs counts the call as running in its series.
-func (x *call) runs() {
-	x.running = x.series
-	x.running.Begin()
 }

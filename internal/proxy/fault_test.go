@@ -74,7 +74,7 @@ func TestAFaultIsAFakeUpstream(t *testing.T) {
 			if tt.check != nil {
 				tt.check(t, resp, body, time.Since(before))
 			}
-			if n := r.metric(`sallyport_requests_total{code="200",dst="spiffe://demo.sallyport/ns/shop/sa/billing",proto="http",reporter="outbound",route="billing/all",src="spiffe://demo.sallyport/ns/shop/sa/web"}`); n != "" && n != "0" {
+			if n := r.metric(`sallyport_requests_total{code="200",dst="ns/shop/sa/billing",flag="",grpc="",proto="http",reporter="outbound",route="billing/all",src="ns/shop/sa/web",tls="mutual"}`); n != "" && n != "0" {
 				t.Errorf("%s calls with a fault count as the backend's", n)
 			}
 		})

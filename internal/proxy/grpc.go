@@ -35,6 +35,28 @@ func (x *call) speaksGRPC() bool {
 	return (lane || x.req.TETrailers) && isGRPC(x.req.Get("content-type"))
 }
 
+// saidGRPC keeps the status of a call of gRPC, as long as what it stands in is
+// ours.
+func (x *call) saidGRPC() {
+	if !x.speaksGRPC() {
+		return
+	}
+	b := x.ex.Response.Get("grpc-status")
+	if b == nil {
+		b = x.ex.Trailer("grpc-status")
+	}
+	code, ok := grpcCode(b)
+	if !ok {
+		code = grpcUnknown
+	}
+	x.grpc = grpcText(code)
+}
+
+// grpcText is a code in decimals.
+func grpcText(code int) string { return grpcTexts[code] }
+
+var grpcTexts = [...]string{"0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "12", "13", "14", "15", "16"}
+
 // Codes of gRPC.
 const (
 	grpcUnknown           = 2

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
 
@@ -105,13 +106,13 @@ func (k *race) run() error {
 			return net.ErrClosed
 		case <-late.C:
 			if k.d.cfg.Services.Retry(k.x.to.name) {
-				k.d.Metrics.Retries(k.x.dst, "hedge").Inc()
+				k.d.Metrics.Retries(k.x.dst, telemetry.RetryHedge, true).Inc()
 				running++
 				// The call may be over, and its place another's, before ask begins.
 				go k.ask(upstream.Want{Service: k.x.to.name, Subset: k.x.to.subset, Avoid: k.first.Endpoint(), Again: true,
 					Until: k.x.tries.until, Hurried: k.x.tries.asked > 0})
 			} else {
-				k.d.Metrics.Retries(k.x.dst, "no_budget").Inc()
+				k.d.Metrics.Retries(k.x.dst, telemetry.RetryHedge, false).Inc()
 			}
 		case a := <-k.got:
 			running--

@@ -68,7 +68,7 @@ func TestALateCallIsHedged(t *testing.T) {
 	for range p.slow.Load() {
 		<-p.cut // each is broken off
 	}
-	if n := p.metric(`sallyport_retries_total{dst="` + billing.String() + `",result="hedge"}`); n == "" || n == "0" {
+	if n := p.metric(`sallyport_retries_total{budget="granted",dst="ns/shop/sa/billing",reason="hedge"}`); n == "" || n == "0" {
 		t.Errorf("%q calls count as hedged", n)
 	}
 	if got := p.services.Troubles(); len(got) > 0 {

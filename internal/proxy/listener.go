@@ -194,6 +194,8 @@ func (l *listener) run(ctx context.Context, ln net.Listener) error {
 	l.open = map[*conn]struct{}{}
 	l.mu.Unlock()
 	l.opened = l.Metrics.Connections(l.Reporter, "open")
+	defer l.Metrics.Saturation(l.Reporter, "connections", func() float64 { return float64(l.carries()) / float64(l.MaxConns) })()
+	defer l.Metrics.Saturation(l.Reporter, "calls", func() float64 { return float64(l.inFlight.Load()) / float64(l.MaxInFlight) })()
 	defer l.rested()
 	hard, cut := context.WithCancel(context.WithoutCancel(ctx))
 	defer cut()
@@ -528,7 +530,7 @@ func (l *listener) unreadable(x *call, err error) {
 	if p := (*http1.ProtocolError)(nil); errors.As(err, &p) {
 		reason = p.Detail
 	}
-	x.unread.Observe(status, 0, 0, 0)
+	x.unread.Observe(&telemetry.Call{Code: status, Flag: "unread"})
 	l.Metrics.RequestsRefused(l.Reporter, unreadReason(err)).Inc()
 	if x.socks {
 		x.answerSOCKS(status)

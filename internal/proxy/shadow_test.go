@@ -114,7 +114,7 @@ func TestShadowGetsACopy(t *testing.T) {
 		})
 	}
 	await(t, func() bool {
-		return strings.Contains(scrape(r), `sallyport_shadow_copies_total{outcome="answered",shadow="next"} 5`)
+		return strings.Contains(scrape(r), `sallyport_shadow_total{outcome="answered",shadow="next"} 5`)
 	})
 }
 
@@ -261,7 +261,7 @@ func TestOnlyAPeerSaysWhatIsNotCopied(t *testing.T) {
 	}
 	known.Begin("a peer", trace("0af7651916cd43dd8448eb211c80319c"))
 	call("0af7651916cd43dd8448eb211c80319c", "Tracestate: sallyport=shadow\r\n")
-	if !strings.Contains(scrape(r), `sallyport_shadow_copies_total{outcome="skipped",shadow="next"} 1`) {
+	if !strings.Contains(scrape(r), `sallyport_shadow_total{outcome="skipped",shadow="next"} 1`) {
 		t.Error("the call that was not copied is not counted")
 	}
 	call("0af7651916cd43dd8448eb211c80319c", "") // the trace alone says nothing

@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/netip"
@@ -78,7 +77,7 @@ func TestAStreamCarriesWhatIsSaid(t *testing.T) {
 	}
 	w.Close()
 	await(t, func() bool {
-		return r.metric(fmt.Sprintf(`sallyport_requests_total{code="200",dst=%q,proto="tcp",reporter="inbound",route="",src=%q}`, billing, web)) == "1"
+		return r.metric(`sallyport_requests_total{code="200",dst="ns/shop/sa/billing",flag="",grpc="",proto="tcp",reporter="inbound",route="",src="ns/shop/sa/web",tls="mutual"}`) == "1"
 	})
 }
 

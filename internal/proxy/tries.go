@@ -13,6 +13,7 @@ import (
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/route"
+	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
 
@@ -176,6 +177,7 @@ func (d *door) send(x *call, p *plan) *refusal {
 		}
 		if x.err == nil {
 			x.report(up, x.outcomeOf(), t.began)
+			x.saidGRPC()
 			x.finish(up)
 			return nil
 		}
@@ -289,7 +291,7 @@ func (d *door) accept(x *call) bool {
 	// next time as well.
 	final := refused == malformed || refused == "audit" || len(resp.Get("sallyport-decision")) > 0
 	wanted := unseen || t.safe && !final && asked
-	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x) {
+	if !wanted || t.after > t.most || !x.ex.Whole() || !d.another(x, telemetry.RetryStatus) {
 		return true
 	}
 	t.dropped = true
@@ -300,17 +302,17 @@ func (p *plan) retriesGRPC(code int) bool { return p.statuses&(1<<code) != 0 }
 
 // another takes one further try, if there is one: of the route, of the time and
 // of the service's budget.
-func (d *door) another(x *call) bool {
+func (d *door) another(x *call, reason string) bool {
 	t := &x.tries
 	if t.n >= t.attempts || !t.until.IsZero() && !time.Now().Before(t.until) {
 		return false
 	}
 	if !d.cfg.Services.Retry(x.to.name) {
-		d.Metrics.Retries(x.dst, "no_budget").Inc()
+		d.Metrics.Retries(x.dst, reason, false).Inc()
 		return false
 	}
 	t.n++
-	d.Metrics.Retries(x.dst, "sent").Inc()
+	d.Metrics.Retries(x.dst, reason, true).Inc()
 	return true
 }
 
@@ -336,7 +338,7 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 		t.want.Fresh = true
 		if !up.Left() { // it could have, and would not
 			t.want.Avoid = up.Endpoint()
-			return d.another(x), false
+			return d.another(x, telemetry.RetryRefused), false
 		}
 		if *unseen > 1 {
 			t.want.Avoid = up.Endpoint() // and not before: another process may have come in its place
@@ -346,7 +348,7 @@ func (d *door) again(x *call, up *upstream.Conn, unseen *int) (again, free bool)
 	case stale && !t.want.Fresh && (t.safe || idempotent(x.req.Method)):
 		t.want.Fresh = true
 		return true, true
-	case t.safe && !isMalformed(x.err) && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x):
+	case t.safe && !isMalformed(x.err) && slices.Contains(t.codes, http1.StatusOf(x.err)) && d.another(x, telemetry.RetryFailure):
 		x.report(up, upstream.Failed, time.Now())
 		t.want.Avoid, t.want.Fresh = up.Endpoint(), false
 		return true, false

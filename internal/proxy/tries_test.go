@@ -154,7 +154,7 @@ func TestRetriesStayWithinTheBudget(t *testing.T) {
 	if most := int64(100 + calls/5); retries < 100 || retries > most+50 {
 		t.Errorf("%d retries of %d calls, want up to %d", retries, calls, most)
 	}
-	if n := r.metric(`sallyport_retries_total{dst="spiffe://demo.sallyport/ns/shop/sa/billing",result="no_budget"}`); n == "" || n == "0" {
+	if n := r.metric(`sallyport_retries_total{budget="spent",dst="ns/shop/sa/billing",reason="status"}`); n == "" || n == "0" {
 		t.Errorf("the retries that were withheld count as %q", n)
 	}
 }

@@ -220,5 +220,5 @@ func (m *Mirror) Skip(shadows []*mesh.Shadow) {
 }
 
 func (m *Mirror) count(s *mesh.Shadow, outcome string) {
-	m.cfg.Metrics.ShadowCopies(s.Name, outcome).Inc()
+	m.cfg.Metrics.Shadow(s.Name, outcome).Inc()
 }

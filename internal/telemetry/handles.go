@@ -14,7 +14,7 @@ func (r *Registry) PolicyRevision() *Gauge {
 	if r == nil {
 		return nil
 	}
-	return r.revision
+	return r.revision.get(labels{})
 }
 
 // PolicyRejected counts policy revisions that the process refused.
@@ -22,7 +22,7 @@ func (r *Registry) PolicyRejected() *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.rejected
+	return r.rejected.get(labels{})
 }
 
 // DeliverySteps counts what was done to rollouts of routes.
@@ -50,22 +50,22 @@ func (r *Registry) Authz(rule, effect string) *Counter {
 	return r.authz.get(labels{effect, rule})
 }
 
-// Shadow counts calls that a candidate policy would decide otherwise, by the
+// Candidate counts calls that a candidate policy would decide otherwise, by the
 // kind of difference and the row that makes it.
-func (r *Registry) Shadow(difference, rule string) *Counter {
+func (r *Registry) Candidate(difference, rule string) *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.shadow.get(labels{difference, rule})
+	return r.candidate.get(labels{difference, rule})
 }
 
-// ShadowCopies counts copies of calls for a shadow backend by what became of
+// Shadow counts copies of calls for a shadow backend by what became of
 // them, from a closed set.
-func (r *Registry) ShadowCopies(shadow, outcome string) *Counter {
+func (r *Registry) Shadow(shadow, outcome string) *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.copies.get(labels{outcome, shadow})
+	return r.shadow.get(labels{outcome, shadow})
 }
 
 // ArchiveRecords counts the records for an archive by result, "kept" or
@@ -83,7 +83,7 @@ func (r *Registry) AuthzMismatch() *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.mismatch
+	return r.mismatch.get(labels{})
 }
 
 // AuditRecords counts audit records by kind.
@@ -103,22 +103,13 @@ func (r *Registry) TLSFailures(reporter, reason string) *Counter {
 	return r.tls.get(labels{reporter, reason})
 }
 
-// UpstreamConns is the number of connections to a service in a state, "active"
-// or "idle".
-func (r *Registry) UpstreamConns(dst, state string) *Gauge {
-	if r == nil {
-		return nil
-	}
-	return r.conns.get(labels{state, dst})
-}
-
 // UpstreamConnects counts attempts to connect to a service, by result: "ok" or
 // a reason from a closed set.
 func (r *Registry) UpstreamConnects(dst, result string) *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.connects.get(labels{result, dst})
+	return r.connects.get(labels{result, r.service(dst)})
 }
 
 // Connections is the number of connections to a listener in a state, "open" or
@@ -171,7 +162,7 @@ func (r *Registry) EgressTunnels(src string) *Gauge {
 	if r == nil {
 		return nil
 	}
-	return r.tunnels.get(labels{src})
+	return r.tunnels.get(labels{r.service(src)})
 }
 
 // EgressBytes counts the bytes of tunnels from src to the host dst as the rule
@@ -180,6 +171,7 @@ func (r *Registry) EgressBytes(src, dst string) (up, down *Counter) {
 	if r == nil {
 		return nil, nil
 	}
+	src = r.service(src)
 	return r.tunnelB.get(labels{"up", src, dst}), r.tunnelB.get(labels{"down", src, dst})
 }
 
@@ -269,22 +261,34 @@ func (r *Registry) AuditSinkLag(sink string, lag func() (records, seconds float6
 	}
 }
 
-// Retries counts further tries of calls to a service, by result: "sent",
-// "hedge" for one beside a call that is late, or "no_budget" for one that was
-// withheld.
-func (r *Registry) Retries(dst, result string) *Counter {
+// What made a further try of a call necessary.
+const (
+	RetryStatus  = "status"  // the answer, as the route says
+	RetryFailure = "failure" // there was none
+	RetryRefused = "refused" // the peer had acted on nothing
+	RetryHedge   = "hedge"   // a second one beside the first, which was late
+)
+
+// Retries counts further tries of calls to a service: those that its budget had
+// room for, and those that were withheld.
+func (r *Registry) Retries(dst, reason string, granted bool) *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.retries.get(labels{result, dst})
+	budget := "spent"
+	if granted {
+		budget = "granted"
+	}
+	return r.retries.get(labels{reason, budget, r.service(dst)})
 }
 
-// Ejections counts endpoints of a service that were put aside.
-func (r *Registry) Ejections(dst string) *Counter {
+// Ejections counts endpoints of a service that were put aside, by why, from a
+// closed set.
+func (r *Registry) Ejections(dst, reason string) *Counter {
 	if r == nil {
 		return nil
 	}
-	return r.ejections.get(labels{dst})
+	return r.ejections.get(labels{reason, r.service(dst)})
 }
 
 // BreakerOpen is 1 while the calls to a service fail at once.
@@ -292,5 +296,14 @@ func (r *Registry) BreakerOpen(dst string) *Gauge {
 	if r == nil {
 		return nil
 	}
-	return r.cutOff.get(labels{dst})
+	return r.cutOff.get(labels{r.service(dst)})
+}
+
+// Spans counts spans by what became of them: "sent", "refused", "failed" or
+// "dropped".
+func (r *Registry) Spans(result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.spans.get(labels{result})
 }

@@ -20,6 +20,10 @@ type Spool struct {
 func (r *Registry) AuditSpool(state func() Spool) {
 	if r != nil {
 		r.reg.MustRegister(spools{state})
+		r.Saturation("audit", "spool", func() float64 {
+			now := state()
+			return float64(now.Bytes) / float64(max(now.Limit, 1))
+		})
 	}
 }
 

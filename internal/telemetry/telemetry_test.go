@@ -28,11 +28,24 @@ func scrape(t *testing.T, r *Registry) string {
 
 // use touches every handle once.
 func use(r *Registry) {
-	s := NewSignals(r, "inbound").Series("web", "payment", "charges")
+	s := NewSignals(r, "inbound").Series("spiffe://mesh.test/web", "spiffe://mesh.test/payment", "charges")
 	s.Begin()
-	s.Observe(200, 3*time.Millisecond, 10, 20)
-	s.Observe(700, time.Second, 0, 0)
+	t := NewTrace()
+	t.Sampled = true
+	s.Observe(&Call{Code: 200, Took: 3 * time.Millisecond, First: time.Millisecond, Up: 10, Down: 20, Trace: &t, End: time.Unix(30, 0)})
+	s.Observe(&Call{Code: 700, Took: time.Second, Flag: "cut_off"})
+	s.Observe(&Call{Code: 200, Status: "14"})
 	s.End()
+	tunnel := NewSignals(r, "gateway").SeriesOf(ProtoTCP, "spiffe://mesh.test/web", "api.stripe.test", "")
+	tunnel.Begin()
+	tunnel.End()
+	r.Saturation("inbound", "calls", func() float64 { return 0.25 })
+	r.Retries("spiffe://mesh.test/payment", RetryStatus, true).Inc()
+	r.Retries("spiffe://mesh.test/payment", RetryHedge, false).Inc()
+	r.Ejections("spiffe://mesh.test/payment", "connect").Inc()
+	r.Candidate("newly_denied", "pay-1").Inc()
+	r.Shadow("next", "sent").Inc()
+	r.Spans("sent").Inc()
 	r.CertExpiry("svid").Set(time.Unix(100, 0))
 	r.CertExpiry("none").Set(time.Time{})
 	r.PolicyRevision().Set(7)
@@ -41,7 +54,6 @@ func use(r *Registry) {
 	r.AuthzMismatch().Inc()
 	r.AuditRecords("decision").Inc()
 	r.TLSFailures("inbound", "expired").Inc()
-	r.UpstreamConns("payment", "idle").Add(2)
 	r.UpstreamConnects("payment", "ok").Inc()
 	r.EgressTunnels("billing").Add(1)
 	up, down := r.EgressBytes("billing", "api.stripe.test")
@@ -58,13 +70,27 @@ func use(r *Registry) {
 
 func TestMetricsAreNamedAndCounted(t *testing.T) {
 	r := NewRegistry()
-	r.now = func() time.Time { return time.Unix(40, 0) }
+	r.Home("mesh.test").now = func() time.Time { return time.Unix(40, 0) }
 	use(r)
 	got := scrape(t, r)
 	for _, want := range []string{
-		`sallyport_requests_total{code="200",dst="payment",proto="http",reporter="inbound",route="charges",src="web"} 1`,
-		`sallyport_requests_total{code="none",dst="payment",proto="http",reporter="inbound",route="charges",src="web"} 1`,
-		`sallyport_request_duration_seconds_bucket{class="2xx",dst="payment",reporter="inbound",route="charges",src="web",le="0.005"} 1`,
+		`sallyport_requests_total{code="200",dst="payment",flag="",grpc="",proto="http",reporter="inbound",route="charges",src="web",tls="mutual"} 1`,
+		`sallyport_requests_total{code="none",dst="payment",flag="cut_off",grpc="",proto="http",reporter="inbound",route="charges",src="web",tls="mutual"} 1`,
+		`sallyport_requests_total{code="200",dst="payment",flag="",grpc="14",proto="grpc",reporter="inbound",route="charges",src="web",tls="mutual"} 1`,
+		`sallyport_request_ttfb_seconds_count{dst="payment",route="charges"} 1`,
+		`sallyport_tcp_opened_total{dst="api.stripe.test",reporter="gateway",src="web"} 1`,
+		`sallyport_tcp_closed_total{dst="api.stripe.test",reporter="gateway",src="web"} 1`,
+		`sallyport_saturation{reporter="inbound",resource="calls"} 0.25`,
+		`sallyport_saturation{reporter="process",resource="cpu"}`,
+		`sallyport_saturation{reporter="process",resource="fds"}`,
+		`sallyport_retries_total{budget="granted",dst="payment",reason="status"} 1`,
+		`sallyport_retries_total{budget="spent",dst="payment",reason="hedge"} 1`,
+		`sallyport_ejections_total{dst="payment",reason="connect"} 1`,
+		`sallyport_policy_candidate_total{difference="newly_denied",rule="pay-1"} 1`,
+		`sallyport_shadow_total{outcome="sent",shadow="next"} 1`,
+		`sallyport_series_limit 2000`,
+		`sallyport_series{metric="sallyport_retries_total"} 2`,
+		`sallyport_request_duration_seconds_bucket{class="2xx",dst="payment",reporter="inbound",route="charges",src="web",le="0.005"} 2`,
 		`sallyport_request_bytes_total{dst="payment",reporter="inbound",route="charges",src="web"} 10`,
 		`sallyport_response_bytes_total{dst="payment",reporter="inbound",route="charges",src="web"} 20`,
 		`sallyport_inflight{dst="payment",reporter="inbound"} 0`,
@@ -75,7 +101,6 @@ func TestMetricsAreNamedAndCounted(t *testing.T) {
 		`sallyport_authz_mismatch_total 1`,
 		`sallyport_audit_records_total{kind="decision"} 1`,
 		`sallyport_tls_failures_total{reason="expired",reporter="inbound"} 1`,
-		`sallyport_upstream_connections{dst="payment",state="idle"} 2`,
 		`sallyport_upstream_connects_total{dst="payment",result="ok"} 1`,
 		`sallyport_egress_tunnels{src="billing"} 1`,
 		`sallyport_egress_bytes_total{direction="up",dst="api.stripe.test",src="billing"} 5`,
@@ -128,12 +153,12 @@ func TestSeriesAreCapped(t *testing.T) {
 	s := NewSignals(r, "inbound")
 	const flood = maxSeries + 500
 	for i := range flood {
-		s.Series("web", "payment", fmt.Sprint("route-", i)).Observe(200, time.Millisecond, 1, 1)
+		s.Series("web", "payment", fmt.Sprint("route-", i)).Observe(&Call{Code: 200, Took: time.Millisecond, Up: 1, Down: 1})
 		r.Authz(fmt.Sprint("rule-", i), "allow").Inc()
 	}
 	got := scrape(t, r)
 	for _, want := range []string{
-		`sallyport_requests_total{code="200",dst="other",proto="http",reporter="inbound",route="other",src="other"} 500`,
+		`sallyport_requests_total{code="200",dst="other",flag="",grpc="",proto="http",reporter="inbound",route="other",src="other",tls="mutual"} 500`,
 		`sallyport_authz_total{effect="allow",rule="other"} 500`,
 		`sallyport_series_capped_total{metric="sallyport_authz_total"} 500`,
 	} {
@@ -151,7 +176,7 @@ func TestCodesAreCappedToo(t *testing.T) {
 	s := NewSignals(r, "inbound")
 	for i := range 20 {
 		for code := range 700 {
-			s.Series("web", "payment", fmt.Sprint("route-", i)).Observe(code, 0, 0, 0)
+			s.Series("web", "payment", fmt.Sprint("route-", i)).Observe(&Call{Code: code})
 		}
 	}
 	got := scrape(t, r)
@@ -168,11 +193,13 @@ func TestObserveAllocatesNothing(t *testing.T) {
 	x := NewSignals(r, "inbound").Series("web", "payment", "charges")
 	e := NewEdges()
 	now := time.Now()
+	kept := NewTrace()
+	kept.Sampled = true
 	var buf [64]byte
 	header := NewTrace().AppendTraceparent(nil)
 	call := func() {
 		x.Begin()
-		x.Observe(200, time.Millisecond, 100, 1000)
+		x.Observe(&Call{Code: 200, Took: time.Millisecond, First: time.Microsecond, Up: 100, Down: 1000, Trace: &kept, End: now})
 		x.End()
 		r.Authz("pay-1", "allow").Inc()
 		e.Add("web", "payment", "http", Allowed, true, now)
@@ -192,7 +219,7 @@ func TestConcurrentUse(t *testing.T) {
 	for g := range 8 {
 		wg.Go(func() {
 			for i := range 500 {
-				s.Series("a", "b", fmt.Sprint(i%7)).Observe(200+(g+i)%5, time.Millisecond, 1, 1)
+				s.Series("a", "b", fmt.Sprint(i%7)).Observe(&Call{Code: 200 + (g+i)%5, Took: time.Millisecond, Up: 1, Down: 1})
 			}
 		})
 	}
@@ -335,7 +362,7 @@ func BenchmarkObserve(b *testing.B) {
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			x.Observe(200, time.Millisecond, 100, 1000)
+			x.Observe(&Call{Code: 200, Took: time.Millisecond, First: time.Millisecond, Up: 100, Down: 1000})
 		}
 	})
 }

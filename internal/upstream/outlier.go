@@ -3,6 +3,7 @@ package upstream
 import (
 	"cmp"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -35,6 +36,23 @@ func outlierDefaults(cfg mesh.Outlier) mesh.Outlier {
 	return cfg
 }
 
+// Why an endpoint is put aside, after a number.
+const (
+	unconnected = "consecutive connect errors"
+	inARow      = "consecutive failures"
+)
+
+// causeOf is what suspect has said in one word.
+func causeOf(why string) string {
+	switch {
+	case strings.HasSuffix(why, unconnected):
+		return "connect"
+	case strings.HasSuffix(why, inARow):
+		return "failures"
+	}
+	return "share"
+}
+
 // suspect counts a call and says why the endpoint should be put aside, or
 // nothing.
 func (r *history) suspect(cfg *mesh.Outlier, now int64, o Outcome, connected bool) string {
@@ -54,9 +72,9 @@ func (r *history) suspect(cfg *mesh.Outlier, now int64, o Outcome, connected boo
 		switch {
 		case int(n) < cfg.Consecutive:
 		case unmade >= n:
-			return fmt.Sprintf("%d consecutive connect errors", n)
+			return fmt.Sprintf("%d "+unconnected, n)
 		default:
-			return fmt.Sprintf("%d consecutive failures", n)
+			return fmt.Sprintf("%d "+inARow, n)
 		}
 	}
 	if cfg.Success == 0 {

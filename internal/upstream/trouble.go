@@ -33,11 +33,13 @@ type Trouble struct {
 	Since   time.Time      `json:"since"`
 	Until   time.Time      `json:"until,omitzero"` // zero: until something shows otherwise
 	Why     string         `json:"why,omitempty"`
+	// Cause is Why of an ejection in one word: connect, failures or share.
+	Cause string `json:"cause,omitempty"`
 }
 
 // ejected describes an ejection. The caller holds the lock.
 func (st *standing) ejected(e *endpoint) Trouble {
-	return Trouble{Service: st.name, Dst: st.dst, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why}
+	return Trouble{Service: st.name, Dst: st.dst, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why, Cause: causeOf(e.why)}
 }
 
 // cut describes the breaker.
@@ -79,4 +81,11 @@ func (s *Services) Troubles() (list []Trouble) {
 		return a.Address.Compare(b.Address)
 	})
 	return list
+}
+
+// dialledTo tells of an attempt to connect.
+func (p *Pool) dialledTo(err error) {
+	if p.cfg.Dialled != nil {
+		p.cfg.Dialled(p.t.id, err)
+	}
 }

@@ -81,6 +81,8 @@ type Config struct {
 	// breaker opens or closes. It
 	// is called on the way of a call and must be quick. Optional.
 	Changed func(Trouble)
+	// Dialled is told of each attempt to connect. It must be quick. Optional.
+	Dialled func(to spiffeid.ID, err error)
 }
 
 func (c Config) validate() error {
@@ -431,6 +433,7 @@ const firstRest = 250 * time.Millisecond
 // make makes a connection, and lends it.
 func (p *Pool) make(ctx context.Context, want *Want, gen, epoch uint64) (*Conn, error) {
 	nc, until, err := p.connect(ctx)
+	p.dialledTo(err)
 	if err != nil && want.spent() {
 		// It says little of the endpoint, and that it is dead may be the cause:
 		// calls go elsewhere for a moment, and nothing is held against it.

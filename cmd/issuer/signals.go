@@ -1,0 +1,33 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"strconv"
+	"time"
+
+	"sallyport/internal/daemon"
+	"sallyport/internal/telemetry"
+)
+
+// scrape opens the port of metrics, if there is one.
+func (in *issuer) scrape() (net.Listener, error) {
+	addr := in.cfg.Metrics.Listen
+	if addr == "" {
+		return nil, nil
+	}
+	ln, err := in.doors.TCP("metrics.listen", addr)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
+	}
+	return ln, nil
+}
+
+// countCall counts the calls of proxies as a proxy counts those of workloads. The
+// route is the method; callers are nodes, far too many to be told apart.
+func (in *issuer) countCall() func(method string, code uint32, took time.Duration) {
+	signals := telemetry.NewSignals(in.metrics, "issuer")
+	return func(method string, code uint32, took time.Duration) {
+		signals.SeriesOf(telemetry.ProtoGRPC, "", "issuer", method).Observe(&telemetry.Call{Code: 200, Status: strconv.FormatUint(uint64(code), 10), Took: took, End: time.Now()})
+	}
+}

@@ -1,0 +1,51 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+
+	"golang.org/x/sync/errgroup"
+
+	"sallyport/internal/daemon"
+	"sallyport/internal/handover"
+)
+
+// administer serves the admin socket.
+func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain func()) error {
+	path := filepath.Join(s.cfg.RunDir, "admin.sock")
+	ln, err := s.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, s.log) },
+		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, s.log), nil })
+	if err != nil {
+		return err
+	}
+	scrape, err := s.scrape()
+	if err != nil {
+		return err
+	}
+	admin := &daemon.Admin{
+		Socket: path, Listener: ln, Scrape: scrape, Ready: s.ready, Metrics: s.metrics.Handler(),
+		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
+		Extra: map[string]http.Handler{
+			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
+			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults),
+		},
+	}
+	g.Go(func() error { return admin.Run(ground) })
+	return nil
+}
+
+// scrape opens the port of metrics, if there is one.
+func (s *sidecar) scrape() (net.Listener, error) {
+	addr := s.cfg.Metrics.Listen
+	if addr == "" {
+		return nil, nil
+	}
+	ln, err := s.doors.TCP("metrics.listen", addr)
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
+	}
+	return ln, nil
+}

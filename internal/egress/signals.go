@@ -1,0 +1,38 @@
+package egress
+
+import (
+	"time"
+
+	"sallyport/internal/telemetry"
+)
+
+// counted counts what has become of a request that began then: it was refused,
+// or is a tunnel, which counts when it ends. Who denied it does not matter.
+func (g *Gateway) counted(who *caller, began time.Time, t *tunnel, a *answer) {
+	if t != nil {
+		t.began = began
+		return
+	}
+	if a == nil {
+		return
+	}
+	now := time.Now()
+	g.signals.SeriesOf(telemetry.ProtoTCP, who.id.String(), "", "").Observe(&telemetry.Call{Code: a.status, Flag: string(a.reason), Took: now.Sub(began), End: now})
+}
+
+// begins counts t as running until the function that it returns is called. The
+// destination is what the policy calls it, never what a caller wrote.
+func (g *Gateway) begins(t *tunnel) (over func()) {
+	x := g.signals.SeriesOf(telemetry.ProtoTCP, t.call.Src.String(), t.how.Host, "")
+	x.Begin()
+	open := time.Now()
+	return func() {
+		x.End()
+		c := telemetry.Call{Code: 200, End: time.Now(), First: open.Sub(t.began), Up: t.up.Load(), Down: t.down.Load()}
+		c.Took = c.End.Sub(t.began)
+		if why := t.why(); why != ReasonDone {
+			c.Flag = string(why)
+		}
+		x.Observe(&c)
+	}
+}
