@@ -473,6 +473,7 @@ func (x *call) finish(up *upstream.Conn) {
 	x.keep = x.res.DownstreamReusable
 	switch {
 	case x.res.Upgraded:
+		up.Lasts()
 		x.relay(up)
 		x.discard()
 	case x.res.UpstreamReusable:

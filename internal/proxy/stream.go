@@ -190,6 +190,7 @@ func (d *door) reach(x *call) (*upstream.Conn, *refusal) {
 		return nil, x.unlent(err)
 	}
 	up.Report(upstream.OK, time.Now(), 0) // what it says from here on is not ours to judge
+	up.Lasts()
 	if f != nil {
 		x.tries.fault = f
 		x.slowed(f, up)

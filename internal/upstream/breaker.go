@@ -44,9 +44,11 @@ const (
 // closed one takes no lock.
 type breaker struct {
 	cfg mesh.Breaker
-	// row counts failures in a row; window all calls, if a ratio is watched.
+	// row counts failures in a row. If a ratio is watched, window counts the calls
+	// that did not go well, and well is of the others.
 	row    atomic.Int32
 	window counts
+	well   tally
 	open   atomic.Bool // or half-open
 
 	mu sync.Mutex // guards the fields below
@@ -65,7 +67,8 @@ func newBreaker(cfg mesh.Breaker) *breaker {
 	cfg.Window = cmp.Or(cfg.Window, 10*time.Second)
 	cfg.Open = cmp.Or(cfg.Open, time.Second)
 	cfg.MaxOpen = max(cmp.Or(cfg.MaxOpen, time.Minute), cfg.Open)
-	return &breaker{cfg: cfg, window: counts{width: int64(cfg.Window / buckets)}}
+	width := int64(cfg.Window / buckets)
+	return &breaker{cfg: cfg, window: counts{width: width}, well: tally{width: width}}
 }
 
 // enter says whether a call may pass, and whether it is the probe. Whoever
@@ -74,6 +77,11 @@ func (b *breaker) enter(now int64) (probe, ok bool) {
 	if !b.open.Load() {
 		return false, true
 	}
+	return b.ask(now)
+}
+
+// ask is enter of one that is not closed.
+func (b *breaker) ask(now int64) (probe, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	switch {
@@ -89,7 +97,7 @@ func (b *breaker) enter(now int64) (probe, ok bool) {
 // done counts a call that passed. took is how long it was until the answer
 // began, retryAfter what the upstream asked for, or 0.
 func (b *breaker) done(now int64, o Outcome, took, retryAfter time.Duration, probe bool) {
-	slow := b.cfg.Slow > 0 && took > b.cfg.Slow && o != Ignored
+	slow := b.slow(took) && o != Ignored
 	if probe {
 		b.judge(now, o, slow, retryAfter)
 		return
@@ -98,9 +106,7 @@ func (b *breaker) done(now int64, o Outcome, took, retryAfter time.Duration, pro
 	case Ignored:
 		return
 	case OK:
-		if b.row.Load() != 0 {
-			b.row.Store(0)
-		}
+		b.pass()
 	case Failed:
 		if n := b.row.Add(1); int(n) >= b.cfg.Consecutive {
 			b.trip(now, fmt.Sprintf("%d consecutive failures", n), retryAfter)
@@ -115,12 +121,22 @@ func (b *breaker) done(now int64, o Outcome, took, retryAfter time.Duration, pro
 		return
 	}
 	n, bad, late := b.window.sum(now)
+	n += b.well.grown(now)
 	switch {
 	case n < int64(b.cfg.Minimum):
 	case b.cfg.Success > 0 && (n-bad)*mesh.Whole < n*int64(b.cfg.Success):
 		b.trip(now, fmt.Sprintf("%d of %d calls failed", bad, n), retryAfter)
 	case b.cfg.SlowShare > 0 && late*mesh.Whole > n*int64(b.cfg.SlowShare):
 		b.trip(now, fmt.Sprintf("%d of %d calls took longer than %s", late, n, b.cfg.Slow), retryAfter)
+	}
+}
+
+func (b *breaker) slow(took time.Duration) bool { return b.cfg.Slow > 0 && took > b.cfg.Slow }
+
+// pass ends the row of failures, since a call went well.
+func (b *breaker) pass() {
+	if b.row.Load() != 0 {
+		b.row.Store(0)
 	}
 }
 
@@ -160,6 +176,7 @@ func (b *breaker) judge(now int64, o Outcome, slow bool, retryAfter time.Duratio
 	case o == OK && !slow:
 		b.row.Store(0)
 		b.window.reset()
+		b.well.reset()
 		b.times, b.probing, b.why = 0, false, ""
 		b.open.Store(false)
 	default:
@@ -201,7 +218,8 @@ func (c *counts) slot(now int64) *slot {
 		c.last.Store(turn)
 	}
 	s := &c.slots[uint64(turn)%buckets]
-	if was := s.turn.Load(); was != turn && s.turn.CompareAndSwap(was, turn) {
+	// What is told late, of a bucket that has left the window, counts in its place.
+	if was := s.turn.Load(); was < turn && s.turn.CompareAndSwap(was, turn) {
 		s.clear()
 	}
 	return s

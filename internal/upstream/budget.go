@@ -14,19 +14,21 @@ import (
 type budget struct {
 	share, floor int64
 	window       counts // x counts retries
+	well         tally  // of the calls that went well, which window has not
 }
 
 // budgetWindow is what the share and the floor are counted over.
 const budgetWindow = 10 * time.Second
 
 func newBudget(cfg mesh.Budget) *budget {
+	const width = int64(budgetWindow / buckets)
 	return &budget{
 		share: int64(cmp.Or(cfg.Share, 2000)), floor: int64(cmp.Or(cfg.Floor, 10)),
-		window: counts{width: int64(budgetWindow / buckets)},
+		window: counts{width: width}, well: tally{width: width},
 	}
 }
 
-// call counts a call, without its retries.
+// call counts a call that did not go well, without its retries.
 func (b *budget) call(now int64) { b.window.add(now, false, false) }
 
 // spend takes one retry, if it is there. Retries that ask in the same moment may
@@ -42,5 +44,6 @@ func (b *budget) spend(now int64) bool {
 // left is how many retries there may be now.
 func (b *budget) left(now int64) int64 {
 	calls, _, retries := b.window.sum(now)
+	calls += b.well.grown(now)
 	return calls*b.share/mesh.Whole + b.floor*int64(budgetWindow/time.Second) - retries
 }

@@ -74,9 +74,9 @@ func (c *capacity) leave() {
 	}
 }
 
-// took counts how long a call took until its answer began.
+// took counts how long a call took until its answer began, of an adaptive one.
 func (c *capacity) took(now int64, d time.Duration, o Outcome) {
-	if !c.adaptive || o == Ignored {
+	if o == Ignored {
 		return
 	}
 	c.mu.Lock()

@@ -55,10 +55,24 @@ type Want struct {
 	known   mesh.ServiceName
 	sub     string
 	found   *group
+	// dice is where the last choice at random was. Each caller has its own, for
+	// which nobody waits.
+	dice uint64
 }
 
 // Renew makes w ready for another call, most likely to the same service.
-func (w *Want) Renew() { *w = Want{version: w.version, known: w.known, sub: w.sub, found: w.found} }
+func (w *Want) Renew() {
+	*w = Want{version: w.version, known: w.known, sub: w.sub, found: w.found, dice: w.dice}
+}
+
+// roll throws the dice.
+func (w *Want) roll() uint64 {
+	if w.dice == 0 {
+		w.dice = rand.Uint64()
+	}
+	w.dice += 0x9e3779b97f4a7c15
+	return mix(w.dice)
+}
 
 // group finds the endpoints that are meant, nil for none.
 func (s *Services) group(w *Want) *group {
@@ -131,20 +145,31 @@ type standing struct {
 	// mu guards what puts endpoints aside, and has one view made at a time.
 	mu    sync.Mutex
 	whole []*endpoint // of the service, guarded by mu
+	// gone counts the calls that went well at endpoints that have gone, guarded by
+	// mu.
+	gone uint32
 	// turn counts what changed which endpoints are well.
 	turn atomic.Uint64
+	// next is when a bucket begins of what the budget and the breaker go by.
+	next atomic.Int64
+	// plain says that of a call which goes well nothing is looked at but how long it
+	// took: no ratio of an endpoint, no slow calls, no adaptive bound.
+	plain bool
 }
 
 func newStanding(name mesh.ServiceName, cfg mesh.Routes, change func(Trouble)) *standing {
 	cfg.Routes, cfg.Origin = nil, mesh.Origin{}
 	st := &standing{name: name, cfg: cfg, budget: newBudget(cfg.Budget), capacity: newCapacity(cfg.Capacity), change: change}
+	st.budget.well.total = st.passed
 	if cfg.Breaker != nil {
 		st.breaker = newBreaker(*cfg.Breaker)
+		st.breaker.well.total = st.passed
 	}
 	if cfg.Outlier != nil {
 		o := outlierDefaults(*cfg.Outlier)
 		st.out = &o
 	}
+	st.plain = !st.adaptive && (st.breaker == nil || st.breaker.cfg.Slow == 0) && (st.out == nil || st.out.Success == 0)
 	return st
 }
 
@@ -190,9 +215,41 @@ func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, places []plac
 			}
 		}
 	}
+	for p, e := range was {
+		if !now[p] {
+			st.gone += e.passed()
+		}
+	}
 	st.whole = g.all
 	st.turn.Add(1)
 	return g
+}
+
+// passed counts the calls that went well so far. It wraps.
+func (st *standing) passed() uint32 {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	n := st.gone
+	for _, e := range st.whole {
+		n += e.passed()
+	}
+	return n
+}
+
+// mark notes how many calls have gone well, if a bucket begins.
+func (st *standing) mark(now int64) {
+	if now >= st.next.Load() {
+		st.markNow(now)
+	}
+}
+
+func (st *standing) markNow(now int64) {
+	n := st.passed()
+	next := st.budget.well.mark(now, n)
+	if st.breaker != nil {
+		next = min(next, st.breaker.well.mark(now, n))
+	}
+	st.next.Store(next)
 }
 
 // newEndpoint makes what is to be known of a place; late says that calls go to
@@ -238,13 +295,16 @@ const defaultBound = 125
 
 // view is the one that holds now.
 func (g *group) view(now int64) *view {
-	v := g.seen.Load()
-	if v != nil && v.turn == g.turn.Load() && (v.until == 0 || now < v.until) {
+	if v := g.seen.Load(); v != nil && v.turn == g.turn.Load() && (v.until == 0 || now < v.until) {
 		return v
 	}
+	return g.lookAgain(now)
+}
+
+func (g *group) lookAgain(now int64) *view {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	v = g.look(now)
+	v := g.look(now)
 	g.seen.Store(v)
 	return v
 }
@@ -313,7 +373,7 @@ func near(well, all []*endpoint) []*endpoint {
 func (e *endpoint) rests(now int64) bool { return e.rest.Load() > now }
 
 // pick chooses an endpoint for a call.
-func (g *group) pick(v *view, now int64, key uint64) *endpoint {
+func (g *group) pick(v *view, now int64, w *Want) *endpoint {
 	n := uint32(len(v.use))
 	if n == 1 {
 		return v.use[0]
@@ -322,9 +382,9 @@ func (g *group) pick(v *view, now int64, key uint64) *endpoint {
 	case "round_robin":
 		return v.use[g.next.Add(1)%n]
 	case "ring_hash":
-		return v.use[v.ring.pick(key, g.bounded(v))]
+		return v.use[v.ring.pick(w.Key, g.bounded(v))]
 	}
-	i := rand.Uint64()
+	i := w.roll()
 	k := below(uint32(i), n)
 	l := below(uint32(i>>32), n-1)
 	if l >= k {
@@ -335,13 +395,13 @@ func (g *group) pick(v *view, now int64, key uint64) *endpoint {
 	if v.warm {
 		wa, wb = g.warmth(a, now), g.warmth(b, now)
 	}
-	switch {
-	case a.rests(now) != b.rests(now):
-		if a.rests(now) {
+	switch ra, rb := a.rests(now), b.rests(now); {
+	case ra != rb:
+		if ra {
 			return b
 		}
 	case g.cfg.Balance.Policy == "least_request":
-		if float32(a.pending.Load()+1)*wb > float32(b.pending.Load()+1)*wa {
+		if float32(a.pending()+1)*wb > float32(b.pending()+1)*wa {
 			return b
 		}
 	case dearer(&a.load, &b.load, wa, wb, now):
@@ -368,14 +428,14 @@ func (g *group) warmth(e *endpoint, now int64) float32 {
 func (g *group) bounded(v *view) func(int32) bool {
 	total := int64(1)
 	for _, e := range v.use {
-		total += int64(e.pending.Load())
+		total += int64(e.pending())
 	}
 	pct := int64(g.cfg.Balance.Bound)
 	if pct == 0 {
 		pct = defaultBound
 	}
 	most := (total*pct + 100*int64(len(v.use)) - 1) / (100 * int64(len(v.use)))
-	return func(i int32) bool { return int64(v.use[i].pending.Load()) < most }
+	return func(i int32) bool { return int64(v.use[i].pending()) < most }
 }
 
 // other is the endpoint to try when some were: one that is well, or rests, or
@@ -407,7 +467,10 @@ func (g *group) other(v *view, now int64, tried []*endpoint) *endpoint {
 // to.
 func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 	v := g.view(now)
-	e := g.pick(v, now, w.Key)
+	e := v.use[0]
+	if len(v.use) > 1 {
+		e = g.pick(v, now, w)
+	}
 	if w.Avoid.IsValid() && e.pool.t.addr == w.Avoid || e.rests(now) {
 		e = g.instead(v, now, w, e)
 	}
@@ -437,7 +500,7 @@ func (g *group) lent(c *Conn, e *endpoint) *Conn {
 	if e.rest.Load() != 0 {
 		e.rest.Store(0)
 	}
-	e.pending.Add(1)
+	e.begin()
 	c.on = e
 	return c
 }

@@ -24,15 +24,16 @@ func testGroup(n int, cfg mesh.Routes) *group {
 // spread picks often and says what part of the calls each endpoint got. No call
 // ends before the next.
 func spread(g *group, calls int, now int64, key func(int) uint64) []float64 {
-	n := map[*endpoint]int{}
+	n, w := map[*endpoint]int{}, new(Want)
 	for i := range calls {
-		e := g.pick(g.view(now), now, key(i))
-		e.pending.Add(1)
+		w.Key = key(i)
+		e := g.pick(g.view(now), now, w)
+		e.begin()
 		n[e]++
 	}
 	var shares []float64
 	for _, e := range g.all {
-		e.pending.Store(0)
+		e.calls.Store(0)
 		shares = append(shares, float64(n[e])/float64(calls))
 	}
 	return shares
@@ -164,8 +165,8 @@ func TestRingKeepsKeys(t *testing.T) {
 	moved := 0
 	const keys = 2000
 	for i := range keys {
-		key := Hash(fmt.Sprint("user-", i))
-		a, b := g.pick(g.view(at(0)), at(0), key), less.pick(less.view(at(0)), at(0), key)
+		w := &Want{Key: Hash(fmt.Sprint("user-", i))}
+		a, b := g.pick(g.view(at(0)), at(0), w), less.pick(less.view(at(0)), at(0), w)
 		if a.pool.t.addr != b.pool.t.addr {
 			moved++
 			if a != g.all[9] {
@@ -206,7 +207,7 @@ func BenchmarkPerCall(b *testing.B) {
 	for _, n := range []int{1, 3, 100} {
 		b.Run(fmt.Sprint(n, " endpoints"), func(b *testing.B) {
 			g := testGroup(n, mesh.Routes{Breaker: &mesh.Breaker{Success: 9000}, Outlier: &mesh.Outlier{}})
-			now := at(0)
+			c, w, now := new(Conn), new(Want), at(0)
 			b.ReportAllocs()
 			for b.Loop() {
 				now += 20_000
@@ -217,14 +218,12 @@ func BenchmarkPerCall(b *testing.B) {
 				if !ok {
 					b.Fatal("open")
 				}
-				g.budget.call(now)
-				e := g.pick(g.view(now), now, 0)
-				e.pending.Add(1)
-				g.blame(e, now, OK, time.Millisecond, true)
-				g.capacity.took(now, time.Millisecond, OK)
-				g.decide(now, OK, time.Millisecond, 0, probe)
-				e.pending.Add(-1)
-				g.capacity.leave()
+				g.mark(now)
+				e := g.pick(g.view(now), now, w)
+				e.begin()
+				c.lease = lease{by: g.standing, on: e, at: now, probe: probe}
+				c.Report(OK, time.Unix(0, now+int64(time.Millisecond)), 0)
+				c.leave()
 			}
 		})
 	}

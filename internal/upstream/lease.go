@@ -15,7 +15,9 @@ type lease struct {
 	on    *endpoint
 	at    int64
 	probe bool
+	again bool // it is of a further try
 	told  bool // what became of the call
+	well  bool // which is to be counted when it ends: it went well
 }
 
 // Lend lends a connection to an endpoint of the service that is wanted, unless
@@ -41,20 +43,18 @@ func (s *Services) Lend(ctx context.Context, w *Want) (*Conn, error) {
 			return nil, fmt.Errorf("service %s: %w", w.Service, ErrOpen)
 		}
 	}
-	if !w.Again {
-		g.budget.call(now)
-	}
+	g.mark(now)
 	c, err := g.lend(ctx, now, w)
 	if err != nil {
 		o := Failed
 		if ctx.Err() != nil || w.spent() {
 			o = Ignored
 		}
-		g.decide(time.Now().UnixNano(), o, 0, 0, probe)
+		g.count(time.Now().UnixNano(), o, 0, 0, probe, w.Again)
 		g.capacity.leave()
 		return nil, &ConnectError{w.Service, err}
 	}
-	c.by, c.at, c.probe, c.told = g.standing, now, probe, false
+	c.by, c.at, c.probe, c.again, c.told, c.well = g.standing, now, probe, w.Again, false, false
 	return c, nil
 }
 
@@ -109,9 +109,19 @@ func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 		return
 	}
 	now := at.UnixNano()
-	l.by.blame(l.on, now, o, time.Duration(max(now-l.at, 0)), true)
+	took := time.Duration(max(now-l.at, 0))
+	if st := l.by; o == OK && st.plain && !l.probe && !l.again && l.on.row.Load() == 0 && st.unbroken() {
+		l.told, l.well = true, true
+		l.on.took(now, took)
+		st.mark(now)
+		return
+	}
+	l.by.blame(l.on, now, o, took, true)
 	c.tell(o, now, retryAfter)
 }
+
+// unbroken says that the last call of the service has not failed.
+func (st *standing) unbroken() bool { return st.breaker == nil || st.breaker.row.Load() == 0 }
 
 // ReportService is Report for what says nothing of the endpoint.
 func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) {
@@ -123,9 +133,28 @@ func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) 
 func (c *Conn) tell(o Outcome, now int64, retryAfter time.Duration) {
 	l := &c.lease
 	l.told = true
-	took := time.Duration(max(now-l.at, 0))
-	l.by.capacity.took(now, took, o)
-	l.by.decide(now, o, took, retryAfter, l.probe)
+	st, took := l.by, time.Duration(max(now-l.at, 0))
+	if st.adaptive {
+		st.took(now, took, o)
+	}
+	if o != OK || l.probe || l.again || st.breaker != nil && st.breaker.slow(took) {
+		st.count(now, o, took, retryAfter, l.probe, l.again)
+		return
+	}
+	st.mark(now)
+	if st.breaker != nil {
+		st.breaker.pass()
+	}
+	l.well = true // most likely it ends now
+}
+
+// Lasts says that the connection is kept for long after the Report: the call counts
+// now, and not when it ends.
+func (c *Conn) Lasts() {
+	if l := &c.lease; l.by != nil && l.well {
+		l.well = false
+		l.by.count(time.Now().UnixNano(), OK, 0, 0, false, false)
+	}
 }
 
 // Quiet says that a Report of o puts nothing aside and cuts nothing off, nor takes
@@ -135,12 +164,15 @@ func (c *Conn) Quiet(o Outcome, at time.Time) bool {
 	if l.by == nil || l.by.breaker == nil {
 		return o == OK
 	}
-	slow := l.by.breaker.cfg.Slow
-	return o == OK && !l.probe && (slow == 0 || at.UnixNano()-l.at <= int64(slow))
+	return o == OK && !l.probe && !l.by.breaker.slow(time.Duration(at.UnixNano()-l.at))
 }
 
-// decide tells the breaker.
-func (st *standing) decide(now int64, o Outcome, took, retryAfter time.Duration, probe bool) {
+// count counts a call for the budget, unless it is a further try, and tells the
+// breaker.
+func (st *standing) count(now int64, o Outcome, took, retryAfter time.Duration, probe, again bool) {
+	if !again {
+		st.budget.call(now)
+	}
 	if st.breaker == nil {
 		return
 	}
@@ -158,9 +190,9 @@ func (c *Conn) leave() {
 		return
 	}
 	c.by = nil // the rest means nothing without it
-	c.on.pending.Add(-1)
+	c.on.end(c.well)
 	by.capacity.leave()
-	if c.probe && !c.told {
-		by.breaker.done(0, Ignored, 0, 0, true)
+	if !c.told {
+		by.count(time.Now().UnixNano(), Ignored, 0, 0, c.probe, c.again)
 	}
 }

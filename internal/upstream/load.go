@@ -18,12 +18,31 @@ const (
 // the times until its answers began, times the calls that are under way. A slow
 // answer raises it at once, faster ones and time alone lower it.
 type load struct {
-	pending atomic.Int32
+	// calls has how many went well so far above how many are under way: one word,
+	// so that a call which ends well counts both at once.
+	calls atomic.Uint64
 	// word has the average in microseconds (float32) above the time it was
 	// taken, in ticks (uint32): one word, so that no lock is needed. Zero: no
 	// measure.
 	word atomic.Uint64
 }
+
+func (l *load) begin() { l.calls.Add(1) }
+
+// end counts the end of a call, and that it went well.
+func (l *load) end(well bool) {
+	if well {
+		l.calls.Add(1<<32 - 1)
+	} else {
+		l.calls.Add(^uint64(0))
+	}
+}
+
+// pending is how many calls are under way.
+func (l *load) pending() int32 { return int32(uint32(l.calls.Load())) }
+
+// passed is how many went well so far; it wraps.
+func (l *load) passed() uint32 { return uint32(l.calls.Load() >> 32) }
 
 // tick is the shift from nanoseconds to the time of a load: about a millisecond,
 // which wraps after 50 days.
@@ -35,9 +54,12 @@ func unpack(w uint64) (micros float32, at uint32) {
 	return math.Float32frombits(uint32(w >> 32)), uint32(w)
 }
 
+// fading is what part of its weight a measure loses in a tick.
+const fading = float32(1<<tick) / float32(decay)
+
 // kept is the part of a measure's weight that is left after some ticks.
 func kept(ticks uint32) float32 {
-	switch x := float32(uint64(ticks)<<tick) / float32(decay); {
+	switch x := float32(int32(ticks)) * fading; {
 	case int32(ticks) <= 0:
 		return 1
 	case x < 0.1: // the usual case, to three digits
@@ -47,22 +69,33 @@ func kept(ticks uint32) float32 {
 	}
 }
 
-// took counts an answer.
+// took counts an answer. One that is no slower than those of the same tick says
+// nothing new: one answer a tick lowers the measure, since weight comes with time.
 func (l *load) took(now int64, d time.Duration) {
-	at := uint32(now >> tick)
+	at, micros := uint32(now>>tick), float32(d)*1e-3
+	if micros < 1 {
+		micros = 1
+	}
+	was := l.word.Load()
+	if avg, then := unpack(was); was == 0 || at != then || micros > avg {
+		l.measure(was, at, micros)
+	}
+}
+
+func (l *load) measure(was uint64, at uint32, last float32) {
 	for {
-		was, micros := l.word.Load(), max(float32(d)/1e3, 1)
-		avg, then := unpack(was)
-		if was != 0 && micros < avg {
+		micros := last
+		if avg, then := unpack(was); was != 0 && micros < avg {
 			if at == then {
-				return // one answer a tick lowers it: weight comes with time
+				return
 			}
 			w := kept(at - then)
 			micros = avg*w + micros*(1-w)
 		}
-		if now := pack(micros, at); now == was || l.word.CompareAndSwap(was, now) {
+		if l.word.CompareAndSwap(was, pack(micros, at)) {
 			return
 		}
+		was = l.word.Load()
 	}
 }
 
@@ -76,12 +109,21 @@ func (l *load) cost(now int64) float32 {
 	return avg * kept(uint32(now>>tick)-then)
 }
 
+// alike is how many ticks two measures may lie apart to be compared as they are:
+// both have then lost the same, but for a few thousandths.
+const alike = 32
+
 // dearer says whether a costs more than b. One without a measure counts as the
 // other does: it is tried, and no crowd falls upon it.
 func dearer(a, b *load, wa, wb float32, now int64) bool {
-	ca, cb := a.cost(now), b.cost(now)
-	if ca == 0 || cb == 0 {
+	x, y := a.word.Load(), b.word.Load()
+	ca, ta := unpack(x)
+	cb, tb := unpack(y)
+	switch {
+	case x == 0 || y == 0:
 		ca, cb = 1, 1
+	case ta-tb+alike > 2*alike:
+		ca, cb = a.cost(now), b.cost(now)
 	}
-	return ca*float32(a.pending.Load()+1)*wb > cb*float32(b.pending.Load()+1)*wa
+	return ca*float32(a.pending()+1)*wb > cb*float32(b.pending()+1)*wa
 }
