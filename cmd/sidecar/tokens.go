@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"slices"
 	"sync"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -13,6 +14,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/jose"
 	"sallyport/internal/keyset"
+	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
 	"sallyport/internal/svid"
 )
@@ -35,10 +37,35 @@ func (s *sidecar) openTokens() (err error) {
 	if s.keys, err = keyset.New(cfg); err != nil {
 		return err
 	}
-	s.tokens, err = authz.NewVerifier(authz.VerifierConfig{
+	verifier := authz.VerifierConfig{
 		Keys: &tokenKeys{keeper: s.keys, current: func() *svid.State { return s.agent.Source().Current() }}, Log: s.log,
-	})
+	}
+	if s.tokens, err = authz.NewVerifier(verifier); err != nil {
+		return err
+	}
+	s.shown, err = authz.NewVerifier(verifier)
 	return err
+}
+
+// bothIssuers are those of two sets, each once: one policy says what they are.
+func bothIssuers(sets ...*authz.TokenSet) (all []mesh.TokenIssuer) {
+	for _, s := range sets {
+		for _, i := range s.Issuers() {
+			if !slices.ContainsFunc(all, func(x mesh.TokenIssuer) bool { return x.Name() == i.Name() }) {
+				all = append(all, i)
+			}
+		}
+	}
+	return all
+}
+
+// leaf is the certificate that peers see of the workload.
+func (s *sidecar) leaf() []byte {
+	c, err := s.agent.Source().Certificate()
+	if err != nil {
+		return nil // no token is bound to it
+	}
+	return c.Certificate[0]
 }
 
 // tokenKeys are the keys that issuers publish and, for JWT-SVIDs, those of the

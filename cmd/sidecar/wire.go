@@ -61,6 +61,7 @@ type sidecar struct {
 	judge  *authz.Judge
 	keys   *keyset.Keeper
 	tokens *authz.Verifier
+	shown  *authz.Verifier // of tokens by which the workload's calls take their route
 	agent  *agent.Agent
 	// services and gateways are where calls go.
 	services, gateways *upstream.Services
@@ -340,7 +341,11 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 	if err != nil {
 		return err
 	}
-	if err := s.keys.Use(tokens.Issuers()); err != nil {
+	shown, err := authz.CompileTokens(snap.Shown)
+	if err != nil {
+		return err
+	}
+	if err := s.keys.Use(bothIssuers(tokens, shown)); err != nil {
 		return err
 	}
 	faces.newest = snap
@@ -358,6 +363,7 @@ func (s *sidecar) use(snap *mesh.Snapshot) error {
 		s.names.Use(snap, set)
 	}
 	s.tokens.Use(tokens)
+	s.shown.Use(shown)
 	s.services.Use(snap)
 	s.streams.Use(snap)
 	return nil
@@ -432,7 +438,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	}
 	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
 		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot, Region: s.regions.Region,
-		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(),
+		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(), Tokens: s.shown, Leaf: s.leaf,
 		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo, FaultsWait: true,
 	})
 	if e != nil {

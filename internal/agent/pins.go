@@ -452,6 +452,7 @@ func difference(own, sent *mesh.Snapshot) string {
 	}{
 		{"services", own.Services, sent.Services}, {"groups", own.Memberships, sent.Memberships},
 		{"destinations", own.Destinations, sent.Destinations}, {"routes", own.Routes, sent.Routes}, {"token issuers and API keys", own.Tokens, sent.Tokens},
+		{"issuers of tokens that routes ask for", own.Shown, sent.Shown},
 		{"modes", own.Modes, sent.Modes}, {"endpoints", own.Endpoints, sent.Endpoints}, {"shares", own.Shares, sent.Shares}, {"trust domain", own.TrustDomain, sent.TrustDomain},
 	} {
 		if !same(part.own, part.sent) {

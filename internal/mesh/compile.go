@@ -21,7 +21,7 @@ func (s *Snapshot) canonical() {
 	s.Destinations = sorted(s.Destinations, compareDestinations)
 	slices.SortStableFunc(s.Routes, compareRoutes)
 	slices.SortFunc(s.Shares, compareShares)
-	s.Tokens = s.Tokens.canonical()
+	s.Tokens, s.Shown = s.Tokens.canonical(), s.Shown.canonical()
 	slices.SortFunc(s.Modes, compareModes)
 }
 
@@ -147,5 +147,8 @@ func (s *Snapshot) DestinationOf(host string) (Destination, bool) {
 func (s *Snapshot) Validate() error {
 	v := validator{partial: true, p: &Policies{TrustDomain: s.TrustDomain, Services: s.Services, Rules: s.Rules, Memberships: s.Memberships, Destinations: s.Destinations, Routes: s.Routes, Tokens: s.Tokens, Modes: s.Modes}}
 	v.shares(s.Shares)
+	if s.Shown != nil {
+		v.shown(s.Shown)
+	}
 	return v.run().orNil()
 }

@@ -312,6 +312,9 @@ type Snapshot struct {
 	Shares []CanaryShare `json:"shares,omitempty"`
 	// Tokens is nil for a proxy that has no token to check.
 	Tokens *Tokens `json:"tokens,omitempty"`
+	// Shown has the issuers of the tokens by whose claims calls of the workload take
+	// their route; nil when no route asks for a claim.
+	Shown *Tokens `json:"shown_tokens,omitempty"`
 	// Modes are the files of rows that are not enforced.
 	Modes []FileMode `json:"modes,omitempty"`
 	// PolicySet is the hash of the signed set that says all this but Endpoints;

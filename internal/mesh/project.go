@@ -10,7 +10,8 @@ import (
 // Project returns what the sidecar beside the workload who needs and nothing
 // more: rules about calls to it, rules about calls and egress it may make, the
 // services it may call with their endpoints and routes, its own service, the members of
-// the groups in these rules, and the issuers of tokens that callers may show it.
+// the groups in these rules, the issuers of tokens that callers may show it, and of
+// those by whose claims its own calls take their route.
 func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 	out := s.head()
 	id := who.String()
@@ -30,6 +31,7 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 			calls = append(calls, r)
 		}
 	}
+	asked := map[ServiceName][]Rule{}
 	for _, svc := range s.Services {
 		called := x.reached(calls, svc)
 		if called || svc.ID == who {
@@ -40,11 +42,14 @@ func (s *Snapshot) Project(who spiffeid.ID) *Snapshot {
 		if called {
 			out.Endpoints = append(out.Endpoints, s.EndpointsOf(svc.Name)...)
 		}
+		if called && s.RoutesOf(svc.Name).asksClaims() {
+			asked[svc.Name] = x.about(s.Rules, svc)
+		}
 	}
 	out.Destinations = s.namesOf(out.Rules, x)
 	out.Memberships = x.below(out.Rules, out.Routes)
 	own, _ := s.ServiceByID(who)
-	out.Tokens = s.Tokens.project(own.Name, served)
+	out.Tokens, out.Shown = s.Tokens.project(own.Name, served), s.Tokens.shown(asked)
 	out.canonical()
 	if s.Candidate != nil {
 		out.Candidate = s.Candidate.Project(who)
@@ -57,6 +62,18 @@ func (g *groups) reached(rules []Rule, svc Service) bool {
 	target := svc.ID.String()
 	in := g.of(target)
 	return slices.ContainsFunc(rules, func(r Rule) bool { return MatchDst(In, r.Dst, target) || in[r.Dst] })
+}
+
+// about returns the rules about calls to a service.
+func (g *groups) about(rules []Rule, svc Service) (out []Rule) {
+	target := svc.ID.String()
+	in := g.of(target)
+	for _, r := range rules {
+		if r.Dir == In && (MatchDst(In, r.Dst, target) || in[r.Dst]) {
+			out = append(out, r)
+		}
+	}
+	return out
 }
 
 // Callees are the services that a workload may call at all.

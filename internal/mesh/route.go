@@ -275,9 +275,14 @@ type Budget struct {
 }
 
 // Hedge sends a call that is safe to repeat once more when no answer has begun
-// after After; the first answer counts.
+// after a while; the first answer counts.
 type Hedge struct {
-	After time.Duration `json:"after"`
+	// Exactly one: After that time, or after that in which the share Of of the calls
+	// has been answered lately, at most Max. Max is required with it, and is what
+	// holds until enough calls are known.
+	After time.Duration `json:"after,omitempty"`
+	Of    Share         `json:"of,omitempty"`
+	Max   time.Duration `json:"max,omitempty"`
 }
 
 // Balance says how an endpoint is chosen.
@@ -349,6 +354,8 @@ type RateLimit struct {
 	// Shared is one limit for all proxies, of which each has a part that follows
 	// what it is asked for; the issuer says what all are. By then says for whom:
 	// "route" (default) is all who call, "caller" each workload with its replicas.
+	// "claim:NAME" is each value of a claim of the caller's token, at each proxy;
+	// calls without it are counted as those of one.
 	Shared bool   `json:"shared,omitempty"`
 	By     string `json:"by,omitempty"`
 }

@@ -107,6 +107,32 @@ func (r *Route) allMatches() []Match {
 	return all
 }
 
+// claimed is before the name of a claim in RateLimit.By.
+const claimed = "claim:"
+
+// Claim is by which claim of the caller's token calls are counted apart; empty for
+// none.
+func (l *RateLimit) Claim() string {
+	name, is := strings.CutPrefix(l.By, claimed)
+	if !is {
+		return ""
+	}
+	return name
+}
+
+// asksClaims says whether calls take their route, or are kept together, by a claim.
+func (r *Routes) asksClaims() bool {
+	if r == nil {
+		return false
+	}
+	by := func(s *Sticky) bool { return s != nil && s.By == "claim" }
+	return by(r.Balance.Hash) || slices.ContainsFunc(r.Routes, func(x Route) bool {
+		return by(x.Sticky) || x.Limit != nil && x.Limit.Claim() != "" || slices.ContainsFunc(x.allMatches(), func(m Match) bool {
+			return len(m.Claims) > 0 || m.Region != nil && m.Region.Claim != ""
+		})
+	})
+}
+
 // routesOf are the routes of a service: one file, or none.
 func (s *Snapshot) routesOf(name ServiceName) []Routes {
 	for i := range s.Routes {

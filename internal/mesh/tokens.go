@@ -240,6 +240,36 @@ func (t *Tokens) project(svc ServiceName, rows []Rule) *Tokens {
 	return out.canonical()
 }
 
+// shown returns the issuers of the tokens that the sidecars of these services check,
+// by the rows about each: what tells a caller's sidecar which claims are true. It
+// has no API keys, of whose calls the service counts each once, and asks for no
+// nonce, which the service alone gives.
+func (t *Tokens) shown(at map[ServiceName][]Rule) *Tokens {
+	if t.Empty() || len(at) == 0 {
+		return nil
+	}
+	names := map[string]bool{}
+	for svc, rows := range at {
+		if p := t.project(svc, rows); p != nil {
+			for i := range p.Issuers {
+				names[p.Issuers[i].Name()] = true
+			}
+		}
+	}
+	out := &Tokens{DPoP: DPoP{Origins: t.DPoP.Origins, Window: t.DPoP.Window}}
+	for i := range t.Issuers {
+		if names[t.Issuers[i].Name()] {
+			out.Issuers = append(out.Issuers, t.Issuers[i])
+		}
+	}
+	for _, r := range t.Revoked {
+		if names[r.Issuer] {
+			out.Revoked = append(out.Revoked, r)
+		}
+	}
+	return out.canonical()
+}
+
 // tokenIssuer says whether the row asks for a token, and of which issuer; an
 // empty name means any.
 func (r *Rule) tokenIssuer() (name string, needs bool) {

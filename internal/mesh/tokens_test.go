@@ -104,6 +104,45 @@ func TestTokensGoToTheProxiesThatCheckThem(t *testing.T) {
 	}
 }
 
+// The sidecar of a caller learns whose tokens count at the services whose routes ask
+// for a claim, and checks what is shown to itself by nothing of that.
+func TestIssuersGoToTheProxiesWhoseRoutesAskForClaims(t *testing.T) {
+	const row = "p, t-1, in, spiffe://demo.sallyport/ns/shop/sa/web, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, POST, /v1/**, iss=https://ci.example, allow\n" +
+		"p, t-2, in, spiffe://demo.sallyport/ns/shop/sa/web, spiffe://demo.sallyport/ns/shop/sa/billing, 8443, PUT, /v1/**, iss=apikey, allow\n"
+	for name, tt := range map[string]struct {
+		routes Routes
+		want   string
+	}{
+		"no claim":    {Routes{Routes: []Route{{Name: "a", Sticky: &Sticky{By: "caller"}, Limit: &RateLimit{Rate: 1, By: "caller"}}}}, ""},
+		"a match":     {Routes{Routes: []Route{{Name: "a", Matches: []Match{{Claims: map[string]string{"tier": "gold"}}}}}}, "https://ci.example"},
+		"a region":    {Routes{Routes: []Route{{Name: "a", Matches: []Match{{Region: &Region{In: []string{"eu"}, Claim: "region"}}}}}}, "https://ci.example"},
+		"a sticky":    {Routes{Routes: []Route{{Name: "a", Sticky: &Sticky{By: "claim", Name: "sub"}}}}, "https://ci.example"},
+		"a limit":     {Routes{Routes: []Route{{Name: "a", Limit: &RateLimit{Rate: 1, By: "claim:sub"}}}}, "https://ci.example"},
+		"an endpoint": {Routes{Balance: Balance{Policy: "ring_hash", Hash: &Sticky{By: "claim", Name: "sub"}}}, "https://ci.example"},
+	} {
+		p := withTokens(t, row, nil)
+		tt.routes.Service = "billing"
+		p.Routes = []Routes{tt.routes}
+		s, err := Compile(p, 1, 1, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		web, billing := s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/web")), s.Project(spiffeid.RequireFromString("spiffe://demo.sallyport/ns/shop/sa/billing"))
+		if got := known(&Snapshot{Tokens: web.Shown}); got != tt.want || web.Tokens != nil {
+			t.Errorf("%s: web knows %q for its routes and %q for itself, want %q", name, got, known(web), tt.want)
+		}
+		if billing.Shown != nil {
+			t.Errorf("%s: billing, which does not call itself, knows %q", name, known(&Snapshot{Tokens: billing.Shown}))
+		}
+		if err := web.Validate(); err != nil {
+			t.Errorf("%s: the projection is invalid: %v", name, err)
+		}
+		if again, err := DecodeSnapshot(web.Encode()); err != nil || !cmp.Equal(web.Shown, again.Shown, cmp.AllowUnexported(spiffeid.ID{}, spiffeid.TrustDomain{}), cmpopts.EquateEmpty()) {
+			t.Errorf("%s: over the wire: %v", name, err)
+		}
+	}
+}
+
 // A set without tokens has the bytes and the hash that it always had.
 func TestNoTokensLeaveNoTrace(t *testing.T) {
 	p := withTokens(t, "", func(string) string { return "issuers: []\n" })

@@ -47,7 +47,7 @@ func (c *routeChecker) match(field string, m *Match) {
 	}
 	c.from("from", m.From)
 	if len(m.Claims) > 0 || m.Region != nil && m.Region.Claim != "" {
-		c.notYet("claims:", "a claim", "match by from, or by a header")
+		c.claims("claims")
 	}
 	if len(m.Claims) > maxNamed {
 		c.say("claims:", "claims: %d are more than %d", len(m.Claims), maxNamed)
@@ -59,6 +59,18 @@ func (c *routeChecker) match(field string, m *Match) {
 	}
 	if m.Region != nil {
 		c.region(m.Region)
+	}
+}
+
+// claims refuses what is by a claim where no token could hold one.
+func (c *routeChecker) claims(field string) {
+	svc := c.known[c.file.Service]
+	switch {
+	case c.file.Host != "":
+		c.say(field+":", "%s: a claim is of a token for a service of the mesh: calls to %s show none that counts", field, c.file.Host)
+	case svc == nil || c.partial || c.valuesOnly:
+	case c.p.Tokens.shown(map[ServiceName][]Rule{svc.Name: newGroups(c.p.Memberships).about(c.p.Rules, *svc)}) == nil:
+		c.say(field+":", "%s: no token counts at service %q: name the service at an issuer of %s, or ask for a token in a row about it", field, svc.Name, tokensFile)
 	}
 }
 

@@ -44,6 +44,15 @@ func (v *validator) tokens() {
 	v.dpop(&t.DPoP)
 }
 
+// shown checks the tokens that calls take their route by, as those that they are
+// judged by.
+func (v *validator) shown(t *Tokens) {
+	own := v.p.Tokens
+	v.p.Tokens = t
+	v.tokens()
+	v.p.Tokens = own
+}
+
 func (v *validator) tokenIssuer(i *TokenIssuer) {
 	o := i.Origin
 	v.tokenName(i)

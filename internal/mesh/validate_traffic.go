@@ -160,7 +160,7 @@ func (c *routeChecker) sticky(field string, s *Sticky) {
 	}
 	c.word(field+".by", s.By, "header", "cookie", "claim", "caller", "trace")
 	if s.By == "claim" {
-		c.notYet(field+":", "a claim", "stay by a header or a cookie")
+		c.claims(field[strings.LastIndexByte(field, '.')+1:])
 	}
 	named := s.By == "header" || s.By == "cookie" || s.By == "claim"
 	switch {
@@ -194,16 +194,19 @@ func (c *routeChecker) patience(r *Route) {
 	if t.Request > 0 && t.Try > t.Request {
 		c.say("backend_request:", "timeouts: backend_request %s is longer than request %s, which bounds all tries together", t.Try, t.Request)
 	}
-	if h := r.Hedge; h != nil {
-		within(c, "hedge.after", h.After, time.Millisecond, time.Minute)
+	if r.Hedge != nil {
+		c.hedge(r.Hedge)
 	}
 	if l := r.Limit; l != nil {
 		within(c, "limit.rate", l.Rate, 1, maxWeight)
 		within(c, "limit.burst", l.Burst, 0, maxWeight)
-		if claim, is := strings.CutPrefix(l.By, "claim:"); is && claim != "" {
-			c.notYet("by:", "a limit by claim", "use caller")
-		} else {
+		switch {
+		case l.Claim() == "":
 			c.word("limit.by", l.By, "route", "caller")
+		case l.Shared:
+			c.say("shared:", "limit: what is counted by a claim is counted by each sidecar: a shared limit is by route or caller")
+		default:
+			c.claims("limit")
 		}
 	}
 	y := r.Retry
@@ -223,6 +226,23 @@ func (c *routeChecker) patience(r *Route) {
 	}
 	for _, name := range y.GRPC {
 		c.status("retry.grpc", name)
+	}
+}
+
+func (c *routeChecker) hedge(h *Hedge) {
+	switch {
+	case (h.After != 0) == (h.Of != 0):
+		c.say("hedge:", "hedge: want exactly one of after and of: after which time, or when which share of the calls has its answer?")
+	case h.After != 0:
+		within(c, "hedge.after", h.After, time.Millisecond, time.Minute)
+		if h.Max != 0 {
+			c.say("max:", "hedge: max has no meaning beside after: it bounds what of finds")
+		}
+	default:
+		within(c, "hedge.max", h.Max, time.Millisecond, time.Minute)
+		if h.Of < Whole/2 || h.Of > Whole*999/1000 {
+			c.say("of:", "hedge: of %s is not from 50%% to 99.9%%", h.Of)
+		}
 	}
 }
 

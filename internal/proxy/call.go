@@ -82,6 +82,8 @@ type call struct {
 	known    target // what the authority of the connection meant the last time
 	routed   target // where a route has led the call
 	look     route.Call
+	claims   claims
+	claimer  func(name string) string // what the routes ask for claims, made once
 	fromAddr netip.Addr
 	pathBuf  []byte
 	lines    []byte // of the answer
@@ -121,7 +123,7 @@ func (x *call) reset() {
 	x.keep, x.tunnel, x.broken, x.settled = false, false, false, false
 	x.idle, x.marked, x.proven, x.traced = 0, false, false, false
 	x.grant = authz.Grant{}
-	x.face, x.translated = translate.Face{}, false
+	x.face, x.translated, x.claims = translate.Face{}, false, claims{}
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
 	x.tries.plan, x.tries.fault, x.tries.until, x.ex.Idle = nil, nil, time.Time{}, 0

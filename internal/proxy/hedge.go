@@ -46,11 +46,18 @@ type answer struct {
 	err error
 }
 
-// hedged says whether the call gets a second upstream when the first is late.
-func (x *call) hedged() bool {
+// hedged is after what time without an answer the call gets a second upstream; 0
+// for never.
+func (x *call) hedged() time.Duration {
 	t := &x.tries
 	b := x.req.Body
-	return t.hedge > 0 && t.safe && t.fault == nil && !x.req.Upgrade && (b.Empty() || b.Framing == http1.Length && b.Length <= maxReplay)
+	switch {
+	case !t.safe || t.fault != nil || x.req.Upgrade || !b.Empty() && (b.Framing != http1.Length || b.Length > maxReplay):
+		return 0
+	case t.pace != nil:
+		return t.pace.late()
+	}
+	return t.hedge
 }
 
 // race runs the exchange once with up, or another endpoint. The one that has
@@ -96,7 +103,7 @@ func (k *race) Read(p []byte) (int, error) {
 // run finds who is first.
 func (k *race) run() error {
 	go k.listen(k.first, k.one)
-	late := time.NewTimer(k.x.tries.hedge)
+	late := time.NewTimer(k.x.tries.second)
 	defer late.Stop()
 	running := 1
 	var failed error

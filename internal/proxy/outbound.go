@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/authz"
 	"sallyport/internal/capture"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
@@ -49,6 +50,11 @@ type OutboundConfig struct {
 	// Gateways lends connections to the gateways under the name "gateway".
 	// Without it nothing leads out of the mesh.
 	Gateways *upstream.Services
+	// Tokens checks the token of a call whose route is chosen by a claim. Without it
+	// no claim holds. Leaf is the certificate that peers see of the workload, to
+	// which tokens may be bound. Optional.
+	Tokens *authz.Verifier
+	Leaf   func() []byte
 	// Region says where an address is, as route.Options has it. Optional.
 	Region func(database string, a netip.Addr) string
 	// KeepForwardedFor passes on what the workload says in X-Forwarded-For, as a
@@ -234,6 +240,9 @@ func (d *door) begins(x *call) (string, error) {
 func (d *door) callOn(ctx context.Context, c *conn, remote string, at *process) *call {
 	x := &call{ctx: ctx, on: &d.listener, conn: c, accept: d.accepts, src: d.self, remote: remote, process: at, unread: d.nowhere, only: d.service}
 	x.settler = x.settle
+	if d.cfg.Tokens != nil {
+		x.claimer = func(name string) string { return d.claim(x, name) }
+	}
 	return x
 }
 

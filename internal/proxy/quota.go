@@ -1,9 +1,11 @@
 package proxy
 
 import (
+	"crypto/sha256"
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +31,12 @@ type quota struct {
 	step, slack atomic.Int64
 	count       count
 	asked       atomic.Uint32 // calls since was last counted
+	// claim, when set, is by whose value calls are counted apart, in values. Those
+	// that have none are counted as those of one.
+	claim  string
+	values meters[[sha256.Size]byte]
+	// told is what callers hear of it: of the limit of all, where it is shared.
+	told allowance
 
 	mu    sync.Mutex // guards the fields below
 	since time.Time
@@ -40,12 +48,13 @@ func newQuota(service string, r *route.Route, now time.Time) *quota {
 	if l.Burst == 0 {
 		l.Burst = l.Rate
 	}
-	q := &quota{limit: l, of: mesh.Quota{Route: service + "/" + r.Name, PerCaller: l.By == "caller"}, since: now}
+	q := &quota{limit: l, of: mesh.Quota{Route: service + "/" + r.Name, PerCaller: l.By == "caller"}, claim: l.Claim(), since: now}
 	rate := float64(l.Rate)
 	if l.Shared {
 		rate *= firstPart
 	}
 	q.set(rate)
+	q.told = newAllowance(q.of.Route, l.Rate, time.Second)
 	return q
 }
 
@@ -56,12 +65,24 @@ func (q *quota) set(rate float64) {
 	q.slack.Store(max(int64(float64(time.Second)*float64(q.limit.Burst)/float64(q.limit.Rate)), step))
 }
 
-// take lets one call pass, or says after what time one may.
-func (q *quota) take(now int64) (wait time.Duration) {
+// take lets one call pass that c counts, or says after what time one may.
+func (q *quota) take(c *count, now int64) (wait time.Duration) {
 	if q.limit.Shared {
 		q.asked.Add(1)
 	}
-	return q.count.take(now, time.Duration(q.step.Load()), time.Duration(q.slack.Load()))
+	return c.take(now, time.Duration(q.step.Load()), time.Duration(q.slack.Load()))
+}
+
+// counted is what counts the call.
+func (q *quota) counted(x *call) *count {
+	if q.claim == "" {
+		return &q.count
+	}
+	value := ""
+	if x.look.Claim != nil {
+		value = x.look.Claim(q.claim)
+	}
+	return q.values.get(sha256.Sum256([]byte(value)), x.start)
 }
 
 // demand is how many calls a second were asked for lately.
@@ -156,8 +177,16 @@ func (d *door) limit(x *call) *refusal {
 		return nil
 	}
 	q := x.to.policy.quotas[x.to.route.ID]
-	wait := q.take(x.start.UnixNano())
+	c := q.counted(x)
+	if r := x.unchecked(); r != nil {
+		return r
+	}
+	now := x.start.UnixNano()
+	wait := q.take(c, now)
 	if wait <= 0 {
+		left, full := c.left(now, time.Duration(q.step.Load()), time.Duration(q.slack.Load()))
+		x.lines = q.told.append(x.lines, left, full)
+		x.ex.ToDown.Extra = x.lines
 		return nil
 	}
 	d.Metrics.RequestsRefused(d.Reporter, "limit").Inc()
@@ -165,13 +194,34 @@ func (d *door) limit(x *call) *refusal {
 	rec.Dst = x.dst
 	r := d.deny(rec)
 	if r.status == 403 { // else it could not be recorded
-		r.tooMany(wait)
+		r.tooMany(wait, &q.told)
 	}
 	return r
 }
 
+// An allowance is a limit as callers are told of it: by RateLimit header fields for
+// HTTP, in the form of draft-ietf-httpapi-ratelimit-headers-10.
+type allowance struct {
+	calls int64
+	lines string // up to how many are left
+}
+
+func newAllowance(name string, calls int, per time.Duration) allowance {
+	return allowance{int64(calls), fmt.Sprintf("RateLimit-Policy: %[1]q;q=%[2]d;w=%[3]d\r\nRateLimit: %[1]q;r=", name, calls, seconds(per))}
+}
+
+// append appends the field lines: how many calls may come in which time, how many
+// may come now, and in how many seconds as many as ever may.
+func (a *allowance) append(b []byte, left int64, full time.Duration) []byte {
+	b = strconv.AppendInt(append(b, a.lines...), min(left, a.calls), 10)
+	return append(strconv.AppendInt(append(b, ";t="...), seconds(full), 10), '\r', '\n')
+}
+
+// seconds are whole ones, rounded up.
+func seconds(d time.Duration) int64 { return int64((d + time.Second - 1) / time.Second) }
+
 // tooMany says after what time the next call may come.
-func (r *refusal) tooMany(wait time.Duration) {
+func (r *refusal) tooMany(wait time.Duration, of *allowance) {
 	r.status, r.told = 429, "too many calls"
-	r.head = fmt.Sprintf("Retry-After: %d\r\n", (wait+time.Second-1)/time.Second)
+	r.head = string(of.append(fmt.Appendf(nil, "Retry-After: %d\r\n", seconds(wait)), 0, wait))
 }

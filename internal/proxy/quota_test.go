@@ -16,7 +16,7 @@ func quotaOf(l mesh.RateLimit) *quota {
 // passed is how many of n calls a second pass in some seconds.
 func (q *quota) passed(n int, from, seconds int64) (ok int) {
 	for i := range int64(n) * seconds {
-		if q.take(from*1e9+i*1e9/int64(n)) <= 0 {
+		if q.take(&q.count, from*1e9+i*1e9/int64(n)) <= 0 {
 			ok++
 		}
 	}
@@ -37,14 +37,34 @@ func TestAQuotaLetsItsRatePass(t *testing.T) {
 		}
 	}
 	q := quotaOf(mesh.RateLimit{Rate: 10, Burst: 1})
-	if wait := q.take(5e9); wait != 0 {
+	if wait := q.take(&q.count, 5e9); wait != 0 {
 		t.Errorf("the first call waits %s", wait)
 	}
-	if wait := q.take(5e9); wait != 100*time.Millisecond {
+	if wait := q.take(&q.count, 5e9); wait != 100*time.Millisecond {
 		t.Errorf("the second waits %s", wait)
 	}
-	if n := testing.AllocsPerRun(100, func() { q.take(6e9) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { q.take(&q.count, 6e9) }); n != 0 {
 		t.Errorf("%.0f allocations", n)
+	}
+}
+
+func TestWhatCallersAreToldOfALimit(t *testing.T) {
+	q := quotaOf(mesh.RateLimit{Rate: 10, Burst: 30})
+	for _, tt := range []struct {
+		calls int
+		at    int64
+		want  string
+	}{
+		{1, 100e9, "r=10;t=1"}, {24, 100e9, "r=5;t=3"}, {5, 100e9, "r=0;t=3"}, {1, 100e9, "r=0;t=3"}, {0, 101e9, "r=10;t=2"}, {0, 200e9, "r=10;t=0"},
+	} {
+		for range tt.calls {
+			q.take(&q.count, tt.at)
+		}
+		left, full := q.count.left(tt.at, time.Duration(q.step.Load()), time.Duration(q.slack.Load()))
+		want := "RateLimit-Policy: \"billing/all\";q=10;w=1\r\nRateLimit: \"billing/all\";" + tt.want + "\r\n"
+		if got := string(q.told.append(nil, left, full)); got != want {
+			t.Errorf("%d calls, at %d: %q, want %q", tt.calls, tt.at, got, want)
+		}
 	}
 }
 
@@ -104,9 +124,15 @@ func TestTheLimitOfARoute(t *testing.T) {
 		if resp.StatusCode != want || (resp.Header.Get("Retry-After") == "1") != (want == 429) {
 			t.Errorf("call %d: status %d, Retry-After %q: %s", i, resp.StatusCode, resp.Header.Get("Retry-After"), body)
 		}
+		got := resp.Header.Get("RateLimit")
+		if resp.Header.Get("RateLimit-Policy") != `"billing/few";q=1;w=1` || !strings.HasPrefix(got, `"billing/few";r=`) || want == 429 && got != `"billing/few";r=0;t=1` {
+			t.Errorf("call %d: RateLimit-Policy %q, RateLimit %q", i, resp.Header.Get("RateLimit-Policy"), got)
+		}
 	}
 	if resp, _ := r.ask("GET", "/ok/other"); resp.StatusCode != 200 {
 		t.Errorf("another route is limited too: %d", resp.StatusCode)
+	} else if got := resp.Header.Get("RateLimit"); got != "" {
+		t.Errorf("a route without a limit has RateLimit %q", got)
 	}
 	denied := 0
 	for _, d := range decisions(r.outAudit) {

@@ -23,11 +23,16 @@ type rates []*rate
 // A rate counts the calls that one entry of the configuration speaks of.
 type rate struct {
 	mesh.CallRate
-	step  time.Duration // between two calls, in the long run
-	burst time.Duration // what may be used up at once
+	step    time.Duration // between two calls, in the long run
+	burst   time.Duration // what may be used up at once
+	told    allowance
+	callers meters[spiffeid.ID]
+}
 
+// meters are the counts of many, by what tells them apart.
+type meters[K comparable] struct {
 	mu     sync.Mutex // guards of
-	of     map[spiffeid.ID]*count
+	of     map[K]*count
 	shared count
 }
 
@@ -42,7 +47,7 @@ func newRates(list []mesh.CallRate) (rates, error) {
 			return nil, fmt.Errorf("rates[%d]: %w", i, err)
 		}
 		c = c.WithDefaults()
-		r := &rate{CallRate: c, step: max(c.Rate.Per/time.Duration(c.Rate.Calls), 1), of: map[spiffeid.ID]*count{}}
+		r := &rate{CallRate: c, step: max(c.Rate.Per/time.Duration(c.Rate.Calls), 1), told: newAllowance("calls", c.Rate.Calls, c.Rate.Per)}
 		r.burst = r.step * time.Duration(c.Burst)
 		all = append(all, r)
 	}
@@ -60,33 +65,36 @@ type bound struct {
 func (all rates) bounds(id spiffeid.ID) (list []bound) {
 	for _, r := range all {
 		if mesh.MatchSrc(r.Caller, id.String()) {
-			list = append(list, bound{r, r.counted(id, time.Now())})
+			list = append(list, bound{r, r.callers.get(id, time.Now())})
 		}
 	}
 	return list
 }
 
-// counted is the count of a caller. Those that have nothing left to wait for
-// are forgotten when there are too many: a new one is the same.
-func (r *rate) counted(id spiffeid.ID, now time.Time) *count {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	c := r.of[id]
+// get is the count of one. Those that have nothing left to wait for are forgotten
+// when there are too many: a new one is the same.
+func (m *meters[K]) get(k K, now time.Time) *count {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	c := m.of[k]
 	if c != nil {
 		return c
 	}
-	if len(r.of) >= mostCounts {
-		for other, c := range r.of {
+	if len(m.of) >= mostCounts {
+		for other, c := range m.of {
 			if c.free.Load() <= now.UnixNano() {
-				delete(r.of, other)
+				delete(m.of, other)
 			}
 		}
 	}
-	if len(r.of) >= mostCounts {
-		return &r.shared
+	if len(m.of) >= mostCounts {
+		return &m.shared
+	}
+	if m.of == nil {
+		m.of = map[K]*count{}
 	}
 	c = new(count)
-	r.of[id] = c
+	m.of[k] = c
 	return c
 }
 
@@ -106,6 +114,12 @@ func (c *count) take(now int64, step, slack time.Duration) (wait time.Duration) 
 			return 0
 		}
 	}
+}
+
+// left is how many calls may come now, and after what time all of slack may.
+func (c *count) left(now int64, step, slack time.Duration) (calls int64, full time.Duration) {
+	used := time.Duration(max(c.free.Load()-now, 0))
+	return int64(max(slack-used, 0) / step), used
 }
 
 // rateLimit holds a caller to the rates of the calls it makes.
@@ -129,6 +143,6 @@ func (in *Inbound) tooOften(x *call, b bound, wait time.Duration) *refusal {
 	if r.status != 403 {
 		return r // it could not be recorded
 	}
-	r.tooMany(wait)
+	r.tooMany(wait, &b.told)
 	return r
 }

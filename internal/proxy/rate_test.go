@@ -104,11 +104,11 @@ func TestRateForgetsWhoIsQuiet(t *testing.T) {
 	if all.bounds(late[0])[0].take(now) != 0 || all.bounds(late[1])[0].take(now) == 0 {
 		t.Error("those beyond the bound do not share one count")
 	}
-	for _, c := range all[0].of {
+	for _, c := range all[0].callers.of {
 		c.free.Store(now - 1)
 	}
 	all.bounds(late[0])
-	if n := len(all[0].of); n != 1 {
+	if n := len(all[0].callers.of); n != 1 {
 		t.Errorf("%d are remembered", n)
 	}
 }

@@ -91,6 +91,7 @@ type rig struct {
 	outCfg         OutboundConfig
 	access         string
 	routes         string // routes/billing.yaml
+	tokens         string // tokens.yaml
 	shadow         *mesh.Shadow
 	nextRevision   uint64
 	endpointsExtra []mesh.Endpoint
@@ -229,6 +230,9 @@ func (r *rig) use(access string) {
 	files := map[string]string{"services.yaml": r.served, "access.csv": access, "modes.yaml": r.modes}
 	if r.routes != "" {
 		files["routes/billing.yaml"] = r.routes
+	}
+	if r.tokens != "" {
+		files["tokens.yaml"] = r.tokens
 	}
 	p := meshtest.Policies(r.t, files)
 	eps := append([]mesh.Endpoint{meshtest.Endpoint(r.t, "billing", r.inAddr)}, r.endpointsExtra...)

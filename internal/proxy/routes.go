@@ -27,6 +27,8 @@ type policy struct {
 	plans  []*plan
 	faults [][]*fault
 	quotas []*quota
+	// paces are those of the plans that have one, by what they are of.
+	paces map[paceKey]*pace
 	// sides are of backends, by their IDs; nil when no rollout is under way.
 	sides []*side
 	// broken is why the routes mean nothing; no call is then made.
@@ -67,6 +69,7 @@ func (o *Outbound) keep(p *policy) *policy {
 	if kept := o.kept.Load(); kept != nil {
 		before = kept[0]
 	}
+	p.keepPace(before)
 	o.kept.Store(&[2]*policy{p, before})
 	return p
 }
@@ -183,8 +186,8 @@ func (d *door) direct(x *call) *refusal {
 			preflight = false
 		}
 	}
-	if ch.Route == nil {
-		return nil
+	if r := x.unchecked(); r != nil || ch.Route == nil {
+		return r
 	}
 	r := d.follow(x, &ch)
 	if r != nil && r.decision != "" {
@@ -207,9 +210,9 @@ func (d *door) direct(x *call) *refusal {
 func (d *door) seen(x *call) (preflight bool) {
 	c := &x.look
 	c.Method, c.Path, c.Query, c.Fields = x.req.Method, x.req.Path, x.req.RawQuery, x.req.Fields
-	c.Caller, c.Trace, c.Addr = d.self, x.trace.ID, netip.Addr{}
+	c.Caller, c.Trace, c.Addr, c.Claim = d.self, x.trace.ID, netip.Addr{}, x.claimer
 	if x.opaque {
-		c.Fields, c.Query = nil, nil
+		c.Fields, c.Query, c.Claim = nil, nil, nil
 	} else if bytes.IndexByte(c.Path, ';') >= 0 {
 		c.Path = []byte(x.req.PathText())
 	}

@@ -21,7 +21,14 @@ func (in *Inbound) credential(x *call) *refusal {
 	if v == nil || !v.Active() {
 		return nil
 	}
-	in.shown(x, v.APIKeyHeader())
+	host := ""
+	if in.cfg.Name != nil {
+		if name := in.cfg.Name(); name != "" {
+			host = x.host.textOf(name)
+		}
+	}
+	x.show(host, v.APIKeyHeader())
+	x.shown.Thumbprint = x.who.thumbprint
 	t, f := v.Check(x.ctx, &x.shown)
 	if f != nil {
 		return in.refuseCredential(x, f)
@@ -35,18 +42,13 @@ func (in *Inbound) credential(x *call) *refusal {
 	return nil
 }
 
-// shown collects the credentials of a request.
-func (in *Inbound) shown(x *call, keyField string) {
+// show collects the credentials of a request to host.
+func (x *call) show(host, keyField string) {
 	path := x.req.PathText()
 	if len(path) != len(x.req.Path) {
 		path = string(x.req.Path) // with parameters: a proof is for one target
 	}
-	x.shown = authz.Credential{Method: x.req.Verb(), Path: path, Thumbprint: x.who.thumbprint, InQuery: tokenInQuery(x.req.RawQuery)}
-	if in.cfg.Name != nil {
-		if name := in.cfg.Name(); name != "" {
-			x.shown.Host = x.host.textOf(name)
-		}
-	}
+	x.shown = authz.Credential{Method: x.req.Verb(), Path: path, Host: host, InQuery: tokenInQuery(x.req.RawQuery)}
 	take := func(into *[]byte, value []byte) {
 		x.shown.Doubled = x.shown.Doubled || *into != nil
 		if *into = value; value == nil {

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"crypto"
 	"encoding/json"
 	"flag"
@@ -35,6 +36,7 @@ type tokenRig struct {
 	key    crypto.Signer
 	apiKey string
 	v      *authz.Verifier
+	known  *mesh.Tokens // what v knows
 	other  *svid.Source // of inventory, for whom no row asks for a token
 }
 
@@ -82,10 +84,10 @@ api_keys:
 		t.Fatal(err)
 	}
 	v.Use(compiled)
-	tr.v = v
+	tr.v, tr.known = v, snap.Tokens
 	tr.rig = newRig(t, app, append(change, func(r *rig) {
-		r.access = tokenRowsCSV
-		r.inCfg.Tokens = v
+		r.access, r.tokens = tokenRowsCSV, tokens
+		r.inCfg.Tokens, r.outCfg.Tokens = v, cmp.Or(r.outCfg.Tokens, v)
 		r.inCfg.Name = func() mesh.ServiceName { return "billing" }
 	})...)
 	tr.other = meshtest.Source(t, tr.ca, meshtest.ID("/ns/shop/sa/inventory"))

@@ -30,7 +30,10 @@ type plan struct {
 	unsafe   bool          // of any method
 	wait     time.Duration // before the first further try, and at most
 	most     time.Duration
-	hedge    time.Duration
+	// hedge is after what time a second upstream is asked, 0 for never; pace, when
+	// set, says it instead.
+	hedge time.Duration
+	pace  *pace
 }
 
 // usual is the plan of calls that no route speaks of.
@@ -56,8 +59,10 @@ func planOf(r *mesh.Route) *plan {
 		p.wait = cmp.Or(t.Base, p.wait)
 		p.most = max(cmp.Or(t.Max, p.most), p.wait)
 	}
-	if r.Hedge != nil {
-		p.hedge = r.Hedge.After
+	if h := r.Hedge; h != nil && h.Of > 0 {
+		p.pace = newPace(h)
+	} else if h != nil {
+		p.hedge = h.After
 	}
 	return p
 }
@@ -81,11 +86,12 @@ type tries struct {
 	outcome upstream.Outcome
 	after   time.Duration
 	dropped bool
-	fault   *fault    // that it meets
-	judged  bool      // outcome is of the whole answer
-	late    bool      // it was ended since it was due
-	sent    time.Time // when it began, if its time is counted
-	denied  bool      // a policy does not let it through
+	fault   *fault        // that it meets
+	judged  bool          // outcome is of the whole answer
+	late    bool          // it was ended since it was due
+	sent    time.Time     // when it began, if its time is counted
+	second  time.Duration // after what time another upstream is asked; 0: never
+	denied  bool          // a policy does not let it through
 	cut     cutter
 }
 
@@ -218,14 +224,14 @@ func (d *door) try(x *call, up *upstream.Conn) {
 	x.ex.ToUp.Extra = x.extra
 	t.began, t.outcome, t.after, t.dropped = time.Time{}, upstream.OK, 0, false
 	t.judged, t.denied = false, false
-	if x.to.side != nil {
+	if x.to.side != nil || t.pace != nil {
 		t.sent = time.Now()
 	}
 	if t.fault != nil {
 		x.through(t.fault, up, due)
 		return
 	}
-	if x.hedged() {
+	if t.second = x.hedged(); t.second > 0 {
 		d.race(x, up, due)
 		return
 	}
@@ -276,6 +282,9 @@ func (d *door) accept(x *call) bool {
 	t.outcome = outcomeOf(resp.Status, code, refused)
 	if t.outcome == upstream.Failed && t.hurried(resp.Status, code, refused) {
 		t.outcome = upstream.Ignored
+	}
+	if t.pace != nil && t.fault == nil && t.outcome == upstream.OK {
+		t.pace.add(t.began.Sub(t.sent))
 	}
 	if !x.up.Quiet(t.outcome, t.began) {
 		x.ex.Settle = nil
