@@ -23,15 +23,15 @@ var floors = [][]string{
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/socks", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region", "internal/rollout"},
-	{"internal/egress", "internal/nameserver", "internal/proxy", "internal/review"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region", "internal/rollout", "internal/chart"},
+	{"internal/egress", "internal/nameserver", "internal/proxy", "internal/review", "internal/page"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport", "cmd/injector"},
 }
 
 // beside lists what stands next to the house. The suites and the test network
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
-	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest",
+	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest", "internal/page/pagetest",
 	"bench", "bench/egress", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
 	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "bench/dns", "test",
 }

@@ -207,7 +207,7 @@ func (gw *gateway) open() (err error) {
 	gw.egress, err = egress.New(egress.Config{
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
-		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics,
+		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges,
 		Secrets: cfg.secrets(), Limits: cfg.Limits.egress(),
 	})
 	if err != nil {

@@ -51,6 +51,9 @@ type Config struct {
 	// Federation are the trust domains whose SVIDs our workloads may verify.
 	Federation []FederationConfig `yaml:"federation"`
 
+	// Page is what the operator looks at in a browser. Default: there is none.
+	Page PageConfig `yaml:"page"`
+
 	// Database is PostgreSQL, for several issuers at once. Default: SQLite in
 	// DataDir, for one.
 	Database DatabaseConfig `yaml:"database"`
@@ -151,7 +154,7 @@ func (c *Config) Validate() error {
 	}
 	errs = append(errs, c.validateUpstream())
 	errs = append(errs, c.Attestors.Validate(), c.Endpoints.validate(), c.validatePolicy())
-	errs = append(errs, c.validatePublic(), c.validateFederation())
+	errs = append(errs, c.validatePublic(), c.validateFederation(), c.Page.validate())
 	return errors.Join(errs...)
 }
 

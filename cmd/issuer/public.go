@@ -66,13 +66,29 @@ func (c *Config) validatePublic() error {
 	return errors.Join(errs...)
 }
 
-// A publicDoor is one listener for public documents.
+// A publicDoor is one listener for public documents, or for the page.
 type publicDoor struct {
 	ln  net.Listener
 	srv *http.Server
 }
 
-// publicDoors opens the listeners of the configuration.
+// openDoors opens the listeners for public documents and for the page.
+func (in *issuer) openDoors() ([]publicDoor, error) {
+	doors, err := in.publicDoors()
+	if err != nil || in.cfg.Page.Listen == "" {
+		return doors, err
+	}
+	d, err := in.openPage()
+	if err != nil {
+		for _, d := range doors {
+			d.ln.Close()
+		}
+		return nil, err
+	}
+	return append(doors, d), nil
+}
+
+// publicDoors opens the listeners for public documents.
 func (in *issuer) publicDoors() (doors []publicDoor, err error) {
 	defer func() {
 		if err != nil {
@@ -125,10 +141,15 @@ func (d publicDoor) run(ctx context.Context) error {
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 		defer cancel()
 		_ = d.srv.Shutdown(grace)
+		_ = d.srv.Close() // a live view ends by itself never
 	})
 	defer stop()
-	if err := d.srv.ServeTLS(d.ln, "", ""); err != nil && !errors.Is(err, http.ErrServerClosed) {
-		return fmt.Errorf("serve public documents: %w", err)
+	serve := func() error { return d.srv.ServeTLS(d.ln, "", "") }
+	if d.srv.TLSConfig == nil {
+		serve = func() error { return d.srv.Serve(d.ln) } // the page on this machine
+	}
+	if err := serve(); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", d.ln.Addr(), err)
 	}
 	return nil
 }

@@ -47,6 +47,9 @@ type received struct {
 	// signed is what witnesses have signed of all logs; nil when nobody has.
 	signed func(context.Context) ([]audit.Head, error)
 
+	// heard takes note of what the page shows; nil in tests.
+	heard *heard
+
 	searching sync.Mutex // the right to read all of them
 
 	mu     sync.Mutex // guards copies
@@ -100,8 +103,15 @@ func (r *received) Receive(ctx context.Context, agent, workload spiffeid.ID, lin
 	started := c.started
 	why := c.mayStart(lines, r.now())
 	if why == nil {
+		before, _ := c.mirror.Head()
 		err := c.mirror.Receive(ctx, lines)
 		if err == nil {
+			if head, _ := c.mirror.Head(); head < before {
+				before = 0 // it began anew
+			}
+			if r.heard != nil {
+				r.heard.take(lines, before)
+			}
 			return nil
 		}
 		if !errors.Is(err, audit.ErrNotNext) && !malformed(lines) {

@@ -26,6 +26,7 @@ import (
 	"sallyport/internal/federation"
 	"sallyport/internal/handover"
 	"sallyport/internal/mesh"
+	"sallyport/internal/page"
 	"sallyport/internal/registry"
 	"sallyport/internal/review"
 	"sallyport/internal/rollout"
@@ -50,6 +51,10 @@ type issuer struct {
 	server   *control.Server
 	rollouts *rollout.Conductor
 	received *received
+	heard    *heard
+	charts   *charts
+	auth     *authority
+	page     *page.Page
 	witness  *witness
 	sinks    []*sink.Sink
 	started  time.Time
@@ -84,7 +89,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	if err != nil {
 		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
 	}
-	public, err := in.publicDoors()
+	public, err := in.openDoors()
 	var scrape net.Listener
 	if err == nil {
 		scrape, err = in.scrape()
@@ -208,13 +213,16 @@ func (in *issuer) open(ctx context.Context) error {
 		return err
 	}
 	in.received.signed = in.witness.signed
+	in.heard = newHeard(in.registry.Current)
+	in.received.heard = in.heard
 	if err := in.openRollouts(); err != nil {
 		return err
 	}
-	auth := &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
+	in.charts = &charts{in: in}
+	in.auth = &authority{ca: in.ca, others: in.registry.Keys, publish: in.registry.AddKey, server: in.ca.NewServer(), agentTTL: cfg.CA.AgentTTL}
 	in.server, err = control.NewServer(control.ServerConfig{
-		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: auth, Downstream: auth, Roots: auth, Audit: in.received,
-		Witness: in.witness, Explain: in.why,
+		TrustDomain: cfg.TrustDomain, Registry: in.registry, Authority: in.auth, Downstream: in.auth, Roots: in.auth, Audit: in.received,
+		Witness: in.witness, Explain: in.why, Chart: in.charts.Chart, PageLink: in.link(),
 		Verifiers: verifiers, Federated: in.federated, FederatedDomains: in.federatedDomains, Federator: in.federations,
 		Why: whyRefused, Alone: in.instance == "", OnAttest: in.recordAttest, Endpoints: cfg.Endpoints.Allow, OnAnnounce: in.recordAnnounced, OnToken: in.recordToken, Log: in.log,
 		Keeper: in.registry, Policies: in.policyKeeper(), Rollouts: deliveries{in.rollouts}, SetFile: in.setFile(), Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 )
 
@@ -58,6 +59,7 @@ type demo struct {
 	every     time.Duration  // between two purchases
 
 	issuerAddr, gatewayAddr netip.AddrPort
+	pageAddr                netip.AddrPort
 	inbound, outbound, app  map[string]netip.AddrPort
 }
 
@@ -102,7 +104,9 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 	if err := d.start(ctx, sc); err != nil {
 		return err
 	}
-	d.printAddresses()
+	if err := d.printAddresses(ctx); err != nil {
+		return err
+	}
 	if sc == nil {
 		return d.show(ctx)
 	}
@@ -222,7 +226,7 @@ func (d *demo) reservePorts() error {
 		held = append(held, l)
 		return l.Addr().(*net.TCPAddr).AddrPort()
 	}
-	d.issuerAddr, d.gatewayAddr = take(), take()
+	d.issuerAddr, d.gatewayAddr, d.pageAddr = take(), take(), take()
 	for _, w := range slices.Concat(d.workloads, d.later) {
 		d.outbound[w.name] = take()
 		if w.serves {
@@ -287,7 +291,7 @@ func (d *demo) stop(keep bool) (left []string) {
 
 // openPorts lists the ports of the demo that somebody still listens on.
 func (d *demo) openPorts() (open []string) {
-	all := []netip.AddrPort{d.issuerAddr, d.gatewayAddr}
+	all := []netip.AddrPort{d.issuerAddr, d.gatewayAddr, d.pageAddr}
 	for _, m := range []map[string]netip.AddrPort{d.inbound, d.outbound, d.app} {
 		for _, a := range m {
 			all = append(all, a)
@@ -307,7 +311,8 @@ func (d *demo) openPorts() (open []string) {
 	return open
 }
 
-func (d *demo) printAddresses() {
+// printAddresses says where everything is, and how to look at it.
+func (d *demo) printAddresses(ctx context.Context) error {
 	fmt.Fprintf(d.out, "\n  trust domain  %s\n  directory     %s\n  issuer        %s\n  gateway       %s\n", demoTrustDomain, d.dir, d.issuerAddr, d.gatewayAddr)
 	for _, w := range d.workloads {
 		fmt.Fprintf(d.out, "  %-12s  proxy %s", w.name, d.outbound[w.name])
@@ -319,6 +324,17 @@ func (d *demo) printAddresses() {
 	fmt.Fprintf(d.out, "\n  try: curl -x http://%s http://billing.mesh.internal/v1/report   (refused: you are not that workload)\n", d.outbound["batch"])
 	fmt.Fprintf(d.out, "  try: %s status --socket %s\n", filepath.Join(d.bin, "sallyport"), d.apiSocket())
 	fmt.Fprintf(d.out, "  edit %s and watch\n\n", filepath.Join(d.dir, "policies", "access.csv"))
+	admin, err := control.DialAdmin(d.apiSocket())
+	if err != nil {
+		return err
+	}
+	defer admin.Close()
+	link, _, err := admin.PageLink(ctx)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(d.out, "  page  %s\n        (opens once; another: %s page --socket %s)\n\n", link, filepath.Join(d.bin, "sallyport"), d.apiSocket())
+	return nil
 }
 
 // demo is "sallyport demo".

@@ -268,8 +268,9 @@ func (d *demo) testMap(ctx context.Context, v *verdicts, admin *control.Admin) {
 		})
 	}
 	allowed := func(e mesh.Edge) bool { return e.Allowed > 0 }
-	err := until(ctx, "the issuer's map has every edge", func() (_ bool, err error) {
-		edges, err = admin.Edges(ctx)
+	err := until(ctx, "the issuer's map has every edge", func() (bool, error) {
+		got, err := admin.Edges(ctx, time.Time{}, time.Time{})
+		edges = got.Edges
 		return drawn("web", "payment", allowed) && drawn("payment", "billing", allowed) &&
 			drawn("batch", "billing", func(e mesh.Edge) bool { return e.Denied > 0 }), err
 	})

@@ -50,11 +50,13 @@ func (d *demo) startIssuer(ctx context.Context) error {
 data_dir: %s
 listen: %s
 policies: %s
+page:
+  listen: %s
 ca:
   x509_ttl: %s
   agent_ttl: 1m
   allow_short_ttl: true
-`, demoTrustDomain, home, d.issuerAddr, filepath.Join(d.dir, "policies"), demoSVIDLife)
+`, demoTrustDomain, home, d.issuerAddr, filepath.Join(d.dir, "policies"), d.pageAddr, demoSVIDLife)
 	if err := d.writeConfig("issuer", conf); err != nil {
 		return err
 	}

@@ -428,7 +428,7 @@ func (a *Agent) tellEdges(ctx context.Context) {
 	}
 	out := make([]mesh.Edge, len(got))
 	for i, e := range got {
-		out[i] = mesh.Edge(e)
+		out[i] = mesh.Edge{Src: e.Src, Dst: e.Dst, Proto: e.Proto, Allowed: e.Allowed, Denied: e.Denied, Errors: e.Errors, MTLS: e.MTLS, First: e.First, Last: e.Last, Took: e.Took}
 	}
 	if err := a.client.ReportEdges(ctx, out); err != nil {
 		a.noticed(err)

@@ -356,3 +356,14 @@ func record(t *testing.T, path string, n int) {
 type svidState = svid.State
 
 func mustTD(name string) spiffeid.TrustDomain { return spiffeid.RequireTrustDomainFromString(name) }
+
+// edges are those of the last hour, summed.
+func (is *issuer) edges() []mesh.Edge {
+	is.t.Helper()
+	now := time.Now()
+	list, err := is.registry.Windows(is.t.Context(), now.Add(-time.Hour), now.Add(time.Second))
+	if err != nil {
+		is.t.Fatal(err)
+	}
+	return mesh.SumEdges(list)
+}

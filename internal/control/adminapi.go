@@ -97,13 +97,45 @@ func (a *adminAPI) Proxies(ctx context.Context, _ *meshpb.ProxiesRequest) (*mesh
 	return resp, nil
 }
 
-// Edges says who calls whom.
-func (a *adminAPI) Edges(context.Context, *meshpb.EdgesRequest) (*meshpb.EdgesResponse, error) {
-	resp := &meshpb.EdgesResponse{}
-	for _, e := range a.s.cfg.Registry.Edges() {
+// Edges says who called whom.
+func (a *adminAPI) Edges(ctx context.Context, req *meshpb.EdgesRequest) (*meshpb.EdgesResponse, error) {
+	if a.s.cfg.Chart == nil {
+		return nil, refuse(codes.FailedPrecondition, "this issuer keeps no map")
+	}
+	from, to := timeFromWire(req.GetFrom()), timeFromWire(req.GetTo())
+	if to.IsZero() {
+		to = a.s.cfg.Now()
+	}
+	if from.IsZero() {
+		from = to.Add(-time.Hour)
+	}
+	if !from.Before(to) {
+		return nil, refuse(codes.InvalidArgument, "the stretch from %s to %s has no length", stamp(from), stamp(to))
+	}
+	c, err := a.s.cfg.Chart(ctx, from, to)
+	if err != nil {
+		return nil, err
+	}
+	resp := &meshpb.EdgesResponse{From: timeToWire(c.From), To: timeToWire(c.To)}
+	for _, e := range c.Edges {
 		resp.Edges = append(resp.Edges, edgeToWire(e))
 	}
+	for _, u := range c.Unused {
+		resp.Unused = append(resp.Unused, &meshpb.UnusedEdge{Src: u.Src, Dst: u.Dst, Rule: u.Rule})
+	}
 	return resp, nil
+}
+
+// PageLink makes a link that opens the page once.
+func (a *adminAPI) PageLink(ctx context.Context, _ *meshpb.PageLinkRequest) (*meshpb.PageLinkResponse, error) {
+	if a.s.cfg.PageLink == nil {
+		return nil, refuse(codes.FailedPrecondition, "this issuer serves no page on a loopback address; write page.listen, such as 127.0.0.1:7070, into its configuration")
+	}
+	link, expires, err := a.s.cfg.PageLink(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &meshpb.PageLinkResponse{Url: link, Expires: timeToWire(expires)}, nil
 }
 
 // freshName names an agent that nobody named.

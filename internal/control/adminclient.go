@@ -123,13 +123,37 @@ func (a *Admin) Proxies(ctx context.Context) ([]mesh.Proxy, error) {
 	return convert("list proxies", resp.GetProxies(), proxyFromWire)
 }
 
-// Edges says who calls whom.
-func (a *Admin) Edges(ctx context.Context) ([]mesh.Edge, error) {
-	resp, err := meshpb.NewAdminClient(a.cc).Edges(ctx, &meshpb.EdgesRequest{})
+// PageLink makes a link that opens the page once.
+func (a *Admin) PageLink(ctx context.Context) (link string, expires time.Time, err error) {
+	resp, err := meshpb.NewAdminClient(a.cc).PageLink(ctx, &meshpb.PageLinkRequest{})
 	if err != nil {
-		return nil, a.explain("list edges", err)
+		return "", time.Time{}, a.explain("make a link to the page", err)
 	}
-	return convert("list edges", resp.GetEdges(), func(w *meshpb.Edge) (mesh.Edge, error) { return edgeFromWire(w), nil })
+	return resp.GetUrl(), timeFromWire(resp.GetExpires()), nil
+}
+
+// Edges says who called whom from one time to another, and what was allowed
+// and not called. The zero times stand for the last hour.
+func (a *Admin) Edges(ctx context.Context, from, to time.Time) (mesh.Chart, error) {
+	req := &meshpb.EdgesRequest{}
+	if !from.IsZero() {
+		req.From = timeToWire(from)
+	}
+	if !to.IsZero() {
+		req.To = timeToWire(to)
+	}
+	resp, err := meshpb.NewAdminClient(a.cc).Edges(ctx, req)
+	if err != nil {
+		return mesh.Chart{}, a.explain("list edges", err)
+	}
+	c := mesh.Chart{From: timeFromWire(resp.GetFrom()), To: timeFromWire(resp.GetTo())}
+	for _, w := range resp.GetEdges() {
+		c.Edges = append(c.Edges, edgeFromWire(w))
+	}
+	for _, w := range resp.GetUnused() {
+		c.Unused = append(c.Unused, mesh.Unused{Src: w.GetSrc(), Dst: w.GetDst(), Rule: w.GetRule()})
+	}
+	return c, nil
 }
 
 func convert[W, T any](verb string, in []W, f func(W) (T, error)) ([]T, error) {

@@ -307,7 +307,7 @@ func edgeToWire(e mesh.Edge) *meshpb.Edge {
 	return &meshpb.Edge{
 		Src: e.Src, Dst: e.Dst, Proto: e.Proto,
 		Allowed: e.Allowed, Denied: e.Denied, Errors: e.Errors, Mtls: e.MTLS,
-		First: timeToWire(e.First), Last: timeToWire(e.Last),
+		First: timeToWire(e.First), Last: timeToWire(e.Last), Took: e.Took,
 	}
 }
 
@@ -315,7 +315,7 @@ func edgeFromWire(w *meshpb.Edge) mesh.Edge {
 	return mesh.Edge{
 		Src: w.GetSrc(), Dst: w.GetDst(), Proto: w.GetProto(),
 		Allowed: w.GetAllowed(), Denied: w.GetDenied(), Errors: w.GetErrors(), MTLS: w.GetMtls(),
-		First: timeFromWire(w.GetFirst()), Last: timeFromWire(w.GetLast()),
+		First: timeFromWire(w.GetFirst()), Last: timeFromWire(w.GetLast()), Took: w.GetTook(),
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,6 +25,7 @@ import (
 const (
 	maxEndpoints = 256
 	maxEdges     = 10_000
+	maxEdgeCount = 1 << 40 // what an outage of days can add up
 	// maxReason bounds the words of a nack, bytes.
 	maxReason = 1024
 )
@@ -525,7 +527,7 @@ func (a *meshAPI) keep(ctx context.Context, who caller, b *meshpb.AuditBatch) er
 }
 
 // ReportEdges adds counts. An agent speaks only of calls from or to a workload
-// of its own.
+// of its own, and that of a gateway also of those to hosts outside.
 func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshpb.EdgeAck, error) {
 	who, err := callerOf(ctx)
 	if err != nil {
@@ -538,9 +540,10 @@ func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshp
 	for _, e := range a.s.cfg.Registry.EntriesFor(who.id) {
 		own[e.SPIFFEID.String()] = true
 	}
+	leads := sync.OnceValue(func() bool { return a.leadsOut(who.id) })
 	edges := make([]mesh.Edge, 0, len(r.GetEdges()))
 	for _, w := range r.GetEdges() {
-		if !own[w.GetSrc()] && !own[w.GetDst()] {
+		if !own[w.GetSrc()] && !own[w.GetDst()] && !(strings.HasPrefix(w.GetDst(), "host:") && leads()) {
 			return nil, refuse(codes.PermissionDenied, "an edge has neither end at a workload of agent %s", who.id)
 		}
 		if len(w.GetSrc()) > maxID || len(w.GetDst()) > maxID || len(w.GetProto()) > 64 {
@@ -551,10 +554,21 @@ func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshp
 				return nil, refuse(codes.InvalidArgument, "an edge names an end that is not printable ASCII") // an operator's terminal shows it
 			}
 		}
+		if max(w.GetAllowed(), w.GetDenied(), w.GetErrors()) > maxEdgeCount {
+			return nil, refuse(codes.InvalidArgument, "an edge counts more than %d calls", uint64(maxEdgeCount))
+		}
+		if len(w.GetTook()) > mesh.Buckets {
+			return nil, refuse(codes.InvalidArgument, "an edge has %d buckets, at most %d", len(w.GetTook()), mesh.Buckets)
+		}
 		edges = append(edges, edgeFromWire(w))
 	}
 	if len(edges) > 0 {
 		a.s.cfg.Registry.AddEdges(edges)
 	}
 	return &meshpb.EdgeAck{}, nil
+}
+
+// leadsOut says that one of the agent's proxies is a gateway.
+func (a *meshAPI) leadsOut(agent spiffeid.ID) bool {
+	return slices.ContainsFunc(a.s.cfg.Registry.Proxies(), func(p mesh.Proxy) bool { return p.Agent == agent && p.Kind == KindGateway })
 }

@@ -313,7 +313,7 @@ func (m *memory) AddEdges(e []mesh.Edge) {
 	defer m.mu.Unlock()
 	m.edges = append(m.edges, e...)
 }
-func (m *memory) Edges() []mesh.Edge {
+func (m *memory) counted() []mesh.Edge {
 	return read(m, func() []mesh.Edge { return slices.Clone(m.edges) })
 }
 func (m *memory) Status() mesh.IssuerStatus {
@@ -426,6 +426,9 @@ func (r *rig) start(addr string, change ...func(*ServerConfig)) {
 	cfg := ServerConfig{
 		TrustDomain: td, Registry: r.reg, Authority: r.ca, Audit: r.sink, Why: why,
 		Verifiers: map[string]NodeVerifier{"join_token": tokens{}}, Log: slog.New(slog.DiscardHandler),
+		Chart: func(_ context.Context, from, to time.Time) (mesh.Chart, error) {
+			return mesh.Chart{From: from, To: to, Edges: r.reg.counted(), Unused: []mesh.Unused{{Src: "a", Dst: "b", Rule: "r-1"}}}, nil
+		},
 	}
 	for _, f := range change {
 		f(&cfg)

@@ -121,6 +121,7 @@ var rights = map[string]right{
 	meshpb.Admin_Status_FullMethodName:          toLocal | toNamed,
 	meshpb.Admin_Proxies_FullMethodName:         toLocal | toNamed,
 	meshpb.Admin_Edges_FullMethodName:           toLocal,
+	meshpb.Admin_PageLink_FullMethodName:        toLocal,
 	meshpb.Admin_Roots_FullMethodName:           toLocal,
 	meshpb.Admin_MoveRoots_FullMethodName:       toLocal,
 	meshpb.Admin_AuditHeads_FullMethodName:      toLocal,

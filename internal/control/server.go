@@ -76,7 +76,6 @@ type Registry interface {
 	ReportProxy(p mesh.Proxy)
 	Proxies() []mesh.Proxy
 	AddEdges(edges []mesh.Edge)
-	Edges() []mesh.Edge
 	Status() mesh.IssuerStatus
 }
 
@@ -158,6 +157,10 @@ type ServerConfig struct {
 	// Explain explains a decision of a proxy, by its id, as JSON; an error that
 	// wraps mesh.ErrNotFound says where else to look. Default: nobody can.
 	Explain func(ctx context.Context, id string) ([]byte, error)
+	// Chart says who called whom from one time to another. Default: nobody can.
+	Chart func(ctx context.Context, from, to time.Time) (mesh.Chart, error)
+	// PageLink makes a link that opens the page once. Default: there is none.
+	PageLink func(ctx context.Context) (link string, expires time.Time, err error)
 	// Roots lets the operator replace the root. Default: nobody can.
 	Roots RootKeeper
 	// Downstream serves issuers below this one. Default: there are none.

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -87,19 +88,37 @@ func TestEdgesAreTakenFromTheirOwnAgentOnly(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	c, _ := r.joined("node-a")
 	first := time.Unix(1e9, 0).UTC()
-	own := mesh.Edge{Src: payment.String(), Dst: billing.String(), Proto: "http", Allowed: 3, Denied: 1, MTLS: true, First: first, Last: first}
+	own := mesh.Edge{Src: payment.String(), Dst: billing.String(), Proto: "http", Allowed: 3, Denied: 1, MTLS: true, First: first, Last: first, Took: mesh.Histogram{0, 3}}
 	if err := c.ReportEdges(t.Context(), []mesh.Edge{own}); err != nil {
 		t.Fatal(err)
 	}
-	if got := r.reg.Edges(); len(got) != 1 || got[0] != own {
+	if got := r.reg.counted(); len(got) != 1 || !reflect.DeepEqual(got[0], own) {
 		t.Errorf("edges %+v", got)
 	}
 	alien := mesh.Edge{Src: billing.String(), Dst: stock.String(), Allowed: 1}
 	if err := c.ReportEdges(t.Context(), []mesh.Edge{own, alien}); !errors.Is(err, ErrRefused) {
 		t.Errorf("edge of others: %v, want ErrRefused", err)
 	}
-	if n := len(r.reg.Edges()); n != 1 {
-		t.Errorf("%d edges after a refused report, want 1", n)
+	out := mesh.Edge{Src: stock.String(), Dst: "host:api.example", Proto: "tcp", Allowed: 1}
+	if err := c.ReportEdges(t.Context(), []mesh.Edge{out}); !errors.Is(err, ErrRefused) {
+		t.Errorf("edge to a host, told by no gateway: %v, want ErrRefused", err)
+	}
+	if n := len(r.reg.counted()); n != 1 {
+		t.Errorf("%d edges after refused reports, want 1", n)
+	}
+	r.reg.mu.Lock()
+	r.reg.proxies[egress] = mesh.Proxy{Agent: agentID("node-a"), Workload: egress, Kind: KindGateway}
+	r.reg.mu.Unlock()
+	if err := c.ReportEdges(t.Context(), []mesh.Edge{out}); err != nil {
+		t.Errorf("edge to a host, told by its gateway: %v", err)
+	}
+	for _, bad := range []mesh.Edge{
+		{Src: own.Src, Dst: own.Dst, Allowed: maxEdgeCount + 1},
+		{Src: own.Src, Dst: own.Dst, Allowed: 1, Took: make(mesh.Histogram, mesh.Buckets+1)},
+	} {
+		if err := c.ReportEdges(t.Context(), []mesh.Edge{bad}); !errors.Is(err, ErrRefused) {
+			t.Errorf("edge with counts that nobody can have: %v, want ErrRefused", err)
+		}
 	}
 }
 
@@ -545,7 +564,7 @@ func TestTheOperatorsSocket(t *testing.T) {
 	if err := c.ReportEdges(ctx, []mesh.Edge{{Src: payment.String(), Dst: billing.String(), Allowed: 1}}); err != nil {
 		t.Fatal(err)
 	}
-	if got, err := a.Edges(ctx); err != nil || len(got) != 1 || got[0].Allowed != 1 {
+	if got, err := a.Edges(ctx, time.Time{}, time.Time{}); err != nil || len(got.Edges) != 1 || got.Edges[0].Allowed != 1 || got.To.Sub(got.From) != time.Hour || len(got.Unused) != 1 {
 		t.Errorf("edges %+v, %v", got, err)
 	}
 	spire := agentv1.NewAgentClient(a.cc)

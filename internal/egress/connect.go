@@ -14,6 +14,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
 )
 
 // An answer is what a caller gets instead of a tunnel.
@@ -69,6 +70,7 @@ func reasonOf(err error) Reason {
 
 // deny records a refusal of the gateway's own, and gives the answer to it.
 func (g *Gateway) deny(rec *audit.Record, err error) *answer {
+	g.edge(rec.Src, rec.Dst, telemetry.Denied)
 	reason := reasonOf(err)
 	rec.Decision, rec.Reason, rec.Detail = audit.Deny, string(reason), err.Error()
 	if aerr := g.cfg.Audit.Append(rec); aerr != nil {
@@ -76,6 +78,13 @@ func (g *Gateway) deny(rec *audit.Record, err error) *answer {
 		return answerTo(ReasonAudit, rec.ID)
 	}
 	return answerTo(reason, rec.ID)
+}
+
+// edge counts a tunnel, or what was refused to be one, for the map.
+func (g *Gateway) edge(src, dst string, o telemetry.Outcome) {
+	if dst != "" {
+		g.cfg.Edges.Add(src, dst, telemetry.ProtoTCP, o, true, time.Now(), telemetry.NoTime)
+	}
 }
 
 // denyRequest refuses what is not a CONNECT to judge.
@@ -202,6 +211,7 @@ func (g *Gateway) denied(t *tunnel, err error) *answer {
 	if !errors.As(err, &d) {
 		return g.deny(t.record(audit.KindDecision), refuse(ReasonGrant, "judge: %v", err))
 	}
+	g.edge(t.call.Src.String(), t.call.Dst, telemetry.Denied)
 	if d.Reason == authz.Unrecorded {
 		return answerTo(ReasonAudit, d.ID)
 	}
@@ -251,6 +261,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 // carry moves bytes until t ends, and records the end.
 func (g *Gateway) carry(t *tunnel, s stream) {
 	src := t.call.Src.String()
+	g.edge(src, t.call.Dst, telemetry.Allowed)
 	open := g.cfg.Metrics.EgressTunnels(src)
 	open.Add(1)
 	over := g.begins(t)

@@ -134,7 +134,9 @@ type Config struct {
 	Log *slog.Logger
 	// Metrics counts tunnels and bytes. Default: none.
 	Metrics *telemetry.Registry
-	Limits  Limits
+	// Edges counts who asked for which host. Default: none.
+	Edges  *telemetry.Edges
+	Limits Limits
 }
 
 // Validate reports every mistake by field.

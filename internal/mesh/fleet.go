@@ -90,19 +90,6 @@ func RootID(der []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// An Edge counts the calls from one identity to another since the last report.
-type Edge struct {
-	Src     string    `json:"src"`
-	Dst     string    `json:"dst"`
-	Proto   string    `json:"proto"`
-	Allowed uint64    `json:"allowed"`
-	Denied  uint64    `json:"denied"`
-	Errors  uint64    `json:"errors"`
-	MTLS    bool      `json:"mtls"`
-	First   time.Time `json:"first"`
-	Last    time.Time `json:"last"`
-}
-
 // IssuerStatus is what an issuer says of itself.
 type IssuerStatus struct {
 	TrustDomain    spiffeid.TrustDomain `json:"trust_domain"`

@@ -214,7 +214,7 @@ func (in *Inbound) count(x *call) {
 	if x.grant.Valid() && x.outcome() == telemetry.Errored {
 		in.failedCall(x)
 	}
-	in.Edges.Add(x.src, x.dst, x.proto(), x.outcome(), true, x.start)
+	in.Edges.Add(x.src, x.dst, x.proto(), x.outcome(), true, x.start, x.place())
 }
 
 // failedCall records a call that was allowed and came to nothing.

@@ -245,7 +245,7 @@ func (in *Inbound) refusedHandshake(c *conn, remote string, err error) {
 		in.Log.Error("audit record lost", "err", err)
 	}
 	in.Metrics.TLSFailures(in.Reporter, "handshake").Inc()
-	in.Edges.Add("", in.self, telemetry.ProtoHTTP, telemetry.Denied, false, time.Now())
+	in.Edges.Add("", in.self, telemetry.ProtoHTTP, telemetry.Denied, false, time.Now(), telemetry.NoTime)
 }
 
 // isClosed says that the peer went away before it said anything.

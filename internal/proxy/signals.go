@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 )
 
@@ -18,6 +19,14 @@ func (x *call) outcome() telemetry.Outcome {
 		return telemetry.Errored
 	}
 	return telemetry.Allowed
+}
+
+// place is where an edge counts how long the call took, if that says anything.
+func (x *call) place() int {
+	if x.tunnel || x.refused != nil {
+		return telemetry.NoTime
+	}
+	return mesh.Bucket(time.Since(x.start))
 }
 
 // observe counts the call in its series and ends what began.

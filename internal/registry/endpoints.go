@@ -177,6 +177,7 @@ func (r *Registry) Run(ctx context.Context) error {
 	var others sync.WaitGroup
 	defer others.Wait()
 	others.Go(func() { r.conduct(ctx) })
+	others.Go(func() { r.keepEdges(ctx) })
 	if r.shared() {
 		others.Go(func() { r.follow(ctx) })
 		others.Go(func() { r.attend(ctx) })

@@ -24,9 +24,6 @@ const (
 	keepAgent = 30 * 24 * time.Hour
 	// keepProxy is how long a proxy that is gone stays in the list.
 	keepProxy = 24 * time.Hour
-	// maxEdges bounds the edges in memory; what comes after is counted as one
-	// edge between "other" and "other".
-	maxEdges = 20_000
 )
 
 // fleet is what proxies say of themselves. It is lost at a restart, and made
@@ -34,7 +31,6 @@ const (
 type fleet struct {
 	mu      sync.Mutex // guards the fields below
 	proxies map[proxyKey]proxy
-	edges   map[edgeKey]mesh.Edge
 	// unsaid are the proxies whose report the other issuers do not have yet.
 	unsaid map[proxyKey]bool
 	// elsewhere is what proxies last said to other issuers.
@@ -52,11 +48,6 @@ type proxy struct {
 	mesh.Proxy
 	// refused is the policy revision that the last report refused, if it did.
 	refused uint64
-}
-
-type edgeKey struct {
-	src, dst, proto string
-	mtls            bool
 }
 
 // PutAgent keeps an agent in the place of the one of its Revision; the error
@@ -294,62 +285,4 @@ func (r *Registry) policyRevision() uint64 {
 		return s.PolicyRevision
 	}
 	return 0
-}
-
-// AddEdges adds what proxies counted since they last said.
-func (r *Registry) AddEdges(edges []mesh.Edge) {
-	f := &r.fleet
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.edges == nil {
-		f.edges = make(map[edgeKey]mesh.Edge)
-	}
-	for _, e := range edges {
-		key := edgeKey{e.Src, e.Dst, e.Proto, e.MTLS}
-		sum, known := f.edges[key]
-		if !known && len(f.edges) >= maxEdges {
-			key = edgeKey{src: "other", dst: "other", proto: "other"}
-			sum, known = f.edges[key]
-			e.Src, e.Dst, e.Proto, e.MTLS = key.src, key.dst, key.proto, key.mtls
-		}
-		if !known {
-			f.edges[key] = e
-			continue
-		}
-		sum.Allowed += e.Allowed
-		sum.Denied += e.Denied
-		sum.Errors += e.Errors
-		if e.First.Before(sum.First) {
-			sum.First = e.First
-		}
-		if e.Last.After(sum.Last) {
-			sum.Last = e.Last
-		}
-		f.edges[key] = sum
-	}
-}
-
-// Edges returns the sums since the start, by source and destination.
-func (r *Registry) Edges() []mesh.Edge {
-	f := &r.fleet
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	out := make([]mesh.Edge, 0, len(f.edges))
-	for _, e := range f.edges {
-		out = append(out, e)
-	}
-	slices.SortFunc(out, func(a, b mesh.Edge) int {
-		return cmp.Or(cmp.Compare(a.Src, b.Src), cmp.Compare(a.Dst, b.Dst), cmp.Compare(a.Proto, b.Proto), boolOrder(a.MTLS, b.MTLS))
-	})
-	return out
-}
-
-func boolOrder(a, b bool) int {
-	switch {
-	case a == b:
-		return 0
-	case b:
-		return -1
-	}
-	return 1
 }

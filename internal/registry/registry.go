@@ -5,8 +5,8 @@
 // What must survive a restart is in the store before a call returns; the rest
 // is in memory. Several issuers may share a store: each follows what the others
 // write. It reads no policy file and speaks no protocol. Run owns all
-// background work. Lock order: applying before mu; those of fleet, keys,
-// federations and the ledger come last.
+// background work. Lock order: applying before mu; those of fleet, edges,
+// keys, federations and the ledger come last.
 package registry
 
 import (
@@ -136,6 +136,7 @@ type Registry struct {
 	recount atomic.Bool
 
 	fleet       fleet
+	edges       edges
 	keys        keyring
 	federations federations
 }

@@ -527,7 +527,7 @@ func TestEveryChangeIsSeenByManyReaders(t *testing.T) {
 	writing.Wait()
 	in.apply(last)
 	readers.Wait()
-	if got := in.Edges(); len(got) != 1 || got[0].Allowed != writers*each {
+	if got := in.edgesNow(); len(got) != 1 || got[0].Allowed != writers*each {
 		t.Errorf("Edges = %+v", got)
 	}
 }

@@ -56,7 +56,7 @@ func Judge(j mesh.Judging, canary, others mesh.Calls) mesh.Verdict {
 }
 
 func figure(c mesh.Calls, j mesh.Judging) mesh.Figure {
-	return mesh.Figure{Calls: c.N, Failed: c.Failed, Latency: atRank(c.Took, float64(j.Latency.Quantile)/mesh.Whole*float64(total(c.Took)))}
+	return mesh.Figure{Calls: c.N, Failed: c.Failed, Latency: atRank(c.Took, float64(j.Latency.Quantile)/mesh.Whole*float64(c.Took.Total()))}
 }
 
 func part(c mesh.Calls) string {
@@ -99,7 +99,7 @@ func slower(j mesh.Judging, z float64, canary, others mesh.Histogram) (verdict, 
 		return "", ""
 	}
 	q := float64(j.Latency.Quantile) / mesh.Whole
-	nc, no := float64(total(canary)), float64(total(others))
+	nc, no := float64(canary.Total()), float64(others.Total())
 	off := func(n float64) float64 { return z * math.Sqrt(n*q*(1-q)) }
 	if need := math.Ceil(tail / (1 - q)); nc < need || no < need {
 		return mesh.Insufficient, fmt.Sprintf("%.0f and %.0f answers do not tell the latency that %s stay below: each side needs %.0f", nc, no, j.Latency.Quantile, need)
@@ -125,13 +125,6 @@ func round(d time.Duration) time.Duration {
 		return d.Round(10 * time.Millisecond)
 	}
 	return d.Round(10 * time.Microsecond)
-}
-
-func total(h mesh.Histogram) (n uint64) {
-	for _, c := range h {
-		n += uint64(c)
-	}
-	return n
 }
 
 // atRank is the time of the call of that rank, the calls of a bucket spread over

@@ -34,6 +34,8 @@ const (
 	// KindIssued is what was given out, KindRevocation what was taken back.
 	KindIssued     Kind = "issued"
 	KindRevocation Kind = "revocation"
+	// KindEdges is who called whom in a stretch of time.
+	KindEdges Kind = "edges"
 	// KindFaultStop are the faults that an operator has stopped.
 	KindFaultStop Kind = "faultstop"
 )

@@ -20,13 +20,15 @@ const (
 	Errored
 )
 
-// An Edge counts the calls from one identity to another. It has the fields of
-// mesh.Edge in the same order, so that one converts to the other.
+// An Edge counts the calls from one identity to another, as mesh.Edge does.
 type Edge struct {
 	Src, Dst, Proto         string
 	Allowed, Denied, Errors uint64
 	MTLS                    bool
 	First, Last             time.Time
+	// Took counts the allowed calls by how long they took; the caller of Add
+	// says what the places mean.
+	Took []uint32
 }
 
 type edgeKey struct{ src, dst, proto string }
@@ -41,9 +43,13 @@ type Edges struct {
 // NewEdges returns an empty accumulator.
 func NewEdges() *Edges { return &Edges{sums: make(map[edgeKey]*Edge)} }
 
-// Add counts one call. An error counts as allowed too: it was let through.
-// MTLS of an edge holds only when every call had it.
-func (e *Edges) Add(src, dst, proto string, o Outcome, mtls bool, now time.Time) {
+// NoTime is the place of a call whose time says nothing, such as a refusal.
+const NoTime = -1
+
+// Add counts one call, which took a time of the place given. An error counts as
+// allowed too: it was let through. MTLS of an edge holds only when every call
+// had it.
+func (e *Edges) Add(src, dst, proto string, o Outcome, mtls bool, now time.Time, took int) {
 	if e == nil {
 		return
 	}
@@ -59,6 +65,7 @@ func (e *Edges) Add(src, dst, proto string, o Outcome, mtls bool, now time.Time)
 	default:
 		x.Allowed++
 	}
+	x.count(took, 1)
 	x.MTLS = x.MTLS && mtls
 	if now.After(x.Last) {
 		x.Last = now
@@ -66,6 +73,17 @@ func (e *Edges) Add(src, dst, proto string, o Outcome, mtls bool, now time.Time)
 	if now.Before(x.First) {
 		x.First = now
 	}
+}
+
+// count adds n calls at a place of Took.
+func (x *Edge) count(place int, n uint32) {
+	if place < 0 {
+		return
+	}
+	for len(x.Took) <= place {
+		x.Took = append(x.Took, 0)
+	}
+	x.Took[place] += n
 }
 
 // edge finds or makes the sum for k. The caller holds e.mu.
@@ -113,6 +131,9 @@ func (e *Edges) Restore(edges []Edge) {
 		sum.Allowed += x.Allowed
 		sum.Denied += x.Denied
 		sum.Errors += x.Errors
+		for i, n := range x.Took {
+			sum.count(i, n)
+		}
 		sum.MTLS = sum.MTLS && x.MTLS
 		if x.First.Before(sum.First) {
 			sum.First = x.First

@@ -138,7 +138,7 @@ func TestMetricsPassPromlint(t *testing.T) {
 func TestNilHandlesCountNothing(t *testing.T) {
 	use(nil)
 	var e *Edges
-	e.Add("a", "b", "http", Allowed, true, time.Now())
+	e.Add("a", "b", "http", Allowed, true, time.Now(), NoTime)
 	e.Restore(e.Flush())
 	if w := httptest.NewRecorder(); true {
 		(*Registry)(nil).Handler().ServeHTTP(w, httptest.NewRequest("GET", "/", nil))
@@ -202,7 +202,7 @@ func TestObserveAllocatesNothing(t *testing.T) {
 		x.Observe(&Call{Code: 200, Took: time.Millisecond, First: time.Microsecond, Up: 100, Down: 1000, Trace: &kept, End: now})
 		x.End()
 		r.Authz("pay-1", "allow").Inc()
-		e.Add("web", "payment", "http", Allowed, true, now)
+		e.Add("web", "payment", "http", Allowed, true, now, 3)
 		tr, _ := ParseTraceparent(header)
 		tr.Child().AppendTraceparent(buf[:0])
 	}
@@ -318,13 +318,13 @@ func FuzzParseTraceparent(f *testing.F) {
 func TestEdges(t *testing.T) {
 	e := NewEdges()
 	t1, t2 := time.Unix(1, 0), time.Unix(2, 0)
-	e.Add("web", "payment", "http", Allowed, true, t2)
-	e.Add("web", "payment", "http", Errored, true, t1)
-	e.Add("bad", "payment", "http", Denied, false, t1)
-	e.Add("bad", "payment", "http", Allowed, true, t1)
+	e.Add("web", "payment", "http", Allowed, true, t2, 2)
+	e.Add("web", "payment", "http", Errored, true, t1, 0)
+	e.Add("bad", "payment", "http", Denied, false, t1, NoTime)
+	e.Add("bad", "payment", "http", Allowed, true, t1, NoTime)
 	want := []Edge{
 		{Src: "bad", Dst: "payment", Proto: "http", Allowed: 1, Denied: 1, First: t1, Last: t1},
-		{Src: "web", Dst: "payment", Proto: "http", Allowed: 2, Errors: 1, MTLS: true, First: t1, Last: t2},
+		{Src: "web", Dst: "payment", Proto: "http", Allowed: 2, Errors: 1, MTLS: true, First: t1, Last: t2, Took: []uint32{1, 0, 1}},
 	}
 	got := e.Flush()
 	if d := cmp.Diff(want, got); d != "" {
@@ -333,7 +333,7 @@ func TestEdges(t *testing.T) {
 	if left := e.Flush(); len(left) != 0 {
 		t.Errorf("counted twice: %v", left)
 	}
-	e.Add("web", "payment", "http", Allowed, false, time.Unix(3, 0))
+	e.Add("web", "payment", "http", Allowed, false, time.Unix(3, 0), NoTime)
 	e.Restore(got)
 	want[1].Allowed, want[1].MTLS, want[1].Last = 3, false, time.Unix(3, 0)
 	if d := cmp.Diff(want, e.Flush()); d != "" {
@@ -344,7 +344,7 @@ func TestEdges(t *testing.T) {
 func TestEdgesAreCapped(t *testing.T) {
 	e := NewEdges()
 	for i := range maxEdges + 100 {
-		e.Add(fmt.Sprint(i), "payment", "http", Denied, false, time.Unix(1, 0))
+		e.Add(fmt.Sprint(i), "payment", "http", Denied, false, time.Unix(1, 0), NoTime)
 	}
 	edges := e.Flush()
 	if len(edges) != maxEdges+1 {

@@ -1414,16 +1414,18 @@ func (x *EdgeReport) GetEdges() []*Edge {
 }
 
 type Edge struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Src           string                 `protobuf:"bytes,1,opt,name=src,proto3" json:"src,omitempty"`
-	Dst           string                 `protobuf:"bytes,2,opt,name=dst,proto3" json:"dst,omitempty"`
-	Proto         string                 `protobuf:"bytes,3,opt,name=proto,proto3" json:"proto,omitempty"`
-	Allowed       uint64                 `protobuf:"varint,4,opt,name=allowed,proto3" json:"allowed,omitempty"`
-	Denied        uint64                 `protobuf:"varint,5,opt,name=denied,proto3" json:"denied,omitempty"`
-	Errors        uint64                 `protobuf:"varint,6,opt,name=errors,proto3" json:"errors,omitempty"`
-	Mtls          bool                   `protobuf:"varint,7,opt,name=mtls,proto3" json:"mtls,omitempty"`
-	First         *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=first,proto3" json:"first,omitempty"`
-	Last          *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=last,proto3" json:"last,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Src     string                 `protobuf:"bytes,1,opt,name=src,proto3" json:"src,omitempty"`
+	Dst     string                 `protobuf:"bytes,2,opt,name=dst,proto3" json:"dst,omitempty"`
+	Proto   string                 `protobuf:"bytes,3,opt,name=proto,proto3" json:"proto,omitempty"`
+	Allowed uint64                 `protobuf:"varint,4,opt,name=allowed,proto3" json:"allowed,omitempty"`
+	Denied  uint64                 `protobuf:"varint,5,opt,name=denied,proto3" json:"denied,omitempty"`
+	Errors  uint64                 `protobuf:"varint,6,opt,name=errors,proto3" json:"errors,omitempty"`
+	Mtls    bool                   `protobuf:"varint,7,opt,name=mtls,proto3" json:"mtls,omitempty"`
+	First   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=first,proto3" json:"first,omitempty"`
+	Last    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=last,proto3" json:"last,omitempty"`
+	// How long the allowed calls took, as mesh.Histogram counts.
+	Took          []uint32 `protobuf:"varint,10,rep,packed,name=took,proto3" json:"took,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1517,6 +1519,13 @@ func (x *Edge) GetFirst() *timestamppb.Timestamp {
 func (x *Edge) GetLast() *timestamppb.Timestamp {
 	if x != nil {
 		return x.Last
+	}
+	return nil
+}
+
+func (x *Edge) GetTook() []uint32 {
+	if x != nil {
+		return x.Took
 	}
 	return nil
 }
@@ -2298,7 +2307,10 @@ func (x *Proxy) GetTraffic() *Traffic {
 }
 
 type EdgesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Without from: the last hour; without to: until now.
+	From          *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=from,proto3" json:"from,omitempty"`
+	To            *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2333,9 +2345,28 @@ func (*EdgesRequest) Descriptor() ([]byte, []int) {
 	return file_mesh_proto_rawDescGZIP(), []int{32}
 }
 
+func (x *EdgesRequest) GetFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *EdgesRequest) GetTo() *timestamppb.Timestamp {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
 type EdgesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Edges         []*Edge                `protobuf:"bytes,1,rep,name=edges,proto3" json:"edges,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Edges []*Edge                `protobuf:"bytes,1,rep,name=edges,proto3" json:"edges,omitempty"`
+	// Unused are the pairs that a row allows and that did not call.
+	Unused []*UnusedEdge `protobuf:"bytes,2,rep,name=unused,proto3" json:"unused,omitempty"`
+	// What the edges were counted in: the stretch asked for, in whole windows.
+	From          *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=from,proto3" json:"from,omitempty"`
+	To            *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=to,proto3" json:"to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2377,6 +2408,176 @@ func (x *EdgesResponse) GetEdges() []*Edge {
 	return nil
 }
 
+func (x *EdgesResponse) GetUnused() []*UnusedEdge {
+	if x != nil {
+		return x.Unused
+	}
+	return nil
+}
+
+func (x *EdgesResponse) GetFrom() *timestamppb.Timestamp {
+	if x != nil {
+		return x.From
+	}
+	return nil
+}
+
+func (x *EdgesResponse) GetTo() *timestamppb.Timestamp {
+	if x != nil {
+		return x.To
+	}
+	return nil
+}
+
+type UnusedEdge struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Src           string                 `protobuf:"bytes,1,opt,name=src,proto3" json:"src,omitempty"`
+	Dst           string                 `protobuf:"bytes,2,opt,name=dst,proto3" json:"dst,omitempty"`
+	Rule          string                 `protobuf:"bytes,3,opt,name=rule,proto3" json:"rule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnusedEdge) Reset() {
+	*x = UnusedEdge{}
+	mi := &file_mesh_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnusedEdge) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnusedEdge) ProtoMessage() {}
+
+func (x *UnusedEdge) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnusedEdge.ProtoReflect.Descriptor instead.
+func (*UnusedEdge) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *UnusedEdge) GetSrc() string {
+	if x != nil {
+		return x.Src
+	}
+	return ""
+}
+
+func (x *UnusedEdge) GetDst() string {
+	if x != nil {
+		return x.Dst
+	}
+	return ""
+}
+
+func (x *UnusedEdge) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+type PageLinkRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageLinkRequest) Reset() {
+	*x = PageLinkRequest{}
+	mi := &file_mesh_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageLinkRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageLinkRequest) ProtoMessage() {}
+
+func (x *PageLinkRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageLinkRequest.ProtoReflect.Descriptor instead.
+func (*PageLinkRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{35}
+}
+
+type PageLinkResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// It opens the page once.
+	Url           string                 `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	Expires       *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires,proto3" json:"expires,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PageLinkResponse) Reset() {
+	*x = PageLinkResponse{}
+	mi := &file_mesh_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PageLinkResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PageLinkResponse) ProtoMessage() {}
+
+func (x *PageLinkResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PageLinkResponse.ProtoReflect.Descriptor instead.
+func (*PageLinkResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *PageLinkResponse) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *PageLinkResponse) GetExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Expires
+	}
+	return nil
+}
+
 type AuditHeadsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2385,7 +2586,7 @@ type AuditHeadsRequest struct {
 
 func (x *AuditHeadsRequest) Reset() {
 	*x = AuditHeadsRequest{}
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2397,7 +2598,7 @@ func (x *AuditHeadsRequest) String() string {
 func (*AuditHeadsRequest) ProtoMessage() {}
 
 func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2410,7 +2611,7 @@ func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsRequest.ProtoReflect.Descriptor instead.
 func (*AuditHeadsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{34}
+	return file_mesh_proto_rawDescGZIP(), []int{37}
 }
 
 type AuditHeadsResponse struct {
@@ -2425,7 +2626,7 @@ type AuditHeadsResponse struct {
 
 func (x *AuditHeadsResponse) Reset() {
 	*x = AuditHeadsResponse{}
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2638,7 @@ func (x *AuditHeadsResponse) String() string {
 func (*AuditHeadsResponse) ProtoMessage() {}
 
 func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2651,7 @@ func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsResponse.ProtoReflect.Descriptor instead.
 func (*AuditHeadsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{35}
+	return file_mesh_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *AuditHeadsResponse) GetWitnesses() []string {
@@ -2475,7 +2676,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2487,7 +2688,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2500,7 +2701,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{36}
+	return file_mesh_proto_rawDescGZIP(), []int{39}
 }
 
 type MoveRootsRequest struct {
@@ -2517,7 +2718,7 @@ type MoveRootsRequest struct {
 
 func (x *MoveRootsRequest) Reset() {
 	*x = MoveRootsRequest{}
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2529,7 +2730,7 @@ func (x *MoveRootsRequest) String() string {
 func (*MoveRootsRequest) ProtoMessage() {}
 
 func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2542,7 +2743,7 @@ func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
 func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{37}
+	return file_mesh_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *MoveRootsRequest) GetMove() string {
@@ -2593,7 +2794,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2605,7 +2806,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2618,7 +2819,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{38}
+	return file_mesh_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *RootsResponse) GetPhase() string {
@@ -2735,7 +2936,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2747,7 +2948,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2760,7 +2961,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{39}
+	return file_mesh_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *Authority) GetId() string {
@@ -2821,7 +3022,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2833,7 +3034,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2846,7 +3047,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{40}
+	return file_mesh_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *RevokeRequest) GetWhat() isRevokeRequest_What {
@@ -2919,7 +3120,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2931,7 +3132,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2944,7 +3145,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{41}
+	return file_mesh_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RevokeResponse) GetRevoked() []*Revoked {
@@ -2971,7 +3172,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2983,7 +3184,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2996,7 +3197,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{42}
+	return file_mesh_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *WhyRequest) GetId() string {
@@ -3016,7 +3217,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3028,7 +3229,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3041,7 +3242,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{43}
+	return file_mesh_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *WhyResponse) GetAccount() []byte {
@@ -3068,7 +3269,7 @@ type PushPolicyRequest struct {
 
 func (x *PushPolicyRequest) Reset() {
 	*x = PushPolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3080,7 +3281,7 @@ func (x *PushPolicyRequest) String() string {
 func (*PushPolicyRequest) ProtoMessage() {}
 
 func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3093,7 +3294,7 @@ func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{44}
+	return file_mesh_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *PushPolicyRequest) GetSet() []byte {
@@ -3136,7 +3337,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3148,7 +3349,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3161,7 +3362,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{45}
+	return file_mesh_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Canary) GetGroup() []string {
@@ -3192,7 +3393,7 @@ type MovePolicyRequest struct {
 
 func (x *MovePolicyRequest) Reset() {
 	*x = MovePolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3204,7 +3405,7 @@ func (x *MovePolicyRequest) String() string {
 func (*MovePolicyRequest) ProtoMessage() {}
 
 func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3217,7 +3418,7 @@ func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyRequest.ProtoReflect.Descriptor instead.
 func (*MovePolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{46}
+	return file_mesh_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *MovePolicyRequest) GetMove() string {
@@ -3249,7 +3450,7 @@ type MovePolicyResponse struct {
 
 func (x *MovePolicyResponse) Reset() {
 	*x = MovePolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3261,7 +3462,7 @@ func (x *MovePolicyResponse) String() string {
 func (*MovePolicyResponse) ProtoMessage() {}
 
 func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3274,7 +3475,7 @@ func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyResponse.ProtoReflect.Descriptor instead.
 func (*MovePolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{47}
+	return file_mesh_proto_rawDescGZIP(), []int{50}
 }
 
 type PushPolicyResponse struct {
@@ -3285,7 +3486,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3297,7 +3498,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3310,7 +3511,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{48}
+	return file_mesh_proto_rawDescGZIP(), []int{51}
 }
 
 type PolicySetRequest struct {
@@ -3323,7 +3524,7 @@ type PolicySetRequest struct {
 
 func (x *PolicySetRequest) Reset() {
 	*x = PolicySetRequest{}
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3335,7 +3536,7 @@ func (x *PolicySetRequest) String() string {
 func (*PolicySetRequest) ProtoMessage() {}
 
 func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3348,7 +3549,7 @@ func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
 func (*PolicySetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{49}
+	return file_mesh_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *PolicySetRequest) GetRevision() uint64 {
@@ -3367,7 +3568,7 @@ type PolicySetResponse struct {
 
 func (x *PolicySetResponse) Reset() {
 	*x = PolicySetResponse{}
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3379,7 +3580,7 @@ func (x *PolicySetResponse) String() string {
 func (*PolicySetResponse) ProtoMessage() {}
 
 func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3392,7 +3593,7 @@ func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
 func (*PolicySetResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{50}
+	return file_mesh_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *PolicySetResponse) GetSet() []byte {
@@ -3418,7 +3619,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3430,7 +3631,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3443,7 +3644,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{51}
+	return file_mesh_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *Traffic) GetEjections() []*Ejection {
@@ -3482,7 +3683,7 @@ type Ejection struct {
 
 func (x *Ejection) Reset() {
 	*x = Ejection{}
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3494,7 +3695,7 @@ func (x *Ejection) String() string {
 func (*Ejection) ProtoMessage() {}
 
 func (x *Ejection) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3507,7 +3708,7 @@ func (x *Ejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ejection.ProtoReflect.Descriptor instead.
 func (*Ejection) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{52}
+	return file_mesh_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Ejection) GetService() string {
@@ -3560,7 +3761,7 @@ type Demand struct {
 
 func (x *Demand) Reset() {
 	*x = Demand{}
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3572,7 +3773,7 @@ func (x *Demand) String() string {
 func (*Demand) ProtoMessage() {}
 
 func (x *Demand) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3585,7 +3786,7 @@ func (x *Demand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Demand.ProtoReflect.Descriptor instead.
 func (*Demand) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{53}
+	return file_mesh_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *Demand) GetRoute() string {
@@ -3621,7 +3822,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3633,7 +3834,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3646,7 +3847,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{54}
+	return file_mesh_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Totals) GetTotals() []*Total {
@@ -3676,7 +3877,7 @@ type Total struct {
 
 func (x *Total) Reset() {
 	*x = Total{}
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3688,7 +3889,7 @@ func (x *Total) String() string {
 func (*Total) ProtoMessage() {}
 
 func (x *Total) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3701,7 +3902,7 @@ func (x *Total) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Total.ProtoReflect.Descriptor instead.
 func (*Total) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{55}
+	return file_mesh_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Total) GetRoute() string {
@@ -3744,7 +3945,7 @@ type FaultStops struct {
 
 func (x *FaultStops) Reset() {
 	*x = FaultStops{}
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3756,7 +3957,7 @@ func (x *FaultStops) String() string {
 func (*FaultStops) ProtoMessage() {}
 
 func (x *FaultStops) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3769,7 +3970,7 @@ func (x *FaultStops) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStops.ProtoReflect.Descriptor instead.
 func (*FaultStops) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{56}
+	return file_mesh_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *FaultStops) GetRevision() uint64 {
@@ -3798,7 +3999,7 @@ type FaultStop struct {
 
 func (x *FaultStop) Reset() {
 	*x = FaultStop{}
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3810,7 +4011,7 @@ func (x *FaultStop) String() string {
 func (*FaultStop) ProtoMessage() {}
 
 func (x *FaultStop) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3823,7 +4024,7 @@ func (x *FaultStop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStop.ProtoReflect.Descriptor instead.
 func (*FaultStop) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{57}
+	return file_mesh_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *FaultStop) GetFault() string {
@@ -3848,7 +4049,7 @@ type FaultsRequest struct {
 
 func (x *FaultsRequest) Reset() {
 	*x = FaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3860,7 +4061,7 @@ func (x *FaultsRequest) String() string {
 func (*FaultsRequest) ProtoMessage() {}
 
 func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3873,7 +4074,7 @@ func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsRequest.ProtoReflect.Descriptor instead.
 func (*FaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{58}
+	return file_mesh_proto_rawDescGZIP(), []int{61}
 }
 
 type FaultsResponse struct {
@@ -3886,7 +4087,7 @@ type FaultsResponse struct {
 
 func (x *FaultsResponse) Reset() {
 	*x = FaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[59]
+	mi := &file_mesh_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3898,7 +4099,7 @@ func (x *FaultsResponse) String() string {
 func (*FaultsResponse) ProtoMessage() {}
 
 func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[59]
+	mi := &file_mesh_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3911,7 +4112,7 @@ func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsResponse.ProtoReflect.Descriptor instead.
 func (*FaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{59}
+	return file_mesh_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *FaultsResponse) GetFaults() []byte {
@@ -3932,7 +4133,7 @@ type StopFaultsRequest struct {
 
 func (x *StopFaultsRequest) Reset() {
 	*x = StopFaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[60]
+	mi := &file_mesh_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3944,7 +4145,7 @@ func (x *StopFaultsRequest) String() string {
 func (*StopFaultsRequest) ProtoMessage() {}
 
 func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[60]
+	mi := &file_mesh_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3957,7 +4158,7 @@ func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsRequest.ProtoReflect.Descriptor instead.
 func (*StopFaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{60}
+	return file_mesh_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *StopFaultsRequest) GetFault() string {
@@ -3984,7 +4185,7 @@ type StopFaultsResponse struct {
 
 func (x *StopFaultsResponse) Reset() {
 	*x = StopFaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[61]
+	mi := &file_mesh_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3996,7 +4197,7 @@ func (x *StopFaultsResponse) String() string {
 func (*StopFaultsResponse) ProtoMessage() {}
 
 func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[61]
+	mi := &file_mesh_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4009,7 +4210,7 @@ func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsResponse.ProtoReflect.Descriptor instead.
 func (*StopFaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{61}
+	return file_mesh_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *StopFaultsResponse) GetRevision() uint64 {
@@ -4027,7 +4228,7 @@ type RolloutsRequest struct {
 
 func (x *RolloutsRequest) Reset() {
 	*x = RolloutsRequest{}
-	mi := &file_mesh_proto_msgTypes[62]
+	mi := &file_mesh_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4039,7 +4240,7 @@ func (x *RolloutsRequest) String() string {
 func (*RolloutsRequest) ProtoMessage() {}
 
 func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[62]
+	mi := &file_mesh_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4052,7 +4253,7 @@ func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutsRequest.ProtoReflect.Descriptor instead.
 func (*RolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{62}
+	return file_mesh_proto_rawDescGZIP(), []int{65}
 }
 
 type RolloutsResponse struct {
@@ -4065,7 +4266,7 @@ type RolloutsResponse struct {
 
 func (x *RolloutsResponse) Reset() {
 	*x = RolloutsResponse{}
-	mi := &file_mesh_proto_msgTypes[63]
+	mi := &file_mesh_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4077,7 +4278,7 @@ func (x *RolloutsResponse) String() string {
 func (*RolloutsResponse) ProtoMessage() {}
 
 func (x *RolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[63]
+	mi := &file_mesh_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4090,7 +4291,7 @@ func (x *RolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutsResponse.ProtoReflect.Descriptor instead.
 func (*RolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{63}
+	return file_mesh_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *RolloutsResponse) GetRollouts() [][]byte {
@@ -4114,7 +4315,7 @@ type MoveRolloutRequest struct {
 
 func (x *MoveRolloutRequest) Reset() {
 	*x = MoveRolloutRequest{}
-	mi := &file_mesh_proto_msgTypes[64]
+	mi := &file_mesh_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4126,7 +4327,7 @@ func (x *MoveRolloutRequest) String() string {
 func (*MoveRolloutRequest) ProtoMessage() {}
 
 func (x *MoveRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[64]
+	mi := &file_mesh_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4139,7 +4340,7 @@ func (x *MoveRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRolloutRequest.ProtoReflect.Descriptor instead.
 func (*MoveRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{64}
+	return file_mesh_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *MoveRolloutRequest) GetService() string {
@@ -4180,7 +4381,7 @@ type MoveRolloutResponse struct {
 
 func (x *MoveRolloutResponse) Reset() {
 	*x = MoveRolloutResponse{}
-	mi := &file_mesh_proto_msgTypes[65]
+	mi := &file_mesh_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4192,7 +4393,7 @@ func (x *MoveRolloutResponse) String() string {
 func (*MoveRolloutResponse) ProtoMessage() {}
 
 func (x *MoveRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[65]
+	mi := &file_mesh_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4205,7 +4406,7 @@ func (x *MoveRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRolloutResponse.ProtoReflect.Descriptor instead.
 func (*MoveRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{65}
+	return file_mesh_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *MoveRolloutResponse) GetRollout() []byte {
@@ -4322,7 +4523,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\rcontradiction\x18\x03 \x01(\tR\rcontradiction\";\n" +
 	"\n" +
 	"EdgeReport\x12-\n" +
-	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x80\x02\n" +
+	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x94\x02\n" +
 	"\x04Edge\x12\x10\n" +
 	"\x03src\x18\x01 \x01(\tR\x03src\x12\x10\n" +
 	"\x03dst\x18\x02 \x01(\tR\x03dst\x12\x14\n" +
@@ -4332,7 +4533,9 @@ const file_mesh_proto_rawDesc = "" +
 	"\x06errors\x18\x06 \x01(\x04R\x06errors\x12\x12\n" +
 	"\x04mtls\x18\a \x01(\bR\x04mtls\x120\n" +
 	"\x05first\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05first\x12.\n" +
-	"\x04last\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x04last\"\t\n" +
+	"\x04last\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\x04last\x12\x12\n" +
+	"\x04took\x18\n" +
+	" \x03(\rR\x04took\"\t\n" +
 	"\aEdgeAck\"_\n" +
 	"\fSampleReport\x12\x1a\n" +
 	"\bworkload\x18\x01 \x01(\tR\bworkload\x123\n" +
@@ -4391,10 +4594,24 @@ const file_mesh_proto_rawDesc = "" +
 	"\x06wanted\x18\x0e \x01(\x04R\x06wanted\x12\x14\n" +
 	"\x05group\x18\x0f \x01(\tR\x05group\x12\x1a\n" +
 	"\bverified\x18\x14 \x01(\bR\bverified\x124\n" +
-	"\atraffic\x18\x1e \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\x0e\n" +
-	"\fEdgesRequest\">\n" +
+	"\atraffic\x18\x1e \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"j\n" +
+	"\fEdgesRequest\x12.\n" +
+	"\x04from\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
+	"\x02to\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\"\xd1\x01\n" +
 	"\rEdgesResponse\x12-\n" +
-	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\"\x13\n" +
+	"\x05edges\x18\x01 \x03(\v2\x17.sallyport.mesh.v1.EdgeR\x05edges\x125\n" +
+	"\x06unused\x18\x02 \x03(\v2\x1d.sallyport.mesh.v1.UnusedEdgeR\x06unused\x12.\n" +
+	"\x04from\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +
+	"\x02to\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x02to\"D\n" +
+	"\n" +
+	"UnusedEdge\x12\x10\n" +
+	"\x03src\x18\x01 \x01(\tR\x03src\x12\x10\n" +
+	"\x03dst\x18\x02 \x01(\tR\x03dst\x12\x12\n" +
+	"\x04rule\x18\x03 \x01(\tR\x04rule\"\x11\n" +
+	"\x0fPageLinkRequest\"Z\n" +
+	"\x10PageLinkResponse\x12\x10\n" +
+	"\x03url\x18\x01 \x01(\tR\x03url\x124\n" +
+	"\aexpires\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aexpires\"\x13\n" +
 	"\x11AuditHeadsRequest\"H\n" +
 	"\x12AuditHeadsResponse\x12\x1c\n" +
 	"\twitnesses\x18\x01 \x03(\tR\twitnesses\x12\x14\n" +
@@ -4516,13 +4733,13 @@ const file_mesh_proto_rawDesc = "" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
 	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
 	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck\x12N\n" +
-	"\rReportSamples\x12\x1f.sallyport.mesh.v1.SampleReport\x1a\x1c.sallyport.mesh.v1.SampleAck2\xdd\n" +
-	"\n" +
+	"\rReportSamples\x12\x1f.sallyport.mesh.v1.SampleReport\x1a\x1c.sallyport.mesh.v1.SampleAck2\xb2\v\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
 	"\aProxies\x12!.sallyport.mesh.v1.ProxiesRequest\x1a\".sallyport.mesh.v1.ProxiesResponse\x12J\n" +
-	"\x05Edges\x12\x1f.sallyport.mesh.v1.EdgesRequest\x1a .sallyport.mesh.v1.EdgesResponse\x12J\n" +
+	"\x05Edges\x12\x1f.sallyport.mesh.v1.EdgesRequest\x1a .sallyport.mesh.v1.EdgesResponse\x12S\n" +
+	"\bPageLink\x12\".sallyport.mesh.v1.PageLinkRequest\x1a#.sallyport.mesh.v1.PageLinkResponse\x12J\n" +
 	"\x05Roots\x12\x1f.sallyport.mesh.v1.RootsRequest\x1a .sallyport.mesh.v1.RootsResponse\x12R\n" +
 	"\tMoveRoots\x12#.sallyport.mesh.v1.MoveRootsRequest\x1a .sallyport.mesh.v1.RootsResponse\x12Y\n" +
 	"\n" +
@@ -4552,7 +4769,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 67)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 70)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -4588,138 +4805,149 @@ var file_mesh_proto_goTypes = []any{
 	(*Proxy)(nil),                   // 31: sallyport.mesh.v1.Proxy
 	(*EdgesRequest)(nil),            // 32: sallyport.mesh.v1.EdgesRequest
 	(*EdgesResponse)(nil),           // 33: sallyport.mesh.v1.EdgesResponse
-	(*AuditHeadsRequest)(nil),       // 34: sallyport.mesh.v1.AuditHeadsRequest
-	(*AuditHeadsResponse)(nil),      // 35: sallyport.mesh.v1.AuditHeadsResponse
-	(*RootsRequest)(nil),            // 36: sallyport.mesh.v1.RootsRequest
-	(*MoveRootsRequest)(nil),        // 37: sallyport.mesh.v1.MoveRootsRequest
-	(*RootsResponse)(nil),           // 38: sallyport.mesh.v1.RootsResponse
-	(*Authority)(nil),               // 39: sallyport.mesh.v1.Authority
-	(*RevokeRequest)(nil),           // 40: sallyport.mesh.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 41: sallyport.mesh.v1.RevokeResponse
-	(*WhyRequest)(nil),              // 42: sallyport.mesh.v1.WhyRequest
-	(*WhyResponse)(nil),             // 43: sallyport.mesh.v1.WhyResponse
-	(*PushPolicyRequest)(nil),       // 44: sallyport.mesh.v1.PushPolicyRequest
-	(*Canary)(nil),                  // 45: sallyport.mesh.v1.Canary
-	(*MovePolicyRequest)(nil),       // 46: sallyport.mesh.v1.MovePolicyRequest
-	(*MovePolicyResponse)(nil),      // 47: sallyport.mesh.v1.MovePolicyResponse
-	(*PushPolicyResponse)(nil),      // 48: sallyport.mesh.v1.PushPolicyResponse
-	(*PolicySetRequest)(nil),        // 49: sallyport.mesh.v1.PolicySetRequest
-	(*PolicySetResponse)(nil),       // 50: sallyport.mesh.v1.PolicySetResponse
-	(*Traffic)(nil),                 // 51: sallyport.mesh.v1.Traffic
-	(*Ejection)(nil),                // 52: sallyport.mesh.v1.Ejection
-	(*Demand)(nil),                  // 53: sallyport.mesh.v1.Demand
-	(*Totals)(nil),                  // 54: sallyport.mesh.v1.Totals
-	(*Total)(nil),                   // 55: sallyport.mesh.v1.Total
-	(*FaultStops)(nil),              // 56: sallyport.mesh.v1.FaultStops
-	(*FaultStop)(nil),               // 57: sallyport.mesh.v1.FaultStop
-	(*FaultsRequest)(nil),           // 58: sallyport.mesh.v1.FaultsRequest
-	(*FaultsResponse)(nil),          // 59: sallyport.mesh.v1.FaultsResponse
-	(*StopFaultsRequest)(nil),       // 60: sallyport.mesh.v1.StopFaultsRequest
-	(*StopFaultsResponse)(nil),      // 61: sallyport.mesh.v1.StopFaultsResponse
-	(*RolloutsRequest)(nil),         // 62: sallyport.mesh.v1.RolloutsRequest
-	(*RolloutsResponse)(nil),        // 63: sallyport.mesh.v1.RolloutsResponse
-	(*MoveRolloutRequest)(nil),      // 64: sallyport.mesh.v1.MoveRolloutRequest
-	(*MoveRolloutResponse)(nil),     // 65: sallyport.mesh.v1.MoveRolloutResponse
-	nil,                             // 66: sallyport.mesh.v1.Endpoint.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 67: google.protobuf.Timestamp
+	(*UnusedEdge)(nil),              // 34: sallyport.mesh.v1.UnusedEdge
+	(*PageLinkRequest)(nil),         // 35: sallyport.mesh.v1.PageLinkRequest
+	(*PageLinkResponse)(nil),        // 36: sallyport.mesh.v1.PageLinkResponse
+	(*AuditHeadsRequest)(nil),       // 37: sallyport.mesh.v1.AuditHeadsRequest
+	(*AuditHeadsResponse)(nil),      // 38: sallyport.mesh.v1.AuditHeadsResponse
+	(*RootsRequest)(nil),            // 39: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 40: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 41: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 42: sallyport.mesh.v1.Authority
+	(*RevokeRequest)(nil),           // 43: sallyport.mesh.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 44: sallyport.mesh.v1.RevokeResponse
+	(*WhyRequest)(nil),              // 45: sallyport.mesh.v1.WhyRequest
+	(*WhyResponse)(nil),             // 46: sallyport.mesh.v1.WhyResponse
+	(*PushPolicyRequest)(nil),       // 47: sallyport.mesh.v1.PushPolicyRequest
+	(*Canary)(nil),                  // 48: sallyport.mesh.v1.Canary
+	(*MovePolicyRequest)(nil),       // 49: sallyport.mesh.v1.MovePolicyRequest
+	(*MovePolicyResponse)(nil),      // 50: sallyport.mesh.v1.MovePolicyResponse
+	(*PushPolicyResponse)(nil),      // 51: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 52: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 53: sallyport.mesh.v1.PolicySetResponse
+	(*Traffic)(nil),                 // 54: sallyport.mesh.v1.Traffic
+	(*Ejection)(nil),                // 55: sallyport.mesh.v1.Ejection
+	(*Demand)(nil),                  // 56: sallyport.mesh.v1.Demand
+	(*Totals)(nil),                  // 57: sallyport.mesh.v1.Totals
+	(*Total)(nil),                   // 58: sallyport.mesh.v1.Total
+	(*FaultStops)(nil),              // 59: sallyport.mesh.v1.FaultStops
+	(*FaultStop)(nil),               // 60: sallyport.mesh.v1.FaultStop
+	(*FaultsRequest)(nil),           // 61: sallyport.mesh.v1.FaultsRequest
+	(*FaultsResponse)(nil),          // 62: sallyport.mesh.v1.FaultsResponse
+	(*StopFaultsRequest)(nil),       // 63: sallyport.mesh.v1.StopFaultsRequest
+	(*StopFaultsResponse)(nil),      // 64: sallyport.mesh.v1.StopFaultsResponse
+	(*RolloutsRequest)(nil),         // 65: sallyport.mesh.v1.RolloutsRequest
+	(*RolloutsResponse)(nil),        // 66: sallyport.mesh.v1.RolloutsResponse
+	(*MoveRolloutRequest)(nil),      // 67: sallyport.mesh.v1.MoveRolloutRequest
+	(*MoveRolloutResponse)(nil),     // 68: sallyport.mesh.v1.MoveRolloutResponse
+	nil,                             // 69: sallyport.mesh.v1.Endpoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 70: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	67, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	70, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	66, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
-	67, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	69, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
+	70, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 8: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	51, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
-	67, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	54, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	70, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 11: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	51, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	54, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
 	7,  // 13: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
 	8,  // 14: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
 	9,  // 15: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
 	10, // 16: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
-	56, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
-	54, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
+	59, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
+	57, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
 	11, // 19: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	67, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	70, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
 	19, // 21: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	67, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	67, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	70, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	70, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
 	22, // 24: sallyport.mesh.v1.SampleReport.samples:type_name -> sallyport.mesh.v1.Sample
-	67, // 25: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	67, // 26: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	70, // 25: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	70, // 26: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
 	31, // 27: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	67, // 28: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	67, // 29: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	67, // 30: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
-	51, // 31: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
-	19, // 32: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	67, // 33: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	39, // 34: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	67, // 35: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	67, // 36: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	67, // 37: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 38: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	45, // 39: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
-	52, // 40: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
-	53, // 41: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
-	67, // 42: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
-	55, // 43: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
-	57, // 44: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
-	67, // 45: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
-	67, // 46: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
-	0,  // 47: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 48: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 49: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 50: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 51: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	21, // 52: sallyport.mesh.v1.Mesh.ReportSamples:input_type -> sallyport.mesh.v1.SampleReport
-	25, // 53: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	27, // 54: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	29, // 55: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	32, // 56: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	36, // 57: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	37, // 58: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	34, // 59: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	40, // 60: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	42, // 61: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	44, // 62: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	46, // 63: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
-	49, // 64: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	58, // 65: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
-	60, // 66: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
-	62, // 67: sallyport.mesh.v1.Admin.Rollouts:input_type -> sallyport.mesh.v1.RolloutsRequest
-	64, // 68: sallyport.mesh.v1.Admin.MoveRollout:input_type -> sallyport.mesh.v1.MoveRolloutRequest
-	6,  // 69: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 70: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 71: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 72: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 73: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 74: sallyport.mesh.v1.Mesh.ReportSamples:output_type -> sallyport.mesh.v1.SampleAck
-	26, // 75: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	28, // 76: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	30, // 77: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	33, // 78: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	38, // 79: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	38, // 80: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	35, // 81: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	41, // 82: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	43, // 83: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	48, // 84: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	47, // 85: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
-	50, // 86: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	59, // 87: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
-	61, // 88: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
-	63, // 89: sallyport.mesh.v1.Admin.Rollouts:output_type -> sallyport.mesh.v1.RolloutsResponse
-	65, // 90: sallyport.mesh.v1.Admin.MoveRollout:output_type -> sallyport.mesh.v1.MoveRolloutResponse
-	69, // [69:91] is the sub-list for method output_type
-	47, // [47:69] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	70, // 28: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	70, // 29: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	70, // 30: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	54, // 31: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
+	70, // 32: sallyport.mesh.v1.EdgesRequest.from:type_name -> google.protobuf.Timestamp
+	70, // 33: sallyport.mesh.v1.EdgesRequest.to:type_name -> google.protobuf.Timestamp
+	19, // 34: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	34, // 35: sallyport.mesh.v1.EdgesResponse.unused:type_name -> sallyport.mesh.v1.UnusedEdge
+	70, // 36: sallyport.mesh.v1.EdgesResponse.from:type_name -> google.protobuf.Timestamp
+	70, // 37: sallyport.mesh.v1.EdgesResponse.to:type_name -> google.protobuf.Timestamp
+	70, // 38: sallyport.mesh.v1.PageLinkResponse.expires:type_name -> google.protobuf.Timestamp
+	70, // 39: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	42, // 40: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	70, // 41: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	70, // 42: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	70, // 43: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	11, // 44: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	48, // 45: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	55, // 46: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
+	56, // 47: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
+	70, // 48: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
+	58, // 49: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
+	60, // 50: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
+	70, // 51: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
+	70, // 52: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
+	0,  // 53: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	12, // 54: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	16, // 55: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	14, // 56: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	18, // 57: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	21, // 58: sallyport.mesh.v1.Mesh.ReportSamples:input_type -> sallyport.mesh.v1.SampleReport
+	25, // 59: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	27, // 60: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	29, // 61: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	32, // 62: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	35, // 63: sallyport.mesh.v1.Admin.PageLink:input_type -> sallyport.mesh.v1.PageLinkRequest
+	39, // 64: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	40, // 65: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	37, // 66: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	43, // 67: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	45, // 68: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	47, // 69: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	49, // 70: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	52, // 71: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	61, // 72: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
+	63, // 73: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
+	65, // 74: sallyport.mesh.v1.Admin.Rollouts:input_type -> sallyport.mesh.v1.RolloutsRequest
+	67, // 75: sallyport.mesh.v1.Admin.MoveRollout:input_type -> sallyport.mesh.v1.MoveRolloutRequest
+	6,  // 76: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	13, // 77: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	17, // 78: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	15, // 79: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	20, // 80: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	23, // 81: sallyport.mesh.v1.Mesh.ReportSamples:output_type -> sallyport.mesh.v1.SampleAck
+	26, // 82: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	28, // 83: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	30, // 84: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	33, // 85: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	36, // 86: sallyport.mesh.v1.Admin.PageLink:output_type -> sallyport.mesh.v1.PageLinkResponse
+	41, // 87: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	41, // 88: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	38, // 89: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	44, // 90: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	46, // 91: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	51, // 92: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	50, // 93: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	53, // 94: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	62, // 95: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
+	64, // 96: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
+	66, // 97: sallyport.mesh.v1.Admin.Rollouts:output_type -> sallyport.mesh.v1.RolloutsResponse
+	68, // 98: sallyport.mesh.v1.Admin.MoveRollout:output_type -> sallyport.mesh.v1.MoveRolloutResponse
+	76, // [76:99] is the sub-list for method output_type
+	53, // [53:76] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -4740,7 +4968,7 @@ func file_mesh_proto_init() {
 		(*SubscribeResponse_FaultStops)(nil),
 		(*SubscribeResponse_Totals)(nil),
 	}
-	file_mesh_proto_msgTypes[40].OneofWrappers = []any{
+	file_mesh_proto_msgTypes[43].OneofWrappers = []any{
 		(*RevokeRequest_Serial)(nil),
 		(*RevokeRequest_Entry)(nil),
 		(*RevokeRequest_Id)(nil),
@@ -4751,7 +4979,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   67,
+			NumMessages:   70,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

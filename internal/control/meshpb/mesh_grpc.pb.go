@@ -338,6 +338,7 @@ const (
 	Admin_Status_FullMethodName          = "/sallyport.mesh.v1.Admin/Status"
 	Admin_Proxies_FullMethodName         = "/sallyport.mesh.v1.Admin/Proxies"
 	Admin_Edges_FullMethodName           = "/sallyport.mesh.v1.Admin/Edges"
+	Admin_PageLink_FullMethodName        = "/sallyport.mesh.v1.Admin/PageLink"
 	Admin_Roots_FullMethodName           = "/sallyport.mesh.v1.Admin/Roots"
 	Admin_MoveRoots_FullMethodName       = "/sallyport.mesh.v1.Admin/MoveRoots"
 	Admin_AuditHeads_FullMethodName      = "/sallyport.mesh.v1.Admin/AuditHeads"
@@ -362,7 +363,10 @@ type AdminClient interface {
 	CreateJoinToken(ctx context.Context, in *CreateJoinTokenRequest, opts ...grpc.CallOption) (*CreateJoinTokenResponse, error)
 	Status(ctx context.Context, in *StatusRequest, opts ...grpc.CallOption) (*StatusResponse, error)
 	Proxies(ctx context.Context, in *ProxiesRequest, opts ...grpc.CallOption) (*ProxiesResponse, error)
+	// Edges says who called whom in a stretch of time.
 	Edges(ctx context.Context, in *EdgesRequest, opts ...grpc.CallOption) (*EdgesResponse, error)
+	// PageLink makes a link that opens the page once.
+	PageLink(ctx context.Context, in *PageLinkRequest, opts ...grpc.CallOption) (*PageLinkResponse, error)
 	// Roots says how the replacement of the root stands.
 	Roots(ctx context.Context, in *RootsRequest, opts ...grpc.CallOption) (*RootsResponse, error)
 	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
@@ -433,6 +437,16 @@ func (c *adminClient) Edges(ctx context.Context, in *EdgesRequest, opts ...grpc.
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(EdgesResponse)
 	err := c.cc.Invoke(ctx, Admin_Edges_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) PageLink(ctx context.Context, in *PageLinkRequest, opts ...grpc.CallOption) (*PageLinkResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PageLinkResponse)
+	err := c.cc.Invoke(ctx, Admin_PageLink_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -581,7 +595,10 @@ type AdminServer interface {
 	CreateJoinToken(context.Context, *CreateJoinTokenRequest) (*CreateJoinTokenResponse, error)
 	Status(context.Context, *StatusRequest) (*StatusResponse, error)
 	Proxies(context.Context, *ProxiesRequest) (*ProxiesResponse, error)
+	// Edges says who called whom in a stretch of time.
 	Edges(context.Context, *EdgesRequest) (*EdgesResponse, error)
+	// PageLink makes a link that opens the page once.
+	PageLink(context.Context, *PageLinkRequest) (*PageLinkResponse, error)
 	// Roots says how the replacement of the root stands.
 	Roots(context.Context, *RootsRequest) (*RootsResponse, error)
 	// MoveRoots takes a step of it. FAILED_PRECONDITION while proxies lag.
@@ -629,6 +646,9 @@ func (UnimplementedAdminServer) Proxies(context.Context, *ProxiesRequest) (*Prox
 }
 func (UnimplementedAdminServer) Edges(context.Context, *EdgesRequest) (*EdgesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Edges not implemented")
+}
+func (UnimplementedAdminServer) PageLink(context.Context, *PageLinkRequest) (*PageLinkResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PageLink not implemented")
 }
 func (UnimplementedAdminServer) Roots(context.Context, *RootsRequest) (*RootsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Roots not implemented")
@@ -755,6 +775,24 @@ func _Admin_Edges_Handler(srv interface{}, ctx context.Context, dec func(interfa
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AdminServer).Edges(ctx, req.(*EdgesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_PageLink_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PageLinkRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).PageLink(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_PageLink_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).PageLink(ctx, req.(*PageLinkRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -979,6 +1017,10 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Edges",
 			Handler:    _Admin_Edges_Handler,
+		},
+		{
+			MethodName: "PageLink",
+			Handler:    _Admin_PageLink_Handler,
 		},
 		{
 			MethodName: "Roots",
