@@ -159,6 +159,10 @@ gwconformance: ## the tests of the Gateway API for HTTPRoute and GRPCRoute again
 	@cd test/gwconformance && go test -c -vet=off -o $(CURDIR)/$(BIN)/gwconformance.test .
 	@GWCONFORMANCE_BIN=$(CURDIR)/$(BIN) $(BIN)/gwconformance.test -test.v $(ARGS) | grep -E '^ *--- |^\{|^(FAIL|panic)|not ready yet|did not come'
 
+.PHONY: page-test
+page-test: ## the operator's page in Debian's Chromium: a tour, keyboard alone, axe-core, 1,000 services; screenshots in bin/page
+	@cd test/page && go test -count=1 -vet=off -timeout 10m -v . | grep -E '^ *--- |^\{|^(FAIL|panic)|page_test.go'
+
 .PHONY: bench-tcp
 bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunnel (ARGS="-rounds 9")
 	@dpkg -s nginx libnginx-mod-stream haproxy stunnel4 >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy stunnel4 >/dev/null; }
