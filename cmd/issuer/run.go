@@ -16,7 +16,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Fill:  (*Config).fill,
 		Serve: func(ctx context.Context, c *Config, _ daemon.Run) error { return serve(ctx, c, stderr) },
 		More: func(load func() (*Config, error)) []*cobra.Command {
-			return []*cobra.Command{caCommand(load, stdout)}
+			return []*cobra.Command{caCommand(load, stdout), storeCommand(load)}
 		},
 	}.Execute(ctx, args, stdout, stderr)
 }

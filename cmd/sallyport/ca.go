@@ -78,6 +78,10 @@ func (c *cli) roots(call func(*control.Admin) (control.RootStatus, error)) error
 	if err != nil {
 		return c.unreachable(err)
 	}
+	return c.printRoots(st)
+}
+
+func (c *cli) printRoots(st control.RootStatus) error {
 	if c.format == "table" {
 		fmt.Fprint(c.stdout, rootSummary(st, time.Now()), "\n")
 	}

@@ -77,38 +77,41 @@ type doctorReport struct {
 	Findings []finding      `json:"findings"`
 }
 
+// add notes what a check has found.
+func (r *doctorReport) add(code, check, of string, d diagnosis) {
+	r.Findings = append(r.Findings, finding{code, check, of, d})
+	switch d.State {
+	case stateSkip:
+		r.Cases["skipped"]++
+		return
+	case stateFail:
+		r.Cases["failed"]++
+		r.OK = false
+	default:
+		r.Cases["passed"]++
+	}
+	r.Cases["tried"]++
+}
+
+func newReport(name string) doctorReport {
+	return doctorReport{Name: name, OK: true, Cases: map[string]int{"tried": 0, "passed": 0, "failed": 0, "skipped": 0}}
+}
+
 // examine makes every check on everything it is about.
 func (x *examination) examine(ctx context.Context) doctorReport {
-	r := doctorReport{Name: "doctor", Cases: map[string]int{"tried": 0, "passed": 0, "failed": 0, "skipped": 0}}
-	add := func(c check, of string, v diagnosis) {
-		r.Findings = append(r.Findings, finding{c.code, c.name, of, v})
-		switch v.State {
-		case stateSkip:
-			r.Cases["skipped"]++
-			return
-		case stateFail:
-			r.Cases["failed"]++
-		default:
-			r.Cases["passed"]++
-		}
-		r.Cases["tried"]++
-	}
+	r := newReport("doctor")
 	for _, c := range doctorChecks() {
 		if c.of == nil {
-			add(c, "machine", c.look(ctx, x, nil))
+			r.add(c.code, c.name, "machine", c.look(ctx, x, nil))
 			continue
 		}
 		for _, i := range x.all {
-			if !slices.Contains(c.of, i.program) {
-				continue
+			// Of what has no configuration the first check has said so.
+			if slices.Contains(c.of, i.program) && (i.err == nil || c.code == codeConfiguration) {
+				r.add(c.code, c.name, i.name(), c.look(ctx, x, i))
 			}
-			if i.err != nil && c.code != codeConfiguration {
-				continue // the first check has said so
-			}
-			add(c, i.name(), c.look(ctx, x, i))
 		}
 	}
-	r.OK = r.Cases["failed"] == 0
 	return r
 }
 
@@ -130,20 +133,27 @@ Exit code 0: nothing failed. 1: a check failed. 2: there is no configuration.`,
 				return err
 			}
 			r := (&examination{all: all, now: time.Now()}).examine(cmd.Context())
-			if asJSON || c.format == "json" {
-				err = json.NewEncoder(c.stdout).Encode(r)
-			} else {
-				err = c.printFindings(r)
-			}
-			if err == nil && !r.OK {
-				err = daemon.Exit(daemon.Failed, fmt.Errorf("%d of %d checks failed", r.Cases["failed"], r.Cases["tried"]))
-			}
-			return err
+			return c.report(r, asJSON)
 		},
 	}
 	cmd.Flags().StringVar(&dir, "dir", defaultDir, "the directory of the configurations")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print one object of JSON")
 	return cmd
+}
+
+// report prints what was found; what failed is an error.
+func (c *cli) report(r doctorReport, asJSON bool) error {
+	if asJSON || c.format == "json" {
+		if err := json.NewEncoder(c.stdout).Encode(r); err != nil {
+			return err
+		}
+	} else if err := c.printFindings(r); err != nil {
+		return err
+	}
+	if !r.OK {
+		return daemon.Exit(daemon.Failed, fmt.Errorf("%d of %d checks failed", r.Cases["failed"], r.Cases["tried"]))
+	}
+	return nil
 }
 
 func (c *cli) printFindings(r doctorReport) error {

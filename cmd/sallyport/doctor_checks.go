@@ -132,6 +132,13 @@ func ownerOf(st fs.FileInfo) uint32 {
 	return 0
 }
 
+func groupOf(st fs.FileInfo) uint32 {
+	if s, ok := st.Sys().(*syscall.Stat_t); ok {
+		return s.Gid
+	}
+	return 0
+}
+
 func checkDirectories(_ context.Context, _ *examination, i *installed) diagnosis {
 	for _, d := range []struct {
 		field, dir string

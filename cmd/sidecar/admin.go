@@ -29,6 +29,7 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 		Socket: path, Listener: ln, Scrape: scrape, Ready: s.ready, Metrics: s.metrics.Handler(),
 		ConfigDump: func() any { return s.cfg }, Level: s.level, Drain: drain, Pprof: s.cfg.Pprof, Log: s.log,
 		Extra: map[string]http.Handler{
+			"GET /identity": http.HandlerFunc(s.serveIdentity), "GET /identity/{pid}": http.HandlerFunc(s.serveProcess), "POST /handshakes/{service}": http.HandlerFunc(s.serveHandshakes),
 			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
 			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults),
 		},

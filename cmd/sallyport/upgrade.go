@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"sallyport/internal/control"
+)
+
+// upgrade is "sallyport upgrade".
+func (c *cli) upgrade() *cobra.Command {
+	cmd := &cobra.Command{Use: "upgrade", Short: "New versions of the programs"}
+	var dir, bin string
+	check := &cobra.Command{
+		Use: "check --bin DIR", Short: "Say whether this machine can go over to the programs in a directory", Args: cobra.NoArgs,
+		Long: `Say whether this machine can go over to the programs in a directory: whether they
+take the configurations that are here, whether the mesh is at rest, and whether
+there is room. Nothing is changed.
+
+Go over in this order: issuer, gateways, sidecars; docs/lifecycle.md says how
+without a failed request. An issuer brings its database up to date when it
+starts, and an older one does not take it then: make a backup before.
+
+Exit code 0: it can. 1: it can't, or not now.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if bin == "" {
+				return usage(errors.New("--bin is needed: the directory with the new programs"))
+			}
+			all, err := findInstalled(cmd.Context(), dir)
+			if err != nil {
+				return err
+			}
+			r := newReport("upgrade check")
+			for _, i := range all {
+				upgradeOf(cmd.Context(), &r, i, filepath.Join(bin, i.program))
+			}
+			return c.report(r, false)
+		},
+	}
+	check.Flags().StringVar(&dir, "dir", defaultDir, "the directory of the configurations")
+	check.Flags().StringVar(&bin, "bin", "", "the directory with the new programs")
+	cmd.AddCommand(check)
+	return cmd
+}
+
+// upgradeOf looks at one program and the one that is to take its place.
+func upgradeOf(ctx context.Context, r *doctorReport, i *installed, next string) {
+	r.add("UP001", "program", i.name(), checkNext(i, next))
+	r.add("UP002", "configuration", i.name(), checkTakes(ctx, i, next))
+	if i.program != issuerProgram || i.err != nil {
+		return
+	}
+	r.add("UP003", "proxies", i.name(), checkPolicy(ctx, nil, i))
+	r.add("UP004", "roots", i.name(), checkRoots(ctx, i))
+	r.add("UP005", "room", i.name(), checkRoom(i))
+}
+
+func checkNext(i *installed, next string) diagnosis {
+	to, err := buildOf(next)
+	if err != nil {
+		return bad("name the directory with the new programs with --bin", "%v", err)
+	}
+	from, err := buildOf(i.path)
+	if err != nil {
+		from = "unknown"
+	}
+	return good("%s, in place of %s", to, from)
+}
+
+func checkTakes(ctx context.Context, i *installed, next string) diagnosis {
+	out, err := exec.CommandContext(ctx, next, "run", "--check-config", "--config", i.config).CombinedOutput()
+	if err != nil {
+		said := strings.TrimSpace(string(out))
+		if said == "" {
+			said = err.Error()
+		}
+		return bad("mend the configuration as CHANGELOG.md says, so that both versions take it", "%s", said)
+	}
+	return good("%s", i.config)
+}
+
+func checkRoots(ctx context.Context, i *installed) diagnosis {
+	if _, err := i.pid(); err != nil {
+		return notRunning()
+	}
+	a, err := control.DialAdmin(filepath.Join(i.RunDir, "api.sock"))
+	if err != nil {
+		return skipped("%v", err)
+	}
+	defer a.Close()
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	st, err := a.Roots(ctx)
+	switch {
+	case err != nil:
+		return skipped("%v", err)
+	case st.Phase != "steady":
+		return bad("wait until it is done: sallyport ca status", "the root is being replaced: %s", st.Phase)
+	}
+	return good("no replacement of the root is under way")
+}
+
+// checkRoom sees that a migration can write the database anew.
+func checkRoom(i *installed) diagnosis {
+	if i.Database.URL != "" {
+		return skipped("the database is PostgreSQL")
+	}
+	st, err := os.Stat(filepath.Join(i.DataDir, backupDatabase))
+	if err != nil {
+		return skipped("%v", err)
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(i.DataDir, &disk); err != nil {
+		return skipped("%v", err)
+	}
+	free := int64(disk.Bavail) * disk.Bsize
+	if free < 2*st.Size()+leastDisk {
+		return bad("free space on "+i.DataDir, "%d MB are free, and the database has %d MB", free>>20, st.Size()>>20)
+	}
+	return good("%d MB free, the database has %d MB", free>>20, st.Size()>>20)
+}
