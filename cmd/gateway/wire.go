@@ -199,6 +199,7 @@ func (gw *gateway) open() (err error) {
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: gw.audit.Append, Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
+		Steering: gw.steering(),
 	})
 	if err != nil {
 		return err
@@ -217,6 +218,16 @@ func (gw *gateway) open() (err error) {
 		return gw.agent.Known()
 	}
 	return gw.hold()
+}
+
+// steering levels budgets with other gateways. A gateway makes no faults that could
+// be stopped.
+func (gw *gateway) steering() *control.Steering {
+	return &control.Steering{
+		Traffic: func() *mesh.Traffic { return &mesh.Traffic{Demands: gw.egress.Demands()} },
+		Stop:    func(*mesh.FaultStops) {},
+		Share:   func(totals []mesh.Total) { gw.egress.Share(totals) },
+	}
 }
 
 // hold opens what only the process may have that writes the audit log.

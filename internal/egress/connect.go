@@ -42,6 +42,8 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusMethodNotAllowed, "only CONNECT is served here"
 	case ReasonMisdirected:
 		a.status, a.text = http.StatusMisdirectedRequest, "the tunnel leads to another host"
+	case ReasonBudget:
+		a.status, a.text = http.StatusTooManyRequests, "the budget for this destination is used up"
 	case ReasonTunnelCap:
 		a.status, a.text = http.StatusTooManyRequests, "too many tunnels are open"
 	case ReasonResolve, ReasonDial, ReasonCertificate:
@@ -278,6 +280,12 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 	if !t.setCaller(s) {
 		return
 	}
+	t.refused = func(ref *Refusal) {
+		if t.why() == "" {
+			g.deny(t.record(audit.KindDecision), ref)
+		}
+		t.stop(ref.Reason)
+	}
 	life := time.AfterFunc(t.life, func() { t.stop(ReasonLife) })
 	defer life.Stop()
 	// A clock that is set meanwhile is noticed by the next Rejudge.
@@ -346,10 +354,6 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		}
 		return second.CheckServerName(t.host, t.how.SNI == sniOptional)
 	})
-	t.refused = func(ref *Refusal) {
-		g.deny(t.record(audit.KindDecision), ref)
-		t.stop(ref.Reason)
-	}
 	return true
 }
 

@@ -33,12 +33,14 @@ var errWhole = errors.New("the stream has no half close")
 // sides have ended, one breaks off, or stop is called. It may be stopped
 // before it has either side.
 type relay struct {
-	idle     time.Duration  // without a byte either way; 0: no limit
-	life     time.Duration  // from start; 0: no limit
-	cancel   func()         // ends what goes on before run
-	greet    *greeting      // for TLS: what may still name a server
-	refused  func(*Refusal) // told why greet breaks the relay off
-	panicked func(any)      // told of a panic in a goroutine of run
+	idle    time.Duration  // without a byte either way; 0: no limit
+	life    time.Duration  // from start; 0: no limit
+	cancel  func()         // ends what goes on before run
+	greet   *greeting      // for TLS: what may still name a server
+	refused func(*Refusal) // told why greet breaks the relay off
+	// spend takes bytes of a budget, and says when it is used up; nil for none.
+	spend    func(up bool, n int) *Refusal
+	panicked func(any) // told of a panic in a goroutine of run
 
 	up, down atomic.Int64 // bytes handed to dest and to caller
 	moved    atomic.Int64 // when a byte last moved, in nanoseconds since start
@@ -269,8 +271,14 @@ func (l *lane) send(b []byte, write func([]byte) (int, error)) (int, error) {
 	l.r.moved.Store(int64(time.Since(l.r.start)))
 	n, err := write(b)
 	l.count.Add(int64(n))
-	if l.stuck = err != nil; !l.stuck {
-		l.r.moved.Store(int64(time.Since(l.r.start)))
+	if l.stuck = err != nil; l.stuck {
+		return n, err
 	}
-	return n, err
+	l.r.moved.Store(int64(time.Since(l.r.start)))
+	if l.r.spend != nil {
+		if ref := l.r.spend(l.count == &l.r.up, n); ref != nil {
+			return n, ref
+		}
+	}
+	return n, nil
 }

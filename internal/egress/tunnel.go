@@ -24,6 +24,10 @@ type tunnel struct {
 	id       string // of the decision
 	rule     string // that allowed it
 	origin   string // for the record: how the caller came to the host
+	// purse has the budget of the destination, nil for none; spent is what was taken
+	// of it while bytes moved, under its lock.
+	purse *purse
+	spent [connections]int64
 	// asked is the port that the caller has named, of a tunnel for requests of HTTP;
 	// else 0.
 	asked uint16
@@ -47,6 +51,7 @@ func (t *tunnel) record(kind audit.Kind) *audit.Record {
 // that no change of policy can pass one by.
 type tunnels struct {
 	max, perCaller int
+	purses         purses
 
 	mu   sync.Mutex // guards what follows
 	live map[*tunnel]bool
@@ -68,6 +73,9 @@ func (ts *tunnels) add(t *tunnel) error {
 	case ts.of[t.call.Src] >= ts.perCaller:
 		return refuse(ReasonTunnelCap, "%s has %d tunnels open, which is the limit of one caller", t.call.Src, ts.perCaller)
 	}
+	if err := ts.purses.open(t, time.Now()); err != nil {
+		return err
+	}
 	ts.live[t] = true
 	ts.of[t.call.Src]++
 	return nil
@@ -76,6 +84,7 @@ func (ts *tunnels) add(t *tunnel) error {
 func (ts *tunnels) remove(t *tunnel) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
+	ts.purses.shut(t)
 	delete(ts.live, t)
 	if ts.of[t.call.Src]--; ts.of[t.call.Src] <= 0 {
 		delete(ts.of, t.call.Src)

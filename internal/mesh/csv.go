@@ -21,8 +21,8 @@ const (
 	ruleFields = iota
 )
 
-// maxRows is the size of the largest file of rows, in bytes: some 150,000 rows of
-// ordinary length, which are twice as large in a store and in a message.
+// maxRows is the size of the largest file of rows, in bytes: more than 100,000 rows
+// of ordinary length, which are twice as large in a store and in a message.
 const maxRows = 16 << 20
 
 const memberFields = 3 // kind, member, group

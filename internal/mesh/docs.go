@@ -162,6 +162,7 @@ type destinationDoc struct {
 	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
 	Mode    string         `yaml:"mode"`
+	Budget  budgetDoc      `yaml:"budget"`
 	Route   routeDoc       `yaml:"route"`
 }
 
@@ -170,6 +171,12 @@ type injectDoc struct {
 	Header string   `yaml:"header"`
 	Prefix string   `yaml:"prefix"`
 	Paths  []string `yaml:"paths"`
+}
+
+type budgetDoc struct {
+	Up    int64 `yaml:"up"`
+	Down  int64 `yaml:"down"`
+	Conns int   `yaml:"conns"`
 }
 
 type routeDoc struct {
@@ -187,7 +194,7 @@ func (d egressDoc) nouns() []Destination {
 			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
-			ConnectTimeout: s.Route.ConnectTimeout, Mode: Mode(s.Mode),
+			ConnectTimeout: s.Route.ConnectTimeout, Mode: Mode(s.Mode), Budget: Allowance(s.Budget),
 			Origin: s.origin,
 		}
 		if i := s.Inject; i != nil {

@@ -160,6 +160,8 @@ type Destination struct {
 	// Endpoints, when set, are dialled instead of what DNS says. They are
 	// screened all the same.
 	Endpoints []netip.AddrPort `json:"endpoints,omitempty"`
+	// Budget is what each workload may use of this destination.
+	Budget Allowance `json:"budget,omitzero"`
 	// Mode is what becomes of a call to this host that access.csv denies; empty: as
 	// modes.yaml says. Guardrails are no part of it.
 	Mode Mode `json:"mode,omitempty"`
@@ -195,6 +197,16 @@ const (
 	ProtoHTTP = "http"
 	ProtoTCP  = "tcp"
 )
+
+// An Allowance is what one workload may use of a destination, through all gateways
+// together. Zero means any amount.
+type Allowance struct {
+	// Up and Down are bytes in an hour.
+	Up   int64 `json:"up,omitempty"`
+	Down int64 `json:"down,omitempty"`
+	// Conns are tunnels and requests that are open at once.
+	Conns int `json:"conns,omitempty"`
+}
 
 // RealAddresses is a value of Destination.DNS.
 const RealAddresses = "real"

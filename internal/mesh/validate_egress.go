@@ -29,6 +29,7 @@ func (v *validator) destinations() {
 			v.item(d.Origin, "dns:", "dns has no meaning for an address: leave it out")
 		}
 		v.modeOfDestination(d)
+		v.budget(d)
 		for _, p := range d.Private {
 			v.private(d.Origin, p)
 		}
@@ -135,4 +136,19 @@ func ParseCA(text string) ([]*x509.Certificate, error) {
 		return nil, errors.New("holds no certificate")
 	}
 	return out, nil
+}
+
+// maxHourly bounds a budget of bytes: 1 PiB.
+const maxHourly = 1 << 50
+
+// budget refuses what is no amount.
+func (v *validator) budget(d Destination) {
+	for field, n := range map[string]int64{"up": d.Budget.Up, "down": d.Budget.Down} {
+		if n < 0 || n > maxHourly {
+			v.item(d.Origin, field+":", "budget.%s: %d is no number of bytes in an hour", field, n)
+		}
+	}
+	if n := d.Budget.Conns; n < 0 || n > 1_000_000 {
+		v.item(d.Origin, "conns:", "budget.conns: %d is not between 1 and 1000000", n)
+	}
 }

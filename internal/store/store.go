@@ -44,8 +44,8 @@ const (
 const (
 	// MaxKey is the longest kind or key, in bytes.
 	MaxKey = 1024
-	// MaxValue is the largest value, in bytes: a policy of 150,000 rows.
-	MaxValue = 32 << 20
+	// MaxValue is the largest value, in bytes: a policy of 100,000 long rows.
+	MaxValue = 24 << 20
 	// MaxPage is the most rows that one List or Changes returns.
 	MaxPage = 10_000
 	// KeepChanges is how many of the newest changes are kept at least.

@@ -1,0 +1,239 @@
+package egress
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/mesh"
+)
+
+// The kinds of what a budget bounds.
+const (
+	bytesUp = iota
+	bytesDown
+	connections
+	budgetKinds
+)
+
+const (
+	// budgetTime is in what time a budget of bytes is whole again.
+	budgetTime = time.Hour
+	// firstPart is what a gateway takes of a budget until it is told its part.
+	firstPart = 0.1
+	// kib is what bytes are told to the issuer in.
+	kib = 1 << 10
+	// maxPurses bounds the budgets that are in use, and idlePurse is after what
+	// time one is forgotten that is whole.
+	maxPurses = 1 << 14
+	idlePurse = time.Minute
+)
+
+// A purse is what one workload has used of the budget of one destination. What all
+// gateways have used is levelled through the issuer: each is told what all have,
+// and may use its own and an equal part of what is left.
+type purse struct {
+	name string // of its kinds, to the issuer
+
+	mu    sync.Mutex // guards what follows
+	limit mesh.Allowance
+	used  [budgetKinds]float64 // bytes of late; connections that are open
+	part  [budgetKinds]float64 // that this gateway may use
+	at    time.Time            // of used
+	seen  time.Time            // when it was last asked for anything
+}
+
+func limitsOf(a mesh.Allowance) [budgetKinds]float64 {
+	return [budgetKinds]float64{float64(a.Up), float64(a.Down), float64(a.Conns)}
+}
+
+// use takes a limit that may be another than before.
+func (p *purse) use(a mesh.Allowance) {
+	if p.limit == a {
+		return
+	}
+	p.limit = a
+	for k, l := range limitsOf(a) {
+		p.part[k] = l * firstPart
+	}
+	p.part[connections] = max(p.part[connections], min(1, float64(a.Conns)))
+}
+
+// age has what was used come back, in proportion to this gateway's part of it.
+func (p *purse) age(now time.Time) {
+	share := now.Sub(p.at).Seconds() / budgetTime.Seconds()
+	for k := range connections {
+		p.used[k] = max(p.used[k]-share*p.part[k], 0)
+	}
+	p.at = now
+}
+
+// touch is age for who uses the purse.
+func (p *purse) touch(now time.Time) {
+	p.age(now)
+	p.seen = now
+}
+
+// over says which kind is used up.
+func (p *purse) over(more float64) (kind int, is bool) {
+	for k, l := range limitsOf(p.limit) {
+		n := p.used[k]
+		if k == connections {
+			n += more
+		}
+		if l > 0 && (n > p.part[k] || k != connections && more > 0 && n >= p.part[k]) {
+			return k, true
+		}
+	}
+	return 0, false
+}
+
+func (p *purse) refusal(kind int, host string) *Refusal {
+	what := [budgetKinds]string{"bytes up in an hour", "bytes down in an hour", "connections"}[kind]
+	return refuse(ReasonBudget, "this workload has used up its budget of %.0f %s for %s: %.0f of the %.0f that are this gateway's part",
+		limitsOf(p.limit)[kind], what, host, p.used[kind], p.part[kind])
+}
+
+// purses are the budgets in use.
+type purses struct {
+	mu sync.Mutex // guards of
+	of map[purseKey]*purse
+}
+
+type purseKey struct {
+	who  spiffeid.ID
+	host string // of the destination, which may be a pattern
+}
+
+// find gives the purse of a tunnel, nil when its destination has no budget.
+func (ps *purses) find(t *tunnel, now time.Time) (*purse, error) {
+	if t.how.Budget == (mesh.Allowance{}) {
+		return nil, nil
+	}
+	key := purseKey{t.call.Src, t.how.Host}
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	p := ps.of[key]
+	if p == nil {
+		if len(ps.of) >= maxPurses {
+			return nil, refuse(ReasonBudget, "%d budgets are in use, which is the limit", maxPurses)
+		}
+		sum := sha256.Sum256([]byte(key.who.String() + "\n" + key.host))
+		p = &purse{name: "egress/" + hex.EncodeToString(sum[:16]), at: now}
+		if ps.of == nil {
+			ps.of = map[purseKey]*purse{}
+		}
+		ps.of[key] = p
+	}
+	return p, nil
+}
+
+// open counts a tunnel in, or a request. It is counted out by shut.
+func (ps *purses) open(t *tunnel, now time.Time) error {
+	p, err := ps.find(t, now)
+	if p == nil || err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.use(t.how.Budget)
+	p.touch(now)
+	if kind, over := p.over(1); over {
+		return p.refusal(kind, t.how.Host)
+	}
+	p.used[connections]++
+	t.purse = p
+	t.spend = func(up bool, n int) *Refusal {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		kind := bytesDown
+		if up {
+			kind = bytesUp
+		}
+		p.touch(time.Now())
+		p.used[kind] += float64(n)
+		t.spent[kind] += int64(n)
+		if limitsOf(p.limit)[kind] > 0 && p.used[kind] > p.part[kind] {
+			return p.refusal(kind, t.how.Host)
+		}
+		return nil
+	}
+	return nil
+}
+
+// shut counts a tunnel out, with what went through it unseen: its first bytes, or
+// all of a request.
+func (ps *purses) shut(t *tunnel) {
+	p := t.purse
+	if p == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.touch(time.Now())
+	p.used[connections]--
+	p.used[bytesUp] += float64(t.up.Load() - t.spent[bytesUp])
+	p.used[bytesDown] += float64(t.down.Load() - t.spent[bytesDown])
+}
+
+var kindNames = [budgetKinds]string{"-up", "-down", "-conns"}
+
+// Demands are what this gateway's callers have used of budgets, the most first.
+func (g *Gateway) Demands() (list []mesh.Demand) {
+	now := time.Now()
+	ps := &g.tunnels.purses
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	for key, p := range ps.of {
+		p.mu.Lock()
+		p.age(now)
+		if now.Sub(p.seen) > idlePurse && p.used == [budgetKinds]float64{} {
+			delete(ps.of, key)
+		}
+		for k, l := range limitsOf(p.limit) {
+			if l > 0 {
+				list = append(list, mesh.Demand{Quota: mesh.Quota{Route: p.name + kindNames[k]}, Calls: uint32(min(units(k, p.used[k])+0.999, 1<<31))})
+			}
+		}
+		p.mu.Unlock()
+	}
+	slices.SortFunc(list, func(a, b mesh.Demand) int {
+		return cmp.Or(cmp.Compare(b.Calls, a.Calls), strings.Compare(a.Route, b.Route))
+	})
+	return list
+}
+
+// units are what the issuer counts in.
+func units(kind int, n float64) float64 {
+	if kind == connections {
+		return n
+	}
+	return n / kib
+}
+
+// Share takes this gateway's part of budgets. It holds until there is another.
+func (g *Gateway) Share(totals []mesh.Total) {
+	of := make(map[string]mesh.Total, len(totals))
+	for _, t := range totals {
+		of[t.Route] = t
+	}
+	ps := &g.tunnels.purses
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	for _, p := range ps.of {
+		p.mu.Lock()
+		for k, l := range limitsOf(p.limit) {
+			if t, ok := of[p.name+kindNames[k]]; ok && l > 0 {
+				one := l / units(k, l)
+				p.part[k] = t.Part(units(k, l), uint32(units(k, p.used[k]))) * one
+			}
+		}
+		p.mu.Unlock()
+	}
+}

@@ -1,0 +1,149 @@
+package egress
+
+import (
+	"fmt"
+	"io"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
+)
+
+// budgetWorld lets billing out to a host with a budget.
+func budgetWorld(t *testing.T, budget string) *world {
+	t.Helper()
+	w := newWorld(t, nil)
+	rows := access + "p, metered, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:metered.test, *, CONNECT, -, -, allow\n"
+	w.use(w.policy(rows, fmt.Sprintf("  - host: metered.test\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n    budget: %s\n", w.db.addr, budget)))
+	return w
+}
+
+// alone has a gateway told that it is the only one.
+func (w *world) alone() {
+	var totals []mesh.Total
+	for _, d := range w.gw.Demands() {
+		totals = append(totals, mesh.Total{Quota: d.Quota, Calls: uint64(d.Calls), Proxies: 1, Issuers: 1})
+	}
+	w.gw.Share(totals)
+}
+
+// TestBudgetOfConnections refuses one more than a workload may have, and takes it
+// again when one has ended.
+func TestBudgetOfConnections(t *testing.T) {
+	w := budgetWorld(t, "{conns: 2}")
+	one, ref := dial1(w, billing, "metered.test:5432")
+	if ref != nil {
+		t.Fatalf("the first: %+v", ref)
+	}
+	if _, ref := dial1(w, billing, "metered.test:5432"); ref == nil || ref.status != 429 {
+		t.Fatalf("the second before the gateway knows its part: %+v", ref)
+	}
+	w.alone()
+	if _, ref := dial1(w, billing, "metered.test:5432"); ref != nil {
+		t.Fatalf("the second: %+v", ref)
+	}
+	if _, ref := dial1(w, billing, "metered.test:5432"); ref == nil || ref.status != 429 {
+		t.Fatalf("the third: %+v", ref)
+	}
+	w.until("the refusal", func(r audit.Record) bool { return r.Reason == string(ReasonBudget) && r.Src == billing.String() })
+	one.Close()
+	w.until("the end of the first", kind(audit.KindEgressClose))
+	if _, ref := dial1(w, billing, "metered.test:5432"); ref != nil {
+		t.Errorf("when one has ended: %+v", ref)
+	}
+}
+
+// TestBudgetOfBytes ends a tunnel that sends more than its budget has, and opens no
+// other.
+func TestBudgetOfBytes(t *testing.T) {
+	w := budgetWorld(t, "{up: 1000000}")
+	tun, ref := dial1(w, billing, "metered.test:5432")
+	if ref != nil {
+		t.Fatalf("refused: %+v", ref)
+	}
+	echoes(t, tun)
+	go func() { _, _ = io.Copy(io.Discard, tun) }()
+	sent := 0
+	for piece := make([]byte, 10_000); sent < 1_000_000; {
+		n, err := tun.Write(piece)
+		sent += n
+		if err != nil {
+			break
+		}
+	}
+	end := w.until("its end", kind(audit.KindEgressClose))
+	if end.Reason != string(ReasonBudget) || end.BytesUp < 100_000 || end.BytesUp > 500_000 {
+		t.Errorf("ended for %q after %d bytes, want the first part of the budget", end.Reason, end.BytesUp)
+	}
+	w.until("the refusal", func(r audit.Record) bool { return r.Kind == audit.KindDecision && r.Reason == string(ReasonBudget) })
+	if _, ref := dial1(w, billing, "metered.test:5432"); ref == nil || ref.status != 429 {
+		t.Errorf("another one: %+v", ref)
+	}
+	w.alone()
+	if tun, ref := dial1(w, billing, "metered.test:5432"); ref != nil {
+		t.Errorf("with the whole budget: %+v", ref)
+	} else {
+		echoes(t, tun)
+	}
+}
+
+// TestBudgetIsLevelled has two gateways use one budget, and the issuer tell each
+// what both have used.
+func TestBudgetIsLevelled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 100 << 20
+		var gws [2]Gateway
+		use := func(i, n int) (used int) { // pieces of 64 KiB
+			tun := &tunnel{call: authz.Call{Src: billing}, how: mesh.Destination{Host: "x.test", Budget: mesh.Allowance{Up: limit}}}
+			if gws[i].tunnels.purses.open(tun, time.Now()) != nil {
+				return 0
+			}
+			for used = 0; used < n; used++ {
+				tun.up.Add(64 << 10)
+				if tun.spend(true, 64<<10) != nil {
+					break
+				}
+			}
+			gws[i].tunnels.purses.shut(tun)
+			return used
+		}
+		told := func() {
+			sums := map[mesh.Quota]*mesh.Total{}
+			for i := range gws {
+				for _, d := range gws[i].Demands() {
+					if sums[d.Quota] == nil {
+						sums[d.Quota] = &mesh.Total{Quota: d.Quota, Issuers: 1}
+					}
+					sums[d.Quota].Calls += uint64(d.Calls)
+					sums[d.Quota].Proxies++
+				}
+			}
+			for i := range gws {
+				for _, s := range sums {
+					gws[i].Share([]mesh.Total{*s})
+				}
+			}
+		}
+		const whole, second = limit / (64 << 10), 16 // pieces in all; in a second
+		total := use(0, 1) + use(1, 1)
+		for range 300 { // one has three times as much to send as the other
+			told()
+			total += use(0, 3*second) + use(1, second)
+			time.Sleep(time.Second)
+		}
+		back := whole * 300 / 3600 // what has come back meanwhile
+		if most := whole + back + 8*second; total > most || total < whole*9/10 {
+			t.Errorf("%d pieces were sent of %d, with %d that came back; at most %d", total, whole, back, most)
+		}
+		time.Sleep(2 * budgetTime)
+		told() // forgets both
+		use(0, 1)
+		told()
+		if n := use(0, whole); n < whole*9/10 {
+			t.Errorf("%d pieces after two hours, want %d", n, whole)
+		}
+	})
+}
