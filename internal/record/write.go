@@ -17,7 +17,7 @@ var errEnded = errors.New("connection was ended in this direction")
 // errDead is returned by Write when an alert has ended the connection.
 var errDead = errors.New("connection was ended by an alert")
 
-// Write sends p: as many records as it takes, up to 256 KiB in one call.
+// Write sends p: as many records as it takes, up to 128 KiB in one call.
 func (c *Conn) Write(p []byte) (int, error) {
 	c.wmu.Lock()
 	defer c.wmu.Unlock()

@@ -10,13 +10,14 @@ import (
 // move, not the connections that are open.
 const (
 	Small = 16 << 10
-	// Large is what crosses the kernel in one call.
-	Large = 256 << 10
+	// Large is what crosses the kernel in one call. Twice as much is not faster,
+	// and does not stay in the cache between the kernel and the cipher.
+	Large = 128 << 10
 	// smallMore and largeMore are what a protocol may add to so many bytes: TLS
 	// puts 22 to each 16 KiB, and what changes the keys before them.
 	smallMore = 2 << 10
 	largeMore = 1 << 10
-	// maxLarge bounds the large buffers of a process: 64 MiB. A transfer that
+	// maxLarge bounds the large buffers of a process: 32 MiB. A transfer that
 	// finds none left makes do with a small one.
 	maxLarge = 256
 )
