@@ -133,14 +133,18 @@ func (a *attack) drive(stands func()) error {
 	kinds := map[string]func(func()) error{
 		kindIdle: a.idle, kindLoris: a.loris, kindDeaf: a.deaf, kindResets: a.reset, kindRapid: a.rapid, kindHopReset: a.hopReset,
 	}
-	first := true
+	first, patience := true, 40
 	for a.ctx.Err() == nil {
 		err := kinds[a.Kind](func() { first = false; stands() })
 		if a.ctx.Err() != nil {
 			return nil
 		}
-		if first {
-			return fmt.Errorf("the first connection: %w", err)
+		if first { // the door may still be shut because of the attack before
+			if patience--; patience < 0 {
+				return fmt.Errorf("the first connection: %w", err)
+			}
+			time.Sleep(50 * time.Millisecond)
+			continue
 		}
 		if err != nil {
 			a.cut.Add(1)
