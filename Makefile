@@ -213,6 +213,13 @@ bench-route: ## what routes cost a call, part by part (ARGS="-rounds 9")
 	@go build -o $(BIN)/bench-route ./bench/route
 	@$(BIN)/bench-route $(ARGS)
 
+.PHONY: bench-shadow
+bench-shadow: ## what a call notices of a shadow that answers, hangs, or is dead (ARGS="-rounds 9")
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
+	@go build -o $(BIN)/bench-shadow ./bench/shadow
+	@$(BIN)/bench-shadow -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (60s)
 	@for p in $$(go list ./internal/... ./cmd/...); do \

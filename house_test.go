@@ -33,7 +33,7 @@ var floors = [][]string{
 var beside = []string{
 	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest", "internal/page/pagetest",
 	"bench", "bench/egress", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
-	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "bench/dns", "test",
+	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "bench/dns", "bench/shadow", "test",
 }
 
 // never lists what must not be linked into a program, however indirectly.

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -233,6 +234,7 @@ func TestShadow(t *testing.T) {
 		with := w.load("a shadow that hangs, 100 %")
 		t.Logf("p99 with it %.2f of that without", float64(with)/float64(without))
 		w.await("count what was dropped", func() bool { c := w.copies(); return c["queue_full"] != "" && c["timeout"] != "" })
+		w.nobodyWaits(t)
 		w.copied.hangs.Store(false)
 	})
 	t.Run("one that answers changes nothing", func(t *testing.T) {
@@ -253,6 +255,34 @@ func TestShadow(t *testing.T) {
 		<-done
 		t.Logf("outcomes: %v", w.copies())
 	})
+}
+
+// nobodyWaits shows, without a clock, that no call is held up by its copy: while the
+// shadow answers nothing, more calls than can be copied at once are answered, one
+// after the other, and each copy is accounted for.
+func (w *shadowed) nobodyWaits(t *testing.T) {
+	const calls = 40 // 4 are copied at once, and 8 may wait for that
+	was, primary := w.copies(), w.first.calls.Load()
+	for n := range calls {
+		w.get(n)
+	}
+	if n := w.first.calls.Load() - primary; n != calls {
+		t.Errorf("the primary got %d of %d calls", n, calls)
+	}
+	count := func(c map[string]string, outcome string) (n int) {
+		n, _ = strconv.Atoi(c[outcome]) // none: 0
+		return n
+	}
+	w.await("account for each copy", func() bool {
+		now, n := w.copies(), 0
+		for outcome := range now {
+			n += count(now, outcome) - count(was, outcome)
+		}
+		return n >= calls
+	})
+	if now := w.copies(); count(now, "answered") != count(was, "answered") {
+		t.Errorf("%s copies were answered by a shadow that hangs, %s before", now["answered"], was["answered"])
+	}
 }
 
 // archive looks at what was kept as an auditor does.

@@ -12,10 +12,10 @@ import (
 	"time"
 )
 
-// Metric adds up the samples of a metric of the issuer, by the value of its
+// Metric adds up the samples of a metric of a program of ours, by the value of its
 // first label.
-func (i *Issuer) Metric(ctx context.Context, name string) (map[string]float64, error) {
-	body, err := get(ctx, i.admin, "/metrics")
+func (p *Process) Metric(ctx context.Context, name string) (map[string]float64, error) {
+	body, err := get(ctx, p.admin, "/metrics")
 	if err != nil {
 		return nil, err
 	}

@@ -123,11 +123,14 @@ func (i *Issuer) policies() string { return i.path("policies") }
 
 // WritePolicy puts a policy file in place in one step, as an edit is made.
 func (i *Issuer) WritePolicy(name, text string) error {
-	tmp := i.path("edit-" + name)
+	tmp, file := i.path("edit-"+filepath.Base(name)), filepath.Join(i.policies(), name)
+	if err := os.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return err
+	}
 	if err := os.WriteFile(tmp, []byte(text), 0o600); err != nil {
 		return err
 	}
-	return os.Rename(tmp, filepath.Join(i.policies(), name))
+	return os.Rename(tmp, file)
 }
 
 // Push pushes the policy files as they are, as sallyport policy push does.

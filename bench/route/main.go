@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"sallyport/bench/rig"
@@ -33,15 +34,16 @@ func parts() []part {
 
 func main() {
 	rounds := flag.Int("rounds", 5, "rounds of all parts")
+	only := flag.String("parts", "", "only those whose name has this in it")
 	flag.Parse()
-	if err := measure(*rounds); err != nil {
+	all := slices.DeleteFunc(parts(), func(p part) bool { return !strings.Contains(p.name, *only) })
+	if err := measure(*rounds, all); err != nil {
 		fmt.Fprintf(os.Stderr, "bench-route: %v\n", err)
 		os.Exit(1)
 	}
 }
 
-func measure(rounds int) error {
-	all := parts()
+func measure(rounds int, all []part) error {
 	ns, allocs := map[string][]float64{}, map[string]float64{}
 	result := rig.Result{Name: "bench-route", Figures: map[string]float64{}}
 	for range rounds {
