@@ -86,6 +86,7 @@ func TestDemoInterrupted(t *testing.T) {
 	p.await("show a denial", func() bool {
 		return strings.Contains(p.out.String(), "deny")
 	})
+	p.looksAtThePage()
 	if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)
 	}

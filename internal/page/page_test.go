@@ -3,10 +3,13 @@ package page_test
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"io"
 	"io/fs"
+	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -237,6 +240,88 @@ func TestAWriteIsCheckedAndRecordedFirst(t *testing.T) {
 	}
 	if code, _ := s.do("POST", "/rollout", `{"service":"pay-cart","route":"default","move":"abort"}`); code != 409 {
 		t.Errorf("abort of what is over: %d, want 409", code)
+	}
+}
+
+// TestAnIdentityNeedsARow looks at the page by mutual TLS.
+func TestAnIdentityNeedsARow(t *testing.T) {
+	m := pagetest.New(30, time.Now())
+	conf := m.Config()
+	revoked := ""
+	conf.Revoked = func(serial string) bool { return serial == revoked }
+	p, err := page.New(conf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := p.NewLink(t.Context()); err == nil {
+		t.Error("a page that is not of this machine alone has a link")
+	}
+	const ops = "spiffe://corp.example/ns/ops/sa/oncall"
+	ask := func(method, path, id, csrf, body string, change ...func(*x509.Certificate)) (int, string) {
+		r := httptest.NewRequest(method, "https://page.corp.example"+path, strings.NewReader(body))
+		if id != "" {
+			u, err := url.Parse(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			leaf := &x509.Certificate{URIs: []*url.URL{u}, SerialNumber: big.NewInt(7), NotAfter: time.Now().Add(time.Hour)}
+			for _, f := range change {
+				f(leaf)
+			}
+			r.TLS = &tls.ConnectionState{PeerCertificates: []*x509.Certificate{leaf}}
+		}
+		if method == "POST" {
+			r.Header.Set("Origin", "https://page.corp.example")
+			r.Header.Set("Sallyport-Csrf", csrf)
+		}
+		w := httptest.NewRecorder()
+		p.Handler().ServeHTTP(w, r)
+		return w.Code, w.Body.String()
+	}
+	if code, _ := ask("GET", "/view/denied", "", "", ""); code != 401 {
+		t.Errorf("without a certificate: %d", code)
+	}
+	for range 3 {
+		if code, body := ask("GET", "/view/denied", ops, "", ""); code != 403 || !strings.Contains(body, "page.View") {
+			t.Errorf("without a row: %d %s", code, body)
+		}
+	}
+	if n := len(m.Calls); n != 1 || m.Calls[0].Allowed {
+		t.Errorf("%d refusals are recorded, want one a minute", n)
+	}
+	m.Admin(mesh.AdminRule{ID: "see", Caller: "spiffe://corp.example/ns/ops/**", Method: "page.View", On: mesh.Any, Effect: mesh.Allow})
+	if code, _ := ask("GET", "/view/denied", ops, "", ""); code != 200 {
+		t.Errorf("a viewer: %d", code)
+	}
+	for name, f := range map[string]func(*x509.Certificate){
+		"expired":          func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
+		"of another trust": func(c *x509.Certificate) { c.URIs[0].Host = "other.example" },
+		"of two names":     func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) },
+		"revoked":          func(c *x509.Certificate) { revoked = "7" },
+	} {
+		if code, _ := ask("GET", "/view/denied", ops, "", "", f); code != 401 {
+			t.Errorf("a certificate that is %s: %d, want 401", name, code)
+		}
+		revoked = ""
+	}
+	_, body := ask("GET", "/session", ops, "", "")
+	var got struct{ Csrf string }
+	if err := json.Unmarshal([]byte(body), &got); err != nil {
+		t.Fatal(err)
+	}
+	const move = `{"service":"shop-cart","route":"default","move":"abort"}`
+	if code, _ := ask("POST", "/rollout", ops, got.Csrf, move); code != 403 || len(m.Moves) > 0 {
+		t.Errorf("a viewer aborts: %d", code)
+	}
+	m.Admin(mesh.AdminRule{ID: "run", Caller: ops, Method: "page.*", On: mesh.Any, Effect: mesh.Allow})
+	if code, _ := ask("POST", "/rollout", ops, strings.Repeat("0", 64), move); code != 403 || len(m.Moves) > 0 {
+		t.Errorf("another site has an operator abort: %d", code)
+	}
+	if code, body := ask("POST", "/rollout", ops, got.Csrf, move); code != 204 || len(m.Moves) != 1 || m.Moves[0].By != ops {
+		t.Errorf("an operator aborts: %d %s %+v", code, body, m.Moves)
+	}
+	if code, _ := ask("POST", "/session", ops, "", `{"token":"x"}`); code != 400 {
+		t.Errorf("a token by mutual TLS: %d", code)
 	}
 }
 

@@ -155,13 +155,26 @@ func evaluate[T any](b *tab, expression string) T {
 	return v
 }
 
-// is waits until an expression of the page is true.
+// is waits until an expression of the page is true. A page that is being loaded
+// has no answer yet.
 func (b *tab) is(expression string) {
 	b.t.Helper()
-	_, err := chromedp.Run(b.ctx, chromedp.Poll[bool](expression, chromedp.WithPollingInterval(20*time.Millisecond), chromedp.WithPollingTimeout(30*time.Second)))
-	if err != nil {
-		b.t.Fatalf("it does not come to be that %s: %v; the page is at %s and says:\n%.600s", expression, err,
-			evaluate[string](b, "location.pathname + location.search"), evaluate[string](b, `document.querySelector("main").innerText`))
+	late := time.After(30 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		so, err := chromedp.Run(b.ctx, chromedp.Evaluate[bool](expression))
+		if so && err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			b.t.Fatalf("it does not come to be that %s: %v; the page is at %s and says:\n%.600s", expression, err,
+				b.text("location.pathname + location.search"), b.text(`document.querySelector("main").innerText`))
+		case <-b.ctx.Done():
+			b.t.Fatal(b.ctx.Err())
+		}
 	}
 }
 
