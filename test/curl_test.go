@@ -1,6 +1,7 @@
 package test
 
 import (
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -15,7 +16,9 @@ func TestCurl(t *testing.T) {
 	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)
 	shop := w.startOutside("shop.test")
-	w.extend("egress.yaml", shop.originated("shop.test"))
+	look := w.startOutside("look.test")
+	w.extend("egress.yaml", shop.originated("shop.test")+strings.Replace(look.originated("look.test"), "tls: originate", "tls: inspect", 1))
+	w.extend("access.csv", "p, bill-look-1, out, "+id("/ns/shop/sa/billing")+", host:look.test, 443, GET, /v1/**, env.sni=same, allow\n")
 	w.extend("access.csv", "p, bill-shop-1, out, "+id("/ns/shop/sa/billing")+", host:shop.test, 443, GET|POST, /v1/**, env.sni=same, allow\n")
 	w.startIssuer()
 	gw := w.startGateway()
@@ -82,6 +85,18 @@ func TestCurl(t *testing.T) {
 			return r.Kind == "egress_close" && r.Src == id("/ns/shop/sa/billing") && r.Dst == "host:shop.test" && r.Verb == "POST"
 		})
 		isRefusal(t, read(t, ask[runReply](payment, "/run", curl("http://shop.test/v1/1"))))
+	})
+	t.Run("a call out is inspected where the policy says so", func(t *testing.T) {
+		ca := w.inspection(bill)
+		billing.await(ca, func() bool { _, err := os.Stat(ca); return err == nil })
+		p := read(t, ask[runReply](billing, "/run", curl("--cacert", ca, "https://look.test/v1/a")))
+		if p.status != "200" || !strings.Contains(p.body, `"path":"/v1/a"`) {
+			t.Errorf("not the answer of the site: %+v", p)
+		}
+		isRefusal(t, read(t, ask[runReply](billing, "/run", curl("--cacert", ca, "https://look.test/admin"))))
+		if r := ask[runReply](billing, "/run", curl("--cacert", ca, "https://api.stripe.test/v1/charges")); r.Code != 60 { // an authority that curl does not know
+			t.Errorf("the gateway stands in for a host that is not inspected: curl ended with %d:\n%s", r.Code, r.Output)
+		}
 	})
 	t.Run("a call out by SOCKS goes through the gateway", func(t *testing.T) {
 		socks := []string{"--noproxy", "", "--proxy", "socks5h://" + bill.out, "--cacert", site.ca}

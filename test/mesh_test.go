@@ -44,10 +44,14 @@ outbound:
     - {service: billing, listen: %q}
 `, n.in, n.app, n.out, n.billing)
 	if n.gateways != "" {
-		c += fmt.Sprintf("egress: {gateway: %s, addresses: [%q]}\n", id("/ns/edge/sa/gateway"), n.gateways)
+		c += fmt.Sprintf("egress: {gateway: %s, addresses: [%q], inspection: %q}\n", id("/ns/edge/sa/gateway"), n.gateways, w.inspection(n))
 	}
 	return c
 }
+
+// inspection is the file by which a node's workload trusts gateways that stand in
+// for hosts.
+func (w *world) inspection(n *node) string { return w.path(n.name + "-inspection.pem") }
 
 // startNode starts the sidecar and its workload, which serves clear HTTP on
 // the node's app port.

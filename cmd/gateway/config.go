@@ -52,6 +52,12 @@ type Config struct {
 	// names that egress.yaml has them under.
 	Secrets []SecretConfig `yaml:"secrets"`
 
+	// InspectionKey is the file with the key by which the gateway stands in for hosts
+	// whose destination says tls: inspect. Gateways that have the same are trusted
+	// together. It is made if it is not there. Default: "inspection.key" inside
+	// DataDir.
+	InspectionKey string `yaml:"inspection_key"`
+
 	Issuer  agent.Join           `yaml:"issuer"`
 	Policy  agent.Policy         `yaml:"policy"`
 	Limits  LimitsConfig         `yaml:"limits"`
@@ -310,6 +316,9 @@ func (c NamesConfig) validate() error {
 func (c *Config) fill() {
 	if c.RunDir == "" {
 		c.RunDir = filepath.Join(c.DataDir, "run")
+	}
+	if c.InspectionKey == "" {
+		c.InspectionKey = filepath.Join(c.DataDir, "inspection.key")
 	}
 	c.Drain = c.Drain.WithDefaults()
 	if !c.Names.Virtual.IsValid() {

@@ -48,6 +48,8 @@ type gateway struct {
 	// inForce is the snapshot that the judge has the rules of.
 	inForce atomic.Pointer[mesh.Snapshot]
 	egress  *egress.Gateway
+	// inspector stands in for hosts that are inspected.
+	inspector *egress.Inspector
 	// names answers DNS questions; nil when nobody asks here.
 	names *nameserver.Names
 
@@ -195,6 +197,9 @@ func (gw *gateway) open() (err error) {
 	if err = gw.openNames(); err != nil {
 		return err
 	}
+	if gw.inspector, err = egress.OpenInspector(cfg.InspectionKey); err != nil {
+		return err
+	}
 	edges := telemetry.NewEdges()
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
@@ -209,7 +214,7 @@ func (gw *gateway) open() (err error) {
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
 		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges,
-		Secrets: cfg.secrets(), Limits: cfg.Limits.egress(),
+		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(),
 	})
 	if err != nil {
 		return err
@@ -282,6 +287,9 @@ func (gw *gateway) use(snap *mesh.Snapshot) error {
 	ways := mesh.Snapshot{TrustDomain: snap.TrustDomain, Services: snap.Services, Destinations: snap.Destinations, Routes: snap.Routes}
 	if err := ways.Validate(); err != nil {
 		return fmt.Errorf("destinations and routes: %w", err)
+	}
+	if err := gw.inspector.Use(snap); err != nil {
+		return err
 	}
 	gw.judge.Use(set)
 	if gw.names != nil {

@@ -138,6 +138,10 @@ type EgressConfig struct {
 	Gateway spiffeid.ID `yaml:"gateway"`
 	// Addresses are the gateways, tried in turn.
 	Addresses []netip.AddrPort `yaml:"addresses"`
+	// Inspection is a file that is kept for the workload: the certificate, in PEM, by
+	// which gateways stand in for hosts whose destination says tls: inspect, and for
+	// no others. Default: none is kept.
+	Inspection string `yaml:"inspection"`
 }
 
 // TLSConfig is about mutual TLS in the mesh, which is always 1.3.

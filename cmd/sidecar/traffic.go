@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"os"
 	"syscall"
 
@@ -119,4 +120,17 @@ func gatewaySnapshot(c EgressConfig) *mesh.Snapshot {
 		snap.Endpoints = append(snap.Endpoints, mesh.Endpoint{Service: proxy.GatewayName, Address: a})
 	}
 	return snap
+}
+
+// advertised is where peers reach this sidecar.
+func (s *sidecar) advertised() netip.AddrPort {
+	in := s.cfg.Inbound
+	if in.Advertise.IsValid() || in.Listen == "" {
+		return in.Advertise
+	}
+	a, err := netip.ParseAddrPort(in.Listen)
+	if err != nil || a.Addr().IsUnspecified() {
+		return netip.AddrPort{}
+	}
+	return a
 }

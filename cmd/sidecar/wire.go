@@ -307,19 +307,6 @@ func (s *sidecar) duties(ground context.Context, g *errgroup.Group) {
 	}
 }
 
-// advertised is where peers reach this sidecar.
-func (s *sidecar) advertised() netip.AddrPort {
-	in := s.cfg.Inbound
-	if in.Advertise.IsValid() || in.Listen == "" {
-		return in.Advertise
-	}
-	a, err := netip.ParseAddrPort(in.Listen)
-	if err != nil || a.Addr().IsUnspecified() {
-		return netip.AddrPort{}
-	}
-	return a
-}
-
 // use puts a snapshot in force: nothing is changed before all of it is good.
 func (s *sidecar) use(snap *mesh.Snapshot) error {
 	set, err := authz.Compile(snap)
@@ -527,6 +514,7 @@ func (s *sidecar) awaitApp(ground context.Context) bool {
 func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain func(), run daemon.Run, stdout, stderr io.Writer) error {
 	s.ready.Expect(readyDoors)
 	g.Go(func() error { return s.follow(ground, g) })
+	g.Go(func() error { return s.keepInspection(ground) })
 	self, err := s.agent.AwaitPolicy(either(stop, ground))
 	if err != nil || stop.Err() != nil {
 		return nil //nolint:nilerr // asked to stop before it began

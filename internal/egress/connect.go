@@ -385,17 +385,21 @@ const (
 // alertTime is how long a caller may take to read one.
 const alertTime = time.Second
 
+// alertFor is the alert that tells of a reason, 0 for none.
+func alertFor(reason Reason) byte {
+	switch reason {
+	case ReasonSNI, ReasonNoSNI, ReasonECH:
+		return alertUnrecognizedName
+	case ReasonHello:
+		return alertDecodeError
+	}
+	return 0
+}
+
 // finish ends t before any byte was relayed, with a fatal TLS alert if the
 // caller speaks TLS.
 func (t *tunnel) finish(s stream, reason Reason) {
-	alert := byte(0)
-	switch reason {
-	case ReasonSNI, ReasonNoSNI, ReasonECH:
-		alert = alertUnrecognizedName
-	case ReasonHello:
-		alert = alertDecodeError
-	}
-	if alert != 0 {
+	if alert := alertFor(reason); alert != 0 {
 		// A caller that does not read would keep t for ever.
 		timer := time.AfterFunc(alertTime, func() { t.stop(reason) })
 		defer timer.Stop()

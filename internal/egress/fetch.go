@@ -58,6 +58,11 @@ type fetch struct {
 // inside answers the requests that come in a tunnel to a host that the gateway
 // asks itself.
 func (g *Gateway) inside(ctx context.Context, t *tunnel, c net.Conn, a *asker) {
+	if t.how.TLS == mesh.Inspect {
+		if c = g.standIn(ctx, t, c); c == nil {
+			return
+		}
+	}
 	a.hc, a.who, a.in = http1.NewConn(c, http1.Limits{}), t.who, t
 	defer a.hc.Release()
 	var req http1.Request
@@ -78,6 +83,9 @@ func (g *Gateway) inside(ctx context.Context, t *tunnel, c net.Conn, a *asker) {
 
 // ask answers one request, and says whether the connection may carry another.
 func (g *Gateway) ask(ctx context.Context, a *asker, req *http1.Request) (keep bool) {
+	if keep, told := g.tellInspection(a, req); told {
+		return keep
+	}
 	f, ans := g.fetch(ctx, a, req)
 	if ans == nil {
 		defer g.tunnels.remove(f.tunnel)
@@ -128,7 +136,7 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 		return nil, g.denied(t, err)
 	}
 	t.id, t.rule = f.grant.ID(), f.grant.Rule()
-	if howErr == nil && !asksHTTP(t.how) {
+	if howErr == nil && (!asksHTTP(t.how) || t.how.TLS == mesh.Inspect && a.in == nil) {
 		howErr = refuse(ReasonMethod, "%s is reached by CONNECT: its destination says neither proto: http nor tls: originate", host)
 	}
 	if howErr != nil {
@@ -373,7 +381,7 @@ func (f *fetch) recordEnd(reason Reason) {
 func (f *fetch) lend(fresh bool) (*origin, error) {
 	key := originKey{host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, secret: f.secret}
 	if !fresh {
-		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, "", to) }); o != nil {
+		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }); o != nil {
 			f.leads(o.to)
 			return o, nil
 		}

@@ -423,3 +423,17 @@ func TestDrainEndsStreamsThatWait(t *testing.T) {
 		t.Errorf("the stream ended with %v, want %v", err, hop.ErrRefused)
 	}
 }
+
+// TestPipelinedRequestsAreJudgedOneByOne has two come in one piece.
+func TestPipelinedRequestsAreJudgedOneByOne(t *testing.T) {
+	w, s := askWorld(t)
+	c := w.askOnStream(w.streamsOn(billing))
+	const first = "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"
+	res, body := c.ask(t, first+strings.Replace(first, "/v1/a", "/admin", 1))
+	if r := <-s.seen; res.StatusCode != 200 || body != "served" || r.URL.Path != "/v1/a" {
+		t.Fatalf("the first: %d %q", res.StatusCode, body)
+	}
+	if res, err := http.ReadResponse(c.br, nil); err != nil || res.StatusCode != 403 || len(s.seen) > 0 {
+		t.Errorf("the second: %+v, %v", res, err)
+	}
+}

@@ -125,6 +125,9 @@ type Config struct {
 	Roots *x509.CertPool
 	// Secrets are what destinations may have injected. Default: none.
 	Secrets *Secrets
+	// Inspector stands in for hosts that are inspected. Without it nobody reaches
+	// them.
+	Inspector *Inspector
 	// Guard screens addresses. Default: the zero Guard.
 	Guard *Guard
 	// Audit keeps what the Judge does not know: tunnels opened and closed, and

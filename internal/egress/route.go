@@ -26,7 +26,7 @@ func routeOf(s *mesh.Snapshot, h Host) (mesh.Destination, error) {
 	how.Proto = cmp.Or(how.Proto, mesh.ProtoTLS)
 	how.SNI = cmp.Or(how.SNI, sniStrict)
 	switch {
-	case how.Proto == mesh.ProtoTCP && how.TLS == "", how.Proto == mesh.ProtoTLS && how.TLS == "":
+	case how.Proto == mesh.ProtoTCP && how.TLS == "", how.Proto == mesh.ProtoTLS && (how.TLS == "" || how.TLS == mesh.Inspect):
 	case how.Proto == mesh.ProtoHTTP && (how.TLS == "" || how.TLS == mesh.Originate):
 	default:
 		return how, refuse(ReasonNoPolicy, "the destination of %s has protocol %q and tls %q, which this gateway does not know", name, how.Proto, how.TLS)
@@ -35,7 +35,9 @@ func routeOf(s *mesh.Snapshot, h Host) (mesh.Destination, error) {
 }
 
 // asksHTTP says whether the gateway asks the host itself, request by request.
-func asksHTTP(how mesh.Destination) bool { return how.Proto == mesh.ProtoHTTP }
+func asksHTTP(how mesh.Destination) bool {
+	return how.Proto == mesh.ProtoHTTP || how.TLS == mesh.Inspect
+}
 
 // portOf is the port of the host that a request for a port leads to, and by which
 // it is judged: who says http means the port of https where the gateway makes that

@@ -140,8 +140,8 @@ type Destination struct {
 	Host string `json:"host"`
 	// Proto is what the workload speaks: "tls" (default), "http" or "tcp".
 	Proto string `json:"proto"`
-	// TLS is what a gateway does about it: nothing when empty, or Originate. With
-	// that, and with proto "http", each request is judged by itself.
+	// TLS is what a gateway does about it: nothing when empty, Originate or Inspect.
+	// With these, and with proto "http", each request is judged by itself.
 	TLS string `json:"tls,omitempty"`
 	// CA are certificates in PEM, to which that of the host must lead. Default:
 	// those that the gateway's system trusts.
@@ -187,9 +187,15 @@ func (i *Inject) For(path string) bool {
 	return slices.ContainsFunc(i.Paths, func(p string) bool { return MatchPath(p, path) })
 }
 
-// Originate is a value of Destination.TLS: requests come in the clear, and go on
-// to the host over TLS under its own name.
-const Originate = "originate"
+// The values of Destination.TLS beside none.
+const (
+	// Originate: requests come in the clear, and go on to the host over TLS under its
+	// own name.
+	Originate = "originate"
+	// Inspect: requests come over TLS that ends at the gateway, which stands in for
+	// the host, and go on as with Originate.
+	Inspect = "inspect"
+)
 
 // The values of Destination.Proto.
 const (

@@ -60,12 +60,14 @@ func (v *validator) spoken(d *Destination) {
 		v.item(d.Origin, d.SNI, "unknown sni %q%s", d.SNI, didYouMean(d.SNI, []string{"strict", "optional"}))
 	}
 	switch {
-	case d.TLS != "" && d.TLS != Originate:
-		v.item(d.Origin, d.TLS, "unknown tls %q%s", d.TLS, didYouMean(d.TLS, []string{"passthrough", Originate}))
+	case d.TLS != "" && d.TLS != Originate && d.TLS != Inspect:
+		v.item(d.Origin, d.TLS, "unknown tls %q%s", d.TLS, didYouMean(d.TLS, []string{"passthrough", Originate, Inspect}))
+	case d.TLS == Inspect && d.Proto != ProtoTLS:
+		v.item(d.Origin, "proto:", "tls: inspect takes requests over TLS: write proto: tls, or leave it out")
 	case d.TLS == Originate && d.Proto != ProtoHTTP:
 		v.item(d.Origin, "proto:", "tls: originate takes requests of HTTP in the clear: write proto: http, or leave it out")
-	case d.TLS == Originate && isAddress(d.Host):
-		v.item(d.Origin, d.Host, "host %q is an address: tls: originate needs the name that the host's certificate is for", d.Host)
+	case d.TLS != "" && isAddress(d.Host):
+		v.item(d.Origin, d.Host, "host %q is an address: tls: %s needs the name that the host's certificate is for", d.Host, d.TLS)
 	}
 	if d.Inject != nil {
 		v.inject(d)
@@ -74,7 +76,7 @@ func (v *validator) spoken(d *Destination) {
 		return
 	}
 	if d.TLS == "" {
-		v.item(d.Origin, "ca:", "ca has no meaning where the gateway speaks no TLS: write tls: originate, or leave it out")
+		v.item(d.Origin, "ca:", "ca has no meaning where the gateway speaks no TLS: write tls: originate or tls: inspect, or leave it out")
 		return
 	}
 	if _, err := ParseCA(d.CA); err != nil {
@@ -88,7 +90,7 @@ var notInjected = []string{"host", "content-length", "transfer-encoding", "conne
 func (v *validator) inject(d *Destination) {
 	i := d.Inject
 	if d.TLS == "" {
-		v.item(d.Origin, "inject:", "inject has no meaning where the gateway speaks no TLS of its own: write tls: originate")
+		v.item(d.Origin, "inject:", "inject has no meaning where the gateway speaks no TLS of its own: write tls: originate or tls: inspect")
 	}
 	if !plainWord(i.Secret, 64) {
 		v.item(d.Origin, "secret:", "inject: secret %q is not 1 to 64 letters, digits, hyphens, dots or underscores: it is the name under which the gateway has it", clip(i.Secret))

@@ -1,7 +1,12 @@
 package proxy
 
 import (
+	"bytes"
+	"context"
+	"fmt"
+
 	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
 )
 
@@ -35,4 +40,36 @@ func (d *door) passOut(x *call) *refusal {
 		return x.noGateway(x.err, "the gateway cannot be reached")
 	}
 	return r
+}
+
+// inspectionHost is what a gateway answers itself: by whom it stands in for hosts.
+const inspectionHost = "inspection." + mesh.Domain
+
+// InspectionCA asks a gateway for the certificate by which it stands in for hosts,
+// in PEM; empty when it does for none.
+func InspectionCA(ctx context.Context, gateways *upstream.Services) ([]byte, error) {
+	up, err := gateways.Get(ctx, GatewayName, false)
+	if err != nil {
+		return nil, fmt.Errorf("reach the gateway: %w", err)
+	}
+	defer up.Discard()
+	defer context.AfterFunc(ctx, func() { up.Close() })()
+	if err := up.Stands(); err != nil {
+		return nil, fmt.Errorf("reach the gateway: %w", err)
+	}
+	if _, err := fmt.Fprintf(up, "GET /ca.pem HTTP/1.1\r\nHost: %s\r\n\r\n", inspectionHost); err != nil {
+		return nil, fmt.Errorf("ask the gateway: %w", err)
+	}
+	var resp http1.Response
+	if err := up.ReadResponse(&resp, "GET"); err != nil {
+		return nil, fmt.Errorf("ask the gateway: %w", err)
+	}
+	if resp.Status != 200 || resp.Body.Framing != http1.Length || resp.Body.Length > tunnelBody {
+		return nil, fmt.Errorf("gateway answered with status %d", resp.Status)
+	}
+	var pem bytes.Buffer
+	if _, err, _ := http1.CopyBody(&pem, up.Conn, resp.Body, http1.Length, nil); err != nil {
+		return nil, fmt.Errorf("ask the gateway: %w", err)
+	}
+	return pem.Bytes(), nil
 }
