@@ -72,7 +72,7 @@ type Owners struct {
 	mu     sync.Mutex // guards what follows
 	last   map[socket]place
 	seen   map[int]sight // by pid
-	recent [4]int        // the pids that were named last, the latest first
+	recent [16]int       // the pids that were named last, the latest first: as many as workers that one program has
 }
 
 // A sight is what was seen of a process.
