@@ -39,7 +39,7 @@ func ways() []way {
 		{"raw-icmp", datagram(unix.SOCK_RAW, unix.IPPROTO_ICMP)},
 		{"raw-gre", datagram(unix.SOCK_RAW, unix.IPPROTO_GRE)},
 		{"raw-ip", datagram(unix.SOCK_RAW, unix.IPPROTO_RAW)},
-		{"packet", frame(false)}, {"packet-direct", frame(true)},
+		{"packet", frame(false)}, {"packet-direct", frame(true)}, {"xdp", xdp},
 		{"vsock", vsock},
 		{"metadata4", metadata("169.254.169.254:80")}, {"metadata6", metadata("[fd00:ec2::254]:80")},
 		{"connect", connect},
@@ -350,6 +350,17 @@ func frame(direct bool) func(context.Context, *trial) (Result, string) {
 		}
 		return result, detail
 	}
+}
+
+// xdp opens a socket that writes frames to an interface below every hook of the
+// kernel: to have it is to have a way out.
+func xdp(context.Context, *trial) (Result, string) {
+	fd, err := unix.Socket(unix.AF_XDP, unix.SOCK_RAW|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return noSocket(err)
+	}
+	unix.Close(fd)
+	return Leaked, "no rule sees what such a socket sends"
 }
 
 // vsock calls the host of a virtual machine.
