@@ -24,7 +24,7 @@ type bypassLine struct {
 	text string
 }
 
-// Envelope of the table, which make bypass shows of several packages together.
+// bypassTable is what make bypass sets, which shows the tables of several packages.
 const bypassTable = "BYPASS_TABLE"
 
 // Add notes one way, by the number of its row in the corpus; err says that it got
