@@ -87,8 +87,9 @@ func TestLeakCaptured(t *testing.T) {
 	t.Run("who is captured does not", func(t *testing.T) {
 		before := four.out.String() + six.out.String()
 		rep, leaked := leaks(t, try(workloadUID))
-		// The host of a virtual machine is no address; docs/capture.md says so.
-		if leaked = slices.DeleteFunc(leaked, func(way string) bool { return way == "vsock" }); len(leaked) > 0 || rep.Cases.Tried < 15 {
+		// The host of a virtual machine is no address, and what is bound to an
+		// interface is dropped there without a word; docs/capture.md says so.
+		if leaked = slices.DeleteFunc(leaked, func(way string) bool { return way == "vsock" || way == "tcp-device" }); len(leaked) > 0 || rep.Cases.Tried < 15 {
 			t.Errorf("leaked %v, of %d ways", leaked, rep.Cases.Tried)
 		}
 		if after := four.out.String() + six.out.String(); after != before {

@@ -31,7 +31,12 @@ func (b *builder) frames() (out []chain) {
 		if d.Flags&net.FlagLoopback != 0 {
 			continue
 		}
-		rs := []rule{{when: []term{routed}, then: accept}}
+		var rs []rule
+		for _, here := range loopbacks {
+			// What is brought to a door does not leave, be it bound to this interface.
+			rs = append(rs, rule{when: []term{leaving(here)}, then: drop, counted: true})
+		}
+		rs = append(rs, rule{when: []term{routed}, then: accept})
 		for _, s := range refused {
 			rs = append(rs, rule{when: s, then: drop, counted: true})
 		}

@@ -139,6 +139,19 @@ func daddr(p netip.Prefix) term {
 	return fixed(text, append(es, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: want})...)
 }
 
+// leaving matches the destination of a frame with a packet of IP.
+func leaving(p netip.Prefix) term {
+	proto, word := uint16(unix.ETH_P_IP), "ip"
+	if p.Addr().Is6() {
+		proto, word = unix.ETH_P_IPV6, "ip6"
+	}
+	d := daddr(p)
+	return term{fmt.Sprintf("meta protocol %s %s", word, d.text), func(sets map[string]*nftables.Set) []expr.Any {
+		// In place of the family, which a frame has not.
+		return append(load(&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1}, network16(proto)), d.exprs(sets)[2:]...)
+	}}
+}
+
 func skuid(uid uint32) term {
 	return fixed(fmt.Sprintf("meta skuid %d", uid), load(&expr.Meta{Key: expr.MetaKeySKUID, Register: 1}, native32(uid))...)
 }
