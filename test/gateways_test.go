@@ -104,6 +104,7 @@ func (w *tunnelling) again() {
 		c, br, err := w.open()
 		if err != nil {
 			w.count(&w.counts.Failed, err)
+			time.Sleep(10 * time.Millisecond) // a rate
 			continue
 		}
 		if err := w.say(c, br); err != nil {
@@ -118,15 +119,18 @@ func (w *tunnelling) again() {
 // hold opens one, and another when that ends too early. It is there before a file
 // says that all of them are.
 func (w *tunnelling) hold() {
-	for first := true; w.on(); first = false {
+	counted := false
+	for w.on() {
 		c, br, err := w.open()
 		if err != nil {
 			w.count(&w.counts.Failed, err)
+			time.Sleep(10 * time.Millisecond) // a rate
 			continue
 		}
-		if first && w.held.Add(1) == 4 {
+		if !counted && w.held.Add(1) == 4 {
 			_ = os.WriteFile(w.file+".held", nil, 0o600)
 		}
+		counted = true
 		for err == nil && w.on() {
 			err = w.say(c, br)
 			time.Sleep(10 * time.Millisecond) // a rate, not a wait for anything
@@ -182,8 +186,9 @@ func newGatewaysWorld(t *testing.T) *gatewaysWorld {
 	if err := os.RemoveAll(w.path("policies", "tests")); err != nil { // they say that payment leaves no mesh
 		t.Fatal(err)
 	}
-	w.extend("access.csv", fmt.Sprintf("p, echo-out, out, %s, host:echo.test, 7, CONNECT, -, -, allow\n", id("/ns/shop/sa/payment")))
-	w.extend("egress.yaml", fmt.Sprintf("  - host: echo.test\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", serveEcho(t)))
+	w.extend("access.csv", fmt.Sprintf("p, echo-out, out, %[1]s, host:echo.test, 7, CONNECT, -, -, allow\np, metered-out, out, %[1]s, host:metered.test, 7, CONNECT, -, -, allow\n", id("/ns/shop/sa/payment")))
+	w.extend("egress.yaml", fmt.Sprintf("  - host: echo.test\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%[1]q]}\n"+
+		"  - host: metered.test\n    proto: tcp\n    private: [127.0.0.1/32]\n    budget: {conns: 6}\n    route: {endpoints: [%[1]q]}\n", serveEcho(t)))
 	w.startIssuer()
 	for i := range w.gates {
 		w.addr[i] = freePort(t)
@@ -220,7 +225,7 @@ func (w *gatewaysWorld) opened(i int) (n int) {
 
 // while opens tunnels during something that is done to the gateways, which begins
 // when tunnels are held.
-func (w *gatewaysWorld) while(name string, do func()) tunnelCounts {
+func (w *gatewaysWorld) while(name, host string, do func()) tunnelCounts {
 	w.t.Helper()
 	self, err := os.Executable()
 	if err != nil {
@@ -230,7 +235,7 @@ func (w *gatewaysWorld) while(name string, do func()) tunnelCounts {
 	w.put(file, "")
 	reply := make(chan runReply, 1)
 	go func() {
-		r, err := try[runReply](w.payment, "/run", []string{"env", envRole + "=" + roleTunnels, self, w.node.out, "echo.test:7", file})
+		r, err := try[runReply](w.payment, "/run", []string{"env", envRole + "=" + roleTunnels, self, w.node.out, host + ":7", file})
 		if err != nil {
 			r.Output = err.Error()
 		}
@@ -262,14 +267,26 @@ func (w *gatewaysWorld) more(i, n int) {
 func TestEgressGateways(t *testing.T) {
 	t.Parallel()
 	w := newGatewaysWorld(t)
-	c := w.while("spread", func() {
+	c := w.while("spread", "echo.test", func() {
 		w.more(0, 20)
 		w.more(1, 20)
 	})
 	if c.Made < 40 || c.Failed+c.Broken+c.Lost > 0 || c.Held != 4 {
 		t.Errorf("two gateways: %+v", c)
 	}
-	c = w.while("killed", func() {
+	c = w.while("metered", "metered.test", func() {
+		for _, name := range w.names {
+			w.awaitAudit(name, "a refusal by the budget", func(r auditLine) bool { return r.Reason == "budget" && r.Dst == "host:metered.test" })
+		}
+		w.more(0, 20)
+		w.more(1, 20)
+	})
+	// For a moment after the first tunnels more are open than the budget has, until
+	// both gateways know of each other.
+	if c.Failed < c.Made/4 || c.Broken+c.Lost > 0 || c.Held != 4 {
+		t.Errorf("8 tunnels at a time under a budget of 6 over two gateways: %+v", c)
+	}
+	c = w.while("killed", "echo.test", func() {
 		w.more(1, 10)
 		w.gates[1].kill()
 		w.more(0, 40)
@@ -279,11 +296,11 @@ func TestEgressGateways(t *testing.T) {
 		t.Errorf("one is killed: %+v", c)
 	}
 	w.startGate(1)
-	c = w.while("back", func() { w.more(1, 10) })
+	c = w.while("back", "echo.test", func() { w.more(1, 10) })
 	if c.Failed+c.Broken+c.Lost > 0 {
 		t.Errorf("it is back: %+v", c)
 	}
-	c = w.while("drained", func() {
+	c = w.while("drained", "echo.test", func() {
 		w.more(0, 10)
 		_ = w.gates[0].cmd.Process.Signal(syscall.SIGTERM)
 		w.more(1, 60)
