@@ -44,13 +44,14 @@ func buildAndRun(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(bin)
-	args := []string{"build", "-ldflags", "-s -w", "-o", bin + "/"}
+	args := []string{"build", "-trimpath", "-ldflags", "-s -w", "-o", bin + "/"}
 	for _, p := range ours {
 		if _, err := os.Stat(filepath.Join(root, "cmd", p)); err == nil {
 			args = append(args, "sallyport/cmd/"+p)
 		}
 	}
 	build := exec.Command("go", args...)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile builds them
 	build.Stderr = os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "build the programs:", err)
