@@ -50,7 +50,7 @@ func TestInitAndJoin(t *testing.T) {
 	if out := run(1, "join", invitation, "--dir", filepath.Join(node, "etc"), "--data", filepath.Join(node, "web")); !strings.Contains(out, "is there already, and nothing was written") {
 		t.Errorf("a second join says %s", out)
 	}
-	sidecar := w.start("web", nil, "sidecar", "run", "--config", filepath.Join(node, "etc", "sidecar.yaml"), "--", "sleep", "600")
+	sidecar := w.start("web", nil, "sidecar", "run", "--config", filepath.Join(node, "etc", "sidecar.yaml"), "--", "sh", "-c", "echo program $$; exec sleep 600")
 	w.awaitReadyAt(sidecar, filepath.Join(node, "web", "run", "admin.sock"))
 	w.await("see the sidecar with its SVID", func() bool {
 		return regexp.MustCompile(`(?m)^spiffe://corp\.example/ns/default/sa/web +sidecar +in .*SYNCED`).MatchString(run(0, "status", "--socket", socket))
@@ -170,7 +170,13 @@ func (w *world) whoIsWho(run func(int, ...string) string, web *proc, socket, iss
 	if out := run(1, "id", "explain", strconv.Itoa(pid), "--proxy", socket); !strings.Contains(out, "NO: it lacks child:true") {
 		w.t.Errorf("of the sidecar itself id explain says\n%s", out)
 	}
-	child := strings.TrimSpace(command(w.t, "pgrep", "-P", strconv.Itoa(pid), "sleep").Output)
+	var child string
+	w.await("hear which process the program is", func() bool {
+		if m := regexp.MustCompile(`(?m)^program (\d+)$`).FindStringSubmatch(web.out.String()); m != nil {
+			child = m[1]
+		}
+		return child != ""
+	})
 	if out := run(0, "id", "explain", child, "--proxy", socket); !strings.Contains(out, "yes, and its calls go out as this") {
 		w.t.Errorf("of the program %s id explain says\n%s", child, out)
 	}
