@@ -13,6 +13,8 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"time"
 
@@ -36,6 +38,8 @@ type settings struct {
 	// peers out.
 	beside, scenes string
 	alone          bool
+	// telemetry measures what metrics and traces cost.
+	telemetry bool
 }
 
 func measure(ctx context.Context, w io.Writer) error {
@@ -50,6 +54,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.StringVar(&s.beside, "beside", "", "another binary of the sidecar, measured as a peer")
 	flag.StringVar(&s.scenes, "scenes", "", "the scenes to measure, with commas between (default all)")
 	flag.BoolVar(&s.alone, "alone", false, "measure no peers")
+	flag.BoolVar(&s.telemetry, "telemetry", true, "measure metrics and traces at 1 % beside neither")
 	flag.Parse()
 	if s.rounds < 1 || s.rules < 1 || s.each <= 0 || len(s.wanted()) == 0 {
 		return errors.New("settings: want at least one round, one rule, one scene and some time for each")
@@ -95,6 +100,9 @@ func measure(ctx context.Context, w io.Writer) error {
 func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, error) {
 	var out []*pair
 	whose := []string{"ours", "bare"}
+	if s.telemetry {
+		whose = append(whose, "told", "untold")
+	}
 	if s.beside != "" {
 		whose = append(whose, "beside")
 	}
@@ -171,6 +179,10 @@ func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (
 	switch name {
 	case "bare":
 		conf.Rules, how = 1, "the same with one row"
+	case "told":
+		conf.More, how = fmt.Sprintf("tracing: {sample: 1%%, otlp: {url: %s/v1/traces}}\n", b.collector()), "the same as ours, with traces: 1 % are kept and sent"
+	case "untold":
+		conf.More, how = "metrics: {disabled: true}\n", "the same as told, without metrics and traces"
 	case "beside":
 		conf.Sidecar, how = s.beside, "the same as ours, of "+s.beside
 	}
@@ -185,11 +197,20 @@ func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (
 		b.origin = origin
 	}
 	both.Settings = how
-	p := &pair{Pair: *both, trace: name != "bare"}
+	p := &pair{Pair: *both, trace: name == "ours" || name == "beside"}
 	if p.load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
 		return nil, err
 	}
 	return p, b.answers(ctx, p, s)
+}
+
+// collector takes spans and forgets them; it tells where it listens.
+func (b *bench) collector() string {
+	s := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body) // what does not come is not sent again
+	}))
+	b.AtEnd(s.Close)
+	return s.URL
 }
 
 // answers waits until the policy has reached both sidecars.

@@ -74,7 +74,7 @@ func namesOf[T any](list []T, name func(T) string) (out []string) {
 
 // names are how figures call the pairs.
 var names = []struct{ pair, figure string }{
-	{"ours", "ours"}, {"bare", "bare"}, {"haproxy-t", "haproxy"}, {"haproxy-h2", "haproxy_h2"}, {"nginx", "nginx"}, {"nethttp", "nethttp"}, {"beside", "beside"},
+	{"ours", "ours"}, {"bare", "bare"}, {"haproxy-t", "haproxy"}, {"haproxy-h2", "haproxy_h2"}, {"nginx", "nginx"}, {"nethttp", "nethttp"}, {"beside", "beside"}, {"told", "told"}, {"untold", "untold"},
 }
 
 func rank(pair string) int {
@@ -95,7 +95,7 @@ func figures(out map[string]float64, pairs []*pair, wanted []scene, got rig.Samp
 				head = "bare_"
 			}
 			for _, p := range pairs {
-				if p.Name == "ours" || p.Name == "bare" {
+				if slices.Contains([]string{"ours", "bare", "told", "untold"}, p.Name) {
 					continue
 				}
 				name := names[rank(p.Name)].figure
@@ -107,6 +107,9 @@ func figures(out map[string]float64, pairs []*pair, wanted []scene, got rig.Samp
 				out[head+name+"_rps_ratio"+tail] = got.Ratio(sc.name, who, p.Name, rig.Sample.PerSecond)
 			}
 		}
+	}
+	if slices.ContainsFunc(pairs, func(p *pair) bool { return p.Name == "told" }) && wanted[0] == scenes[0] {
+		out["telemetry_cpu_ratio"] = got.Ratio(scenes[0].name, "told", "untold", rig.Sample.CPU)
 	}
 	for _, who := range []string{"ours", "bare"} {
 		if wanted[0] != scenes[0] {

@@ -66,6 +66,7 @@ type Config struct {
 	Log     daemon.LogConfig     `yaml:"log"`
 	Drain   daemon.DrainConfig   `yaml:"drain"`
 	Metrics daemon.MetricsConfig `yaml:"metrics"`
+	Tracing sink.TracesConfig    `yaml:"tracing"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.
@@ -179,7 +180,7 @@ func (c *Config) Validate() error {
 	need(len(c.Resolvers) > 0, "resolvers", `missing; write the DNS servers to ask, such as ["192.0.2.53:53"]`)
 	errs = append(errs, c.Issuer.Validate(), c.Policy.Validate())
 	need(c.Identity.IsZero() || c.Identity.MemberOf(c.TrustDomain), "identity", fmt.Sprintf("%s is not in trust domain %s", c.Identity, c.TrustDomain))
-	errs = append(errs, c.Names.validate(), validateSecrets(c.Secrets), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate(), c.Metrics.Validate())
+	errs = append(errs, c.Names.validate(), validateSecrets(c.Secrets), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate(), c.Metrics.Validate(), c.Tracing.Validate())
 	return errors.Join(errs...)
 }
 

@@ -38,7 +38,10 @@ type gateway struct {
 	level   *slog.LevelVar
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
-	audit   *audit.Ledger
+	// tracer keeps spans, traces sends them; nil without a collector.
+	tracer *telemetry.Tracer
+	traces *sink.Traces
+	audit  *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
 	// sinks send the audit log to other systems.
@@ -74,7 +77,7 @@ const auditFile = "audit.jsonl"
 
 // serve runs the gateway until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (err error) {
-	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name()), doors: new(handover.Doors), adopted: make(chan struct{})}
+	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name()), doors: new(handover.Doors), adopted: make(chan struct{})}
 	f, ok := stderr.(*os.File)
 	gw.log, gw.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
 	if takeover {
@@ -101,6 +104,7 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 	g.Go(func() error { return gw.audit.Run(ground) })
 	g.Go(func() error { return daemon.Settle(ground) })
 	g.Go(func() error { return gw.judge.Run(ground) })
+	g.Go(func() error { return gw.traces.Run(ground) })
 	if gw.tie == nil {
 		if err := gw.administer(ground, g, drain); err != nil {
 			return err
@@ -210,10 +214,16 @@ func (gw *gateway) open() (err error) {
 		return err
 	}
 	gw.agent.Source().Exchange(cfg.TLS.KeyExchange)
+	gw.tracer = cfg.Tracing.Tracer(gw.metrics)
+	if gw.traces, err = sink.NewTraces(cfg.Tracing, gw.tracer, sink.Env{
+		Program: "gateway", Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
+	}, func() string { return "gateway" }); err != nil {
+		return err
+	}
 	gw.egress, err = egress.New(egress.Config{
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
-		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges,
+		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges, Tracer: gw.tracer,
 		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(),
 	})
 	if err != nil {

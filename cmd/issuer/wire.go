@@ -70,7 +70,7 @@ type issuer struct {
 
 // serve runs the issuer until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
-	in := &issuer{cfg: cfg, folder: &mesh.Folder{Dir: cfg.Policies, TrustDomain: cfg.TrustDomain}, started: time.Now(), ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name())}
+	in := &issuer{cfg: cfg, folder: &mesh.Folder{Dir: cfg.Policies, TrustDomain: cfg.TrustDomain}, started: time.Now(), ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name())}
 	tty := false
 	if f, ok := stderr.(*os.File); ok {
 		tty = daemon.IsTerminal(f)

@@ -2,15 +2,18 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"fmt"
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/daemon"
 	"sallyport/internal/handover"
+	"sallyport/internal/sink"
 )
 
 // administer serves the admin socket.
@@ -49,4 +52,19 @@ func (s *sidecar) scrape() (net.Listener, error) {
 		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
 	}
 	return ln, nil
+}
+
+// openTraces prepares to send spans to a collector, if there is one.
+func (s *sidecar) openTraces() (err error) {
+	s.tracer = s.cfg.Tracing.Tracer(s.metrics)
+	s.traces, err = sink.NewTraces(s.cfg.Tracing, s.tracer, sink.Env{
+		Program: "sidecar", Identity: func() (*tls.Certificate, error) { return s.agent.Source().Certificate() }, Metrics: s.metrics, Log: s.log,
+	}, func() string {
+		self, err := s.agent.Self()
+		if err != nil {
+			return "sidecar" // before it has an identity, of which it knows only when it asks
+		}
+		return strings.TrimPrefix(self.ID.Path(), "/")
+	})
+	return err
 }

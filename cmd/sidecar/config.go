@@ -50,6 +50,7 @@ type Config struct {
 	Log      daemon.LogConfig     `yaml:"log"`
 	Drain    daemon.DrainConfig   `yaml:"drain"`
 	Metrics  daemon.MetricsConfig `yaml:"metrics"`
+	Tracing  sink.TracesConfig    `yaml:"tracing"`
 
 	// Archives keep joined records of calls that were copied, by the name that a
 	// route gives.
@@ -193,7 +194,7 @@ func (c *Config) Validate() error {
 		loopback(f+".listen", u.Listen)
 	}
 	need(len(c.Egress.Addresses) == 0 || !c.Egress.Gateway.IsZero(), "egress.gateway", "missing; write the SPIFFE ID of the gateway, it must be proved")
-	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.validateNames(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate(), c.Metrics.Validate())
+	errs = append(errs, c.validateShadow(), fieldsOf("regions", region.Validate(c.Regions)), c.validateCapture(), c.validateNames(), c.Limits.Validate(), c.Audit.Validate(), c.Log.Validate(), c.Drain.Validate(), c.Metrics.Validate(), c.Tracing.Validate())
 	return errors.Join(errs...)
 }
 

@@ -105,7 +105,7 @@ func (s *sidecar) openMirror() (err error) {
 	}
 	s.mirror, err = shadow.New(shadow.Config{
 		Limits: s.cfg.Shadow.Limits, Dir: s.cfg.RunDir, Lend: proxy.LendShadow(s.services), Archive: s.archive,
-		Redact: archive.NewRedactor(s.cfg.Shadow.Redact), Metrics: s.metrics, Log: s.log,
+		Redact: archive.NewRedactor(s.cfg.Shadow.Redact), Metrics: s.metrics, Tracer: s.tracer, Log: s.log,
 	})
 	return err
 }

@@ -53,7 +53,10 @@ type sidecar struct {
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
 	edges   *telemetry.Edges
-	audit   *audit.Ledger
+	// tracer keeps spans, traces sends them; nil without a collector.
+	tracer *telemetry.Tracer
+	traces *sink.Traces
+	audit  *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
 	// sinks send the audit log to other systems.
@@ -115,7 +118,7 @@ const auditFile = "audit.jsonl"
 // signal, until the application ends, or until a part fails.
 func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.Writer) (err error) {
 	s := &sidecar{
-		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: telemetry.NewRegistry().Home(cfg.TrustDomain.Name()), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
+		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name()), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
 		doors: new(handover.Doors), adopted: make(chan struct{}),
 	}
 	f, ok := stderr.(*os.File)
@@ -167,6 +170,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return s.translation.Run(ground) })
 	g.Go(func() error { return s.mirror.Run(ground) })
 	g.Go(func() error { return s.regions.Follow(ground) })
+	g.Go(func() error { return s.traces.Run(ground) })
 	if s.tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
@@ -256,7 +260,7 @@ func (s *sidecar) open() (err error) {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
-	if err = errors.Join(s.openTokens(), s.openMirror(), s.openRegions(), s.openNames()); err != nil {
+	if err = errors.Join(s.openTraces(), s.openTokens(), s.openMirror(), s.openRegions(), s.openNames()); err != nil {
 		return err
 	}
 	s.agent, err = agent.Open(agent.Config{
@@ -369,7 +373,7 @@ func (s *sidecar) rejudge() {
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
 		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log, Shadows: &s.shadows,
-		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Reporter: reporter,
+		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Tracer: s.tracer, Reporter: reporter,
 		Limits: s.cfg.Limits.http(), MaxConns: s.cfg.Limits.Connections, MaxInFlight: s.cfg.Limits.Calls,
 	}
 }
@@ -413,7 +417,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
 			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Host: s.host, ShadowOnly: s.cfg.Shadow.Only, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
-			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom,
+			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom, RestartTrace: s.cfg.Tracing.RestartFrom,
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,
 			Original: capture.OriginalDst, Translate: s.translation.Translator,
 		})

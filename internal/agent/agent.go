@@ -121,9 +121,10 @@ type Config struct {
 	// Samples are the calls of rollouts that were counted since it was last asked,
 	// for the issuer. Default: none are.
 	Samples func() []mesh.Sample
-	// Metrics and Ready say how things are. Required.
+	// Metrics says how things are. Nil: nothing is counted.
 	Metrics *telemetry.Registry
-	Ready   *daemon.Ready
+	// Ready says so too. Required.
+	Ready *daemon.Ready
 	// Log is for operators. Required.
 	Log *slog.Logger
 
@@ -139,7 +140,7 @@ func (c Config) validate() error {
 	}{
 		{"trust domain", c.TrustDomain.IsZero()}, {"kind", c.Kind == ""}, {"data dir", c.DataDir == ""},
 		{"use", c.Use == nil}, {"rejudge", c.Rejudge == nil}, {"audit", c.Audit == ""}, {"edges", c.Edges == nil},
-		{"record", c.Policy.Signers.Pinned() && c.Record == nil}, {"metrics", c.Metrics == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
+		{"record", c.Policy.Signers.Pinned() && c.Record == nil}, {"ready", c.Ready == nil}, {"log", c.Log == nil},
 	} {
 		if f.missing {
 			errs = append(errs, errors.New(f.name+": missing"))

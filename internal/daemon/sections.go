@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/netip"
 	"time"
+
+	"sallyport/internal/telemetry"
 )
 
 // LogConfig is the section of a configuration about logs for the operator;
@@ -81,12 +83,26 @@ type MetricsConfig struct {
 	// Anyone allows an address that is not on loopback. Metrics name services and
 	// rules, and how often they are called; whoever reaches the port reads that.
 	Anyone bool `yaml:"anyone"`
+	// Disabled has nothing counted at all. It is for measuring what that costs.
+	Disabled bool `yaml:"disabled"`
+}
+
+// Registry makes what counts, for a program of a trust domain; nil when nothing
+// does.
+func (m MetricsConfig) Registry(trustDomain string) *telemetry.Registry {
+	if m.Disabled {
+		return nil
+	}
+	return telemetry.NewRegistry().Home(trustDomain)
 }
 
 // Validate reports every mistake, by field.
 func (m MetricsConfig) Validate() error {
 	if m.Listen == "" {
 		return nil
+	}
+	if m.Disabled {
+		return errors.New("metrics.listen: metrics.disabled has nothing to serve; leave one of both out")
 	}
 	host, port, err := net.SplitHostPort(m.Listen)
 	if err != nil || port == "" {

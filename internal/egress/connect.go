@@ -112,15 +112,16 @@ func originOf(said string) string {
 // open judges one CONNECT and dials. It returns a tunnel whose destination is
 // connected and whose open record is written, or the answer that refuses it.
 // The tunnel must then be carried.
-func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trace string) (*tunnel, *answer) {
+func (g *Gateway) open(ctx context.Context, who *caller, authority, origin string, tr spans) (_ *tunnel, ans *answer) {
 	host, port, err := ParseAuthority(authority)
 	if err != nil {
 		return nil, g.denyRequest(who, http.MethodConnect, err)
 	}
 	t := &tunnel{who: who, host: host, origin: originOf(origin), call: authz.Call{
 		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
-		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: trace,
-	}}
+		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: tr.trace.String(),
+	}, spans: tr}
+	defer func() { g.told(t, ans) }()
 	_, howErr, ans := g.prepare(t)
 	if ans != nil {
 		return nil, ans
@@ -128,7 +129,9 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin, trac
 	if asksHTTP(t.how) {
 		return g.openRequests(t, howErr)
 	}
+	began := time.Now()
 	grant, err := g.cfg.Judge.Judge(&t.call)
+	t.spans.did("policy", telemetry.Internal, began, err)
 	if err != nil {
 		return nil, g.denied(t, err)
 	}
@@ -227,7 +230,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	if err := g.rejudge(t); err != nil {
 		return err
 	}
-	conn, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how})
+	conn, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how, Did: t.spans.did})
 	if err != nil {
 		switch t.why() {
 		case ReasonRevoked:

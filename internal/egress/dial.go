@@ -13,6 +13,7 @@ import (
 
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
 )
 
 // Names turns a name into addresses. A *Resolver is one. Absence is ErrNoHost.
@@ -41,6 +42,8 @@ type Target struct {
 	Host Host
 	Port uint16
 	How  mesh.Destination
+	// Did is told of each part of it. Optional.
+	Did func(name string, kind telemetry.Kind, began time.Time, err error)
 }
 
 // Dial opens a connection to t. It takes the proof that the call was allowed
@@ -53,6 +56,9 @@ func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn *n
 	}
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(t.How.ConnectTimeout, defaultConnect))
 	defer cancel()
+	if t.Did == nil {
+		t.Did = func(string, telemetry.Kind, time.Time, error) {}
+	}
 	found, err := d.addresses(ctx, t)
 	if err != nil {
 		return nil, "", err
@@ -77,7 +83,9 @@ func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn *n
 	if len(pass) > maxAttempts {
 		pass = pass[:maxAttempts]
 	}
+	began := time.Now()
 	conn, err = d.race(ctx, pass, t.How.Private)
+	t.Did("dial", telemetry.Client, began, err)
 	return conn, note, err
 }
 
@@ -93,7 +101,9 @@ func (d *Dialer) addresses(ctx context.Context, t Target) ([]netip.AddrPort, err
 	if d.Names == nil {
 		return nil, refuse(ReasonResolve, "no resolver is configured, and the destination %s lists no endpoints", t.Host)
 	}
+	began := time.Now()
 	addrs, err := d.Names.Lookup(ctx, t.Host.String())
+	t.Did("dns", telemetry.Client, began, err)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		return nil, refuse(ReasonTimeout, "%v", err)

@@ -16,7 +16,6 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
-	"sallyport/internal/telemetry"
 )
 
 // An asker is a connection of HTTP/1.1, or a stream that carries one, on which a
@@ -86,7 +85,9 @@ func (g *Gateway) ask(ctx context.Context, a *asker, req *http1.Request) (keep b
 	if keep, told := g.tellInspection(a, req); told {
 		return keep
 	}
+	began := time.Now()
 	f, ans := g.fetch(ctx, a, req)
+	defer func() { g.asked(a.who, began, f, ans) }()
 	if ans == nil {
 		defer g.tunnels.remove(f.tunnel)
 		defer f.end(ReasonDone, false)
@@ -118,11 +119,13 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 		Dir: mesh.Out, Src: a.who.id, Dst: "host:" + host.String(), Port: port,
 		Verb: verb, Path: strings.Clone(req.PathText()), Peer: a.who.peer,
 	}}
-	if a.in != nil {
-		t.origin, t.call.Trace = a.in.origin, a.in.call.Trace
-	} else if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
-		t.call.Trace = tr.String()
+	if t.spans = g.traceOf(req.Get("traceparent")); a.in != nil {
+		t.origin = a.in.origin
+		if in := &a.in.spans; t.spans.parent == [8]byte{} && in.trace.ID != [16]byte{} {
+			t.spans.trace, t.spans.parent = in.trace.Child(), in.trace.Span
+		}
 	}
+	t.call.Trace = t.spans.trace.String()
 	snap, howErr, ans := g.prepare(t)
 	if ans != nil {
 		return nil, ans

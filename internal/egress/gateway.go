@@ -138,7 +138,9 @@ type Config struct {
 	// Metrics counts tunnels and bytes. Default: none.
 	Metrics *telemetry.Registry
 	// Edges counts who asked for which host. Default: none.
-	Edges  *telemetry.Edges
+	Edges *telemetry.Edges
+	// Tracer keeps the spans of tunnels. Nil: none is kept.
+	Tracer *telemetry.Tracer
 	Limits Limits
 }
 

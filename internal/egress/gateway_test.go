@@ -980,7 +980,7 @@ func TestStrangersCannotShakeHands(t *testing.T) {
 func TestExpiredSVIDOpensNothingMore(t *testing.T) {
 	w := newWorld(t, nil)
 	who := &caller{id: billing, until: time.Now().Add(-time.Second), peer: "192.0.2.1:1"}
-	if _, ans := w.gw.open(t.Context(), who, "db.test:5432", "", ""); ans == nil || ans.status != 403 {
+	if _, ans := w.gw.open(t.Context(), who, "db.test:5432", "", spans{}); ans == nil || ans.status != 403 {
 		t.Errorf("got %+v", ans)
 	}
 	w.until("denial", denial(ReasonIdentity))

@@ -10,7 +10,6 @@ import (
 
 	"sallyport/internal/http1"
 	"sallyport/internal/record"
-	"sallyport/internal/telemetry"
 )
 
 const established = "HTTP/1.1 200 Connection established\r\n\r\n"
@@ -93,11 +92,7 @@ func (g *Gateway) request1(ctx context.Context, who *caller, req *http1.Request,
 	if ans := g.unread(who, req, err); ans != nil || err != nil {
 		return nil, ans
 	}
-	trace := ""
-	if tr, ok := telemetry.ParseTraceparent(req.Get("traceparent")); ok {
-		trace = tr.String()
-	}
-	return g.open(ctx, who, string(req.Target), string(req.Get(originHeader)), trace)
+	return g.open(ctx, who, string(req.Target), string(req.Get(originHeader)), g.traceOf(req.Get("traceparent")))
 }
 
 // unreadable says that something was sent, and is not to be made sense of.

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"sallyport/internal/record"
-	"sallyport/internal/telemetry"
 )
 
 // handover is a listener that is given connections instead of accepting them.
@@ -191,11 +190,7 @@ func (g *Gateway) request2(who *caller, r *http.Request) (t *tunnel, a *answer) 
 	case len(r.Header[":protocol"]) > 0:
 		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "extended CONNECT is not served"))
 	}
-	trace := ""
-	if tr, ok := telemetry.ParseTraceparent([]byte(r.Header.Get("traceparent"))); ok {
-		trace = tr.String()
-	}
-	return g.open(r.Context(), who, r.Host, r.Header.Get(originHeader), trace)
+	return g.open(r.Context(), who, r.Host, r.Header.Get(originHeader), g.traceOf([]byte(r.Header.Get("traceparent"))))
 }
 
 // verbOf keeps an odd method out of the records.

@@ -36,3 +36,19 @@ func (g *Gateway) begins(t *tunnel) (over func()) {
 		x.Observe(&c)
 	}
 }
+
+// asked counts a request that the gateway has made in its caller's stead, or has
+// not; f is nil when it was refused.
+func (g *Gateway) asked(who *caller, began time.Time, f *fetch, a *answer) {
+	c := telemetry.Call{End: time.Now()}
+	c.Took = c.End.Sub(began)
+	dst := ""
+	if f != nil {
+		dst, c.Code, c.Up, c.Down = f.how.Host, f.status, f.up.Load(), f.down.Load()
+		g.told(f.tunnel, a)
+	}
+	if a != nil {
+		c.Code, c.Flag = a.status, string(a.reason)
+	}
+	g.signals.Series(who.id.String(), dst, "").Observe(&c)
+}

@@ -32,6 +32,7 @@ type tunnel struct {
 	// else 0.
 	asked uint16
 	began time.Time
+	spans spans
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.

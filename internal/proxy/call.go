@@ -44,6 +44,7 @@ type call struct {
 
 	start time.Time
 	trace telemetry.Trace
+	tracing
 	// traceID is trace as records and logs have it, once somebody asked; names
 	// is where such texts are made.
 	traceID string
@@ -126,6 +127,7 @@ func (x *call) reset() {
 	x.face, x.translated, x.claims = translate.Face{}, false, claims{}
 	x.extra = x.extra[:0]
 	x.ex.ToUp, x.ex.ToDown = http1.Edit{}, http1.Edit{}
+	x.tries.n, x.tries.dropped = 0, false
 	x.tries.plan, x.tries.fault, x.tries.until, x.ex.Idle = nil, nil, time.Time{}, 0
 	x.lines = x.lines[:0]
 }
@@ -274,25 +276,6 @@ func (x *call) status() int {
 	return x.res.Status
 }
 
-// traceOf continues the caller's trace, or begins one. The state of a trace
-// that ends here does not go on.
-func (x *call) traceOf() {
-	x.ex.ToUp.Drop = dropped
-	if t, ok := telemetry.ParseTraceparent(x.req.Get("traceparent")); ok {
-		x.trace = t.Child()
-	} else {
-		x.trace = telemetry.NewTrace()
-		x.ex.ToUp.Drop = droppedWithState
-	}
-	x.traceID = ""
-	x.extra = append(x.extra, "Traceparent: "...)
-	x.extra = x.trace.AppendTraceparent(x.extra)
-	x.extra = append(x.extra, '\r', '\n')
-	if x.req.Form != http1.Authority {
-		x.requestID()
-	}
-}
-
 // traceText is the trace as records and logs have it. The texts of 32 calls
 // share one allocation, once a connection has had some.
 func (x *call) traceText() string {
@@ -313,7 +296,8 @@ func (x *call) traceText() string {
 // The fields that only a proxy may set: dropped from what goes to an upstream,
 // whether spelled with '-' or '_', and mine from what an application answers.
 var (
-	reserved         = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent", "x-request-id"}
+	reserved = []string{"sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "traceparent", "x-request-id",
+		"b3", "x-b3-traceid", "x-b3-spanid", "x-b3-parentspanid", "x-b3-sampled", "x-b3-flags"}
 	dropped          = http1.NewNameSet(reserved...)
 	droppedWithState = http1.NewNameSet(append([]string{"tracestate"}, reserved...)...)
 	// The same for a call that has a deadline of ours.
@@ -500,6 +484,7 @@ func (x *call) settle(res http1.Result) {
 	x.res = res
 	x.tries.cut.disarm()
 	x.unbind()
+	x.cameBack()
 	o := x.outcomeOf()
 	x.sample(o, x.tries.began)
 	x.up.Report(o, x.tries.began, x.tries.after)

@@ -183,6 +183,8 @@ func (d *door) askGateway(x *call) (_ *upstream.Conn, r *refusal, again bool) {
 	if host, ok := d.outsideHost(x.meant.Addr()); ok {
 		to, origin = net.JoinHostPort(host, strconv.Itoa(int(x.meant.Port()))), "vip"
 	}
+	x.goesTo()
+	defer x.cameBack()
 	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: %s\r\n", to, to, egressOrigin, origin)
 	if _, err := up.Write(append(append(head, x.extra...), '\r', '\n')); err != nil {
 		return nil, x.noGateway(err, "the gateway closed the connection"), true

@@ -142,10 +142,10 @@ func (in *Inbound) introduction(x *call) *refusal {
 	return nil
 }
 
-// forwardsFor says whether a peer is trusted with X-Forwarded-For.
-func (in *Inbound) forwardsFor(peer string) bool {
-	for _, p := range in.cfg.ForwardedFrom {
-		if mesh.MatchSrc(p, peer) {
+// anyOf says whether an identity is meant by one of the patterns.
+func anyOf(patterns []string, id string) bool {
+	for _, p := range patterns {
+		if mesh.MatchSrc(p, id) {
 			return true
 		}
 	}

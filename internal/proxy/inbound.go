@@ -62,6 +62,9 @@ type InboundConfig struct {
 	// came. It changes what the application is told, nothing of who the peer is
 	// and nothing in records. Optional.
 	ForwardedFrom []string
+	// RestartTrace are the peers, written the same way, whose word about traces is
+	// not taken: a new one begins and is linked to theirs. Optional.
+	RestartTrace []string
 	// TLS is the server side of mutual TLS. Its VerifyConnection is asked again
 	// during the life of a connection. Required.
 	TLS *tls.Config
@@ -110,6 +113,11 @@ func (c InboundConfig) validate() error {
 	for i, p := range c.ForwardedFrom {
 		if err := mesh.CheckIDPattern(p); err != nil {
 			errs = append(errs, fmt.Errorf("forwarded from[%d]: %w", i, err))
+		}
+	}
+	for i, p := range c.RestartTrace {
+		if err := mesh.CheckIDPattern(p); err != nil {
+			errs = append(errs, fmt.Errorf("restart trace[%d]: %w", i, err))
 		}
 	}
 	if c.TLS != nil && c.TLS.VerifyConnection == nil {
@@ -194,7 +202,7 @@ func (in *Inbound) Carries() int { return in.carries() }
 // The links of the way in.
 
 func (in *Inbound) trace(x *call) *refusal {
-	x.traceOf()
+	x.traceOf(!x.who.restarts)
 	x.proven = x.marks()
 	if x.marked {
 		x.mark(true)
@@ -380,6 +388,13 @@ func (h *ownHost) of(name mesh.ServiceName) []byte {
 }
 
 func (in *Inbound) judge(x *call) *refusal {
+	began := x.clock()
+	r := in.decide(x)
+	x.did("policy", began, r)
+	return r
+}
+
+func (in *Inbound) decide(x *call) *refusal {
 	if port := in.cfg.Port(); x.judge == nil || port != x.port {
 		x.port = port
 		x.judge = x.who.share.judgeOf(port, func() *authz.Conn { return in.cfg.Judge.Conn(mesh.In, x.who.id, in.self, port) })

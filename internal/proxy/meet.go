@@ -49,6 +49,7 @@ type peer struct {
 	epoch    uint64
 	share    *member // what it has of the listener
 	series   *telemetry.Series
+	restarts bool // a trace of its own is only linked to
 	intro    introduction
 	bounds   []bound
 }
@@ -170,8 +171,9 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 		tc.Close()
 		return nil
 	}
+	who.restarts = anyOf(in.cfg.RestartTrace, who.src)
 	who.series = in.Signals.Series(who.src, in.self, "")
-	who.intro, who.bounds = introduce(in.self, who.src, remote, in.forwardsFor(who.src)), in.rates.bounds(who.id)
+	who.intro, who.bounds = introduce(in.self, who.src, remote, anyOf(in.cfg.ForwardedFrom, who.src)), in.rates.bounds(who.id)
 	return tc
 }
 

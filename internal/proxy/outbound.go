@@ -259,7 +259,7 @@ type process struct {
 
 func (d *door) trace(x *call) *refusal {
 	x.marked = d.cfg.ShadowOnly
-	x.traceOf()
+	x.traceOf(true)
 	x.marks()
 	if x.marked {
 		x.proven = d.cfg.ShadowOnly || d.Shadows.Has(x.trace.ID)
@@ -350,6 +350,13 @@ type target struct {
 
 // route finds the service that is meant, or sees that the call leads out.
 func (d *door) route(x *call) *refusal {
+	began := x.clock()
+	r := d.find(x)
+	x.did("route", began, r)
+	return r
+}
+
+func (d *door) find(x *call) *refusal {
 	if x.req.Form == http1.Authority {
 		if x.only != "" {
 			return &refusal{status: 405, reason: "method", detail: "only requests for a path are served on the port of a service", head: allow}

@@ -34,6 +34,8 @@ type Shared struct {
 	// Reporter. Optional.
 	Metrics  *telemetry.Registry
 	Reporter string
+	// Tracer keeps the spans of calls. Nil: none is kept, and traces pass.
+	Tracer *telemetry.Tracer
 	// Log is for operators. Required.
 	Log *slog.Logger
 	// Shadows are the traces that are done for shadows, which the way in learns of

@@ -41,6 +41,7 @@ func (x *call) observe() {
 		c.First = t.began.Sub(x.start)
 	}
 	x.series.Observe(&c)
+	x.spans(&c)
 }
 
 // flag is why we answered in the service's place, or broke off.

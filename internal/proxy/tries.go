@@ -243,6 +243,7 @@ func (d *door) try(x *call, up *upstream.Conn) {
 func (x *call) run(up *upstream.Conn, over net.Conn, due time.Time) {
 	t := &x.tries
 	t.cut.arm(over, due)
+	x.goesTo()
 	if x.res, x.err = x.ex.Run(); x.err == http1.ErrSettled { //nolint:errorlint // never wrapped
 		x.err = nil
 		return
@@ -256,6 +257,7 @@ func (x *call) run(up *upstream.Conn, over net.Conn, due time.Time) {
 	case t.late:
 		x.err = &http1.SideError{Side: http1.Upstream, Op: "read", Err: os.ErrDeadlineExceeded}
 	}
+	x.cameBack()
 }
 
 // accept sees the answer before any of it goes on. On false it does not: the

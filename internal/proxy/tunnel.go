@@ -62,6 +62,8 @@ func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 		return nil, false
 	}
 	defer x.unbind()
+	x.goesTo()
+	defer x.cameBack()
 	head := fmt.Appendf(nil, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s: explicit\r\n", x.req.Authority, x.req.Authority, egressOrigin)
 	head = append(append(head, x.extra...), '\r', '\n')
 	if _, err := up.Write(head); err != nil {
@@ -77,6 +79,7 @@ func (d *door) throughGateway(x *call) (r *refusal, again bool) {
 		return x.passRefusal(up, resp), false
 	}
 	x.res.ResponseStarted = true
+	x.cameBack()
 	if err := x.established(); err != nil {
 		x.err, x.broken = err, true
 		return nil, false

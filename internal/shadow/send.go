@@ -19,6 +19,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
+	"sallyport/internal/telemetry"
 )
 
 // Marker is the field by which a shadow knows that it is one. Its value is 1.
@@ -35,6 +36,7 @@ type sending struct {
 	outcome string
 	answer  *tape
 	took    time.Duration
+	trace   telemetry.Trace
 }
 
 // read is the answer; nil when there is none, or not all of it.
@@ -61,7 +63,7 @@ func (m *Mirror) send(ctx context.Context, j *job, to mesh.Backend) *sending {
 	to = j.call.of(to)
 	ctx, cancel := context.WithTimeout(ctx, m.cfg.Timeout)
 	defer cancel()
-	s := &sending{answer: m.tape()}
+	s := &sending{answer: m.tape(), trace: j.call.Trace.Child()}
 	start := time.Now()
 	for fresh := false; ; fresh = true {
 		line, err := m.cfg.Lend(ctx, to, fresh)
@@ -90,6 +92,12 @@ func (m *Mirror) send(ctx context.Context, j *job, to mesh.Backend) *sending {
 		s.outcome = outcomeTimeout
 	}
 	s.took = time.Since(start)
+	if s.trace.Sampled {
+		m.cfg.Tracer.Keep(telemetry.Span{
+			Trace: s.trace, Parent: j.call.Trace.Span, Name: "shadow " + j.shadow.Name, Kind: telemetry.Client, Start: start, End: start.Add(s.took), Failed: s.outcome != outcomeAnswered,
+			Attrs: []telemetry.Attr{{Key: "sallyport.shadow", Text: "true"}, {Key: "sallyport.flag", Text: s.outcome}, {Key: "sallyport.dst", Text: string(to.Service)}},
+		})
+	}
 	return s
 }
 
@@ -111,8 +119,7 @@ func (m *Mirror) exchange(ctx context.Context, j *job, to mesh.ServiceName, line
 	if err := down.ReadRequest(&req); err != nil {
 		return false, err
 	}
-	child := j.call.Trace.Child()
-	extra := append([]byte("Traceparent: "), child.AppendTraceparent(nil)...)
+	extra := append([]byte("Traceparent: "), s.trace.AppendTraceparent(nil)...)
 	extra = append(extra, "\r\n"+Marker+": 1\r\n"...)
 	edit := http1.Edit{Drop: marks, Extra: extra, Authority: []byte(string(to) + "." + mesh.Domain)}
 	if req.Get("sallyport-host") == nil && !bytes.Equal(edit.Authority, req.Authority) {

@@ -38,6 +38,8 @@ type Config struct {
 	Archive func(name string, r *archive.Record)
 	// Redact is what no report may show.
 	Redact *archive.Redactor
+	// Tracer keeps the spans of copies whose trace is kept. Optional.
+	Tracer *telemetry.Tracer
 	// Metrics counts what became of copies. Optional.
 	Metrics *telemetry.Registry
 	// Log is for operators. Required.

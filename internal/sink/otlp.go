@@ -51,22 +51,27 @@ func (c *OTLPConfig) open(env Env, _ string) (peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	carry := newOTLPHTTP
-	if c.Protocol == "grpc" {
-		carry = newOTLPGRPC
-	}
-	e, err := carry(c, env)
+	e, err := c.exporter(env)
 	if err != nil {
 		return nil, err
 	}
 	return &otlp{exporter: e, program: env.Program, host: host}, nil
 }
 
+func (c *OTLPConfig) exporter(env Env) (exporter, error) {
+	if c.Protocol == "grpc" {
+		return newOTLPGRPC(c, env)
+	}
+	return newOTLPHTTP(c, env)
+}
+
 // An exporter carries a request to a collector, and the answer. What it makes of
 // answers that took nothing is what a peer's deliver says. After close it may be
 // used again.
 type exporter interface {
-	export(context.Context, *export.ExportLogsServiceRequest) (*export.ExportLogsServiceResponse, error)
+	// export carries q by the method of gRPC, which HTTP has in the URL, and reads
+	// resp.
+	export(ctx context.Context, method string, q, resp proto.Message) error
 	close()
 }
 
@@ -77,8 +82,8 @@ type otlp struct {
 }
 
 func (o *otlp) deliver(ctx context.Context, b *batch) error {
-	resp, err := o.export(ctx, o.request(b))
-	if err != nil {
+	resp := new(export.ExportLogsServiceResponse)
+	if err := o.export(ctx, exportLogs, o.request(b), resp); err != nil {
 		return err
 	}
 	part := resp.GetPartialSuccess()
@@ -101,20 +106,19 @@ func newOTLPHTTP(c *OTLPConfig, env Env) (exporter, error) {
 	return &otlpHTTP{p}, nil
 }
 
-func (o *otlpHTTP) export(ctx context.Context, q *export.ExportLogsServiceRequest) (*export.ExportLogsServiceResponse, error) {
+func (o *otlpHTTP) export(ctx context.Context, _ string, q, resp proto.Message) error {
 	body, err := proto.Marshal(q)
 	if err != nil {
-		return nil, &refusal{err: err}
+		return &refusal{err: err}
 	}
 	answer, err := o.post.send(ctx, body, nil)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	resp := new(export.ExportLogsServiceResponse)
 	if err := proto.Unmarshal(answer, resp); err != nil {
-		return nil, fmt.Errorf("the server's answer is not OTLP: %w", err)
+		return fmt.Errorf("the server's answer is not OTLP: %w", err)
 	}
-	return resp, nil
+	return nil
 }
 
 func (o *otlpHTTP) close() { o.post.client.CloseIdleConnections() }

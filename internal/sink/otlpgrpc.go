@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"strings"
 
-	export "go.opentelemetry.io/proto/slim/otlp/collector/logs/v1"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -16,6 +15,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 // otlpGRPC carries OTLP by gRPC. What it does comes one after the other.
@@ -57,26 +57,29 @@ func (o *otlpGRPC) open() (err error) {
 	return err
 }
 
-// exportMethod is Export of the service that opentelemetry-proto defines. Its
-// generated client would bring a gateway from JSON along.
-const exportMethod = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
+// The methods are those of the services that opentelemetry-proto defines. Their
+// generated clients would bring a gateway from JSON along.
+const (
+	exportLogs    = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
+	exportTraces  = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+	exportMetrics = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+)
 
-func (o *otlpGRPC) export(ctx context.Context, q *export.ExportLogsServiceRequest) (*export.ExportLogsServiceResponse, error) {
+func (o *otlpGRPC) export(ctx context.Context, method string, q, resp proto.Message) error {
 	token, err := o.token.read() // each time: it may be replaced while we run
 	if err != nil {
-		return nil, fmt.Errorf("token: %w", err)
+		return fmt.Errorf("token: %w", err)
 	}
 	if token != "" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
 	}
 	if err := o.open(); err != nil {
-		return nil, err
+		return err
 	}
-	resp := new(export.ExportLogsServiceResponse)
-	if err := o.conn.Invoke(ctx, exportMethod, q, resp); err != nil {
-		return nil, grpcAnswer(err)
+	if err := o.conn.Invoke(ctx, method, q, resp); err != nil {
+		return grpcAnswer(err)
 	}
-	return resp, nil
+	return nil
 }
 
 // grpcAnswer says what an error means for the batch. Only answers that speak of

@@ -146,6 +146,14 @@ type Call struct {
 	End time.Time
 }
 
+// Ends are what the caller and the service are called in labels.
+func (x *Series) Ends() (src, dst string) {
+	if x == nil {
+		return "", ""
+	}
+	return x.key[0], x.key[1]
+}
+
 type codeCounter struct {
 	code         int
 	status, flag string
