@@ -283,7 +283,10 @@ var (
 func (f *fetch) edit() {
 	x := &f.a.ex
 	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, 0, 0
-	x.Scrub = nil
+	x.Scrub, x.Tee = nil, nil
+	if f.spend != nil {
+		x.Tee = meter{f}
+	}
 	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
 	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
 	f.req.Upgrade = false
@@ -293,6 +296,21 @@ func (f *fetch) edit() {
 		}
 		f.redirect(resp)
 		return f.answers()
+	}
+}
+
+// A meter takes what a request moves out of a budget, and stops the request when
+// that is used up.
+type meter struct{ f *fetch }
+
+// Again, Sent and Answered are those of a Tee.
+func (m meter) Again()            {}
+func (m meter) Sent(b []byte)     { m.take(true, len(b)) }
+func (m meter) Answered(b []byte) { m.take(false, len(b)) }
+
+func (m meter) take(up bool, n int) {
+	if ref := m.f.spend(up, n); ref != nil {
+		m.f.stop(ref.Reason)
 	}
 }
 

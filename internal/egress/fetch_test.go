@@ -437,3 +437,28 @@ func TestPipelinedRequestsAreJudgedOneByOne(t *testing.T) {
 		t.Errorf("the second: %+v, %v", res, err)
 	}
 }
+
+// TestBudgetsHoldWithinARequest has one request use more than there is.
+func TestBudgetsHoldWithinARequest(t *testing.T) {
+	w, s := askWorld(t)
+	w.use(w.policy(asking, s.originated("shop.test")+"    budget: {down: 100000}\n"))
+	s.does(func(rw http.ResponseWriter, r *http.Request) {
+		for piece := make([]byte, 32<<10); r.Context().Err() == nil; {
+			if _, err := rw.Write(piece); err != nil {
+				return
+			}
+		}
+	})
+	c := w.askOnStream(w.streamsOn(billing))
+	if _, err := io.WriteString(c, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(c.br, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n, err := io.Copy(io.Discard, res.Body); err == nil || n > 1<<20 {
+		t.Errorf("%d bytes came, %v", n, err)
+	}
+	w.until("the end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonBudget) })
+}

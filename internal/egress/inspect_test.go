@@ -23,14 +23,19 @@ func (s *site) inspected(host string) string {
 }
 
 // inspectWorld has a site that is inspected, and gives what its workloads trust.
-func inspectWorld(t *testing.T) (*world, *site, *x509.CertPool) {
+func inspectWorld(t *testing.T, limits ...Limits) (*world, *site, *x509.CertPool) {
 	t.Helper()
 	i, err := OpenInspector(filepath.Join(t.TempDir(), "inspection.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	s := startSite(t, "shop.test")
-	w := newWorld(t, func(c *Config) { c.Inspector = i })
+	w := newWorld(t, func(c *Config) {
+		c.Inspector = i
+		for _, l := range limits {
+			c.Limits = l
+		}
+	})
 	w.use(w.policy(asking, s.inspected("shop.test")))
 	if err := i.Use(w.snap.Load()); err != nil {
 		t.Fatal(err)
@@ -162,8 +167,7 @@ func TestWorkloadsAreToldWhomToTrust(t *testing.T) {
 
 // TestSlowHellosToTheInspector end in time.
 func TestSlowHellosToTheInspector(t *testing.T) {
-	w, _, _ := inspectWorld(t)
-	w.gw.lim.HelloTimeout = 50 * time.Millisecond
+	w, _, _ := inspectWorld(t, Limits{HelloTimeout: 50 * time.Millisecond})
 	tun, ref := dialStream(w, billing, "shop.test:443")
 	if ref != nil {
 		t.Fatalf("%+v", ref)
