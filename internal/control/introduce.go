@@ -27,7 +27,8 @@ type Introduction struct {
 // Introduce fetches the bundle of a trust domain for a machine that knows no
 // more of it than the hash of a root. What an issuer says before it has proved
 // itself counts only as far as a hash vouches for it; the bundle is what it
-// says afterwards.
+// says afterwards, without tainted roots: their keys may be with another, and
+// whom a machine meets by them first it would believe in all else.
 func Introduce(ctx context.Context, in Introduction) (Bundle, error) {
 	var roots []*x509.Certificate
 	cfg := ClientConfig{
@@ -45,10 +46,19 @@ func Introduce(ctx context.Context, in Introduction) (Bundle, error) {
 	if err != nil {
 		return Bundle{}, err
 	}
+	withdrawn := fmt.Errorf("%w: the root with the expected fingerprint is being withdrawn at %s: no machine begins with it", ErrUntrusted, strings.Join(in.Addresses, ", "))
+	tainted := 0
 	for _, c := range said.X509 {
-		if slices.Contains(in.Roots, sha256.Sum256(c.Raw)) {
+		switch {
+		case !slices.Contains(in.Roots, sha256.Sum256(c.Raw)):
+		case slices.ContainsFunc(said.Tainted, c.Equal):
+			tainted++
+		default:
 			roots = append(roots, c)
 		}
+	}
+	if len(roots) == 0 && tainted > 0 {
+		return Bundle{}, withdrawn
 	}
 	if len(roots) == 0 {
 		return Bundle{}, fmt.Errorf("%w: who answers at %s knows no root with the expected fingerprint: it is another issuer, or the root was replaced since",
@@ -59,5 +69,15 @@ func Introduce(ctx context.Context, in Introduction) (Bundle, error) {
 		return Bundle{}, err
 	}
 	defer c.Close()
-	return c.GetBundle(ctx)
+	b, err := c.GetBundle(ctx)
+	if err != nil {
+		return Bundle{}, err
+	}
+	isTainted := func(c *x509.Certificate) bool { return slices.ContainsFunc(b.Tainted, c.Equal) }
+	if slices.ContainsFunc(roots, isTainted) { // one of them proved it
+		return Bundle{}, withdrawn
+	}
+	b.X509 = slices.DeleteFunc(b.X509, isTainted)
+	b.Tainted = nil
+	return b, nil
 }
