@@ -194,19 +194,48 @@ func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answe
 
 // openRequests opens a tunnel to a host that the gateway asks itself: nothing is
 // dialled, and each request in it is judged. What no row allows any of is refused
-// at once.
+// at once. It must then be served by inside.
 func (g *Gateway) openRequests(t *tunnel, howErr error) (*tunnel, *answer) {
 	t.asked = t.call.Port
 	t.call.Port = portOf(t.how, t.asked)
 	if !g.cfg.Judge.Reaches(mesh.Out, t.call.Src, t.call.Dst, t.call.Port) {
-		if _, err := g.cfg.Judge.Judge(&t.call); err != nil {
+		grant, err := g.cfg.Judge.Judge(&t.call)
+		if err != nil {
 			return nil, g.denied(t, err)
 		}
+		t.id, t.rule = grant.ID(), grant.Rule()
 	}
 	if howErr != nil {
 		return nil, g.deny(t.record(audit.KindDecision), howErr)
 	}
+	t.cancel = func() {} // nothing is under way before its caller is there
+	if err := g.tunnels.add(t); err != nil {
+		return nil, g.deny(t.record(audit.KindDecision), err)
+	}
+	ans := g.recordRequests(t)
+	if ans != nil {
+		g.tunnels.remove(t)
+		return nil, ans
+	}
 	return t, nil
+}
+
+// recordRequests looks at a tunnel for requests once more, since the policy may
+// have changed before the registry knew of it, and records that it is open.
+func (g *Gateway) recordRequests(t *tunnel) *answer {
+	if err := g.rejudge(t); err != nil {
+		return g.deny(t.record(audit.KindDecision), err)
+	}
+	t.start = time.Now()
+	rec := t.record(audit.KindEgressOpen)
+	rec.Decision, rec.Detail = audit.Allow, "for requests"+t.origin
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("tunnel was not recorded, and not opened", "err", err)
+		t.stop(ReasonAudit)
+		return answerTo(ReasonAudit, rec.ID)
+	}
+	t.id = rec.ID
+	return nil
 }
 
 // denied is the answer to a judgement that is not an allow; the Judge has

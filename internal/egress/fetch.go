@@ -56,7 +56,21 @@ type fetch struct {
 
 // inside answers the requests that come in a tunnel to a host that the gateway
 // asks itself.
-func (g *Gateway) inside(ctx context.Context, t *tunnel, c net.Conn, a *asker) {
+func (g *Gateway) inside(ctx context.Context, t *tunnel, s requestStream, a *asker) {
+	open := g.cfg.Metrics.EgressTunnels(t.call.Src.String())
+	open.Add(1)
+	defer func() {
+		t.end(ReasonDone, false)
+		g.tunnels.remove(t)
+		open.Add(-1)
+		g.recordInside(t)
+	}()
+	if !t.setCaller(s) {
+		return
+	}
+	life := time.AfterFunc(g.lim.Life, func() { t.stop(ReasonLife) })
+	defer life.Stop()
+	c := net.Conn(s)
 	if t.how.TLS == mesh.Inspect {
 		if c = g.standIn(ctx, t, c); c == nil {
 			return
@@ -77,6 +91,23 @@ func (g *Gateway) inside(ctx context.Context, t *tunnel, c net.Conn, a *asker) {
 		if err != nil || !g.ask(ctx, a, &req) {
 			return
 		}
+	}
+}
+
+// A requestStream is the caller's side of a tunnel for requests.
+type requestStream interface {
+	net.Conn
+	stream
+}
+
+// recordInside is the record of the end of a tunnel for requests. Their bytes are
+// in their own.
+func (g *Gateway) recordInside(t *tunnel) {
+	rec := t.record(audit.KindEgressClose)
+	rec.Reason, rec.Duration = string(t.why()), time.Since(t.start)
+	rec.Detail, rec.Done = "for requests", true
+	if err := g.cfg.Audit.Append(rec); err != nil {
+		g.cfg.Log.Error("end of a tunnel was not recorded", "decision", t.id, "err", err)
 	}
 }
 
@@ -131,6 +162,7 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 		return nil, ans
 	}
 	t.call.Port = portOf(t.how, port)
+	t.within = a.in != nil
 	f := &fetch{tunnel: t, g: g, a: a, req: req, snap: snap}
 	if verb == http.MethodTrace {
 		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonMethod, "TRACE is not passed on: it would show what is added on the way"))

@@ -115,8 +115,13 @@ p, no-keys, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:shop.test, *, 
 // askWorld is a world with a site that the gateway asks itself.
 func askWorld(t *testing.T) (*world, *site) {
 	t.Helper()
+	return askWorldWith(t, Limits{})
+}
+
+func askWorldWith(t *testing.T, l Limits) (*world, *site) {
+	t.Helper()
 	s := startSite(t, "shop.test", "old.test")
-	w := newWorld(t, nil)
+	w := newWorld(t, func(c *Config) { c.Limits = l })
 	w.use(w.policy(asking, s.originated("shop.test")+s.originated("old.test")))
 	return w, s
 }

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
 	"sallyport/internal/svid"
 )
@@ -63,11 +64,25 @@ func (g *Gateway) rejudge(t *tunnel) error {
 	call.SNI = t.sni
 	t.mu.Unlock()
 	s := g.cfg.Snapshot()
-	if s != nil && g.cfg.Judge.Allows(&call) && g.leadsThere(s, t, call.SNI, to) {
+	switch {
+	case s == nil:
+	case t.asked != 0:
+		if g.takesRequests(s, t, &call) {
+			return nil
+		}
+	case g.cfg.Judge.Allows(&call) && g.leadsThere(s, t, call.SNI, to):
 		return nil
 	}
 	t.stop(ReasonRevoked)
 	return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
+}
+
+// takesRequests says whether a tunnel for requests may stay. What is asked in it
+// is judged by itself.
+func (g *Gateway) takesRequests(s *mesh.Snapshot, t *tunnel, call *authz.Call) bool {
+	how, err := routeOf(s, t.host)
+	return err == nil && how.Proto == t.how.Proto && how.TLS == t.how.TLS &&
+		(g.cfg.Judge.Reaches(mesh.Out, call.Src, call.Dst, call.Port) || g.cfg.Judge.Allows(call))
 }
 
 // verify looks again, now and then, at what who has proved in its handshake.
@@ -94,7 +109,7 @@ func (g *Gateway) disprove(who *caller) {
 		return // what is just over has its grace
 	}
 	for _, t := range g.tunnels.all() {
-		if t.who == who {
+		if t.who == who && t.asked == 0 { // one for requests ends with an answer, or the next Rejudge
 			_ = g.rejudge(t)
 		}
 	}

@@ -31,8 +31,10 @@ type tunnel struct {
 	// asked is the port that the caller has named, of a tunnel for requests of HTTP;
 	// else 0.
 	asked uint16
-	began time.Time
-	spans spans
+	// within says that it is a request in a tunnel, which counts for both.
+	within bool
+	began  time.Time
+	spans  spans
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.
@@ -56,6 +58,7 @@ type tunnels struct {
 
 	mu   sync.Mutex // guards what follows
 	live map[*tunnel]bool
+	n    int // of those in live that count
 	of   map[spiffeid.ID]int
 }
 
@@ -69,16 +72,22 @@ func (ts *tunnels) add(t *tunnel) error {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	switch {
-	case len(ts.live) >= ts.max:
+	case t.within: // else whoever has all of its tunnels could ask nothing in them
+	case ts.n >= ts.max:
 		return refuse(ReasonTunnelCap, "%d tunnels are open, which is the limit", ts.max)
 	case ts.of[t.call.Src] >= ts.perCaller:
 		return refuse(ReasonTunnelCap, "%s has %d tunnels open, which is the limit of one caller", t.call.Src, ts.perCaller)
 	}
-	if err := ts.purses.open(t, time.Now()); err != nil {
-		return err
+	if t.asked == 0 { // else its requests are what the budget is for
+		if err := ts.purses.open(t, time.Now()); err != nil {
+			return err
+		}
 	}
 	ts.live[t] = true
-	ts.of[t.call.Src]++
+	if !t.within {
+		ts.n++
+		ts.of[t.call.Src]++
+	}
 	return nil
 }
 
@@ -87,26 +96,38 @@ func (ts *tunnels) remove(t *tunnel) {
 	defer ts.mu.Unlock()
 	ts.purses.shut(t)
 	delete(ts.live, t)
+	if t.within {
+		return
+	}
+	ts.n--
 	if ts.of[t.call.Src]--; ts.of[t.call.Src] <= 0 {
 		delete(ts.of, t.call.Src)
 	}
 }
 
+// all are the tunnels, those for requests last: what ends has its own reason in its
+// record only if that comes before the end of what it is in.
 func (ts *tunnels) all() []*tunnel {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
 	out := make([]*tunnel, 0, len(ts.live))
+	var outer []*tunnel
 	for t := range ts.live {
-		out = append(out, t)
+		if t.asked != 0 {
+			outer = append(outer, t)
+		} else {
+			out = append(out, t)
+		}
 	}
-	return out
+	return append(out, outer...)
 }
 
-// Tunnels is how many tunnels are open or being opened.
+// Tunnels is how many tunnels are open or being opened, with requests that are not
+// in one.
 func (g *Gateway) Tunnels() int {
 	g.tunnels.mu.Lock()
 	defer g.tunnels.mu.Unlock()
-	return len(g.tunnels.live)
+	return g.tunnels.n
 }
 
 // leadsThere reports whether s would let t lead to where it does, in the way
