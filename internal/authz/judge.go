@@ -120,6 +120,7 @@ type Grant struct {
 	id, rule, dst string
 	port          uint16
 	warn          bool
+	softened      bool
 	tally         audit.Tally
 }
 
@@ -136,6 +137,10 @@ func (g Grant) Rule() string { return g.rule }
 // Warn reports whether the call is denied by a file that only warns: the caller
 // is to be told.
 func (g Grant) Warn() bool { return g.warn }
+
+// Softened reports whether the call is denied, and passes since its file is not
+// enforced: what the policy lends to those whom it allows is not for the caller.
+func (g Grant) Softened() bool { return g.softened }
 
 // Done tells the record how the call ended: the status that the caller was
 // told, 0 when it was told nothing, and the trace. It is called once for each
@@ -297,7 +302,7 @@ func (j *Judge) record(c *Call, set *Set, d Decision) (Grant, error) {
 		j.denials.keep(id, c, set, nil)
 		return Grant{}, &Denial{ID: id, Rule: d.Rule, Reason: d.Reason}
 	}
-	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, warn: d.Reason == Warned, tally: tally}, nil
+	return Grant{id: id, rule: d.Rule, dst: c.Dst, port: c.Port, warn: d.Reason == Warned, softened: d.would != "", tally: tally}, nil
 }
 
 func recordOf(c *Call, set *Set, d Decision) audit.Record {

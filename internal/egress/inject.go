@@ -18,6 +18,9 @@ func (f *fetch) inject() error {
 	if !i.For(f.call.Path) {
 		return nil
 	}
+	if f.grant.Softened() {
+		return refuse(ReasonSecret, "the request is denied by a policy that is not enforced, which lends no credential")
+	}
 	value, err := f.g.cfg.Secrets.Value(f.ctx, i.Secret)
 	if err != nil {
 		return refuse(ReasonSecret, "%v", err)

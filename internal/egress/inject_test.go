@@ -51,6 +51,30 @@ func TestCredentialsAreInjectedWhereTheyBelong(t *testing.T) {
 	}
 }
 
+// TestCredentialsAreForWhomRowsAllow has a policy that only observes let others ask.
+func TestCredentialsAreForWhomRowsAllow(t *testing.T) {
+	for _, mode := range []string{"observe", "warn"} {
+		w, s, _ := injectWorld(t)
+		w.use(w.policy(asking, s.injected("shop.test")+"    mode: "+mode+"\n"))
+		c := w.askOnStream(w.streamsOn(inventory))
+		if res, _ := c.ask(t, "GET http://shop.test/v1/other HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 200 {
+			t.Errorf("%s: without the credential: %d", mode, res.StatusCode)
+		}
+		<-s.seen
+		res, _ := c.ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n")
+		if res.StatusCode != 503 || res.Header.Get("Sallyport-Decision") == "" || len(s.seen) != 0 {
+			t.Errorf("%s: %d, %d requests got there", mode, res.StatusCode, len(s.seen))
+		}
+		w.until("a refusal", denial(ReasonSecret))
+		if res, _ := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 200 {
+			t.Errorf("%s: whom a row allows: %d", mode, res.StatusCode)
+		}
+		if r := <-s.seen; r.Header.Get("Authorization") != "Bearer "+credential {
+			t.Errorf("%s: whom a row allows: %v", mode, r.Header)
+		}
+	}
+}
+
 func TestAnswersDoNotShowTheCredential(t *testing.T) {
 	w, s, _ := injectWorld(t)
 	stars := strings.Repeat("*", len(credential))
