@@ -301,12 +301,14 @@ func idempotent(method []byte) bool {
 }
 
 // The fields that do not leave the mesh: what only proxies say, what is meant for
-// a proxy, and what would have the host take a method for another than was judged.
+// a proxy, and what would have the host take a method, a path or a host for another
+// than was judged.
 // Of an answer, nothing may name another way to the host than the one that is
 // judged.
 var (
 	notOut = http1.NewNameSet("sallyport-*", "x-forwarded-*", "forwarded", "x-real-ip", "x-envoy-*", "egress-*", "proxy-*", "traceparent", "tracestate", "x-request-id",
-		"x-http-method-override", "x-http-method", "x-method-override", "alt-used")
+		"x-http-method-override", "x-http-method", "x-method-override", "alt-used",
+		"x-original-url", "x-original-uri", "x-original-host", "x-rewrite-url", "x-http-path-override", "x-http-host-override", "x-host")
 	notIn    = http1.NewNameSet("sallyport-*", "alt-svc", "proxy-*")
 	location = http1.NewNameSet("location")
 )

@@ -178,7 +178,9 @@ func (c *askConn) ask(t testing.TB, request string) (*http.Response, string) {
 
 func TestRequestsGoOnOverTLS(t *testing.T) {
 	const absolute, inside = "GET http://shop.test/v1/a?x=1 HTTP/1.1\r\nHost: shop.test\r\n", "GET /v1/a?x=1 HTTP/1.1\r\nHost: shop.test\r\n"
-	const more = "X-Mine: yes\r\nSallyport-Hop: no\r\nX-Forwarded-For: 10.0.0.1\r\nX-HTTP-Method-Override: DELETE\r\nEgress-Origin: explicit\r\nProxy-Authorization: Basic x\r\n\r\n"
+	const more = "X-Mine: yes\r\nSallyport-Hop: no\r\nX-Forwarded-For: 10.0.0.1\r\nX-HTTP-Method-Override: DELETE\r\n" +
+		"X-Original-URL: /admin\r\nX-Original-URI: /admin\r\nX_Rewrite_URL: /admin\r\nX-HTTP-Path-Override: /admin\r\nX-Forwarded-Prefix: /admin\r\n" +
+		"X-Host: evil.test\r\nX-Original-Host: evil.test\r\nX-HTTP-Host-Override: evil.test\r\nX-Forwarded-Host: evil.test\r\nEgress-Origin: explicit\r\nProxy-Authorization: Basic x\r\n\r\n"
 	for name, way := range map[string]struct {
 		open    func(w *world) *askConn
 		request string
