@@ -434,11 +434,10 @@ func (f *fetch) recordEnd(reason Reason) {
 
 // lend gives a connection to the host: one that was kept, or a new one.
 func (f *fetch) lend(fresh bool) (*origin, error) {
-	key := originKey{host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, secret: f.secret}
+	key := originKeyOf(f)
 	if !fresh {
 		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }); o != nil {
-			f.leads(o.to)
-			return o, nil
+			return f.judged(o)
 		}
 	}
 	o, note, err := f.g.dialOrigin(f.ctx, f.grant, key, Target{Host: f.host, Port: f.call.Port, How: f.how})
@@ -446,6 +445,11 @@ func (f *fetch) lend(fresh bool) (*origin, error) {
 		return nil, err
 	}
 	f.note = note
+	return f.judged(o)
+}
+
+// judged gives a connection out if the request may lead where that does.
+func (f *fetch) judged(o *origin) (*origin, error) {
 	f.leads(o.to)
 	if err := f.g.rejudge(f.tunnel); err != nil { // now that Rejudge can see where it leads
 		o.discard()

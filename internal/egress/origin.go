@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
@@ -23,16 +25,32 @@ const (
 	// originIdle is how long a connection is kept unused. Servers close theirs
 	// after a minute or more, by custom.
 	originIdle = 50 * time.Second
+	// originAge is how old one may be that is used again: what the host is at, and
+	// what its certificate says, is looked at anew by then.
+	originAge = 5 * time.Minute
 	// originShake bounds a handshake with a host.
 	originShake = 10 * time.Second
 )
 
 // An originKey is whom a connection leads to, and as whom.
 type originKey struct {
+	// who has asked on it: some hosts take a connection, once it has proved who it
+	// is (NTLM, Negotiate), for that caller's.
+	who     spiffeid.ID
 	host    Host
 	port    uint16
 	tls, ca string
+	at      string // the endpoints of the destination; empty when DNS says where
 	secret  string // the name of what is injected
+}
+
+// originKeyOf is whom the connection of a request leads to.
+func originKeyOf(f *fetch) originKey {
+	var at []byte
+	for _, e := range f.how.Endpoints {
+		at = append(e.AppendTo(at), ' ')
+	}
+	return originKey{who: f.call.Src, host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, at: string(at), secret: f.secret}
 }
 
 // An origin is a connection to a host on which the gateway speaks HTTP itself.
@@ -43,6 +61,7 @@ type origin struct {
 	key    originKey
 	to     netip.AddrPort
 	reused bool
+	born   time.Time
 	idle   time.Time
 }
 
@@ -77,7 +96,7 @@ func (p *origins) take(proof authz.Grant, key originKey, fits func(netip.AddrPor
 		p.keep(key, list[:len(list)-1])
 		p.n--
 		p.mu.Unlock()
-		if time.Since(o.idle) < originIdle && !o.Stale() && fits(o.to) {
+		if time.Since(o.idle) < originIdle && time.Since(o.born) < originAge && !o.Stale() && fits(o.to) {
 			o.reused = true
 			return o
 		}
@@ -99,7 +118,7 @@ func (p *origins) put(o *origin) {
 	o.Rest()
 	o.idle = time.Now()
 	p.mu.Lock()
-	full := p.closed || p.n >= maxIdleAll || len(p.idle[o.key]) >= maxIdleOrigin
+	full := p.closed || time.Since(o.born) >= originAge || p.n >= maxIdleAll || len(p.idle[o.key]) >= maxIdleOrigin
 	if !full {
 		if p.idle == nil {
 			p.idle = make(map[originKey][]*origin)
@@ -140,7 +159,7 @@ func (g *Gateway) dialOrigin(ctx context.Context, proof authz.Grant, key originK
 		return nil, "", err
 	}
 	at := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
-	o := &origin{nc: conn, tcp: conn, key: key, to: netip.AddrPortFrom(at.Addr().Unmap(), at.Port())}
+	o := &origin{nc: conn, tcp: conn, key: key, born: time.Now(), to: netip.AddrPortFrom(at.Addr().Unmap(), at.Port())}
 	if to.How.TLS != "" {
 		cfg, err := g.originTLS(to)
 		if err != nil {
