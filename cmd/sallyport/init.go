@@ -94,7 +94,7 @@ func (s *starter) domain() (*newFiles, error) {
 	if s.Data == defaultData {
 		s.Run = filepath.Join(defaultRun, "issuer")
 	}
-	n := &newFiles{closed: []string{filepath.Join(s.Data, "issuer")}}
+	n := &newFiles{dir: s.Dir, closed: []string{filepath.Join(s.Data, "issuer")}}
 	n.files = append(n.files, newFile{filepath.Join(s.Dir, "ca.passphrase"), []byte(rand.Text() + "\n"), 0o600})
 	if err := s.add(n, "issuer.yaml", "issuer.yaml", 0o644); err != nil {
 		return nil, err

@@ -154,7 +154,7 @@ func (c *cli) joinBy(ctx context.Context, in invitation, o joinOptions) error {
 	if o.gateway {
 		kind = "gateway"
 	}
-	n := &newFiles{closed: []string{s.Data}}
+	n := &newFiles{dir: s.Dir, closed: []string{s.Data}}
 	if err := n.ownedBy(o.user); err != nil {
 		return err
 	}

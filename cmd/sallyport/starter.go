@@ -10,7 +10,6 @@ import (
 	"os/user"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
 	"text/template"
 
@@ -76,6 +75,7 @@ type newFile struct {
 // newFiles are written all or none. Directories they need are made, open to
 // be read; those in closed are made for their owner alone.
 type newFiles struct {
+	dir    string // has all files
 	files  []newFile
 	closed []string
 	owner  *user.User // nil: this user
@@ -90,66 +90,38 @@ func (n *newFiles) write() (err error) {
 			return daemon.Exit(daemon.Failed, err)
 		}
 	}
-	var made []string // files and directories, in the order of their making
-	defer func() {
-		if err == nil {
-			return
-		}
-		for _, p := range slices.Backward(made) {
-			_ = os.Remove(p) // a directory that another has put something into stays
-		}
-	}()
-	for _, dir := range n.closed {
-		if err := n.mkdir(dir, 0o700, &made); err != nil {
-			return err
-		}
-	}
-	for _, f := range n.files {
-		if err := n.mkdir(filepath.Dir(f.path), 0o755, &made); err != nil {
-			return err
-		}
-		if err := daemon.WriteFile(f.path, f.data, f.mode); err != nil {
+	m := making{uid: -1, gid: -1}
+	if n.owner != nil {
+		var errU, errG error
+		m.uid, errU = strconv.Atoi(n.owner.Uid)
+		m.gid, errG = strconv.Atoi(n.owner.Gid)
+		if err := errors.Join(errU, errG); err != nil {
 			return daemon.Exit(daemon.Failed, err)
 		}
-		made = append(made, f.path)
-		if err := n.chown(f.path); err != nil {
+	}
+	defer func() { m.end(err != nil) }()
+	for _, dir := range n.closed {
+		if _, err := m.open(dir, 0o700); err != nil {
 			return err
 		}
 	}
-	return nil
-}
-
-// mkdir makes a directory, and those above it open to be read.
-func (n *newFiles) mkdir(dir string, mode fs.FileMode, made *[]string) error {
-	if st, err := os.Stat(dir); err == nil {
-		if !st.IsDir() {
-			return daemon.Exit(daemon.Failed, fmt.Errorf("%s is no directory", dir))
-		}
-		return nil
-	}
-	if err := n.mkdir(filepath.Dir(dir), 0o755, made); err != nil {
+	in, err := m.open(n.dir, 0o755)
+	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, mode); err != nil {
-		return daemon.Hint(daemon.Exit(daemon.Failed, err), "run it as a user who may write there, or name other directories with --dir and --data")
+	for _, f := range n.files {
+		name, err := filepath.Rel(n.dir, f.path)
+		if err == nil {
+			err = m.mkdir(in, filepath.Dir(name), 0o755)
+		}
+		if err == nil {
+			err = m.write(in, name, f.data, f.mode)
+		}
+		if err != nil {
+			return daemon.Exit(daemon.Failed, fmt.Errorf("write %s: %w", f.path, err))
+		}
 	}
-	*made = append(*made, dir)
-	if err := os.Chmod(dir, mode); err != nil { // whatever the umask
-		return daemon.Exit(daemon.Failed, err)
-	}
-	return n.chown(dir)
-}
-
-func (n *newFiles) chown(path string) error {
-	if n.owner == nil {
-		return nil
-	}
-	uid, errU := strconv.Atoi(n.owner.Uid)
-	gid, errG := strconv.Atoi(n.owner.Gid)
-	if err := errors.Join(errU, errG); err != nil {
-		return daemon.Exit(daemon.Failed, err)
-	}
-	return daemon.Exit(daemon.Failed, os.Chown(path, uid, gid))
+	return daemon.Exit(daemon.Failed, m.give())
 }
 
 // ownedBy looks up who is to own what is written; nobody named is this user.
