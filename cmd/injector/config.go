@@ -28,6 +28,10 @@ type Config struct {
 	Audience string `yaml:"audience"`
 	// User is what the sidecar runs as, and nothing else in the pod. Default 1337.
 	User int64 `yaml:"user"`
+	// OptOut are the namespaces in which a pod may say that it wants no sidecar, by
+	// the annotation sallyport/inject: "false". Whoever may make a pod there gets
+	// around policy by it. Default none: such a pod is refused.
+	OptOut []string `yaml:"opt_out"`
 
 	Log daemon.LogConfig `yaml:"log"`
 }

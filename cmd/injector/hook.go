@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 )
 
 // maxReview bounds a question: Kubernetes takes objects up to 3 MiB.
@@ -24,9 +25,10 @@ type (
 		Kind struct {
 			Group, Version, Kind string
 		} `json:"kind"`
-		Namespace string          `json:"namespace"`
-		Operation string          `json:"operation"`
-		Object    json.RawMessage `json:"object"`
+		SubResource string          `json:"subResource"`
+		Namespace   string          `json:"namespace"`
+		Operation   string          `json:"operation"`
+		Object      json.RawMessage `json:"object"`
 	}
 	response struct {
 		UID       string  `json:"uid"`
@@ -85,20 +87,38 @@ func (h *hook) answer(in *request) *response {
 	return out
 }
 
-// patch says what to add to the pod; nothing to what is none, or has a sidecar.
+// patch says what to add to the pod: nothing to what is none, or has a sidecar of
+// ours. A pod is judged in either case, as it may have been changed since, and so
+// is a container that is put into a pod later.
 func (h *hook) patch(in *request) ([]operation, error) {
-	if in.Kind.Kind != "Pod" || in.Kind.Group != "" || in.Operation != "CREATE" {
+	if in.Kind.Kind != "Pod" || in.Kind.Group != "" {
+		return nil, nil
+	}
+	later := in.Operation == "UPDATE" && in.SubResource == "ephemeralcontainers"
+	if !later && (in.Operation != "CREATE" || in.SubResource != "") {
 		return nil, nil
 	}
 	var p pod
 	if err := json.Unmarshal(in.Object, &p); err != nil {
 		return nil, fmt.Errorf("the pod cannot be read: %w", err)
 	}
-	if p.has(sidecarName) || p.Metadata.Annotations[annotationInject] == "false" {
+	switch {
+	case later && !p.has(sidecarName):
+		return nil, nil // nothing that could be got around
+	case later:
+		return nil, p.judge(p.Spec.Ephemeral, h.cfg)
+	case p.Metadata.Annotations[annotationInject] != "false":
+	case slices.Contains(h.cfg.OptOut, in.Namespace):
 		return nil, nil
+	default:
+		return nil, fmt.Errorf("annotation %s: %q holds in no namespace that opt_out of the injector does not name; leave it out, or make the pod where there are no sidecars", annotationInject, "false")
 	}
-	if err := p.fits(h.cfg.User); err != nil {
+	injected := p.has(sidecarName) || p.has(captureName)
+	if err := p.fits(h.cfg, injected); err != nil {
 		return nil, err
+	}
+	if injected {
+		return nil, p.ours(in.Object, h.cfg)
 	}
 	return p.with(h.cfg), nil
 }

@@ -1,18 +1,21 @@
 package main
 
 import (
-	"errors"
 	"fmt"
-	"net/netip"
 	"strings"
 )
 
 const (
 	sidecarName = "sallyport-sidecar"
 	captureName = "sallyport-capture"
+	// workloadName is the one volume of ours that an application has, to read.
+	workloadName = "sallyport-workload"
 
-	// annotationInject is "false" on a pod that wants no sidecar, and annotationApp
-	// is where its application listens, such as "127.0.0.1:8080"; without it the
+	// prefix begins the names of what is added, which nothing else may have.
+	prefix = "sallyport-"
+
+	// annotationInject is "false" on a pod that wants no sidecar, where the operator
+	// lets pods say so, and annotationApp is where its application listens, such as "127.0.0.1:8080"; without it the
 	// pod calls and is not called.
 	annotationInject = "sallyport/inject"
 	annotationApp    = "sallyport/app"
@@ -33,25 +36,44 @@ type (
 			Annotations map[string]string `json:"annotations"`
 		} `json:"metadata"`
 		Spec struct {
-			HostNetwork     bool                    `json:"hostNetwork"`
-			Share           *bool                   `json:"shareProcessNamespace"`
-			SecurityContext *securityContext        `json:"securityContext"`
-			InitContainers  []container             `json:"initContainers"`
-			Containers      []container             `json:"containers"`
-			Volumes         []struct{ Name string } `json:"volumes"`
+			HostNetwork     bool             `json:"hostNetwork"`
+			Share           *bool            `json:"shareProcessNamespace"`
+			SecurityContext *securityContext `json:"securityContext"`
+			InitContainers  []container      `json:"initContainers"`
+			Containers      []container      `json:"containers"`
+			Ephemeral       []container      `json:"ephemeralContainers"`
+			Volumes         []volume         `json:"volumes"`
 		} `json:"spec"`
 	}
 	container struct {
 		Name            string                  `json:"name"`
 		Env             []struct{ Name string } `json:"env"`
-		VolumeMounts    []struct{ Name string } `json:"volumeMounts"`
+		VolumeMounts    []volumeMount           `json:"volumeMounts"`
 		SecurityContext *securityContext        `json:"securityContext"`
+	}
+	volumeMount struct {
+		Name      string `json:"name"`
+		MountPath string `json:"mountPath"`
+		ReadOnly  bool   `json:"readOnly"`
+		SubPath   string `json:"subPath"`
+	}
+	volume struct {
+		Name      string `json:"name"`
+		Projected *struct {
+			Sources []struct {
+				Token *struct {
+					Audience string `json:"audience"`
+				} `json:"serviceAccountToken"`
+			} `json:"sources"`
+		} `json:"projected"`
 	}
 	securityContext struct {
 		RunAsUser    *int64 `json:"runAsUser"`
 		Privileged   *bool  `json:"privileged"`
+		Escalation   *bool  `json:"allowPrivilegeEscalation"`
 		Capabilities *struct {
-			Add []string `json:"add"`
+			Add  []string `json:"add"`
+			Drop []string `json:"drop"`
 		} `json:"capabilities"`
 	}
 )
@@ -61,57 +83,6 @@ type operation struct {
 	Op    string `json:"op"`
 	Path  string `json:"path"`
 	Value any    `json:"value"`
-}
-
-func (p *pod) has(name string) bool {
-	for _, c := range append(p.Spec.InitContainers, p.Spec.Containers...) {
-		if c.Name == name {
-			return true
-		}
-	}
-	return false
-}
-
-// fits says why a pod cannot have a sidecar: its rules would hold for the whole
-// machine, or one of its containers could get around them.
-func (p *pod) fits(user int64) error {
-	var errs []error
-	if p.Spec.HostNetwork {
-		errs = append(errs, errors.New("hostNetwork: the sidecar would capture the node; annotate the pod "+annotationInject+`: "false"`))
-	}
-	if s := p.Spec.Share; s != nil && !*s {
-		errs = append(errs, errors.New("shareProcessNamespace: false hides the workload from its sidecar; leave it out"))
-	}
-	as := func(s *securityContext) bool { return s != nil && s.RunAsUser != nil && *s.RunAsUser == user }
-	if as(p.Spec.SecurityContext) {
-		errs = append(errs, fmt.Errorf("runAsUser %d is the sidecar's own user, which is not captured", user))
-	}
-	for _, c := range append(p.Spec.InitContainers, p.Spec.Containers...) {
-		s := c.SecurityContext
-		if as(s) {
-			errs = append(errs, fmt.Errorf("container %s: runAsUser %d is the sidecar's own user, which is not captured", c.Name, user))
-		}
-		if s == nil {
-			continue
-		}
-		if s.Privileged != nil && *s.Privileged {
-			errs = append(errs, fmt.Errorf("container %s: privileged, and could change the rules", c.Name))
-		}
-		if s.Capabilities != nil {
-			for _, a := range s.Capabilities.Add {
-				switch strings.TrimPrefix(strings.ToUpper(a), "CAP_") {
-				case "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE", "NET_RAW", "ALL":
-					errs = append(errs, fmt.Errorf("container %s: %s, with which it could get around the sidecar", c.Name, a))
-				}
-			}
-		}
-	}
-	if app, ok := p.Metadata.Annotations[annotationApp]; ok {
-		if a, err := netip.ParseAddrPort(app); err != nil || !a.Addr().IsLoopback() {
-			errs = append(errs, fmt.Errorf("annotation %s: %q is no address on loopback, such as \"127.0.0.1:8080\"", annotationApp, app))
-		}
-	}
-	return errors.Join(errs...)
 }
 
 // with adds the sidecar, and before it what puts the rules into force.
@@ -136,7 +107,7 @@ func (p *pod) with(cfg *Config) (ops []operation) {
 	for i, c := range p.Spec.Containers {
 		at := fmt.Sprintf("/spec/containers/%d", i)
 		each(at+"/env", len(c.Env) == 0, "-", env("SPIFFE_ENDPOINT_SOCKET", "unix://"+socketPath))
-		each(at+"/volumeMounts", len(c.VolumeMounts) == 0, "-", mount("sallyport-workload", workloadDir, true))
+		each(at+"/volumeMounts", len(c.VolumeMounts) == 0, "-", mount(workloadName, workloadDir, true))
 	}
 	if p.Spec.Share == nil {
 		add("/spec/shareProcessNamespace", true)
@@ -173,7 +144,7 @@ func (p *pod) sidecar(cfg *Config) object {
 		"securityContext": confined(cfg.User),
 		"volumeMounts": []object{
 			mount("sallyport-config", etcDir, true), mount("sallyport-token", tokenDir, true),
-			mount("sallyport-state", stateDir, false), mount("sallyport-workload", workloadDir, false),
+			mount("sallyport-state", stateDir, false), mount(workloadName, workloadDir, false),
 		},
 		"resources": object{"requests": object{"cpu": "10m", "memory": "32Mi"}},
 	}
@@ -216,6 +187,6 @@ func volumes(cfg *Config) []any {
 			{"serviceAccountToken": object{"path": "token", "audience": cfg.Audience, "expirationSeconds": 600}},
 		}}},
 		object{"name": "sallyport-state", "emptyDir": object{"medium": "Memory", "sizeLimit": "256Mi"}},
-		object{"name": "sallyport-workload", "emptyDir": object{"medium": "Memory", "sizeLimit": "1Mi"}},
+		object{"name": workloadName, "emptyDir": object{"medium": "Memory", "sizeLimit": "1Mi"}},
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -81,6 +82,11 @@ func look(t *testing.T, file string, v any) {
 		for _, w := range o.Webhooks {
 			if w.FailurePolicy == nil || *w.FailurePolicy != admission.Fail || w.SideEffects == nil {
 				t.Errorf("%s: %s lets pods pass that nobody has looked at", file, w.Name)
+			}
+			if !slices.ContainsFunc(w.Rules, func(r admission.RuleWithOperations) bool {
+				return slices.Contains(r.Resources, "pods/ephemeralcontainers") && slices.Contains(r.Operations, admission.Update)
+			}) {
+				t.Errorf("%s: %s does not hear of what kubectl debug puts into a pod", file, w.Name)
 			}
 		}
 	}
