@@ -174,6 +174,9 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 	if howErr == nil && (!asksHTTP(t.how) || t.how.TLS == mesh.Inspect && a.in == nil) {
 		howErr = refuse(ReasonMethod, "%s is reached by CONNECT: its destination says neither proto: http nor tls: originate", host)
 	}
+	if howErr == nil && a.in != nil && t.how.TLS != a.in.how.TLS {
+		howErr = refuse(ReasonRevoked, "the policy changed since the tunnel to %s was opened: connect again", host)
+	}
 	if howErr != nil {
 		return nil, g.deny(t.record(audit.KindDecision), howErr)
 	}

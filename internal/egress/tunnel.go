@@ -134,7 +134,7 @@ func (g *Gateway) Tunnels() int {
 // it does.
 func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.AddrPort) bool {
 	how, err := routeOf(s, t.host)
-	if err != nil || how.Proto != t.how.Proto || how.TLS != t.how.TLS {
+	if err != nil || how.Proto != t.how.Proto || how.TLS != t.how.TLS || how.CA != t.how.CA || !how.Inject.Equal(t.how.Inject) {
 		return false
 	}
 	if how.Proto == mesh.ProtoTLS && how.SNI != sniOptional && sni == "" {

@@ -187,6 +187,14 @@ func (i *Inject) For(path string) bool {
 	return slices.ContainsFunc(i.Paths, func(p string) bool { return MatchPath(p, path) })
 }
 
+// Equal says whether the same is injected where; nil is nothing.
+func (i *Inject) Equal(other *Inject) bool {
+	if i == nil || other == nil {
+		return i == other
+	}
+	return i.Secret == other.Secret && i.Header == other.Header && i.Prefix == other.Prefix && slices.Equal(i.Paths, other.Paths)
+}
+
 // The values of Destination.TLS beside none.
 const (
 	// Originate: requests come in the clear, and go on to the host over TLS under its
