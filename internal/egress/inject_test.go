@@ -1,7 +1,9 @@
 package egress
 
 import (
+	"context"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -181,6 +183,43 @@ func TestSecretsAreRead(t *testing.T) {
 	for _, name := range []string{"no-env", "no-file", "moved", "other", "stranger", "denied", "unknown"} {
 		if v, err := s.Value(t.Context(), name); v != "" || err == nil || strings.Contains(err.Error(), credential) {
 			t.Errorf("%s: %q, %v", name, v, err)
+		}
+	}
+}
+
+// TestSecretsAreKeptFromNobody has the caller that a secret is read for go away.
+func TestSecretsAreKeptFromNobody(t *testing.T) {
+	asked, answer := make(chan bool), make(chan bool)
+	vault := httptest.NewTLSServer(http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
+		asked <- true
+		<-answer
+		fmt.Fprintf(rw, `{"data":{"value":%q}}`, credential)
+	}))
+	defer vault.Close()
+	dir := t.TempDir()
+	token, ca := filepath.Join(dir, "token"), filepath.Join(dir, "ca.pem")
+	for file, text := range map[string][]byte{token: []byte("s.token\n"), ca: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: vault.Certificate().Raw})} {
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := NewSecrets(map[string]SecretSource{"shop": {Vault: &VaultSource{URL: vault.URL, Field: "value", TokenFile: token, CAFile: ca}}})
+	gone, leave := context.WithCancel(t.Context())
+	left := make(chan error)
+	go func() { _, err := s.Value(gone, "shop"); left <- err }()
+	<-asked
+	leave()
+	if err := <-left; !errors.Is(err, context.Canceled) {
+		t.Errorf("who has gone got %v", err)
+	}
+	got := make(chan string)
+	for range 2 {
+		go func() { v, _ := s.Value(t.Context(), "shop"); got <- v }()
+	}
+	answer <- true
+	for range 2 {
+		if v := <-got; v != credential {
+			t.Errorf("another got %q", v)
 		}
 	}
 }

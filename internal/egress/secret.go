@@ -48,7 +48,8 @@ type VaultSource struct {
 	CAFile string
 }
 
-// Secrets reads what the gateway adds to requests. Nothing that it returns may be
+// Secrets reads what the gateway adds to requests, each in a goroutine that ends with
+// the reading. Nothing that it returns may be
 // logged or recorded. It is safe for concurrent use.
 type Secrets struct {
 	byName map[string]*secret
@@ -58,11 +59,12 @@ type Secrets struct {
 type secret struct {
 	from SecretSource
 
-	mu    sync.Mutex // guards what follows, also while it is read
-	value string
-	read  time.Time // when value was
-	tried time.Time
-	err   error
+	mu     sync.Mutex // guards what follows
+	value  string
+	read   time.Time // when value was
+	tried  time.Time
+	err    error
+	flight chan struct{} // closed when what reads it has; nil: nothing does
 }
 
 // NewSecrets knows secrets by their names. It reads none.
@@ -83,20 +85,50 @@ func (s *Secrets) Value(ctx context.Context, name string) (string, error) {
 	if one == nil {
 		return "", fmt.Errorf("the gateway has no secret %s", clip(name))
 	}
-	one.mu.Lock()
-	defer one.mu.Unlock()
-	now := time.Now()
-	if now.Sub(one.tried) >= secretAge || one.tried.IsZero() || one.err != nil && now.Sub(one.tried) >= time.Second {
-		one.tried = now
-		var value string
-		if value, one.err = one.from.fetch(ctx); one.err == nil {
-			one.value, one.read = value, now
+	if flight := one.flown(ctx); flight != nil {
+		ctx, cancel := context.WithTimeout(ctx, secretWait)
+		defer cancel()
+		select {
+		case <-flight:
+		case <-ctx.Done():
+			return "", fmt.Errorf("secret %s: it is still being read: %w", name, ctx.Err())
 		}
 	}
-	if one.value == "" || one.err != nil && now.Sub(one.read) >= secretStale {
+	one.mu.Lock()
+	defer one.mu.Unlock()
+	if one.value == "" || one.err != nil && time.Since(one.read) >= secretStale {
 		return "", fmt.Errorf("secret %s: %w", name, one.err)
 	}
 	return one.value, nil
+}
+
+// flown has the secret read if that is due, and says what to wait for; nil for
+// nothing. One reading serves all callers, and outlives the one that it began for,
+// who may be gone at once.
+func (s *secret) flown(ctx context.Context) <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	if s.flight != nil {
+		return s.flight
+	}
+	if now.Sub(s.tried) < secretAge && !s.tried.IsZero() && (s.err == nil || now.Sub(s.tried) < time.Second) {
+		return nil
+	}
+	s.tried = now
+	flight := make(chan struct{})
+	s.flight = flight
+	ctx = context.WithoutCancel(ctx)
+	go func() {
+		defer close(flight)
+		value, err := s.from.fetch(ctx)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.flight, s.err = nil, err; err == nil {
+			s.value, s.read = value, now
+		}
+	}()
+	return flight
 }
 
 // fetch reads the secret and looks whether it can stand in a header.
