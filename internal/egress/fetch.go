@@ -276,12 +276,13 @@ func (f *fetch) run() (keep bool, ans *answer) {
 		f.status = res.Status
 		f.up.Add(res.ReqBytes)
 		f.down.Add(res.RespBytes)
+		reused := o.reused // from put on o is for another request
 		if err == nil && res.UpstreamReusable && f.why() == "" {
 			f.g.origins.put(o)
 		} else {
 			o.discard()
 		}
-		stale := o.reused && res.Replayable && !res.ResponseSeen && (res.RequestBytesSent == 0 || idempotent(f.req.Method))
+		stale := reused && res.Replayable && !res.ResponseSeen && (res.RequestBytesSent == 0 || idempotent(f.req.Method))
 		switch {
 		case err == nil:
 			f.recordEnd(cmp.Or(f.why(), ReasonDone))
