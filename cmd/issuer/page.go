@@ -69,7 +69,7 @@ func (in *issuer) openPage() (d publicDoor, err error) {
 	}
 	conf := page.Config{
 		TrustDomain: in.cfg.TrustDomain, Status: in.registry.Status, Proxies: in.registry.Proxies, Policies: in.registry.Policies,
-		Chart: in.charts.Chart, Windows: in.registry.Windows, Denials: in.heard.Denials, Passages: in.heard.Passages,
+		Chart: in.charts.Chart, Windows: in.charts.windows, Denials: in.heard.Denials, Passages: in.heard.Passages,
 		Rollouts: deliveries{in.rollouts}.Rollouts, MoveRollout: deliveries{in.rollouts}.MoveRollout,
 		Roots: in.auth.Roots, Logs: in.logs, Search: in.search, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		Revoked: func(serial string) bool { return in.registry.Revocations().Has(serial) }, Log: in.log,
@@ -135,18 +135,36 @@ type charts struct {
 
 // Chart is control.ServerConfig.Chart.
 func (c *charts) Chart(ctx context.Context, from, to time.Time) (mesh.Chart, error) {
-	windows, err := c.in.registry.Windows(ctx, from, to)
+	out := mesh.Chart{From: from, To: to}
+	var sum mesh.EdgeSum
+	err := c.in.registry.EachWindow(ctx, from, to, func(w mesh.Window) {
+		if w.From.Before(out.From) { // they are whole, and so begin before
+			out.From = w.From
+		}
+		sum.Add(w)
+	})
 	if err != nil {
 		return mesh.Chart{}, err
 	}
-	out := mesh.Chart{From: from, To: to, Edges: mesh.SumEdges(windows)}
-	for _, w := range windows { // they are whole, and so begin before
-		if w.From.Before(out.From) {
-			out.From = w.From
-		}
-	}
+	out.Edges = sum.Edges()
 	out.Unused = chart.NotCalled(c.allowed(), out.Edges)
 	return out, nil
+}
+
+// windows have the calls from and to one end alone: what all of them have together may be
+// more than there is room for.
+func (c *charts) windows(ctx context.Context, from, to time.Time, end string) (out []mesh.Window, err error) {
+	err = c.in.registry.EachWindow(ctx, from, to, func(w mesh.Window) {
+		all := w.Edges
+		w.Edges = nil
+		for _, e := range all {
+			if e.Dst == end || e.Src == end {
+				w.Edges = append(w.Edges, e)
+			}
+		}
+		out = append(out, w)
+	})
+	return out, err
 }
 
 func (c *charts) allowed() []mesh.Unused {

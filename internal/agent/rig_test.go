@@ -361,9 +361,9 @@ func mustTD(name string) spiffeid.TrustDomain { return spiffeid.RequireTrustDoma
 func (is *issuer) edges() []mesh.Edge {
 	is.t.Helper()
 	now := time.Now()
-	list, err := is.registry.Windows(is.t.Context(), now.Add(-time.Hour), now.Add(time.Second))
-	if err != nil {
+	var sum mesh.EdgeSum
+	if err := is.registry.EachWindow(is.t.Context(), now.Add(-time.Hour), now.Add(time.Second), sum.Add); err != nil {
 		is.t.Fatal(err)
 	}
-	return mesh.SumEdges(list)
+	return sum.Edges()
 }

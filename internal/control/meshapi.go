@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,8 +23,6 @@ import (
 
 const (
 	maxEndpoints = 256
-	maxEdges     = 10_000
-	maxEdgeCount = 1 << 40 // what an outage of days can add up
 	// maxReason bounds the words of a nack, bytes.
 	maxReason = 1024
 )
@@ -524,51 +521,4 @@ func (a *meshAPI) keep(ctx context.Context, who caller, b *meshpb.AuditBatch) er
 		return fmt.Errorf("keep audit of %s: %w", workload, err)
 	}
 	return nil
-}
-
-// ReportEdges adds counts. An agent speaks only of calls from or to a workload
-// of its own, and that of a gateway also of those to hosts outside.
-func (a *meshAPI) ReportEdges(ctx context.Context, r *meshpb.EdgeReport) (*meshpb.EdgeAck, error) {
-	who, err := callerOf(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if n := len(r.GetEdges()); n > maxEdges {
-		return nil, refuse(codes.InvalidArgument, "%d edges in a report, at most %d", n, maxEdges)
-	}
-	own := map[string]bool{}
-	for _, e := range a.s.cfg.Registry.EntriesFor(who.id) {
-		own[e.SPIFFEID.String()] = true
-	}
-	leads := sync.OnceValue(func() bool { return a.leadsOut(who.id) })
-	edges := make([]mesh.Edge, 0, len(r.GetEdges()))
-	for _, w := range r.GetEdges() {
-		if !own[w.GetSrc()] && !own[w.GetDst()] && !(strings.HasPrefix(w.GetDst(), "host:") && leads()) {
-			return nil, refuse(codes.PermissionDenied, "an edge has neither end at a workload of agent %s", who.id)
-		}
-		if len(w.GetSrc()) > maxID || len(w.GetDst()) > maxID || len(w.GetProto()) > 64 {
-			return nil, refuse(codes.InvalidArgument, "an edge names an end of more than %d bytes", maxID)
-		}
-		for _, s := range []string{w.GetSrc(), w.GetDst(), w.GetProto()} {
-			if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
-				return nil, refuse(codes.InvalidArgument, "an edge names an end that is not printable ASCII") // an operator's terminal shows it
-			}
-		}
-		if max(w.GetAllowed(), w.GetDenied(), w.GetErrors()) > maxEdgeCount {
-			return nil, refuse(codes.InvalidArgument, "an edge counts more than %d calls", uint64(maxEdgeCount))
-		}
-		if len(w.GetTook()) > mesh.Buckets {
-			return nil, refuse(codes.InvalidArgument, "an edge has %d buckets, at most %d", len(w.GetTook()), mesh.Buckets)
-		}
-		edges = append(edges, edgeFromWire(w))
-	}
-	if len(edges) > 0 {
-		a.s.cfg.Registry.AddEdges(edges)
-	}
-	return &meshpb.EdgeAck{}, nil
-}
-
-// leadsOut says that one of the agent's proxies is a gateway.
-func (a *meshAPI) leadsOut(agent spiffeid.ID) bool {
-	return slices.ContainsFunc(a.s.cfg.Registry.Proxies(), func(p mesh.Proxy) bool { return p.Agent == agent && p.Kind == KindGateway })
 }

@@ -308,7 +308,7 @@ func (m *memory) Proxies() (out []mesh.Proxy) {
 	}
 	return out
 }
-func (m *memory) AddEdges(e []mesh.Edge) {
+func (m *memory) AddEdges(_ spiffeid.ID, e []mesh.Edge) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.edges = append(m.edges, e...)

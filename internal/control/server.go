@@ -75,7 +75,8 @@ type Registry interface {
 	// the State.
 	ReportProxy(p mesh.Proxy)
 	Proxies() []mesh.Proxy
-	AddEdges(edges []mesh.Edge)
+	// AddEdges adds what the proxies of an agent counted.
+	AddEdges(agent spiffeid.ID, edges []mesh.Edge)
 	Status() mesh.IssuerStatus
 }
 

@@ -112,12 +112,24 @@ func TestEdgesAreTakenFromTheirOwnAgentOnly(t *testing.T) {
 	if err := c.ReportEdges(t.Context(), []mesh.Edge{out}); err != nil {
 		t.Errorf("edge to a host, told by its gateway: %v", err)
 	}
+	long := mesh.Edge{Src: "spiffe://other.example/" + strings.Repeat("a", 600), Dst: own.Src, Allowed: 1}
+	if err := c.ReportEdges(t.Context(), []mesh.Edge{long, {Src: own.Src, Dst: "host:other", Denied: 1}, {Dst: own.Src, Denied: 1}, {Src: "other", Dst: "other", Allowed: 1}}); err != nil {
+		t.Errorf("edges of a caller with a long name, of nobody, to an unlisted host and of the rest: %v", err)
+	}
+	if got := r.reg.counted(); got[2].Src != "other" {
+		t.Errorf("a caller with a long name is counted as %.40q, want other", got[2].Src)
+	}
 	for _, bad := range []mesh.Edge{
 		{Src: own.Src, Dst: own.Dst, Allowed: maxEdgeCount + 1},
 		{Src: own.Src, Dst: own.Dst, Allowed: 1, Took: make(mesh.Histogram, mesh.Buckets+1)},
+		{Src: own.Src, Dst: strings.Repeat("<", 2048), Allowed: 1},
+		{Src: own.Src, Dst: "spiffe://corp.example/" + strings.Repeat("<", 100), Allowed: 1},
+		{Src: own.Src, Dst: "host:" + strings.Repeat("a.", 200) + "example", Allowed: 1},
+		{Src: own.Src, Dst: "host:<b>", Allowed: 1},
+		{Src: own.Src, Dst: own.Dst, Proto: "<b>", Allowed: 1},
 	} {
 		if err := c.ReportEdges(t.Context(), []mesh.Edge{bad}); !errors.Is(err, ErrRefused) {
-			t.Errorf("edge with counts that nobody can have: %v, want ErrRefused", err)
+			t.Errorf("edge that nobody can have, to %.40s: %v, want ErrRefused", bad.Dst, err)
 		}
 	}
 }

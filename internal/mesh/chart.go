@@ -65,24 +65,51 @@ type Window struct {
 	Edges []Edge    `json:"edges"`
 }
 
+// maxSum bounds the edges of an EdgeSum. Each window has its own bound, but every
+// window may have others.
+const maxSum = 100_000
+
+// An EdgeSum adds the edges of windows up. The zero value is empty.
+type EdgeSum struct {
+	at   map[Pair]int
+	list []Edge
+}
+
+// Add adds the edges of a window, and keeps nothing of it. What is beyond the
+// bound is counted as one edge between "other" and "other".
+func (s *EdgeSum) Add(w Window) {
+	if s.at == nil {
+		s.at = map[Pair]int{}
+	}
+	for _, e := range w.Edges {
+		i, known := s.at[e.Pair()]
+		if !known && len(s.list) >= maxSum {
+			e.Src, e.Dst, e.Proto, e.MTLS = "other", "other", "other", false
+			i, known = s.at[e.Pair()]
+		}
+		if !known {
+			s.at[e.Pair()] = len(s.list)
+			e.Took = slices.Clone(e.Took)
+			s.list = append(s.list, e)
+			continue
+		}
+		s.list[i].Add(e)
+	}
+}
+
+// Edges are the sums, in order. Nothing is added after.
+func (s *EdgeSum) Edges() []Edge {
+	slices.SortFunc(s.list, CompareEdges)
+	return s.list
+}
+
 // SumEdges adds the edges of windows up, in order.
 func SumEdges(windows []Window) []Edge {
-	at := map[Pair]int{}
-	var out []Edge
+	var s EdgeSum
 	for _, w := range windows {
-		for _, e := range w.Edges {
-			i, known := at[e.Pair()]
-			if !known {
-				at[e.Pair()] = len(out)
-				e.Took = slices.Clone(e.Took)
-				out = append(out, e)
-				continue
-			}
-			out[i].Add(e)
-		}
+		s.Add(w)
 	}
-	slices.SortFunc(out, CompareEdges)
-	return out
+	return s.Edges()
 }
 
 // A Chart is who called whom in a stretch of time, beside what the policy

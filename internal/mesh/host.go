@@ -87,9 +87,9 @@ func isAddress(h string) bool {
 	return err == nil
 }
 
-// checkHostRef accepts what may stand after "host:" in a rule: a name, a
+// CheckHostRef accepts what may stand after "host:" in a rule: a name, a
 // pattern, or an address as netip writes it.
-func checkHostRef(h string) error {
+func CheckHostRef(h string) error {
 	if a, err := netip.ParseAddr(h); err == nil {
 		switch {
 		case a.Zone() != "":

@@ -41,7 +41,7 @@ func serviceHint(s string, services []Service) string {
 // are matched against it, a SPIFFE ID or "host:" and a name.
 func (p *Policies) Target(c Case) (Direction, string, error) {
 	if host, ok := strings.CutPrefix(c.To, "host:"); ok {
-		if err := checkHostRef(host); err != nil {
+		if err := CheckHostRef(host); err != nil {
 			return "", "", err
 		}
 		if strings.HasPrefix(host, "*") {

@@ -14,7 +14,7 @@ import (
 func (v *validator) destinations() {
 	seen := map[string]Origin{}
 	for _, d := range v.p.Destinations {
-		if err := checkHostRef(d.Host); d.Host == "" {
+		if err := CheckHostRef(d.Host); d.Host == "" {
 			v.missing(d.Origin, "host")
 		} else if err != nil {
 			v.item(d.Origin, d.Host, "%s", err)

@@ -68,7 +68,7 @@ func checkMember(m Membership) error {
 		if !ok {
 			return fmt.Errorf("member %q of %q is not host:NAME", clip(m.Member), clip(m.Group))
 		}
-		return checkHostRef(host)
+		return CheckHostRef(host)
 	}
 	id, err := spiffeid.FromString(m.Member)
 	if err != nil {

@@ -133,7 +133,7 @@ func (p *Policies) checkDst(dir Direction, s string) error {
 	case dir == Out && strings.HasPrefix(s, hostPrefix), dir == In && strings.HasPrefix(s, servicePrefix):
 		return checkGroup(s)
 	case dir == Out && isHost:
-		return checkHostRef(host)
+		return CheckHostRef(host)
 	case dir == Out:
 		return fmt.Errorf("destination %q of direction out is not host:NAME or hosts:GROUP", clip(s))
 	case isHost || strings.HasPrefix(s, hostPrefix):

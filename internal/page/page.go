@@ -105,7 +105,8 @@ type Config struct {
 	Proxies     func() []mesh.Proxy
 	Policies    func() *mesh.Policies
 	Chart       func(ctx context.Context, from, to time.Time) (mesh.Chart, error)
-	Windows     func(ctx context.Context, from, to time.Time) ([]mesh.Window, error)
+	// Windows have the calls from and to one end.
+	Windows     func(ctx context.Context, from, to time.Time, end string) ([]mesh.Window, error)
 	Denials     func() []Denial
 	Passages    func() []Passage
 	Rollouts    func(ctx context.Context) ([]mesh.Delivery, error)

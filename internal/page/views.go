@@ -366,7 +366,7 @@ func (p *Page) serviceView(r *http.Request, _ *visitor) (any, error) {
 		}
 	}
 	data["Callers"], data["Callees"], data["Unused"] = callers[:min(len(callers), pageRows)], callees[:min(len(callees), pageRows)], unused[:min(len(unused), pageRows)]
-	windows, err := p.cfg.Windows(r.Context(), g.From, g.To)
+	windows, err := p.cfg.Windows(r.Context(), g.From, g.To, end)
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,8 @@
 package registry_test
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,15 +18,12 @@ func TestTheMapIsKept(t *testing.T) {
 		in := start(t)
 		call := func(n uint64) {
 			now := time.Now()
-			in.AddEdges([]mesh.Edge{{Src: "web", Dst: "payment", Proto: "http", Allowed: n, First: now, Last: now.Add(time.Hour), Took: mesh.Histogram{0, uint32(n)}}})
+			in.AddEdges(agent("a"), []mesh.Edge{{Src: "web", Dst: "payment", Proto: "http", Allowed: n, First: now, Last: now.Add(time.Hour), Took: mesh.Histogram{0, uint32(n)}}})
 		}
 		calls := func(from, to time.Duration) (n uint64, windows int) {
 			t.Helper()
 			now := time.Now()
-			list, err := in.Windows(t.Context(), now.Add(-from), now.Add(-to))
-			if err != nil {
-				t.Fatal(err)
-			}
+			list := in.windows(now.Add(-from), now.Add(-to))
 			for _, e := range mesh.SumEdges(list) {
 				if n += e.Allowed; e.Took.Total() != e.Allowed || e.Last.After(now) {
 					t.Errorf("edge %+v does not add up", e)
@@ -65,18 +64,45 @@ func TestTheMapIsKept(t *testing.T) {
 	})
 }
 
-func TestAWindowThatIsNoneIsSaid(t *testing.T) {
+// TestAWindowThatCannotBeReadIsPassedOver spoils the window of the hour, and
+// reads that of the minute.
+func TestAWindowThatCannotBeReadIsPassedOver(t *testing.T) {
 	in := start(t)
-	in.AddEdges([]mesh.Edge{{Src: "a", Dst: "b", Allowed: 1}})
+	in.AddEdges(agent("a"), []mesh.Edge{{Src: "a", Dst: "b", Allowed: 1}})
 	in.edgesNow()
 	list, err := in.store.List(t.Context(), store.KindEdges, "", 0)
 	if err != nil || len(list) != 2 {
 		t.Fatalf("%d windows in the store, %v, want a minute and an hour", len(list), err)
 	}
-	if _, err := in.store.Write(t.Context(), store.Op{Kind: store.KindEdges, Key: list[1].Key, Value: []byte("no")}); err != nil {
+	spoiled := strings.Replace(list[1].Key, "@", "@0", 1)
+	if _, err := in.store.Write(t.Context(), store.Op{Kind: store.KindEdges, Key: spoiled, Value: []byte("no")}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := in.Windows(t.Context(), time.Now().Add(-time.Hour), time.Now().Add(time.Minute)); err == nil {
-		t.Error("a window that cannot be read was passed over")
+	if got := in.edgesNow(); len(got) != 1 || got[0].Allowed != 1 {
+		t.Errorf("edges beside a window that cannot be read: %+v, want one call", got)
+	}
+}
+
+// TestOneAgentLeavesRoomInTheMap has an agent tell as many edges between ends as
+// long as it may, and another one tell a call.
+func TestOneAgentLeavesRoomInTheMap(t *testing.T) {
+	in := start(t)
+	long := strings.Repeat("x", 500)
+	var many []mesh.Edge
+	for i := range 10_000 {
+		many = append(many, mesh.Edge{Src: long, Dst: fmt.Sprint("spiffe://", i, long), Proto: "http", Allowed: 1})
+	}
+	for range 3 {
+		in.AddEdges(agent("bad"), many)
+	}
+	in.AddEdges(agent("good"), []mesh.Edge{{Src: "a", Dst: "b", Proto: "http", Allowed: 1}})
+	got := in.edgesNow()
+	own, total := false, uint64(0)
+	for _, e := range got {
+		own = own || e.Src == "a" && e.Dst == "b"
+		total += e.Allowed
+	}
+	if !own || total != 30_001 || len(got) > 4096+2 {
+		t.Errorf("%d edges of %d calls, that of the other agent is there: %v", len(got), total, own)
 	}
 }

@@ -415,11 +415,11 @@ func TestProxiesAreForgottenADayAfterTheyLeft(t *testing.T) {
 func TestEdges(t *testing.T) {
 	in := start(t)
 	early, late := time.Unix(100, 0), time.Unix(200, 0)
-	in.AddEdges([]mesh.Edge{
+	in.AddEdges(agent("a"), []mesh.Edge{
 		{Src: "b", Dst: "c", Proto: "http", Allowed: 1, Denied: 2, Errors: 3, First: late, Last: late, MTLS: true},
 		{Src: "a", Dst: "c", Proto: "http", Allowed: 7, First: early, Last: early},
 	})
-	in.AddEdges([]mesh.Edge{{Src: "b", Dst: "c", Proto: "http", Allowed: 10, Denied: 10, Errors: 10, First: early, Last: late, MTLS: true}})
+	in.AddEdges(agent("a"), []mesh.Edge{{Src: "b", Dst: "c", Proto: "http", Allowed: 10, Denied: 10, Errors: 10, First: early, Last: late, MTLS: true}})
 	want := []mesh.Edge{
 		{Src: "a", Dst: "c", Proto: "http", Allowed: 7, First: early, Last: early},
 		{Src: "b", Dst: "c", Proto: "http", Allowed: 11, Denied: 12, Errors: 13, First: early, Last: late, MTLS: true},
@@ -431,7 +431,11 @@ func TestEdges(t *testing.T) {
 	for i := range 20_010 {
 		many = append(many, mesh.Edge{Src: fmt.Sprint("s", i), Dst: "d", Allowed: 1})
 	}
-	in.AddEdges(many)
+	for len(many) > 0 { // of several: one has not all the room
+		n := min(len(many), 4000)
+		in.AddEdges(agent(fmt.Sprint(len(many))), many[:n])
+		many = many[n:]
+	}
 	total, other := uint64(0), uint64(0)
 	for _, e := range in.edgesNow() {
 		total += e.Allowed
@@ -448,9 +452,13 @@ func TestEdges(t *testing.T) {
 func (in *issuer) edgesNow() []mesh.Edge {
 	in.t.Helper()
 	now := time.Now()
-	list, err := in.Windows(in.t.Context(), now.Add(-time.Hour), now.Add(time.Second))
-	if err != nil {
+	return mesh.SumEdges(in.windows(now.Add(-time.Hour), now.Add(time.Second)))
+}
+
+func (in *issuer) windows(from, to time.Time) (list []mesh.Window) {
+	in.t.Helper()
+	if err := in.EachWindow(in.t.Context(), from, to, func(w mesh.Window) { list = append(list, w) }); err != nil {
 		in.t.Fatal(err)
 	}
-	return mesh.SumEdges(list)
+	return list
 }

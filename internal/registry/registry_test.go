@@ -519,7 +519,7 @@ func TestEveryChangeIsSeenByManyReaders(t *testing.T) {
 			for i := range each {
 				in.announce(endpoint("billing", 1+w%2, fmt.Sprintf("10.0.%d.%d:15006", w, i+1)))
 				in.ReportProxy(mesh.Proxy{Agent: agent(fmt.Sprint(w)), PolicyRevision: 1})
-				in.AddEdges([]mesh.Edge{{Src: "a", Dst: "b", Allowed: 1}})
+				in.AddEdges(agent("a"), []mesh.Edge{{Src: "a", Dst: "b", Allowed: 1}})
 				in.Proxies()
 			}
 		})

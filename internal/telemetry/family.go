@@ -25,6 +25,9 @@ const (
 // Other is the label value of all that had no room left.
 const Other = "other"
 
+// OtherHost is the end of an edge to a host that no destination lists.
+const OtherHost = "host:other"
+
 // labels are the values of the labels of a series, comparable so that a look-up
 // allocates nothing.
 type labels [9]string

@@ -223,7 +223,7 @@ func (m *Mesh) chart(_ context.Context, from, to time.Time) (mesh.Chart, error) 
 	return c, nil
 }
 
-func (m *Mesh) windows(_ context.Context, _, to time.Time) (out []mesh.Window, err error) {
+func (m *Mesh) windows(_ context.Context, _, to time.Time, _ string) (out []mesh.Window, err error) {
 	to = to.Truncate(time.Minute)
 	for i := range 60 {
 		w := mesh.Window{From: to.Add(-time.Duration(60-i) * time.Minute), To: to.Add(-time.Duration(59-i) * time.Minute)}
