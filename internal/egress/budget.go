@@ -167,8 +167,8 @@ func (ps *purses) open(t *tunnel, now time.Time) error {
 	return nil
 }
 
-// shut counts a tunnel out, with what went through it unseen: its first bytes, or
-// all of a request.
+// shut counts a tunnel out, with what went through it unseen. Of a request more is
+// seen than t counts, which are bodies: its heads and framing stay taken.
 func (ps *purses) shut(t *tunnel) {
 	p := t.purse
 	if p == nil {
@@ -178,8 +178,8 @@ func (ps *purses) shut(t *tunnel) {
 	defer p.mu.Unlock()
 	p.touch(time.Now())
 	p.used[connections]--
-	p.used[bytesUp] += float64(t.up.Load() - t.spent[bytesUp])
-	p.used[bytesDown] += float64(t.down.Load() - t.spent[bytesDown])
+	p.used[bytesUp] += float64(max(t.up.Load()-t.spent[bytesUp], 0))
+	p.used[bytesDown] += float64(max(t.down.Load()-t.spent[bytesDown], 0))
 }
 
 var kindNames = [budgetKinds]string{"-up", "-down", "-conns"}

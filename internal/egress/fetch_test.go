@@ -469,3 +469,26 @@ func TestBudgetsHoldWithinARequest(t *testing.T) {
 	}
 	w.until("the end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonBudget) })
 }
+
+// TestHeadsStayTaken has requests whose heads are large and whose bodies are not use
+// up a budget.
+func TestHeadsStayTaken(t *testing.T) {
+	w, s := askWorld(t)
+	w.use(w.policy(asking, s.originated("shop.test")+"    budget: {up: 500000}\n"))
+	s.does(func(rw http.ResponseWriter, _ *http.Request) { rw.WriteHeader(http.StatusNoContent) })
+	c, long := w.askOnStream(w.streamsOn(billing)), strings.Repeat("x", 7000)
+	for n := range 20 { // 140 KB, of the 50 KB that are the first part
+		if _, err := io.WriteString(c, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\nX-Long: "+long+"\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		res, err := http.ReadResponse(c.br, nil)
+		if err != nil || res.StatusCode == http.StatusTooManyRequests {
+			if n < 5 {
+				t.Errorf("request %d: %v", n, err)
+			}
+			w.until("the refusal", func(r audit.Record) bool { return r.Reason == string(ReasonBudget) })
+			return
+		}
+	}
+	t.Error("twenty such requests pass")
+}
