@@ -86,6 +86,7 @@ type subscription struct {
 	// or were sent last.
 	sentRevision, sentPolicy uint64
 	hash, candidate          string
+	limits                   map[mesh.Quota]uint32 // in what was sent last
 	// revoked is the revision of the revocations told last.
 	revoked uint64
 	// told says that the proxy was told to fetch the identities of entries, and
@@ -336,6 +337,7 @@ func (sub *subscription) push(snap *mesh.Snapshot, from *projections) error {
 		return err
 	}
 	m, wire := own.msg, own.whole
+	sub.limits = own.limits
 	switch {
 	case m.Hash != sub.hash || own.candidate != sub.candidate:
 	case m.Revision != sub.sentRevision || m.PolicyRevision != sub.sentPolicy:

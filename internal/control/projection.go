@@ -29,6 +29,8 @@ type projection struct {
 	msg  *meshpb.Snapshot
 	// whole is msg as it is sent, same what is sent to who has its content.
 	whole, same *encoded
+	// limits are those that its readers share with others.
+	limits map[mesh.Quota]uint32
 	// candidate is the content hash of the candidate in msg; tooLong is how
 	// many bytes it has when it is not there for that.
 	candidate string
@@ -88,7 +90,7 @@ func (pr *projection) project(snap *mesh.Snapshot, key projectionKey) error {
 	if len(m.Body) > room {
 		return fmt.Errorf("snapshot of revision %d for %s has %d bytes, a message holds %d", own.Revision, key.workload, len(m.Body), maxMessage)
 	}
-	pr.msg = m
+	pr.msg, pr.limits = m, own.SharedLimits()
 	if own.Candidate == nil {
 		return nil
 	}

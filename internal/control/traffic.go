@@ -151,6 +151,27 @@ func (d *demands) put(key subscriber, list []mesh.Demand) (totals []mesh.Total) 
 	return totals
 }
 
+// ofBudget is how the names begin of what gateways share.
+const ofBudget = "egress/"
+
+// admitted are the demands that a proxy may have: a gateway those of budgets, a
+// sidecar those of the limits in its projection, and of each no more than there is.
+// Others are of a policy that is in force no more, or of one that would take from
+// those whom they concern.
+func admitted(kind string, limits map[mesh.Quota]uint32, list []mesh.Demand) (out []mesh.Demand) {
+	for _, d := range list {
+		if kind == KindGateway {
+			if strings.HasPrefix(d.Route, ofBudget) {
+				out = append(out, d)
+			}
+		} else if most, ok := limits[d.Quota]; ok {
+			d.Calls = min(d.Calls, most)
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
 // carries takes what the proxy says of its traffic, and answers its demands.
 func (sub *subscription) carries(w *meshpb.Traffic) error {
 	t, err := trafficFromWire(w)
@@ -160,7 +181,7 @@ func (sub *subscription) carries(w *meshpb.Traffic) error {
 	if t == nil {
 		return nil
 	}
-	totals := sub.s.demands.put(sub.key, t.Demands)
+	totals := sub.s.demands.put(sub.key, admitted(sub.key.kind, sub.limits, t.Demands))
 	t.Demands, t.Stops = nil, min(t.Stops, sub.stopsTold)
 	if !sub.proxy.Traffic.Equal(t) {
 		sub.proxy.Traffic = t

@@ -25,8 +25,20 @@ func steered(said func() *mesh.Traffic) (*Steering, told) {
 	return &Steering{Traffic: said, Stop: func(s *mesh.FaultStops) { c.stops <- s }, Share: func(t []mesh.Total) { c.shares <- t }}, c
 }
 
+// limited has the calls to billing, and to inventory, share limits.
+func (r *rig) limited(rate int) {
+	next := *r.reg.snap
+	for _, of := range []mesh.ServiceName{"billing", "inventory"} {
+		next.Routes = append(next.Routes, mesh.Routes{Service: of, Routes: []mesh.Route{
+			{Name: "all", Limit: &mesh.RateLimit{Rate: rate, Shared: true}}, {Name: "alone", Limit: &mesh.RateLimit{Rate: rate}},
+		}})
+	}
+	r.reg.change(func() { r.reg.snap = &next })
+}
+
 func TestAProxySaysWhatItCarries(t *testing.T) {
 	r := newRig(t, newCA(t, td))
+	r.limited(100)
 	c, _ := r.joined("node-b")
 	since := time.Unix(1.8e9, 0).UTC()
 	all := []mesh.Ejection{
@@ -101,6 +113,31 @@ func TestDemandsAddUp(t *testing.T) {
 	}
 	if len(d.of) > 0 || len(d.sums) > 0 {
 		t.Errorf("left behind: %v %v", d.of, d.sums)
+	}
+}
+
+// A lying sidecar takes nothing of what is not its own to ask for, and no more than
+// there is of what is.
+func TestASidecarAsksForItsOwn(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	r.limited(100)
+	c, _ := r.joined("node-b")
+	own, much := mesh.Quota{Route: "billing/all"}, uint32(1<<32-1)
+	s, heard := steered(func() *mesh.Traffic {
+		return &mesh.Traffic{Demands: []mesh.Demand{
+			{Quota: mesh.Quota{Route: "egress/0123456789abcdef-up"}, Calls: much}, {Quota: mesh.Quota{Route: "inventory/all"}, Calls: much},
+			{Quota: mesh.Quota{Route: "billing/alone"}, Calls: much}, {Quota: mesh.Quota{Route: "billing/all", PerCaller: true}, Calls: much}, {Quota: own, Calls: much},
+		}}
+	})
+	h := billingHello()
+	h.Steering = s
+	subscribe(t, c, h, newWatcher())
+	if got := recv(t, "the totals", heard.shares); len(got) != 1 || got[0] != (mesh.Total{Quota: own, Calls: 100, Proxies: 1, Issuers: 1}) {
+		t.Errorf("it is told of %+v", got)
+	}
+	budget := mesh.Demand{Quota: mesh.Quota{Route: "egress/0123456789abcdef-up"}, Calls: 7}
+	if got := admitted(KindGateway, nil, []mesh.Demand{{Quota: own, Calls: 1}, budget}); len(got) != 1 || got[0] != budget {
+		t.Errorf("of a gateway %+v are taken", got)
 	}
 }
 

@@ -39,7 +39,8 @@ type Ejection struct {
 }
 
 // A Demand is how many calls a second a proxy is asked for under a limit that is
-// shared.
+// shared. It is never more than the limit: who is asked for more has no claim to
+// more, and who only says so takes no more from others.
 type Demand struct {
 	Quota
 	Calls uint32
@@ -50,6 +51,23 @@ type Demand struct {
 type Quota struct {
 	Route     string
 	PerCaller bool
+}
+
+// SharedLimits are the limits of routes that proxies share, in calls a second.
+func (s *Snapshot) SharedLimits() map[Quota]uint32 {
+	var out map[Quota]uint32
+	for i := range s.Routes {
+		for _, r := range s.Routes[i].Routes {
+			if r.Limit == nil || !r.Limit.Shared {
+				continue
+			}
+			if out == nil {
+				out = map[Quota]uint32{}
+			}
+			out[Quota{Route: s.Routes[i].Of() + "/" + r.Name, PerCaller: r.Limit.By == "caller"}] = uint32(r.Limit.Rate)
+		}
+	}
+	return out
 }
 
 // A Total is what all proxies of an issuer are asked for under a limit that they

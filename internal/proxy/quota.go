@@ -40,7 +40,7 @@ type quota struct {
 
 	mu    sync.Mutex // guards the fields below
 	since time.Time
-	own   uint32 // calls a second, when they were last counted
+	own   uint32 // calls a second, when they were last counted; at most the limit
 }
 
 func newQuota(service string, r *route.Route, now time.Time) *quota {
@@ -85,12 +85,12 @@ func (q *quota) counted(x *call) *count {
 	return q.values.get(sha256.Sum256([]byte(value)), x.start)
 }
 
-// demand is how many calls a second were asked for lately.
+// demand is how many calls a second were asked for lately, as far as there are.
 func (q *quota) demand(now time.Time) uint32 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if d := now.Sub(q.since); d >= gauge {
-		q.own = uint32(float64(q.asked.Swap(0))/d.Seconds() + 0.5)
+		q.own = uint32(min(float64(q.asked.Swap(0))/d.Seconds()+0.5, float64(q.limit.Rate)))
 		q.since = now
 	}
 	return q.own

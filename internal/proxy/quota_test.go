@@ -112,6 +112,15 @@ func TestProxiesShareAQuota(t *testing.T) {
 	}
 }
 
+// Who is asked for more than there is says so of all there is.
+func TestADemandIsAtMostTheLimit(t *testing.T) {
+	q := quotaOf(mesh.RateLimit{Rate: 100, Shared: true})
+	q.passed(500, 0, 1)
+	if n := q.demand(time.Unix(1, 0)); n != 100 {
+		t.Errorf("the demand is %d", n)
+	}
+}
+
 func TestTheLimitOfARoute(t *testing.T) {
 	r := routed(t, `routes:
   - name: few
