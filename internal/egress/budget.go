@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -232,6 +233,9 @@ func (g *Gateway) Share(totals []mesh.Total) {
 			if t, ok := of[p.name+kindNames[k]]; ok && l > 0 {
 				one := l / units(k, l)
 				p.part[k] = t.Part(units(k, l), uint32(units(k, p.used[k]))) * one
+				if k == connections { // a part of one opens none: where gateways are more than connections, nobody could
+					p.part[k] = max(math.Ceil(p.part[k]), 1)
+				}
 			}
 		}
 		p.mu.Unlock()

@@ -22,10 +22,13 @@ func budgetWorld(t *testing.T, budget string) *world {
 }
 
 // alone has a gateway told that it is the only one.
-func (w *world) alone() {
+func (w *world) alone() { w.shared(1) }
+
+// shared has a gateway told how many there are, and that the others use nothing.
+func (w *world) shared(gateways uint32) {
 	var totals []mesh.Total
 	for _, d := range w.gw.Demands() {
-		totals = append(totals, mesh.Total{Quota: d.Quota, Calls: uint64(d.Calls), Proxies: 1, Issuers: 1})
+		totals = append(totals, mesh.Total{Quota: d.Quota, Calls: uint64(d.Calls), Proxies: gateways, Issuers: 1})
 	}
 	w.gw.Share(totals)
 }
@@ -53,6 +56,23 @@ func TestBudgetOfConnections(t *testing.T) {
 	w.until("the end of the first", kind(audit.KindEgressClose))
 	if _, ref := dial1(w, billing, "metered.test:5432"); ref != nil {
 		t.Errorf("when one has ended: %+v", ref)
+	}
+}
+
+// TestAPartOfAConnectionOpensOne has two gateways share one connection.
+func TestAPartOfAConnectionOpensOne(t *testing.T) {
+	w := budgetWorld(t, "{conns: 1}")
+	for n := range 2 {
+		tun, ref := dial1(w, billing, "metered.test:5432")
+		if ref != nil {
+			t.Fatalf("round %d: %+v", n, ref)
+		}
+		if _, ref := dial1(w, billing, "metered.test:5432"); ref == nil || ref.status != 429 {
+			t.Errorf("round %d, the second: %+v", n, ref)
+		}
+		tun.Close()
+		w.until("its end", kind(audit.KindEgressClose))
+		w.shared(2)
 	}
 }
 
