@@ -61,9 +61,32 @@ func (p *purse) use(a mesh.Allowance) {
 	}
 	p.limit = a
 	for k, l := range limitsOf(a) {
-		p.part[k] = l * firstPart
+		p.part[k] = first(k, l)
+		if l == 0 && k != connections {
+			p.used[k] = 0
+		}
 	}
-	p.part[connections] = max(p.part[connections], min(1, float64(a.Conns)))
+}
+
+// first is a gateway's part of a limit until it is told.
+func first(kind int, limit float64) float64 {
+	if kind == connections {
+		return max(limit*firstPart, min(1, limit))
+	}
+	return limit * firstPart
+}
+
+// count takes bytes. Where there is no limit there is no part by which they would
+// come back: they would keep the purse for ever.
+func (p *purse) count(kind int, n int64) {
+	if limitsOf(p.limit)[kind] > 0 {
+		p.used[kind] += float64(n)
+	}
+}
+
+// asked is what the issuer is told of: never more than there is.
+func (p *purse) asked(kind int) uint32 {
+	return uint32(min(math.Ceil(units(kind, p.used[kind])), math.Ceil(units(kind, limitsOf(p.limit)[kind])), 1<<31))
 }
 
 // age has what was used come back, in proportion to this gateway's part of it.
@@ -132,6 +155,9 @@ func (ps *purses) find(t *tunnel, now time.Time) (*purse, error) {
 		}
 		ps.of[key] = p
 	}
+	p.mu.Lock()
+	p.seen = now // so that it is not forgotten before it is used
+	p.mu.Unlock()
 	return p, nil
 }
 
@@ -158,7 +184,7 @@ func (ps *purses) open(t *tunnel, now time.Time) error {
 			kind = bytesUp
 		}
 		p.touch(time.Now())
-		p.used[kind] += float64(n)
+		p.count(kind, int64(n))
 		t.spent[kind] += int64(n)
 		if limitsOf(p.limit)[kind] > 0 && p.used[kind] > p.part[kind] {
 			return p.refusal(kind, t.how.Host)
@@ -179,15 +205,21 @@ func (ps *purses) shut(t *tunnel) {
 	defer p.mu.Unlock()
 	p.touch(time.Now())
 	p.used[connections]--
-	p.used[bytesUp] += float64(max(t.up.Load()-t.spent[bytesUp], 0))
-	p.used[bytesDown] += float64(max(t.down.Load()-t.spent[bytesDown], 0))
+	p.count(bytesUp, max(t.up.Load()-t.spent[bytesUp], 0))
+	p.count(bytesDown, max(t.down.Load()-t.spent[bytesDown], 0))
 }
 
 var kindNames = [budgetKinds]string{"-up", "-down", "-conns"}
 
-// Demands are what this gateway's callers have used of budgets, the most first.
+// Demands are what this gateway's callers have used of budgets, the greatest part of
+// a limit first: beyond some number they are not heard.
 func (g *Gateway) Demands() (list []mesh.Demand) {
 	now := time.Now()
+	type use struct {
+		mesh.Demand
+		share float64
+	}
+	var uses []use
 	ps := &g.tunnels.purses
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
@@ -199,14 +231,17 @@ func (g *Gateway) Demands() (list []mesh.Demand) {
 		}
 		for k, l := range limitsOf(p.limit) {
 			if l > 0 {
-				list = append(list, mesh.Demand{Quota: mesh.Quota{Route: p.name + kindNames[k]}, Calls: uint32(min(units(k, p.used[k])+0.999, 1<<31))})
+				uses = append(uses, use{mesh.Demand{Quota: mesh.Quota{Route: p.name + kindNames[k]}, Calls: p.asked(k)}, p.used[k] / l})
 			}
 		}
 		p.mu.Unlock()
 	}
-	slices.SortFunc(list, func(a, b mesh.Demand) int {
-		return cmp.Or(cmp.Compare(b.Calls, a.Calls), strings.Compare(a.Route, b.Route))
+	slices.SortFunc(uses, func(a, b use) int {
+		return cmp.Or(cmp.Compare(b.share, a.share), strings.Compare(a.Route, b.Route))
 	})
+	for _, u := range uses {
+		list = append(list, u.Demand)
+	}
 	return list
 }
 
@@ -218,7 +253,8 @@ func units(kind int, n float64) float64 {
 	return n / kib
 }
 
-// Share takes this gateway's part of budgets. It holds until there is another.
+// Share takes this gateway's part of budgets. It holds until there is another; what
+// is not told of has the first part again, since nobody levels it.
 func (g *Gateway) Share(totals []mesh.Total) {
 	of := make(map[string]mesh.Total, len(totals))
 	for _, t := range totals {
@@ -230,9 +266,12 @@ func (g *Gateway) Share(totals []mesh.Total) {
 	for _, p := range ps.of {
 		p.mu.Lock()
 		for k, l := range limitsOf(p.limit) {
-			if t, ok := of[p.name+kindNames[k]]; ok && l > 0 {
-				one := l / units(k, l)
-				p.part[k] = t.Part(units(k, l), uint32(units(k, p.used[k]))) * one
+			t, ok := of[p.name+kindNames[k]]
+			switch {
+			case !ok:
+				p.part[k] = first(k, l)
+			case l > 0:
+				p.part[k] = t.Part(units(k, l), p.asked(k)) * l / units(k, l)
 				if k == connections { // a part of one opens none: where gateways are more than connections, nobody could
 					p.part[k] = max(math.Ceil(p.part[k]), 1)
 				}

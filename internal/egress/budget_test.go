@@ -167,3 +167,63 @@ func TestBudgetIsLevelled(t *testing.T) {
 		}
 	})
 }
+
+// TestPursesAreForgotten also when one of its kinds has no limit, or has none any
+// more.
+func TestPursesAreForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var g Gateway
+		ps := &g.tunnels.purses
+		for _, b := range []mesh.Allowance{{Up: 1 << 20, Down: 1 << 20}, {Up: 1 << 20}} {
+			tun := &tunnel{call: authz.Call{Src: billing}, how: mesh.Destination{Host: "x.test", Budget: b}}
+			if err := ps.open(tun, time.Now()); err != nil {
+				t.Fatal(err)
+			}
+			tun.down.Add(1000) // more than is seen
+			if ref := tun.spend(false, 900); ref != nil {
+				t.Fatal(ref)
+			}
+			ps.shut(tun)
+		}
+		if g.Demands(); len(ps.of) != 1 {
+			t.Fatalf("%d purses", len(ps.of))
+		}
+		time.Sleep(2 * budgetTime)
+		if g.Demands(); len(ps.of) != 0 {
+			t.Errorf("%d purses are left", len(ps.of))
+		}
+	})
+}
+
+// TestWhatIsUsedMostIsToldFirst, whatever it is counted in; what is not told of has
+// the first part.
+func TestWhatIsUsedMostIsToldFirst(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var g Gateway
+		tun := &tunnel{call: authz.Call{Src: billing}, how: mesh.Destination{Host: "x.test", Budget: mesh.Allowance{Up: 1 << 40, Conns: 4}}}
+		if err := g.tunnels.purses.open(tun, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if ref := tun.spend(true, 1<<20); ref != nil {
+			t.Fatal(ref)
+		}
+		list := g.Demands()
+		if len(list) != 2 || list[0].Calls != 1 || list[1].Calls != 1<<10 {
+			t.Fatalf("%+v, want one connection of four before a MiB of a TiB", list)
+		}
+		share := func(of ...mesh.Demand) (up, conns float64) {
+			var totals []mesh.Total
+			for _, d := range of {
+				totals = append(totals, mesh.Total{Quota: d.Quota, Calls: uint64(d.Calls), Proxies: 1, Issuers: 1})
+			}
+			g.Share(totals)
+			return tun.purse.part[bytesUp] / (1 << 40), tun.purse.part[connections]
+		}
+		if up, conns := share(list...); up != 1 || conns != 4 {
+			t.Errorf("alone it may use %.2f of the bytes, and %.0f connections", up, conns)
+		}
+		if up, conns := share(list[0]); up != firstPart || conns != 4 {
+			t.Errorf("not told of the bytes, it may use %.2f of them, and %.0f connections", up, conns)
+		}
+	})
+}
