@@ -284,8 +284,11 @@ func (w *world) restored(run func(int, ...string) string, issuer *proc, etc, dat
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if out := run(1, "restore", file, "--key", key); !strings.Contains(out, "is not empty, and nothing was put back") {
+	if out := run(1, "restore", file, "--key", key, "--dir", etc, "--data", data); !strings.Contains(out, "is not empty, and nothing was put back") {
 		w.t.Errorf("restore over an issuer says\n%s", out)
+	}
+	if out := run(1, "restore", file, "--key", key); !strings.Contains(out, "belongs into "+etc+" and "+data) {
+		w.t.Errorf("restore to where it was not says\n%s", out)
 	}
 	issuer.stop()
 	if err := errors.Join(os.RemoveAll(etc), os.RemoveAll(data)); err != nil {
@@ -293,11 +296,11 @@ func (w *world) restored(run func(int, ...string) string, issuer *proc, etc, dat
 	}
 	wrong := w.path("other.key")
 	run(0, "archive", "keygen", wrong)
-	run(1, "restore", file, "--key", wrong)
+	run(1, "restore", file, "--key", wrong, "--dir", etc, "--data", data)
 	if _, err := os.Stat(data); err == nil {
 		w.t.Error("restore with a wrong key left something")
 	}
-	run(0, "restore", file, "--key", key)
+	run(0, "restore", file, "--key", key, "--dir", etc, "--data", data)
 	w.start("issuer", nil, "issuer", "run", "--config", filepath.Join(etc, "issuer.yaml"))
 	w.awaitFor(4*within, "reach the issuer that was put back", func() bool {
 		return command(w.t, filepath.Join(bin, "sallyport"), "status", "--socket", filepath.Join(data, "run", "api.sock")).Code == 0
