@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+	"slices"
+	"strings"
 	"time"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/mesh"
 	"sallyport/internal/proxy"
 )
 
@@ -32,6 +36,9 @@ func (s *sidecar) keepInspection(ctx context.Context) error {
 				err = nil
 			}
 		default:
+			if err = constrained(pem); err != nil {
+				break
+			}
 			err = daemon.WriteFile(file, pem, 0o644) // it is no secret, and for the workload to read
 		}
 		switch {
@@ -40,6 +47,22 @@ func (s *sidecar) keepInspection(ctx context.Context) error {
 		case ctx.Err() == nil && err.Error() != said:
 			said = err.Error()
 			s.log.Warn("certificate for inspection is not kept up to date", "file", file, "err", err)
+		}
+	}
+	return nil
+}
+
+// constrained refuses an authority that could speak for every host: the workload
+// trusts what is in its file for all that it does.
+func constrained(pem []byte) error {
+	list, err := mesh.ParseCA(string(pem))
+	if err != nil {
+		return fmt.Errorf("what the gateway stands in by %w", err)
+	}
+	for _, c := range list {
+		all := func(name string) bool { return strings.Trim(name, ".") == "" }
+		if !c.PermittedDNSDomainsCritical || len(c.PermittedDNSDomains) == 0 || slices.ContainsFunc(c.PermittedDNSDomains, all) {
+			return fmt.Errorf("the gateway stands in by %q, which is not constrained to names: it is not passed on to the workload", c.Subject.CommonName)
 		}
 	}
 	return nil
