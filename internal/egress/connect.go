@@ -170,13 +170,7 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin strin
 // prepare looks at what must hold before t is judged, and finds how its host is
 // reached. When it cannot be, howErr is for after the judgement.
 func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answer) {
-	who := t.who
-	if !time.Now().Before(who.until) {
-		return nil, nil, g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
-	}
-	if err := g.verify(who); err != nil {
-		ans := g.deny(t.record(audit.KindDecision), err)
-		g.disprove(who)
+	if ans := g.proves(t); ans != nil {
 		return nil, nil, ans
 	}
 	s = g.cfg.Snapshot()
@@ -190,6 +184,20 @@ func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answe
 	}
 	t.sni = t.call.SNI
 	return s, howErr, nil
+}
+
+// proves answers a caller whose proof holds no more, nil for one whose does.
+func (g *Gateway) proves(t *tunnel) *answer {
+	who := t.who
+	if !time.Now().Before(who.until) {
+		return g.deny(t.record(audit.KindDecision), refuse(ReasonIdentity, "the caller's SVID ended at %s; connect again with a new one", who.until.UTC().Format(time.RFC3339)))
+	}
+	if err := g.verify(who); err != nil {
+		ans := g.deny(t.record(audit.KindDecision), err)
+		g.disprove(who)
+		return ans
+	}
+	return nil
 }
 
 // openRequests opens a tunnel to a host that the gateway asks itself: nothing is

@@ -23,6 +23,7 @@ import (
 	"time"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 )
@@ -66,10 +67,22 @@ func OpenInspector(file string) (*Inspector, error) {
 }
 
 func inspectorKey(file string) (crypto.Signer, error) {
-	b, err := os.ReadFile(file)
+	f, err := os.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return makeInspectorKey(file)
 	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if m := info.Mode().Perm(); m&0o077 != 0 {
+		return nil, fmt.Errorf("%s has mode %04o, which lets other users in: whoever has read it can stand in for inspected hosts; chmod it to 0600 if nobody has, else remove it to have another made", file, m)
+	}
+	b, err := io.ReadAll(f)
 	if err != nil {
 		return nil, err
 	}
@@ -123,9 +136,23 @@ func (i *Inspector) Use(s *mesh.Snapshot) error {
 	slices.Sort(names)
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if slices.Equal(names, i.names) && (i.ca == nil || time.Until(i.ca.NotAfter) > inspectorLife/2) {
+	if slices.Equal(names, i.names) {
+		return i.renew()
+	}
+	return i.become(names)
+}
+
+// renew makes the certificate anew when it is half over: a policy may be in force
+// for as long. The caller holds the lock.
+func (i *Inspector) renew() error {
+	if i.ca == nil || time.Until(i.ca.NotAfter) > inspectorLife/2 {
 		return nil
 	}
+	return i.become(i.names)
+}
+
+// become has the Inspector stand in for names. The caller holds the lock.
+func (i *Inspector) become(names []string) error {
 	if len(names) == 0 {
 		i.names, i.ca, i.leaves = nil, nil, nil
 		return nil
@@ -175,6 +202,7 @@ func template(name string, life time.Duration) (*x509.Certificate, error) {
 func (i *Inspector) PEM() []byte {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	_ = i.renew() // when that fails, the one of before is still good
 	if i.ca == nil {
 		return nil
 	}
@@ -188,6 +216,7 @@ const maxLeaves = 4096
 func (i *Inspector) leaf(host string) (*tls.Certificate, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	_ = i.renew()
 	if i.ca == nil {
 		return nil, errors.New("no host is inspected")
 	}
@@ -279,10 +308,15 @@ func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) net.Conn {
 }
 
 // tellInspection answers a request for the certificate for inspection, if it is
-// one. Whoever has an SVID may know it.
+// one. Whoever has an SVID that holds may know it.
 func (g *Gateway) tellInspection(a *asker, req *http1.Request) (keep, told bool) {
 	if g.cfg.Inspector == nil || a.in != nil || req.Verb() != "GET" || string(req.Authority) != InspectionHost {
 		return false, false
+	}
+	t := &tunnel{who: a.who, call: authz.Call{Dir: mesh.Out, Src: a.who.id, Verb: req.Verb(), Peer: a.who.peer}}
+	if ans := g.proves(t); ans != nil {
+		req.KeepAlive = false
+		return ans.write1(a.hc, req, nil), true
 	}
 	keep, err := a.hc.WriteAnswer(req, 200, []byte("Content-Type: application/x-pem-file\r\n"), g.cfg.Inspector.PEM())
 	return keep && err == nil, true

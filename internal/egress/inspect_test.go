@@ -7,9 +7,11 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"sallyport/internal/audit"
@@ -179,4 +181,69 @@ func TestSlowHellosToTheInspector(t *testing.T) {
 	if _, err := tun.Read(make([]byte, 1)); err == nil || errors.Is(err, net.ErrClosed) {
 		t.Errorf("the tunnel ended with %v", err)
 	}
+}
+
+// TestInspectionKeysAreNobodyElses are not used when others may have read them.
+func TestInspectionKeysAreNobodyElses(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "inspection.key")
+	if _, err := OpenInspector(file); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []os.FileMode{0o640, 0o604, 0o622} {
+		if err := os.Chmod(file, mode); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := OpenInspector(file); err == nil || !strings.Contains(err.Error(), "mode") {
+			t.Errorf("%04o: %v", mode, err)
+		}
+	}
+}
+
+// TestTheInspectorRenewsItself has the same policy in force for long.
+func TestTheInspectorRenewsItself(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "inspection.key")
+	snap := meshtest.Snapshot(t, map[string]string{"egress.yaml": "destinations:\n  - {host: shop.test, tls: inspect}\n"})
+	synctest.Test(t, func(t *testing.T) {
+		i, err := OpenInspector(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := i.Use(snap); err != nil {
+			t.Fatal(err)
+		}
+		first := string(i.PEM())
+		<-time.After(inspectorLife / 3)
+		if string(i.PEM()) != first {
+			t.Error("it is another after a third of its time")
+		}
+		<-time.After(inspectorLife)
+		c, err := i.leaf("shop.test")
+		if err != nil {
+			t.Fatal(err)
+		}
+		roots := x509.NewCertPool()
+		roots.AppendCertsFromPEM(i.PEM())
+		if _, err := c.Leaf.Verify(x509.VerifyOptions{Roots: roots, DNSName: "shop.test", CurrentTime: time.Now()}); err != nil || string(i.PEM()) == first {
+			t.Errorf("after its time: %v", err)
+		}
+	})
+}
+
+// TestWhomToTrustIsForWhoProvesWhoHeIs refuses an SVID that has lost its authority.
+func TestWhomToTrustIsForWhoProvesWhoHeIs(t *testing.T) {
+	w, _, _ := inspectWorld(t)
+	c := w.askOnStream(w.streamsOn(billing))
+	const request = "GET /ca.pem HTTP/1.1\r\nHost: " + InspectionHost + "\r\n\r\n"
+	if res, _ := c.ask(t, request); res.StatusCode != 200 {
+		t.Fatalf("%d", res.StatusCode)
+	}
+	w.gw.mu.Lock()
+	for conn := range w.gw.conns {
+		conn.who.disproved.Store(true)
+	}
+	w.gw.mu.Unlock()
+	if res, body := c.ask(t, request); res.StatusCode != 403 || strings.Contains(body, "CERTIFICATE") {
+		t.Errorf("%d %q", res.StatusCode, body)
+	}
+	w.until("the refusal", denial(ReasonIdentity))
 }
