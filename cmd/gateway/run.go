@@ -13,6 +13,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Name: "gateway", Short: "The only way out of the mesh",
 		Fill:     (*Config).fill,
 		Takeover: true,
-		Serve:    func(ctx context.Context, c *Config, r daemon.Run) error { return serve(ctx, c, r.Takeover, stderr) },
+		Serve: func(ctx context.Context, c *Config, r daemon.Run) error {
+			daemon.Conceal()
+			return serve(ctx, c, r.Takeover, stderr)
+		},
 	}.Execute(ctx, args, stdout, stderr)
 }

@@ -1,0 +1,6 @@
+//go:build !linux
+
+package daemon
+
+// Conceal is for Linux.
+func Conceal() {}
