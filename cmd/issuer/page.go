@@ -187,8 +187,12 @@ const (
 
 // search finds records of the issuer's own log and of those it received.
 func (in *issuer) search(ctx context.Context, f audit.Filter) (out page.Found, err error) {
-	in.received.searching.Lock() // one at a time: each reads what the disk gives
-	defer in.received.searching.Unlock()
+	select { // one at a time: each reads what the disk gives
+	case in.received.searching <- struct{}{}:
+		defer func() { <-in.received.searching }()
+	case <-ctx.Done():
+		return out, ctx.Err()
+	}
 	ctx, cancel := context.WithTimeout(ctx, findTime)
 	defer cancel()
 	files, err := in.received.files()

@@ -50,7 +50,7 @@ type received struct {
 	// heard takes note of what the page shows; nil in tests.
 	heard *heard
 
-	searching sync.Mutex // the right to read all of them
+	searching chan struct{} // the right to read all of them
 
 	mu     sync.Mutex // guards copies
 	copies map[proxyName]*copied
@@ -79,7 +79,7 @@ func openReceived(dir string, keep audit.KeepConfig, log *slog.Logger, tell func
 		err := unix.Statfs(dir, &st)
 		return st.Bavail * uint64(st.Bsize), st.Blocks * uint64(st.Bsize), err
 	}
-	return &received{dir: dir, keep: keep, log: log, tell: tell, now: time.Now, free: free, copies: map[proxyName]*copied{}}, nil
+	return &received{dir: dir, keep: keep, log: log, tell: tell, now: time.Now, free: free, copies: map[proxyName]*copied{}, searching: make(chan struct{}, 1)}, nil
 }
 
 // Receive is control.AuditSink.

@@ -50,8 +50,12 @@ func (in *issuer) why(ctx context.Context, id string) ([]byte, error) {
 
 // find returns the record of a decision and the name of the log that has it.
 func (r *received) find(ctx context.Context, id string) (rec audit.Record, log string, err error) {
-	r.searching.Lock() // one at a time: each reads what the disk gives
-	defer r.searching.Unlock()
+	select { // one at a time: each reads what the disk gives
+	case r.searching <- struct{}{}:
+		defer func() { <-r.searching }()
+	case <-ctx.Done():
+		return rec, "", ctx.Err()
+	}
 	ctx, cancel := context.WithTimeout(ctx, searchTime)
 	defer cancel()
 	files, err := r.files()

@@ -29,6 +29,9 @@ const (
 	maxSessions = 128
 	// tellApart is the least time between two records that one was refused.
 	tellApart = time.Minute
+	// enterApart is the least time between two records that the holder of a
+	// certificate looks: no link is opened, which would be recorded.
+	enterApart = time.Hour
 )
 
 // csrfHeader shows that a write comes from the page: nobody else knows what it
@@ -63,6 +66,7 @@ type door struct {
 	links    map[[32]byte]time.Time
 	sessions map[[32]byte]time.Time
 	told     map[string]time.Time
+	entered  map[string]time.Time // by the serial of a certificate
 }
 
 // tell says if the refusal of a visitor is to be recorded: now and then, since
@@ -80,8 +84,27 @@ func (d *door) tell(who string, now time.Time) bool {
 	return true
 }
 
+// inside says if it is recorded that the holder of a certificate looks.
+func (d *door) inside(c *visitor, now time.Time) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	last, known := d.entered[c.serial]
+	return c.serial == "" || known && now.Sub(last) < enterApart
+}
+
+// comesIn notes that it is recorded.
+func (d *door) comesIn(c *visitor, now time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.entered) >= maxSessions {
+		clear(d.entered)
+	}
+	d.entered[c.serial] = now
+}
+
 func (d *door) init() {
 	_, _ = rand.Read(d.key[:]) // it never fails
+	d.entered = map[string]time.Time{}
 	d.links, d.sessions, d.told = map[[32]byte]time.Time{}, map[[32]byte]time.Time{}, map[string]time.Time{}
 }
 
@@ -221,12 +244,16 @@ func (p *Page) proves(c *visitor) bool {
 // mayView refuses who may not look. Who enters is recorded, and who is refused.
 func (p *Page) mayView(w http.ResponseWriter, r *http.Request, c *visitor, enters bool) bool {
 	ok, rule := p.may(c, MethodView)
-	method := MethodView
-	if enters {
+	now, method := p.cfg.Now(), MethodView
+	seen := ok && !p.door.inside(c, now)
+	if enters = enters || seen; enters {
 		method = methodEnter
 	}
-	if (enters || !ok && p.door.tell(c.by(), p.cfg.Now())) && !p.recorded(w, r, control.AdminCall{Caller: c.id, Method: method, Rule: rule, Peer: c.peer, Allowed: ok}) {
+	if (enters || !ok && p.door.tell(c.by(), now)) && !p.recorded(w, r, control.AdminCall{Caller: c.id, Method: method, Rule: rule, Peer: c.peer, Allowed: ok}) {
 		return false
+	}
+	if seen {
+		p.door.comesIn(c, now)
 	}
 	if !ok {
 		http.Error(w, c.by()+" may not see the page: a row of admin.csv gives the right to "+MethodView, http.StatusForbidden)
@@ -234,19 +261,28 @@ func (p *Page) mayView(w http.ResponseWriter, r *http.Request, c *visitor, enter
 	return ok
 }
 
+// mayMove judges who would promote or abort a rollout. A row that denies it to
+// the calls of operators denies it here: it is the same deed.
+func (p *Page) mayMove(c *visitor) (bool, string) {
+	if effect, rule := p.cfg.Admins.JudgeAdmin(c.id, methodMoveMesh, spiffeid.ID{}); effect == mesh.Deny {
+		return false, rule
+	}
+	return p.may(c, MethodMoveRollout)
+}
+
 // mayWrite refuses a write that does not come from the page or that its sender
 // may not make. It is recorded before the answer.
-func (p *Page) mayWrite(w http.ResponseWriter, r *http.Request, c *visitor, method string) bool {
+func (p *Page) mayWrite(w http.ResponseWriter, r *http.Request, c *visitor) bool {
 	if !sameOrigin(r) || !hmac.Equal([]byte(r.Header.Get(csrfHeader)), []byte(p.csrf(c))) {
 		http.Error(w, "this was not sent by the page; load it anew", http.StatusForbidden)
 		return false
 	}
-	ok, rule := p.may(c, method)
-	if !p.recorded(w, r, control.AdminCall{Caller: c.id, Method: method, Rule: rule, Peer: c.peer, Allowed: ok}) {
+	ok, rule := p.mayMove(c)
+	if !p.recorded(w, r, control.AdminCall{Caller: c.id, Method: MethodMoveRollout, Rule: rule, Peer: c.peer, Allowed: ok}) {
 		return false
 	}
 	if !ok {
-		http.Error(w, c.by()+" may not do this: a row of admin.csv gives the right to "+method, http.StatusForbidden)
+		http.Error(w, c.by()+" may not do this: a row of admin.csv gives the right to "+MethodMoveRollout+", and none may deny "+methodMoveMesh, http.StatusForbidden)
 	}
 	return ok
 }

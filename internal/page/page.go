@@ -40,7 +40,9 @@ const (
 	// rollout of a route.
 	MethodView        = "page.View"
 	MethodMoveRollout = "page.MoveRollout"
-	methodEnter       = "page.Enter"
+	// methodMoveMesh is the same by another way: who may not there may not here.
+	methodMoveMesh = "mesh.MoveRollout"
+	methodEnter    = "page.Enter"
 )
 
 // Limits of what one page serves.
@@ -150,6 +152,8 @@ type Page struct {
 	door    door
 	views   *template.Template
 	streams atomic.Int32
+	crowd   crowd
+	charts  charts
 	started time.Time
 }
 
@@ -169,6 +173,7 @@ func New(cfg Config) (*Page, error) {
 		return nil, fmt.Errorf("page: %w", err)
 	}
 	p := &Page{cfg: cfg, views: t, started: cfg.Now()}
+	p.charts.making, p.charts.list = make(chan struct{}, chartsAtOnce), map[chartKey]*drawn{}
 	p.door.init()
 	return p, nil
 }
@@ -250,6 +255,10 @@ func (p *Page) fail(w http.ResponseWriter, r *http.Request, err error) {
 		http.Error(w, strings.TrimPrefix(err.Error(), errAsk.Error()+": "), http.StatusBadRequest)
 		return
 	}
+	if errors.Is(err, errBusy) {
+		http.Error(w, err.Error(), http.StatusTooManyRequests)
+		return
+	}
 	if r.Context().Err() == nil {
 		p.cfg.Log.Error("page not served", "path", r.URL.Path, "err", err)
 	}
@@ -277,7 +286,14 @@ func (p *Page) live(w http.ResponseWriter, r *http.Request, c *visitor, v view) 
 		return
 	}
 	defer p.streams.Add(-1)
+	end, ok := p.crowd.begin(c, "live", maxStreamsEach)
+	if !ok {
+		http.Error(w, fmt.Sprintf("you have %d live views open; close one", maxStreamsEach), http.StatusTooManyRequests)
+		return
+	}
+	defer end()
 	flow := http.NewResponseController(w)
+	_ = flow.SetReadDeadline(time.Time{}) // the server's own would end the view
 	w.Header().Set("Content-Type", "text/event-stream")
 	send := func(text string) bool {
 		// One that does not read holds its place no longer than this.
@@ -328,7 +344,7 @@ func (p *Page) moveRollout(w http.ResponseWriter, r *http.Request, c *visitor) {
 		http.Error(w, `want {"service": "...", "route": "...", "move": "promote" or "abort"}`, http.StatusBadRequest)
 		return
 	}
-	if !p.mayWrite(w, r, c, MethodMoveRollout) {
+	if !p.mayWrite(w, r, c) {
 		return
 	}
 	move := control.RolloutMove{Service: mesh.ServiceName(m.Service), Route: m.Route, Move: m.Move, By: c.by()}

@@ -228,6 +228,10 @@ func TestAWriteIsCheckedAndRecordedFirst(t *testing.T) {
 	if _, body := s.do("GET", "/view/rollouts", ""); strings.Contains(body, "Promote") {
 		t.Error("the page offers what may not be done")
 	}
+	s.mesh.Admin(mesh.AdminRule{ID: "no-2", Caller: mesh.AdminLocal, Method: "mesh.MoveRollout", On: mesh.Any, Effect: mesh.Deny})
+	if code, body := s.do("POST", "/rollout", move); code != 403 {
+		t.Errorf("who may not by a call either: %d %s", code, body)
+	}
 	if len(s.mesh.Moves) > 0 {
 		t.Fatalf("moved %+v", s.mesh.Moves)
 	}
@@ -290,11 +294,21 @@ func TestAnIdentityNeedsARow(t *testing.T) {
 		t.Errorf("%d refusals are recorded, want one a minute", n)
 	}
 	m.Admin(mesh.AdminRule{ID: "see", Caller: "spiffe://corp.example/ns/ops/**", Method: "page.View", On: mesh.Any, Effect: mesh.Allow})
-	if code, _ := ask("GET", "/view/denied", ops, "", ""); code != 200 {
-		t.Errorf("a viewer: %d", code)
+	m.Refuse = errors.New("disk full")
+	if code, _ := ask("GET", "/view/denied", ops, "", ""); code != 503 {
+		t.Errorf("a viewer who cannot be recorded: %d, want 503", code)
+	}
+	m.Refuse = nil
+	for range 3 {
+		if code, _ := ask("GET", "/view/denied", ops, "", ""); code != 200 {
+			t.Errorf("a viewer: %d", code)
+		}
+	}
+	if n := len(m.Calls); n != 2 || !m.Calls[1].Allowed || m.Calls[1].Method != "page.Enter" || m.Calls[1].Rule != "see" {
+		t.Errorf("calls on record: %+v, want one refused and one who entered", m.Calls)
 	}
 	for name, f := range map[string]func(*x509.Certificate){
-		"expired":          func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
+		"expired":          func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) },
 		"of another trust": func(c *x509.Certificate) { c.URIs[0].Host = "other.example" },
 		"of two names":     func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) },
 		"revoked":          func(c *x509.Certificate) { revoked = "7" },

@@ -126,7 +126,7 @@ func (p *Page) graph(r *http.Request) (*chart.Graph, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	c, err := p.cfg.Chart(r.Context(), from, to)
+	c, err := p.chart(r.Context(), from, to)
 	if err != nil {
 		return nil, "", err
 	}
@@ -180,7 +180,7 @@ func (p *Page) changes(r *http.Request, now *chart.Graph) (string, []chart.Chang
 		if s.Text != text {
 			continue
 		}
-		c, err := p.cfg.Chart(r.Context(), now.From.Add(-s.Of), now.To.Add(-s.Of))
+		c, err := p.chart(r.Context(), now.From.Add(-s.Of), now.To.Add(-s.Of))
 		if err != nil {
 			return "", nil, err
 		}
@@ -386,7 +386,7 @@ func (p *Page) rolloutsView(r *http.Request, c *visitor) (any, error) {
 		}
 		return b.Since.Compare(a.Since)
 	})
-	may, _ := p.may(c, MethodMoveRollout)
+	may, _ := p.mayMove(c)
 	return map[string]any{"State": stateOf(r), "List": list, "May": may, "Status": p.cfg.Status()}, nil
 }
 
@@ -417,7 +417,7 @@ func (p *Page) egressView(r *http.Request, _ *visitor) (any, error) {
 }
 
 // auditView searches the records, and says how far each log is continuous.
-func (p *Page) auditView(r *http.Request, _ *visitor) (any, error) {
+func (p *Page) auditView(r *http.Request, c *visitor) (any, error) {
 	text, from, _, err := p.span(r)
 	if err != nil {
 		return nil, err
@@ -431,6 +431,11 @@ func (p *Page) auditView(r *http.Request, _ *visitor) (any, error) {
 	if data["Logs"], err = p.cfg.Logs(r.Context()); err != nil {
 		return nil, err
 	}
+	end, ok := p.crowd.begin(c, "search", maxSearchesEach)
+	if !ok {
+		return nil, errBusy
+	}
+	defer end()
 	data["Found"], err = p.cfg.Search(r.Context(), f)
 	return data, err
 }
