@@ -1,11 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"path"
 	"slices"
@@ -314,20 +312,13 @@ func (d *demo) signals(ctx context.Context) error {
 
 // metric adds up the series of a metric that have a label.
 func (d *demo) metric(ctx context.Context, name, metric, label string) (sum float64, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://admin/metrics", nil)
+	_, body, err := askAdmin(ctx, 10*time.Second, http.MethodGet, d.adminSocket(name), "/metrics")
 	if err != nil {
 		return 0, err
 	}
-	c := daemon.AdminClient(d.adminSocket(name))
-	defer c.CloseIdleConnections()
-	resp, err := c.Do(req)
-	if err != nil {
-		return 0, err
-	}
-	defer resp.Body.Close()
 	found := false
-	for lines := bufio.NewScanner(io.LimitReader(resp.Body, 8<<20)); lines.Scan(); {
-		series, value, ok := strings.Cut(lines.Text(), "} ")
+	for line := range strings.Lines(string(body)) {
+		series, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "} ")
 		if !ok || !strings.HasPrefix(series, metric+"{") || !strings.Contains(series, label) {
 			continue
 		}

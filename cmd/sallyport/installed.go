@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -159,21 +158,7 @@ func (i *installed) pid() (int, error) {
 
 // get asks the running process on its admin socket.
 func (i *installed) get(ctx context.Context, path string) (status int, body []byte, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	c := daemon.AdminClient(i.adminSocket())
-	defer c.CloseIdleConnections()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://admin"+path, nil)
-	if err != nil {
-		return 0, nil, err
-	}
-	resp, err := c.Do(req)
-	if err != nil {
-		return 0, nil, err
-	}
-	defer resp.Body.Close()
-	body, err = io.ReadAll(io.LimitReader(resp.Body, 32<<20))
-	return resp.StatusCode, body, err
+	return askAdmin(ctx, 5*time.Second, http.MethodGet, i.adminSocket(), path)
 }
 
 // secrets are the files of a program that hold keys or tokens and are there:

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"path/filepath"
 	"strconv"
@@ -14,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"sallyport/internal/authz"
-	"sallyport/internal/daemon"
 )
 
 // shadowed is what one proxy knows of the candidate.
@@ -114,25 +112,14 @@ var errNotKnown = errors.New("it does not know it")
 
 // askProxy reads a document from the admin socket of a proxy.
 func askProxy(ctx context.Context, socket, path string, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://admin/"+path, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := daemon.AdminClient(socket).Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 8<<20))
+	status, b, err := askAdmin(ctx, 10*time.Second, http.MethodGet, socket, "/"+path)
 	switch {
 	case err != nil:
 		return err
-	case resp.StatusCode == http.StatusNotFound:
+	case status == http.StatusNotFound:
 		return errNotKnown
-	case resp.StatusCode != http.StatusOK:
-		return fmt.Errorf("it answers %s", resp.Status)
+	case status != http.StatusOK:
+		return fmt.Errorf("it answers %d %s", status, http.StatusText(status))
 	}
 	return json.Unmarshal(b, into)
 }

@@ -41,28 +41,34 @@ func proxySocket(name string) (string, error) {
 	return "", usage(fmt.Errorf("no sidecar of that name is here: neither %s; name its admin socket, such as /path/to/admin.sock", strings.Join(tried, " nor ")))
 }
 
-// queryProxy asks a proxy on its admin socket and decodes what it answers.
-func queryProxy(ctx context.Context, method, socket, path string, into any) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+// askAdmin asks a program on its admin socket.
+func askAdmin(ctx context.Context, within time.Duration, method, socket, path string) (status int, body []byte, err error) {
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	c := daemon.AdminClient(socket)
 	defer c.CloseIdleConnections()
 	req, err := http.NewRequestWithContext(ctx, method, "http://admin"+path, nil)
 	if err != nil {
-		return err
+		return 0, nil, err
 	}
 	resp, err := c.Do(req)
 	if err != nil {
-		return daemon.Exit(daemon.Unreachable, err)
+		return 0, nil, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(resp.Body, 4<<20))
+	body, err = io.ReadAll(io.LimitReader(resp.Body, 32<<20))
+	return resp.StatusCode, body, err
+}
+
+// queryProxy asks a proxy on its admin socket and decodes what it answers.
+func queryProxy(ctx context.Context, method, socket, path string, into any) error {
+	status, body, err := askAdmin(ctx, 30*time.Second, method, socket, path)
 	if err != nil {
 		return daemon.Exit(daemon.Unreachable, err)
 	}
-	if resp.StatusCode != http.StatusOK {
+	if status != http.StatusOK {
 		said := strings.TrimSpace(string(body))
-		if resp.StatusCode == http.StatusNotFound && said == "404 page not found" {
+		if status == http.StatusNotFound && said == "404 page not found" {
 			said = "what runs there is no sidecar, or of an older version"
 		}
 		return daemon.Exit(daemon.Failed, errors.New(said))
