@@ -39,7 +39,7 @@ func TestSecondHelloWithAnotherName(t *testing.T) {
 	base := realHello("api.stripe.test")
 	first := records(base, 16000)
 	ccs := []byte{20, 3, 3, 0, 1, 1}
-	early := append([]byte{23, 3, 3, 0, 5}, "early"...)
+	noise := append([]byte{23, 3, 3, 0, 5}, "early"...)
 	second := func(exts ...[]byte) []byte { return records(rebuild(base, exts...), 40) }
 	tests := []struct {
 		name  string
@@ -48,7 +48,7 @@ func TestSecondHelloWithAnotherName(t *testing.T) {
 	}{
 		{"another name", second(sniBytes("evil.test")), ReasonSNI},
 		{"another name behind a change of cipher", append(bytes.Clone(ccs), second(sniBytes("evil.test"))...), ReasonSNI},
-		{"another name behind early data", append(bytes.Clone(early), second(sniBytes("evil.test"))...), ReasonSNI},
+		{"another name behind early data", append(bytes.Clone(noise), second(sniBytes("evil.test"))...), ReasonSNI},
 		{"no name", second(), ReasonSNI},
 		{"the same name, and ECH", second(sniBytes("api.stripe.test"), extensionBytes(extECH, []byte{0})), ReasonECH},
 	}
@@ -79,10 +79,17 @@ func TestSecondHelloWithAnotherName(t *testing.T) {
 						tun.Write(tt.after)
 					}
 					_, _ = io.Copy(io.Discard, tun)
-					w.until("denial", denial(tt.want))
 					end := w.until("close", kind(audit.KindEgressClose))
-					// The origin may have given up on early data first.
-					if end.Reason != string(tt.want) && end.Reason != "done" || end.BytesUp >= int64(len(first)+len(tt.after)) {
+					if bytes.HasPrefix(tt.after, noise) && end.Reason == "done" {
+						// The origin gave up on early data before the second hello was
+						// looked at; where a stream has no half close, that ends it.
+						if end.BytesUp > int64(len(first)+len(noise)) {
+							t.Errorf("the second hello went up: %+v", end)
+						}
+						return
+					}
+					w.until("denial", denial(tt.want))
+					if end.Reason != string(tt.want) || end.BytesUp >= int64(len(first)+len(tt.after)) {
 						t.Errorf("recorded %+v", end)
 					}
 				})
