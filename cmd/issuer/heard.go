@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,22 +19,36 @@ const (
 	// tunnels: what was longest ago goes.
 	maxKinds    = 512
 	maxPassages = 2048
+	// What one proxy says, and what is said of one pair, must not drive out the
+	// rest: a workload chooses the path of what it is refused.
+	maxKindsOfProxy    = 256
+	maxKindsOfPair     = 32
+	maxPassagesOfProxy = 1024
 )
 
 // heard is what the records of proxies say that the page shows at once: who is
 // refused, and who leaves the mesh. It is lost at a restart; the logs are not.
 type heard struct {
 	policies func() *mesh.Snapshot
+	now      func() time.Time
 
 	mu       sync.Mutex // guards the fields below
 	denials  map[denialKey]*denial
-	passages map[string]*page.Passage
-	order    []string // of passages, the oldest first
+	passages map[passageKey]*page.Passage
+	order    []passageKey // of passages, the oldest first
 	set      *authz.Set
 	of       *mesh.Snapshot
 }
 
-type denialKey struct{ src, dst, verb, path, reason, rule string }
+type denialKey struct {
+	by                                 proxyName
+	src, dst, verb, path, reason, rule string
+}
+
+type passageKey struct {
+	by proxyName
+	id string
+}
 
 // A denial is what was refused in one way, and its newest record.
 type denial struct {
@@ -51,8 +66,11 @@ var (
 )
 
 // take reads lines of a proxy after the record that was known before: lines may
-// come twice. Most are neither denial nor tunnel and cost a search each.
-func (h *heard) take(lines [][]byte, before uint64) {
+// come twice. Most are neither denial nor tunnel and cost a search each. A proxy
+// is believed what concerns itself: calls from or to its workload, and at a
+// gateway those that leave the mesh.
+func (h *heard) take(by proxyName, gateway func() bool, lines [][]byte, before uint64) {
+	now := h.now()
 	for _, l := range lines {
 		if !bytes.Contains(l, denyMark) && !bytes.Contains(l, egressMark) {
 			continue
@@ -61,25 +79,30 @@ func (h *heard) take(lines [][]byte, before uint64) {
 		if err != nil || r.Seq <= before {
 			continue
 		}
+		out := strings.HasPrefix(r.Dst, "host:")
+		if own := by.workload.String(); r.Src != own && r.Dst != own && !((out || r.Dst == "") && gateway()) {
+			continue
+		}
+		if r.Time.After(now) {
+			r.Time = now // or nothing would be newer, nor driven out
+		}
 		h.mu.Lock()
 		if r.Decision == audit.Deny {
-			h.denied(&r)
+			h.denied(by, &r)
 		}
-		if r.Kind == audit.KindEgressOpen || r.Kind == audit.KindEgressClose || r.Decision == audit.Deny && strings.HasPrefix(r.Dst, "host:") {
-			h.passed(&r)
+		if r.Kind == audit.KindEgressOpen || r.Kind == audit.KindEgressClose || r.Decision == audit.Deny && out {
+			h.passed(by, &r)
 		}
 		h.mu.Unlock()
 	}
 }
 
 // denied counts a denial. mu is held.
-func (h *heard) denied(r *audit.Record) {
-	k := denialKey{r.Src, r.Dst, r.Verb, r.Path, r.Reason, r.Rule}
+func (h *heard) denied(by proxyName, r *audit.Record) {
+	k := denialKey{by, r.Src, r.Dst, r.Verb, r.Path, r.Reason, r.Rule}
 	d := h.denials[k]
 	if d == nil {
-		if len(h.denials) >= maxKinds {
-			h.forget()
-		}
+		h.makeRoom(k)
 		d = &denial{first: r.Time}
 		h.denials[k] = d
 	}
@@ -89,12 +112,36 @@ func (h *heard) denied(r *audit.Record) {
 	}
 }
 
-// forget drops the kind that was last seen longest ago. mu is held.
-func (h *heard) forget() {
+// makeRoom drops the kind that was last seen longest ago: of the pair when there
+// are too many of it, of the proxy, or of all. mu is held.
+func (h *heard) makeRoom(k denialKey) {
+	ofPair := func(o denialKey) bool { return o.by == k.by && o.src == k.src && o.dst == k.dst }
+	ofProxy := func(o denialKey) bool { return o.by == k.by }
+	pair, proxy := 0, 0
+	for o := range h.denials {
+		if ofProxy(o) {
+			proxy++
+			if ofPair(o) {
+				pair++
+			}
+		}
+	}
+	switch {
+	case pair >= maxKindsOfPair:
+		h.forget(ofPair)
+	case proxy >= maxKindsOfProxy:
+		h.forget(ofProxy)
+	case len(h.denials) >= maxKinds:
+		h.forget(func(denialKey) bool { return true })
+	}
+}
+
+// forget drops the kind of some that was last seen longest ago. mu is held.
+func (h *heard) forget(among func(denialKey) bool) {
 	var oldest denialKey
 	var at time.Time
 	for k, d := range h.denials {
-		if at.IsZero() || d.last.Time.Before(at) {
+		if among(k) && (at.IsZero() || d.last.Time.Before(at)) {
 			oldest, at = k, d.last.Time
 		}
 	}
@@ -102,17 +149,14 @@ func (h *heard) forget() {
 }
 
 // passed takes note of a tunnel. mu is held.
-func (h *heard) passed(r *audit.Record) {
-	key := r.ID
+func (h *heard) passed(by proxyName, r *audit.Record) {
+	key := passageKey{by, r.ID}
 	if r.Kind == audit.KindRollup {
-		key += "/" + strconv.FormatUint(r.Seq, 10)
+		key.id += "/" + strconv.FormatUint(r.Seq, 10)
 	}
 	p := h.passages[key]
 	if p == nil {
-		if len(h.order) >= maxPassages {
-			delete(h.passages, h.order[0])
-			h.order = h.order[1:]
-		}
+		h.makeWay(by)
 		p = &page.Passage{ID: r.ID, Src: r.Src, Dst: r.Dst, Rule: r.Rule, Port: r.Port, Opened: r.Time}
 		h.passages[key], h.order = p, append(h.order, key)
 	}
@@ -128,8 +172,30 @@ func (h *heard) passed(r *audit.Record) {
 	}
 }
 
+// makeWay drops the oldest tunnel: of the proxy when it has too many, or of all.
+// mu is held.
+func (h *heard) makeWay(by proxyName) {
+	n, first := 0, -1
+	for i, k := range h.order {
+		if k.by == by {
+			if n++; first < 0 {
+				first = i
+			}
+		}
+	}
+	switch {
+	case n >= maxPassagesOfProxy:
+	case len(h.order) >= maxPassages:
+		first = 0
+	default:
+		return
+	}
+	delete(h.passages, h.order[first])
+	h.order = slices.Delete(h.order, first, first+1)
+}
+
 func newHeard(policies func() *mesh.Snapshot) *heard {
-	return &heard{policies: policies, denials: map[denialKey]*denial{}, passages: map[string]*page.Passage{}}
+	return &heard{policies: policies, now: time.Now, denials: map[denialKey]*denial{}, passages: map[passageKey]*page.Passage{}}
 }
 
 // Denials are the kinds of denials with their accounts, by the policies in force.

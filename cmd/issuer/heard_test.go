@@ -2,10 +2,13 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"log/slog"
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/mesh"
@@ -20,6 +23,7 @@ func TestHeard(t *testing.T) {
 	}
 	const web, billing, host = "spiffe://corp.example/ns/shop/sa/web", "spiffe://corp.example/ns/shop/sa/billing", "host:api.test"
 	deny := audit.Record{Kind: audit.KindDecision, Decision: audit.Deny, Reason: "no_row", Dir: "in", Src: web, Dst: billing, Port: 8443, Verb: "GET", Path: "/x"}
+	clock := time.Now().Add(-time.Hour) // of the issuer, behind the proxy's
 	var ids []string
 	for _, r := range []audit.Record{
 		deny, deny,
@@ -44,11 +48,26 @@ func TestHeard(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := newHeard(func() *mesh.Snapshot { return nil })
-	h.take(lines[:4], 0)
-	h.take(lines, 4) // the first four come again
+	h.now = func() time.Time { return clock }
+	proxy, gateway := proxyNamed(web), proxyNamed("spiffe://corp.example/ns/edge/sa/gateway")
+	h.take(gateway, leads(false), lines, 0)
+	if n, p := len(h.Denials()), len(h.Passages()); n+p > 0 {
+		t.Fatalf("a proxy is believed %d denials and %d tunnels of others", n, p)
+	}
+	h.take(gateway, leads(true), lines, 0)
+	if n, p := len(h.Denials()), len(h.Passages()); n != 1 || p != 2 {
+		t.Fatalf("a gateway is believed %d denials and %d tunnels, want one and two on the way out", n, p)
+	}
+	h = newHeard(func() *mesh.Snapshot { return nil })
+	h.now = func() time.Time { return clock }
+	h.take(proxy, leads(true), lines[:4], 0)
+	h.take(proxy, leads(true), lines, 4) // the first four come again
 	denials := map[string]uint64{}
 	for _, d := range h.Denials() {
 		denials[d.Dst] = d.N
+		if d.Last.After(clock) {
+			t.Errorf("a denial at %v, which is to come", d.Last)
+		}
 		if d.Dst == billing && d.ID != ids[1] {
 			t.Errorf("the newest of the denials is told as %s, want %s", d.ID, ids[1])
 		}
@@ -62,18 +81,42 @@ func TestHeard(t *testing.T) {
 	}
 }
 
-// TestHeardIsBounded floods it with kinds of denials.
+func proxyNamed(workload string) proxyName {
+	return proxyName{spiffeid.RequireFromString("spiffe://corp.example/spire/agent/join_token/a"), spiffeid.RequireFromString(workload)}
+}
+
+func leads(yes bool) func() bool { return func() bool { return yes } }
+
+// TestHeardIsBounded floods it with kinds of denials, from one proxy and of one
+// pair, from one and of many, and from many.
 func TestHeardIsBounded(t *testing.T) {
 	h := newHeard(func() *mesh.Snapshot { return nil })
-	for i := range 3 * maxPassages {
-		r := audit.Record{Time: time.Unix(int64(i), 0), Kind: audit.KindDecision, Decision: audit.Deny, Dst: "host:a.test", Path: time.Duration(i).String(), ID: time.Duration(i).String()}
-		h.denied(&r)
-		h.passed(&r)
+	at := 0
+	flood := func(by, dst func(i int) string) {
+		for i := range 3 * maxPassages {
+			at++
+			r := audit.Record{Time: time.Unix(int64(at), 0), Kind: audit.KindDecision, Decision: audit.Deny, Dst: dst(i), Path: fmt.Sprint(at), ID: fmt.Sprint(at)}
+			h.denied(proxyNamed(by(i)), &r)
+			h.passed(proxyNamed(by(i)), &r)
+		}
 	}
-	if n := len(h.Denials()); n != maxKinds {
-		t.Errorf("%d kinds of denials are kept, want %d", n, maxKinds)
-	}
-	if p := h.Passages(); len(p) != maxPassages || p[len(p)-1].ID != time.Duration(3*maxPassages-1).String() {
-		t.Errorf("%d passages are kept, want the newest %d", len(p), maxPassages)
+	one := func(int) string { return "spiffe://corp.example/a" }
+	some := func(i int) string { return fmt.Sprint("spiffe://corp.example/p", i%8) }
+	host := func(i int) string { return fmt.Sprintf("host:h%d.test", i) }
+	for _, c := range []struct {
+		by, dst         func(int) string
+		kinds, passages int
+	}{
+		{one, func(int) string { return "host:a.test" }, maxKindsOfPair, maxPassagesOfProxy},
+		{one, host, maxKindsOfProxy, maxPassagesOfProxy},
+		{some, host, maxKinds, maxPassages},
+	} {
+		flood(c.by, c.dst)
+		if n := len(h.Denials()); n != c.kinds {
+			t.Errorf("%d kinds of denials are kept, want %d", n, c.kinds)
+		}
+		if p := h.Passages(); len(p) != c.passages || p[len(p)-1].ID != fmt.Sprint(at) {
+			t.Errorf("%d passages are kept, want the newest %d", len(p), c.passages)
+		}
 	}
 }

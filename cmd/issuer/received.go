@@ -49,6 +49,8 @@ type received struct {
 
 	// heard takes note of what the page shows; nil in tests.
 	heard *heard
+	// leads says that the proxy of a workload is a gateway; nil when none is.
+	leads func(agent, workload spiffeid.ID) bool
 
 	searching chan struct{} // the right to read all of them
 
@@ -110,7 +112,8 @@ func (r *received) Receive(ctx context.Context, agent, workload spiffeid.ID, lin
 				before = 0 // it began anew
 			}
 			if r.heard != nil {
-				r.heard.take(lines, before)
+				gateway := sync.OnceValue(func() bool { return r.leads != nil && r.leads(agent, workload) })
+				r.heard.take(proxyName{agent, workload}, gateway, lines, before)
 			}
 			return nil
 		}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -214,7 +215,7 @@ func (in *issuer) open(ctx context.Context) error {
 	}
 	in.received.signed = in.witness.signed
 	in.heard = newHeard(in.registry.Current)
-	in.received.heard = in.heard
+	in.received.heard, in.received.leads = in.heard, in.leads
 	if err := in.openRollouts(); err != nil {
 		return err
 	}
@@ -370,4 +371,11 @@ func (in *issuer) recordAttest(_ context.Context, a control.Attestation) error {
 		r.Src = a.Agent.String()
 	}
 	return in.audit.Append(&r)
+}
+
+// leads says that the proxy of a workload is a gateway.
+func (in *issuer) leads(agent, workload spiffeid.ID) bool {
+	return slices.ContainsFunc(in.registry.Proxies(), func(p mesh.Proxy) bool {
+		return p.Agent == agent && p.Workload == workload && p.Kind == control.KindGateway
+	})
 }
