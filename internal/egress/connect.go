@@ -82,8 +82,17 @@ func (g *Gateway) deny(rec *audit.Record, err error) *answer {
 	return answerTo(reason, rec.ID)
 }
 
-// edge counts a tunnel, or what was refused to be one, for the map.
+// edge counts a tunnel, or what was refused to be one, for the map. A caller may
+// ask for any host: what is refused counts for the destination that covers it.
 func (g *Gateway) edge(src, dst string, o telemetry.Outcome) {
+	if host, out := strings.CutPrefix(dst, "host:"); out && o == telemetry.Denied {
+		dst = telemetry.OtherHost
+		if s := g.cfg.Snapshot(); s != nil {
+			if d, listed := s.DestinationOf(host); listed {
+				dst = "host:" + d.Host
+			}
+		}
+	}
 	if dst != "" {
 		g.cfg.Edges.Add(src, dst, telemetry.ProtoTCP, o, true, time.Now(), telemetry.NoTime)
 	}

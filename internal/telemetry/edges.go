@@ -3,12 +3,18 @@ package telemetry
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
 
 // maxEdges bounds the edges of one report; what is beyond counts under Other.
 const maxEdges = 4096
+
+// maxHostsOfSource bounds the hosts of one source in a report: what is beyond
+// counts under OtherHost. A caller may have the right to any name of a domain,
+// and must not take the room of all others.
+const maxHostsOfSource = 256
 
 // An Outcome is how a call ended for the map of who calls whom.
 type Outcome uint8
@@ -36,12 +42,15 @@ type edgeKey struct{ src, dst, proto string }
 // Edges adds up calls between two reports. The zero value is not ready; use
 // NewEdges. A nil Edges counts nothing.
 type Edges struct {
-	mu   sync.Mutex // guards sums
-	sums map[edgeKey]*Edge
+	mu    sync.Mutex // guards the fields below
+	sums  map[edgeKey]*Edge
+	hosts map[string]int // edges to hosts, by their source
 }
 
 // NewEdges returns an empty accumulator.
-func NewEdges() *Edges { return &Edges{sums: make(map[edgeKey]*Edge)} }
+func NewEdges() *Edges {
+	return &Edges{sums: make(map[edgeKey]*Edge), hosts: make(map[string]int)}
+}
 
 // NoTime is the place of a call whose time says nothing, such as a refusal.
 const NoTime = -1
@@ -89,6 +98,11 @@ func (x *Edge) count(place int, n uint32) {
 // edge finds or makes the sum for k. The caller holds e.mu.
 func (e *Edges) edge(k edgeKey, mtls bool, now time.Time) *Edge {
 	x := e.sums[k]
+	out := strings.HasPrefix(k.dst, "host:")
+	if x == nil && out && e.hosts[k.src] >= maxHostsOfSource {
+		k.dst = OtherHost
+		x = e.sums[k]
+	}
 	if x == nil && len(e.sums) >= maxEdges {
 		k.src, k.dst = Other, Other
 		x = e.sums[k]
@@ -96,6 +110,9 @@ func (e *Edges) edge(k edgeKey, mtls bool, now time.Time) *Edge {
 	if x == nil {
 		x = &Edge{Src: k.src, Dst: k.dst, Proto: k.proto, MTLS: mtls, First: now, Last: now}
 		e.sums[k] = x
+		if out {
+			e.hosts[k.src]++
+		}
 	}
 	return x
 }
@@ -107,7 +124,7 @@ func (e *Edges) Flush() []Edge {
 	}
 	e.mu.Lock()
 	sums := e.sums
-	e.sums = make(map[edgeKey]*Edge)
+	e.sums, e.hosts = make(map[edgeKey]*Edge), make(map[string]int)
 	e.mu.Unlock()
 	edges := make([]Edge, 0, len(sums))
 	for _, x := range sums {

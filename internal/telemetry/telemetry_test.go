@@ -341,6 +341,24 @@ func TestEdges(t *testing.T) {
 	}
 }
 
+func TestOneSourceLeavesRoomForOthers(t *testing.T) {
+	e := NewEdges()
+	for i := range 2 * maxEdges {
+		e.Add("bad", fmt.Sprintf("host:r%d.example", i), ProtoTCP, Allowed, true, time.Unix(1, 0), NoTime)
+	}
+	e.Add("good", "host:api.example", ProtoTCP, Allowed, true, time.Unix(1, 0), NoTime)
+	edges := e.Flush()
+	rest := edges[0]
+	for _, x := range edges {
+		if x.Dst == OtherHost {
+			rest = x
+		}
+	}
+	if last := edges[len(edges)-1]; len(edges) != maxHostsOfSource+2 || last.Src != "good" || rest.Src != "bad" || rest.Allowed != 2*maxEdges-maxHostsOfSource {
+		t.Errorf("%d edges, the rest %+v, the last %+v", len(edges), rest, last)
+	}
+}
+
 func TestEdgesAreCapped(t *testing.T) {
 	e := NewEdges()
 	for i := range maxEdges + 100 {
