@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"os"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -22,6 +23,7 @@ type parting struct {
 	code  atomic.Uint32 // why; not 0 once it is to end
 	until atomic.Int64  // when it must have, Unix nanoseconds
 	heard atomic.Int32  // the directions that have heard it
+	look  sync.Mutex    // held while Part touches the ends, which are Run's
 }
 
 // Part ends a tunnel in which WebSockets speak: nothing more is carried, both
@@ -40,11 +42,7 @@ func (t *Tunnel) Part(code uint16, within time.Duration) {
 	again := time.NewTicker(5 * time.Millisecond)
 	defer again.Stop()
 	for {
-		if t.parts.heard.Load() < 2 {
-			// Again and again, since each direction sets deadlines of its own.
-			_ = t.Client.nc.SetReadDeadline(time.Unix(1, 0))
-			_ = t.Server.nc.SetReadDeadline(time.Unix(1, 0))
-		}
+		t.interrupt()
 		select {
 		case <-t.done:
 			return
@@ -52,6 +50,23 @@ func (t *Tunnel) Part(code uint16, within time.Duration) {
 			return
 		case <-again.C:
 		}
+	}
+}
+
+// interrupt has both directions look up from what they read, unless they have
+// heard already or Run is over.
+func (t *Tunnel) interrupt() {
+	t.parts.look.Lock()
+	defer t.parts.look.Unlock()
+	select {
+	case <-t.done: // the ends may be lent to another call by now
+		return
+	default:
+	}
+	if t.parts.heard.Load() < 2 {
+		// Again and again, since each direction sets deadlines of its own.
+		_ = t.Client.nc.SetReadDeadline(time.Unix(1, 0))
+		_ = t.Server.nc.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
