@@ -131,7 +131,7 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin strin
 		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: tr.trace.String(),
 	}, spans: tr}
 	defer func() { g.told(t, ans) }()
-	_, howErr, ans := g.prepare(t)
+	_, ans, howErr := g.prepare(t)
 	if ans != nil {
 		return nil, ans
 	}
@@ -178,13 +178,13 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin strin
 
 // prepare looks at what must hold before t is judged, and finds how its host is
 // reached. When it cannot be, howErr is for after the judgement.
-func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answer) {
+func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, ans *answer, howErr error) {
 	if ans := g.proves(t); ans != nil {
-		return nil, nil, ans
+		return nil, ans, nil
 	}
 	s = g.cfg.Snapshot()
 	if s == nil || g.cfg.Judge.Set() == nil {
-		return nil, nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded"))
+		return nil, g.deny(t.record(audit.KindDecision), refuse(ReasonNoPolicy, "no policy is loaded")), nil
 	}
 	t.revision = s.PolicyRevision
 	t.how, howErr = routeOf(s, t.host)
@@ -192,7 +192,7 @@ func (g *Gateway) prepare(t *tunnel) (s *mesh.Snapshot, howErr error, ans *answe
 		t.call.SNI = t.host.String() // what the first bytes must then say, or the gateway says
 	}
 	t.sni = t.call.SNI
-	return s, howErr, nil
+	return s, nil, howErr
 }
 
 // proves answers a caller whose proof holds no more, nil for one whose does.

@@ -157,7 +157,7 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 		}
 	}
 	t.call.Trace = t.spans.trace.String()
-	snap, howErr, ans := g.prepare(t)
+	snap, ans, howErr := g.prepare(t)
 	if ans != nil {
 		return nil, ans
 	}
