@@ -364,14 +364,14 @@ func TestEdgesThatCouldNotBeToldAreKept(t *testing.T) {
 	addr := is.addr
 	p := is.newProxy(t.TempDir(), is.token("node-b"), func(c *Config) { c.reportEvery = 5 * time.Millisecond }).join()
 	is.stop()
-	p.edges.Add("a", billing.String(), "http", telemetry.Allowed, true, time.Now(), 5)
+	p.edges.Add(second.String(), billing.String(), "http", telemetry.Allowed, true, time.Now(), 5)
 	p.tellEdges(t.Context())
 	is.start(addr)
 	await(t, func() bool { return len(is.edges()) == 1 })
 	if e := is.edges()[0]; e.Allowed != 1 {
 		t.Errorf("told %d calls, want 1", e.Allowed)
 	}
-	p.edges.Add("a", billing.String(), "http", telemetry.Allowed, true, time.Now(), 5)
+	p.edges.Add(second.String(), billing.String(), "http", telemetry.Allowed, true, time.Now(), 5)
 	p.stop()
 	if e := is.edges()[0]; e.Allowed != 2 {
 		t.Errorf("at the end %d calls were told, want 2", e.Allowed)

@@ -430,7 +430,12 @@ func (a *Agent) tellEdges(ctx context.Context) {
 	for i, e := range got {
 		out[i] = mesh.Edge{Src: e.Src, Dst: e.Dst, Proto: e.Proto, Allowed: e.Allowed, Denied: e.Denied, Errors: e.Errors, MTLS: e.MTLS, First: e.First, Last: e.Last, Took: e.Took}
 	}
-	if err := a.client.ReportEdges(ctx, out); err != nil {
+	err := a.client.ReportEdges(ctx, out)
+	if errors.Is(err, control.ErrRefused) {
+		a.cfg.Log.Warn("the issuer refuses to count calls", "edges", len(out), "err", err)
+		return // it would refuse them each time, and with them all that come
+	}
+	if err != nil {
 		a.noticed(err)
 		a.cfg.Edges.Restore(got)
 		a.cfg.Log.Debug("edges not reported", "err", err)
