@@ -13,8 +13,10 @@ PGO ?= off
 TOOL := go tool -modfile=tools/go.mod
 # The race detector needs a C compiler; without one the tests run all the same.
 RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
-# Packages with tests that do a part of their work under the race detector.
-PARTLY = $(addprefix ./,$(sort $(dir $(shell grep -rl --include='*_test.go' 'meshtest[.]Race\b' cmd internal))))
+# Files with tests that do a part of their work under the race detector, and the
+# tests in them.
+PARTLY = $(shell grep -rl --include='*_test.go' 'meshtest[.]Race\b' cmd internal)
+PARTLY_TESTS = $(shell sed -nE 's/^func (Test[A-Za-z0-9]+).*/\1/p' $(PARTLY) | paste -sd'|')
 ARGS ?=
 N ?= 4000
 FUZZTIME ?= 60s
@@ -65,7 +67,7 @@ demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for
 test: ## every test, with the race detector where a C compiler is
 	go vet ./...
 	go test $(RACE) -vet=off -timeout 10m $$(go list ./... | grep -vE '^sallyport/test(/manual)?$$')
-	$(if $(RACE),go test -vet=off -timeout 10m $(PARTLY))
+	$(if $(RACE),go test -vet=off -timeout 10m -run '^($(PARTLY_TESTS))$$' $(addprefix ./,$(sort $(dir $(PARTLY)))))
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
 	-@cd tools/h2spec && go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec

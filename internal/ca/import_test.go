@@ -9,7 +9,7 @@ import (
 
 // TestTwoIssuersUnderOneRoot lets a second CA take over the root of a first.
 func TestTwoIssuersUnderOneRoot(t *testing.T) {
-	for _, passphrase := range passphrases() {
+	for _, passphrase := range passphrases() { // of which meshtest.Race leaves one
 		first := config(t)
 		first.Passphrase = []byte(passphrase)
 		a := open(t, first)

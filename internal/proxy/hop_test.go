@@ -295,8 +295,9 @@ func TestAPeerThatDrainsIsDialledAgain(t *testing.T) {
 // A proof that does not hold any more refuses every call on the connection, not
 // only the one that looked.
 func TestAProofThatFailsStaysSo(t *testing.T) {
-	r := newRig(t, app(t, hello))
+	r := newParts(t, app(t, hello))
 	r.inbound.verifyEvery = time.Hour
+	r.open()
 	tc, err := tls.Dial("tcp", r.inAddr, svid.ClientTLS(r.web, billing, hop.Proto))
 	if err != nil {
 		t.Fatal(err)

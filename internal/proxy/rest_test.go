@@ -15,10 +15,7 @@ import (
 func restless(t *testing.T, idle time.Duration) *rig {
 	r := newParts(t, app(t, hello), func(r *rig) { r.inCfg.Limits = http1.Limits{IdleTimeout: idle} })
 	r.inbound.restAfter, r.inbound.verifyEvery = time.Millisecond, 0
-	r.inAddr, r.stopIn = start(t, r.inbound.Run)
-	r.outAddr, r.stopOut = start(t, r.outbound.Run)
-	r.use(r.access)
-	return r
+	return r.open()
 }
 
 // awaitRest waits until so many connections and streams are at rest.

@@ -120,9 +120,14 @@ func (l *logBuffer) String() string {
 // what they are made with.
 func newRig(t testing.TB, app string, change ...func(*rig)) *rig {
 	t.Helper()
-	r := newParts(t, app, change...)
-	r.inAddr, r.stopIn = start(t, r.inbound.Run)
-	r.outAddr, r.stopOut = start(t, r.outbound.Run)
+	return newParts(t, app, change...).open()
+}
+
+// open opens the ports of a rig whose parts are as they are to be.
+func (r *rig) open() *rig {
+	r.t.Helper()
+	r.inAddr, r.stopIn = start(r.t, r.inbound.Run)
+	r.outAddr, r.stopOut = start(r.t, r.outbound.Run)
 	r.use(r.access)
 	return r
 }
