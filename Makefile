@@ -66,7 +66,8 @@ demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for
 .PHONY: test
 test: ## every test, with the race detector where a C compiler is
 	go vet ./...
-	go test $(RACE) -vet=off -timeout 10m $$(go list ./... | grep -vE '^sallyport/test(/manual)?$$')
+	@# Tests wait much of the time: two packages more than there are cores at once.
+	go test $(RACE) -vet=off -timeout 10m -p $$(($$(getconf _NPROCESSORS_ONLN) + 2)) $$(go list ./... | grep -vE '^sallyport/test(/manual)?$$')
 	$(if $(RACE),go test -vet=off -timeout 10m -run '^($(PARTLY_TESTS))$$' $(addprefix ./,$(sort $(dir $(PARTLY)))))
 	@# Compiled before the tests that start it, not beside them.
 	-@cd tools/stepca && go build -o /dev/null .
