@@ -60,8 +60,8 @@ func (t *Tunnel) Run() (sent, got int64, err error) {
 	}()
 	got = t.move(t.Client, t.Server, down)
 	<-done
+	t.parts.look.Lock() // so that nobody touches the ends any more
 	close(t.done)
-	t.parts.look.Lock() // whoever interrupts has looked
 	t.parts.look.Unlock()
 	t.Client.Close()
 	t.Server.Close()
