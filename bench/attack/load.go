@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -93,7 +92,7 @@ func (o order) calls(c net.Conn, due time.Time, gap time.Duration, counting, ove
 		if _, err := c.Write(request); err != nil {
 			return took, err
 		}
-		if err := skipAnswer(r); err != nil {
+		if err := rig.SkipAnswer(r); err != nil {
 			return took, err
 		}
 		if counting.Load() {
@@ -102,19 +101,6 @@ func (o order) calls(c net.Conn, due time.Time, gap time.Duration, counting, ove
 		due = due.Add(gap)
 	}
 	return took, nil
-}
-
-func skipAnswer(r *bufio.Reader) error {
-	resp, err := http.ReadResponse(r, nil)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New("answered " + resp.Status)
-	}
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err
 }
 
 // dial connects to the proxy, and through it to a host outside.

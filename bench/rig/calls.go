@@ -1,9 +1,12 @@
 package rig
 
 import (
+	"bufio"
 	"cmp"
+	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"text/tabwriter"
 	"time"
 )
@@ -18,6 +21,20 @@ type Calls struct {
 	// P50 and P99 are milliseconds; at a rate from the moment the request was due.
 	P50 float64 `json:"p50"`
 	P99 float64 `json:"p99"`
+}
+
+// SkipAnswer reads one whole answer, which must be 200.
+func SkipAnswer(r *bufio.Reader) error {
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return errors.New("answered " + resp.Status)
+	}
+	_, err = io.Copy(io.Discard, resp.Body)
+	return err
 }
 
 // A Sample is what a pair did in one round.

@@ -2,9 +2,7 @@ package main
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"sync"
@@ -75,7 +73,7 @@ func (o order) calls(due time.Time, gap time.Duration, counting, over *atomic.Bo
 		if _, err := c.Write(request); err != nil {
 			return took, err
 		}
-		if err := skipAnswer(r); err != nil {
+		if err := rig.SkipAnswer(r); err != nil {
 			return took, err
 		}
 		if counting.Load() {
@@ -83,19 +81,6 @@ func (o order) calls(due time.Time, gap time.Duration, counting, over *atomic.Bo
 		}
 	}
 	return took, nil
-}
-
-func skipAnswer(r *bufio.Reader) error {
-	resp, err := http.ReadResponse(r, nil)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		return errors.New("answered " + resp.Status)
-	}
-	_, err = io.Copy(io.Discard, resp.Body)
-	return err
 }
 
 func serveOrigin(address string) error {

@@ -142,21 +142,25 @@ func (i *installed) atRest(ctx context.Context) error {
 	if _, err := i.pid(); err != nil {
 		return nil //nolint:nilerr // an issuer that does not run takes no step
 	}
-	a, err := control.DialAdmin(filepath.Join(i.RunDir, "api.sock"))
+	phase, err := i.phase(ctx)
 	if err != nil {
 		return err
 	}
-	defer a.Close()
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-	defer cancel()
-	st, err := a.Roots(ctx)
-	if err != nil {
-		return err
-	}
-	if st.Phase != "steady" {
-		return daemon.Hint(fmt.Errorf("the root is being replaced (%s): a backup of now could trust one that is withdrawn tomorrow", st.Phase), "sallyport ca status, and then again")
+	if phase != "steady" {
+		return daemon.Hint(fmt.Errorf("the root is being replaced (%s): a backup of now could trust one that is withdrawn tomorrow", phase), "sallyport ca status, and then again")
 	}
 	return nil
+}
+
+// phase is how far the running issuer is with replacing its root; steady while
+// it is not.
+func (i *installed) phase(ctx context.Context) (phase string, err error) {
+	err = i.manage(ctx, func(ctx context.Context, a *control.Admin) error {
+		st, err := a.Roots(ctx)
+		phase = st.Phase
+		return err
+	})
+	return phase, err
 }
 
 // elsewhere is what of an issuer no backup of its directories has.

@@ -384,19 +384,14 @@ func checkPolicy(ctx context.Context, _ *examination, i *installed) diagnosis {
 	if _, err := i.pid(); err != nil {
 		return notRunning()
 	}
-	a, err := control.DialAdmin(filepath.Join(i.RunDir, "api.sock"))
-	if err != nil {
-		return skipped("%v", err)
-	}
-	defer a.Close()
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	st, err := a.Status(ctx)
-	if err != nil {
-		return skipped("%v", err)
-	}
-	ps, err := a.Proxies(ctx)
-	if err != nil {
+	var st mesh.IssuerStatus
+	var ps []mesh.Proxy
+	if err := i.manage(ctx, func(ctx context.Context, a *control.Admin) (err error) {
+		if st, err = a.Status(ctx); err == nil {
+			ps, err = a.Proxies(ctx)
+		}
+		return err
+	}); err != nil {
 		return skipped("%v", err)
 	}
 	if st.LastRefusal != "" {

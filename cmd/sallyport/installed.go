@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 )
 
@@ -159,6 +160,18 @@ func (i *installed) pid() (int, error) {
 // get asks the running process on its admin socket.
 func (i *installed) get(ctx context.Context, path string) (status int, body []byte, err error) {
 	return askAdmin(ctx, 5*time.Second, http.MethodGet, i.adminSocket(), path)
+}
+
+// manage has the API of the running issuer asked, for a few seconds.
+func (i *installed) manage(ctx context.Context, ask func(context.Context, *control.Admin) error) error {
+	a, err := control.DialAdmin(filepath.Join(i.RunDir, "api.sock"))
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return ask(ctx, a)
 }
 
 // secrets are the files of a program that hold keys or tokens and are there:

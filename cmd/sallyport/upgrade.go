@@ -7,12 +7,9 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-
-	"sallyport/internal/control"
 )
 
 // upgrade is "sallyport upgrade".
@@ -91,19 +88,12 @@ func checkRoots(ctx context.Context, i *installed) diagnosis {
 	if _, err := i.pid(); err != nil {
 		return notRunning()
 	}
-	a, err := control.DialAdmin(filepath.Join(i.RunDir, "api.sock"))
-	if err != nil {
-		return skipped("%v", err)
-	}
-	defer a.Close()
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	st, err := a.Roots(ctx)
+	phase, err := i.phase(ctx)
 	switch {
 	case err != nil:
 		return skipped("%v", err)
-	case st.Phase != "steady":
-		return bad("wait until it is done: sallyport ca status", "the root is being replaced: %s", st.Phase)
+	case phase != "steady":
+		return bad("wait until it is done: sallyport ca status", "the root is being replaced: %s", phase)
 	}
 	return good("no replacement of the root is under way")
 }

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"sallyport/internal/meshtest"
 )
 
 // TestUnits holds the units to what is promised of them, also where nothing of
@@ -53,7 +55,7 @@ func TestUnits(t *testing.T) {
 func TestCaptureIsRequired(t *testing.T) {
 	systemctl, err := exec.LookPath("systemctl")
 	if err != nil {
-		t.Skip("no systemctl here")
+		meshtest.Missing(t, "systemd")
 	}
 	root := t.TempDir()
 	units := filepath.Join(root, "usr/lib/systemd/system")
