@@ -121,6 +121,31 @@ func inspect(t *testing.T, pid int) capture.Process {
 	return p
 }
 
+// TestChildThatExecs has programs in the tree though they become other programs
+// from their first moment on, as what a shell script ends with does.
+func TestChildThatExecs(t *testing.T) {
+	sh, err := os.ReadFile("/bin/sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := filepath.Join(t.TempDir(), "one"), filepath.Join(t.TempDir(), "two")
+	if err := errors.Join(os.WriteFile(one, sh, 0o755), os.WriteFile(two, sh, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	const script = `exec "$2" -c "$0" "$0" "$2" "$1"` // for ever, by turns
+	for range 20 {
+		c, err := StartChild(Spec{Path: one, Args: []string{"-c", script, script, one, two}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !c.Contains(c.PID()) {
+			t.Error("the program is not in its own tree")
+		}
+		c.Signal(syscall.SIGKILL)
+		c.Wait()
+	}
+}
+
 func TestGatherChild(t *testing.T) {
 	c := startChild(t, "wait")
 	if got := c.pidLine(t); got != c.PID() {

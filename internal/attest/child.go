@@ -144,15 +144,13 @@ func (c *Child) hold(fd int, path string) error {
 	if again != c.sum {
 		return errors.New("the program file was replaced while it was started: try again")
 	}
-	p, err := capture.Inspect(c.pid)
-	switch {
-	case err == nil:
-		c.start = p.Start
-	case errors.Is(err, capture.ErrNoProcess): // ended at once: an empty tree, and a status to report
-	default:
-		return err
+	// It may be at its next execve already, so no more is read of it than what
+	// that leaves as it is.
+	c.start, err = capture.Started(c.pid)
+	if errors.Is(err, capture.ErrNoProcess) { // ended at once: an empty tree, and a status to report
+		return nil
 	}
-	return nil
+	return err
 }
 
 func exitStatus(err error, ps *os.ProcessState) int {
