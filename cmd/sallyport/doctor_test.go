@@ -10,25 +10,49 @@ import (
 	"time"
 )
 
-// TestDoctorDoc holds docs/doctor.md to the list of checks, both ways.
-func TestDoctorDoc(t *testing.T) {
-	b, err := os.ReadFile("../../docs/doctor.md")
-	if err != nil {
-		t.Fatal(err)
+// TestCodesAreDocumented holds the pages to the lists of checks, both ways and in
+// order, and lets no page speak of a code that there is not.
+func TestCodesAreDocumented(t *testing.T) {
+	doctor, upgrade := "", ""
+	known := map[string]bool{}
+	for _, c := range doctorChecks() {
+		doctor += c.code + " " + c.name + "\n"
+		known[c.code] = true
 	}
-	rows := regexp.MustCompile(`(?m)^\| (SP\d+) \| ([^|]+) \|`).FindAllStringSubmatch(string(b), -1)
-	checks := doctorChecks()
-	if len(rows) != len(checks) {
-		t.Errorf("docs/doctor.md has %d codes, the doctor %d", len(rows), len(checks))
+	for _, c := range upgradeChecks() {
+		upgrade += c.code + " " + c.name + "\n"
+		known[c.code] = true
 	}
-	seen := map[string]bool{}
-	for i, c := range checks {
-		if seen[c.code] {
-			t.Errorf("code %s stands twice", c.code)
+	if want := len(doctorChecks()) + len(upgradeChecks()); len(known) != want {
+		t.Errorf("%d checks have %d codes", want, len(known))
+	}
+	row := regexp.MustCompile(`(?m)^\| ((?:SP|UP)\d+) \| ([^|]+) \|`)
+	for page, want := range map[string]string{"doctor.md": doctor, "operate.md": upgrade} {
+		b, err := os.ReadFile("../../docs/" + page)
+		if err != nil {
+			t.Fatal(err)
 		}
-		seen[c.code] = true
-		if i < len(rows) && (rows[i][1] != c.code || rows[i][2] != c.name) {
-			t.Errorf("docs/doctor.md says %s %s where the doctor has %s %s", rows[i][1], rows[i][2], c.code, c.name)
+		got := ""
+		for _, m := range row.FindAllStringSubmatch(string(b), -1) {
+			got += m[1] + " " + m[2] + "\n"
+		}
+		if got != want {
+			t.Errorf("docs/%s documents:\n%swhere there are:\n%s", page, got, want)
+		}
+	}
+	pages, err := filepath.Glob("../../docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%v, %v", pages, err)
+	}
+	for _, page := range pages {
+		b, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, code := range regexp.MustCompile(`\b(?:SP|UP)\d{3}\b`).FindAllString(string(b), -1) {
+			if !known[code] {
+				t.Errorf("%s speaks of %s, which there is not", page, code)
+			}
 		}
 	}
 }

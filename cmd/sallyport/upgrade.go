@@ -48,19 +48,35 @@ Exit code 0: it can. 1: it can't, or not now.`,
 	return cmd
 }
 
-// upgradeOf looks at one program and the one that is to take its place.
-func upgradeOf(ctx context.Context, r *doctorReport, i *installed, next string) {
-	r.add("UP001", "program", i.name(), checkNext(i, next))
-	r.add("UP002", "configuration", i.name(), checkTakes(ctx, i, next))
-	if i.program != issuerProgram || i.err != nil {
-		return
-	}
-	r.add("UP003", "proxies", i.name(), checkPolicy(ctx, nil, i))
-	r.add("UP004", "roots", i.name(), checkRoots(ctx, i))
-	r.add("UP005", "room", i.name(), checkRoom(i))
+// An upgradeCheck is one line of what "upgrade check" looks at, of an issuer alone
+// or of every program. Codes are stable: pipelines and docs/operate.md name them.
+type upgradeCheck struct {
+	code, name string
+	issuer     bool
+	look       func(ctx context.Context, i *installed, next string) diagnosis
 }
 
-func checkNext(i *installed, next string) diagnosis {
+func upgradeChecks() []upgradeCheck {
+	return []upgradeCheck{
+		{"UP001", "program", false, checkNext},
+		{"UP002", "configuration", false, checkTakes},
+		{"UP003", "proxies", true, func(ctx context.Context, i *installed, _ string) diagnosis { return checkPolicy(ctx, nil, i) }},
+		{"UP004", "roots", true, checkRoots},
+		{"UP005", "room", true, checkRoom},
+	}
+}
+
+// upgradeOf looks at one program and the one that is to take its place.
+func upgradeOf(ctx context.Context, r *doctorReport, i *installed, next string) {
+	for _, c := range upgradeChecks() {
+		// Of what has no configuration the second check says so.
+		if !c.issuer || i.program == issuerProgram && i.err == nil {
+			r.add(c.code, c.name, i.name(), c.look(ctx, i, next))
+		}
+	}
+}
+
+func checkNext(_ context.Context, i *installed, next string) diagnosis {
 	to, err := buildOf(next)
 	if err != nil {
 		return bad("name the directory with the new programs with --bin", "%v", err)
@@ -84,7 +100,7 @@ func checkTakes(ctx context.Context, i *installed, next string) diagnosis {
 	return good("%s", i.config)
 }
 
-func checkRoots(ctx context.Context, i *installed) diagnosis {
+func checkRoots(ctx context.Context, i *installed, _ string) diagnosis {
 	if _, err := i.pid(); err != nil {
 		return notRunning()
 	}
@@ -99,7 +115,7 @@ func checkRoots(ctx context.Context, i *installed) diagnosis {
 }
 
 // checkRoom sees that a migration can write the database anew.
-func checkRoom(i *installed) diagnosis {
+func checkRoom(_ context.Context, i *installed, _ string) diagnosis {
 	if i.Database.URL != "" {
 		return skipped("the database is PostgreSQL")
 	}

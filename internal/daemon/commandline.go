@@ -17,7 +17,7 @@ import (
 const TakeoverFlag = "takeover"
 
 // A CommandLine is that of a program that serves: "run" and "config show" on a
-// configuration of type C.
+// configuration of type C, and "man".
 type CommandLine[C any] struct {
 	// Name and Short introduce the program. Required.
 	Name, Short string
@@ -77,7 +77,7 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	config.AddCommand(showCommand(load, stdout))
-	root.AddCommand(l.run(load, &file, stdout), config)
+	root.AddCommand(l.run(load, &file, stdout), config, Manual(8))
 	if l.More != nil {
 		root.AddCommand(l.More(load)...)
 	}
@@ -85,7 +85,7 @@ func (l CommandLine[C]) Execute(ctx context.Context, args []string, stdout, stde
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
-	if err != nil && strings.HasPrefix(err.Error(), "unknown command") {
+	if err != nil && (strings.HasPrefix(err.Error(), "unknown command") || strings.HasPrefix(err.Error(), "accepts ")) {
 		return Hint(Exit(Usage, err), l.Name+" --help")
 	}
 	return err

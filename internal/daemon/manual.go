@@ -1,4 +1,4 @@
-package main
+package daemon
 
 import (
 	"bytes"
@@ -8,22 +8,21 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-
-	"sallyport/internal/daemon"
 )
 
-// manual is "sallyport man".
-func (c *cli) manual() *cobra.Command {
+// Manual is the command "man" of a program whose pages are in that section of
+// the manual: 1 for what people run, 8 for what serves.
+func Manual(section int) *cobra.Command {
 	return &cobra.Command{
 		Use: "man DIR", Short: "Write the manual pages of all commands into a directory", Args: cobra.ExactArgs(1),
-		Long: "Write the manual pages of all commands into a directory, such as\n/usr/local/share/man/man1: sallyport.1, sallyport-status.1 and so on.",
+		Long: fmt.Sprintf("Write the manual pages of all commands into a directory, such as\n/usr/local/share/man/man%d: one file for each, named by its words.", section),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := os.MkdirAll(args[0], 0o755); err != nil {
-				return daemon.Exit(daemon.Failed, err)
+				return Exit(Failed, err)
 			}
 			for _, p := range visible(cmd.Root()) {
-				if err := daemon.WriteFile(filepath.Join(args[0], pageName(p)+".1"), page(p), 0o644); err != nil {
-					return daemon.Exit(daemon.Failed, err)
+				if err := WriteFile(filepath.Join(args[0], fmt.Sprintf("%s.%d", pageName(p), section)), page(p, section), 0o644); err != nil {
+					return Exit(Failed, err)
 				}
 			}
 			return nil
@@ -48,17 +47,17 @@ func pageName(cmd *cobra.Command) string { return strings.ReplaceAll(cmd.Command
 var roff = strings.NewReplacer(`\`, `\e`, "-", `\-`, "\n.", "\n\\&.", "\n'", "\n\\&'")
 
 // page is the manual page of one command, in the macros of man(7).
-func page(cmd *cobra.Command) []byte {
+func page(cmd *cobra.Command, section int) []byte {
 	var b bytes.Buffer
-	section := func(name string) { fmt.Fprintf(&b, ".SH %s\n", name) }
+	head := func(name string) { fmt.Fprintf(&b, ".SH %s\n", name) }
 	name := pageName(cmd)
-	fmt.Fprintf(&b, ".TH %q 1 \"\" sallyport \"Sallyport Manual\"\n", strings.ToUpper(name))
-	section("NAME")
+	fmt.Fprintf(&b, ".TH %q %d \"\" sallyport \"Sallyport Manual\"\n", strings.ToUpper(name), section)
+	head("NAME")
 	fmt.Fprintf(&b, "%s \\- %s\n", roff.Replace(name), roff.Replace(cmd.Short))
-	section("SYNOPSIS")
+	head("SYNOPSIS")
 	fmt.Fprintf(&b, ".nf\n%s\n.fi\n", roff.Replace(cmd.UseLine()))
 	if cmd.Long != "" {
-		section("DESCRIPTION")
+		head("DESCRIPTION")
 		for i, paragraph := range strings.Split(strings.TrimSpace(cmd.Long), "\n\n") {
 			if i > 0 {
 				b.WriteString(".PP\n")
@@ -68,17 +67,17 @@ func page(cmd *cobra.Command) []byte {
 	}
 	options := func(title, usages string) {
 		if usages != "" {
-			section(title)
+			head(title)
 			fmt.Fprintf(&b, ".nf\n%s.fi\n", roff.Replace(usages))
 		}
 	}
 	options("OPTIONS", cmd.NonInheritedFlags().FlagUsages())
 	options("OPTIONS OF ALL COMMANDS", cmd.InheritedFlags().FlagUsages())
 	if cmd.Example != "" {
-		section("EXAMPLE")
+		head("EXAMPLE")
 		fmt.Fprintf(&b, ".nf\n%s\n.fi\n", roff.Replace(cmd.Example))
 	}
-	section("EXIT STATUS")
+	head("EXIT STATUS")
 	b.WriteString("0 done, or the check passed; 1 it failed, or a check did not pass; 2 a mistake on\nthe command line or in a configuration; 3 nobody answered.\n")
 	var also []string
 	if cmd.HasParent() {
@@ -90,9 +89,9 @@ func page(cmd *cobra.Command) []byte {
 		}
 	}
 	if len(also) > 0 {
-		section("SEE ALSO")
+		head("SEE ALSO")
 		for i, a := range also {
-			also[i] = ".BR " + roff.Replace(a) + " (1)"
+			also[i] = ".BR " + roff.Replace(a) + fmt.Sprintf(" (%d)", section)
 		}
 		b.WriteString(strings.Join(also, ",\n") + "\n")
 	}
