@@ -71,6 +71,8 @@ type world struct {
 	policy  string   // the policy folder
 	flags   []string // of every sidecar that has a workload
 	program string   // this one, where other users may execute it
+	// older are the processes that run programs of the directory in envSkew.
+	older []string
 }
 
 // newWorld starts an issuer with the demo's policies. SVIDs live for svidTTL.
@@ -171,7 +173,15 @@ type proc struct {
 // shown when the test failed.
 func (w *world) start(name string, env []string, program string, args ...string) *proc {
 	w.t.Helper()
-	return w.launch(name, env, exec.Command(filepath.Join(bin, program), args...))
+	return w.launch(name, env, exec.Command(w.programOf(name, program), args...))
+}
+
+// programOf is where the program of a process is.
+func (w *world) programOf(name, program string) string {
+	if slices.Contains(w.older, name) {
+		return filepath.Join(os.Getenv(envSkew), program)
+	}
+	return filepath.Join(bin, program)
 }
 
 // launch is start of any command.

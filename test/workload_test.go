@@ -14,7 +14,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -412,7 +411,7 @@ func (w *world) startWorkloadBy(name string, by []string, env ...string) *hand {
 	socket := w.path(name, "control.sock")
 	_ = os.Remove(socket) // of a workload before this one
 	env = append(env, envRole+"=workload", envControl+"="+socket)
-	args := append(slices.Clone(by), filepath.Join(bin, "sidecar"), "run", "--config", w.path(name, "config.yaml"))
+	args := append(slices.Clone(by), w.programOf(name, "sidecar"), "run", "--config", w.path(name, "config.yaml"))
 	args = append(append(args, w.flags...), "--", self)
 	p := w.launch(name, env, exec.Command(args[0], args[1:]...))
 	h := &hand{proc: p, client: &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
