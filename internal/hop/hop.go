@@ -61,6 +61,11 @@ type Config struct {
 	Extra int
 	// Budget bounds the same for many connections. Optional.
 	Budget *mux.Budget
+	// First is what the streams may hold unread of their first windows, beyond
+	// 2 KiB each; one whose data finds nothing left is broken off, of which Hoarded
+	// is told. It must not block. Both are optional.
+	First   *mux.Budget
+	Hoarded func()
 	// Broken is told of each call that the peer breaks off; false: that was too
 	// much, and the connection ends. It must not block. Optional.
 	Broken func() bool
@@ -81,6 +86,9 @@ func (c Config) withDefaults() Config {
 	c.KeepAlive = cmp.Or(c.KeepAlive, 15*time.Second)
 	c.Idle = cmp.Or(c.Idle, time.Minute)
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, time.Minute)
+	if c.Hoarded == nil {
+		c.Hoarded = func() {}
+	}
 	if c.Broken == nil {
 		c.Broken = func() bool { return true }
 	}

@@ -138,7 +138,11 @@ func (c *Conn) data(p []byte) error {
 	if in.stream == nil {
 		return nil
 	}
-	if err := in.stream.deliver(p); err != nil {
+	if err := in.stream.deliver(p); err == errHoarded { //nolint:errorlint // made in deliver
+		s := in.stream
+		in.stream = nil // the rest is thrown away
+		return c.hoarded(s)
+	} else if err != nil {
 		return err
 	}
 	if in.left == 0 && in.end {
@@ -330,6 +334,12 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 	if s == nil {
 		return nil
 	}
+	c.cutOff(s, err)
+	return nil
+}
+
+// cutOff ends a stream at this end. It gives the lock up for what OnCut set.
+func (c *Conn) cutOff(s *Stream, err error) {
 	s.broke(err)
 	c.forget(s)
 	f := s.cut
@@ -341,5 +351,4 @@ func (c *Conn) wasReset(stream uint32, code uint64) error {
 		f()
 		c.mu.Lock()
 	}
-	return nil
 }

@@ -47,6 +47,7 @@ type Stream struct {
 	left     int        // what the peer may still send
 	consumed int        // what was read and not granted anew
 	window   int
+	paid     int  // of First
 	starved  bool // the peer has used up the window
 	eof      bool
 	rerr     error
@@ -219,6 +220,7 @@ func (s *Stream) over() error {
 // gets it anew, and more if it has had to wait.
 func (s *Stream) took(n int) error {
 	s.consumed += n
+	s.repay()
 	if s.consumed < s.window/2 || s.eof || s.rerr != nil {
 		s.mu.Unlock()
 		return nil
@@ -282,8 +284,9 @@ func (s *Stream) deliver(p []byte) error {
 		p = p[n:]
 	}
 	if len(p) > 0 {
-		s.in.Add(p)
-		s.c.in.kept += len(p)
+		if err := s.keep(p); err != nil {
+			return err
+		}
 	}
 	s.more.Signal()
 	return nil
@@ -300,8 +303,9 @@ func (s *Stream) handTo(h Hand, p []byte) error {
 	case !took:
 		s.consumed -= len(p)
 		if s.rerr == nil {
-			s.in.Add(p)
-			s.c.in.kept += len(p)
+			if err := s.keep(p); err != nil {
+				return err
+			}
 			s.more.Signal()
 		}
 	case s.consumed >= s.window/2:
@@ -453,6 +457,7 @@ func (s *Stream) close(code uint32) error {
 	s.rend.Stop()
 	s.rerr = net.ErrClosed
 	s.in.Drop()
+	s.repay()
 	if n := s.window - baseWindow; n > 0 {
 		c.extra.Add(-int64(n))
 		c.cfg.Budget.Give(n)

@@ -19,7 +19,8 @@ func (in *Inbound) serveHop(ctx context.Context, c *conn, tc *record.Conn) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	broken := func() bool { return in.brokenOff(c, 1) }
-	h := hop.Accepted(tc, hop.Config{Budget: in.windows, Broken: broken}, func(s *hop.Stream) bool {
+	hoarded := func() { in.Metrics.RequestsRefused(in.Reporter, "hop_hoarded").Inc() }
+	h := hop.Accepted(tc, hop.Config{Budget: in.windows, First: c.who.share.firsts, Hoarded: hoarded, Broken: broken}, func(s *hop.Stream) bool {
 		sc := &conn{Conn: s, on: c, from: c.from, who: c.who}
 		// A caller that breaks a call off ends it at the application too.
 		s.OnCut(sc.hangUp)

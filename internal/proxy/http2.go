@@ -61,8 +61,9 @@ func (l *listener) http2Config() http2.Config {
 // grow: of those that come in, and of those of all ports of the workload.
 const bodies = 64 << 20
 
-// firsts is what all connections of HTTP/2 may hold unread of their first windows,
-// half of it those of one identity: in all, and beside what bodies bounds.
+// firsts is what all connections of HTTP/2, and all streams of our own proxies, may
+// hold unread of their first windows, half of it those of one identity: in all, and
+// beside what bodies and windows bound.
 const firsts = 64 << 20
 
 // serveHTTP2 serves a peer of another make.

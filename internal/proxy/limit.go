@@ -48,7 +48,7 @@ type crowd struct {
 type member struct {
 	conns int
 	calls atomic.Int64
-	// firsts is what its connections of HTTP/2 may hold unread.
+	// firsts is what its connections of HTTP/2 and its streams may hold unread.
 	firsts *mux.Budget
 	// judge has the rules of the identity, which all of its connections share:
 	// they are many times what else a connection needs.
