@@ -16,6 +16,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"slices"
+	"strings"
 	"time"
 
 	"sallyport/bench/rig"
@@ -34,10 +36,10 @@ type settings struct {
 	each, warm      time.Duration
 	rules           int
 	profile         string
-	// beside is another sidecar, scenes those to measure, alone leaves the
-	// peers out.
+	// beside is another sidecar, scenes those to measure, peers which pairs beside
+	// ours.
 	beside, scenes string
-	alone          bool
+	peers          []string
 	// telemetry measures what metrics and traces cost.
 	telemetry bool
 }
@@ -53,9 +55,10 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.StringVar(&s.profile, "profile", "", "write CPU profiles of both sidecars under load to FILE-client and FILE-server, and measure nothing")
 	flag.StringVar(&s.beside, "beside", "", "another binary of the sidecar, measured as a peer")
 	flag.StringVar(&s.scenes, "scenes", "", "the scenes to measure, with commas between (default all)")
-	flag.BoolVar(&s.alone, "alone", false, "measure no peers")
+	pairs := flag.String("pairs", "bare,haproxy,haproxy-h2,nginx,nethttp", "the pairs to measure beside ours, with commas between")
 	flag.BoolVar(&s.telemetry, "telemetry", true, "measure metrics and traces at 1 % beside neither")
 	flag.Parse()
+	s.peers = strings.Split(*pairs, ",")
 	if s.rounds < 1 || s.rules < 1 || s.each <= 0 || len(s.wanted()) == 0 {
 		return errors.New("settings: want at least one round, one rule, one scene and some time for each")
 	}
@@ -70,9 +73,9 @@ func measure(ctx context.Context, w io.Writer) error {
 	if s.profile != "" {
 		return b.profile(ctx, s)
 	}
-	pairs, err := b.pairs(ctx, w, s)
+	all, err := b.pairs(ctx, w, s)
 	defer func() {
-		for _, p := range pairs {
+		for _, p := range all {
 			p.Stop()
 		}
 	}()
@@ -81,11 +84,11 @@ func measure(ctx context.Context, w io.Writer) error {
 	}
 	fmt.Fprintf(w, "settings: %s, %d cores for everything; TLS 1.3, ECDSA P-256; %d rounds of %s a pair after %s of warming up; ours with %d rows, metrics, trace headers and audit, bare with one row and no trace header\n",
 		runtime.Version(), runtime.NumCPU(), s.rounds, s.each, s.warm, s.rules)
-	for _, p := range pairs {
+	for _, p := range all {
 		fmt.Fprintf(w, "  %s: %s\n", p.Name, p.Settings)
 	}
 	res := &rig.Result{Name: "bench-http1", Figures: map[string]float64{}}
-	if err := b.rounds(ctx, w, s, pairs, res); err != nil {
+	if err := b.rounds(ctx, w, s, all, res); err != nil {
 		return err
 	}
 	ok, err := res.Print(w)
@@ -99,7 +102,10 @@ func measure(ctx context.Context, w io.Writer) error {
 // does more.
 func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, error) {
 	var out []*pair
-	whose := []string{"ours", "bare"}
+	whose := []string{"ours"}
+	if slices.Contains(s.peers, "bare") {
+		whose = append(whose, "bare")
+	}
 	if s.telemetry {
 		whose = append(whose, "told", "untold")
 	}
@@ -116,20 +122,25 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 			b.load = p.load
 		}
 	}
-	if s.alone {
-		return out, nil
-	}
-	makers := []func(n int) (*pair, error){
-		func(n int) (*pair, error) { return b.haproxy(ctx, n, false) },
-		func(n int) (*pair, error) { return b.haproxy(ctx, n, true) },
-		func(n int) (*pair, error) { return b.nginx(ctx, n) },
-	}
-	for _, start := range makers {
-		p, err := best(w, s, start)
+	for _, peer := range []struct {
+		name  string
+		start func(n int) (*pair, error)
+	}{
+		{"haproxy", func(n int) (*pair, error) { return b.haproxy(ctx, n, false) }},
+		{"haproxy-h2", func(n int) (*pair, error) { return b.haproxy(ctx, n, true) }},
+		{"nginx", func(n int) (*pair, error) { return b.nginx(ctx, n) }},
+	} {
+		if !slices.Contains(s.peers, peer.name) {
+			continue
+		}
+		p, err := best(w, s, peer.start)
 		if err != nil {
 			return out, err
 		}
 		out = append(out, p)
+	}
+	if !slices.Contains(s.peers, "nethttp") {
+		return out, nil
 	}
 	p, err := b.reverse(ctx)
 	if err != nil {

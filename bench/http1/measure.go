@@ -94,6 +94,9 @@ func figures(out map[string]float64, pairs []*pair, wanted []scene, got rig.Samp
 			if who == "bare" {
 				head = "bare_"
 			}
+			if got[rig.Cell{Scene: sc.name, Pair: who}] == nil {
+				continue
+			}
 			for _, p := range pairs {
 				if slices.Contains([]string{"ours", "bare", "told", "untold"}, p.Name) {
 					continue
@@ -112,8 +115,8 @@ func figures(out map[string]float64, pairs []*pair, wanted []scene, got rig.Samp
 		out["telemetry_cpu_ratio"] = got.Ratio(scenes[0].name, "told", "untold", rig.Sample.CPU)
 	}
 	for _, who := range []string{"ours", "bare"} {
-		if wanted[0] != scenes[0] {
-			break
+		if wanted[0] != scenes[0] || got[rig.Cell{Scene: scenes[0].name, Pair: who}] == nil {
+			continue
 		}
 		out[who+"_cpu_s_per_100k"] = got.Median(rig.Cell{Scene: scenes[0].name, Pair: who}, rig.Sample.CPU)
 	}
