@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,7 +48,7 @@ func inNamespace(t *testing.T) bool {
 	case cmd.ProcessState == nil:
 		unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
 	case err != nil:
-		t.Errorf("in a namespace of its own: %v\n%s", err, out)
+		t.Errorf("in a namespace of its own: %v\n%s", err, failures(string(out)))
 	case bytes.Contains(out, []byte("--- SKIP")):
 		t.Skipf("%s", out)
 	default:
@@ -58,6 +59,75 @@ func inNamespace(t *testing.T) bool {
 		}
 	}
 	return false
+}
+
+// failures are what the tests that failed have said in an output of go test -v,
+// subtests before those that they are in; all of it where none did or all ended.
+func failures(out string) string {
+	var failed []string
+	said := map[string][]string{}
+	name := ""
+	for line := range strings.Lines(out) {
+		plain := strings.TrimSpace(line)
+		if strings.HasPrefix(plain, "panic: ") || strings.HasPrefix(plain, "fatal error: ") {
+			return out
+		}
+		if of, ok := strings.CutPrefix(plain, "--- FAIL: "); ok {
+			failed = append(failed, of)
+		} else if word := strings.Fields(plain); len(word) == 3 && word[0] == "===" {
+			name = word[2]
+		} else if !strings.HasPrefix(plain, "--- ") && plain != "FAIL" {
+			said[name] = append(said[name], line)
+		}
+	}
+	if len(failed) == 0 {
+		return out
+	}
+	slices.SortStableFunc(failed, func(a, b string) int { return strings.Count(b, "/") - strings.Count(a, "/") })
+	var text strings.Builder
+	for _, of := range failed {
+		name, _, _ := strings.Cut(of, " ")
+		fmt.Fprintf(&text, "--- FAIL: %s\n%s", of, strings.Join(said[name], ""))
+	}
+	return text.String()
+}
+
+// TestFailuresOfTheInside shows what a test in a namespace leaves of an output.
+func TestFailuresOfTheInside(t *testing.T) {
+	const out = `=== RUN   TestX
+=== RUN   TestX/one
+=== PAUSE TestX/one
+=== RUN   TestX/two
+=== NAME  TestX
+    x_test.go:1: before
+=== CONT  TestX/one
+=== CONT  TestX/two
+    x_test.go:2: it is wrong
+        and on another line
+=== NAME  TestX/one
+    x_test.go:3: it is well
+=== NAME  TestX
+    x_test.go:4: the gateway printed: much
+--- FAIL: TestX (1.00s)
+    --- PASS: TestX/one (0.10s)
+    --- FAIL: TestX/two (0.20s)
+FAIL
+`
+	const want = `--- FAIL: TestX/two (0.20s)
+    x_test.go:2: it is wrong
+        and on another line
+--- FAIL: TestX (1.00s)
+    x_test.go:1: before
+    x_test.go:4: the gateway printed: much
+`
+	if got := failures(out); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	for _, whole := range []string{"=== RUN TestX\nexit status 2\n", "=== RUN TestX\n--- FAIL: TestX (0s)\npanic: x\n"} {
+		if got := failures(whole); got != whole {
+			t.Errorf("of %q is left %q", whole, got)
+		}
+	}
 }
 
 // unable ends a test for which this machine has no means.
