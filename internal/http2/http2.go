@@ -185,6 +185,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	}
 	c.borrows, _ = nc.(lateReader)
 	c.waits, _ = nc.(interface{ Await() error })
+	_, c.secure = nc.(interface{ ConnectionState() tls.ConnectionState })
 	c.out.work.L = &c.mu
 	c.in.noise = mux.NewBucket(noiseBurst, noiseRate)
 	c.in.block.init(c.cfg.Head)
