@@ -49,10 +49,14 @@ func (gw *gateway) openNames() error {
 const realTime = 30 * time.Second
 
 // realAddresses are those that the gateway would dial itself.
-func (gw *gateway) realAddresses(ctx context.Context, _ spiffeid.ID, name string) ([]netip.Addr, time.Duration, error) {
-	addrs, err := gw.egress.Addresses(ctx, name)
-	if errors.Is(err, egress.ErrNoHost) {
+func (gw *gateway) realAddresses(ctx context.Context, who spiffeid.ID, name string) ([]netip.Addr, time.Duration, error) {
+	addrs, err := gw.egress.Addresses(ctx, who, name)
+	var ref *egress.Refusal
+	switch {
+	case errors.Is(err, egress.ErrNoHost):
 		return nil, 0, fmt.Errorf("%w: %w", nameserver.ErrAbsent, err)
+	case errors.As(err, &ref) && ref.Reason == egress.ReasonBudget:
+		return nil, 0, fmt.Errorf("%w: %w", nameserver.ErrBudget, err)
 	}
 	return addrs, realTime, err
 }

@@ -4,6 +4,9 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
 )
@@ -11,8 +14,9 @@ import (
 // Addresses are those of a host that a tunnel to it may be dialled to, for a
 // workload that wants to know them. ErrNoHost says that it has none; when all that
 // it has are refused, the error is the refusal of the first. Whether the workload
-// may reach the host has been judged before.
-func (g *Gateway) Addresses(ctx context.Context, name string) ([]netip.Addr, error) {
+// may reach the host has been judged before; the name counts in its budget, beyond
+// which the error is a Refusal for ReasonBudget.
+func (g *Gateway) Addresses(ctx context.Context, who spiffeid.ID, name string) ([]netip.Addr, error) {
 	s := g.cfg.Snapshot()
 	if s == nil {
 		return nil, refuse(ReasonNoPolicy, "no policy is loaded")
@@ -27,6 +31,9 @@ func (g *Gateway) Addresses(ctx context.Context, name string) ([]netip.Addr, err
 	}
 	if how.DNS != mesh.RealAddresses {
 		return nil, refuse(ReasonNoPolicy, "the destination of %s does not say dns: real", host)
+	}
+	if err := g.tunnels.purses.lookUp(who, host, &how, time.Now()); err != nil {
+		return nil, err
 	}
 	var found []netip.Addr
 	for _, e := range how.Endpoints {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
+	"maps"
 	"math"
 	"slices"
 	"strings"
@@ -19,6 +20,7 @@ import (
 const (
 	bytesUp = iota
 	bytesDown
+	names // below a pattern
 	connections
 	budgetKinds
 )
@@ -44,14 +46,15 @@ type purse struct {
 
 	mu    sync.Mutex // guards what follows
 	limit mesh.Allowance
-	used  [budgetKinds]float64 // bytes of late; connections that are open
+	used  [budgetKinds]float64 // bytes and names of late; connections that are open
 	part  [budgetKinds]float64 // that this gateway may use
 	at    time.Time            // of used
 	seen  time.Time            // when it was last asked for anything
+	known map[string]time.Time // names, and when each was counted
 }
 
 func limitsOf(a mesh.Allowance) [budgetKinds]float64 {
-	return [budgetKinds]float64{float64(a.Up), float64(a.Down), float64(a.Conns)}
+	return [budgetKinds]float64{bytesUp: float64(a.Up), bytesDown: float64(a.Down), names: float64(a.Names), connections: float64(a.Conns)}
 }
 
 // use takes a limit that may be another than before.
@@ -70,7 +73,7 @@ func (p *purse) use(a mesh.Allowance) {
 
 // first is a gateway's part of a limit until it is told.
 func first(kind int, limit float64) float64 {
-	if kind == connections {
+	if kind == connections || kind == names {
 		return max(limit*firstPart, min(1, limit))
 	}
 	return limit * firstPart
@@ -108,7 +111,10 @@ func (p *purse) touch(now time.Time) {
 func (p *purse) over(more float64) (kind int, is bool) {
 	for k, l := range limitsOf(p.limit) {
 		n := p.used[k]
-		if k == connections {
+		switch k {
+		case names: // another one is counted by name
+			continue
+		case connections:
 			n += more
 		}
 		if l > 0 && (n > p.part[k] || k != connections && more > 0 && n >= p.part[k]) {
@@ -119,9 +125,32 @@ func (p *purse) over(more float64) (kind int, is bool) {
 }
 
 func (p *purse) refusal(kind int, host string) *Refusal {
-	what := [budgetKinds]string{"bytes up in an hour", "bytes down in an hour", "connections"}[kind]
+	what := [budgetKinds]string{"bytes up in an hour", "bytes down in an hour", "names in an hour", "connections"}[kind]
 	return refuse(ReasonBudget, "this workload has used up its budget of %.0f %s for %s: %.0f of the %.0f that are this gateway's part",
 		limitsOf(p.limit)[kind], what, host, p.used[kind], p.part[kind])
+}
+
+// takeName takes a name, unless it was taken within the hour, and says whether it was
+// there to be taken.
+func (p *purse) takeName(host string, now time.Time) bool {
+	if p.limit.Names == 0 {
+		return true
+	}
+	if at, ok := p.known[host]; ok && now.Sub(at) < budgetTime {
+		return true
+	}
+	if p.used[names]+1 > p.part[names] {
+		return false
+	}
+	if len(p.known) >= p.limit.Names {
+		maps.DeleteFunc(p.known, func(_ string, at time.Time) bool { return now.Sub(at) >= budgetTime })
+	}
+	if p.known == nil {
+		p.known = map[string]time.Time{}
+	}
+	p.known[host] = now
+	p.used[names]++
+	return true
 }
 
 // purses are the budgets in use.
@@ -135,12 +164,12 @@ type purseKey struct {
 	host string // of the destination, which may be a pattern
 }
 
-// find gives the purse of a tunnel, nil when its destination has no budget.
-func (ps *purses) find(t *tunnel, now time.Time) (*purse, error) {
-	if t.how.Budget == (mesh.Allowance{}) {
+// find gives the purse of a workload for a destination, nil when that has no budget.
+func (ps *purses) find(who spiffeid.ID, how *mesh.Destination, now time.Time) (*purse, error) {
+	if how.Budget == (mesh.Allowance{}) {
 		return nil, nil
 	}
-	key := purseKey{t.call.Src, t.how.Host}
+	key := purseKey{who, how.Host}
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	p := ps.of[key]
@@ -163,7 +192,7 @@ func (ps *purses) find(t *tunnel, now time.Time) (*purse, error) {
 
 // open counts a tunnel in, or a request. It is counted out by shut.
 func (ps *purses) open(t *tunnel, now time.Time) error {
-	p, err := ps.find(t, now)
+	p, err := ps.find(t.call.Src, &t.how, now)
 	if p == nil || err != nil {
 		return err
 	}
@@ -173,6 +202,9 @@ func (ps *purses) open(t *tunnel, now time.Time) error {
 	p.touch(now)
 	if kind, over := p.over(1); over {
 		return p.refusal(kind, t.how.Host)
+	}
+	if !p.takeName(t.host.String(), now) {
+		return p.refusal(names, t.how.Host)
 	}
 	p.used[connections]++
 	t.purse = p
@@ -194,6 +226,22 @@ func (ps *purses) open(t *tunnel, now time.Time) error {
 	return nil
 }
 
+// lookUp takes the name of a host that a workload has looked up.
+func (ps *purses) lookUp(who spiffeid.ID, host Host, how *mesh.Destination, now time.Time) error {
+	p, err := ps.find(who, how, now)
+	if p == nil || err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.use(how.Budget)
+	p.touch(now)
+	if !p.takeName(host.String(), now) {
+		return p.refusal(names, how.Host)
+	}
+	return nil
+}
+
 // shut counts a tunnel out, with what went through it unseen. Of a request more is
 // seen than t counts, which are bodies: its heads and framing stay taken.
 func (ps *purses) shut(t *tunnel) {
@@ -209,7 +257,7 @@ func (ps *purses) shut(t *tunnel) {
 	p.count(bytesDown, max(t.down.Load()-t.spent[bytesDown], 0))
 }
 
-var kindNames = [budgetKinds]string{"-up", "-down", "-conns"}
+var kindNames = [budgetKinds]string{"-up", "-down", "-names", "-conns"}
 
 // Demands are what this gateway's callers have used of budgets, the greatest part of
 // a limit first: beyond some number they are not heard.
@@ -247,7 +295,7 @@ func (g *Gateway) Demands() (list []mesh.Demand) {
 
 // units are what the issuer counts in.
 func units(kind int, n float64) float64 {
-	if kind == connections {
+	if kind == connections || kind == names {
 		return n
 	}
 	return n / kib
@@ -272,7 +320,7 @@ func (g *Gateway) Share(totals []mesh.Total) {
 				p.part[k] = first(k, l)
 			case l > 0:
 				p.part[k] = t.Part(units(k, l), p.asked(k)) * l / units(k, l)
-				if k == connections { // a part of one opens none: where gateways are more than connections, nobody could
+				if k == connections || k == names { // a part of one opens none: where gateways are more than connections, nobody could
 					p.part[k] = max(math.Ceil(p.part[k]), 1)
 				}
 			}

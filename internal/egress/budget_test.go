@@ -1,8 +1,10 @@
 package egress
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -224,6 +226,79 @@ func TestWhatIsUsedMostIsToldFirst(t *testing.T) {
 		}
 		if up, conns := share(list[0]); up != firstPart || conns != 4 {
 			t.Errorf("not told of the bytes, it may use %.2f of them, and %.0f connections", up, conns)
+		}
+	})
+}
+
+// TestBudgetOfNames counts each name below a pattern once, opens no tunnel to more,
+// and has nobody look more up.
+func TestBudgetOfNames(t *testing.T) {
+	w := newWorld(t, nil)
+	rows := access + "p, many, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:*.many.test, *, CONNECT, -, -, allow\n"
+	w.use(w.policy(rows, "  - host: \"*.many.test\"\n    proto: tcp\n    dns: real\n    private: [127.0.0.1/32]\n    budget: {names: 3}\n"))
+	ask := func(name string) int { // none has an address: what counts is what DNS is asked for
+		_, ref := dial1(w, billing, name+".many.test:5432")
+		if ref == nil {
+			t.Fatalf("%s is there", name)
+		}
+		return ref.status
+	}
+	for _, tt := range []struct {
+		name string
+		want int
+	}{{"a", 502}, {"a", 502}, {"b", 429}, {"a", 502}} {
+		if got := ask(tt.name); got != tt.want {
+			t.Errorf("before the gateway knows its part, %s: %d, want %d", tt.name, got, tt.want)
+		}
+	}
+	w.alone()
+	for _, tt := range []struct {
+		name string
+		want int
+	}{{"b", 502}, {"c", 502}, {"d", 429}, {"b", 502}} {
+		if got := ask(tt.name); got != tt.want {
+			t.Errorf("%s: %d, want %d", tt.name, got, tt.want)
+		}
+	}
+	r := w.until("the refusal", denial(ReasonBudget))
+	if !strings.Contains(r.Detail, "3 names in an hour for *.many.test") {
+		t.Errorf("it says %q", r.Detail)
+	}
+	var ref *Refusal
+	if _, err := w.gw.Addresses(t.Context(), billing, "e.many.test"); !errors.As(err, &ref) || ref.Reason != ReasonBudget {
+		t.Errorf("looked up: %v", err)
+	}
+	if _, err := w.gw.Addresses(t.Context(), billing, "c.many.test"); !errors.Is(err, ErrNoHost) {
+		t.Errorf("one that is known: %v", err)
+	}
+	if _, err := w.gw.Addresses(t.Context(), inventory, "e.many.test"); !errors.Is(err, ErrNoHost) {
+		t.Errorf("for another workload: %v", err)
+	}
+}
+
+// TestNamesComeBack evenly over the hour, and are remembered no longer.
+func TestNamesComeBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := &purse{at: time.Now()}
+		p.use(mesh.Allowance{Names: 60})
+		p.part[names] = 60
+		for i := range 60 {
+			if !p.takeName(fmt.Sprint(i), time.Now()) {
+				t.Fatalf("name %d is refused", i)
+			}
+		}
+		if p.takeName("more", time.Now()) {
+			t.Error("one more is taken")
+		}
+		time.Sleep(time.Minute)
+		p.touch(time.Now())
+		if !p.takeName("more", time.Now()) || p.takeName("and more", time.Now()) || !p.takeName("0", time.Now()) {
+			t.Error("after a minute there is not one more")
+		}
+		time.Sleep(budgetTime)
+		p.touch(time.Now())
+		if p.takeName("new", time.Now()); len(p.known) != 1 {
+			t.Errorf("%d names are remembered", len(p.known))
 		}
 	})
 }

@@ -298,6 +298,16 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	if err := g.rejudge(t); err != nil { // now that Rejudge can see where it leads
 		return err
 	}
+	if t.how.Probe {
+		seen, err := g.probe(ctx, t, t.to)
+		if why := t.why(); why != "" {
+			return errEnded(why)
+		}
+		if err != nil {
+			return err
+		}
+		note = strings.TrimSpace(note + " " + seen)
+	}
 	rec := t.record(audit.KindEgressOpen)
 	rec.Decision = audit.Allow
 	rec.Detail = strings.TrimSpace("to " + to.String() + t.origin + " " + note)
@@ -380,6 +390,9 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 	if err == nil {
 		err = hello.CheckServerName(t.host, t.how.SNI == sniOptional)
 	}
+	if err == nil {
+		err = hello.CheckALPN(t.how.ALPN)
+	}
 	if err == nil && hello.ServerName == "" && t.call.SNI != "" {
 		if err = g.nameless(t); err != nil {
 			t.finish(s, ReasonNoSNI)
@@ -401,7 +414,10 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		if second.ServerName != hello.ServerName {
 			return refuse(ReasonSNI, "the second ClientHello names %s, the first %s", clip(second.ServerName), clip(hello.ServerName))
 		}
-		return second.CheckServerName(t.host, t.how.SNI == sniOptional)
+		if err := second.CheckServerName(t.host, t.how.SNI == sniOptional); err != nil {
+			return err
+		}
+		return second.CheckALPN(t.how.ALPN)
 	})
 	return true
 }
@@ -429,6 +445,7 @@ func (g *Gateway) nameless(t *tunnel) error {
 const (
 	alertDecodeError      = 50
 	alertUnrecognizedName = 112
+	alertNoProtocol       = 120
 )
 
 // alertTime is how long a caller may take to read one.
@@ -441,6 +458,8 @@ func alertFor(reason Reason) byte {
 		return alertUnrecognizedName
 	case ReasonHello:
 		return alertDecodeError
+	case ReasonALPN:
+		return alertNoProtocol
 	}
 	return 0
 }

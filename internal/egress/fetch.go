@@ -261,6 +261,7 @@ func (f *fetch) run() (keep bool, ans *answer) {
 	if err := f.inject(); err != nil {
 		return false, f.unlent(err)
 	}
+	f.req.Upgrade = f.mayUpgrade()
 	for fresh := false; ; fresh = true {
 		o, err := f.lend(fresh)
 		if err != nil {
@@ -272,12 +273,17 @@ func (f *fetch) run() (keep bool, ans *answer) {
 		if err = errStopped; f.on(o.tcp) {
 			res, err = f.a.ex.Run()
 		}
+		if res.Upgraded && err == nil {
+			f.status = res.Status
+			f.carry(o)
+			return false, nil
+		}
 		f.on(nil)
 		f.status = res.Status
 		f.up.Add(res.ReqBytes)
 		f.down.Add(res.RespBytes)
 		reused := o.reused // from put on o is for another request
-		if err == nil && res.UpstreamReusable && f.why() == "" {
+		if err == nil && res.UpstreamReusable && f.why() == "" && o.meter == nil {
 			f.g.origins.put(o)
 		} else {
 			o.discard()
@@ -327,7 +333,6 @@ func (f *fetch) edit() {
 	}
 	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
 	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
-	f.req.Upgrade = false
 	x.Accept = func(resp *http1.Response) bool {
 		if !f.scrub(resp) {
 			return false
@@ -439,7 +444,7 @@ func (f *fetch) recordEnd(reason Reason) {
 // lend gives a connection to the host: one that was kept, or a new one.
 func (f *fetch) lend(fresh bool) (*origin, error) {
 	key := originKeyOf(f)
-	if !fresh {
+	if !fresh && !f.req.Upgrade {
 		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }); o != nil {
 			return f.judged(o)
 		}
@@ -449,6 +454,9 @@ func (f *fetch) lend(fresh bool) (*origin, error) {
 		return nil, err
 	}
 	f.note = note
+	if f.req.Upgrade {
+		o.metered(f)
+	}
 	return f.judged(o)
 }
 

@@ -188,6 +188,7 @@ type Gateway struct {
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	windows *mux.Budget            // of streams
 	origins origins
+	probes  probes
 	signals *telemetry.Signals
 	h2      *http.Server
 	h2conns *handover

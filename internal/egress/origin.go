@@ -58,11 +58,19 @@ type origin struct {
 	*http1.Conn
 	nc     net.Conn
 	tcp    *net.TCPConn // under TLS
+	meter  *metered     // between them, where it may become a WebSocket
 	key    originKey
 	to     netip.AddrPort
 	reused bool
 	born   time.Time
 	idle   time.Time
+}
+
+// metered has what goes over o count for f once it is a WebSocket.
+func (o *origin) metered(f *fetch) {
+	o.Release()
+	o.meter = &metered{Conn: o.nc, f: f}
+	o.Conn = http1.NewConn(o.meter, http1.Limits{})
 }
 
 func (o *origin) discard() {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 )
 
 // MaxHello is the most that ReadHello reads, record headers included. A
@@ -254,6 +256,20 @@ func protocols(data []byte) ([]string, error) {
 		out = append(out, string(p))
 	}
 	return out, nil
+}
+
+// CheckALPN says whether h offers nothing but protocols in list; an empty list
+// allows any, and who offers none at all may go on. The error is a *Refusal.
+func (h *Hello) CheckALPN(list []string) error {
+	if len(list) == 0 {
+		return nil
+	}
+	for _, p := range h.ALPN {
+		if !slices.Contains(list, p) {
+			return refuse(ReasonALPN, "the ClientHello offers %s; allowed are %s", clip(p), strings.Join(list, ", "))
+		}
+	}
+	return nil
 }
 
 // CheckServerName compares the SNI of h with the name that was allowed. With

@@ -45,6 +45,7 @@ const (
 	ReasonNoSNI     Reason = "sni_missing"  // the ClientHello names no server
 	ReasonSNI       Reason = "sni_mismatch" // the ClientHello names another server, or no valid name
 	ReasonECH       Reason = "ech"          // the ClientHello carries ECH or ESNI
+	ReasonALPN      Reason = "alpn"         // the ClientHello offers a protocol that is not allowed
 	ReasonInspect   Reason = "inspect"      // the caller does not take the gateway for the host
 	ReasonHelloTime Reason = "hello_time"   // the ClientHello did not come in time
 )

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -33,8 +34,10 @@ type tunnel struct {
 	asked uint16
 	// within says that it is a request in a tunnel, which counts for both.
 	within bool
-	began  time.Time
-	spans  spans
+	// webSocket says that it is a request that has become a WebSocket.
+	webSocket atomic.Bool
+	began     time.Time
+	spans     spans
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.
@@ -138,6 +141,14 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.A
 		return false
 	}
 	if how.Proto == mesh.ProtoTLS && how.SNI != sniOptional && sni == "" {
+		return false
+	}
+	switch {
+	case how.Probe && !t.how.Probe: // nobody has seen a certificate
+		return false
+	case how.TLS == "" && len(how.ALPN) > 0 && !slices.Equal(how.ALPN, t.how.ALPN): // what was offered is not known any more
+		return false
+	case t.webSocket.Load() && !slices.Contains(how.Upgrade, mesh.WebSocket):
 		return false
 	}
 	if !to.IsValid() {

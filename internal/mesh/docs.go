@@ -157,6 +157,9 @@ type destinationDoc struct {
 	Proto   string         `yaml:"proto"`
 	TLS     string         `yaml:"tls"`
 	CA      string         `yaml:"ca"`
+	Probe   bool           `yaml:"probe"`
+	ALPN    []string       `yaml:"alpn"`
+	Upgrade []string       `yaml:"upgrade"`
 	Inject  *injectDoc     `yaml:"inject"`
 	SNI     string         `yaml:"sni"`
 	DNS     string         `yaml:"dns"`
@@ -177,6 +180,7 @@ type budgetDoc struct {
 	Up    int64 `yaml:"up"`
 	Down  int64 `yaml:"down"`
 	Conns int   `yaml:"conns"`
+	Names int   `yaml:"names"`
 }
 
 type routeDoc struct {
@@ -191,7 +195,7 @@ func (d egressDoc) nouns() []Destination {
 			continue
 		}
 		n := Destination{
-			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS,
+			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS, Probe: s.Probe, ALPN: s.ALPN, Upgrade: s.Upgrade,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
 			ConnectTimeout: s.Route.ConnectTimeout, Mode: Mode(s.Mode), Budget: Allowance(s.Budget),

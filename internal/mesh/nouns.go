@@ -146,6 +146,15 @@ type Destination struct {
 	// CA are certificates in PEM, to which that of the host must lead. Default:
 	// those that the gateway's system trusts.
 	CA string `json:"ca,omitempty"`
+	// Probe has the gateway see for itself that the host has a certificate for its
+	// name, before it opens tunnels of TLS to an address of it.
+	Probe bool `json:"probe,omitempty"`
+	// ALPN are the protocols that a hello in a tunnel may offer, or that the gateway
+	// speaks with the host where it asks itself. Empty: any, and HTTP/1.1.
+	ALPN []string `json:"alpn,omitempty"`
+	// Upgrade are the protocols that a request may have its connection become:
+	// WebSocket, or none.
+	Upgrade []string `json:"upgrade,omitempty"`
 	// Inject has the gateway add a credential to requests; nil: none.
 	Inject *Inject `json:"inject,omitempty"`
 	// SNI is "strict" (default: present and equal to the authority) or
@@ -212,6 +221,15 @@ const (
 	ProtoTCP  = "tcp"
 )
 
+// WebSocket is a value in Destination.Upgrade.
+const WebSocket = "websocket"
+
+// The values in Destination.ALPN of what the gateway speaks itself.
+const (
+	ALPNHTTP1 = "http/1.1"
+	ALPNHTTP2 = "h2"
+)
+
 // An Allowance is what one workload may use of a destination, through all gateways
 // together. Zero means any amount.
 type Allowance struct {
@@ -220,6 +238,8 @@ type Allowance struct {
 	Down int64 `json:"down,omitempty"`
 	// Conns are tunnels and requests that are open at once.
 	Conns int `json:"conns,omitempty"`
+	// Names are the hosts below a pattern that are asked for in an hour.
+	Names int `json:"names,omitempty"`
 }
 
 // RealAddresses is a value of Destination.DNS.

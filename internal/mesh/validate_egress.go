@@ -22,6 +22,8 @@ func (v *validator) destinations() {
 			twice(v, seen, d.Host, d.Origin, "host")
 		}
 		v.spoken(&d)
+		v.offered(&d)
+		v.upgrades(&d)
 		switch {
 		case d.DNS != "" && d.DNS != RealAddresses:
 			v.item(d.Origin, d.DNS, "unknown dns %q%s", d.DNS, didYouMean(d.DNS, []string{"virtual", RealAddresses}))
@@ -75,8 +77,8 @@ func (v *validator) spoken(d *Destination) {
 	if d.CA == "" {
 		return
 	}
-	if d.TLS == "" {
-		v.item(d.Origin, "ca:", "ca has no meaning where the gateway speaks no TLS: write tls: originate or tls: inspect, or leave it out")
+	if d.TLS == "" && !d.Probe {
+		v.item(d.Origin, "ca:", "ca has no meaning where the gateway speaks no TLS: write tls: originate, tls: inspect or probe: true, or leave it out")
 		return
 	}
 	if _, err := ParseCA(d.CA); err != nil {
@@ -143,6 +145,9 @@ func ParseCA(text string) ([]*x509.Certificate, error) {
 // maxHourly bounds a budget of bytes: 1 PiB.
 const maxHourly = 1 << 50
 
+// maxNames bounds a budget of names, each of which a gateway remembers.
+const maxNames = 100_000
+
 // budget refuses what is no amount.
 func (v *validator) budget(d Destination) {
 	for field, n := range map[string]int64{"up": d.Budget.Up, "down": d.Budget.Down} {
@@ -152,5 +157,11 @@ func (v *validator) budget(d Destination) {
 	}
 	if n := d.Budget.Conns; n < 0 || n > 1_000_000 {
 		v.item(d.Origin, "conns:", "budget.conns: %d is not between 1 and 1000000", n)
+	}
+	switch n := d.Budget.Names; {
+	case n < 0 || n > maxNames:
+		v.item(d.Origin, "names:", "budget.names: %d is not between 1 and %d", n, maxNames)
+	case n > 0 && !strings.HasPrefix(d.Host, "*."):
+		v.item(d.Origin, "names:", "budget.names bounds the names below a pattern, and host %q is one name: leave it out", d.Host)
 	}
 }

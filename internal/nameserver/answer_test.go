@@ -224,6 +224,7 @@ func TestReal(t *testing.T) {
 		{dns.TypeAAAA, nil, "NOERROR | SOA of rEal.example.com."},
 		{dns.TypeHTTPS, nil, "NOERROR | SOA of rEal.example.com."},
 		{dns.TypeA, ErrAbsent, "NXDOMAIN | SOA of ."},
+		{dns.TypeA, ErrBudget, "NXDOMAIN | SOA of . | EDE 17: budget.names of the destination is used up"},
 		{dns.TypeA, errors.New("down"), "SERVFAIL | EDE 23: the gateway did not look it up"},
 	} {
 		fails = tt.err

@@ -189,6 +189,9 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 		case virtual:
 		case errors.Is(err, ErrAbsent):
 			what.absent = true
+		case errors.Is(err, ErrBudget):
+			what = meaning{name: e.name, result: Invented, absent: true, rule: e.rule, reason: string(Invented), code: dns.ExtendedErrorCodeFiltered, text: "budget.names of the destination is used up"}
+			a.names.asked(a.who, &entry{meaning: &what, zone: e.zone}, a.from)
 		case err != nil:
 			a.names.cfg.Log.Warn("a name was not looked up", "host", e.name, "err", err)
 			m.Rcode = dns.RcodeServerFailure

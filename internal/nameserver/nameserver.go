@@ -67,13 +67,17 @@ type Config struct {
 	Rate int
 	// Real finds the addresses of a name that the policy has answered with real
 	// ones, as far as they may be dialled, and for how long they may be
-	// remembered. ErrAbsent says that there is none. Without it nobody is
-	// answered so.
+	// remembered. ErrAbsent says that there is none, ErrBudget that the workload may
+	// know no more of them. Without it nobody is answered so.
 	Real func(ctx context.Context, who spiffeid.ID, name string) ([]netip.Addr, time.Duration, error)
 }
 
-// ErrAbsent is returned by Config.Real for a name without an address.
-var ErrAbsent = errors.New("the name has no address")
+var (
+	// ErrAbsent is returned by Config.Real for a name without an address.
+	ErrAbsent = errors.New("the name has no address")
+	// ErrBudget is returned by Config.Real for a name beyond a budget.
+	ErrBudget = errors.New("the budget of names is used up")
+)
 
 // Validate reports every mistake by field name.
 func (c Config) Validate() error {

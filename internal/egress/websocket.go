@@ -1,0 +1,83 @@
+package egress
+
+import (
+	"cmp"
+	"errors"
+	"net"
+	"slices"
+	"sync/atomic"
+
+	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
+)
+
+// mayUpgrade says whether a request may have its connection become what it asks
+// for. One with a credential may not: what goes through a WebSocket is not searched
+// for it.
+func (f *fetch) mayUpgrade() bool {
+	return f.req.Upgrade && f.secret == "" && slices.Contains(f.how.Upgrade, mesh.WebSocket)
+}
+
+// A metered is a connection to a host that may become a WebSocket, what goes
+// through which counts for the request.
+type metered struct {
+	net.Conn
+	f  *fetch
+	on atomic.Bool // it has
+}
+
+func (m *metered) Read(p []byte) (int, error) {
+	n, err := m.Conn.Read(p)
+	m.moved(false, n)
+	return n, err
+}
+
+func (m *metered) Write(p []byte) (int, error) {
+	n, err := m.Conn.Write(p)
+	m.moved(true, n)
+	return n, err
+}
+
+// NetConn is what carries the bytes.
+func (m *metered) NetConn() net.Conn { return m.Conn }
+
+// CloseWrite says that no more bytes go to the host.
+func (m *metered) CloseWrite() error {
+	if c, ok := m.Conn.(interface{ CloseWrite() error }); ok {
+		return c.CloseWrite()
+	}
+	return errWhole
+}
+
+func (m *metered) moved(up bool, n int) {
+	if n == 0 || !m.on.Load() {
+		return
+	}
+	count := &m.f.down
+	if up {
+		count = &m.f.up
+	}
+	count.Add(int64(n))
+	if m.f.spend != nil {
+		meter{m.f}.take(up, n)
+	}
+}
+
+// carry moves what a connection has become until it ends, and records that.
+func (f *fetch) carry(o *origin) {
+	o.meter.on.Store(true)
+	f.tunnel.webSocket.Store(true)
+	reason := ReasonDone
+	if f.g.rejudge(f.tunnel) == nil { // now that Rejudge can see what it is
+		_, _, err := http1.NewTunnel(f.a.hc, o.Conn, f.g.lim.Idle).Run()
+		switch {
+		case errors.Is(err, http1.ErrIdleTimeout):
+			reason = ReasonIdle
+		case err != nil:
+			reason = ReasonReset
+		}
+	}
+	f.on(nil)
+	o.discard()
+	f.recordEnd(cmp.Or(f.why(), reason))
+}

@@ -1,0 +1,168 @@
+package egress
+
+import (
+	"crypto/tls"
+	"io"
+	"net/http"
+	"strings"
+	"testing"
+
+	"sallyport/internal/audit"
+)
+
+const wantsWebSocket = "GET http://shop.test/v1/ws HTTP/1.1\r\nHost: shop.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+
+// echoes has a site become a WebSocket when it is asked to, and send back what it
+// gets.
+func (s *site) echoes() {
+	s.does(func(rw http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") != "websocket" {
+			_, _ = io.WriteString(rw, "no upgrade")
+			return
+		}
+		c, buf, err := rw.(http.Hijacker).Hijack()
+		if err != nil {
+			s.t.Error(err)
+			return
+		}
+		defer c.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n")
+		_, _ = io.Copy(c, buf)
+	})
+}
+
+// upgraded asks for a WebSocket, and gives the status.
+func (c *askConn) upgraded(t *testing.T) int {
+	t.Helper()
+	if _, err := io.WriteString(c, wantsWebSocket); err != nil {
+		t.Fatal(err)
+	}
+	res, err := http.ReadResponse(c.br, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode
+}
+
+func (c *askConn) echo(t *testing.T, text string) {
+	t.Helper()
+	if _, err := io.WriteString(c, text); err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, len(text))
+	if _, err := io.ReadFull(c.br, b); err != nil || string(b) != text {
+		t.Fatalf("%q came back, %v", b, err)
+	}
+}
+
+func TestWebSockets(t *testing.T) {
+	for name, ask := range map[string]func(*world) *askConn{
+		"HTTP/1.1": (*world).askOn1,
+		"streams":  func(w *world) *askConn { return w.askOnStream(w.streamsOn(billing)) },
+		"a tunnel": func(w *world) *askConn { return w.askInside(dialStream, "shop.test:80") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, s := askWorld(t)
+			s.echoes()
+			c := ask(w)
+			if code := c.upgraded(t); code != 200 {
+				t.Errorf("where it is not allowed: %d", code)
+			} else if _, err := c.br.Discard(len("no upgrade")); err != nil {
+				t.Fatal(err)
+			}
+			w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+			c = ask(w)
+			if code := c.upgraded(t); code != 101 {
+				t.Fatalf("status %d", code)
+			}
+			c.echo(t, strings.Repeat("ping", 1000))
+			w.gw.Rejudge()
+			c.echo(t, "still there")
+			w.use(w.policy(asking, s.originated("shop.test")))
+			w.gw.Rejudge()
+			if _, err := io.Copy(io.Discard, c.br); err == nil && name != "a tunnel" {
+				t.Error("it ended in order when it was not allowed any more")
+			}
+			end := w.until("its end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonRevoked) })
+			if end.BytesUp != 4011 || end.BytesDown != 4011 || !strings.Contains(end.Detail, "status 101") || end.Path != "/v1/ws" {
+				t.Errorf("recorded %+v", end)
+			}
+		})
+	}
+}
+
+// TestWebSocketsEnd in order, and are recorded with what went through them.
+func TestWebSocketsEnd(t *testing.T) {
+	w, s := askWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+	c := w.open1(billing)
+	a := &askConn{c, c.br}
+	if code := a.upgraded(t); code != 101 {
+		t.Fatalf("status %d", code)
+	}
+	a.echo(t, "ping")
+	c.Close()
+	w.until("its end", func(r audit.Record) bool {
+		return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonDone) && r.BytesUp == 4 && r.BytesDown == 4
+	})
+}
+
+// TestWebSocketsAreOfTheBudget end when that is used up.
+func TestWebSocketsAreOfTheBudget(t *testing.T) {
+	w, s := askWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n    budget: {up: 100000}\n"))
+	c := w.askOnStream(w.streamsOn(billing))
+	if code := c.upgraded(t); code != 101 {
+		t.Fatalf("status %d", code)
+	}
+	go func() { _, _ = io.Copy(io.Discard, c.br) }()
+	piece := make([]byte, 1000)
+	for range 1000 {
+		if _, err := c.Write(piece); err != nil {
+			break
+		}
+	}
+	end := w.until("its end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonBudget) })
+	if end.BytesUp < 5000 || end.BytesUp > 100_000 {
+		t.Errorf("%d bytes went up of 10000", end.BytesUp)
+	}
+}
+
+// TestWebSocketsAreInspected are those in TLS that ends at the gateway.
+func TestWebSocketsAreInspected(t *testing.T) {
+	w, s, roots := inspectWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.inspected("shop.test")+"    upgrade: [websocket]\n"))
+	if err := w.gw.cfg.Inspector.Use(w.snap.Load()); err != nil {
+		t.Fatal(err)
+	}
+	c, err := w.askTLS(dialStream, "shop.test:443", &tls.Config{RootCAs: roots, ServerName: "shop.test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.WriteString(c, strings.Replace(wantsWebSocket, "http://shop.test", "", 1)); err != nil {
+		t.Fatal(err)
+	}
+	if res, err := http.ReadResponse(c.br, nil); err != nil || res.StatusCode != 101 {
+		t.Fatalf("%v %+v", err, res)
+	}
+	c.echo(t, "ping")
+}
+
+// TestWebSocketsCarryNoCredential is a request that would get one, which goes on
+// without an upgrade.
+func TestWebSocketsCarryNoCredential(t *testing.T) {
+	w, s, _ := injectWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.injected("shop.test")+"    upgrade: [websocket]\n"))
+	c := w.askOnStream(w.streamsOn(billing))
+	res, body := c.ask(t, strings.Replace(wantsWebSocket, "/v1/ws", "/v1/charges/ws", 1))
+	if res.StatusCode != 200 || body != "no upgrade" {
+		t.Errorf("%d %q", res.StatusCode, body)
+	}
+	if r := <-s.seen; r.Header.Get("Upgrade") != "" || r.Header.Get("Authorization") != "Bearer "+credential {
+		t.Errorf("the site saw %v", r.Header)
+	}
+}
