@@ -2,8 +2,10 @@ package test
 
 import (
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -11,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestDemoKeepsItsPromises(t *testing.T) {
@@ -79,21 +83,90 @@ func (w *world) demo(t *testing.T, args ...string) demoVerdicts {
 	return v
 }
 
-func TestDemoInterrupted(t *testing.T) {
+// TestDemoTour takes the guided tour at a terminal, looks at the page on the way,
+// and ends the demo by Ctrl-C.
+func TestDemoTour(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, 0)
-	p := w.start("demo", []string{"TMPDIR=" + w.dir}, "sallyport", "demo")
-	p.await("show a denial", func() bool {
-		return strings.Contains(p.out.String(), "deny")
-	})
-	p.looksAtThePage()
-	if err := p.cmd.Process.Signal(syscall.SIGINT); err != nil {
-		t.Fatal(err)
+	keyboard, terminal := openTerminal(t)
+	before := modeOf(t, terminal)
+	cmd := exec.Command(filepath.Join(bin, "sallyport"), "demo", "--tour")
+	cmd.Stdin = terminal
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	p := w.launch("demo", []string{"TMPDIR=" + w.dir}, cmd)
+	press := func(key byte) {
+		t.Helper()
+		if _, err := keyboard.Write([]byte{key}); err != nil {
+			t.Fatal(err)
+		}
 	}
+	steps := []string{"policy edit", "egress allow", "fault", "canary", "bad canary", "rotate CA", "kill"}
+	for i, name := range steps {
+		t.Run(name, func(t *testing.T) {
+			p.await("offer the step "+name, func() bool {
+				return strings.Contains(p.out.String(), fmt.Sprintf("step %d of %d, %s\n", i+1, len(steps), name))
+			})
+			press(' ')
+			w.awaitFor(2*time.Minute, "do the step "+name, func() bool {
+				return strings.Contains(p.out.String(), "seen, "+name+": ") || strings.Contains(p.out.String(), "NOT SEEN, "+name)
+			})
+			if strings.Contains(p.out.String(), "NOT SEEN, "+name) {
+				t.Errorf("%s\n", p.out)
+			}
+		})
+		if i == 3 { // there is something of everything now
+			p.looksAtThePage()
+		}
+	}
+	p.await("end the tour", func() bool { return strings.Contains(p.out.String(), "that was the tour: 7 steps, 0 not seen") })
+	if !strings.Contains(p.out.String(), "in a network namespace of its own, and knows of no proxy") && os.Getenv("CI") == "true" {
+		t.Errorf("no program knows of no proxy:\n%s", p.out)
+	}
+	p.await("show a denial", func() bool { return strings.Contains(p.out.String(), "  deny ") })
+	press('?')
+	p.await("show the keys", func() bool { return strings.Contains(p.out.String(), "the guided tour through all of these") })
+	press(3) // Ctrl-C
 	if code := p.end(); code != 0 {
 		t.Errorf("status %d after Ctrl-C:\n%s", code, p.out)
 	}
+	if after := modeOf(t, terminal); after != before {
+		t.Errorf("the terminal has mode %+v, and had %+v", after, before)
+	}
 	w.nothingLeft(p)
+}
+
+// openTerminal opens a terminal, and the end at which keys are pressed.
+func openTerminal(t *testing.T) (keyboard, terminal *os.File) {
+	t.Helper()
+	keyboard, err := os.OpenFile("/dev/ptmx", os.O_RDWR, 0)
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatal(err)
+		}
+		t.Skip(err)
+	}
+	t.Cleanup(func() { keyboard.Close() })
+	n, err := unix.IoctlGetInt(int(keyboard.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(keyboard.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err == nil {
+		terminal, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { terminal.Close() })
+	return keyboard, terminal
+}
+
+func modeOf(t *testing.T, terminal *os.File) unix.Termios {
+	t.Helper()
+	mode, err := unix.IoctlGetTermios(int(terminal.Fd()), unix.TCGETS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return *mode
 }
 
 // nothingLeft looks for what a demo may have left behind: processes, files

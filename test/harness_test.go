@@ -190,7 +190,10 @@ func (w *world) launch(name string, env []string, cmd *exec.Cmd) *proc {
 	p := &proc{t: w.t, name: name, cmd: cmd, out: &lockedBuffer{}, done: make(chan struct{})}
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if p.cmd.SysProcAttr == nil {
+		p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	}
+	p.cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
 	p.cmd.WaitDelay = 5 * time.Second
 	if err := p.cmd.Start(); err != nil {
 		w.t.Fatal(err)

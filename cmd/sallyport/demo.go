@@ -57,9 +57,14 @@ type demo struct {
 	later     []demoWorkload // that come when the mesh is there already
 	tokens    string         // which tokens billing believes
 	every     time.Duration  // between two purchases
+	rollouts  int            // that deeds have begun
+	// isolated is the workload whose program knows of no proxy, and how says what
+	// became of it.
+	isolated, how string
 
 	issuerAddr, gatewayAddr netip.AddrPort
 	pageAddr                netip.AddrPort
+	names                   netip.AddrPort // of the isolated workload
 	inbound, outbound, app  map[string]netip.AddrPort
 }
 
@@ -67,6 +72,7 @@ type demo struct {
 type demoOptions struct {
 	For      time.Duration
 	Scenario string
+	Tour     bool
 	JSON     bool
 	Keep     bool
 }
@@ -96,10 +102,11 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 	if o.For > 0 {
 		sc = tour(o.For)
 	}
-	if sc != nil {
-		if err := d.stage(sc); err != nil {
-			return err
-		}
+	if sc == nil {
+		sc = &scenario{later: []demoWorkload{secondBilling}, prepare: (*demo).live, policies: (*demo).openToDeeds}
+	}
+	if err := d.stage(sc); err != nil {
+		return err
 	}
 	if err := d.start(ctx, sc); err != nil {
 		return err
@@ -107,8 +114,8 @@ func runDemo(ctx context.Context, o demoOptions, stdout, stderr io.Writer) (err 
 	if err := d.printAddresses(ctx); err != nil {
 		return err
 	}
-	if sc == nil {
-		return d.show(ctx)
+	if sc.play == nil {
+		return d.show(ctx, o.Tour)
 	}
 	v := d.play(ctx, sc)
 	v.add("clean exit", func() error {
@@ -143,16 +150,16 @@ func newDemo(out io.Writer) (*demo, error) {
 
 // start brings the mesh up in its natural order, with what a scenario changes.
 func (d *demo) start(ctx context.Context, sc *scenario) (err error) {
-	if d.net, err = openInternet("api.stripe.test", "evil.test"); err != nil {
+	if d.net, err = openInternet("api.stripe.test", "evil.test", demoPartner); err != nil {
 		return fmt.Errorf("start the fake internet: %w", err)
 	}
-	if err := d.reservePorts(); err != nil {
+	if err := d.reserve(d.workloads, &d.issuerAddr, &d.gatewayAddr, &d.pageAddr, &d.names); err != nil {
 		return err
 	}
 	if err := d.writePolicies(); err != nil {
 		return err
 	}
-	if sc != nil && sc.policies != nil {
+	if sc.policies != nil {
 		if err := sc.policies(d); err != nil {
 			return err
 		}
@@ -170,7 +177,7 @@ func (d *demo) start(ctx context.Context, sc *scenario) (err error) {
 			if w.serves != serves {
 				continue
 			}
-			if err := d.startProxy(ctx, w.name, d.sidecarConfig, "sidecar", "run"); err != nil {
+			if err := d.startSidecar(ctx, w.name); err != nil {
 				return err
 			}
 		}
@@ -207,9 +214,10 @@ func (d *demo) proxies() []string {
 	return names
 }
 
-// reservePorts finds ports that are free now. Between here and the moment a
-// program takes its port another may come first; that program then says so.
-func (d *demo) reservePorts() error {
+// reserve gives the demo and these workloads ports that are free now. Between here
+// and the moment a program takes its port another may come first; that program then
+// says so.
+func (d *demo) reserve(workloads []demoWorkload, more ...*netip.AddrPort) error {
 	var held []net.Listener
 	defer func() {
 		for _, l := range held {
@@ -226,8 +234,10 @@ func (d *demo) reservePorts() error {
 		held = append(held, l)
 		return l.Addr().(*net.TCPAddr).AddrPort()
 	}
-	d.issuerAddr, d.gatewayAddr, d.pageAddr = take(), take(), take()
-	for _, w := range slices.Concat(d.workloads, d.later) {
+	for _, a := range more {
+		*a = take()
+	}
+	for _, w := range workloads {
 		d.outbound[w.name] = take()
 		if w.serves {
 			d.inbound[w.name], d.app[w.name] = take(), take()
@@ -315,26 +325,39 @@ func (d *demo) openPorts() (open []string) {
 func (d *demo) printAddresses(ctx context.Context) error {
 	fmt.Fprintf(d.out, "\n  trust domain  %s\n  directory     %s\n  issuer        %s\n  gateway       %s\n", demoTrustDomain, d.dir, d.issuerAddr, d.gatewayAddr)
 	for _, w := range d.workloads {
+		if w.name == d.isolated {
+			fmt.Fprintf(d.out, "  %-12s  %s\n", w.name, d.how)
+			continue
+		}
 		fmt.Fprintf(d.out, "  %-12s  proxy %s", w.name, d.outbound[w.name])
 		if w.serves {
 			fmt.Fprintf(d.out, "  mTLS %s", d.inbound[w.name])
 		}
 		fmt.Fprintln(d.out)
 	}
-	fmt.Fprintf(d.out, "\n  try: curl -x http://%s http://billing.mesh.internal/v1/report   (refused: you are not that workload)\n", d.outbound["batch"])
+	if d.isolated == "" && d.how != "" {
+		fmt.Fprintf(d.out, "  %s\n", d.how)
+	}
+	fmt.Fprintf(d.out, "\n  try: curl -x http://%s http://billing.mesh.internal/v1/report   (refused: you are not that workload)\n", d.outbound["web"])
 	fmt.Fprintf(d.out, "  try: %s status --socket %s\n", filepath.Join(d.bin, "sallyport"), d.apiSocket())
 	fmt.Fprintf(d.out, "  edit %s and watch\n\n", filepath.Join(d.dir, "policies", "access.csv"))
-	admin, err := control.DialAdmin(d.apiSocket())
-	if err != nil {
-		return err
-	}
-	defer admin.Close()
-	link, _, err := admin.PageLink(ctx)
+	link, err := d.pageLink(ctx)
 	if err != nil {
 		return err
 	}
 	fmt.Fprintf(d.out, "  page  %s\n        (opens once; another: %s page --socket %s)\n\n", link, filepath.Join(d.bin, "sallyport"), d.apiSocket())
 	return nil
+}
+
+// pageLink makes a link that opens the page.
+func (d *demo) pageLink(ctx context.Context) (string, error) {
+	admin, err := control.DialAdmin(d.apiSocket())
+	if err != nil {
+		return "", err
+	}
+	defer admin.Close()
+	link, _, err := admin.PageLink(ctx)
+	return link, err
 }
 
 // demo is "sallyport demo".
@@ -350,8 +373,10 @@ func (c *cli) demo() *cobra.Command {
 	}
 	cmd.Flags().DurationVar(&o.For, "for", 0, "run this long, put every promise to the test, and end (default: until Ctrl-C)")
 	cmd.Flags().StringVar(&o.Scenario, "scenario", "", "play one of these, and end: "+scenarioNames())
-	cmd.MarkFlagsMutuallyExclusive("for", "scenario")
+	cmd.Flags().BoolVar(&o.Tour, "tour", false, "begin with a guided tour, whose steps wait for a key")
+	cmd.MarkFlagsMutuallyExclusive("for", "scenario", "tour")
 	cmd.Flags().BoolVar(&o.JSON, "json", false, "print the verdicts as one line of JSON")
+	cmd.MarkFlagsMutuallyExclusive("json", "tour")
 	cmd.Flags().BoolVar(&o.Keep, "keep", false, "leave the directory behind")
 	return cmd
 }

@@ -62,6 +62,8 @@ const (
 	envVictimTLS    = "DEMO_VICTIM_TLS"
 	envVictimProxy  = "DEMO_VICTIM_PROXY"
 	envTrustDomain  = "DEMO_TRUST_DOMAIN"
+	envPartner      = "DEMO_PARTNER"  // it tries to reach a host that nobody may reach yet
+	envIsolated     = "DEMO_ISOLATED" // it is to know of no proxy
 	demoCallTimeout = 5 * time.Second
 )
 
@@ -75,6 +77,9 @@ func runDemoApp(ctx context.Context, name string, stdout io.Writer) error {
 			IdleConnTimeout:     30 * time.Second,
 		}},
 	}
+	if os.Getenv(envIsolated) != "" {
+		a.client.Transport.(*http.Transport).Proxy = nil
+	}
 	every, err := time.ParseDuration(os.Getenv(envEvery))
 	if err != nil || every <= 0 {
 		return fmt.Errorf("%s: %q is not a duration such as 50ms", envEvery, os.Getenv(envEvery))
@@ -83,6 +88,9 @@ func runDemoApp(ctx context.Context, name string, stdout io.Writer) error {
 	case "web":
 		go a.repeat(ctx, every, a.buy)
 		go a.repeat(ctx, time.Second, a.reachEvil)
+		if os.Getenv(envPartner) != "" {
+			go a.repeat(ctx, time.Second, a.reachPartner)
+		}
 		if os.Getenv(envTour) != "" {
 			go a.repeat(ctx, time.Second, a.askStock)
 		}
@@ -257,6 +265,14 @@ func (a *demoApp) reachEvil(ctx context.Context) {
 		e.Detail = err.Error()
 	}
 	a.say(e)
+}
+
+// reachPartner tries a place that a row may let it reach.
+func (a *demoApp) reachPartner(ctx context.Context) {
+	status, _, _, err := a.do(ctx, http.MethodGet, "https://"+demoPartner+"/", nil)
+	if ctx.Err() == nil {
+		a.say(demoEvent{Probe: "partner", Want: "allow", Status: status, OK: err == nil && status == http.StatusOK})
+	}
 }
 
 func (a *demoApp) report(ctx context.Context) {

@@ -34,8 +34,8 @@ type scenario struct {
 	later       []demoWorkload    // that join while it is played
 	config      map[string]string // what sidecars' configurations say besides, by workload
 	prepare     func(d *demo) error
-	policies    func(d *demo) error // edits the policy files before anybody reads them
-	play        func(ctx context.Context, d *demo, v *verdicts)
+	policies    func(d *demo) error                             // edits the policy files before anybody reads them
+	play        func(ctx context.Context, d *demo, v *verdicts) // nil: it is looked at
 }
 
 // scenarios are what there is to play.

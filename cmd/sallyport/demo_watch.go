@@ -6,6 +6,7 @@ import (
 	"path"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sallyport/internal/audit"
@@ -68,33 +69,6 @@ func (w *svidWatch) stop() map[string]int {
 	return w.count
 }
 
-// show prints each decision of every proxy as it is made, until ctx ends.
-func (d *demo) show(ctx context.Context) error {
-	fmt.Fprintln(d.out, "  decisions as they are made (the same within a second once); Ctrl-C ends")
-	var wg sync.WaitGroup
-	p := &decisionPrinter{d: d, seen: map[string]time.Time{}}
-	for _, name := range d.proxies() {
-		tail, err := audit.OpenTail(d.auditFile(name), 0)
-		if err != nil {
-			return err
-		}
-		wg.Go(func() {
-			defer tail.Close()
-			for {
-				line, _, err := tail.Next(ctx)
-				if err != nil {
-					return
-				}
-				p.print(line)
-			}
-		})
-	}
-	wg.Go(func() { p.watchPolicy(ctx) })
-	<-ctx.Done()
-	wg.Wait()
-	return nil
-}
-
 // watchPolicy prints what becomes of each edit of the policy files.
 func (p *decisionPrinter) watchPolicy(ctx context.Context) {
 	admin, err := control.DialAdmin(p.d.apiSocket())
@@ -123,15 +97,20 @@ func (p *decisionPrinter) watchPolicy(ctx context.Context) {
 	}
 }
 
-func (p *decisionPrinter) say(text string) {
+func (p *decisionPrinter) say(text string) { p.line(time.Now().Format("15:04:05") + "  " + text) }
+
+// line prints what is no decision.
+func (p *decisionPrinter) line(text string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	fmt.Fprintf(p.d.out, "  %s  %s\n", time.Now().Format("15:04:05"), text)
+	fmt.Fprintf(p.d.out, "  %s\n", text)
 }
 
 // A decisionPrinter writes decisions, one line each.
 type decisionPrinter struct {
 	d *demo
+	// muted has decisions pass unprinted.
+	muted atomic.Bool
 
 	mu   sync.Mutex // guards seen and the output
 	seen map[string]time.Time
@@ -139,7 +118,7 @@ type decisionPrinter struct {
 
 func (p *decisionPrinter) print(line []byte) {
 	r, _, err := audit.ParseLine(line)
-	if err != nil || r.Decision == "" {
+	if err != nil || r.Decision == "" || p.muted.Load() {
 		return
 	}
 	why := r.Rule

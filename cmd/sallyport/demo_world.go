@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"sallyport/internal/control"
@@ -54,6 +55,7 @@ page:
   listen: %s
 ca:
   x509_ttl: %s
+  jwt_ttl: 10s
   agent_ttl: 1m
   allow_short_ttl: true
 `, demoTrustDomain, home, d.issuerAddr, filepath.Join(d.dir, "policies"), d.pageAddr, demoSVIDLife)
@@ -117,6 +119,9 @@ func (d *demo) startProxy(ctx context.Context, name string, config func(name, to
 	if a, ok := d.app[name]; ok {
 		env = append(env, envAppListen+"="+a.String())
 	}
+	if d.isolated == name {
+		env = append(env, envIsolated+"=1")
+	}
 	env = append(env, d.workload(name).env...)
 	tail := []string{"--", filepath.Join(d.bin, "sallyport"), "demo-app", name}
 	return d.spawn(name, argv, tail, env...)
@@ -154,6 +159,53 @@ egress:
 	return c + d.workload(name).config
 }
 
+// live is the demo that is looked at: its programs try what deeds will allow, and
+// one of them knows of no proxy.
+func (d *demo) live() error {
+	d.give("web", envPartner+"=1")
+	d.isolated = "batch"
+	return nil
+}
+
+// startSidecar starts the sidecar of a workload. Where users may have namespaces,
+// the program of the isolated one begins in one of its own; where not, its proxy is
+// in its environment, as with the others, and that is said.
+func (d *demo) startSidecar(ctx context.Context, name string) error {
+	if d.isolated != name {
+		return d.startProxy(ctx, name, d.sidecarConfig, "sidecar", "run")
+	}
+	err := d.startProxy(ctx, name, d.isolatedConfig, "sidecar", "run", "--isolate")
+	if err == nil {
+		soon, cancel := context.WithTimeout(ctx, stepWithin)
+		err = d.awaitReady(soon, name)
+		cancel()
+	}
+	if err == nil && !d.rec.await(name+" report", 1, stepWithin) {
+		err = fmt.Errorf("its calls do not arrive: %+v", d.rec.failures(name+" report"))
+	}
+	if err == nil {
+		d.how = "in a network namespace of its own, and knows of no proxy: all that it opens arrives at its sidecar"
+		delete(d.outbound, name) // a port of that namespace
+		return nil
+	}
+	why := firstLine(err.Error())
+	if strings.Contains(err.Error(), "namespace") {
+		why = "users may have none here"
+	}
+	d.how = fmt.Sprintf("%s is without a network namespace of its own (%s): its proxy is in its environment", name, why)
+	d.isolated = ""
+	if p := d.proc[name]; p != nil {
+		_ = p.stop(demoStopWithin) // it has ended, or was killed
+	}
+	return d.startProxy(ctx, name, d.sidecarConfig, "sidecar", "run")
+}
+
+// isolatedConfig also answers for names. What the resolver of this machine asks
+// besides is of no importance to the demo.
+func (d *demo) isolatedConfig(name, token string) string {
+	return d.sidecarConfig(name, token) + fmt.Sprintf("names:\n  listen: %s\n  self_test: \"off\"\n", d.names)
+}
+
 // workload is the one of that name.
 func (d *demo) workload(name string) demoWorkload {
 	all := slices.Concat(d.workloads, d.later)
@@ -166,8 +218,12 @@ func (d *demo) give(name string, env ...string) {
 	d.workloads[i].env = append(slices.Clone(d.workloads[i].env), env...)
 }
 
-// join starts a workload that comes later, and leave ends it.
+// join starts a workload that comes later, and leave ends it; its ports are then
+// anybody's.
 func (d *demo) join(ctx context.Context, name string) error {
+	if err := d.reserve([]demoWorkload{d.workload(name)}); err != nil {
+		return err
+	}
 	if err := d.startProxy(ctx, name, d.sidecarConfig, "sidecar", "run"); err != nil {
 		return err
 	}
@@ -177,6 +233,9 @@ func (d *demo) join(ctx context.Context, name string) error {
 func (d *demo) leave(name string) error {
 	p := d.proc[name]
 	delete(d.proc, name)
+	delete(d.outbound, name)
+	delete(d.inbound, name)
+	delete(d.app, name)
 	return p.stop(demoStopWithin)
 }
 
