@@ -146,7 +146,7 @@ func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain f
 	admin := &daemon.Admin{
 		Socket: path, Listener: ln, Scrape: scrape, Ready: gw.ready, Metrics: gw.metrics.Handler(),
 		ConfigDump: func() any { return gw.cfg }, Level: gw.level, Drain: drain, Pprof: gw.cfg.Pprof, Log: gw.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler()},
+		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler(), "GET /troubles": http.HandlerFunc(gw.serveTroubles)},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
@@ -224,7 +224,7 @@ func (gw *gateway) open() (err error) {
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
 		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges, Tracer: gw.tracer,
-		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(),
+		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(), Troubled: gw.troubled,
 	})
 	if err != nil {
 		return err
@@ -239,7 +239,7 @@ func (gw *gateway) open() (err error) {
 // be stopped.
 func (gw *gateway) steering() *control.Steering {
 	return &control.Steering{
-		Traffic: func() *mesh.Traffic { return &mesh.Traffic{Demands: gw.egress.Demands()} },
+		Traffic: gw.traffic,
 		Stop:    func(*mesh.FaultStops) {},
 		Share:   func(totals []mesh.Total) { gw.egress.Share(totals) },
 	}

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/netip"
@@ -36,13 +37,28 @@ func (g *Gateway) Addresses(ctx context.Context, who spiffeid.ID, name string) (
 		return nil, err
 	}
 	var found []netip.Addr
-	for _, e := range how.Endpoints {
-		found = append(found, e.Addr().Unmap())
+	names := []string{host.String()}
+	if len(how.Endpoints) > 0 {
+		names = nil
 	}
-	if len(found) == 0 && g.cfg.Names != nil {
-		if found, err = g.cfg.Names.Lookup(ctx, host.String()); err != nil {
-			return nil, err
+	for _, e := range how.Endpoints {
+		if ap, literal := e.AddrPort(); literal {
+			found = append(found, ap.Addr().Unmap())
+			continue
 		}
+		name, _ := e.Name()
+		names = append(names, name)
+	}
+	for _, n := range names {
+		if g.cfg.Names == nil {
+			break
+		}
+		addrs, lerr := g.cfg.Names.Lookup(ctx, n)
+		err = cmp.Or(err, lerr)
+		found = append(found, addrs...)
+	}
+	if len(found) == 0 && err != nil {
+		return nil, err
 	}
 	var pass []netip.Addr
 	for _, a := range found {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +16,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
+	"sallyport/internal/mesh"
 )
 
 // A tunnel was opened while its destination asked for no server name, and came
@@ -86,8 +86,8 @@ func newWorldIn(t *testing.T, change func(*Config)) *world {
 // A tunnel that leads to an endpoint ends when the destination moves to another
 // port of the same address, or has no endpoints any more.
 func TestRejudgeFollowsTheEndpoints(t *testing.T) {
-	other := netip.MustParseAddrPort("127.0.0.1:9")
-	for name, ends := range map[string][]netip.AddrPort{"another port": {other}, "none": nil} {
+	other := mesh.Outlet{Address: "127.0.0.1:9"}
+	for name, ends := range map[string][]mesh.Outlet{"another port": {other}, "none": nil} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t, nil)
 			tun, ref := dial1(w, billing, "db.test:5432")

@@ -5,9 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"time"
 
@@ -15,6 +13,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/upstream"
 )
 
 // An answer is what a caller gets instead of a tunnel.
@@ -50,6 +49,8 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusBadGateway, "the destination cannot be reached"
 	case ReasonTimeout:
 		a.status, a.text = http.StatusGatewayTimeout, "the destination did not answer in time"
+	case ReasonBreaker:
+		a.status, a.text = http.StatusServiceUnavailable, "the destination keeps failing and is left alone for a while"
 	case ReasonSecret:
 		a.status, a.text = http.StatusServiceUnavailable, "the credential for the destination is missing"
 	case ReasonAudit, ReasonShutdown:
@@ -149,7 +150,7 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin strin
 		return nil, g.deny(t.record(audit.KindDecision), howErr)
 	}
 	ctx, t.cancel = context.WithCancel(ctx)
-	t.idle, t.life = g.lim.Idle, g.lim.Life
+	t.idle, t.life = g.idleOf(&t.how), g.lim.Life
 	t.panicked = func(p any) {
 		g.logPanic(p)
 		t.stop(ReasonInternal)
@@ -276,8 +277,14 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	if err := g.rejudge(t); err != nil {
 		return err
 	}
-	conn, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how, Did: t.spans.did})
+	try, err := g.attempt(t, false)
 	if err != nil {
+		return err
+	}
+	defer try.End()
+	conn, at, note, err := g.dialer.Dial(ctx, grant, Target{Host: t.host, Port: t.call.Port, How: t.how, Did: t.spans.did, Try: try})
+	if err != nil {
+		try.Tell(blamed(ctx, err), time.Now(), 0)
 		switch t.why() {
 		case ReasonRevoked:
 			return refuse(ReasonRevoked, "the policy changed while the tunnel was opened")
@@ -288,18 +295,19 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 		}
 		return err
 	}
-	to := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
+	try.On(at.addr)
+	try.Tell(upstream.OK, time.Now(), 0)
 	if !t.setDest(conn) {
 		return refuse(t.why(), "the tunnel was ended while it was opened")
 	}
 	t.mu.Lock()
-	t.to = netip.AddrPortFrom(to.Addr().Unmap(), to.Port())
+	t.to = at
 	t.mu.Unlock()
 	if err := g.rejudge(t); err != nil { // now that Rejudge can see where it leads
 		return err
 	}
 	if t.how.Probe {
-		seen, err := g.probe(ctx, t, t.to)
+		seen, err := g.probe(ctx, t, at.addr)
 		if why := t.why(); why != "" {
 			return errEnded(why)
 		}
@@ -310,7 +318,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	}
 	rec := t.record(audit.KindEgressOpen)
 	rec.Decision = audit.Allow
-	rec.Detail = strings.TrimSpace("to " + to.String() + t.origin + " " + note)
+	rec.Detail = strings.TrimSpace("to " + at.String() + t.origin + " " + note)
 	if err := g.cfg.Audit.Append(rec); err != nil {
 		g.cfg.Log.Error("tunnel was not recorded, and not opened", "err", err)
 		return refuse(ReasonAudit, "the tunnel could not be recorded")
@@ -361,7 +369,7 @@ func (g *Gateway) recordClose(t *tunnel) {
 	rec.Reason = string(t.why())
 	rec.BytesUp, rec.BytesDown = t.up.Load(), t.down.Load()
 	rec.Duration = time.Since(t.start)
-	rec.Detail, rec.Done = "to "+t.to.Addr().String(), true
+	rec.Detail, rec.Done = "to "+t.to.addr.Addr().String(), true
 	if err := g.cfg.Audit.Append(rec); err != nil {
 		g.cfg.Log.Error("end of a tunnel was not recorded", "decision", t.id, "err", err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/upstream"
 )
 
 // Names turns a name into addresses. A *Resolver is one. Absence is ErrNoHost.
@@ -23,9 +25,8 @@ type Names interface {
 }
 
 const (
-	defaultConnect = 5 * time.Second
-	attemptDelay   = 250 * time.Millisecond // RFC 8305, section 5
-	maxAttempts    = 8
+	attemptDelay = 250 * time.Millisecond // RFC 8305, section 5
+	maxAttempts  = 8                      // of the addresses of an endpoint
 )
 
 // A Dialer connects to destinations: only to addresses that it resolved
@@ -44,75 +45,54 @@ type Target struct {
 	How  mesh.Destination
 	// Did is told of each part of it. Optional.
 	Did func(name string, kind telemetry.Kind, began time.Time, err error)
+	// Try is told which addresses do not answer, and says which are tried last. Nil:
+	// nothing is known of them.
+	Try *upstream.Try
+	// Avoid are addresses that have just failed: they come last.
+	Avoid []netip.AddrPort
 }
 
 // Dial opens a connection to t. It takes the proof that the call was allowed
 // and refuses without it. The error is a *Refusal. Addresses that the Guard
 // refuses are skipped; when all are refused, the refusal of the first is
 // returned. What was skipped is in the returned note.
-func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn *net.TCPConn, note string, err error) {
+func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn *net.TCPConn, at place, note string, err error) {
+	return d.seek(ctx, proof, &t, nil)
+}
+
+// seek is Dial, unless have says of one of the places that are chosen that there is
+// a connection to it already: then it makes none.
+func (d *Dialer) seek(ctx context.Context, proof authz.Grant, t *Target, have func([]place) bool) (*net.TCPConn, place, string, error) {
 	if !proof.Covers("host:"+t.Host.String(), t.Port) {
-		return nil, "", refuse(ReasonGrant, "%s port %d is not dialled without a grant for it", t.Host, t.Port)
+		return nil, place{}, "", refuse(ReasonGrant, "%s port %d is not dialled without a grant for it", t.Host, t.Port)
 	}
-	ctx, cancel := context.WithTimeout(ctx, cmp.Or(t.How.ConnectTimeout, defaultConnect))
-	defer cancel()
 	if t.Did == nil {
 		t.Did = func(string, telemetry.Kind, time.Time, error) {}
 	}
-	found, err := d.addresses(ctx, t)
-	if err != nil {
-		return nil, "", err
-	}
-	var pass []netip.AddrPort
-	var skipped []string
-	var first error
-	for _, ap := range found {
-		if err := d.Guard.Screen(ap.Addr(), t.How.Private); err != nil {
-			first = cmp.Or(first, err)
-			skipped = append(skipped, ap.Addr().String())
-			continue
+	w := walk{d: d, t: t, have: have}
+	for _, list := range t.choices() {
+		if w.visit(ctx, list); w.over || ctx.Err() != nil {
+			break
 		}
-		pass = append(pass, netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port()))
 	}
-	if len(skipped) > 0 {
-		note = "skipped " + strings.Join(skipped, " ")
+	slices.SortStableFunc(w.later, func(a, b stop) int { return cmp.Compare(a.rank, b.rank) })
+	for _, s := range w.later {
+		if w.over || ctx.Err() != nil {
+			break
+		}
+		w.dial(ctx, s)
 	}
-	if len(pass) == 0 {
-		return nil, note, first
+	note := ""
+	if len(w.skipped) > 0 {
+		note = "skipped " + strings.Join(w.skipped, " ")
 	}
-	if len(pass) > maxAttempts {
-		pass = pass[:maxAttempts]
-	}
-	began := time.Now()
-	conn, err = d.race(ctx, pass, t.How.Private)
-	t.Did("dial", telemetry.Client, began, err)
-	return conn, note, err
-}
-
-// addresses lists where t may be: what its destination says, itself when it is
-// an address, or what DNS says, families in turn.
-func (d *Dialer) addresses(ctx context.Context, t Target) ([]netip.AddrPort, error) {
-	if len(t.How.Endpoints) > 0 {
-		return t.How.Endpoints, nil
-	}
-	if a, ok := t.Host.Addr(); ok {
-		return []netip.AddrPort{netip.AddrPortFrom(a, t.Port)}, nil
-	}
-	if d.Names == nil {
-		return nil, refuse(ReasonResolve, "no resolver is configured, and the destination %s lists no endpoints", t.Host)
-	}
-	began := time.Now()
-	addrs, err := d.Names.Lookup(ctx, t.Host.String())
-	t.Did("dns", telemetry.Client, began, err)
 	switch {
-	case errors.Is(err, context.DeadlineExceeded):
-		return nil, refuse(ReasonTimeout, "%v", err)
-	case err != nil:
-		return nil, refuse(ReasonResolve, "%v", err)
-	case len(addrs) == 0:
-		return nil, refuse(ReasonResolve, "look up %s: no address", t.Host)
+	case w.over:
+		return w.conn, w.at, note, nil
+	case w.err == nil:
+		w.err = cmp.Or(w.refused, context.Cause(ctx))
 	}
-	return inTurn(addrs, t.Port), nil
+	return nil, place{}, note, w.err
 }
 
 // inTurn alternates the families, each in the order given.
@@ -137,35 +117,37 @@ func inTurn(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	return out
 }
 
-// race connects to the addresses in order, the next one when the one before
+// race connects to the places in order, the next one when the one before
 // has failed or has not answered for attemptDelay. The first connection wins;
-// all attempts have ended when race returns.
-func (d *Dialer) race(ctx context.Context, addrs []netip.AddrPort, allowed []netip.Prefix) (*net.TCPConn, error) {
+// all attempts have ended when race returns. Failed is told of those that failed
+// before.
+func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed func(place)) (*net.TCPConn, place, error) {
 	type result struct {
 		conn *net.TCPConn
+		at   place
 		err  error
 	}
 	racing, cancel := context.WithCancel(ctx)
 	results := make(chan result)
 	running, next := 0, 0
 	begin := func() {
-		ap := addrs[next]
+		at := places[next]
 		next++
 		running++
 		go func() {
-			c, err := d.connect(racing, ap, allowed)
-			results <- result{c, err}
+			c, err := d.connect(racing, at.addr, t.How.Private)
+			results <- result{c, at, err}
 		}()
 	}
 	begin()
 	timer := time.NewTimer(attemptDelay)
 	defer timer.Stop()
-	var won *net.TCPConn
+	var won result
 	var errs []error
 	for running > 0 {
 		select {
 		case <-timer.C:
-			if won == nil && next < len(addrs) {
+			if won.conn == nil && next < len(places) {
 				begin()
 				timer.Reset(attemptDelay)
 			}
@@ -174,23 +156,26 @@ func (d *Dialer) race(ctx context.Context, addrs []netip.AddrPort, allowed []net
 			switch {
 			case r.err != nil:
 				errs = append(errs, r.err)
-			case won == nil:
-				won = r.conn
+				if won.conn == nil {
+					failed(r.at)
+				}
+			case won.conn == nil:
+				won = r
 				cancel()
 			default:
 				r.conn.Close()
 			}
-			if won == nil && r.err != nil && next < len(addrs) && ctx.Err() == nil {
+			if won.conn == nil && r.err != nil && next < len(places) && ctx.Err() == nil {
 				begin()
 				timer.Reset(attemptDelay)
 			}
 		}
 	}
 	cancel()
-	if won != nil {
-		return won, nil
+	if won.conn != nil {
+		return won.conn, won.at, nil
 	}
-	return nil, dialError(ctx, errs)
+	return nil, place{}, dialError(ctx, errs)
 }
 
 func dialError(ctx context.Context, errs []error) error {

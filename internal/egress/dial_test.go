@@ -59,10 +59,8 @@ func TestDialTriesTheNextAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	host, _ := ParseHost("db.test")
-	how := mesh.Destination{Host: "db.test", Private: prefixes("127.0.0.1/32"), Endpoints: []netip.AddrPort{
-		netip.MustParseAddrPort("10.0.0.1:1"), netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort(w.db.addr),
-	}}
-	c, note, err := w.gw.dialer.Dial(t.Context(), grant, Target{Host: host, Port: 5432, How: how})
+	how := mesh.Destination{Host: "db.test", Private: prefixes("127.0.0.1/32"), Endpoints: []mesh.Outlet{{Address: "10.0.0.1:1"}, {Address: "127.0.0.1:1"}, {Address: w.db.addr}}}
+	c, _, note, err := w.gw.dialer.Dial(t.Context(), grant, Target{Host: host, Port: 5432, How: how})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -38,13 +37,14 @@ type asker struct {
 // is one.
 type fetch struct {
 	*tunnel
-	g      *Gateway
-	a      *asker
-	ctx    context.Context
-	req    *http1.Request
-	snap   *mesh.Snapshot
-	grant  authz.Grant
-	tries  int
+	g     *Gateway
+	a     *asker
+	ctx   context.Context
+	req   *http1.Request
+	snap  *mesh.Snapshot
+	grant authz.Grant
+	tries int
+	trial
 	status int    // that the host has answered
 	secret string // the name of what is injected; empty: nothing is
 	note   string // of the dial, or of what went wrong
@@ -229,9 +229,9 @@ func (f *fetch) cut() {
 	}
 }
 
-// on says what the request is sent on, nil for nothing any more. It is false when
+// goes says what the request is sent on, nil for nothing any more. It is false when
 // the request has been stopped.
-func (f *fetch) on(c *net.TCPConn) bool {
+func (f *fetch) goes(c *net.TCPConn) bool {
 	f.mu.Lock()
 	f.over, f.answering = c, f.answering && c != nil
 	f.mu.Unlock()
@@ -262,41 +262,24 @@ func (f *fetch) run() (keep bool, ans *answer) {
 		return false, f.unlent(err)
 	}
 	f.req.Upgrade = f.mayUpgrade()
-	for fresh := false; ; fresh = true {
-		o, err := f.lend(fresh)
-		if err != nil {
-			return false, f.unlent(err)
-		}
-		f.tries++
-		f.a.ex.Up = o.Conn
-		var res http1.Result
-		if err = errStopped; f.on(o.tcp) {
-			res, err = f.a.ex.Run()
-		}
-		if res.Upgraded && err == nil {
-			f.status = res.Status
-			f.carry(o)
-			return false, nil
-		}
-		f.on(nil)
-		f.status = res.Status
-		f.up.Add(res.ReqBytes)
-		f.down.Add(res.RespBytes)
-		reused := o.reused // from put on o is for another request
-		if err == nil && res.UpstreamReusable && f.why() == "" && o.meter == nil {
-			f.g.origins.put(o)
-		} else {
-			o.discard()
-		}
-		stale := reused && res.Replayable && !res.ResponseSeen && (res.RequestBytesSent == 0 || idempotent(f.req.Method))
+	stop := f.bounded()
+	defer stop()
+	for {
+		res, err := f.try()
+		var ref *Refusal
 		switch {
+		case errors.As(err, &ref):
+			return false, f.unlent(err)
+		case res.Upgraded && err == nil:
+			stop()
+			f.carry(f.lent)
+			return false, nil
 		case err == nil:
 			f.recordEnd(cmp.Or(f.why(), ReasonDone))
 			return res.DownstreamReusable, nil
-		case stale && !fresh && f.why() == "":
-			continue // the host had closed it
+		case f.why() != "" || !f.again(err, res):
+			return f.failed(err, res)
 		}
-		return f.failed(err, res)
 	}
 }
 
@@ -326,7 +309,7 @@ var (
 // edit says how the two heads change.
 func (f *fetch) edit() {
 	x := &f.a.ex
-	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, 0, 0
+	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, f.how.Timeouts.Idle, 0
 	x.Scrub, x.Tee = nil, nil
 	if f.spend != nil {
 		x.Tee = meter{f}
@@ -334,7 +317,7 @@ func (f *fetch) edit() {
 	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
 	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
 	x.Accept = func(resp *http1.Response) bool {
-		if !f.scrub(resp) {
+		if f.drops(resp) || !f.scrub(resp) {
 			return false
 		}
 		f.redirect(resp)
@@ -402,6 +385,9 @@ func errEnded(reason Reason) *Refusal {
 // failed answers a request that came to nothing, or breaks the answer off.
 func (f *fetch) failed(err error, res http1.Result) (keep bool, ans *answer) {
 	reason := cmp.Or(f.why(), ReasonReset)
+	if reason == ReasonReset && f.late {
+		reason = ReasonTimeout
+	}
 	f.note = strings.TrimSpace(f.note + " " + clip(err.Error()))
 	f.recordEnd(reason)
 	if res.ResponseStarted {
@@ -441,25 +427,6 @@ func (f *fetch) recordEnd(reason Reason) {
 	}
 }
 
-// lend gives a connection to the host: one that was kept, or a new one.
-func (f *fetch) lend(fresh bool) (*origin, error) {
-	key := originKeyOf(f)
-	if !fresh && !f.req.Upgrade {
-		if o := f.g.origins.take(f.grant, key, func(to netip.AddrPort) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }); o != nil {
-			return f.judged(o)
-		}
-	}
-	o, note, err := f.g.dialOrigin(f.ctx, f.grant, key, Target{Host: f.host, Port: f.call.Port, How: f.how})
-	if err != nil {
-		return nil, err
-	}
-	f.note = note
-	if f.req.Upgrade {
-		o.metered(f)
-	}
-	return f.judged(o)
-}
-
 // judged gives a connection out if the request may lead where that does.
 func (f *fetch) judged(o *origin) (*origin, error) {
 	f.leads(o.to)
@@ -471,7 +438,7 @@ func (f *fetch) judged(o *origin) (*origin, error) {
 }
 
 // leads notes where the request goes.
-func (f *fetch) leads(to netip.AddrPort) {
+func (f *fetch) leads(to place) {
 	f.relay.mu.Lock()
 	defer f.relay.mu.Unlock()
 	f.to = to

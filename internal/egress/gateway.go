@@ -27,6 +27,7 @@ import (
 	"sallyport/internal/record"
 	"sallyport/internal/svid"
 	"sallyport/internal/telemetry"
+	"sallyport/internal/upstream"
 )
 
 // Recorder keeps audit records. When Append returns nil the record survives
@@ -139,6 +140,9 @@ type Config struct {
 	Metrics *telemetry.Registry
 	// Edges counts who asked for which host. Default: none.
 	Edges *telemetry.Edges
+	// Troubled is told of each address that is put aside, and of each host that is cut
+	// off or called again. It must be quick. Default: nobody.
+	Troubled func(upstream.Trouble)
 	// Tracer keeps the spans of tunnels. Nil: none is kept.
 	Tracer *telemetry.Tracer
 	Limits Limits
@@ -189,6 +193,7 @@ type Gateway struct {
 	windows *mux.Budget            // of streams
 	origins origins
 	probes  probes
+	outside *upstream.Outside
 	signals *telemetry.Signals
 	h2      *http.Server
 	h2conns *handover
@@ -222,6 +227,7 @@ func New(c Config) (*Gateway, error) {
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
 	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
+	g.outside = &upstream.Outside{Changed: c.Troubled}
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{hop.Proto, "h2", "http/1.1"}

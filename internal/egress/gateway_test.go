@@ -1156,17 +1156,17 @@ func TestDialNeedsTheGrant(t *testing.T) {
 	host, _ := ParseHost("db.test")
 	how, _ := w.snap.Load().DestinationOf("db.test")
 	target := Target{Host: host, Port: 5432, How: how}
-	_, _, err := w.gw.dialer.Dial(t.Context(), authz.Grant{}, target)
+	_, _, _, err := w.gw.dialer.Dial(t.Context(), authz.Grant{}, target)
 	check(t, err, ReasonGrant)
 	grant, err := w.judge.Judge(&authz.Call{Dir: mesh.Out, Src: billing, Dst: "host:db.test", Port: 5432, Verb: "CONNECT", Path: "-"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	target.Port = 5433
-	_, _, err = w.gw.dialer.Dial(t.Context(), grant, target)
+	_, _, _, err = w.gw.dialer.Dial(t.Context(), grant, target)
 	check(t, err, ReasonGrant)
 	target.Port = 5432
-	c, _, err := w.gw.dialer.Dial(t.Context(), grant, target)
+	c, _, _, err := w.gw.dialer.Dial(t.Context(), grant, target)
 	if err != nil {
 		t.Fatal(err)
 	}

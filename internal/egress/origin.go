@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"net"
-	"net/netip"
 	"sync"
 	"time"
 
@@ -40,15 +39,17 @@ type originKey struct {
 	host    Host
 	port    uint16
 	tls, ca string
-	at      string // the endpoints of the destination; empty when DNS says where
-	secret  string // the name of what is injected
+	// at are the endpoints of the destination, or the one that it leads to where each
+	// counts for itself; empty when DNS says where.
+	at     string
+	secret string // the name of what is injected
 }
 
 // originKeyOf is whom the connection of a request leads to.
 func originKeyOf(f *fetch) originKey {
 	var at []byte
 	for _, e := range f.how.Endpoints {
-		at = append(e.AppendTo(at), ' ')
+		at = append(append(at, e.Address...), ' ')
 	}
 	return originKey{who: f.call.Src, host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, at: string(at), secret: f.secret}
 }
@@ -60,7 +61,7 @@ type origin struct {
 	tcp    *net.TCPConn // under TLS
 	meter  *metered     // between them, where it may become a WebSocket
 	key    originKey
-	to     netip.AddrPort
+	to     place
 	reused bool
 	born   time.Time
 	idle   time.Time
@@ -89,7 +90,7 @@ type origins struct {
 
 // take gives the connection that came back last, if one fits. It takes the proof
 // that the request was allowed, as a dial does.
-func (p *origins) take(proof authz.Grant, key originKey, fits func(netip.AddrPort) bool) *origin {
+func (p *origins) take(proof authz.Grant, key originKey, fits func(place) bool) *origin {
 	if !proof.Covers("host:"+key.host.String(), key.port) {
 		return nil
 	}
@@ -160,36 +161,31 @@ func (p *origins) sweep(all bool) {
 	}
 }
 
-// dialOrigin connects to a host, and has it prove its name where TLS is spoken.
-func (g *Gateway) dialOrigin(ctx context.Context, proof authz.Grant, key originKey, to Target) (*origin, string, error) {
-	conn, note, err := g.dialer.Dial(ctx, proof, to)
-	if err != nil {
-		return nil, "", err
-	}
-	at := conn.RemoteAddr().(*net.TCPAddr).AddrPort()
-	o := &origin{nc: conn, tcp: conn, key: key, born: time.Now(), to: netip.AddrPortFrom(at.Addr().Unmap(), at.Port())}
+// shake has a host prove its name where TLS is spoken.
+func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key originKey, to *Target) (*origin, error) {
+	o := &origin{nc: conn, tcp: conn, key: key, born: time.Now(), to: at}
 	if to.How.TLS != "" {
 		cfg, err := g.originTLS(to)
 		if err != nil {
 			conn.Close()
-			return nil, "", err
+			return nil, err
 		}
 		tc := tls.Client(conn, cfg)
 		ctx, cancel := context.WithTimeout(ctx, originShake)
 		defer cancel()
 		if err := tc.HandshakeContext(ctx); err != nil {
 			conn.Close()
-			return nil, "", refuseShake(to.Host, err)
+			return nil, refuseShake(to.Host, err)
 		}
 		o.nc = tc
 	}
 	o.Conn = http1.NewConn(o.nc, http1.Limits{})
-	return o, note, nil
+	return o, nil
 }
 
 // originTLS is the client's side of TLS to a host: its certificate must be for
 // the name that was judged, whatever address it is at.
-func (g *Gateway) originTLS(to Target) (*tls.Config, error) {
+func (g *Gateway) originTLS(to *Target) (*tls.Config, error) {
 	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
 	if to.How.CA == "" {
 		return cfg, nil

@@ -116,7 +116,7 @@ func (g *Gateway) prove(to Target, at netip.AddrPort) (*x509.Certificate, error)
 		return nil, dialError(ctx, []error{err})
 	}
 	defer conn.Close()
-	cfg, err := g.originTLS(to)
+	cfg, err := g.originTLS(&to)
 	if err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ const (
 	ReasonResolve   Reason = "resolve"      // the name has no address, or the resolver failed
 	ReasonDial      Reason = "dial"         // no address answered
 	ReasonTimeout   Reason = "timeout"      // no address answered in time
+	ReasonBreaker   Reason = "breaker"      // the host keeps failing, and is left alone for a while
 	ReasonGrant     Reason = "grant"        // the proof of the decision is missing
 	ReasonAudit     Reason = "audit"        // the record could not be written
 	ReasonMethod    Reason = "method"       // not CONNECT

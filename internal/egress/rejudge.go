@@ -166,6 +166,7 @@ func (g *Gateway) rejudgeEvery(ctx context.Context) {
 		case <-tick.C:
 			g.refusedMore(g.flood.rest())
 			g.origins.sweep(false)
+			g.outside.Sweep()
 			g.Rejudge()
 		}
 	}

@@ -1,7 +1,6 @@
 package egress
 
 import (
-	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -41,8 +40,8 @@ type tunnel struct {
 
 	// These are guarded by relay.mu: the registry reads them while the tunnel
 	// comes to be.
-	sni string         // what the caller sends, or is bound to send
-	to  netip.AddrPort // what was dialled
+	sni string // what the caller sends, or is bound to send
+	to  place  // what was dialled
 }
 
 // record is the beginning of every record about t.
@@ -133,9 +132,17 @@ func (g *Gateway) Tunnels() int {
 	return g.tunnels.n
 }
 
+// idleOf is how long nothing may move in a tunnel.
+func (g *Gateway) idleOf(how *mesh.Destination) time.Duration {
+	if how.Timeouts.Idle > 0 {
+		return min(how.Timeouts.Idle, g.lim.Idle)
+	}
+	return g.lim.Idle
+}
+
 // leadsThere reports whether s would let t lead to where it does, in the way
 // it does.
-func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.AddrPort) bool {
+func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to place) bool {
 	how, err := routeOf(s, t.host)
 	if err != nil || how.Proto != t.how.Proto || how.TLS != t.how.TLS || how.CA != t.how.CA || !how.Inject.Equal(t.how.Inject) {
 		return false
@@ -151,15 +158,18 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to netip.A
 	case t.webSocket.Load() && !slices.Contains(how.Upgrade, mesh.WebSocket):
 		return false
 	}
-	if !to.IsValid() {
+	if !to.addr.IsValid() {
 		return true // not dialled yet
 	}
-	same := func(e netip.AddrPort) bool { return e.Port() == to.Port() && e.Addr().Unmap() == to.Addr() }
+	listed := func(e mesh.Outlet) bool {
+		ap, literal := e.AddrPort()
+		return e.Address == to.outlet || literal && ap.Port() == to.addr.Port() && ap.Addr().Unmap() == to.addr.Addr()
+	}
 	switch {
-	case len(how.Endpoints) == 0 && len(t.how.Endpoints) > 0:
+	case len(how.Endpoints) == 0 && to.outlet != "":
 		return false // DNS was never asked where it leads
-	case len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, same):
+	case len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, listed):
 		return false
 	}
-	return g.dialer.Guard.Screen(to.Addr(), how.Private) == nil
+	return g.dialer.Guard.Screen(to.addr.Addr(), how.Private) == nil
 }

@@ -69,7 +69,7 @@ func (f *fetch) carry(o *origin) {
 	f.tunnel.webSocket.Store(true)
 	reason := ReasonDone
 	if f.g.rejudge(f.tunnel) == nil { // now that Rejudge can see what it is
-		_, _, err := http1.NewTunnel(f.a.hc, o.Conn, f.g.lim.Idle).Run()
+		_, _, err := http1.NewTunnel(f.a.hc, o.Conn, f.g.idleOf(&f.how)).Run()
 		switch {
 		case errors.Is(err, http1.ErrIdleTimeout):
 			reason = ReasonIdle
@@ -77,7 +77,7 @@ func (f *fetch) carry(o *origin) {
 			reason = ReasonReset
 		}
 	}
-	f.on(nil)
+	f.goes(nil)
 	o.discard()
 	f.recordEnd(cmp.Or(f.why(), reason))
 }

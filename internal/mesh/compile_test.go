@@ -453,7 +453,7 @@ func TestProjectTellsOfRealAddresses(t *testing.T) {
 		Memberships: []Membership{{Kind: DestinationGroup, Member: "hosts:more", Group: "hosts:some"}, {Kind: DestinationGroup, Member: "host:member.example.com", Group: "hosts:more"}},
 	}
 	for _, host := range []string{"exact.example.com", "member.example.com", "a.wild.example.com", "*.wide.example.com", "denied.example.com", "other.example.com"} {
-		s.Destinations = append(s.Destinations, Destination{Host: host, Proto: "tls", SNI: "strict", DNS: RealAddresses, Private: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.0.0.1:443")}})
+		s.Destinations = append(s.Destinations, Destination{Host: host, Proto: "tls", SNI: "strict", DNS: RealAddresses, Private: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Endpoints: []Outlet{{Address: "10.0.0.1:443"}}})
 	}
 	s.Destinations = append(s.Destinations, Destination{Host: "virtual.example.com", Proto: "tls", SNI: "strict"})
 	got := s.Project(payment)

@@ -184,8 +184,9 @@ type budgetDoc struct {
 }
 
 type routeDoc struct {
-	Endpoints      []netip.AddrPort `yaml:"endpoints"`
-	ConnectTimeout time.Duration    `yaml:"connect_timeout"`
+	Endpoints      []Outlet      `yaml:"endpoints"`
+	ConnectTimeout time.Duration `yaml:"connect_timeout"`
+	Resilience     `yaml:",inline"`
 }
 
 func (d egressDoc) nouns() []Destination {
@@ -197,8 +198,8 @@ func (d egressDoc) nouns() []Destination {
 		n := Destination{
 			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS, Probe: s.Probe, ALPN: s.ALPN, Upgrade: s.Upgrade,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
-			Endpoints:      slices.DeleteFunc(s.Route.Endpoints, func(a netip.AddrPort) bool { return !a.IsValid() }),
-			ConnectTimeout: s.Route.ConnectTimeout, Mode: Mode(s.Mode), Budget: Allowance(s.Budget),
+			Endpoints:      s.Route.Endpoints,
+			ConnectTimeout: s.Route.ConnectTimeout, Resilience: s.Route.Resilience, Mode: Mode(s.Mode), Budget: Allowance(s.Budget),
 			Origin: s.origin,
 		}
 		if i := s.Inject; i != nil {

@@ -168,15 +168,18 @@ type Destination struct {
 	Private []netip.Prefix `json:"private,omitempty"`
 	// Endpoints, when set, are dialled instead of what DNS says. They are
 	// screened all the same.
-	Endpoints []netip.AddrPort `json:"endpoints,omitempty"`
+	Endpoints []Outlet `json:"endpoints,omitempty"`
 	// Budget is what each workload may use of this destination.
 	Budget Allowance `json:"budget,omitzero"`
 	// Mode is what becomes of a call to this host that access.csv denies; empty: as
 	// modes.yaml says. Guardrails are no part of it.
 	Mode Mode `json:"mode,omitempty"`
-	// ConnectTimeout bounds one dial. Default 5 s.
+	// ConnectTimeout bounds one dial. Default 5 s. Timeouts.Connect is another word
+	// for it.
 	ConnectTimeout time.Duration `json:"connect_timeout,omitempty"`
-	Origin         Origin        `json:"origin"`
+	// Resilience is what is done when the host is late or fails.
+	Resilience
+	Origin Origin `json:"origin"`
 }
 
 // An Inject is a credential that a gateway has and its workloads do not.

@@ -35,11 +35,7 @@ func (v *validator) destinations() {
 		for _, p := range d.Private {
 			v.private(d.Origin, p)
 		}
-		for _, e := range d.Endpoints {
-			if !e.IsValid() || e.Port() == 0 || e.Addr().Zone() != "" || e.Addr().Is4In6() {
-				v.item(d.Origin, e.String(), "endpoint %q is not an address and a port", e)
-			}
-		}
+		v.outlets(&d)
 		if len(d.Endpoints) > 0 && strings.HasPrefix(d.Host, "*.") {
 			v.item(d.Origin, "endpoints:", "endpoints of pattern %q would serve every name below it: write one destination per host", d.Host)
 		}

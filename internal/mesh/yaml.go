@@ -66,6 +66,9 @@ type locator interface{ locate(Origin) }
 // presetter is implemented by structs whose defaults are not zero.
 type presetter interface{ preset() }
 
+// brief is implemented by structs that may be written as one text.
+type brief interface{ brief(text string) }
+
 func (d *decoder) decode(src []byte, v reflect.Value) {
 	d.spoiled = map[Origin]map[string]bool{}
 	d.secrets = secretNames(v.Type(), nil, map[reflect.Type]bool{})
@@ -163,6 +166,12 @@ func (d *decoder) value(n ast.Node, v reflect.Value, name string) {
 	case v.CanAddr() && v.Addr().Type().Implements(textType):
 		d.text(n, v.Addr().Interface().(encoding.TextUnmarshaler), name)
 	case v.Kind() == reflect.Struct:
+		if s, ok := n.(*ast.StringNode); ok {
+			if b, ok := v.Addr().Interface().(brief); ok {
+				b.brief(s.Value)
+				return
+			}
+		}
 		d.structure(n, v, name)
 	case v.Kind() == reflect.Map:
 		d.mapping(n, v, name)

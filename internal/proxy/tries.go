@@ -476,13 +476,10 @@ func outcomeOf(status, code int, refused string) upstream.Outcome {
 	case grpcResourceExhausted:
 		return upstream.Limited
 	}
-	switch {
-	case status == 429, refused == "overload":
+	if refused == "overload" {
 		return upstream.Limited
-	case status >= 500:
-		return upstream.Failed
 	}
-	return upstream.OK
+	return upstream.OutcomeOf(status)
 }
 
 // grpcCode reads a status of gRPC.

@@ -27,6 +27,17 @@ const (
 	Limited
 )
 
+// OutcomeOf is what a status of HTTP says of who answered.
+func OutcomeOf(status int) Outcome {
+	switch {
+	case status == 429:
+		return Limited
+	case status >= 500:
+		return Failed
+	}
+	return OK
+}
+
 const (
 	// maxRetryAfter bounds what a service may ask for in Retry-After.
 	maxRetryAfter = 300 * time.Second

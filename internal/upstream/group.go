@@ -114,7 +114,8 @@ type endpoint struct {
 	// rest is until when others are tried first, since no connection could be
 	// made. It is that of the pool, beside what else is looked at for a choice.
 	rest atomic.Int64
-	pool *Pool
+	pool *Pool // nil outside the mesh
+	addr netip.AddrPort
 	born int64 // when it appeared beside others, for the slow start; else 0
 	near bool  // it stands in our zone
 	history
@@ -205,7 +206,8 @@ func (s *Services) groupOf(name mesh.ServiceName, cfg mesh.Routes, places []plac
 		st.dst = p.pool.t.id.String()
 		e := was[p.pool]
 		if e == nil {
-			e = st.newEndpoint(p.pool, len(was) > 0)
+			e = st.newEndpoint(p.pool.t.addr, len(was) > 0)
+			e.pool = p.pool
 		}
 		e.near = s.cfg.Zone != "" && p.labels.Get(mesh.LabelZone) == s.cfg.Zone
 		g.all = append(g.all, e)
@@ -254,8 +256,8 @@ func (st *standing) markNow(now int64) {
 
 // newEndpoint makes what is to be known of a place; late says that calls go to
 // others already.
-func (st *standing) newEndpoint(p *Pool, late bool) *endpoint {
-	e := &endpoint{pool: p}
+func (st *standing) newEndpoint(addr netip.AddrPort, late bool) *endpoint {
+	e := &endpoint{addr: addr}
 	if st.out != nil {
 		e.window.width = int64(st.out.Interval / buckets)
 	}
@@ -341,7 +343,7 @@ func (g *group) look(now int64) *view {
 	if g.cfg.Balance.Policy == "ring_hash" {
 		names := make([]string, len(v.use))
 		for i, e := range v.use {
-			names[i] = e.pool.t.addr.String()
+			names[i] = e.addr.String()
 		}
 		v.ring = newRing(names)
 	}
@@ -471,7 +473,7 @@ func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 	if len(v.use) > 1 {
 		e = g.pick(v, now, w)
 	}
-	if w.Avoid.IsValid() && e.pool.t.addr == w.Avoid || e.rests(now) {
+	if w.Avoid.IsValid() && e.addr == w.Avoid || e.rests(now) {
 		e = g.instead(v, now, w, e)
 	}
 	c, err := e.pool.get(ctx, w)
@@ -486,7 +488,7 @@ func (g *group) lend(ctx context.Context, now int64, w *Want) (*Conn, error) {
 func (g *group) instead(v *view, now int64, w *Want, e *endpoint) *endpoint {
 	var shun []*endpoint
 	for _, a := range g.all {
-		if a.pool.t.addr == w.Avoid {
+		if a.addr == w.Avoid {
 			shun = append(shun, a)
 		}
 	}

@@ -159,7 +159,7 @@ func (g *standing) hear(e *endpoint, now int64, err error) {
 	}
 	g.turn.Add(1)
 	if g.change != nil {
-		t := Trouble{Service: g.name, Dst: g.dst, Kind: Unhealthy, Address: e.pool.t.addr, Since: time.Unix(0, now), Why: e.sickWhy}
+		t := Trouble{Service: g.name, Dst: g.dst, Kind: Unhealthy, Address: e.addr, Since: time.Unix(0, now), Why: e.sickWhy}
 		if err == nil {
 			t.Kind, t.Why = Healthy, ""
 		}

@@ -9,7 +9,8 @@ import (
 	"sallyport/internal/mesh"
 )
 
-// A lease is what a lent connection counts for, until it comes back.
+// A lease is what a lent connection counts for, until it comes back; or a try of
+// a call to a host outside, until it ends.
 type lease struct {
 	by    *standing
 	on    *endpoint
@@ -103,8 +104,7 @@ func (c *Conn) Left() bool {
 // Report tells what became of the call that the connection was lent for: when
 // the answer began, or it failed, and what the service asked for in Retry-After,
 // or 0. Without it the call counts for nothing.
-func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
-	l := &c.lease
+func (l *lease) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 	if l.by == nil || l.told {
 		return
 	}
@@ -117,21 +117,20 @@ func (c *Conn) Report(o Outcome, at time.Time, retryAfter time.Duration) {
 		return
 	}
 	l.by.blame(l.on, now, o, took, true)
-	c.tell(o, now, retryAfter)
+	l.tell(o, now, retryAfter)
 }
 
 // unbroken says that the last call of the service has not failed.
 func (st *standing) unbroken() bool { return st.breaker == nil || st.breaker.row.Load() == 0 }
 
 // ReportService is Report for what says nothing of the endpoint.
-func (c *Conn) ReportService(o Outcome, at time.Time, retryAfter time.Duration) {
-	if l := &c.lease; l.by != nil && !l.told {
-		c.tell(o, at.UnixNano(), retryAfter)
+func (l *lease) ReportService(o Outcome, at time.Time, retryAfter time.Duration) {
+	if l.by != nil && !l.told {
+		l.tell(o, at.UnixNano(), retryAfter)
 	}
 }
 
-func (c *Conn) tell(o Outcome, now int64, retryAfter time.Duration) {
-	l := &c.lease
+func (l *lease) tell(o Outcome, now int64, retryAfter time.Duration) {
 	l.told = true
 	st, took := l.by, time.Duration(max(now-l.at, 0))
 	if st.adaptive {
@@ -150,8 +149,8 @@ func (c *Conn) tell(o Outcome, now int64, retryAfter time.Duration) {
 
 // Lasts says that the connection is kept for long after the Report: the call counts
 // now, and not when it ends.
-func (c *Conn) Lasts() {
-	if l := &c.lease; l.by != nil && l.well {
+func (l *lease) Lasts() {
+	if l.by != nil && l.well {
 		l.well = false
 		l.by.count(time.Now().UnixNano(), OK, 0, 0, false, false)
 	}
@@ -159,8 +158,7 @@ func (c *Conn) Lasts() {
 
 // Quiet says that a Report of o puts nothing aside and cuts nothing off, nor takes
 // that back: nobody need be told, who may have to be waited for.
-func (c *Conn) Quiet(o Outcome, at time.Time) bool {
-	l := &c.lease
+func (l *lease) Quiet(o Outcome, at time.Time) bool {
 	if l.by == nil || l.by.breaker == nil {
 		return o == OK
 	}
@@ -184,15 +182,17 @@ func (st *standing) count(now int64, o Outcome, took, retryAfter time.Duration, 
 }
 
 // leave ends the lease.
-func (c *Conn) leave() {
-	by := c.by
+func (l *lease) leave() {
+	by := l.by
 	if by == nil {
 		return
 	}
-	c.by = nil // the rest means nothing without it
-	c.on.end(c.well)
+	l.by = nil // the rest means nothing without it
+	if l.on != nil {
+		l.on.end(l.well)
+	}
 	by.capacity.leave()
-	if !c.told {
-		by.count(time.Now().UnixNano(), Ignored, 0, 0, c.probe, c.again)
+	if !l.told {
+		by.count(time.Now().UnixNano(), Ignored, 0, 0, l.probe, l.again)
 	}
 }

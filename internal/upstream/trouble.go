@@ -39,7 +39,7 @@ type Trouble struct {
 
 // ejected describes an ejection. The caller holds the lock.
 func (st *standing) ejected(e *endpoint) Trouble {
-	return Trouble{Service: st.name, Dst: st.dst, Kind: Ejected, Address: e.pool.t.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why, Cause: causeOf(e.why)}
+	return Trouble{Service: st.name, Dst: st.dst, Kind: Ejected, Address: e.addr, Since: time.Unix(0, e.since), Until: time.Unix(0, e.out.Load()), Why: e.why, Cause: causeOf(e.why)}
 }
 
 // cut describes the breaker.
@@ -55,22 +55,32 @@ func (st *standing) cut(now int64) Trouble {
 func (s *Services) Troubles() (list []Trouble) {
 	now := time.Now().UnixNano()
 	for _, g := range *s.table.Load() {
-		if g.breaker != nil {
-			if t := g.cut(now); t.Kind == Open {
-				list = append(list, t)
-			}
-		}
-		g.mu.Lock()
-		for _, e := range g.all {
-			if e.out.Load() > now {
-				list = append(list, g.ejected(e))
-			}
-			if e.sick.Load() {
-				list = append(list, Trouble{Service: g.name, Dst: g.dst, Kind: Unhealthy, Address: e.pool.t.addr, Since: time.Unix(0, e.sickSince), Why: e.sickWhy})
-			}
-		}
-		g.mu.Unlock()
+		list = g.troubles(list, now)
 	}
+	return inOrder(list)
+}
+
+// troubles appends what is held against the service.
+func (st *standing) troubles(list []Trouble, now int64) []Trouble {
+	if st.breaker != nil {
+		if t := st.cut(now); t.Kind == Open {
+			list = append(list, t)
+		}
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, e := range st.whole {
+		if e.out.Load() > now {
+			list = append(list, st.ejected(e))
+		}
+		if e.sick.Load() {
+			list = append(list, Trouble{Service: st.name, Dst: st.dst, Kind: Unhealthy, Address: e.addr, Since: time.Unix(0, e.sickSince), Why: e.sickWhy})
+		}
+	}
+	return list
+}
+
+func inOrder(list []Trouble) []Trouble {
 	slices.SortFunc(list, func(a, b Trouble) int {
 		if a.Service != b.Service {
 			if a.Service < b.Service {

@@ -1,0 +1,141 @@
+package upstream
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"sallyport/internal/mesh"
+)
+
+func addrOf(n int) netip.AddrPort { return netip.MustParseAddrPort(fmt.Sprintf("192.0.2.%d:443", n)) }
+
+func begin(t *testing.T, o *Outside, cfg mesh.Routes) *Try {
+	t.Helper()
+	try, err := o.Begin("host:a.test", "host:*.test", cfg, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return try
+}
+
+func TestAddressesOutsideRestAndAreForgiven(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var o Outside
+		try := begin(t, &o, mesh.Routes{})
+		try.Unmade(addrOf(1))
+		if a, b := try.Rank(addrOf(1)), try.Rank(addrOf(2)); a != Rests || b != Well {
+			t.Errorf("ranks %d and %d", a, b)
+		}
+		time.Sleep(firstRest)
+		if r := try.Rank(addrOf(1)); r != Well {
+			t.Errorf("after its rest: %d", r)
+		}
+		try.Unmade(addrOf(1))
+		time.Sleep(firstRest)
+		if r := try.Rank(addrOf(1)); r != Rests {
+			t.Errorf("the second rest is not longer: %d", r)
+		}
+		try.On(addrOf(1))
+		if r := try.Rank(addrOf(1)); r != Well {
+			t.Errorf("once it is connected to: %d", r)
+		}
+		try.Tell(OK, time.Now(), 0)
+		try.End()
+	})
+}
+
+func TestAddressesOutsideArePutAside(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var told []Trouble
+		o := Outside{Changed: func(x Trouble) { told = append(told, x) }}
+		cfg := mesh.Routes{Outlier: &mesh.Outlier{Consecutive: 2, Ejection: time.Minute}}
+		for range 2 {
+			try := begin(t, &o, cfg)
+			try.Rank(addrOf(2))
+			try.On(addrOf(1))
+			try.Tell(Failed, time.Now(), 0)
+			try.End()
+		}
+		try := begin(t, &o, cfg)
+		if a, b := try.Rank(addrOf(1)), try.Rank(addrOf(2)); a != Aside || b != Well {
+			t.Errorf("ranks %d and %d", a, b)
+		}
+		if len(told) != 1 || told[0].Kind != Ejected || told[0].Address != addrOf(1) || len(o.Troubles()) != 1 {
+			t.Errorf("told %+v, lists %+v", told, o.Troubles())
+		}
+		time.Sleep(time.Minute)
+		if r := try.Rank(addrOf(1)); r != Well {
+			t.Errorf("after its time: %d", r)
+		}
+		try.End()
+	})
+}
+
+func TestHostsOutsideAreCutOffAndForgotten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var told []Trouble
+		o := Outside{Changed: func(x Trouble) { told = append(told, x) }}
+		cfg := mesh.Routes{Breaker: &mesh.Breaker{Consecutive: 1, Open: time.Hour, MaxOpen: time.Hour}}
+		try := begin(t, &o, cfg)
+		try.Tell(Failed, time.Now(), 0) // it came to no connection
+		try.End()
+		if _, err := o.Begin("host:a.test", "host:*.test", cfg, false); !errors.Is(err, ErrOpen) {
+			t.Errorf("the next call: %v", err)
+		}
+		if _, err := o.Begin("host:b.test", "host:*.test", cfg, false); err != nil {
+			t.Errorf("another host of the pattern: %v", err)
+		}
+		time.Sleep(forgetOutside + time.Second)
+		o.Sweep()
+		if len(told) != 2 || told[0].Kind != Open || told[1].Kind != Closed || told[1].Dst != "host:*.test" || len(o.hosts) != 0 {
+			t.Errorf("told %+v, %d hosts are known", told, len(o.hosts))
+		}
+	})
+}
+
+func TestRetriesOutsideHaveABudget(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var o Outside
+		cfg := mesh.Routes{Budget: mesh.Budget{Share: 1, Floor: 1}}
+		try := begin(t, &o, cfg)
+		n := 0
+		for try.Retry() {
+			n++
+		}
+		if n != 10 {
+			t.Errorf("%d retries in ten seconds, of one a second", n)
+		}
+		try.End()
+	})
+}
+
+func TestWhatIsKnownOutsideIsBounded(t *testing.T) {
+	var o Outside
+	try := begin(t, &o, mesh.Routes{})
+	for i := range 3 * maxAddresses {
+		try.Rank(addrOf(i))
+	}
+	if n, whole := len(try.host.at), len(try.host.whole); n != maxAddresses || whole != n {
+		t.Errorf("%d addresses, %d in all", n, whole)
+	}
+	for i := range maxOutside + 10 {
+		if _, err := o.Begin(fmt.Sprintf("host:%d.test", i), "", mesh.Routes{}, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(o.hosts) != maxOutside {
+		t.Errorf("%d hosts", len(o.hosts))
+	}
+	var none *Try
+	none.Unmade(addrOf(1))
+	none.On(addrOf(1))
+	none.Tell(OK, time.Now(), 0)
+	none.End()
+	if none.Retry() || none.Rank(addrOf(1)) != Well {
+		t.Error("something is known of nothing")
+	}
+}
