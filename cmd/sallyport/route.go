@@ -153,6 +153,9 @@ func writeRouted(w io.Writer, x *review.Routed) {
 	for _, s := range x.Shadows {
 		fmt.Fprintf(w, "shadow   %s\n", s)
 	}
+	if x.Recorded != "" {
+		fmt.Fprintf(w, "recorded %s\n", x.Recorded)
+	}
 	for i := range x.Judged {
 		writeAccount(w, &x.Judged[i].Account)
 	}

@@ -4,6 +4,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/route"
 )
 
 // An ownService is the workload's service in a snapshot. Each call asks for it,
@@ -12,7 +13,8 @@ type ownService struct {
 	snap *mesh.Snapshot
 	id   spiffeid.ID
 	mesh.Service
-	hosts map[string]bool // that its routes have it see
+	hosts  map[string]bool // that its routes have it see
+	keeper *route.Keeper   // by its routes, how calls to it are recorded
 }
 
 // service is the workload's service in the policy in force, zero while there is
@@ -27,7 +29,7 @@ func (s *sidecar) service() *ownService {
 		return own
 	}
 	svc, _ := snap.ServiceByID(self.ID)
-	own := &ownService{snap, self.ID, svc, snap.RoutesOf(svc.Name).Hosts()}
+	own := &ownService{snap, self.ID, svc, snap.RoutesOf(svc.Name).Hosts(), route.KeeperOf(snap, svc.Name)}
 	s.found.Store(own)
 	return own
 }
@@ -40,6 +42,9 @@ func (s *sidecar) name() mesh.ServiceName { return s.service().Name }
 
 // host says whether the routes of the workload's service have it see a host.
 func (s *sidecar) host(host []byte) bool { return s.service().hosts[string(host)] }
+
+// recorder finds the route that says how a call to the service is recorded.
+func (s *sidecar) recorder() *route.Keeper { return s.service().keeper }
 
 // stream says how streams are carried, if the workload's service speaks TCP.
 func (s *sidecar) stream() (mesh.Stream, bool) {

@@ -415,7 +415,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	}
 	if s.cfg.Inbound.Listen != "" {
 		inbound, e := proxy.NewInbound(proxy.InboundConfig{
-			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Host: s.host, ShadowOnly: s.cfg.Shadow.Only, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
+			Shared: s.shared("inbound"), Self: self, Port: s.port, Name: s.name, Host: s.host, Keeper: s.recorder, ShadowOnly: s.cfg.Shadow.Only, Stream: s.stream, ProxyFrom: s.cfg.Inbound.ProxyProtocol,
 			TLS: svid.ServerTLS(s.agent.Source(), anyMember(s.cfg.TrustDomain), hop.Proto, http2.Proto, "http/1.1"), PeerID: svid.PeerID,
 			Standing: s.agent.Source().Standing, Judge: s.judge, Tokens: s.tokens, App: s.app(), ForwardedFrom: s.cfg.Inbound.ForwardedFrom, RestartTrace: s.cfg.Tracing.RestartFrom,
 			MaxHandshakes: s.cfg.Limits.Handshakes, Rates: s.cfg.Inbound.Rates, MaxPerPeer: s.cfg.Limits.PeerConnections, HandshakeTimeout: s.cfg.Limits.HandshakeTimeout,

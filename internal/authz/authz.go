@@ -69,6 +69,8 @@ type Call struct {
 	Environment string
 	// Peer and Trace go to the audit record.
 	Peer, Trace string
+	// Route says how the call is recorded; nil: as its destination says.
+	Route *mesh.Route
 }
 
 // A Decision is the answer to a call. The zero Decision denies.

@@ -21,18 +21,15 @@ type Set struct {
 	groups   map[string][]string
 	in, out  *table
 	oracle   *oracle
-	keep     map[string]keeping // by destination; those that are not usual
-	lenient  *lenient           // nil when every file is enforced
+	keep     map[string]mesh.Keeping // by destination; those that are not usual
+	lenient  *lenient                // nil when every file is enforced
 }
-
-// keeping is how the calls of a destination are recorded.
-type keeping struct{ full, open bool }
 
 // keeping says how calls to dst are recorded: usually counted, and refused
 // when they cannot be.
-func (s *Set) keeping(dst string) keeping {
+func (s *Set) keeping(dst string) mesh.Keeping {
 	if s == nil || len(s.keep) == 0 {
-		return keeping{}
+		return mesh.Keeping{}
 	}
 	return s.keep[dst]
 }
@@ -71,9 +68,9 @@ func compileIndex(snap *mesh.Snapshot) (*Set, error) {
 		out:      newTable(),
 	}
 	for _, svc := range snap.Services {
-		if k := (keeping{svc.Audit == mesh.AuditFull, svc.Fail == mesh.FailOpen}); k != (keeping{}) {
+		if k := svc.Keeping(); k != (mesh.Keeping{}) {
 			if s.keep == nil {
-				s.keep = map[string]keeping{}
+				s.keep = map[string]mesh.Keeping{}
 			}
 			s.keep[svc.ID.String()] = k
 		}

@@ -54,10 +54,10 @@ func (d servicesDoc) nouns() []Service {
 		if s.Protocol == "" {
 			s.Protocol = HTTP
 		}
-		if s.Audit == "counted" {
+		if s.Audit == AuditCounted {
 			s.Audit = "" // the default, spelled out
 		}
-		if s.Fail == "closed" {
+		if s.Fail == FailClosed {
 			s.Fail = ""
 		}
 		out = append(out, Service{

@@ -82,11 +82,39 @@ type Stream struct {
 	Proxy string `json:"proxy,omitempty"`
 }
 
-// The values of Service.Audit and Service.Fail that are not usual.
+// The values of Audit and Fail of a Service and of a Route. Of a service the usual
+// ones, AuditCounted and FailClosed, are written as empty.
 const (
-	AuditFull = "full"
-	FailOpen  = "open"
+	AuditFull    = "full"
+	AuditCounted = "counted"
+	FailOpen     = "open"
+	FailClosed   = "closed"
 )
+
+// A Keeping is how calls that are allowed are recorded. Whatever it says, one that
+// is denied has a record of its own.
+type Keeping struct {
+	Full bool // each has a record of its own
+	Open bool // one that cannot be recorded goes on
+}
+
+// Keeping is how the calls to the service are recorded, as far as no route says.
+func (s *Service) Keeping() Keeping { return Keeping{s.Audit == AuditFull, s.Fail == FailOpen} }
+
+// By is k as a route has it, which may be nil.
+func (k Keeping) By(r *Route) Keeping {
+	if r == nil {
+		return k
+	}
+	if r.Audit != "" {
+		k.Full = r.Audit == AuditFull
+	}
+	if r.Fail != "" {
+		k.Open = r.Fail == FailOpen
+	}
+	k.Open = k.Open && !k.Full
+	return k
+}
 
 // An Endpoint is one place where a service is reached: the inbound mTLS
 // listener of the sidecar beside it.

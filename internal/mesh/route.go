@@ -100,7 +100,9 @@ type Route struct {
 	Translate *Translate `json:"translate,omitempty"`
 	// Plan moves the calls to one of the backends, step by step.
 	Plan *Plan `json:"rollout,omitempty"`
-	// Audit and Fail are as those of a Service, which they override.
+	// Audit is AuditFull or AuditCounted, Fail FailOpen or FailClosed, each empty
+	// for what the service says. The service's own sidecar goes by them: of the
+	// routes that say either, the most specific that matches the call as it comes.
 	Audit  string `json:"audit,omitempty"`
 	Fail   string `json:"fail,omitempty"`
 	Origin Origin `json:"origin"`

@@ -136,7 +136,15 @@ func TestRoutesSayEveryMistake(t *testing.T) {
 		{"translate: {to: soap, reflection: true}", `unknown "soap"`},
 		{"translate: {to: grpc, descriptors: a.binpb}", "does not stand beside"},
 		{"translate: {to: grpc, descriptors: ../services.yaml}", "is no file *.binpb"},
-		{"audit: full", "write it for the service"},
+		{"audit: all", `audit: unknown "all"`},
+		{"fail: soft", `fail: unknown "soft"`},
+		{"audit: full\n    fail: open", "contradicts audit"},
+		{"audit: full\n    backends: [{service: ledger}]", `audit: "ledger" is another service`},
+		{"audit: full\n    rewrite: {path: /x}", "the service sees the path that rewrite makes"},
+		{"audit: full\n    respond: {status: 200}", "respond answers every call itself"},
+		{"fail: open\n    matches: [{headers: [{name: X-Quiet, present: true}]}]", "fail: goes by path, method, grpc and from"},
+		{"fail: open\n    matches: [{query: [{name: q, present: true}]}]", "fail: goes by path, method, grpc and from"},
+		{"audit: counted\n    matches: [{path: {prefix: /v1}}]\n  - name: b\n    translate: {to: grpc, reflection: true}", "match them by grpc"},
 		{plan("canary: {subset: v2}"), "canary \"billing (v2)\" is none of the backends"},
 		{plan("canary: {}"), "canary is missing"},
 		{plan("canary: {service: ledger}", "steps: []"), "steps are missing"},
@@ -188,7 +196,7 @@ func TestAFileOfRoutesIsOfOneService(t *testing.T) {
 func TestStreamsHaveNoRoutesOfHTTP(t *testing.T) {
 	for _, route := range []string{
 		"matches: [{method: GET}]", "matches: [{region: {in: [eu], header: x}}]", "respond: {status: 200}", "cors: {allow_origins: [\"*\"]}",
-		"rewrite: {path: /x}", "sticky: {by: cookie, name: x}", "shadows: [{name: a, backend: {service: db}, share: 1%}]",
+		"rewrite: {path: /x}", "sticky: {by: cookie, name: x}", "shadows: [{name: a, backend: {service: db}, share: 1%}]", "audit: full",
 	} {
 		_, err := ParseFS(withRoutes("service: db\nroutes:\n  - name: a\n    "+route), demoDomain)
 		if err == nil || !strings.Contains(err.Error(), "speaks tcp") {

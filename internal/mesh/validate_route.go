@@ -199,8 +199,8 @@ func (c *routeChecker) route(r *Route) {
 	if r.Translate != nil {
 		c.translate(r.Translate)
 	}
-	if r.Audit != "" || r.Fail != "" {
-		c.notYet("", "audit or fail of a route", "write it for the service, in services.yaml")
+	if r.Keeps() {
+		c.keeping(r)
 	}
 	c.fits(r)
 }
@@ -215,6 +215,7 @@ func (c *routeChecker) fits(r *Route) {
 		{"sticky", r.Sticky != nil}, {"rewrite", r.Rewrite.set()}, {"timeouts", r.Timeouts != Timeouts{}},
 		{"retry", r.Retry != nil}, {"hedge", r.Hedge != nil}, {"faults", len(r.Faults) > 0},
 		{"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil}, {"rollout", r.Plan != nil},
+		{"audit", r.Audit != ""}, {"fail", r.Fail != ""},
 	}
 	what := ""
 	switch {
@@ -223,6 +224,7 @@ func (c *routeChecker) fits(r *Route) {
 		parts = []part{
 			{"redirect", r.Redirect != nil}, {"respond", r.Respond != nil}, {"rewrite", r.Rewrite.set()}, {"answer", r.Answer.set()}, {"cors", r.CORS != nil},
 			{"hedge", r.Hedge != nil}, {"shadows", len(r.Shadows) > 0}, {"translate", r.Translate != nil}, {"limit", r.Limit != nil}, {"rollout", r.Plan != nil},
+			{"audit", r.Audit != ""}, {"fail", r.Fail != ""},
 		}
 	case r.Redirect != nil:
 		what = "redirect answers every call itself"

@@ -20,6 +20,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
+	"sallyport/internal/route"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
@@ -47,6 +48,9 @@ type InboundConfig struct {
 	// Host says whether the routes of the service have the application see that
 	// Host where a caller's sidecar asks for it. Optional.
 	Host func(host []byte) bool
+	// Keeper finds the route of the service that says how a call is recorded.
+	// Optional.
+	Keeper func() *route.Keeper
 	// ShadowOnly says that the application is nothing but a shadow: it sees the
 	// name of the service that it stands for.
 	ShadowOnly bool
@@ -402,7 +406,7 @@ func (in *Inbound) decide(x *call) *refusal {
 	x.judged = authz.Call{
 		Dir: mesh.In, Src: x.who.id, Dst: in.self, Port: x.port,
 		Verb: x.verb(), Path: x.path(), Now: x.start, Peer: x.remote, Trace: x.traceText(),
-		Token: x.token,
+		Token: x.token, Route: in.kept(x),
 	}
 	g, err := x.judge.Judge(&x.judged)
 	if err == nil {
@@ -423,6 +427,21 @@ func (in *Inbound) decide(x *call) *refusal {
 		return in.lacking(x, d.ID)
 	}
 	return &refusal{status: 403, reason: "policy", decision: d.ID}
+}
+
+// kept is the route that says how the call is recorded, nil when none does. What is
+// compared is what is judged.
+func (in *Inbound) kept(x *call) *mesh.Route {
+	if in.cfg.Keeper == nil {
+		return nil
+	}
+	k := in.cfg.Keeper()
+	if k == nil {
+		return nil
+	}
+	c := &x.look
+	c.Method, c.Path, c.Caller = append(c.Method[:0], x.verb()...), append(c.Path[:0], x.path()...), x.src
+	return k.Route(c)
 }
 
 // warn tells the caller of a denial that is not enforced yet. The answer shows

@@ -52,6 +52,9 @@ type Routed struct {
 	Timeout time.Duration `json:"timeout,omitempty"`
 	Faults  []string      `json:"faults,omitempty"`
 	Shadows []string      `json:"shadows,omitempty"`
+	// Recorded says how calls that are allowed are recorded, where that is not the
+	// usual way or the routes of the service say it.
+	Recorded string `json:"recorded,omitempty"`
 	// Judged says for each service it may go to how the call is decided there.
 	Judged []Explained `json:"judged,omitempty"`
 }
@@ -152,8 +155,34 @@ func (x *Routed) judge(p *mesh.Policies, call authz.Call, to []mesh.ServiceName)
 			return err
 		}
 		x.Judged = append(x.Judged, e)
+		if name == x.Service {
+			x.Recorded = recorded(p, &p.Services[i], &call)
+		}
 	}
 	return nil
+}
+
+// recorded says how a call is recorded that is allowed; empty for the usual way.
+func recorded(p *mesh.Policies, svc *mesh.Service, call *authz.Call) string {
+	snap := &mesh.Snapshot{Routes: p.Routes, Memberships: p.Memberships}
+	r := route.KeeperOf(snap, svc.Name).Route(&route.Call{Method: []byte(call.Verb), Path: []byte(call.Path), Caller: call.Src.String()})
+	k := svc.Keeping().By(r)
+	if r == nil && k == (mesh.Keeping{}) {
+		return ""
+	}
+	how := "counted"
+	if k.Full {
+		how = "in full"
+	}
+	if k.Open {
+		how += ", and goes on where that cannot be done"
+	} else {
+		how += ", or refused"
+	}
+	if r != nil {
+		return how + " (route " + r.Name + ", " + r.Origin.String() + ")"
+	}
+	return how + " (" + svc.Origin.String() + ")"
 }
 
 // A RouteChange is a route that one set has and the other has not, or has
