@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/telemetry"
 )
 
 const (
@@ -15,6 +16,12 @@ const (
 	settleEvery = 4 * time.Second
 	// quietly is how many bytes may have been allocated since the last look.
 	quietly = 1 << 20
+	// idly is how long may have been computed since then. Calls that allocate next
+	// to nothing are no rest: what is done here takes both memory and processors
+	// away from them for many milliseconds. So it waits for rest, through so many
+	// looks.
+	idly     = settleEvery / 50
+	patience = 75
 	// worthwhile is how much more than the last time must be held, and an eighth
 	// of that: looking for what nobody needs costs as much as there is.
 	worthwhile = 3 << 20
@@ -37,7 +44,7 @@ func Settle(ctx context.Context) error {
 			debug.FreeOSMemory()
 			_ = capture.ForgetProgram() // where it cannot be done, more stays
 			h.look()
-			h.least = h.held()
+			h.least, h.waited = h.held(), 0
 		}
 	}
 }
@@ -48,6 +55,9 @@ type heap struct {
 	// fresh is what was allocated between the last two looks; least what was
 	// held after memory was last given back.
 	fresh, allocated, least uint64
+	// worked is what was computed between them.
+	worked, computed time.Duration
+	waited           int // looks at which that was too much
 }
 
 func newHeap() *heap {
@@ -65,6 +75,8 @@ func (h *heap) look() {
 	metrics.Read(h.list)
 	now := h.list[0].Value.Uint64()
 	h.fresh, h.allocated = now-h.allocated, now
+	spent := telemetry.CPUTime()
+	h.worked, h.computed = spent-h.computed, spent
 }
 
 // held is what the process has for objects and stacks, in use or not.
@@ -78,5 +90,10 @@ func (h *heap) held() (n uint64) {
 // settled says that little happens and that it may be worth while to look for
 // what can be given back.
 func (h *heap) settled() bool {
-	return h.fresh < quietly && h.held() > h.least+max(worthwhile, h.least/8)
+	if h.fresh >= quietly || h.held() <= h.least+max(worthwhile, h.least/8) {
+		h.waited = 0
+		return false
+	}
+	h.waited++
+	return h.worked < idly || h.waited > patience
 }

@@ -32,7 +32,7 @@ type saturated struct {
 func newSaturation(r *Registry) *saturation {
 	s := &saturation{
 		desc: prometheus.NewDesc("sallyport_saturation", "How much is in use of what is bounded, 1 is all: calls and connections of a reporter, tunnels, the audit spool, and of the process cpu (of the cores that it may use, since the last scrape) and fds.", []string{"reporter", "resource"}, nil),
-		now:  r.clock, asks: map[*saturated]struct{}{}, at: r.clock(), cpu: cpuTime(),
+		now:  r.clock, asks: map[*saturated]struct{}{}, at: r.clock(), cpu: CPUTime(),
 	}
 	r.reg.MustRegister(s)
 	return s
@@ -88,7 +88,7 @@ const leastSpan = time.Second
 // cpuLoad is how busy the process was since the scrape before. The caller holds
 // mu.
 func (s *saturation) cpuLoad() float64 {
-	now, cpu := s.now(), cpuTime()
+	now, cpu := s.now(), CPUTime()
 	if span := now.Sub(s.at); span >= leastSpan {
 		s.load = (cpu - s.cpu).Seconds() / span.Seconds() / float64(runtime.GOMAXPROCS(0))
 		s.at, s.cpu = now, cpu
@@ -96,7 +96,8 @@ func (s *saturation) cpuLoad() float64 {
 	return s.load
 }
 
-func cpuTime() time.Duration {
+// CPUTime is what the process has computed.
+func CPUTime() time.Duration {
 	var u syscall.Rusage
 	if syscall.Getrusage(syscall.RUSAGE_SELF, &u) != nil {
 		return 0
