@@ -33,6 +33,8 @@ type bills struct {
 	hangs atomic.Bool
 	amid  atomic.Pointer[chan struct{}]
 	after atomic.Int64
+	// busy has it answer one call that it is not there for.
+	busy atomic.Bool
 
 	mu   sync.Mutex // guards seen
 	seen []string   // method, path and hash of each body, and what marks it
@@ -45,6 +47,10 @@ func (b *bills) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if b.hangs.Load() {
 		<-r.Context().Done()
+		return
+	}
+	if b.busy.CompareAndSwap(true, false) {
+		http.Error(w, "busy", http.StatusServiceUnavailable)
 		return
 	}
 	body, err := io.ReadAll(r.Body)
@@ -83,6 +89,7 @@ type shadowed struct {
 	payment, next         *hand
 	first, second, copied bills
 	auditor               string // the file of a private key
+	spans                 *collector
 }
 
 func newShadowed(t *testing.T) *shadowed {
@@ -114,13 +121,15 @@ func newShadowed(t *testing.T) *shadowed {
 	w.auditor = w.path("auditor.txt")
 	w.put(w.auditor, key.String()+"\n")
 
+	w.spans = newCollector(t)
+	tracing := w.spans.config("0%")
 	w.startIssuer()
-	w.startBills(&node{name: "billing"}, &w.first, "")
+	w.startBills(&node{name: "billing"}, &w.first, tracing)
 	w.startBills(&node{name: "second"}, &w.second, "")
-	w.next = w.startBills(&node{name: "next"}, &w.copied, "shadow: {only: true}\n")
+	w.next = w.startBills(&node{name: "next"}, &w.copied, "shadow: {only: true}\n"+tracing)
 	pay := &node{name: "payment"}
 	w.join(pay)
-	w.write("payment", w.sidecarConfig(pay, w.token("payment"))+fmt.Sprintf(`shadow: {timeout: 1s, concurrency: 4, queue: 8}
+	w.write("payment", w.sidecarConfig(pay, w.token("payment"))+tracing+fmt.Sprintf(`shadow: {timeout: 1s, concurrency: 4, queue: 8}
 archives:
   bills: {recipients: [%s], rotate_after: 1s, redact: {json: [card.number]}, upload: {folder: %s}}
 `, key.Recipient(), w.path("elsewhere")))
@@ -220,6 +229,7 @@ func TestShadow(t *testing.T) {
 		want := fmt.Sprintf("POST billing.mesh.internal /v1/bills?x=1 %d %x shadow=1", len(large), sum[:4])
 		w.await("see the copy of the large body", func() bool { return w.copied.saw(want) })
 	})
+	t.Run("one trace has each try and the copy, and says which is which", w.traced)
 	t.Run("a workload that is all shadow writes nowhere", func(t *testing.T) {
 		p := read(t, ask[runReply](w.next, "/run", curl("-d", "x", "http://billing.mesh.internal/v1/bills")))
 		decision := isRefusal(t, p)
@@ -255,6 +265,29 @@ func TestShadow(t *testing.T) {
 		<-done
 		t.Logf("outcomes: %v", w.copies())
 	})
+}
+
+// traced follows a call that was tried twice and copied.
+func (w *shadowed) traced(t *testing.T) {
+	const trace = "4bf92f3577b34da6a3ce929d0e0e4737"
+	w.first.busy.Store(true)
+	p := read(t, ask[runReply](w.payment, "/run", curl("-H", "Traceparent: 00-"+trace+"-00f067aa0ba902b7-01", "http://billing.mesh.internal/v1/bills/9")))
+	if p.status != "200" {
+		t.Fatalf("%+v", p)
+	}
+	const call = "shop/sa/payment:call ns/shop/sa/billing"
+	marks := map[string]string{ // by path, an attribute that it must have
+		call + " > shop/sa/payment:upstream > shop/sa/billing:serve ns/shop/sa/billing":                      "http.response.status_code=503",
+		call + " > shop/sa/payment:retry":                                                                    "http.request.resend_count=1",
+		call + " > shop/sa/payment:retry > shop/sa/billing:serve ns/shop/sa/billing":                         "http.response.status_code=200",
+		call + " > shop/sa/payment:shadow next":                                                              "sallyport.shadow=true",
+		call + " > shop/sa/payment:shadow next > shop/sa/next:serve ns/shop/sa/next":                         "sallyport.shadow=true",
+		call + " > shop/sa/payment:shadow next > shop/sa/next:serve ns/shop/sa/next > shop/sa/next:upstream": "http.response.status_code=200",
+	}
+	defer func() {
+		t.Logf("spans of one trace:\n%s\nmissing: %q", strings.Join(w.spans.of(trace), "\n"), w.spans.without(trace, marks))
+	}()
+	w.await("collect the tries and the copy", func() bool { return len(w.spans.without(trace, marks)) == 0 })
 }
 
 // nobodyWaits shows, without a clock, that no call is held up by its copy: while the

@@ -58,15 +58,15 @@ type Config struct {
 	// DataDir.
 	InspectionKey string `yaml:"inspection_key"`
 
-	Issuer  agent.Join           `yaml:"issuer"`
-	Policy  agent.Policy         `yaml:"policy"`
-	Limits  LimitsConfig         `yaml:"limits"`
-	TLS     TLSConfig            `yaml:"tls"`
-	Audit   sink.ListConfig      `yaml:"audit"`
-	Log     daemon.LogConfig     `yaml:"log"`
-	Drain   daemon.DrainConfig   `yaml:"drain"`
-	Metrics daemon.MetricsConfig `yaml:"metrics"`
-	Tracing sink.TracesConfig    `yaml:"tracing"`
+	Issuer  agent.Join         `yaml:"issuer"`
+	Policy  agent.Policy       `yaml:"policy"`
+	Limits  LimitsConfig       `yaml:"limits"`
+	TLS     TLSConfig          `yaml:"tls"`
+	Audit   sink.ListConfig    `yaml:"audit"`
+	Log     daemon.LogConfig   `yaml:"log"`
+	Drain   daemon.DrainConfig `yaml:"drain"`
+	Metrics sink.MetricsConfig `yaml:"metrics"`
+	Tracing sink.TracesConfig  `yaml:"tracing"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.

@@ -39,7 +39,7 @@ func (gw *gateway) openNames() error {
 		}
 	})
 	gw.names, err = nameserver.New(nameserver.Config{
-		Book: book, Record: gw.audit.Append, Log: gw.log, Metrics: gw.metrics, PerPattern: c.PerPattern, Label: c.Label, Rate: c.Rate, Real: gw.realAddresses,
+		Book: book, Record: gw.audit.Append, Log: gw.log, Metrics: gw.metrics, Tracer: gw.tracer, PerPattern: c.PerPattern, Label: c.Label, Rate: c.Rate, Real: gw.realAddresses,
 	})
 	return err
 }

@@ -38,10 +38,12 @@ type gateway struct {
 	level   *slog.LevelVar
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
-	// tracer keeps spans, traces sends them; nil without a collector.
-	tracer *telemetry.Tracer
-	traces *sink.Traces
-	audit  *audit.Ledger
+	// tracer keeps spans, traces sends them, and exports the metrics; nil without a
+	// collector.
+	tracer  *telemetry.Tracer
+	traces  *sink.Traces
+	exports *sink.Metrics
+	audit   *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
 	// sinks send the audit log to other systems.
@@ -105,6 +107,7 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 	g.Go(func() error { return daemon.Settle(ground) })
 	g.Go(func() error { return gw.judge.Run(ground) })
 	g.Go(func() error { return gw.traces.Run(ground) })
+	g.Go(func() error { return gw.exports.Run(ground) })
 	if gw.tie == nil {
 		if err := gw.administer(ground, g, drain); err != nil {
 			return err
@@ -129,6 +132,19 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 		return gw.live(stop, ground, g, drain, self)
 	})
 	return g.Wait()
+}
+
+// openExports prepares to send spans and metrics to collectors, if there are any.
+func (gw *gateway) openExports() (err error) {
+	env := sink.Env{
+		Program: "gateway", Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
+	}
+	name := func() string { return "gateway" }
+	if gw.traces, err = sink.NewTraces(gw.cfg.Tracing, gw.tracer, env, name); err != nil {
+		return err
+	}
+	gw.exports, err = sink.NewMetrics(gw.cfg.Metrics, env, name)
+	return err
 }
 
 // administer serves the admin socket.
@@ -198,6 +214,7 @@ func (gw *gateway) open() (err error) {
 	if err != nil {
 		return err
 	}
+	gw.tracer = cfg.Tracing.Tracer(gw.metrics)
 	if err = gw.openNames(); err != nil {
 		return err
 	}
@@ -214,10 +231,7 @@ func (gw *gateway) open() (err error) {
 		return err
 	}
 	gw.agent.Source().Exchange(cfg.TLS.KeyExchange)
-	gw.tracer = cfg.Tracing.Tracer(gw.metrics)
-	if gw.traces, err = sink.NewTraces(cfg.Tracing, gw.tracer, sink.Env{
-		Program: "gateway", Identity: func() (*tls.Certificate, error) { return gw.agent.Source().Certificate() }, Metrics: gw.metrics, Log: gw.log,
-	}, func() string { return "gateway" }); err != nil {
+	if err := gw.openExports(); err != nil {
 		return err
 	}
 	gw.egress, err = egress.New(egress.Config{

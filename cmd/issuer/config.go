@@ -58,10 +58,10 @@ type Config struct {
 	// DataDir, for one.
 	Database DatabaseConfig `yaml:"database"`
 
-	CA      CAConfig             `yaml:"ca"`
-	Audit   sink.ListConfig      `yaml:"audit"`
-	Log     daemon.LogConfig     `yaml:"log"`
-	Metrics daemon.MetricsConfig `yaml:"metrics"`
+	CA      CAConfig           `yaml:"ca"`
+	Audit   sink.ListConfig    `yaml:"audit"`
+	Log     daemon.LogConfig   `yaml:"log"`
+	Metrics sink.MetricsConfig `yaml:"metrics"`
 
 	// Pprof serves profiles on the admin socket: what the process spends time and
 	// memory on. Default: no; the flag --pprof sets it.

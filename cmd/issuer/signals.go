@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/sink"
 	"sallyport/internal/telemetry"
 )
 
@@ -21,6 +22,12 @@ func (in *issuer) scrape() (net.Listener, error) {
 		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
 	}
 	return ln, nil
+}
+
+// openExports prepares to send the metrics to a collector, if there is one.
+func (in *issuer) openExports() (err error) {
+	in.exports, err = sink.NewMetrics(in.cfg.Metrics, sink.Env{Program: "issuer", Metrics: in.metrics, Log: in.log}, func() string { return "issuer" })
+	return err
 }
 
 // countCall counts the calls of proxies as a proxy counts those of workloads. The

@@ -58,6 +58,7 @@ type issuer struct {
 	page     *page.Page
 	witness  *witness
 	sinks    []*sink.Sink
+	exports  *sink.Metrics // nil without a collector
 	started  time.Time
 	doors    handover.Doors
 	follower *federation.Follower
@@ -120,6 +121,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	// then its error is to be said first.
 	defer context.AfterFunc(now, func() { os.Exit(daemon.Failed) })()
 	g.Go(func() error { return in.audit.Run(run) })
+	g.Go(func() error { return in.exports.Run(run) })
 	g.Go(func() error { return in.witness.tree.Run(run) })
 	g.Go(func() error { return in.audit.Keep(cfg.Audit.Keep, in.witness.tree).Run(run) })
 	g.Go(func() error { return in.received.sweep(run, in.witness.w, in.audit) })
@@ -157,7 +159,7 @@ func (in *issuer) open(ctx context.Context) error {
 	if err := daemon.OwnDir("data_dir", cfg.DataDir); err != nil {
 		return err
 	}
-	if err := in.openAudit(); err != nil {
+	if err := errors.Join(in.openAudit(), in.openExports()); err != nil {
 		return err
 	}
 	if err := in.openStore(ctx); err != nil {

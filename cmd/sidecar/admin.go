@@ -54,17 +54,22 @@ func (s *sidecar) scrape() (net.Listener, error) {
 	return ln, nil
 }
 
-// openTraces prepares to send spans to a collector, if there is one.
-func (s *sidecar) openTraces() (err error) {
-	s.tracer = s.cfg.Tracing.Tracer(s.metrics)
-	s.traces, err = sink.NewTraces(s.cfg.Tracing, s.tracer, sink.Env{
+// openExports prepares to send spans and metrics to collectors, if there are any.
+func (s *sidecar) openExports() (err error) {
+	env := sink.Env{
 		Program: "sidecar", Identity: func() (*tls.Certificate, error) { return s.agent.Source().Certificate() }, Metrics: s.metrics, Log: s.log,
-	}, func() string {
+	}
+	name := func() string {
 		self, err := s.agent.Self()
 		if err != nil {
 			return "sidecar" // before it has an identity, of which it knows only when it asks
 		}
 		return strings.TrimPrefix(self.ID.Path(), "/")
-	})
+	}
+	s.tracer = s.cfg.Tracing.Tracer(s.metrics)
+	if s.traces, err = sink.NewTraces(s.cfg.Tracing, s.tracer, env, name); err != nil {
+		return err
+	}
+	s.exports, err = sink.NewMetrics(s.cfg.Metrics, env, name)
 	return err
 }

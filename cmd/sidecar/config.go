@@ -35,22 +35,22 @@ type Config struct {
 	// Default: "run" inside DataDir.
 	RunDir string `yaml:"run_dir"`
 
-	Issuer   agent.Join           `yaml:"issuer"`
-	Policy   agent.Policy         `yaml:"policy"`
-	Workload WorkloadConfig       `yaml:"workload"`
-	Inbound  InboundConfig        `yaml:"inbound"`
-	Outbound OutboundConfig       `yaml:"outbound"`
-	Egress   EgressConfig         `yaml:"egress"`
-	Capture  CaptureConfig        `yaml:"capture"`
-	Names    NamesConfig          `yaml:"names"`
-	Limits   LimitsConfig         `yaml:"limits"`
-	Shadow   ShadowConfig         `yaml:"shadow"`
-	TLS      TLSConfig            `yaml:"tls"`
-	Audit    sink.ListConfig      `yaml:"audit"`
-	Log      daemon.LogConfig     `yaml:"log"`
-	Drain    daemon.DrainConfig   `yaml:"drain"`
-	Metrics  daemon.MetricsConfig `yaml:"metrics"`
-	Tracing  sink.TracesConfig    `yaml:"tracing"`
+	Issuer   agent.Join         `yaml:"issuer"`
+	Policy   agent.Policy       `yaml:"policy"`
+	Workload WorkloadConfig     `yaml:"workload"`
+	Inbound  InboundConfig      `yaml:"inbound"`
+	Outbound OutboundConfig     `yaml:"outbound"`
+	Egress   EgressConfig       `yaml:"egress"`
+	Capture  CaptureConfig      `yaml:"capture"`
+	Names    NamesConfig        `yaml:"names"`
+	Limits   LimitsConfig       `yaml:"limits"`
+	Shadow   ShadowConfig       `yaml:"shadow"`
+	TLS      TLSConfig          `yaml:"tls"`
+	Audit    sink.ListConfig    `yaml:"audit"`
+	Log      daemon.LogConfig   `yaml:"log"`
+	Drain    daemon.DrainConfig `yaml:"drain"`
+	Metrics  sink.MetricsConfig `yaml:"metrics"`
+	Tracing  sink.TracesConfig  `yaml:"tracing"`
 
 	// Archives keep joined records of calls that were copied, by the name that a
 	// route gives.

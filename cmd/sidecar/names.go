@@ -109,7 +109,7 @@ func (s *sidecar) openNames() error {
 		search = r.Search
 	}
 	conf := nameserver.Config{
-		Book: s.addresses, Record: s.audit.Append, Log: s.log, Metrics: s.metrics, IPv4Only: c.IPv4Only || !hasIPv6(), Mesh: true,
+		Book: s.addresses, Record: s.audit.Append, Log: s.log, Metrics: s.metrics, Tracer: s.tracer, IPv4Only: c.IPv4Only || !hasIPv6(), Mesh: true,
 		Endpoints: s.cfg.Capture.Unknown != toGateway, Search: search, PerPattern: c.PerPattern, Label: c.Label, Rate: c.Rate,
 	}
 	if len(c.Gateways) > 0 {

@@ -53,10 +53,12 @@ type sidecar struct {
 	ready   *daemon.Ready
 	metrics *telemetry.Registry
 	edges   *telemetry.Edges
-	// tracer keeps spans, traces sends them; nil without a collector.
-	tracer *telemetry.Tracer
-	traces *sink.Traces
-	audit  *audit.Ledger
+	// tracer keeps spans, traces sends them, and exports the metrics; nil without a
+	// collector.
+	tracer  *telemetry.Tracer
+	traces  *sink.Traces
+	exports *sink.Metrics
+	audit   *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
 	// sinks send the audit log to other systems.
@@ -171,6 +173,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return s.mirror.Run(ground) })
 	g.Go(func() error { return s.regions.Follow(ground) })
 	g.Go(func() error { return s.traces.Run(ground) })
+	g.Go(func() error { return s.exports.Run(ground) })
 	if s.tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
@@ -260,7 +263,7 @@ func (s *sidecar) open() (err error) {
 		}
 		s.gateways.Use(gatewaySnapshot(cfg.Egress))
 	}
-	if err = errors.Join(s.openTraces(), s.openTokens(), s.openMirror(), s.openRegions(), s.openNames()); err != nil {
+	if err = errors.Join(s.openExports(), s.openTokens(), s.openMirror(), s.openRegions(), s.openNames()); err != nil {
 		return err
 	}
 	s.agent, err = agent.Open(agent.Config{

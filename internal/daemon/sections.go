@@ -83,6 +83,9 @@ type MetricsConfig struct {
 	// Anyone allows an address that is not on loopback. Metrics name services and
 	// rules, and how often they are called; whoever reaches the port reads that.
 	Anyone bool `yaml:"anyone"`
+	// IstioNames serves the calls also under the names that Istio's metrics have,
+	// for dashboards that know those. It takes about as much room again.
+	IstioNames bool `yaml:"istio_names"`
 	// Disabled has nothing counted at all. It is for measuring what that costs.
 	Disabled bool `yaml:"disabled"`
 }
@@ -93,11 +96,18 @@ func (m MetricsConfig) Registry(trustDomain string) *telemetry.Registry {
 	if m.Disabled {
 		return nil
 	}
-	return telemetry.NewRegistry().Home(trustDomain)
+	r := telemetry.NewRegistry().Home(trustDomain)
+	if m.IstioNames {
+		r.IstioNames()
+	}
+	return r
 }
 
 // Validate reports every mistake, by field.
 func (m MetricsConfig) Validate() error {
+	if m.Disabled && m.IstioNames {
+		return errors.New("metrics.istio_names: metrics.disabled has nothing to serve; leave one of both out")
+	}
 	if m.Listen == "" {
 		return nil
 	}

@@ -60,6 +60,7 @@ type answerer struct {
 
 	zone    *zone
 	entries map[string]*entry
+	met     *entry // of the last answer that was not ready, nil for what is no name
 }
 
 func (n *Names) answerer(who spiffeid.ID, most int) *answerer {

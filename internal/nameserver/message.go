@@ -18,6 +18,7 @@ import (
 // is no question, so that two servers never keep each other busy. Stream says
 // that the answer may be as long as it is.
 func (a *answerer) answer(ctx context.Context, in []byte, stream bool) (out []byte, r Result) {
+	a.met = nil
 	if len(in) < headSize || in[2]&0x80 != 0 {
 		return nil, Badly
 	}
@@ -180,6 +181,7 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 	if e.result == Dropped {
 		return Dropped
 	}
+	a.met = e
 	a.names.asked(a.who, e, a.from)
 	what, ttl := *e.meaning, uint32(virtualTTL)
 	if t := m.Question[0].Qtype; e.real && (t == dns.TypeA || t == dns.TypeAAAA) {

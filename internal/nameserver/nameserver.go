@@ -50,6 +50,8 @@ type Config struct {
 	Log *slog.Logger
 	// Metrics counts questions. Default: nothing is counted.
 	Metrics *telemetry.Registry
+	// Tracer keeps spans of answers. Default: none is kept.
+	Tracer *telemetry.Tracer
 	// IPv4Only leaves virtual addresses of IPv6 out.
 	IPv4Only bool
 	// Mesh answers for the services of the mesh. Endpoints answers for their

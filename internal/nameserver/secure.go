@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/miekg/dns"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -102,8 +103,9 @@ func (n *Names) serveHTTP(w http.ResponseWriter, r *http.Request, standing func(
 		http.Error(w, "more questions than this workload may ask", http.StatusTooManyRequests)
 		return
 	}
+	began := time.Now()
 	out, res := a.answer(r.Context(), in, true)
-	n.counter(res).Inc()
+	a.told(res, began)
 	if res == Dropped {
 		w.Header().Set("Connection", "close")
 		http.Error(w, "another process answers; ask again", http.StatusServiceUnavailable)

@@ -42,6 +42,7 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 	a.from = func() netip.AddrPort { return d.From(at) }
 	var aside sync.WaitGroup
 	defer aside.Wait()
+	times := n.cfg.Metrics.NameTimes(isReady)
 	places := make(chan *answerer, slow)
 	for range slow {
 		places <- nil
@@ -63,6 +64,7 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 			}
 			continue
 		}
+		began, answers := time.Now(), 0 // the datagrams of a batch share their time
 		for i := range came {
 			if !a.may() {
 				continue
@@ -71,7 +73,11 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 			at = i
 			if answer, e := a.quick(b, size); answer > 0 {
 				e.count.Inc()
+				answers++
 				d.Reply(i, answer)
+				if n.cfg.Tracer != nil {
+					a.span(e, e.result, isReady, began, time.Now())
+				}
 				continue
 			}
 			select {
@@ -84,7 +90,7 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 					one.from = func() netip.AddrPort { return to }
 					defer func() { places <- one }()
 					if out, r := one.answer(ctx, in, false); len(out) > 0 {
-						n.counter(r).Inc()
+						one.told(r, began)
 						_, _ = c.WriteToUDPAddrPort(out, to) // may be lost
 					}
 				})
@@ -92,7 +98,9 @@ func (n *Names) ServeUDP(ctx context.Context, c *net.UDPConn, who spiffeid.ID) e
 				n.counter(Dropped).Inc()
 			}
 		}
-		if err := d.Send(); err != nil && ctx.Err() == nil {
+		err = d.Send()
+		times.Observe(time.Since(began), answers)
+		if err != nil && ctx.Err() == nil {
 			return err
 		}
 	}
@@ -188,11 +196,12 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 		if !a.may() {
 			return
 		}
+		began := time.Now()
 		out, r := a.answer(ctx, buf[2:], true)
 		if len(out) == 0 {
 			return
 		}
-		n.counter(r).Inc()
+		a.told(r, began)
 		out = append(binary.BigEndian.AppendUint16(make([]byte, 0, 2+len(out)), uint16(len(out))), out...)
 		if c.SetWriteDeadline(time.Now().Add(writeTime)) != nil {
 			return

@@ -145,7 +145,18 @@ func (o *Outbound) RunFor(ctx context.Context, ln net.Listener, service mesh.Ser
 	looking, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	wg.Go(func() { every(looking, rejudgeEvery, func() { o.cfg.closed(d.rejudge()...) }) })
+	defer o.cfg.Metrics.Saturation(o.cfg.Reporter, "queue", func() float64 { return float64(o.waiting()) / float64(d.MaxInFlight) })()
 	return d.run(ctx, ln)
+}
+
+// waiting is how many calls wait for a connection.
+func (o *Outbound) waiting() (n int) {
+	for _, s := range []*upstream.Services{o.cfg.Services, o.cfg.Streams, o.cfg.Gateways} {
+		if s != nil {
+			n += s.Waiting()
+		}
+	}
+	return n
 }
 
 // Yield has the open connections end with the call that they carry, or the next

@@ -60,8 +60,9 @@ func (o *otlpGRPC) open() (err error) {
 // The methods are those of the services that opentelemetry-proto defines. Their
 // generated clients would bring a gateway from JSON along.
 const (
-	exportLogs   = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
-	exportTraces = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+	exportLogs    = "/opentelemetry.proto.collector.logs.v1.LogsService/Export"
+	exportTraces  = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+	exportMetrics = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 )
 
 func (o *otlpGRPC) export(ctx context.Context, method string, q, resp proto.Message) error {

@@ -171,6 +171,15 @@ func (f *family[C, H]) sweep(now time.Time) {
 	}
 }
 
+// each looks at every series that is shown.
+func (f *family[C, H]) each(look func(labels, *C)) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	for l, c := range f.children {
+		look(l, c.h)
+	}
+}
+
 func (f *family[C, H]) size() (string, int) {
 	f.mu.RLock()
 	defer f.mu.RUnlock()

@@ -85,7 +85,7 @@ func TestServiceOfAnIdentity(t *testing.T) {
 // classic one.
 func TestHistogramBuckets(t *testing.T) {
 	for d := time.Duration(0); d < 200*time.Hour; d = d*13/11 + 7 {
-		var h histogram
+		var h Histogram
 		h.observe(d, nil, time.Time{})
 		m := &dto.Metric{}
 		h.write(m, time.Time{})
@@ -113,7 +113,7 @@ func TestHistogramBuckets(t *testing.T) {
 }
 
 func TestHistogramSpans(t *testing.T) {
-	var h histogram
+	var h Histogram
 	for range 3 {
 		h.observe(time.Second, nil, time.Time{}) // bucket 0
 	}
@@ -145,7 +145,7 @@ func TestExemplarsAreOfKeptTraces(t *testing.T) {
 }
 
 func BenchmarkHistogram(b *testing.B) {
-	var h histogram
+	var h Histogram
 	b.ReportAllocs()
 	for b.Loop() {
 		h.observe(3*time.Millisecond, nil, time.Time{})

@@ -157,6 +157,15 @@ func (r *Registry) Names(result string) *Counter {
 	return r.asked.get(labels{result})
 }
 
+// NameTimes counts how long answers of the nameserver took, by what they are:
+// "ready", "made" or "real".
+func (r *Registry) NameTimes(answer string) *Histogram {
+	if r == nil {
+		return nil
+	}
+	return r.named.get(labels{answer})
+}
+
 // EgressTunnels is the number of open tunnels of a caller.
 func (r *Registry) EgressTunnels(src string) *Gauge {
 	if r == nil {
@@ -306,4 +315,13 @@ func (r *Registry) Spans(result string) *Counter {
 		return nil
 	}
 	return r.spans.get(labels{result})
+}
+
+// MetricsExports counts times that the metrics were sent away, by result "sent",
+// "refused" or "failed".
+func (r *Registry) MetricsExports(result string) *Counter {
+	if r == nil {
+		return nil
+	}
+	return r.pushed.get(labels{result})
 }

@@ -39,10 +39,11 @@ var steps = func() (s [perOctave]float64) {
 	return s
 }()
 
-// A histogram counts durations, in classic buckets and in native ones, and
+// A Histogram counts durations, in classic buckets and in native ones, and
 // remembers a trace for each of the classic. To count takes three additions and
-// allocates nothing, but for what was never needed before.
-type histogram struct {
+// allocates nothing, but for what was never needed before. A nil Histogram counts
+// nothing.
+type Histogram struct {
 	sum     atomic.Int64 // nanoseconds
 	zero    atomic.Uint64
 	native  [most - least]atomic.Pointer[[perOctave]atomic.Uint64]
@@ -58,24 +59,37 @@ type exemplar struct {
 	at    time.Time
 }
 
-// observe counts d. A trace that is kept is remembered.
-func (h *histogram) observe(d time.Duration, t *Trace, now time.Time) {
-	d = max(d, 0)
-	h.countNative(d) // before the classic: a scrape reads them the other way round
-	i := 0
-	for i < len(bounds) && d > bounds[i] {
-		i++
+// Observe counts n times d.
+func (h *Histogram) Observe(d time.Duration, n int) {
+	if h != nil && n > 0 {
+		h.add(max(d, 0), uint64(n))
 	}
-	h.classic[i].Add(1)
-	h.sum.Add(int64(d))
+}
+
+// observe counts d. A trace that is kept is remembered.
+func (h *Histogram) observe(d time.Duration, t *Trace, now time.Time) {
+	d = max(d, 0)
+	i := h.add(d, 1)
 	if t != nil && t.Sampled {
 		h.remember(i, d, t.ID, now)
 	}
 }
 
-func (h *histogram) countNative(d time.Duration) {
+// add counts n times d and returns its classic bucket.
+func (h *Histogram) add(d time.Duration, n uint64) int {
+	h.addNative(d, n) // before the classic: a scrape reads them the other way round
+	i := 0
+	for i < len(bounds) && d > bounds[i] {
+		i++
+	}
+	h.classic[i].Add(n)
+	h.sum.Add(int64(d) * int64(n))
+	return i
+}
+
+func (h *Histogram) addNative(d time.Duration, n uint64) {
 	if d <= least2 {
-		h.zero.Add(1)
+		h.zero.Add(n)
 		return
 	}
 	frac, exp := math.Frexp(d.Seconds())
@@ -96,10 +110,10 @@ func (h *histogram) countNative(d time.Duration) {
 			o = h.native[i].Load()
 		}
 	}
-	o[step-1].Add(1)
+	o[step-1].Add(n)
 }
 
-func (h *histogram) remember(i int, d time.Duration, id [16]byte, now time.Time) {
+func (h *Histogram) remember(i int, d time.Duration, id [16]byte, now time.Time) {
 	all := h.traces.Load()
 	if all == nil {
 		all = new([len(bounds) + 1]exemplar)
@@ -115,16 +129,16 @@ func (h *histogram) remember(i int, d time.Duration, id [16]byte, now time.Time)
 	e.mu.Unlock()
 }
 
-func (h *histogram) count() (n uint64) {
+func (h *Histogram) count() (n uint64) {
 	for i := range h.classic {
 		n += h.classic[i].Load()
 	}
 	return n
 }
 
-func (h *histogram) mark() (uint64, bool) { return h.count(), true }
+func (h *Histogram) mark() (uint64, bool) { return h.count(), true }
 
-func (h *histogram) write(m *dto.Metric, _ time.Time) bool {
+func (h *Histogram) write(m *dto.Metric, _ time.Time) bool {
 	out := &dto.Histogram{Schema: ptr(int32(schema)), ZeroThreshold: ptr(math.Exp2(least))}
 	sum := uint64(0)
 	for i := range h.classic {
@@ -144,7 +158,7 @@ func (h *histogram) write(m *dto.Metric, _ time.Time) bool {
 }
 
 // spans writes the native buckets as runs and differences, and returns their sum.
-func (h *histogram) spans(out *dto.Histogram) (total uint64) {
+func (h *Histogram) spans(out *dto.Histogram) (total uint64) {
 	end, before := 0, int64(0) // of the last bucket written
 	for i := range h.native {
 		o := h.native[i].Load()
@@ -173,7 +187,7 @@ func (h *histogram) spans(out *dto.Histogram) (total uint64) {
 	return total
 }
 
-func (h *histogram) exemplar(i int) *dto.Exemplar {
+func (h *Histogram) exemplar(i int) *dto.Exemplar {
 	all := h.traces.Load()
 	if all == nil {
 		return nil

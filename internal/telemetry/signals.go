@@ -116,8 +116,8 @@ type Series struct {
 	// Of TCP alone.
 	opened, closed *Counter
 	// latency is by class: 0 for codes that are none, 1 to 5 for 1xx to 5xx.
-	latency [6]atomic.Pointer[histogram]
-	first   atomic.Pointer[histogram]
+	latency [6]atomic.Pointer[Histogram]
+	first   atomic.Pointer[Histogram]
 	// codes is replaced as a whole; a service answers with few of them, so that
 	// a walk beats a map.
 	codes atomic.Pointer[[]codeCounter]
@@ -220,7 +220,7 @@ func (x *Series) counter(code int, status, flag string) *Counter {
 
 var classes = [6]string{"err", "1xx", "2xx", "3xx", "4xx", "5xx"}
 
-func (x *Series) observer(class int) *histogram {
+func (x *Series) observer(class int) *Histogram {
 	if o := x.latency[class].Load(); o != nil {
 		return o
 	}
@@ -229,7 +229,7 @@ func (x *Series) observer(class int) *histogram {
 	return o
 }
 
-func (x *Series) toFirst() *histogram {
+func (x *Series) toFirst() *Histogram {
 	if o := x.first.Load(); o != nil {
 		return o
 	}

@@ -56,7 +56,8 @@ type TracerConfig struct {
 	// PerSecond bounds how many are kept: callers say of a trace that it is to be.
 	// Default 1000.
 	PerSecond int
-	// Metrics counts the spans that are not kept. Optional.
+	// Metrics counts the spans that are not kept, and shows how full the queue is.
+	// Optional.
 	Metrics *Registry
 }
 
@@ -86,6 +87,7 @@ func NewTracer(c TracerConfig) *Tracer {
 		c.PerSecond = 1000
 	}
 	t := &Tracer{slow: c.Slow, spans: make(chan *Span, c.Queue), dropped: c.Metrics.Spans("dropped"), rate: float64(c.PerSecond), tokens: float64(c.PerSecond)}
+	c.Metrics.Saturation("traces", "queue", func() float64 { return float64(len(t.spans)) / float64(cap(t.spans)) })
 	if share := min(max(c.Sample, 0), 1); share == 1 {
 		t.below = math.MaxUint64
 	} else {

@@ -12,12 +12,13 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
 )
 
 type (
 	counterFamily   = family[Counter, *Counter]
 	gaugeFamily     = family[Gauge, *Gauge]
-	histogramFamily = family[histogram, *histogram]
+	histogramFamily = family[Histogram, *Histogram]
 	expiryFamily    = family[Expiry, *Expiry]
 )
 
@@ -32,13 +33,14 @@ type Registry struct {
 	saturated *saturation
 
 	requests, reqBytes, respBytes, tcpOpened, tcpClosed    *counterFamily
-	latency, ttfb                                          *histogramFamily
+	latency, ttfb, named                                   *histogramFamily
 	inflight                                               *gaugeFamily
 	authz, mismatch, candidate, audit, sinks, sinkErrs     *counterFamily
 	shadow, archived, retries, ejections, connects         *counterFamily
 	tls, turned, broken, unread, asked, tunnelB            *counterFamily
 	reloads, rotations, lookups, askedUp, tokenKeys        *counterFamily
 	messages, rollouts, delivered, rejected, capped, spans *counterFamily
+	pushed                                                 *counterFamily
 	cutOff, open, tunnels, federated, revision             *gaugeFamily
 	expiry                                                 *expiryFamily
 	sinkLags                                               *lags
@@ -64,14 +66,15 @@ func NewRegistry() *Registry {
 func (r *Registry) calls() {
 	r.requests = counters(r, 6, "sallyport_requests_total", "Calls that ended: code is the status of HTTP, grpc that of gRPC, flag why a proxy answered in the service's place.",
 		"reporter", "proto", "code", "grpc", "flag", "tls", "src", "dst", "route")
-	r.latency = newFamily[histogram](r, 2, "sallyport_request_duration_seconds", "Time from the first byte of the request to the last of the response.", "reporter", "class", "src", "dst", "route")
-	r.ttfb = newFamily[histogram](r, 0, "sallyport_request_ttfb_seconds", "Time from the first byte of the request to the first of the response, as the caller's proxy sees it.", "dst", "route")
+	r.latency = newFamily[Histogram](r, 2, "sallyport_request_duration_seconds", "Time from the first byte of the request to the last of the response.", "reporter", "class", "src", "dst", "route")
+	r.ttfb = newFamily[Histogram](r, 0, "sallyport_request_ttfb_seconds", "Time from the first byte of the request to the first of the response, as the caller's proxy sees it.", "dst", "route")
 	r.reqBytes = counters(r, 1, "sallyport_request_bytes_total", "Bytes of request bodies, and of streams towards the service.", "reporter", "src", "dst", "route")
 	r.respBytes = counters(r, 1, "sallyport_response_bytes_total", "Bytes of response bodies, and of streams from the service.", "reporter", "src", "dst", "route")
 	r.inflight = gauges(r, 1, "sallyport_inflight", "Calls that are running.", "reporter", "dst")
 	r.tcpOpened = counters(r, 1, "sallyport_tcp_opened_total", "Streams and tunnels that began.", "reporter", "src", "dst")
 	r.tcpClosed = counters(r, 1, "sallyport_tcp_closed_total", "Streams and tunnels that ended.", "reporter", "src", "dst")
 	r.spans = counters(r, 1, "sallyport_trace_spans_total", "Spans by what became of them: sent, refused by the collector, or dropped since the queue was full or the rate too high.", "result")
+	r.pushed = counters(r, 1, "sallyport_metrics_exports_total", "Times that the metrics were sent to a collector, or could not be.", "result")
 }
 
 // decisions are what the judge and the audit log have to say.
@@ -105,6 +108,7 @@ func (r *Registry) traffic() {
 	r.broken = counters(r, 2, "sallyport_hop_violations_total", "Connections between proxies that ended because the peer broke the protocol, by how.", "reporter", "reason")
 	r.unread = counters(r, 2, "sallyport_requests_refused_total", "Requests that were refused for their form, size or slowness, by reason.", "reporter", "reason")
 	r.asked = counters(r, 1, "sallyport_dns_questions_total", "Questions that the nameserver has answered or dropped, by what became of them.", "result")
+	r.named = newFamily[Histogram](r, 1, "sallyport_dns_duration_seconds", "Time from a question to its answer: ready answers were made before, made ones for the question, real ones have addresses that were looked up.", "answer")
 	r.tunnels = gauges(r, 0, "sallyport_egress_tunnels", "Tunnels that are open, by caller.", "src")
 	r.tunnelB = counters(r, 1, "sallyport_egress_bytes_total", "Bytes through tunnels, up is out of the mesh.", "direction", "src", "dst")
 }
@@ -126,6 +130,12 @@ func counters(r *Registry, fixed int, name, help string, names ...string) *count
 
 func gauges(r *Registry, fixed int, name, help string, names ...string) *gaugeFamily {
 	return newFamily[Gauge](r, fixed, name, help, names...)
+}
+
+// Gather returns all metrics as they stand.
+func (r *Registry) Gather() ([]*dto.MetricFamily, error) {
+	r.sweepers.sweep(r.now())
+	return r.reg.Gather()
 }
 
 // Home says which trust domain is ours: its identities are named by their path

@@ -66,6 +66,8 @@ func use(r *Registry) {
 	r.FederationFetches("other.example", "ok").Inc()
 	r.TokenKeyFetches("https://ci.example", "ok").Inc()
 	r.FederationRefreshed("other.example").Set(9)
+	r.NameTimes("ready").Observe(20*time.Millisecond, 3)
+	r.MetricsExports("sent").Inc()
 }
 
 func TestMetricsAreNamedAndCounted(t *testing.T) {
@@ -112,6 +114,9 @@ func TestMetricsAreNamedAndCounted(t *testing.T) {
 		`sallyport_federation_fetches_total{result="ok",trust_domain="other.example"} 1`,
 		`sallyport_token_key_fetches_total{issuer="https://ci.example",result="ok"} 1`,
 		`sallyport_federation_refreshed_timestamp_seconds{trust_domain="other.example"} 9`,
+		`sallyport_dns_duration_seconds_bucket{answer="ready",le="0.025"} 3`,
+		`sallyport_dns_duration_seconds_sum{answer="ready"} 0.06`,
+		`sallyport_metrics_exports_total{result="sent"} 1`,
 		`go_goroutines`, `process_open_fds`,
 	} {
 		if !strings.Contains(got, want) {

@@ -4,6 +4,8 @@ import (
 	"container/list"
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 )
 
@@ -62,6 +64,20 @@ func (p *Pool) wait(ctx context.Context, w *waiter) (*Conn, error) {
 			return nil, fmt.Errorf("%s: no connection within %s, while others are being made: %w", p.t.addr, p.cfg.ConnectTimeout, context.DeadlineExceeded)
 		}
 	}
+}
+
+// Waiting is how many calls wait for a connection that is being made, or for the
+// right to make one.
+func (s *Services) Waiting() (n int) {
+	s.mu.Lock()
+	pools := slices.Collect(maps.Values(s.pools))
+	s.mu.Unlock()
+	for _, p := range pools {
+		p.mu.Lock()
+		n += p.queue.Len()
+		p.mu.Unlock()
+	}
+	return n
 }
 
 // lastTurn is when somebody last got a connection, or since if that is later.
