@@ -396,10 +396,7 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		return false
 	}
 	if err == nil {
-		err = hello.CheckServerName(t.host, t.how.SNI == sniOptional)
-	}
-	if err == nil {
-		err = hello.CheckALPN(t.how.ALPN)
+		err = hello.Check(t.host, &t.how)
 	}
 	if err == nil && hello.ServerName == "" && t.call.SNI != "" {
 		if err = g.nameless(t); err != nil {
@@ -422,10 +419,7 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		if second.ServerName != hello.ServerName {
 			return refuse(ReasonSNI, "the second ClientHello names %s, the first %s", clip(second.ServerName), clip(hello.ServerName))
 		}
-		if err := second.CheckServerName(t.host, t.how.SNI == sniOptional); err != nil {
-			return err
-		}
-		return second.CheckALPN(t.how.ALPN)
+		return second.Check(t.host, &t.how)
 	})
 	return true
 }

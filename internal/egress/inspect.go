@@ -270,7 +270,7 @@ func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) net.Conn {
 	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(past) })
 	hello, err := ReadHello(c)
 	if err == nil {
-		err = hello.CheckServerName(t.host, t.how.SNI == sniOptional)
+		err = hello.Check(t.host, &t.how)
 	}
 	late := !stop()
 	if err == io.EOF && len(hello.Raw) == 0 && !late {

@@ -7,6 +7,8 @@ import (
 	"io"
 	"slices"
 	"strings"
+
+	"sallyport/internal/mesh"
 )
 
 // MaxHello is the most that ReadHello reads, record headers included. A
@@ -22,8 +24,9 @@ type Hello struct {
 	// ALPN is the list of application protocols, as sent.
 	ALPN []string
 	// ECH says that the hello carries Encrypted ClientHello (RFC 9849), real or
-	// GREASE, or its draft ESNI: then ServerName may not be the name meant.
-	ECH bool
+	// GREASE: then ServerName may not be the name meant. ESNI says the same of its
+	// drafts.
+	ECH, ESNI bool
 	// EarlyData says that 0-RTT data may follow.
 	EarlyData bool
 }
@@ -210,8 +213,10 @@ func (h *Hello) extension(typ int, data []byte) error {
 		return err
 	case extEarlyData:
 		h.EarlyData = true
-	case extECH, extECHOuter, extEncryptedName:
+	case extECH:
 		h.ECH = true
+	case extECHOuter, extEncryptedName:
+		h.ESNI = true
 	}
 	return nil
 }
@@ -258,9 +263,9 @@ func protocols(data []byte) ([]string, error) {
 	return out, nil
 }
 
-// CheckALPN says whether h offers nothing but protocols in list; an empty list
-// allows any, and who offers none at all may go on. The error is a *Refusal.
-func (h *Hello) CheckALPN(list []string) error {
+// checkALPN says whether h offers nothing but protocols in list; an empty list
+// allows any, and who offers none at all may go on.
+func (h *Hello) checkALPN(list []string) error {
 	if len(list) == 0 {
 		return nil
 	}
@@ -272,13 +277,22 @@ func (h *Hello) CheckALPN(list []string) error {
 	return nil
 }
 
-// CheckServerName compares the SNI of h with the name that was allowed. With
-// optional, a hello without SNI passes. The error is a *Refusal. RFC 6066
-// allows no trailing dot and no address in SNI, so neither passes.
-func (h *Hello) CheckServerName(want Host, optional bool) error {
-	if h.ECH {
+// Check holds h against the name that was allowed and what its destination says of
+// hellos. The error is a *Refusal.
+func (h *Hello) Check(want Host, how *mesh.Destination) error {
+	if h.ESNI || h.ECH && (how.ECH != mesh.AllowGREASE || h.ServerName == "") {
 		return refuse(ReasonECH, "the ClientHello carries an encrypted name (ECH or ESNI)")
 	}
+	if err := h.checkServerName(want, how.SNI == sniOptional); err != nil || how.TLS != "" {
+		return err
+	}
+	return h.checkALPN(how.ALPN)
+}
+
+// checkServerName compares the SNI of h with the name that was allowed. With
+// optional, a hello without SNI passes. RFC 6066 allows no trailing dot and no
+// address in SNI, so neither passes.
+func (h *Hello) checkServerName(want Host, optional bool) error {
 	if h.ServerName == "" {
 		if optional {
 			return nil

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+
+	"sallyport/internal/mesh"
 )
 
 // captureConn keeps what is written and then fails.
@@ -98,7 +100,7 @@ func TestReadHello(t *testing.T) {
 	tests := []struct {
 		name string
 		raw  []byte
-		want Reason // of ReadHello, then of CheckServerName for allowed.example.com
+		want Reason // of ReadHello, then of Check for allowed.example.com
 	}{
 		{"a plain hello", records(base, 16000), ""},
 		{"in records of 40 bytes", records(base, 40), ""},
@@ -159,7 +161,7 @@ func TestReadHello(t *testing.T) {
 					if !bytes.Equal(h.Raw, tt.raw) {
 						t.Errorf("%d bytes kept of %d", len(h.Raw), len(tt.raw))
 					}
-					err = h.CheckServerName(want, false)
+					err = h.Check(want, &mesh.Destination{})
 				}
 				check(t, err, tt.want)
 			}
@@ -192,13 +194,18 @@ func TestReadHelloCutOff(t *testing.T) {
 	}
 }
 
-func TestCheckServerNameOptional(t *testing.T) {
+func TestCheckOptional(t *testing.T) {
 	want, _ := ParseHost("allowed.example.com")
-	check(t, (&Hello{}).CheckServerName(want, true), "")
-	check(t, (&Hello{ServerName: "evil.example.net"}).CheckServerName(want, true), ReasonSNI)
-	check(t, (&Hello{ECH: true}).CheckServerName(want, true), ReasonECH)
+	optional, grease := &mesh.Destination{SNI: sniOptional}, &mesh.Destination{SNI: sniOptional, ECH: mesh.AllowGREASE}
+	check(t, (&Hello{}).Check(want, optional), "")
+	check(t, (&Hello{ServerName: "evil.example.net"}).Check(want, optional), ReasonSNI)
+	check(t, (&Hello{ECH: true}).Check(want, optional), ReasonECH)
+	check(t, (&Hello{ECH: true}).Check(want, grease), ReasonECH) // nothing says whom it is for
+	check(t, (&Hello{ECH: true, ServerName: want.String()}).Check(want, grease), "")
+	check(t, (&Hello{ECH: true, ServerName: "evil.example.net"}).Check(want, grease), ReasonSNI)
+	check(t, (&Hello{ESNI: true, ServerName: want.String()}).Check(want, grease), ReasonECH)
 	literal, _ := ParseHost("192.0.2.1")
-	check(t, (&Hello{ServerName: "192.0.2.1"}).CheckServerName(literal, true), ReasonSNI)
+	check(t, (&Hello{ServerName: "192.0.2.1"}).Check(literal, optional), ReasonSNI)
 }
 
 // FuzzReadHello holds our reader against crypto/tls: when both read a hello,

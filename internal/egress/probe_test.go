@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -167,4 +168,27 @@ func TestProtocolsOfTheHello(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestGREASEOfBrowsers lets a hello through that carries what may be an encrypted
+// name, behind the name that was allowed, where the destination says so.
+func TestGREASEOfBrowsers(t *testing.T) {
+	base := realHello("shop.test")
+	// An outer hello (RFC 9849, 5): suite, config, key share of 32 bytes, payload.
+	outer := slices.Concat([]byte{0, 0, 1, 0, 1, 7, 0, 32}, make([]byte, 32), []byte{0, 144}, make([]byte, 144))
+	grease := records(rebuild(base, sniBytes("shop.test"), extensionBytes(extECH, outer)), 16000)
+	s := startSite(t, "shop.test")
+	w := newWorld(t, nil)
+	for _, tt := range []struct{ ech, starts string }{{"", "\x15\x03\x03\x00\x02\x02\x70"}, {"    ech: allow-grease\n", "\x16\x03\x03"}} {
+		w.use(w.policy(probing, s.probed("shop.test")+tt.ech))
+		if got := sendHello(t, w, dial1, "shop.test", grease, 1<<20); !strings.HasPrefix(got, tt.starts) {
+			t.Errorf("with %q: %q", tt.ech, got)
+		}
+	}
+	w.until("the refusal", denial(ReasonECH))
+	w, s, _ = inspectWorld(t)
+	w.use(w.policy(asking, s.inspected("shop.test")+"    ech: allow-grease\n"))
+	if got := sendHello(t, w, dial1, "shop.test", grease, 1<<20); !strings.HasPrefix(got, "\x16\x03\x03") {
+		t.Errorf("inspected: %q", got)
+	}
 }

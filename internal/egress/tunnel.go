@@ -153,6 +153,8 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to place) 
 	switch {
 	case how.Probe && !t.how.Probe: // nobody has seen a certificate
 		return false
+	case how.TLS == "" && how.ECH != t.how.ECH && t.how.ECH != "": // nor whether a name was hidden
+		return false
 	case how.TLS == "" && len(how.ALPN) > 0 && !slices.Equal(how.ALPN, t.how.ALPN): // what was offered is not known any more
 		return false
 	case t.webSocket.Load() && !slices.Contains(how.Upgrade, mesh.WebSocket):

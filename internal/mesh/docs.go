@@ -162,6 +162,7 @@ type destinationDoc struct {
 	Upgrade []string       `yaml:"upgrade"`
 	Inject  *injectDoc     `yaml:"inject"`
 	SNI     string         `yaml:"sni"`
+	ECH     string         `yaml:"ech"`
 	DNS     string         `yaml:"dns"`
 	Private []netip.Prefix `yaml:"private"`
 	Mode    string         `yaml:"mode"`
@@ -196,7 +197,7 @@ func (d egressDoc) nouns() []Destination {
 			continue
 		}
 		n := Destination{
-			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS, Probe: s.Probe, ALPN: s.ALPN, Upgrade: s.Upgrade,
+			Host: s.Host, Proto: s.Proto, TLS: s.TLS, CA: s.CA, SNI: s.SNI, DNS: s.DNS, ECH: s.ECH, Probe: s.Probe, ALPN: s.ALPN, Upgrade: s.Upgrade,
 			Private:        slices.DeleteFunc(s.Private, func(p netip.Prefix) bool { return !p.IsValid() }),
 			Endpoints:      s.Route.Endpoints,
 			ConnectTimeout: s.Route.ConnectTimeout, Resilience: s.Route.Resilience, Mode: Mode(s.Mode), Budget: Allowance(s.Budget),
@@ -217,6 +218,9 @@ func (d egressDoc) nouns() []Destination {
 		}
 		if n.DNS == "virtual" {
 			n.DNS = "" // which is the same
+		}
+		if n.ECH == "deny" {
+			n.ECH = "" // which is the same
 		}
 		if n.SNI == "" && n.Proto == ProtoTLS {
 			n.SNI = "strict"

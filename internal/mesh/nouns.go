@@ -188,6 +188,9 @@ type Destination struct {
 	// SNI is "strict" (default: present and equal to the authority) or
 	// "optional" (may be absent; if present, equal).
 	SNI string `json:"sni"`
+	// ECH is AllowGREASE when a hello may carry what looks like an encrypted name, as
+	// those of browsers do, behind the name that was allowed; empty: it may not.
+	ECH string `json:"ech,omitempty"`
 	// DNS is RealAddresses when workloads are told the host's own addresses; empty
 	// when virtual ones.
 	DNS string `json:"dns,omitempty"`
@@ -272,6 +275,9 @@ type Allowance struct {
 	// Names are the hosts below a pattern that are asked for in an hour.
 	Names int `json:"names,omitempty"`
 }
+
+// AllowGREASE is a value of Destination.ECH.
+const AllowGREASE = "allow-grease"
 
 // RealAddresses is a value of Destination.DNS.
 const RealAddresses = "real"

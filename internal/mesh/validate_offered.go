@@ -21,6 +21,12 @@ func (v *validator) offered(d *Destination) {
 			v.item(d.Origin, "probe:", "host %q is an address: probe needs the name that the host's certificate is for", d.Host)
 		}
 	}
+	switch {
+	case d.ECH != "" && d.ECH != AllowGREASE:
+		v.item(d.Origin, d.ECH, "unknown ech %q%s", clip(d.ECH), didYouMean(d.ECH, []string{"deny", AllowGREASE}))
+	case d.ECH != "" && (d.Proto != ProtoTLS || isAddress(d.Host)):
+		v.item(d.Origin, "ech:", "ech has no meaning where no hello names the host: leave it out")
+	}
 	if len(d.ALPN) == 0 {
 		return
 	}
