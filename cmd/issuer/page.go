@@ -73,6 +73,7 @@ func (in *issuer) openPage() (d publicDoor, err error) {
 		Rollouts: deliveries{in.rollouts}.Rollouts, MoveRollout: deliveries{in.rollouts}.MoveRollout,
 		Roots: in.auth.Roots, Logs: in.logs, Search: in.search, Admins: authz.NewAdmins(in.registry.Policies, in.log), OnAdmin: in.recordAdmin,
 		Revoked: func(serial string) bool { return in.registry.Revocations().Has(serial) }, Log: in.log,
+		Version: daemon.Version(),
 	}
 	if cfg.loopback() {
 		conf.Loopback = ln.Addr().String()

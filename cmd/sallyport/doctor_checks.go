@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"syscall"
@@ -22,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sallyport/internal/control"
+	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
 )
 
@@ -66,20 +66,7 @@ func buildOf(path string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return describeBuild(b), nil
-}
-
-func describeBuild(b *debug.BuildInfo) string {
-	v := b.Main.Version
-	for _, s := range b.Settings {
-		if s.Key == "vcs.revision" {
-			v = fmt.Sprintf("%.12s", s.Value)
-		}
-		if s.Key == "vcs.modified" && s.Value == "true" {
-			v += "+changes"
-		}
-	}
-	return v + " " + b.GoVersion
+	return daemon.DescribeBuild(b), nil
 }
 
 func checkVersions(_ context.Context, x *examination, _ *installed) diagnosis {

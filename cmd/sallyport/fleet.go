@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strconv"
@@ -51,7 +52,7 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 		if !p.Connected {
 			seen = age(time.Since(p.LastSeen)) + " ago"
 		}
-		rows = append(rows, []string{p.Workload.String(), p.Kind, expiry(p.SVIDExpires), strconv.FormatUint(p.PolicyRevision, 10), state, seen})
+		rows = append(rows, []string{p.Workload.String(), p.Kind, expiry(p.SVIDExpires), strconv.FormatUint(p.PolicyRevision, 10), state, seen, cmp.Or(p.Version, "-")})
 	}
 	if c.format == "table" {
 		fmt.Fprintf(c.stdout, "trust domain %s, policy revision %d, hash %.12s, %d proxies\n\n", st.TrustDomain, st.PolicyRevision, st.PolicyHash, len(ps))
@@ -59,7 +60,7 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 			fmt.Fprintf(c.stdout, "the newest policy edit was REFUSED, revision %d stays in force:\n%s\n\n", st.PolicyRevision, indent(st.LastRefusal))
 		}
 	}
-	return c.emit(map[string]any{"issuer": st, "proxies": ps}, []string{"IDENTITY", "KIND", "SVID EXPIRES", "POLICY", "STATE", "SEEN"}, rows)
+	return c.emit(map[string]any{"issuer": st, "proxies": ps}, []string{"IDENTITY", "KIND", "SVID EXPIRES", "POLICY", "STATE", "SEEN", "VERSION"}, rows)
 }
 
 func expiry(t time.Time) string {

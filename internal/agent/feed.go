@@ -129,7 +129,7 @@ func (a *Agent) follow(ctx context.Context) error {
 			a.untilOther(sub, self, eps)
 		})
 		err = a.client.Subscribe(sub, control.Hello{
-			Kind: a.cfg.Kind, Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), HaveCandidate: a.candidate.Load(), SVIDExpires: a.expires,
+			Kind: a.cfg.Kind, Version: daemon.Version(), Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), HaveCandidate: a.candidate.Load(), SVIDExpires: a.expires,
 			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState, Vouch: a.voucher(self.ID), Steering: a.cfg.Steering,
 		}, a)
 		cancel()

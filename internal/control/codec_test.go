@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -82,4 +83,15 @@ func TestOnlyAHastyPeerWaits(t *testing.T) {
 			t.Errorf("messages at %v, want %v", at, want)
 		}
 	})
+}
+
+func TestVersionOfAStranger(t *testing.T) {
+	for in, want := range map[string]string{
+		"8516054f0c1a+changes go1.26.5": "8516054f0c1a+changes go1.26.5", "": "", "a\x1b[2Jb": "", "v1\n": "", "vé": "",
+		strings.Repeat("v", maxVersion+1): "",
+	} {
+		if got := versionFromWire(in); got != want {
+			t.Errorf("%q is %q, want %q", in, got, want)
+		}
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -339,9 +340,21 @@ func endpointFromWire(w *meshpb.Endpoint, agent spiffeid.ID) (mesh.Endpoint, err
 	return mesh.Endpoint{Service: mesh.ServiceName(name), Address: addr, Agent: agent, Labels: labels}, nil
 }
 
+// maxVersion is how long a version may be that a proxy says of itself.
+const maxVersion = 64
+
+// versionFromWire is what a proxy says of itself, for people to read: anything but
+// a short line of printable ASCII is nothing.
+func versionFromWire(s string) string {
+	if len(s) > maxVersion || strings.ContainsFunc(s, func(r rune) bool { return r < ' ' || r > '~' }) {
+		return ""
+	}
+	return s
+}
+
 func proxyToWire(p mesh.Proxy) *meshpb.Proxy {
 	w := &meshpb.Proxy{
-		Workload: p.Workload.String(), Kind: p.Kind,
+		Workload: p.Workload.String(), Kind: p.Kind, Version: p.Version,
 		SvidExpires: timeToWire(p.SVIDExpires), PolicyRevision: p.PolicyRevision,
 		State: string(p.State), Reason: p.Reason, Connected: p.Connected, LastSeen: timeToWire(p.LastSeen),
 		Revoked: p.Revoked, CandidateRefused: p.CandidateRefused, Verified: p.Verified,
@@ -355,7 +368,7 @@ func proxyToWire(p mesh.Proxy) *meshpb.Proxy {
 
 func proxyFromWire(w *meshpb.Proxy) (mesh.Proxy, error) {
 	p := mesh.Proxy{
-		Kind: w.GetKind(), SVIDExpires: timeFromWire(w.GetSvidExpires()), PolicyRevision: w.GetPolicyRevision(),
+		Kind: w.GetKind(), Version: w.GetVersion(), SVIDExpires: timeFromWire(w.GetSvidExpires()), PolicyRevision: w.GetPolicyRevision(),
 		State: mesh.ProxyState(w.GetState()), Reason: w.GetReason(), Connected: w.GetConnected(), LastSeen: timeFromWire(w.GetLastSeen()),
 		Revoked: w.GetRevoked(), CandidateRefused: w.GetCandidateRefused(), Verified: w.GetVerified(),
 		Since: timeFromWire(w.GetSince()), PolicyHash: w.GetPolicyHash(), Wanted: w.GetWanted(), Group: w.GetGroup(),

@@ -144,7 +144,7 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 	}
 	sub.announced = make([]bool, len(sub.endpoints))
 	sub.proxy = mesh.Proxy{
-		Agent: who.id, Workload: workload, Kind: h.GetKind(),
+		Agent: who.id, Workload: workload, Kind: h.GetKind(), Version: versionFromWire(h.GetVersion()),
 		SVIDExpires: timeFromWire(h.GetSvidExpires()), Connected: true,
 		Authorities: authoritiesFromWire(h.GetAuthorities()),
 	}

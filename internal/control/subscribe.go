@@ -32,6 +32,8 @@ const askTraffic = time.Second
 type Hello struct {
 	// Kind is KindSidecar or KindGateway.
 	Kind string
+	// Version is what the program was built from, for operators.
+	Version string
 	// Workload that the proxy serves; the agent needs an entry for it.
 	Workload spiffeid.ID
 	// Endpoints of the workload's services. Their Agent is not read.
@@ -260,7 +262,7 @@ func accepted(st grpc.ClientStream, cancel func()) error {
 }
 
 func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
-	h := &meshpb.Hello{Kind: s.hello.Kind, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities()}
+	h := &meshpb.Hello{Kind: s.hello.Kind, Version: s.hello.Version, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities()}
 	for _, e := range s.hello.Endpoints {
 		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String(), Labels: e.Labels.Map()})
 	}

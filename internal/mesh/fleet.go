@@ -42,7 +42,9 @@ type Proxy struct {
 	Agent    spiffeid.ID `json:"agent"`
 	Workload spiffeid.ID `json:"workload"`
 	// Kind is "sidecar" or "gateway".
-	Kind        string    `json:"kind"`
+	Kind string `json:"kind"`
+	// Version is what it was built from, empty when it does not say.
+	Version     string    `json:"version,omitempty"`
 	SVIDExpires time.Time `json:"svid_expires"`
 	// PolicyRevision is the newest that the proxy has acknowledged.
 	PolicyRevision uint64     `json:"policy_revision"`

@@ -1,5 +1,5 @@
 // Package page serves the operator's page: what is denied now, the map of who
-// calls whom, services, rollouts, the egress ledger, the audit and the CA.
+// calls whom, services, rollouts, the egress ledger, the audit, the CA, and what is amiss.
 //
 // Every view is rendered here, from what the issuer knows; the browser swaps
 // what it is sent and lays nothing out. It holds no state but who has entered.
@@ -126,7 +126,9 @@ type Config struct {
 	// Loopback is the address of a listener on this machine alone, whose visitors
 	// bring a link of NewLink. Otherwise they prove an identity by mutual TLS.
 	Loopback string
-	Log      *slog.Logger
+	// Version is what the issuer was built from; empty when it is not known.
+	Version string
+	Log     *slog.Logger
 	// Now is the clock. Default time.Now.
 	Now func() time.Time
 }

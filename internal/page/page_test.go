@@ -124,6 +124,7 @@ func TestAViewShowsWhatThereIs(t *testing.T) {
 		"/audit":                     {"does not continue", "unbroken", "k3v9q2-4410"},
 		"/audit?decision=allow":      {"No record fits"},
 		"/ca":                        {"37 of 40", "activate", "prepared"},
+		"/doctor":                    {"SP002", "SP011", "SP013", "UP004", "v1.3.2 go1.26.4", "another", "5</b> findings"},
 	} {
 		code, body := s.do("GET", "/view"+path, "")
 		if code != 200 {

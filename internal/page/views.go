@@ -34,6 +34,7 @@ var views = []view{
 	// What a search has found is not to move under the eyes.
 	{path: "audit", data: (*Page).auditView, still: true},
 	{path: "ca", data: (*Page).caView},
+	{path: "doctor", data: (*Page).doctorView},
 }
 
 // pageRows is how many rows a table shows at once, and mapRows those above the

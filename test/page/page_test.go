@@ -31,7 +31,7 @@ var axe string
 // views are all there are, with a word that is on each.
 var views = []struct{ path, word string }{
 	{"/denied", "Denied now"}, {"/map", "Map"}, {"/map?show=unused", "Map"}, {"/map?than=24h", "Since 24h"}, {"/services", "Services"},
-	{"/service?end=spiffe%3A%2F%2Fcorp.example%2Fns%2Fshop%2Fsa%2Fcart", "Callers"}, {"/rollouts", "Rollouts"}, {"/egress", "Egress ledger"}, {"/audit", "Chains"}, {"/ca", "CA and rotation"},
+	{"/service?end=spiffe%3A%2F%2Fcorp.example%2Fns%2Fshop%2Fsa%2Fcart", "Callers"}, {"/rollouts", "Rollouts"}, {"/egress", "Egress ledger"}, {"/audit", "Chains"}, {"/ca", "CA and rotation"}, {"/doctor", "Versions"},
 }
 
 // figures are what the run says at its end.
@@ -279,7 +279,7 @@ func TestTour(t *testing.T) {
 func TestKeyboard(t *testing.T) {
 	tell(t)
 	b := openTab(t, 40)
-	for i, path := range []string{"/denied", "/map", "/services", "/rollouts", "/egress", "/audit", "/ca"} {
+	for i, path := range []string{"/denied", "/map", "/services", "/rollouts", "/egress", "/audit", "/ca", "/doctor"} {
 		b.keys(fmt.Sprint(i + 1))
 		b.shown(path)
 	}

@@ -141,6 +141,8 @@ type Hello struct {
 	Authorities *Authorities           `protobuf:"bytes,7,opt,name=authorities,proto3" json:"authorities,omitempty"`
 	// The content hash of the candidate that the proxy tries; empty when none.
 	HaveCandidate string `protobuf:"bytes,8,opt,name=have_candidate,json=haveCandidate,proto3" json:"have_candidate,omitempty"`
+	// What the program was built from, for operators; printable ASCII.
+	Version       string `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -227,6 +229,13 @@ func (x *Hello) GetAuthorities() *Authorities {
 func (x *Hello) GetHaveCandidate() string {
 	if x != nil {
 		return x.HaveCandidate
+	}
+	return ""
+}
+
+func (x *Hello) GetVersion() string {
+	if x != nil {
+		return x.Version
 	}
 	return ""
 }
@@ -2151,6 +2160,8 @@ type Proxy struct {
 	Group  string `protobuf:"bytes,15,opt,name=group,proto3" json:"group,omitempty"`
 	// It has counted the signatures of the set itself.
 	Verified bool `protobuf:"varint,20,opt,name=verified,proto3" json:"verified,omitempty"`
+	// What the program was built from; empty when it does not say.
+	Version string `protobuf:"bytes,21,opt,name=version,proto3" json:"version,omitempty"`
 	// Without demands.
 	Traffic       *Traffic `protobuf:"bytes,30,opt,name=traffic,proto3" json:"traffic,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -2297,6 +2308,13 @@ func (x *Proxy) GetVerified() bool {
 		return x.Verified
 	}
 	return false
+}
+
+func (x *Proxy) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
 }
 
 func (x *Proxy) GetTraffic() *Traffic {
@@ -4426,7 +4444,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x18.sallyport.mesh.v1.HelloH\x00R\x05hello\x12*\n" +
 	"\x03ack\x18\x02 \x01(\v2\x16.sallyport.mesh.v1.AckH\x00R\x03ack\x12-\n" +
 	"\x04nack\x18\x03 \x01(\v2\x17.sallyport.mesh.v1.NackH\x00R\x04nackB\t\n" +
-	"\amessage\"\xdc\x02\n" +
+	"\amessage\"\xf6\x02\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12#\n" +
@@ -4435,7 +4453,8 @@ const file_mesh_proto_rawDesc = "" +
 	"\tendpoints\x18\x05 \x03(\v2\x1b.sallyport.mesh.v1.EndpointR\tendpoints\x12=\n" +
 	"\fsvid_expires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\a \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12%\n" +
-	"\x0ehave_candidate\x18\b \x01(\tR\rhaveCandidate\";\n" +
+	"\x0ehave_candidate\x18\b \x01(\tR\rhaveCandidate\x12\x18\n" +
+	"\aversion\x18\t \x01(\tR\aversion\";\n" +
 	"\vAuthorities\x12\x16\n" +
 	"\x06trusts\x18\x01 \x03(\tR\x06trusts\x12\x14\n" +
 	"\x05shows\x18\x02 \x03(\tR\x05shows\"\xba\x01\n" +
@@ -4574,7 +4593,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\arollout\x18\t \x01(\fR\arollout\"\x10\n" +
 	"\x0eProxiesRequest\"E\n" +
 	"\x0fProxiesResponse\x122\n" +
-	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\xd4\x04\n" +
+	"\aproxies\x18\x01 \x03(\v2\x18.sallyport.mesh.v1.ProxyR\aproxies\"\xee\x04\n" +
 	"\x05Proxy\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12\x12\n" +
@@ -4593,7 +4612,8 @@ const file_mesh_proto_rawDesc = "" +
 	"policyHash\x12\x16\n" +
 	"\x06wanted\x18\x0e \x01(\x04R\x06wanted\x12\x14\n" +
 	"\x05group\x18\x0f \x01(\tR\x05group\x12\x1a\n" +
-	"\bverified\x18\x14 \x01(\bR\bverified\x124\n" +
+	"\bverified\x18\x14 \x01(\bR\bverified\x12\x18\n" +
+	"\aversion\x18\x15 \x01(\tR\aversion\x124\n" +
 	"\atraffic\x18\x1e \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"j\n" +
 	"\fEdgesRequest\x12.\n" +
 	"\x04from\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x04from\x12*\n" +

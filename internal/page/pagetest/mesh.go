@@ -140,7 +140,7 @@ func (m *Mesh) Config() page.Config {
 			return append([]mesh.Delivery(nil), m.deliveries...), nil
 		},
 		MoveRollout: m.move, Roots: m.roots, Logs: m.logs, Search: m.search, Admins: authz.NewAdmins(func() *mesh.Policies { return m.policies }, slog.New(slog.DiscardHandler)),
-		OnAdmin: m.admin, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return m.now },
+		OnAdmin: m.admin, Version: "v1.4.0 go1.26.5", Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return m.now },
 	}
 }
 
@@ -198,9 +198,14 @@ func (m *Mesh) proxies() (out []mesh.Proxy) {
 	for i, s := range m.policies.Services {
 		p := mesh.Proxy{
 			Agent: spiffeid.RequireFromPath(TD, fmt.Sprintf("/spire/agent/join_token/node-%03d", i%40)), Workload: s.ID, Kind: "sidecar",
-			SVIDExpires: m.now.Add(time.Duration(20+i%35) * time.Minute), PolicyRevision: 42, State: mesh.Synced, Connected: true, LastSeen: m.now,
+			Version: "v1.4.0 go1.26.5", SVIDExpires: m.now.Add(time.Duration(20+i%35) * time.Minute), PolicyRevision: 42, State: mesh.Synced, Connected: true, LastSeen: m.now,
+		}
+		if i%31 == 7 {
+			p.Version = "v1.3.2 go1.26.4"
 		}
 		switch {
+		case i == 4:
+			p.Connected, p.LastSeen = false, m.now.Add(-10*time.Minute)
 		case i%97 == 13:
 			p.State, p.PolicyRevision = mesh.Stale, 41
 		case i%211 == 17:
