@@ -40,6 +40,61 @@ type PageConfig struct {
 	// them the trust domain's own CA vouches for it.
 	CertFile string `yaml:"cert_file"`
 	KeyFile  string `yaml:"key_file"`
+	// OIDC lets people enter by an OpenID provider, beside certificates. Without
+	// issuer nobody does. Not on the loopback.
+	OIDC PageOIDC `yaml:"oidc"`
+}
+
+// PageOIDC is how people enter the page by an OpenID provider.
+type PageOIDC struct {
+	// Issuer is the provider's https URL, as its tokens name it.
+	Issuer string `yaml:"issuer"`
+	// URL is where browsers find the page, https://host[:port]. The provider has to
+	// know /oidc/callback below it as the redirect URI.
+	URL string `yaml:"url"`
+	// Client is the page's name at the provider, and SecretFile has what proves it;
+	// without one it is a public client, and PKCE alone protects a sign-in.
+	Client     string `yaml:"client"`
+	SecretFile string `yaml:"secret_file"`
+	// Claim of the ID token has a person's groups, a text or a list. Default groups.
+	Claim string `yaml:"claim"`
+	// Scopes are asked for beside openid.
+	Scopes []string `yaml:"scopes"`
+	// Viewers, Operators and Admins are the groups with each role. A viewer looks, an
+	// operator promotes and aborts rollouts, an admin does all there is. Rows of
+	// admin.csv that deny go before them.
+	Viewers   []string `yaml:"viewers"`
+	Operators []string `yaml:"operators"`
+	Admins    []string `yaml:"admins"`
+	// CAFile (PEM) is trusted for the provider in place of the system's roots.
+	CAFile string `yaml:"ca_file"`
+}
+
+// read makes of it what the page takes; nil without an issuer.
+func (c PageOIDC) read() (*page.OIDC, error) {
+	if c.Issuer == "" {
+		return nil, nil
+	}
+	o := &page.OIDC{
+		Issuer: c.Issuer, URL: c.URL, Client: c.Client, Claim: c.Claim, Scopes: c.Scopes,
+		Viewers: c.Viewers, Operators: c.Operators, Admins: c.Admins,
+	}
+	for _, f := range []struct {
+		field, name string
+		to          *string
+	}{{"secret_file", c.SecretFile, &o.Secret}, {"ca_file", c.CAFile, &o.CA}} {
+		if f.name == "" {
+			continue
+		}
+		b, err := os.ReadFile(f.name)
+		if err != nil {
+			return nil, fmt.Errorf("page.oidc.%s: %w", f.field, err)
+		}
+		if *f.to = strings.TrimSpace(string(b)); *f.to == "" {
+			return nil, fmt.Errorf("page.oidc.%s: %s is empty", f.field, f.name)
+		}
+	}
+	return o, nil
 }
 
 // loopback says that only this machine reaches the listener.
@@ -56,6 +111,21 @@ func (c PageConfig) validate() error {
 	}
 	if c.loopback() && c.CertFile != "" {
 		errs = append(errs, errors.New("page.cert_file: a page on a loopback address speaks plain HTTP; leave it out, or choose another listen"))
+	}
+	o := c.OIDC
+	if o.Issuer == "" && (o.Client != "" || o.URL != "" || len(o.Viewers)+len(o.Operators)+len(o.Admins) > 0) {
+		errs = append(errs, errors.New("page.oidc.issuer: missing: the provider's https URL"))
+	}
+	if o.Issuer != "" {
+		if c.loopback() || c.Listen == "" {
+			errs = append(errs, errors.New("page.oidc: a page on a loopback address is entered by a link; choose another page.listen"))
+		}
+		check := page.OIDC{Issuer: o.Issuer, URL: o.URL, Client: o.Client, Viewers: o.Viewers, Operators: o.Operators, Admins: o.Admins}
+		if err := check.Validate(); err != nil {
+			for line := range strings.SplitSeq(err.Error(), "\n") {
+				errs = append(errs, errors.New("page.oidc."+line))
+			}
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -79,7 +149,10 @@ func (in *issuer) openPage() (d publicDoor, err error) {
 		conf.Loopback = ln.Addr().String()
 	}
 	d.ln = ln
-	if in.page, err = page.New(conf); err == nil {
+	if conf.OIDC, err = cfg.OIDC.read(); err == nil {
+		in.page, err = page.New(conf)
+	}
+	if err == nil {
 		d.srv, err = in.pageServer()
 	}
 	if err != nil {
@@ -104,6 +177,9 @@ func (in *issuer) pageServer() (*http.Server, error) {
 	}
 	base := federation.ServerTLS(cert)
 	base.ClientAuth, base.SessionTicketsDisabled = tls.RequireAndVerifyClientCert, true
+	if cfg.OIDC.Issuer != "" { // who shows none signs in
+		base.ClientAuth = tls.VerifyClientCertIfGiven
+	}
 	base.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		c := base.Clone() // the roots change
 		c.GetConfigForClient = nil

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"sallyport/internal/daemon"
 	"sallyport/internal/federation"
 )
@@ -133,6 +135,18 @@ func (in *issuer) publicDoors() (doors []publicDoor, err error) {
 	own := http.NewServeMux()
 	own.Handle("/{$}", h)
 	return doors, open("bundle_endpoint", b.Listen, b.CertFile, b.KeyFile, own)
+}
+
+// serveDoors serves at all of them until ctx ends.
+func (in *issuer) serveDoors(ctx context.Context, doors []publicDoor) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for _, d := range doors {
+		g.Go(func() error { return d.run(ctx) })
+	}
+	if in.page != nil {
+		g.Go(func() error { return in.page.Run(ctx) })
+	}
+	return g.Wait()
 }
 
 // run serves until ctx ends.

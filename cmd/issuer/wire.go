@@ -135,9 +135,7 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	g.Go(func() error { return in.server.Serve(run, ln) })
 	g.Go(func() error { return in.follower.Run(run) })
 	g.Go(func() error { return in.followFederation(run) })
-	for _, d := range public {
-		g.Go(func() error { return d.run(run) })
-	}
+	g.Go(func() error { return in.serveDoors(run, public) })
 	g.Go(func() error { return in.server.ServeAdmin(run, api.UnixListener) })
 	g.Go(func() error { return admin.Run(run) })
 	g.Go(func() error { return in.followCA(run) })

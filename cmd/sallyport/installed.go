@@ -65,6 +65,12 @@ type settings struct {
 			KeyFile string `json:"key_file"`
 		} `json:"upstream"`
 	} `json:"ca"`
+	Page struct {
+		KeyFile string `json:"key_file"`
+		OIDC    struct {
+			SecretFile string `json:"secret_file"`
+		} `json:"oidc"`
+	} `json:"page"`
 	Database struct {
 		URL string `json:"url"`
 	} `json:"database"`
@@ -186,7 +192,7 @@ func (i *installed) secrets() (files []string, err error) {
 		return nil, err
 	}
 	files = append(files, keys...)
-	files = append(files, i.Issuer.JoinTokenFile, i.Issuer.Attest.KeyFile, i.CA.PassphraseFile, i.CA.Upstream.KeyFile)
+	files = append(files, i.Issuer.JoinTokenFile, i.Issuer.Attest.KeyFile, i.CA.PassphraseFile, i.CA.Upstream.KeyFile, i.Page.KeyFile, i.Page.OIDC.SecretFile)
 	return slices.DeleteFunc(files, func(f string) bool {
 		_, err := os.Stat(f)
 		return f == "" || errors.Is(err, os.ErrNotExist)

@@ -45,9 +45,11 @@ type visitor struct {
 	id     spiffeid.ID
 	serial string
 	peer   string
-	// session is empty for who proved an identity.
+	// session is empty for who proved an identity by a certificate.
 	session string
 	until   time.Time
+	// role is that of a person whom a provider has named; id is then made of it.
+	role string
 }
 
 // by names a visitor in records.
@@ -58,13 +60,21 @@ func (c *visitor) by() string {
 	return c.id.String()
 }
 
+// A pass is good until a time: for the user of this machine, or for the person that
+// a provider has named.
+type pass struct {
+	until time.Time
+	id    spiffeid.ID
+	role  string
+}
+
 // A door knows who may come in by a link.
 type door struct {
-	key [32]byte // of the csrf texts
+	key [32]byte // of the csrf texts, and of sign-ins
 
 	mu       sync.Mutex // guards the fields below
-	links    map[[32]byte]time.Time
-	sessions map[[32]byte]time.Time
+	links    map[[32]byte]pass
+	sessions map[[32]byte]pass
 	told     map[string]time.Time
 	entered  map[string]time.Time // by the serial of a certificate
 }
@@ -105,22 +115,22 @@ func (d *door) comesIn(c *visitor, now time.Time) {
 func (d *door) init() {
 	_, _ = rand.Read(d.key[:]) // it never fails
 	d.entered = map[string]time.Time{}
-	d.links, d.sessions, d.told = map[[32]byte]time.Time{}, map[[32]byte]time.Time{}, map[string]time.Time{}
+	d.links, d.sessions, d.told = map[[32]byte]pass{}, map[[32]byte]pass{}, map[string]time.Time{}
 }
 
-// put keeps what is known by its hash alone, until a time.
-func put(m map[[32]byte]time.Time, secret string, until time.Time, most int) {
+// put keeps a pass, whose secret is known by its hash alone.
+func put(m map[[32]byte]pass, secret string, x pass, most int) {
 	for len(m) >= most {
 		var oldest [32]byte
 		var at time.Time
-		for k, t := range m {
-			if at.IsZero() || t.Before(at) {
-				oldest, at = k, t
+		for k, x := range m {
+			if at.IsZero() || x.until.Before(at) {
+				oldest, at = k, x.until
 			}
 		}
 		delete(m, oldest)
 	}
-	m[sha256.Sum256([]byte(secret))] = until
+	m[sha256.Sum256([]byte(secret))] = x
 }
 
 // NewLink makes a link that opens the page once, for the user of this machine.
@@ -133,14 +143,14 @@ func (p *Page) NewLink(context.Context) (link string, expires time.Time, err err
 	expires = p.cfg.Now().Add(linkLife)
 	p.door.mu.Lock()
 	defer p.door.mu.Unlock()
-	put(p.door.links, token, expires, maxLinks)
+	put(p.door.links, token, pass{until: expires}, maxLinks)
 	return "http://" + p.cfg.Loopback + "/denied#" + token, expires, nil
 }
 
 // enter takes a token and gives out a session.
 func (p *Page) enter(w http.ResponseWriter, r *http.Request) {
 	var in struct{ Token string }
-	if p.cfg.Loopback == "" || json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&in) != nil {
+	if p.cfg.Loopback == "" && p.provider == nil || json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(&in) != nil {
 		http.Error(w, "no link opens this", http.StatusBadRequest)
 		return
 	}
@@ -150,19 +160,22 @@ func (p *Page) enter(w http.ResponseWriter, r *http.Request) {
 	}
 	now, hash := p.cfg.Now(), sha256.Sum256([]byte(in.Token))
 	p.door.mu.Lock()
-	until, known := p.door.links[hash]
+	link, known := p.door.links[hash]
 	delete(p.door.links, hash)
 	p.door.mu.Unlock()
-	if !known || !now.Before(until) {
+	if !known || !now.Before(link.until) {
 		http.Error(w, "this link was opened before, or is too old; make another: sallyport page", http.StatusForbidden)
 		return
 	}
-	c := &visitor{peer: r.RemoteAddr, session: rand.Text() + rand.Text(), until: now.Add(sessionLife)}
+	c := &visitor{id: link.id, role: link.role, peer: r.RemoteAddr, session: rand.Text() + rand.Text(), until: now.Add(sessionLife)}
+	if c.role != "" {
+		c.until = now.Add(personLife)
+	}
 	if !p.mayView(w, r, c, true) {
 		return
 	}
 	p.door.mu.Lock()
-	put(p.door.sessions, c.session, c.until, maxSessions)
+	put(p.door.sessions, c.session, pass{c.until, c.id, c.role}, maxSessions)
 	p.door.mu.Unlock()
 	p.session(w, r, c)
 }
@@ -186,6 +199,11 @@ func (p *Page) guard(next func(http.ResponseWriter, *http.Request, *visitor)) ht
 	return func(w http.ResponseWriter, r *http.Request) {
 		c := p.who(r)
 		if c == nil {
+			if p.provider != nil {
+				w.Header().Set(signinHeader, "/oidc/signin")
+				http.Error(w, "nobody has entered here; sign in", http.StatusUnauthorized)
+				return
+			}
 			http.Error(w, "nobody has entered here; open a link of: sallyport page", http.StatusUnauthorized)
 			return
 		}
@@ -196,9 +214,11 @@ func (p *Page) guard(next func(http.ResponseWriter, *http.Request, *visitor)) ht
 	}
 }
 
-// who reads who a request comes from; nil when that is nobody known.
+// who reads who a request comes from; nil when that is nobody known. Who has signed
+// in is that person, also with a certificate.
 func (p *Page) who(r *http.Request) *visitor {
-	if p.cfg.Loopback == "" {
+	session, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if p.cfg.Loopback == "" && (!ok || p.provider == nil) {
 		if r.TLS == nil || len(r.TLS.PeerCertificates) == 0 || len(r.TLS.PeerCertificates[0].URIs) != 1 {
 			return nil
 		}
@@ -210,23 +230,26 @@ func (p *Page) who(r *http.Request) *visitor {
 		}
 		return c
 	}
-	session, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
 	if !ok || session == "" {
 		return nil
 	}
 	p.door.mu.Lock()
-	until, known := p.door.sessions[sha256.Sum256([]byte(session))]
+	x, known := p.door.sessions[sha256.Sum256([]byte(session))]
 	p.door.mu.Unlock()
-	if !known || !p.cfg.Now().Before(until) {
+	if !known || !p.cfg.Now().Before(x.until) {
 		return nil
 	}
-	return &visitor{peer: r.RemoteAddr, session: session, until: until}
+	return &visitor{id: x.id, role: x.role, peer: r.RemoteAddr, session: session, until: x.until}
 }
 
 // may judges a visitor. The user of this machine may do what no row denies, as on
-// the admin socket; an identity what a row allows.
+// the admin socket; an identity what a row allows; a person what its role allows and
+// no row denies.
 func (p *Page) may(c *visitor, method string) (bool, string) {
 	effect, rule := p.cfg.Admins.JudgeAdmin(c.id, method, spiffeid.ID{})
+	if c.role != "" && effect != mesh.Deny {
+		return roleMay(c.role, method), "oidc:" + c.role
+	}
 	return effect == mesh.Allow || effect == "" && c.id.IsZero(), rule
 }
 

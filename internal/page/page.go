@@ -4,7 +4,7 @@
 // Every view is rendered here, from what the issuer knows; the browser swaps
 // what it is sent and lays nothing out. It holds no state but who has entered.
 // Nothing is served to whom the policy gives no right, and every write is
-// recorded before it acts. It starts no goroutine; a live view takes that of its
+// recorded before it acts. It starts no goroutine but what Run does; a live view takes that of its
 // request.
 package page
 
@@ -126,6 +126,9 @@ type Config struct {
 	// Loopback is the address of a listener on this machine alone, whose visitors
 	// bring a link of NewLink. Otherwise they prove an identity by mutual TLS.
 	Loopback string
+	// OIDC, when set, lets people enter by a provider as well; not with Loopback. Run
+	// must be running then.
+	OIDC *OIDC
 	// Version is what the issuer was built from; empty when it is not known.
 	Version string
 	Log     *slog.Logger
@@ -145,6 +148,9 @@ func (c Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s: missing", name))
 		}
 	}
+	if c.OIDC != nil && c.Loopback != "" {
+		errs = append(errs, errors.New("oidc: a page on a loopback address is entered by a link alone"))
+	}
 	return errors.Join(errs...)
 }
 
@@ -157,6 +163,9 @@ type Page struct {
 	crowd   crowd
 	charts  charts
 	started time.Time
+	// provider is nil when people enter by none.
+	provider *provider
+	redeems  chan struct{}
 }
 
 // New makes a Page.
@@ -177,6 +186,12 @@ func New(cfg Config) (*Page, error) {
 	p := &Page{cfg: cfg, views: t, started: cfg.Now()}
 	p.charts.making, p.charts.list = make(chan struct{}, chartsAtOnce), map[chartKey]*drawn{}
 	p.door.init()
+	if cfg.OIDC != nil {
+		p.redeems = make(chan struct{}, maxRedeems)
+		if p.provider, err = newProvider(*cfg.OIDC, cfg.Log); err != nil {
+			return nil, fmt.Errorf("page: %w", err)
+		}
+	}
 	return p, nil
 }
 
@@ -191,6 +206,10 @@ func (p *Page) Handler() http.Handler {
 	mux.HandleFunc("POST /session", p.enter)
 	mux.HandleFunc("GET /session", p.guard(p.session))
 	mux.HandleFunc("POST /rollout", p.guard(p.moveRollout))
+	if p.provider != nil {
+		mux.HandleFunc("GET /oidc/signin", p.signin)
+		mux.HandleFunc("GET /oidc/callback", p.signedIn)
+	}
 	for _, v := range views {
 		mux.HandleFunc("GET /"+v.path, func(w http.ResponseWriter, _ *http.Request) { p.asset(w, "index.html", "text/html; charset=utf-8") })
 		mux.HandleFunc("GET /view/"+v.path, p.guard(func(w http.ResponseWriter, r *http.Request, c *visitor) { p.view(w, r, c, v) }))

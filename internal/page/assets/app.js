@@ -28,7 +28,7 @@
       r = await fetch("/session", { method: "POST", body: JSON.stringify({ token }) });
     }
     if (!r || !r.ok && session) r = await fetch("/session", { headers: headers() });
-    if (!r.ok) { say("Not entered", (await r.text()).trim()); pulse("lost", "out"); return false; }
+    if (!r.ok) { say("Not entered", (await r.text()).trim(), r.headers.get("Sallyport-Signin")); pulse("lost", "out"); return false; }
     const s = await r.json();
     session = s.session; csrf = s.csrf;
     if (session) sessionStorage.setItem(KEY, session);
@@ -36,12 +36,17 @@
     return true;
   }
 
-  function say(title, text) {
+  function say(title, text, signin) {
     const m = $("#main");
     m.replaceChildren();
     const h = document.createElement("h1"), p = document.createElement("p");
     h.textContent = title; p.textContent = text; p.className = "lede";
     m.append(h, p);
+    if (signin) {
+      const a = document.createElement("a");
+      a.href = signin; a.id = "signin"; a.className = "button"; a.textContent = "Sign in";
+      m.append(a);
+    }
     document.title = title + " · Sallyport";
   }
 
@@ -107,7 +112,7 @@
       const r = await fetch("/view" + url, { headers: headers(), signal: mine.signal });
       const text = await r.text();
       if (mine !== flow) return;
-      if (!r.ok) { say(r.status === 401 ? "Not entered" : "This cannot be shown", text.trim()); pulse("lost", "out"); return; }
+      if (!r.ok) { say(r.status === 401 ? "Not entered" : "This cannot be shown", text.trim(), r.headers.get("Sallyport-Signin")); pulse("lost", "out"); return; }
       swap(text, true);
       performance.mark("shown");
       document.documentElement.dataset.shown = url;
@@ -124,7 +129,7 @@
   async function live(url, mine, wait) {
     try {
       const r = await fetch("/live" + url, { headers: headers(), signal: mine.signal });
-      if (r.status === 401 || r.status === 403) { say("Not entered", (await r.text()).trim()); pulse("lost", "out"); return; }
+      if (r.status === 401 || r.status === 403) { say("Not entered", (await r.text()).trim(), r.headers.get("Sallyport-Signin")); pulse("lost", "out"); return; }
       if (!r.ok) throw new Error(r.status);
       pulse("live", "live");
       wait = 500;
@@ -203,7 +208,7 @@
       } else if (mv) move(mv);
       else if (a) {
         const to = a.getAttribute("href");
-        if (!to.startsWith("/") || to.startsWith("/assets")) return;
+        if (!to.startsWith("/") || to.startsWith("/assets") || to.startsWith("/oidc/")) return;
         e.preventDefault();
         go(to, !a.closest("main"));
       }

@@ -1,0 +1,192 @@
+package page
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/control"
+	"sallyport/internal/jose"
+)
+
+// The roles that a provider's groups give. On the page an admin may do what an
+// operator may, and what will be added for nobody else.
+const (
+	roleViewer   = "viewer"
+	roleOperator = "operator"
+	roleAdmin    = "admin"
+)
+
+const (
+	// A sign-in is to be done within flowLife. Who has signed in stays as long as
+	// personLife, and then asks the provider again.
+	flowLife   = 10 * time.Minute
+	personLife = time.Hour
+	// maxRedeems is how many codes are redeemed at once.
+	maxRedeems = 8
+	// flowCookie ties a sign-in to the browser that began it. It opens nothing.
+	flowCookie = "__Secure-sallyport-signin"
+	// signinHeader tells the page's script where to sign in.
+	signinHeader = "Sallyport-Signin"
+)
+
+// A flow is one sign-in. All of it follows from the browser's cookie and a key of
+// this process, so that strangers fill no memory.
+type flow struct{ state, nonce, verifier string }
+
+func (p *Page) flowOf(cookie string) flow {
+	of := func(what string) string {
+		m := hmac.New(sha256.New, p.door.key[:])
+		fmt.Fprintf(m, "signin %s\n%s", what, cookie)
+		return base64.RawURLEncoding.EncodeToString(m.Sum(nil))
+	}
+	return flow{of("state"), of("nonce"), of("verifier")}
+}
+
+// begun says if a cookie is of a sign-in that is not too old.
+func begun(cookie string, now time.Time) bool {
+	at, _, ok := strings.Cut(cookie, ".")
+	s, err := strconv.ParseInt(at, 10, 64)
+	age := now.Sub(time.Unix(s, 0))
+	return ok && err == nil && age >= 0 && age < flowLife
+}
+
+// signin sends a browser to the provider.
+func (p *Page) signin(w http.ResponseWriter, r *http.Request) {
+	now := p.cfg.Now()
+	m, err := p.provider.discover(r.Context(), now)
+	if err != nil {
+		p.noSignin(w, r, err)
+		return
+	}
+	cookie := fmt.Sprintf("%d.%s%s", now.Unix(), rand.Text(), rand.Text())
+	http.SetCookie(w, &http.Cookie{Name: flowCookie, Value: cookie, Path: "/oidc/", MaxAge: int(flowLife.Seconds()), Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
+	http.Redirect(w, r, p.provider.authorize(m, p.flowOf(cookie)), http.StatusSeeOther)
+}
+
+func (p *Page) noSignin(w http.ResponseWriter, r *http.Request, err error) {
+	if r.Context().Err() == nil {
+		p.cfg.Log.Warn("nobody can sign in to the page by the provider", "issuer", p.provider.cfg.Issuer, "err", err)
+	}
+	http.Error(w, "the provider does not let you in now; the issuer's log says why", http.StatusBadGateway)
+}
+
+// providerError is what a provider may call a refusal.
+var providerError = regexp.MustCompile(`^[a-z_]{1,40}$`)
+
+// signedIn takes a browser back from the provider, and gives it the token of a
+// link: the page's script trades that for a session, as it does with any link.
+func (p *Page) signedIn(w http.ResponseWriter, r *http.Request) {
+	c, err := r.Cookie(flowCookie)
+	http.SetCookie(w, &http.Cookie{Name: flowCookie, Path: "/oidc/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
+	now, q := p.cfg.Now(), r.URL.Query()
+	if err != nil || !begun(c.Value, now) || !hmac.Equal([]byte(q.Get("state")), []byte(p.flowOf(c.Value).state)) {
+		http.Error(w, "this browser has begun no such sign-in, or too long ago; begin anew", http.StatusForbidden)
+		return
+	}
+	if iss := q.Get("iss"); iss != "" && iss != p.provider.cfg.Issuer { // RFC 9207
+		http.Error(w, "this is the answer of another provider", http.StatusForbidden)
+		return
+	}
+	if e := q.Get("error"); e != "" || q.Get("code") == "" {
+		if !providerError.MatchString(e) {
+			e = "without a reason"
+		}
+		http.Error(w, "the provider has refused: "+e, http.StatusForbidden)
+		return
+	}
+	select {
+	case p.redeems <- struct{}{}:
+		defer func() { <-p.redeems }()
+	default:
+		http.Error(w, "many sign in now; do it again", http.StatusTooManyRequests)
+		return
+	}
+	m, err := p.provider.discover(r.Context(), now)
+	if err != nil {
+		p.noSignin(w, r, err)
+		return
+	}
+	t, err := p.provider.redeem(r.Context(), m, q.Get("code"), p.flowOf(c.Value), now)
+	if err != nil {
+		p.noSignin(w, r, err)
+		return
+	}
+	p.admit(w, r, t, now)
+}
+
+// admit lets a person in whose groups give a role.
+func (p *Page) admit(w http.ResponseWriter, r *http.Request, t *jose.Token, now time.Time) {
+	groups, _ := t.Claims.Texts(p.provider.cfg.Claim, maxGroups) // what is none of these gives no role
+	role := p.provider.cfg.role(groups)
+	id, err := p.person(t, role)
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	if role == "" {
+		if p.door.tell(id.String(), now) && !p.recorded(w, r, control.AdminCall{Caller: id, Method: methodEnter, Peer: r.RemoteAddr}) {
+			return
+		}
+		http.Error(w, "none of your groups has a role here: page.oidc.viewers, operators and admins name those that have", http.StatusForbidden)
+		return
+	}
+	token := rand.Text() + rand.Text()
+	p.door.mu.Lock()
+	put(p.door.links, token, pass{until: now.Add(linkLife), id: id, role: role}, maxLinks)
+	p.door.mu.Unlock()
+	http.Redirect(w, r, "/denied#"+token, http.StatusSeeOther)
+}
+
+// plainSubject is a subject that can stand in a SPIFFE ID as it is.
+var plainSubject = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
+
+// person is the identity by which a person stands in records and in rows that
+// deny: its role, and its subject at the provider, hashed where a SPIFFE ID cannot
+// hold it. A hash has a prefix that no plain subject is let to have.
+func (p *Page) person(t *jose.Token, role string) (spiffeid.ID, error) {
+	sub, err := t.Claims.Text("sub")
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	const hashed = "sha256-"
+	if !plainSubject.MatchString(sub) || strings.HasPrefix(sub, hashed) {
+		sum := sha256.Sum256([]byte(sub))
+		sub = hashed + hex.EncodeToString(sum[:])
+	}
+	if role == "" {
+		role = "none"
+	}
+	return spiffeid.FromSegments(p.cfg.TrustDomain, "oidc", role, sub)
+}
+
+// roleMay says what a role lets people do.
+func roleMay(role, method string) bool {
+	switch method {
+	case MethodView:
+		return role == roleViewer || role == roleOperator || role == roleAdmin
+	case MethodMoveRollout:
+		return role == roleOperator || role == roleAdmin
+	}
+	return role == roleAdmin
+}
+
+// Run keeps the keys of the provider fresh until ctx ends. Without one it waits.
+func (p *Page) Run(ctx context.Context) error {
+	if p.provider == nil {
+		<-ctx.Done()
+		return nil
+	}
+	return p.provider.keys.Run(ctx)
+}
