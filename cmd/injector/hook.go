@@ -29,6 +29,7 @@ type (
 		Namespace   string          `json:"namespace"`
 		Operation   string          `json:"operation"`
 		Object      json.RawMessage `json:"object"`
+		OldObject   json.RawMessage `json:"oldObject"`
 	}
 	response struct {
 		UID       string  `json:"uid"`
@@ -93,6 +94,9 @@ func (h *hook) answer(in *request) *response {
 func (h *hook) patch(in *request) ([]operation, error) {
 	if in.Kind.Kind != "Pod" || in.Kind.Group != "" {
 		return nil, nil
+	}
+	if in.Operation == "UPDATE" && in.SubResource == "" {
+		return nil, keeps(in.OldObject, in.Object, h.cfg)
 	}
 	later := in.Operation == "UPDATE" && in.SubResource == "ephemeralcontainers"
 	if !later && (in.Operation != "CREATE" || in.SubResource != "") {

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
+	"strings"
 )
 
 // accountDir is where Kubernetes mounts the token for itself into every container.
@@ -123,4 +125,28 @@ func same(want, got any, at string) (string, bool) {
 		return at, reflect.DeepEqual(want, got)
 	}
 	return at, true
+}
+
+// keeps says what is wrong with a change of a pod that runs: of a container, its
+// image alone can change, and the image of ours is the sidecar itself. It may
+// become the one that pods are given now.
+func keeps(before, after []byte, cfg *Config) error {
+	images := map[string]string{}
+	var p pod
+	if err := json.Unmarshal(before, &p); err != nil {
+		return fmt.Errorf("the pod as it was cannot be read: %w", err)
+	}
+	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+		images[c.Name] = c.Image
+	}
+	p = pod{}
+	if err := json.Unmarshal(after, &p); err != nil {
+		return fmt.Errorf("the pod cannot be read: %w", err)
+	}
+	for _, c := range slices.Concat(p.Spec.InitContainers, p.Spec.Containers) {
+		if strings.HasPrefix(c.Name, prefix) && c.Image != images[c.Name] && c.Image != cfg.Image {
+			return fmt.Errorf("container %s: its image is the sidecar's, and changes to %q alone, the one that pods are given", c.Name, cfg.Image)
+		}
+	}
+	return nil
 }

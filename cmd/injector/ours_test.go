@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -170,5 +171,38 @@ func TestPodsThatAreLeftAlone(t *testing.T) {
 		if got := send(t, "tools", tt.operation, tt.sub, out); !got.Allowed || got.Patch != nil {
 			t.Errorf("%s: %+v %+v", tt.name, got, got.Status)
 		}
+	}
+}
+
+// TestImagesOfARunningPod changes what "kubectl set image" does.
+func TestImagesOfARunningPod(t *testing.T) {
+	pod := func(sidecar, capture, app string) string {
+		return fmt.Sprintf(`{"spec":{"initContainers":[{"name":"sallyport-capture","image":%q},{"name":"sallyport-sidecar","image":%q}],"containers":[{"name":"app","image":%q}]}}`, capture, sidecar, app)
+	}
+	update := func(before, after string) *response {
+		return testHook().answer(&request{UID: "u", Kind: struct{ Group, Version, Kind string }{"", "v1", "Pod"}, Namespace: "shop", Operation: "UPDATE", Object: []byte(after), OldObject: []byte(before)})
+	}
+	old := pod("sallyport:old", "sallyport:old", "app:1")
+	for name, tt := range map[string]struct {
+		after string
+		ok    bool
+	}{
+		"nothing":                        {old, true},
+		"that of the application":        {pod("sallyport:old", "sallyport:old", "app:2"), true},
+		"the sidecar's to that of today": {pod("sallyport:test", "sallyport:old", "app:1"), true},
+		"the sidecar's":                  {pod("evil", "sallyport:old", "app:1"), false},
+		"that of capture":                {pod("sallyport:old", "evil", "app:1"), false},
+		"a pod that is none":             {`{"spec":[]}`, false},
+	} {
+		if got := update(old, tt.after); got.Allowed != tt.ok || (got.Status == nil) != tt.ok {
+			t.Errorf("another image, %s: %+v", name, got)
+		}
+	}
+	bare := `{"spec":{"containers":[{"name":"app","image":"a"}]}}`
+	if got := update(bare, strings.Replace(bare, `"a"`, `"b"`, 1)); !got.Allowed {
+		t.Errorf("a pod without a sidecar: %+v", got.Status)
+	}
+	if got := update(`x`, old); got.Allowed {
+		t.Error("a pod that cannot be compared is let through")
 	}
 }

@@ -47,6 +47,7 @@ type (
 	}
 	container struct {
 		Name            string                  `json:"name"`
+		Image           string                  `json:"image"`
 		Env             []struct{ Name string } `json:"env"`
 		VolumeMounts    []volumeMount           `json:"volumeMounts"`
 		SecurityContext *securityContext        `json:"securityContext"`

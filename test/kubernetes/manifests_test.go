@@ -83,10 +83,17 @@ func look(t *testing.T, file string, v any) {
 			if w.FailurePolicy == nil || *w.FailurePolicy != admission.Fail || w.SideEffects == nil {
 				t.Errorf("%s: %s lets pods pass that nobody has looked at", file, w.Name)
 			}
-			if !slices.ContainsFunc(w.Rules, func(r admission.RuleWithOperations) bool {
-				return slices.Contains(r.Resources, "pods/ephemeralcontainers") && slices.Contains(r.Operations, admission.Update)
+		}
+		for _, heard := range []struct {
+			what admission.OperationType
+			of   string
+		}{{admission.Create, "pods"}, {admission.Update, "pods/ephemeralcontainers"}, {admission.Update, "pods"}} {
+			if !slices.ContainsFunc(o.Webhooks, func(w admission.MutatingWebhook) bool {
+				return slices.ContainsFunc(w.Rules, func(r admission.RuleWithOperations) bool {
+					return slices.Contains(r.Resources, heard.of) && slices.Contains(r.Operations, heard.what)
+				})
 			}) {
-				t.Errorf("%s: %s does not hear of what kubectl debug puts into a pod", file, w.Name)
+				t.Errorf("%s: nobody hears of %s of %s", file, heard.what, heard.of)
 			}
 		}
 	}
