@@ -82,14 +82,8 @@ type tab struct {
 // openTab starts a browser at a page of a mesh of n services.
 func openTab(t *testing.T, n int) *tab {
 	t.Helper()
-	chromium, err := exec.LookPath("chromium")
-	if err != nil {
-		if os.Getenv("CI") == "true" {
-			t.Fatalf("chromium is missing: %v", err)
-		}
-		t.Skip("chromium is not installed")
-	}
 	b := &tab{t: t, mesh: pagetest.New(n, time.Now())}
+	var err error
 	srv := httptest.NewUnstartedServer(nil)
 	conf := b.mesh.Config()
 	conf.Loopback, conf.Now = srv.Listener.Addr().String(), time.Now
@@ -100,17 +94,35 @@ func openTab(t *testing.T, n int) *tab {
 	srv.Start()
 	b.url = srv.URL
 	t.Cleanup(func() { srv.CloseClientConnections(); srv.Close() })
+	b.start()
+	link, _, err := b.page.NewLink(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.do(chromedp.Navigate(link))
+	b.shown("/denied")
+	return b
+}
+
+// start starts the browser.
+func (b *tab) start() {
+	t := b.t
+	t.Helper()
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		if os.Getenv("CI") == "true" {
+			t.Fatalf("chromium is missing: %v", err)
+		}
+		t.Skip("chromium is not installed")
+	}
 	ctx, stop := chromedp.NewExecAllocator(t.Context(), append(chromedp.DefaultExecAllocatorOptions[:],
-		chromedp.ExecPath(chromium), chromedp.NoSandbox, chromedp.WindowSize(1360, 900), chromedp.Flag("disable-dev-shm-usage", true))...)
+		chromedp.ExecPath(chromium), chromedp.NoSandbox, chromedp.WindowSize(1360, 900), chromedp.Flag("disable-dev-shm-usage", true),
+		chromedp.Flag("ignore-certificate-errors", true))...) // those of httptest
 	t.Cleanup(stop)
 	ctx, cancel := chromedp.NewContext(ctx)
 	t.Cleanup(cancel)
 	b.ctx, cancel = context.WithTimeout(ctx, 3*time.Minute)
 	t.Cleanup(cancel)
-	link, _, err := b.page.NewLink(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
 	b.do(chromedp.Navigate("about:blank"))
 	console := chromedp.Console(b.ctx)
 	go func() {
@@ -125,9 +137,6 @@ func openTab(t *testing.T, n int) *tab {
 			}
 		}
 	}()
-	b.do(chromedp.Navigate(link))
-	b.shown("/denied")
-	return b
 }
 
 func (b *tab) do(steps ...chromedp.Action[chromedp.Void]) {
