@@ -17,6 +17,7 @@ import (
 	"io"
 	"runtime"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -35,8 +36,9 @@ type settings struct {
 	rounds          int
 	each, warm      time.Duration
 	rules           int
-	only            bool
-	profile         string
+	// scenes are those to measure, peers which pairs beside ours.
+	scenes, peers []string
+	profile       string
 }
 
 func measure(ctx context.Context, w io.Writer) error {
@@ -47,11 +49,13 @@ func measure(ctx context.Context, w io.Writer) error {
 	flag.DurationVar(&s.each, "each", 2*time.Second, "how long a pair is measured in a round")
 	flag.DurationVar(&s.warm, "warm", 500*time.Millisecond, "how long it is warmed up before")
 	flag.IntVar(&s.rules, "rules", 1000, "rows of the policy")
-	flag.BoolVar(&s.only, "only", false, "measure ours alone")
+	wanted := flag.String("scenes", "", "the scenes to measure, with commas between (default all)")
+	pairs := flag.String("pairs", "nginx,haproxy,stunnel", "the pairs to measure beside ours, with commas between")
 	flag.StringVar(&s.profile, "profile", "", "write CPU profiles of both sidecars under the first scene to FILE-client and FILE-server, and measure nothing")
 	flag.Parse()
-	if s.rounds < 1 || s.rules < 1 || s.each <= 0 {
-		return errors.New("settings: want at least one round, one rule and some time for each")
+	s.scenes, s.peers = strings.Split(*wanted, ","), strings.Split(*pairs, ",")
+	if s.rounds < 1 || s.rules < 1 || s.each <= 0 || len(s.wanted()) == 0 {
+		return errors.New("settings: want at least one round, one rule, one scene and some time for each")
 	}
 	ctx, cancel := context.WithTimeout(ctx, bound)
 	defer cancel()
@@ -94,6 +98,16 @@ var scenes = []scene{
 	{"down-1", false, false, 1}, {"up-1", true, false, 1},
 	{"down-8", false, false, 8}, {"up-8", true, false, 8},
 	{"echo-1", false, true, 1}, {"echo-8", false, true, 8},
+}
+
+// wanted are the scenes that are asked for.
+func (s settings) wanted() (out []scene) {
+	for _, sc := range scenes {
+		if s.scenes[0] == "" || slices.Contains(s.scenes, sc.name) {
+			out = append(out, sc)
+		}
+	}
+	return out
 }
 
 // A cell is a scene with a pair.
@@ -149,18 +163,22 @@ func (b *bench) start(ctx context.Context, w io.Writer, s settings) error {
 	if b.load, err = rig.DialLoader[order, report](socket); err != nil {
 		return err
 	}
-	if err := b.answers(ctx, ours); err != nil || s.only || s.profile != "" {
+	if err := b.answers(ctx, ours); err != nil || s.profile != "" {
 		return err
 	}
 	cores := runtime.NumCPU()
 	for _, peer := range []struct {
+		name  string
 		start func(context.Context, rig.Streams) (*rig.Pair, error)
 		ways  []rig.Streams
 	}{
-		{b.NginxStream, []rig.Streams{{Workers: 1, Buffer: 16}, {Workers: cores, Buffer: 16}, {Workers: cores, Buffer: 64}, {Workers: cores, Buffer: 256}}},
-		{b.HAProxyStream, []rig.Streams{{Workers: 1, Buffer: 16}, {Workers: cores, Buffer: 16}, {Workers: cores, Buffer: 64}}},
-		{b.Stunnel, []rig.Streams{{}}},
+		{"nginx", b.NginxStream, []rig.Streams{{Workers: 1, Buffer: 16}, {Workers: cores, Buffer: 16}, {Workers: cores, Buffer: 64}, {Workers: cores, Buffer: 256}}},
+		{"haproxy", b.HAProxyStream, []rig.Streams{{Workers: 1, Buffer: 16}, {Workers: cores, Buffer: 16}, {Workers: cores, Buffer: 64}}},
+		{"stunnel", b.Stunnel, []rig.Streams{{}}},
 	} {
+		if !slices.Contains(s.peers, peer.name) {
+			continue
+		}
 		p, err := b.best(ctx, w, s, peer.start, peer.ways)
 		if err != nil {
 			return err
@@ -265,7 +283,7 @@ func (b *bench) measure(p *rig.Pair, sc scene, s settings) (sample, error) {
 func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, res *rig.Result) error {
 	turn := slices.Clone(b.pairs)
 	for range s.rounds {
-		for _, sc := range scenes {
+		for _, sc := range s.wanted() {
 			for _, p := range turn {
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
@@ -289,15 +307,15 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, res *rig.Re
 			slices.Reverse(turn) // nobody is always first
 		}
 	}
-	b.table(w)
-	b.figures(res.Figures)
+	b.table(w, s.wanted())
+	b.figures(res.Figures, s.wanted())
 	return nil
 }
 
-func (b *bench) table(w io.Writer) {
+func (b *bench) table(w io.Writer, wanted []scene) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "scene\tpair\tMB/s (echo: 1,000/s)\tCPU s/GB (echo: s/100k)\tRSS MB\t")
-	for _, sc := range scenes {
+	for _, sc := range wanted {
 		for _, p := range b.pairs {
 			m := func(f func(sample) float64) float64 {
 				var v []float64
@@ -312,14 +330,12 @@ func (b *bench) table(w io.Writer) {
 	_ = t.Flush()
 }
 
-func (b *bench) figures(out map[string]float64) {
-	for i, name := range []string{"ours", "nginx", "haproxy", "stunnel"} {
-		if i == 0 || i >= len(b.pairs) {
-			continue
-		}
-		for _, sc := range scenes {
-			out[name+"_ratio_"+sc.name] = b.ratio(sc, b.pairs[i], sample.mbps)
-			out[name+"_cpu_ratio_"+sc.name] = b.ratio(sc, b.pairs[i], sample.cpu)
+func (b *bench) figures(out map[string]float64, wanted []scene) {
+	for _, p := range b.pairs[1:] {
+		name, _, _ := strings.Cut(p.Name, "-")
+		for _, sc := range wanted {
+			out[name+"_ratio_"+sc.name] = b.ratio(sc, p, sample.mbps)
+			out[name+"_cpu_ratio_"+sc.name] = b.ratio(sc, p, sample.cpu)
 			if least, ok := out[name+"_ratio"]; !sc.pings && (!ok || out[name+"_ratio_"+sc.name] < least) {
 				out[name+"_ratio"] = out[name+"_ratio_"+sc.name]
 			}
@@ -340,7 +356,7 @@ func (b *bench) ratio(sc scene, p *rig.Pair, f func(sample) float64) float64 {
 // profile writes what both sidecars do under the first scene.
 func (b *bench) profile(ctx context.Context, s settings) error {
 	done := make(chan error, 2)
-	sc, p := scenes[0], b.pairs[0]
+	sc, p := s.wanted()[0], b.pairs[0]
 	r, err := b.load.Do(order{Target: p.Target, Origin: b.origin, Up: sc.up, Conns: sc.conns, Warm: s.warm, For: 12 * time.Second}, func() {
 		for i, half := range []string{"server", "client"} {
 			go func() { done <- p.Procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
