@@ -3,9 +3,11 @@ package egress
 import (
 	"bytes"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 )
 
 // A tunnel was opened while its destination asked for no server name, and came
@@ -264,4 +267,56 @@ func TestCallersThatDoNotRead(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Requests of a caller that has just broken off many are broken off before anybody
+// has decided on them.
+func TestFloodCostsNoDecisions(t *testing.T) {
+	w := newWorldOf(t, nil, func(g *Gateway) {
+		wear(g)
+		g.restOfWorn = time.Hour
+	})
+	c, err := tls.Dial("tcp", w.addr, w.client(billing, "h2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	_ = c.SetDeadline(time.Now().Add(time.Minute))
+	_, _ = io.WriteString(c, http2.ClientPreface)
+	f := http2.NewFramer(c, c)
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	_ = f.WriteSettings()
+	for n := range brokenBurst {
+		block.Reset()
+		_ = enc.WriteField(hpack.HeaderField{Name: ":method", Value: "CONNECT"})
+		_ = enc.WriteField(hpack.HeaderField{Name: ":authority", Value: "db.test:5432"})
+		id := uint32(2*n + 1)
+		_ = f.WriteHeaders(http2.HeadersFrameParam{StreamID: id, BlockFragment: block.Bytes(), EndHeaders: true})
+		if f.WriteRSTStream(id, http2.ErrCodeCancel) != nil {
+			break // it was too much already
+		}
+	}
+	if _, err := io.Copy(io.Discard, c); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection goes on")
+	}
+	if strings.Contains(w.lines(), "db.test") {
+		t.Errorf("decided on what was broken off: %s", w.lines())
+	}
+}
+
+// What such a caller means is served.
+func TestWornCallersAreServed(t *testing.T) {
+	w := newWorldOf(t, nil, wear)
+	for name, dial := range map[string]func(*world, spiffeid.ID, string) (clientTunnel, *refused){"h2": dial2, "http/1.1": dial1} {
+		if _, ref := dial(w, billing, "db.test:5432"); ref != nil {
+			t.Errorf("over %s: refused: %+v", name, ref)
+		}
+	}
+}
+
+// wear has most of the patience with a caller used up, for good.
+func wear(g *Gateway) {
+	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, 0)
+	g.calmOf.Spend(billing, brokenBurst*3/5)
 }

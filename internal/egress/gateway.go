@@ -191,14 +191,16 @@ type Gateway struct {
 	calm    *mux.Calm[mux.Source]  // with who breaks off handshakes
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	windows *mux.Budget            // of streams
-	origins origins
-	probes  probes
-	outside *upstream.Outside
-	signals *telemetry.Signals
-	h2      *http.Server
-	h2conns *handover
-	base    context.Context // ends when Drain gives up waiting
-	giveUp  context.CancelFunc
+	// restOfWorn is a field for tests.
+	restOfWorn time.Duration
+	origins    origins
+	probes     probes
+	outside    *upstream.Outside
+	signals    *telemetry.Signals
+	h2         *http.Server
+	h2conns    *handover
+	base       context.Context // ends when Drain gives up waiting
+	giveUp     context.CancelFunc
 
 	wg sync.WaitGroup // connections and streams
 
@@ -225,7 +227,7 @@ func New(c Config) (*Gateway, error) {
 	g.dialer = &Dialer{Names: c.Names, Guard: guard}
 	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
-	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate)
+	g.calmOf, g.restOfWorn = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), restOfWorn
 	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
 	g.outside = &upstream.Outside{Changed: c.Troubled}
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)

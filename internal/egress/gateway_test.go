@@ -123,6 +123,12 @@ func (w *world) use(s *mesh.Snapshot) {
 
 func newWorld(t testing.TB, change func(*Config)) *world {
 	t.Helper()
+	return newWorldOf(t, change, func(*Gateway) {})
+}
+
+// newWorldOf is newWorld of a Gateway that is changed before it serves.
+func newWorldOf(t testing.TB, change func(*Config), before func(*Gateway)) *world {
+	t.Helper()
 	w := &world{t: t, ca: meshtest.NewCA(t, meshtest.TD), audit: audit.NewMemory(), stopped: make(chan error, 1)}
 	w.dns = startDNS(t, func(q dns.Question, m *dns.Msg, _ bool) {
 		if q.Qtype != dns.TypeA {
@@ -166,6 +172,7 @@ func newWorld(t testing.TB, change func(*Config)) *world {
 	if w.gw, err = New(cfg); err != nil {
 		t.Fatal(err)
 	}
+	before(w.gw)
 	w.use(w.policy(access, ""))
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -132,7 +132,7 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	defer answered()
 	var t *tunnel
 	defer func() { g.brokenOff(on, r, t) }()
-	if r.Context().Err() != nil {
+	if !g.meant(r.Context(), on.who) {
 		return
 	}
 	var ans *answer
@@ -170,6 +170,22 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	g.carry(t, s)
+}
+
+// restOfWorn is how long a request of a caller waits that has broken off many.
+const restOfWorn = 20 * time.Millisecond
+
+// meant says whether a request still stands. One of a caller that has just broken
+// off many is not acted on at once: most of a flood is broken off right behind its
+// head, and then costs no decision and no connection outside.
+func (g *Gateway) meant(ctx context.Context, who *caller) bool {
+	if ctx.Err() == nil && g.calmOf.Worn(who.id) {
+		select {
+		case <-time.After(g.restOfWorn):
+		case <-ctx.Done():
+		}
+	}
+	return ctx.Err() == nil
 }
 
 // brokenOff takes note of a stream that its caller has reset before anything came

@@ -147,7 +147,11 @@ func (g *Gateway) askStream(ctx context.Context, w *wire, s *hop.Stream, who *ca
 // lastOf acts on what was read from a stream and is the last of it: a tunnel, or
 // an answer to what cannot become one.
 func (g *Gateway) lastOf(ctx context.Context, w *wire, hc *http1.Conn, who *caller, req *http1.Request, err error) (*tunnel, []byte) {
-	t, ans := g.request1(ctx, who, req, err)
+	var t *tunnel
+	var ans *answer
+	if g.meant(ctx, who) {
+		t, ans = g.request1(ctx, who, req, err)
+	}
 	if t == nil && ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
 		w.Close()
 	}

@@ -178,6 +178,17 @@ func (c *Calm[K]) Over(who K) bool {
 	return p != nil && p.over
 }
 
+// Worn says that a party has used up more than half of its patience.
+func (c *Calm[K]) Worn(who K) bool {
+	if c == nil {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.look(who)
+	return p != nil && p.left < c.burst/2
+}
+
 // look finds a party that has not got all of its patience.
 func (c *Calm[K]) look(who K) *patience {
 	p := c.of[who]

@@ -166,3 +166,20 @@ func TestTurns(t *testing.T) {
 	Turns(nil).Take()
 	Turns(nil).Give()
 }
+
+func TestCalmIsWornBeforeItIsOver(t *testing.T) {
+	c := NewCalm[string](100, 0)
+	for spent, want := range map[int]bool{50: false, 51: true, 99: true, 100: true} {
+		who := string(rune(spent))
+		c.Spend(who, spent)
+		if got := c.Worn(who); got != want {
+			t.Errorf("with %d of 100 spent: %v", spent, got)
+		}
+		if got := c.Over(who); got != (spent == 100) {
+			t.Errorf("with %d of 100 spent: over is %v", spent, got)
+		}
+	}
+	if c.Worn("another") || (*Calm[string])(nil).Worn("another") {
+		t.Error("worn by nobody")
+	}
+}
