@@ -48,7 +48,7 @@ func newCluster(t *testing.T, files ...string) *cluster {
 			}
 		}
 	}
-	c.client = fake.NewClientBuilder().WithScheme(scheme).WithObjects(objects...).Build()
+	c.client = fake.NewClientBuilder().WithScheme(scheme).WithObjects(append(objects, pods()...)...).Build()
 	return c
 }
 

@@ -27,7 +27,6 @@ var unclaimed = map[string]string{
 	"HTTPRouteMatchingAcrossRoutes": "an application of the mesh sees its own name as Host, not the one that its caller wrote",
 	"HTTPRouteRewriteHost":          "it takes another Host only by the routes of its own service",
 	"HTTPRouteCORS":                 "a route that lets every origin call with credentials is refused",
-	"HTTPRouteRequestMirror":        "the tests read the logs of pods, which there are none",
 }
 
 // claimed are the tests of what we claim.
@@ -39,6 +38,7 @@ var claimed = []suite.ConformanceTest{
 	tests.HTTPRouteRedirectHostAndStatus, tests.HTTPRouteRedirectPath, tests.HTTPRouteRedirectPort, tests.HTTPRouteRedirectScheme,
 	tests.HTTPRoute303Redirect, tests.HTTPRoute307Redirect, tests.HTTPRoute308Redirect, tests.HTTPRouteRewritePath,
 	tests.HTTPRouteTimeoutRequest, tests.HTTPRouteTimeoutBackendRequest, tests.HTTPRouteNamedRule, tests.HTTPRouteNoBackendRefs, tests.HTTPRouteRetry,
+	tests.HTTPRouteRequestMirror, tests.HTTPRouteRequestMultipleMirrors, tests.HTTPRouteRequestPercentageMirror,
 	tests.GRPCExactMethodMatching, tests.GRPCRouteHeaderMatching, tests.GRPCRouteWeight, tests.GRPCRouteNamedRule,
 }
 
@@ -59,7 +59,7 @@ func (w *world) conforms(t *testing.T, c suite.ConformanceTest) {
 	timeouts.MaxTimeToConsistency = 10 * time.Second
 	timeouts.RouteMustHaveParents, timeouts.GatewayMustHaveAddress = 3*time.Second, 3*time.Second
 	c.Test(t, &suite.ConformanceTestSuite{
-		Client: k.client, ControllerName: controller, GatewayClassName: "sallyport", TimeoutConfig: timeouts,
+		Client: k.client, Clientset: w.logs(t), ControllerName: controller, GatewayClassName: "sallyport", TimeoutConfig: timeouts,
 		RoundTripper: &roundtripper.DefaultRoundTripper{TimeoutConfig: timeouts}, GRPCClient: &grpc.DefaultClient{},
 	})
 }

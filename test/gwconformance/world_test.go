@@ -40,18 +40,19 @@ const (
 type backend struct {
 	name, namespace string
 	grpc            bool
+	log             *os.File // of its pod
 }
 
 var backends = []backend{
-	{"infra-backend-v1", "gateway-conformance-infra", false},
-	{"infra-backend-v2", "gateway-conformance-infra", false},
-	{"infra-backend-v3", "gateway-conformance-infra", false},
-	{"web-backend", "gateway-conformance-web-backend", false},
-	{"app-backend-v1", "gateway-conformance-app-backend", false},
-	{"app-backend-v2", "gateway-conformance-app-backend", false},
-	{"grpc-infra-backend-v1", "gateway-conformance-infra", true},
-	{"grpc-infra-backend-v2", "gateway-conformance-infra", true},
-	{"grpc-infra-backend-v3", "gateway-conformance-infra", true},
+	{"infra-backend-v1", "gateway-conformance-infra", false, nil},
+	{"infra-backend-v2", "gateway-conformance-infra", false, nil},
+	{"infra-backend-v3", "gateway-conformance-infra", false, nil},
+	{"web-backend", "gateway-conformance-web-backend", false, nil},
+	{"app-backend-v1", "gateway-conformance-app-backend", false, nil},
+	{"app-backend-v2", "gateway-conformance-app-backend", false, nil},
+	{"grpc-infra-backend-v1", "gateway-conformance-infra", true, nil},
+	{"grpc-infra-backend-v2", "gateway-conformance-infra", true, nil},
+	{"grpc-infra-backend-v3", "gateway-conformance-infra", true, nil},
 }
 
 // A world is an issuer, a sidecar before each backend, and one that plays the
@@ -80,6 +81,11 @@ func (w *world) run() (int, error) {
 		return 1, err
 	}
 	for _, b := range backends {
+		var err error
+		if b.log, err = os.OpenFile(w.path(b.pod()), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600); err != nil {
+			return 1, err
+		}
+		defer b.log.Close()
 		app, err := b.serve()
 		if err != nil {
 			return 1, err
@@ -290,6 +296,7 @@ func fails(r *http.Request) bool {
 }
 
 func (b backend) echo(w http.ResponseWriter, r *http.Request) {
+	b.tell(r)
 	if fails(r) {
 		status, err := strconv.Atoi(r.URL.Query().Get("responseCode"))
 		if err != nil {
