@@ -2,9 +2,9 @@
 // a pair of sidecars by a route without one, and by routes of which all calls are
 // copied to a shadow that answers, to one that hangs, and to one that is dead.
 //
-// All scenes are measured one after the other in each round, by the same
-// processes; a ratio is the p99 of a scene over that without a shadow in the same
-// round, the median of the rounds.
+// Each scene is measured beside the one without a shadow, right before it in one
+// round and right after it in the next, by the same processes; a ratio is the p99
+// of the one over that of the other of the pair, the median of the rounds.
 package main
 
 import (
@@ -15,6 +15,7 @@ import (
 	"io"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"time"
 
 	"sallyport/bench/rig"
@@ -41,11 +42,11 @@ func measure(ctx context.Context, w io.Writer) error {
 	var s settings
 	flag.StringVar(&s.issuer, "issuer", "bin/issuer", "the issuer's binary")
 	flag.StringVar(&s.sidecar, "sidecar", "bin/sidecar", "the sidecar's binary")
-	flag.IntVar(&s.rounds, "rounds", 5, "rounds")
-	flag.IntVar(&s.rate, "rate", 500, "calls a second")
+	flag.IntVar(&s.rounds, "rounds", 9, "rounds")
+	flag.IntVar(&s.rate, "rate", 1000, "calls a second")
 	flag.IntVar(&s.conns, "conns", 16, "connections")
-	flag.DurationVar(&s.each, "each", 2*time.Second, "how long each scene is measured")
-	flag.DurationVar(&s.warm, "warm", 300*time.Millisecond, "how long calls are made before")
+	flag.DurationVar(&s.each, "each", time.Second, "how long each scene is measured")
+	flag.DurationVar(&s.warm, "warm", 100*time.Millisecond, "how long calls are made before")
 	flag.Parse()
 	if s.rounds < 1 || s.rate < 1 || s.conns < 1 || s.each <= 0 {
 		return errors.New("settings: want at least one round, connection and call a second, and some time for each")
@@ -72,29 +73,35 @@ func measure(ctx context.Context, w io.Writer) error {
 
 func (m *mesh) rounds(ctx context.Context, w io.Writer, s settings, res *rig.Result) error {
 	p50, p99, ratio := map[string][]float64{}, map[string][]float64{}, map[string][]float64{}
-	for range s.rounds {
-		without := 0.0
-		for _, scene := range scenes {
-			c, err := m.load.Do(order{Target: m.front, Path: "/v1/" + scene, Conns: s.conns, Rate: s.rate, Warm: s.warm, For: s.each}, func() {})
-			if err != nil {
-				return err
+	for n := range s.rounds {
+		for _, scene := range scenes[1:] {
+			pair, took := []string{scenes[0], scene}, map[string]float64{}
+			if n%2 == 1 {
+				slices.Reverse(pair)
 			}
-			res.Cases.Tried += c.Requests + c.Failed
-			res.Cases.Passed += c.Requests
-			res.Cases.Failed += c.Failed
-			if c.Failed > 0 {
-				fmt.Fprintf(w, "%s: %d connections failed: %s\n", scene, c.Failed, c.Fault)
+			for _, name := range pair {
+				c, err := m.load.Do(order{Target: m.front, Path: "/v1/" + name, Conns: s.conns, Rate: s.rate, Warm: s.warm, For: s.each}, func() {})
+				if err != nil {
+					return err
+				}
+				res.Cases.Tried += c.Requests + c.Failed
+				res.Cases.Passed += c.Requests
+				res.Cases.Failed += c.Failed
+				if c.Failed > 0 {
+					fmt.Fprintf(w, "%s: %d connections failed: %s\n", name, c.Failed, c.Fault)
+				}
+				took[name] = c.P99
+				p50[name], p99[name] = append(p50[name], c.P50), append(p99[name], c.P99)
 			}
-			if scene == scenes[0] {
-				without = c.P99
-			}
-			p50[scene], p99[scene], ratio[scene] = append(p50[scene], c.P50), append(p99[scene], c.P99), append(ratio[scene], c.P99/without)
+			ratio[scene] = append(ratio[scene], took[scene]/took[scenes[0]])
 		}
 	}
+	ratio[scenes[0]] = []float64{1}
 	fmt.Fprintf(w, "%-10s %8s %8s %10s\n", "shadow", "p50 ms", "p99 ms", "p99 ratio")
 	for _, scene := range scenes {
 		f := map[string]float64{"p50_ms": rig.Quantile(p50[scene], 0.5), "p99_ms": rig.Quantile(p99[scene], 0.5), "p99_ratio": rig.Quantile(ratio[scene], 0.5)}
-		fmt.Fprintf(w, "%-10s %8.2f %8.2f %10.2f\n", scene, f["p50_ms"], f["p99_ms"], f["p99_ratio"])
+		slices.Sort(ratio[scene])
+		fmt.Fprintf(w, "%-10s %8.2f %8.2f %10.2f   of %.2f\n", scene, f["p50_ms"], f["p99_ms"], f["p99_ratio"], ratio[scene])
 		for name, v := range f {
 			res.Figures[scene+"_"+name] = v
 		}

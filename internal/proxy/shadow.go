@@ -129,7 +129,9 @@ func (d *door) mirror(x *call) *refusal {
 	x.copied = d.cfg.Mirror.Copy(picked, shadow.Call{
 		Service: x.to.name, Route: r.Name, Src: d.self, Dst: x.dst, Method: x.req.Verb(), Path: x.req.PathText(), Trace: x.trace, Start: x.start,
 	})
-	x.ex.Tee = x.copied
+	if x.copied != nil {
+		x.ex.Tee = x.copied
+	}
 	return nil
 }
 

@@ -1,6 +1,7 @@
 package shadow
 
 import (
+	"slices"
 	"time"
 
 	"sallyport/internal/archive"
@@ -18,9 +19,13 @@ type Copy struct {
 	request, primary *tape
 }
 
-// Copy begins the copy of a call for its shadows, of which there is at least
-// one.
+// Copy begins the copy of a call for those of its shadows that have room for one
+// now; nil when none has. What nobody would take costs the call nothing.
 func (m *Mirror) Copy(shadows []*mesh.Shadow, call Call) *Copy {
+	shadows = slices.DeleteFunc(shadows, func(s *mesh.Shadow) bool { return m.full(s, &call) })
+	if len(shadows) == 0 {
+		return nil
+	}
 	c := &Copy{m: m, shadows: shadows, call: call, request: m.tape(), primary: m.tape()}
 	for _, s := range shadows {
 		c.answers = c.answers || s.Compare || s.Archive != ""

@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 	"time"
+
+	"sallyport/internal/mesh"
 )
 
 // A lane is the way of the copies of one shadow: one that hangs holds up
@@ -32,10 +34,28 @@ func (l *lane) rests() {
 	l.restUntil = time.Now().Add(restFor)
 }
 
+// A laneKey is whose calls a lane carries.
+type laneKey struct{ dst, route, shadow string }
+
+// full drops the copy that would be made for a shadow whose lane takes none now.
+func (m *Mirror) full(s *mesh.Shadow, call *Call) bool {
+	m.mu.Lock()
+	l := m.lanes[laneKey{call.Dst, call.Route, s.Name}]
+	m.mu.Unlock()
+	if l == nil {
+		return false // there will be one
+	}
+	refused := l.refuses()
+	if refused != "" {
+		m.count(s, refused)
+	}
+	return refused != ""
+}
+
 // offer puts a copy into the lane of its shadow, or drops it.
 func (m *Mirror) offer(j *job) {
 	m.mu.Lock()
-	key := j.call.Dst + "\x00" + j.call.Route + "\x00" + j.shadow.Name
+	key := laneKey{j.call.Dst, j.call.Route, j.shadow.Name}
 	l := m.lanes[key]
 	if l == nil && m.ctx != nil {
 		l = &lane{m: m, ctx: m.ctx}
@@ -57,17 +77,33 @@ func (m *Mirror) offer(j *job) {
 func (l *lane) take(j *job) (refused string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if refused = l.closedTo(); refused != "" {
+		return refused
+	}
+	if l.running < l.m.cfg.Concurrency {
+		l.running++
+		go l.work(j)
+	} else {
+		l.waiting = append(l.waiting, j)
+	}
+	return ""
+}
+
+// refuses says why a copy would not be taken now; empty when it would.
+func (l *lane) refuses() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.closedTo()
+}
+
+// closedTo is refuses of who holds the lock.
+func (l *lane) closedTo() string {
 	switch {
 	case l.closed:
 		return outcomeStopped
 	case !l.restUntil.IsZero() && time.Now().Before(l.restUntil):
 		return outcomeUnreachable
-	case l.running < l.m.cfg.Concurrency:
-		l.running++
-		go l.work(j)
-	case len(l.waiting) < l.m.cfg.Queue:
-		l.waiting = append(l.waiting, j)
-	default:
+	case l.running >= l.m.cfg.Concurrency && len(l.waiting) >= l.m.cfg.Queue:
 		return outcomeQueueFull
 	}
 	return ""

@@ -5,7 +5,8 @@
 // bounded memory and then, sealed, into a file, and waits for nothing. When the
 // call is over the copy waits for its turn in the lane of its shadow, a bounded
 // queue that is served by few goroutines, which end with the last call of it.
-// What finds no room is dropped and counted. Run owns the goroutine that writes
+// What finds no room is dropped and counted, if it can be before anything of the
+// call is kept. Run owns the goroutine that writes
 // files; nothing here can delay or change the call that is copied.
 package shadow
 
@@ -120,7 +121,7 @@ type Mirror struct {
 	heavy  sync.Mutex // held while a large call is looked at
 
 	mu    sync.Mutex // guards the fields below
-	lanes map[string]*lane
+	lanes map[laneKey]*lane
 	ctx   context.Context // of Run; nil before, and after
 }
 
@@ -141,7 +142,7 @@ func New(cfg Config) (*Mirror, error) {
 	}
 	return &Mirror{
 		cfg: cfg, memory: mux.NewBudget(cfg.Memory), disk: mux.NewBudget(cfg.Spill),
-		spills: make(chan *tape, 1024), lanes: map[string]*lane{},
+		spills: make(chan *tape, 1024), lanes: map[laneKey]*lane{},
 	}, nil
 }
 
@@ -167,7 +168,7 @@ func (m *Mirror) stop() {
 	m.mu.Lock()
 	m.ctx = nil
 	lanes := m.lanes
-	m.lanes = map[string]*lane{}
+	m.lanes = map[laneKey]*lane{}
 	m.mu.Unlock()
 	done := make(chan struct{})
 	go func() {
