@@ -42,10 +42,10 @@ func measure(ctx context.Context, w io.Writer) error {
 	var s settings
 	flag.StringVar(&s.issuer, "issuer", "bin/issuer", "the issuer's binary")
 	flag.StringVar(&s.sidecar, "sidecar", "bin/sidecar", "the sidecar's binary")
-	flag.IntVar(&s.rounds, "rounds", 9, "rounds")
+	flag.IntVar(&s.rounds, "rounds", 15, "rounds")
 	flag.IntVar(&s.rate, "rate", 1000, "calls a second")
 	flag.IntVar(&s.conns, "conns", 16, "connections")
-	flag.DurationVar(&s.each, "each", time.Second, "how long each scene is measured")
+	flag.DurationVar(&s.each, "each", 500*time.Millisecond, "how long each scene is measured")
 	flag.DurationVar(&s.warm, "warm", 100*time.Millisecond, "how long calls are made before")
 	flag.Parse()
 	if s.rounds < 1 || s.rate < 1 || s.conns < 1 || s.each <= 0 {
@@ -106,7 +106,7 @@ func (m *mesh) rounds(ctx context.Context, w io.Writer, s settings, res *rig.Res
 			res.Figures[scene+"_"+name] = v
 		}
 	}
-	copies, err := m.client.Metric(ctx, "sallyport_shadow_copies_total")
+	copies, err := m.client.Metric(ctx, "sallyport_shadow_total")
 	if err != nil {
 		return err
 	}
