@@ -307,7 +307,7 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 		return err
 	}
 	if t.how.Probe {
-		seen, err := g.probe(ctx, t, at.addr)
+		seen, err := g.probe(ctx, t, at)
 		if why := t.why(); why != "" {
 			return errEnded(why)
 		}

@@ -36,6 +36,10 @@ type Dialer struct {
 	Names Names
 	// Guard screens every address. Required.
 	Guard *Guard
+	// Secrets are what proxies are shown. Default: none.
+	Secrets *Secrets
+	// Outside remembers which proxies do not answer. Required where there are any.
+	Outside *upstream.Outside
 }
 
 // A Target is where a tunnel leads and how.
@@ -67,7 +71,7 @@ func (d *Dialer) seek(ctx context.Context, proof authz.Grant, t *Target, have fu
 		return nil, place{}, "", refuse(ReasonGrant, "%s port %d is not dialled without a grant for it", t.Host, t.Port)
 	}
 	if t.Did == nil {
-		t.Did = func(string, telemetry.Kind, time.Time, error) {}
+		t.Did = noSpans
 	}
 	w := walk{d: d, t: t, have: have}
 	for _, list := range t.choices() {
@@ -95,6 +99,8 @@ func (d *Dialer) seek(ctx context.Context, proof authz.Grant, t *Target, have fu
 	return nil, place{}, note, w.err
 }
 
+func noSpans(string, telemetry.Kind, time.Time, error) {}
+
 // inTurn alternates the families, each in the order given.
 func inTurn(addrs []netip.Addr, port uint16) []netip.AddrPort {
 	var families [2][]netip.Addr
@@ -121,7 +127,7 @@ func inTurn(addrs []netip.Addr, port uint16) []netip.AddrPort {
 // has failed or has not answered for attemptDelay. The first connection wins;
 // all attempts have ended when race returns. Failed is told of those that failed
 // before.
-func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed func(place)) (*net.TCPConn, place, error) {
+func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed func(place, error)) (*net.TCPConn, place, error) {
 	type result struct {
 		conn *net.TCPConn
 		at   place
@@ -135,7 +141,7 @@ func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed fun
 		next++
 		running++
 		go func() {
-			c, err := d.connect(racing, at.addr, t.How.Private)
+			c, at, err := d.reach(racing, at, t)
 			results <- result{c, at, err}
 		}()
 	}
@@ -157,7 +163,7 @@ func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed fun
 			case r.err != nil:
 				errs = append(errs, r.err)
 				if won.conn == nil {
-					failed(r.at)
+					failed(r.at, r.err)
 				}
 			case won.conn == nil:
 				won = r

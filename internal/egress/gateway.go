@@ -224,12 +224,12 @@ func New(c Config) (*Gateway, error) {
 	if guard == nil {
 		guard = new(Guard)
 	}
-	g.dialer = &Dialer{Names: c.Names, Guard: guard}
+	g.outside = &upstream.Outside{Changed: c.Troubled}
+	g.dialer = &Dialer{Names: c.Names, Guard: guard, Secrets: c.Secrets, Outside: g.outside}
 	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf, g.restOfWorn = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), restOfWorn
 	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
-	g.outside = &upstream.Outside{Changed: c.Troubled}
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
 	g.cfg.TLS = c.TLS.Clone()
 	g.cfg.TLS.NextProtos = []string{hop.Proto, "h2", "http/1.1"}

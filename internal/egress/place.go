@@ -22,9 +22,18 @@ type place struct {
 	// outlet is the endpoint, as the destination has it; empty where the host
 	// itself was looked up.
 	outlet string
+	// parent is the proxy that it goes through, which is at via; none when it has no
+	// address.
+	parent mesh.Parent
+	via    netip.AddrPort
 }
 
-func (p place) String() string { return p.addr.String() }
+func (p place) String() string {
+	if p.via.IsValid() {
+		return p.addr.String() + " through " + p.via.String()
+	}
+	return p.addr.String()
+}
 
 // choices are the endpoints of t in the order in which they are tried: one after
 // the other where they have weights, else all at once. An empty one is the host
@@ -120,8 +129,8 @@ func (w *walk) race(ctx context.Context, s stop) {
 		return
 	}
 	began := time.Now()
-	w.conn, w.at, w.err = w.d.race(ctx, s.places, w.t, func(p place) {
-		if !errors.Is(ctx.Err(), context.Canceled) { // else nobody waits any more, which says nothing of it
+	w.conn, w.at, w.err = w.d.race(ctx, s.places, w.t, func(p place, err error) {
+		if !errors.Is(ctx.Err(), context.Canceled) && !errors.Is(err, errParent) { // else that says nothing of it
 			w.t.Try.Unmade(p.addr)
 		}
 	})
@@ -140,7 +149,7 @@ func (d *Dialer) addresses(ctx context.Context, t *Target, list []mesh.Outlet) (
 	}
 	for _, e := range list {
 		if ap, ok := e.AddrPort(); ok {
-			out = append(out, place{ap, e.Address})
+			out = append(out, place{addr: ap, outlet: e.Address})
 			continue
 		}
 		name, port := e.Name()
@@ -172,7 +181,7 @@ func (d *Dialer) lookup(ctx context.Context, t *Target, name string, port uint16
 	}
 	var out []place
 	for _, ap := range inTurn(addrs, port) {
-		out = append(out, place{ap, outlet})
+		out = append(out, place{addr: ap, outlet: outlet})
 	}
 	return out, nil
 }

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
-	"net/netip"
 	"sync"
 	"time"
 )
@@ -30,7 +29,7 @@ type probes struct {
 // A probeKey is who must have a certificate, where, and from whom.
 type probeKey struct {
 	host Host
-	at   netip.AddrPort
+	at   place
 	ca   string
 }
 
@@ -79,7 +78,7 @@ func (pr *probe) old(now time.Time) bool {
 // probe sees that the host of t has a certificate for its name at the address that
 // t leads to, and says which. It makes a handshake of its own there, since in TLS
 // 1.3 nobody between sees the one in the tunnel.
-func (g *Gateway) probe(ctx context.Context, t *tunnel, at netip.AddrPort) (note string, err error) {
+func (g *Gateway) probe(ctx context.Context, t *tunnel, at place) (note string, err error) {
 	k := probeKey{t.host, at, t.how.CA}
 	pr, found := g.probes.fresh(k, time.Now())
 	if !found {
@@ -108,10 +107,10 @@ func (g *Gateway) probe(ctx context.Context, t *tunnel, at netip.AddrPort) (note
 }
 
 // prove has a host prove its name at an address, and gives the certificate.
-func (g *Gateway) prove(to Target, at netip.AddrPort) (*x509.Certificate, error) {
+func (g *Gateway) prove(to Target, at place) (*x509.Certificate, error) {
 	ctx, cancel := context.WithTimeout(g.base, originShake)
 	defer cancel()
-	conn, err := g.dialer.connect(ctx, at, to.How.Private)
+	conn, _, err := g.dialer.reach(ctx, at, &to)
 	if err != nil {
 		return nil, dialError(ctx, []error{err})
 	}

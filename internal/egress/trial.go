@@ -239,7 +239,7 @@ func (f *fetch) lend() (*origin, error) {
 	for n := 1; ; n++ {
 		o, err := f.dial(&to, key, func(list []place) bool {
 			for i := 0; i < len(list) && kept == nil && !f.fresh && !f.req.Upgrade; i++ {
-				key.at = list[i].outlet + " " + list[i].String()
+				key.at = list[i].outlet + " " + list[i].addr.String()
 				kept = f.g.origins.take(f.grant, key, fits)
 			}
 			return kept != nil
@@ -261,7 +261,7 @@ func (f *fetch) dial(to *Target, key originKey, have func([]place) bool) (*origi
 		return nil, err
 	}
 	if have != nil {
-		key.at = at.outlet + " " + at.String()
+		key.at = at.outlet + " " + at.addr.String()
 	}
 	o, err := f.g.shake(f.ctx, conn, at, key, to)
 	if err != nil {

@@ -173,5 +173,12 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to place) 
 	case len(how.Endpoints) > 0 && !slices.ContainsFunc(how.Endpoints, listed):
 		return false
 	}
+	direct := to.parent == mesh.Parent{}
+	if direct != (len(how.Parents) == 0) || !direct && !slices.Contains(how.Parents, to.parent) {
+		return false
+	}
+	if !direct && g.dialer.Guard.Screen(to.via.Addr(), how.Private) != nil {
+		return false
+	}
 	return g.dialer.Guard.Screen(to.addr.Addr(), how.Private) == nil
 }

@@ -48,6 +48,23 @@ func (o *Outlet) UnmarshalJSON(b []byte) error {
 	return json.Unmarshal(b, (*outletFields)(o))
 }
 
+// A Parent is a proxy that connections go through.
+type Parent struct {
+	// Address is as that of an Outlet.
+	Address string `json:"address"`
+	// Credentials is the name that the gateway's configuration has a secret under,
+	// USER:PASSWORD, for a proxy that asks who we are.
+	Credentials string `json:"credentials,omitempty"`
+}
+
+func (p *Parent) brief(text string) { p.Address = text }
+
+// Outlet is where the proxy is.
+func (p Parent) Outlet() Outlet { return Outlet{Address: p.Address} }
+
+// maxParents bounds the proxies of a destination.
+const maxParents = 4
+
 // AddrPort is the address, false for a name.
 func (o Outlet) AddrPort() (netip.AddrPort, bool) {
 	ap, err := netip.ParseAddrPort(o.Address)
@@ -64,6 +81,9 @@ func (o Outlet) Name() (host string, port uint16) {
 // Resilience is what is done when a host outside is late or fails. Breaker, Retry,
 // RetryBudget and the timeouts but Connect and Idle need that requests are seen.
 type Resilience struct {
+	// Parents are proxies, through one of which all connections go: the first that can
+	// be connected to. They are told an address that was screened, and no name.
+	Parents  []Parent `json:"proxies,omitempty"`
 	Timeouts Timeouts `json:"timeouts,omitzero"`
 	// Retry tries again what is safe to repeat, at another address first; nil: nothing
 	// is. RetryBudget bounds the retries.
@@ -78,7 +98,7 @@ type Resilience struct {
 // Remembered says whether what becomes of calls to the host has a meaning for those
 // that follow.
 func (d *Destination) Remembered() bool {
-	return d.Retry != nil || d.Breaker != nil || d.Outlier != nil || d.Weighted()
+	return d.Retry != nil || d.Breaker != nil || d.Outlier != nil || d.Weighted() || len(d.Parents) > 0
 }
 
 // Judged is how the host and its addresses are judged, as of a service of the mesh.
@@ -116,6 +136,16 @@ func (v *validator) outlets(d *Destination) {
 		twice(v, seen, e.Address, d.Origin, "endpoint")
 		if e.Weight > maxWeight {
 			v.item(d.Origin, "weight:", "endpoints: weight %d is more than %d", e.Weight, maxWeight)
+		}
+	}
+	if len(d.Parents) > maxParents {
+		v.item(d.Origin, "proxies:", "%d proxies are more than %d", len(d.Parents), maxParents)
+	}
+	for _, p := range d.Parents {
+		v.outletAddress(d, "proxy", p.Address)
+		twice(v, seen, p.Address, d.Origin, "endpoint or proxy")
+		if p.Credentials != "" && !plainWord(p.Credentials, 64) {
+			v.item(d.Origin, "credentials:", "proxies: credentials %q is not 1 to 64 letters, digits, hyphens, dots or underscores: it is the name under which the gateway has USER:PASSWORD", clip(p.Credentials))
 		}
 	}
 	judged := d.Judged()
