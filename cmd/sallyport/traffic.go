@@ -163,9 +163,10 @@ func (o *stopped) await(ctx context.Context, a *control.Admin, revision uint64, 
 // ejections is "sallyport ejections".
 func (c *cli) ejections() *cobra.Command {
 	return &cobra.Command{
-		Use: "ejections", Short: "Show which endpoints and services sidecars do not call, and why",
+		Use: "ejections", Short: "Show which endpoints, services and hosts are not called, and why",
 		Long: "Show which endpoints sidecars have put aside, which fail their health checks, and\n" +
-			"which services are cut off: how many sidecars say so, since when, and why.",
+			"which services are cut off: how many sidecars say so, since when, and why. Of\n" +
+			"hosts outside the mesh gateways say it.",
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return c.with(cmd, "sallyport status", func(ctx context.Context, a *control.Admin) error {
@@ -181,7 +182,7 @@ func (c *cli) ejections() *cobra.Command {
 					fmt.Fprintln(c.stdout, e)
 				}
 				if len(list) == 0 {
-					fmt.Fprintln(c.stdout, "no sidecar ejects anything")
+					fmt.Fprintln(c.stdout, "nobody ejects anything")
 				}
 				return nil
 			})
@@ -193,8 +194,10 @@ func (c *cli) ejections() *cobra.Command {
 type ejection struct {
 	mesh.Ejection          // since the first says so, with its reason
 	Sidecars      []string `json:"sidecars"`
-	// Of is how many sidecars are connected.
+	// Of is how many sidecars are connected; of a host outside, how many gateways, which
+	// are then in Sidecars.
 	Of int `json:"of"`
+	by string
 }
 
 func (e ejection) String() string {
@@ -205,18 +208,18 @@ func (e ejection) String() string {
 	case "open":
 		said = "have cut it off"
 	}
-	return fmt.Sprintf("%s: %d of %d sidecars %s since %s: %s", e.Service, len(e.Sidecars), e.Of, said, e.Since.UTC().Format("15:04"), cmp.Or(e.Why, "no reason given"))
+	return fmt.Sprintf("%s: %d of %d %ss %s since %s: %s", e.Service, len(e.Sidecars), e.Of, e.by, said, e.Since.UTC().Format("15:04"), cmp.Or(e.Why, "no reason given"))
 }
 
 // ejected gathers what the connected sidecars say, by service and address.
 func ejected(ps []mesh.Proxy) []ejection {
 	type key struct{ service, address, kind string }
-	of, by := 0, map[key]*ejection{}
+	of, by := map[string]int{}, map[key]*ejection{}
 	for _, p := range ps {
-		if !p.Connected || p.Kind != control.KindSidecar {
+		if !p.Connected {
 			continue
 		}
-		of++
+		of[p.Kind]++
 		if p.Traffic == nil {
 			continue
 		}
@@ -225,7 +228,7 @@ func ejected(ps []mesh.Proxy) []ejection {
 			x := by[k]
 			switch {
 			case x == nil:
-				x = &ejection{Ejection: e}
+				x = &ejection{Ejection: e, by: p.Kind}
 				by[k] = x
 			case e.Since.Before(x.Since):
 				x.Ejection = e
@@ -235,7 +238,7 @@ func ejected(ps []mesh.Proxy) []ejection {
 	}
 	list := []ejection{}
 	for _, x := range by {
-		x.Of = of
+		x.Of = of[x.by]
 		list = append(list, *x)
 	}
 	slices.SortFunc(list, func(a, b ejection) int {

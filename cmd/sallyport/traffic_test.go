@@ -18,7 +18,7 @@ func TestEjectionsAreToldTogether(t *testing.T) {
 	proxy := func(name string, es ...mesh.Ejection) mesh.Proxy {
 		return mesh.Proxy{Workload: spiffeid.RequireFromString("spiffe://corp.example/" + name), Kind: control.KindSidecar, Connected: true, Traffic: &mesh.Traffic{Ejections: es}}
 	}
-	gone, gateway, silent := proxy("gone", mesh.Ejection{Service: "a", Kind: "open"}), proxy("gw"), proxy("old")
+	gone, gateway, silent := proxy("gone", mesh.Ejection{Service: "a", Kind: "open"}), proxy("gw", mesh.Ejection{Service: "host:a.example", Kind: "open", Since: at(11, 1), Why: "3 consecutive failures"}), proxy("old")
 	gone.Connected, gateway.Kind, silent.Traffic = false, control.KindGateway, nil
 	list := ejected([]mesh.Proxy{
 		proxy("a", mesh.Ejection{Service: "billing", Address: addr, Kind: "ejected", Since: at(12, 5), Why: "5 consecutive failures"}),
@@ -33,6 +33,7 @@ func TestEjectionsAreToldTogether(t *testing.T) {
 	}
 	want := `billing: 2 of 4 sidecars eject 10.0.0.7:8443 since 12:03: 5 consecutive connect errors
 billing: 1 of 4 sidecars find 10.0.0.7:8443 unhealthy since 12:04: status 500
+host:a.example: 1 of 1 gateways have cut it off since 11:01: 3 consecutive failures
 ledger: 1 of 4 sidecars have cut it off since 11:00: 7 consecutive failures`
 	if strings.Join(got, "\n") != want {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), want)

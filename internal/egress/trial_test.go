@@ -15,8 +15,13 @@ import (
 // are %[1]s and %[2]s.
 func routedWorld(t *testing.T, route string) (*world, [2]*site) {
 	t.Helper()
+	return routedWorldWith(t, route, nil)
+}
+
+func routedWorldWith(t *testing.T, route string, change func(*Config)) (*world, [2]*site) {
+	t.Helper()
 	s := [2]*site{startSite(t, "shop.test"), startSite(t, "shop.test")}
-	w := newWorld(t, nil)
+	w := newWorld(t, change)
 	w.use(w.policy(asking, fmt.Sprintf("  - host: shop.test\n    tls: originate\n    private: [127.0.0.1/32]\n    ca: |\n%s%s    route:\n", indent(s[0].ca), indent(s[1].ca))+
 		fmt.Sprintf(strings.ReplaceAll(route, "\t", "      "), s[0].addr, s[1].addr)))
 	return w, s
@@ -113,8 +118,9 @@ func TestWeightsShareRequests(t *testing.T) {
 func TestBreakerOpensAndCloses(t *testing.T) {
 	t.Parallel()
 	told := make(chan upstream.Trouble, 16)
-	w, s := routedWorld(t, "\tendpoints: [%q] # %q\n\tbreaker: {consecutive: 3, open: 100ms}\n")
-	w.gw.outside.Changed = func(x upstream.Trouble) { told <- x }
+	w, s := routedWorldWith(t, "\tendpoints: [%q] # %q\n\tbreaker: {consecutive: 3, open: 100ms}\n", func(c *Config) {
+		c.Troubled = func(x upstream.Trouble) { told <- x }
+	})
 	s[0].does(replies(500))
 	for i := range 3 {
 		if status, _ := w.fetches("POST", s); status != 500 {
