@@ -48,7 +48,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.PersistentFlags().StringVarP(&c.format, "output", "o", "table", "table or json; of policy diff also markdown")
 	root.PersistentPreRunE = func(cmd *cobra.Command, _ []string) error { return c.checkFormat(cmd) }
 	root.AddCommand(c.initialize(), c.join(), c.doctor(), c.demo(), c.demoApp(), c.status(), c.policy(), c.why(), c.audit(), c.token(), c.apikey(), c.entry(), c.conform(), c.agent(), c.svid(), c.ca(), c.revoke(), c.shadow(), c.archive(), c.route(), c.rollout(), c.egress(), c.fault(), c.ejections(), c.mapCommand(), c.edges(), c.stat(), c.top(), c.page())
-	root.AddCommand(c.tls(), c.id(), c.bugReport(), c.backup(), c.restore(), c.upgrade(), c.uninstall(), daemon.Manual(1))
+	root.AddCommand(c.tls(), c.id(), c.bugReport(), c.backup(), c.restore(), c.upgrade(), c.uninstall(), c.tap(), daemon.Manual(1))
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage(err) })
 	noArgsAreUsage(root)
 	err := root.ExecuteContext(ctx)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -70,6 +71,21 @@ func tables(now time.Time) []table {
 				{Address: netip.MustParseAddrPort("10.0.0.8:15006"), Err: "dial tcp 10.0.0.8:15006: connect: connection refused"},
 			}}, now)
 			fmt.Fprintf(c.stdout, "error: %v\n", err)
+			return nil
+		}},
+		{"tap", func(c *cli) error {
+			call := mesh.Tapped{Time: now, Reporter: "outbound", Src: web.String(), Dst: api.String(), Route: "api/main", Method: "GET", Path: "/v1/x", Status: 503, Flag: "circuit_open", Trace: "4bf92f3577b34da6a3ce929d0e0e4736",
+				Took: 1.25, Retries: 1, Headers: [][2]string{{"Accept", "*/*"}, {"Authorization", "[hidden]"}}, Missed: 3}
+			bad := mesh.Tapped{Time: now, Reporter: "inbound", Src: web.String(), Dst: api.String(), Method: "GET", Path: "/\x1b[2J", GRPC: "14"}
+			for _, t := range []mesh.Tapped{call, bad} {
+				line, err := json.Marshal(t)
+				if err != nil {
+					return err
+				}
+				if err := c.showCall(line, true); err != nil {
+					return err
+				}
+			}
 			return nil
 		}},
 		{"doctor", func(c *cli) error { return c.printFindings(report) }},

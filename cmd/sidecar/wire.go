@@ -58,7 +58,9 @@ type sidecar struct {
 	tracer  *telemetry.Tracer
 	traces  *sink.Traces
 	exports *sink.Metrics
-	audit   *audit.Ledger
+	// taps show calls to whoever asks on the admin socket.
+	taps  proxy.Taps
+	audit *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
 	// sinks send the audit log to other systems.
@@ -376,7 +378,7 @@ func (s *sidecar) rejudge() {
 func (s *sidecar) shared(reporter string) proxy.Shared {
 	return proxy.Shared{
 		Audit: s.audit, Signals: telemetry.NewSignals(s.metrics, reporter), Edges: s.edges, Log: s.log, Shadows: &s.shadows,
-		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Tracer: s.tracer, Reporter: reporter,
+		DrainTimeout: s.cfg.Drain.Timeout, Now: s.now, Metrics: s.metrics, Tracer: s.tracer, Reporter: reporter, Taps: &s.taps,
 		Limits: s.cfg.Limits.http(), MaxConns: s.cfg.Limits.Connections, MaxInFlight: s.cfg.Limits.Calls,
 	}
 }

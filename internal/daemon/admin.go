@@ -91,6 +91,7 @@ func (a *Admin) server(h http.Handler) *http.Server {
 		Handler:           h,
 		ReadHeaderTimeout: 5 * time.Second,
 		MaxHeaderBytes:    16 << 10,
+		ConnContext:       withCaller,
 		ErrorLog:          slog.NewLogLogger(a.Log.Handler(), slog.LevelDebug),
 	}
 }
@@ -322,6 +323,28 @@ func peerCred(c *net.UnixConn) (*unix.Ucred, error) {
 		return nil, err
 	}
 	return cred, credErr
+}
+
+// callerKey is that of who has connected, in the context of a request.
+type callerKey struct{}
+
+func withCaller(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	cred, err := peerCred(u)
+	if err != nil {
+		return ctx
+	}
+	return context.WithValue(ctx, callerKey{}, fmt.Sprintf("uid %d pid %d", cred.Uid, cred.Pid))
+}
+
+// Caller is who asks on the admin socket, by user and process; empty when that is
+// not known.
+func Caller(r *http.Request) string {
+	who, _ := r.Context().Value(callerKey{}).(string)
+	return who
 }
 
 // AdminClient returns a client whose every request goes to the given admin

@@ -36,6 +36,8 @@ type Shared struct {
 	Reporter string
 	// Tracer keeps the spans of calls. Nil: none is kept, and traces pass.
 	Tracer *telemetry.Tracer
+	// Taps show calls to whoever looks. Optional.
+	Taps *Taps
 	// Log is for operators. Required.
 	Log *slog.Logger
 	// Shadows are the traces that are done for shadows, which the way in learns of
