@@ -49,9 +49,9 @@ type fetch struct {
 	secret string // the name of what is injected; empty: nothing is
 	note   string // of the dial, or of what went wrong
 
-	mu        sync.Mutex   // guards what follows
-	over      *net.TCPConn // what the request is sent on
-	answering bool         // the caller has a part of the answer
+	mu        sync.Mutex // guards what follows
+	over      *origin    // what the request is sent on
+	answering bool       // the caller has a part of the answer
 }
 
 // inside answers the requests that come in a tunnel to a host that the gateway
@@ -221,8 +221,7 @@ func (f *fetch) cut() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.over != nil {
-		_ = f.over.SetLinger(0) // a farewell could have the host end its answer in order
-		f.over.Close()
+		f.over.cut()
 	}
 	if f.answering {
 		f.a.abort()
@@ -231,9 +230,9 @@ func (f *fetch) cut() {
 
 // goes says what the request is sent on, nil for nothing any more. It is false when
 // the request has been stopped.
-func (f *fetch) goes(c *net.TCPConn) bool {
+func (f *fetch) goes(o *origin) bool {
 	f.mu.Lock()
-	f.over, f.answering = c, f.answering && c != nil
+	f.over, f.answering = o, f.answering && o != nil
 	f.mu.Unlock()
 	return f.why() == ""
 }

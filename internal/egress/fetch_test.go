@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -32,6 +33,8 @@ type site struct {
 	server *http.Server
 	seen   chan *http.Request
 	conns  sync.Map
+	certs  []tls.Certificate
+	tls    atomic.Pointer[tls.Config]
 
 	mu     sync.Mutex // guards answer
 	answer http.HandlerFunc
@@ -49,7 +52,8 @@ func startSite(t testing.TB, names ...string) *site {
 	for _, c := range chain {
 		cert.Certificate = append(cert.Certificate, c.Raw)
 	}
-	s := &site{t: t, seen: make(chan *http.Request, 64)}
+	s := &site{t: t, seen: make(chan *http.Request, 64), certs: []tls.Certificate{cert}}
+	s.speaks("h2", "http/1.1")
 	s.ca = string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: web.Root().Raw}))
 	s.does(func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "served") })
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -77,7 +81,10 @@ func startSite(t testing.TB, names ...string) *site {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_ = s.server.Serve(tls.NewListener(ln, &tls.Config{Certificates: []tls.Certificate{cert}}))
+		_ = s.server.Serve(tls.NewListener(ln, &tls.Config{
+			NextProtos:         []string{"h2", "http/1.1"}, // or the server does not speak it
+			GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return s.tls.Load(), nil },
+		}))
 	}()
 	t.Cleanup(func() { s.server.Close(); <-done })
 	return s

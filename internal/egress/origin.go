@@ -6,6 +6,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"net"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -14,6 +16,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 )
 
 const (
@@ -43,6 +46,7 @@ type originKey struct {
 	// counts for itself; empty when DNS says where.
 	at     string
 	secret string // the name of what is injected
+	alpn   string // what may be spoken
 }
 
 // originKeyOf is whom the connection of a request leads to.
@@ -51,7 +55,7 @@ func originKeyOf(f *fetch) originKey {
 	for _, e := range f.how.Endpoints {
 		at = append(append(at, e.Address...), ' ')
 	}
-	return originKey{who: f.call.Src, host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, at: string(at), secret: f.secret}
+	return originKey{who: f.call.Src, host: f.host, port: f.call.Port, tls: f.how.TLS, ca: f.how.CA, at: string(at), secret: f.secret, alpn: strings.Join(f.how.ALPN, " ")}
 }
 
 // An origin is a connection to a host on which the gateway speaks HTTP itself.
@@ -59,6 +63,7 @@ type origin struct {
 	*http1.Conn
 	nc     net.Conn
 	tcp    *net.TCPConn // under TLS
+	line   *line        // that it is a stream of; nil for a connection of its own
 	meter  *metered     // between them, where it may become a WebSocket
 	key    originKey
 	to     place
@@ -74,6 +79,16 @@ func (o *origin) metered(f *fetch) {
 	o.Conn = http1.NewConn(o.meter, http1.Limits{})
 }
 
+// cut breaks o off. An orderly end could have the host end its answer in order.
+func (o *origin) cut() {
+	if o.line != nil {
+		o.nc.Close() // which is the stream
+		return
+	}
+	_ = o.tcp.SetLinger(0)
+	o.tcp.Close()
+}
+
 func (o *origin) discard() {
 	o.nc.Close()
 	o.Release()
@@ -86,6 +101,10 @@ type origins struct {
 	idle   map[originKey][]*origin
 	n      int
 	closed bool
+	lines  map[originKey][]*line
+	bodies *mux.Budget // of lines
+
+	running sync.WaitGroup // lines
 }
 
 // take gives the connection that came back last, if one fits. It takes the proof
@@ -99,7 +118,7 @@ func (p *origins) take(proof authz.Grant, key originKey, fits func(place) bool) 
 		list := p.idle[key]
 		if len(list) == 0 {
 			p.mu.Unlock()
-			return nil
+			return p.stream(key, fits)
 		}
 		o := list[len(list)-1]
 		p.keep(key, list[:len(list)-1])
@@ -124,6 +143,10 @@ func (p *origins) keep(key originKey, list []*origin) {
 
 // put takes a connection back that may carry another request.
 func (p *origins) put(o *origin) {
+	if o.line != nil {
+		o.discard() // another is opened as fast
+		return
+	}
 	o.Rest()
 	o.idle = time.Now()
 	p.mu.Lock()
@@ -155,9 +178,15 @@ func (p *origins) sweep(all bool) {
 		p.keep(key, append([]*origin(nil), list[n:]...))
 	}
 	p.n -= len(old)
+	if all {
+		p.closeLines()
+	}
 	p.mu.Unlock()
 	for _, o := range old {
 		o.discard()
+	}
+	if all {
+		p.running.Wait()
 	}
 }
 
@@ -178,6 +207,13 @@ func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key or
 			return nil, refuseShake(to.Host, err)
 		}
 		o.nc = tc
+		switch spoken := tc.ConnectionState().NegotiatedProtocol; {
+		case spoken == mesh.ALPNHTTP2:
+			return g.origins.share(o)
+		case len(cfg.NextProtos) > 0 && !slices.Contains(cfg.NextProtos, mesh.ALPNHTTP1):
+			conn.Close()
+			return nil, refuse(ReasonDial, "%s speaks none of %s", to.Host, strings.Join(cfg.NextProtos, ", "))
+		}
 	}
 	o.Conn = http1.NewConn(o.nc, http1.Limits{})
 	return o, nil
@@ -186,7 +222,10 @@ func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key or
 // originTLS is the client's side of TLS to a host: its certificate must be for
 // the name that was judged, whatever address it is at.
 func (g *Gateway) originTLS(to *Target) (*tls.Config, error) {
-	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}}
+	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: to.How.ALPN}
+	if len(cfg.NextProtos) == 0 && to.How.TLS != "" {
+		cfg.NextProtos = []string{mesh.ALPNHTTP1}
+	}
 	if to.How.CA == "" {
 		return cfg, nil
 	}

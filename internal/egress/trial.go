@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
@@ -13,6 +12,7 @@ import (
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/mesh"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -84,8 +84,8 @@ func (f *fetch) try() (res http1.Result, err error) {
 	f.tries++
 	f.at, f.reused = o.to.addr, o.reused // from put on o is for another request
 	f.a.ex.Up, f.lent = o.Conn, o
-	due := f.due(o.tcp)
-	if err = errStopped; f.goes(o.tcp) {
+	due := f.due(o)
+	if err = errStopped; f.goes(o) {
 		res, err = f.a.ex.Run()
 	}
 	f.late = !due()
@@ -111,16 +111,15 @@ func (f *fetch) try() (res http1.Result, err error) {
 
 // due has the connection of a try break when its time is over. What it returns
 // stops that, and is false when it was too late.
-func (f *fetch) due(over *net.TCPConn) func() bool {
+func (f *fetch) due(o *origin) func() bool {
 	if f.how.Timeouts.Try == 0 {
 		return func() bool { return true }
 	}
 	return time.AfterFunc(f.how.Timeouts.Try, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if f.over == over {
-			_ = over.SetLinger(0)
-			over.Close()
+		if f.over == o {
+			o.cut()
 		}
 	}).Stop
 }
@@ -227,6 +226,9 @@ func (f *fetch) lend() (*origin, error) {
 	key := originKeyOf(f)
 	fits := func(to place) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }
 	to := Target{Host: f.host, Port: f.call.Port, How: f.how, Try: f.on, Avoid: f.avoid}
+	if f.req.Upgrade { // which is asked for over HTTP/1.1
+		to.How.ALPN = []string{mesh.ALPNHTTP1}
+	}
 	if !f.how.Remembered() {
 		if !f.fresh && !f.req.Upgrade {
 			if o := f.g.origins.take(f.grant, key, fits); o != nil {
