@@ -1,16 +1,22 @@
 package test
 
 import (
+	"archive/tar"
 	"archive/zip"
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/sha256"
+	"crypto/sha512"
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,28 +36,39 @@ import (
 
 const (
 	softwareHost = "api.acme.test"
+	clearHost    = "clear.acme.test" // whose TLS the gateway speaks
 	databaseHost = "db.acme.test"
 )
 
 // softwareRows let payment reach what the programs below ask for.
 var softwareRows = fmt.Sprintf(`p, soft-1, out, %[1]s, host:%[2]s, 443, CONNECT, -, -, allow
 p, soft-2, out, %[1]s, host:%[3]s, 5432, CONNECT, -, -, allow
-`, id("/ns/shop/sa/payment"), softwareHost, databaseHost)
+p, soft-3, out, %[1]s, host:%[4]s, 443, GET|POST, /**, -, allow
+`, id("/ns/shop/sa/payment"), softwareHost, databaseHost, clearHost)
 
 // A siteOutside is a host with all that the programs ask for: a page, a
-// repository of git, one of Debian packages, a proxy of Go modules, and gRPC.
-type siteOutside struct{ addr, ca, dir string }
+// repository of git, of Debian packages, of Python and of Node ones, a proxy of Go
+// modules, and gRPC.
+type siteOutside struct{ addr, ca, clearCA, dir, pin string }
 
 func (w *world) startSite() *siteOutside {
 	w.t.Helper()
-	s := &siteOutside{ca: w.path("site.pem"), dir: w.path("site")}
+	s := &siteOutside{ca: w.path("site.pem"), clearCA: w.path("clear.pem"), dir: w.path("site")}
 	cert := w.certify(softwareHost, s.ca)
+	leaf, err := x509.ParseCertificate(cert.Certificate[0])
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	pin := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+	s.pin = base64.StdEncoding.EncodeToString(pin[:])
 	if err := os.MkdirAll(s.dir, 0o755); err != nil {
 		w.t.Fatal(err)
 	}
 	s.git(w)
 	s.debian(w)
 	s.module(w)
+	s.wheel(w)
+	s.tarball(w)
 	calls := grpc.NewServer()
 	grpc_health_v1.RegisterHealthServer(calls, health.NewServer())
 	files := http.FileServer(http.Dir(s.dir))
@@ -70,7 +87,7 @@ func (w *world) startSite() *siteOutside {
 		w.t.Fatal(err)
 	}
 	s.addr = ln.Addr().String()
-	srv := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert}}}
+	srv := &http.Server{Handler: h, TLSConfig: &tls.Config{Certificates: []tls.Certificate{cert, w.certify(clearHost, s.clearCA)}}}
 	go func() { _ = srv.ServeTLS(ln, "", "") }()
 	w.t.Cleanup(func() { srv.Close() })
 	return s
@@ -129,6 +146,62 @@ func (s *siteOutside) module(w *world) {
 		errs = append(errs, os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644))
 	}
 	if err := errors.Join(errs...); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// wheel makes an index of one package of Python (PEP 503).
+func (s *siteOutside) wheel(w *world) {
+	w.t.Helper()
+	const info = "sallyport_hello-1.0.dist-info/"
+	var packed bytes.Buffer
+	z := zip.NewWriter(&packed)
+	for _, f := range [][2]string{
+		{"sallyport_hello.py", "print('hello of pip')\n"}, {info + "METADATA", "Metadata-Version: 2.1\nName: sallyport-hello\nVersion: 1.0\n"},
+		{info + "WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"},
+		{info + "RECORD", "sallyport_hello.py,,\n" + info + "METADATA,,\n" + info + "WHEEL,,\n" + info + "RECORD,,\n"},
+	} {
+		to, err := z.Create(f[0])
+		if err == nil {
+			_, err = io.WriteString(to, f[1])
+		}
+		if err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	const name = "sallyport_hello-1.0-py3-none-any.whl"
+	dir := filepath.Join(s.dir, "simple", "sallyport-hello")
+	err := errors.Join(z.Close(), os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, name), packed.Bytes(), 0o644),
+		os.WriteFile(filepath.Join(dir, "index.html"), []byte("<!DOCTYPE html><a href="+name+">"+name+"</a>\n"), 0o644))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// tarball makes a registry of one package of Node.
+func (s *siteOutside) tarball(w *world) {
+	w.t.Helper()
+	const manifest = `{"name":"sallyport-hello","version":"1.0.0","main":"hello.js"}`
+	var packed bytes.Buffer
+	zipped := gzip.NewWriter(&packed)
+	files := tar.NewWriter(zipped)
+	for _, f := range [][2]string{{"package/package.json", manifest}, {"package/hello.js", "console.log('hello of npm')\n"}} {
+		err := files.WriteHeader(&tar.Header{Name: f[0], Mode: 0o644, Size: int64(len(f[1]))})
+		if err == nil {
+			_, err = io.WriteString(files, f[1])
+		}
+		if err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	dir := filepath.Join(s.dir, "npm")
+	if err := errors.Join(files.Close(), zipped.Close(), os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "hello.tgz"), packed.Bytes(), 0o644)); err != nil {
+		w.t.Fatal(err)
+	}
+	sum := sha512.Sum512(packed.Bytes())
+	index := fmt.Sprintf(`{"name":"sallyport-hello","dist-tags":{"latest":"1.0.0"},"versions":{"1.0.0":{"name":"sallyport-hello","version":"1.0.0","dist":{"tarball":"https://%s/npm/hello.tgz","integrity":"sha512-%s"}}}}`,
+		softwareHost, base64.StdEncoding.EncodeToString(sum[:]))
+	if err := os.WriteFile(filepath.Join(dir, "sallyport-hello"), []byte(index), 0o644); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -224,8 +297,11 @@ func ordinaryPrograms(w *world, s *siteOutside, gateway, program string) []softw
 	if command(t, python, "-c", "import requests").Code != 0 {
 		meshtest.Missing(t, "python3-requests")
 	}
+	if command(t, python, "-c", "import pip").Code != 0 {
+		meshtest.Missing(t, "python3-pip")
+	}
 	svid := w.path("stolen-payment")
-	return []software{
+	list := []software{
 		{"curl", []string{"curl", "-sS", "--max-time", "20", "--cacert", s.ca, url + "/v1"}, nil, page, []string{byDNS, byProxy, bySocks}},
 		{
 			"curl to the gateway",
@@ -248,10 +324,63 @@ func ordinaryPrograms(w *world, s *siteOutside, gateway, program string) []softw
 			[]string{"GOPROXY=" + url + "/go", "GOSUMDB=off", "GOFLAGS=-mod=mod", "GOTOOLCHAIN=local", "SSL_CERT_FILE=" + s.ca}, "acme.test/hello v1.0.0", []string{byDNS, byProxy, bySocks},
 		},
 		{"grpc-go", []string{program, s.ca, softwareHost + ":443"}, []string{envRole + "=" + roleHealth}, "SERVING", []string{byDNS, byProxy}},
+		{"curl in the clear", []string{"curl", "-sS", "--max-time", "20", "http://" + clearHost + "/v1"}, nil, "the page of " + clearHost, []string{byDNS}},
+		{
+			"pip",
+			[]string{"sh", "-c", `"$0" -m pip install -q --target lib --index-url "$1" sallyport-hello && PYTHONPATH=lib "$0" -m sallyport_hello`, python, url + "/simple"},
+			[]string{"PIP_CERT=" + s.ca, "PIP_NO_CACHE_DIR=1", "PIP_DISABLE_PIP_VERSION_CHECK=1", "PIP_RETRIES=0"}, "hello of pip", []string{byProxy},
+		},
+		{
+			"chromium",
+			[]string{"sh", "-c", `"$0" --headless --no-sandbox --disable-gpu --disable-dev-shm-usage --user-data-dir="$HOME/chromium" --ignore-certificate-errors-spki-list="$1" ${PROXY:+--proxy-server="$PROXY"} --dump-dom "$2" 2>/dev/null`, meshtest.Need(t, "chromium"), s.pin, url + "/v1"},
+			nil, page, []string{byDNS, byProxy},
+		},
 		{"psql", []string{meshtest.Need(t, "psql"), "-h", databaseHost, "-U", "postgres", "-Atc", "select 6*7"}, nil, "42", []string{byDNS}},
 		{"apt-get", []string{"sh", "-c", aptScript, "sh", s.ca, url + "/debian"}, nil, "no real package", []string{byDNS, byProxy}},
 	}
+	// These are large, and tried where they are, each by one flow: they take long.
+	if npm, err := exec.LookPath("npm"); err == nil {
+		list = append(list, software{
+			"npm", []string{"sh", "-c", `"$0" install --silent --registry "$1" sallyport-hello && node -e 'require("sallyport-hello")'`, npm, url + "/npm/"},
+			[]string{"npm_config_cafile=" + s.ca, "npm_config_audit=false", "npm_config_fund=false", "npm_config_update_notifier=false", "npm_config_fetch_retries=0"}, "hello of npm", []string{byProxy},
+		})
+	}
+	if java, err := exec.LookPath("java"); err == nil {
+		w.put(w.path("Ask.java"), askJava)
+		if err := os.Chmod(w.path("Ask.java"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, software{
+			"java", []string{"sh", "-c", `"$0" -XX:TieredStopAtLevel=1 "$1" "$2" "$3"`, java, w.path("Ask.java"), s.ca, url + "/v1"},
+			nil, page, []string{byDNS},
+		})
+	}
+	return list
 }
+
+// askJava asks by the client of HTTP that Java has, which trusts a file.
+const askJava = `import java.net.*;
+import java.net.http.*;
+import java.nio.file.*;
+import java.security.KeyStore;
+import java.security.cert.CertificateFactory;
+import javax.net.ssl.*;
+
+class Ask {
+	public static void main(String[] args) throws Exception {
+		KeyStore store = KeyStore.getInstance(KeyStore.getDefaultType());
+		store.load(null);
+		store.setCertificateEntry("site", CertificateFactory.getInstance("X.509").generateCertificate(Files.newInputStream(Path.of(args[0]))));
+		TrustManagerFactory trusted = TrustManagerFactory.getInstance(TrustManagerFactory.getDefaultAlgorithm());
+		trusted.init(store);
+		SSLContext tls = SSLContext.getInstance("TLS");
+		tls.init(null, trusted.getTrustManagers(), null);
+		HttpClient client = HttpClient.newBuilder().sslContext(tls).build();
+		System.out.println(client.send(HttpRequest.newBuilder(URI.create(args[1])).build(), HttpResponse.BodyHandlers.ofString()).body());
+		System.exit(0);
+	}
+}
+`
 
 // aptScript updates the index of a repository and takes a package from it, in a
 // folder of its own.
@@ -274,7 +403,9 @@ func TestEgressSoftware(t *testing.T) {
 	}
 	w := namesWorld(t)
 	site, db := w.startSite(), startDatabase(t)
-	w.extend("egress.yaml", fmt.Sprintf("  - host: %s\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n  - host: %s\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", softwareHost, site.addr, databaseHost, db))
+	w.extend("egress.yaml", fmt.Sprintf("  - host: %s\n    ech: allow-grease\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n  - host: %s\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", softwareHost, site.addr, databaseHost, db))
+	clearOne := outside{Server: &httptest.Server{URL: "https://" + site.addr}, ca: site.clearCA}
+	w.extend("egress.yaml", clearOne.originated(clearHost)+"    alpn: [h2, http/1.1]\n")
 	w.extend("access.csv", softwareRows)
 	program := w.path("workload")
 	self, err := os.ReadFile("/proc/self/exe")
