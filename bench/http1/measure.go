@@ -47,21 +47,71 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pa
 	for range s.rounds {
 		for _, sc := range s.wanted() {
 			for _, p := range pairs {
-				if ctx.Err() != nil {
-					return context.Cause(ctx)
+				if p.told() {
+					continue
 				}
-				one, err := rig.MeasureCalls(&p.Pair, p.load, sc.order(p, s))
-				if err != nil {
-					return fmt.Errorf("%s, %s: %w", p.Name, sc.name, err)
+				if err := p.measure(ctx, w, sc, sc.order(p, s), got, res); err != nil {
+					return err
 				}
-				got.Add(w, rig.Cell{Scene: sc.name, Pair: p.Name}, one, res)
 			}
 			slices.Reverse(pairs) // nobody is always first
 		}
 	}
+	if err := toldRounds(ctx, w, s, pairs, got, res); err != nil {
+		return err
+	}
 	slices.SortStableFunc(pairs, func(a, b *pair) int { return rank(a.Name) - rank(b.Name) })
 	got.Table(w, namesOf(s.wanted(), func(sc scene) string { return sc.name }), namesOf(pairs, func(p *pair) string { return p.Name }))
 	figures(res.Figures, pairs, s.wanted(), got)
+	return nil
+}
+
+// toldRounds measures what telemetry costs: a few per cent, less than what a machine
+// changes by from one second to the next. So the two with it and without it take
+// turns that are short and many.
+func toldRounds(ctx context.Context, w io.Writer, s settings, pairs []*pair, got rig.Samples, res *rig.Result) error {
+	if s.wanted()[0] != scenes[0] {
+		return nil
+	}
+	var both []*pair
+	for _, p := range pairs {
+		if p.told() {
+			both = append(both, p)
+		}
+	}
+	for range s.rounds * toldTurns {
+		for _, p := range both {
+			o := scenes[0].order(p, s)
+			o.Warm, o.For = toldWarm, toldFor
+			if err := p.measure(ctx, w, scenes[0], o, got, res); err != nil {
+				return err
+			}
+		}
+		slices.Reverse(both)
+	}
+	return nil
+}
+
+// Turns in a round, and how long one is.
+const (
+	toldTurns = 6
+	toldWarm  = 100 * time.Millisecond
+	toldFor   = 500 * time.Millisecond
+)
+
+// told says that the pair is one of the two that show what telemetry costs.
+func (p *pair) told() bool { return p.Name == "told" || p.Name == "untold" }
+
+// measure puts the pair under a load once.
+func (p *pair) measure(ctx context.Context, w io.Writer, sc scene, o order, got rig.Samples, res *rig.Result) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	one, err := rig.MeasureCalls(&p.Pair, p.load, o)
+	if err != nil {
+		return fmt.Errorf("%s, %s: %w", p.Name, sc.name, err)
+	}
+	got.Add(w, rig.Cell{Scene: sc.name, Pair: p.Name}, one, res)
 	return nil
 }
 

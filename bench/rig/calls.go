@@ -102,12 +102,15 @@ func (s Samples) Ratio(scene, ours, theirs string, f func(Sample) float64) float
 	return Quantile(v, 0.5)
 }
 
-// Table prints the medians of every scene and pair.
+// Table prints the medians of every scene and pair that was measured.
 func (s Samples) Table(w io.Writer, scenes, pairs []string) {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "scene\tpair\trequests/s\tCPU s/100k\tp50 ms\tp99 ms\tRSS MB\t")
 	for _, scene := range scenes {
 		for _, pair := range pairs {
+			if len(s[Cell{scene, pair}]) == 0 {
+				continue
+			}
 			m := func(f func(Sample) float64) float64 { return s.Median(Cell{scene, pair}, f) }
 			fmt.Fprintf(t, "%s\t%s\t%.0f\t%.2f\t%.2f\t%.2f\t%.0f\t\n", scene, pair, m(Sample.PerSecond), m(Sample.CPU),
 				m(func(s Sample) float64 { return s.P50 }), m(func(s Sample) float64 { return s.P99 }), m(func(s Sample) float64 { return s.RSS }))
