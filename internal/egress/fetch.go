@@ -356,7 +356,8 @@ func authorityOf(h Host, port uint16, how mesh.Destination) string {
 	return fmt.Sprintf("%s:%d", name, port)
 }
 
-// unlent answers a request that got no connection.
+// unlent answers a request that got no connection. One of which an earlier try has
+// gone out was not denied: its record says what it came to.
 func (f *fetch) unlent(err error) *answer {
 	reason := f.why()
 	if reason == "" {
@@ -365,6 +366,12 @@ func (f *fetch) unlent(err error) *answer {
 		err = errEnded(reason)
 	}
 	f.stop(reason)
+	if f.tries > 0 {
+		f.note = strings.TrimSpace(f.note + " " + clip(err.Error()))
+		f.recordEnd(reason)
+		f.req.KeepAlive = false
+		return answerTo(reason, f.id)
+	}
 	return f.g.deny(f.record(audit.KindDecision), err)
 }
 

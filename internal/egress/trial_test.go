@@ -279,3 +279,21 @@ func TestKeptConnectionsKeepToTheirEndpoint(t *testing.T) {
 		t.Errorf("the sites have had %d and %d requests", a, b)
 	}
 }
+
+// TestRefusedRetriesAreNoDenials has the breaker open between two tries of a request,
+// of which the first has delivered it.
+func TestRefusedRetriesAreNoDenials(t *testing.T) {
+	t.Parallel()
+	w, s := routedWorld(t, primary+"\tretry: {attempts: 2}\n\tbreaker: {consecutive: 1}\n")
+	s[0].does(replies(503))
+	if status, had := w.fetches("GET", s); status != 503 || had != [2]int{1, 0} {
+		t.Errorf("%d, %v", status, had)
+	}
+	end := w.until("the end", kind(audit.KindEgressClose))
+	if end.Reason != string(ReasonBreaker) || end.BytesUp != 2 || !strings.Contains(end.Detail, "status 503 to "+s[0].addr) {
+		t.Errorf("recorded %+v", end)
+	}
+	if lines := w.lines(); strings.Contains(lines, "deny") {
+		t.Errorf("recorded as denied: %s", lines)
+	}
+}
