@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/mesh"
 	"sallyport/internal/upstream"
 )
@@ -78,7 +80,7 @@ func (d *Dialer) parents(ctx context.Context, t *Target) (list []parent, err err
 				err = cmp.Or(err, error(refuse(reasonOf(lerr), "proxy %s: %v", p.Address, lerr)))
 				continue
 			}
-			try, _ := d.Outside.Begin("proxy:"+p.Address, "", mesh.Routes{}, false) // it has no breaker
+			try, _ := d.Outside.Begin(spiffeid.ID{}, "proxy:"+p.Address, "", mesh.Routes{}, false) // all share what is known of it; it has no breaker
 			list = append(list, parent{p, netip.AddrPortFrom(at.addr.Addr().Unmap(), at.addr.Port()), try})
 		}
 	}

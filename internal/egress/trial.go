@@ -42,7 +42,7 @@ func (g *Gateway) attempt(t *tunnel, again bool) (*upstream.Try, error) {
 	if !t.how.Remembered() {
 		return nil, nil //nolint:nilnil // nothing is
 	}
-	try, err := g.outside.Begin("host:"+t.host.String(), "host:"+t.how.Host, t.how.Judged(), again)
+	try, err := g.outside.Begin(t.call.Src, "host:"+t.host.String(), "host:"+t.how.Host, t.how.Judged(), again)
 	if err != nil {
 		return nil, refuse(ReasonBreaker, "%v", err)
 	}
@@ -91,7 +91,7 @@ func (f *fetch) try() (res http1.Result, err error) {
 	f.late = !due()
 	f.status = res.Status
 	if res.Upgraded && err == nil {
-		f.tell(nil)
+		f.tell(nil, true)
 		return res, nil
 	}
 	f.goes(nil)
@@ -105,7 +105,7 @@ func (f *fetch) try() (res http1.Result, err error) {
 	if f.late = f.late && err != nil; f.late {
 		err = &http1.SideError{Side: http1.Upstream, Op: "read", Err: os.ErrDeadlineExceeded}
 	}
-	f.tell(err)
+	f.tell(err, res.Whole)
 	return res, err
 }
 
@@ -124,11 +124,13 @@ func (f *fetch) due(o *origin) func() bool {
 	}).Stop
 }
 
-// tell says what became of the try.
-func (f *fetch) tell(err error) {
+// tell says what became of the try. A time that was over while the caller had not
+// sent all, or was taking the answer, says nothing of the host.
+func (f *fetch) tell(err error, whole bool) {
 	switch why := f.why(); {
 	case !f.heard.IsZero() && (err == nil || errors.Is(err, http1.ErrNotAccepted)):
 		f.on.Tell(f.outcome, f.heard, f.after)
+	case (why == ReasonTimeout || f.late) && (!whole || !f.heard.IsZero()):
 	case why == ReasonTimeout, why == "" && http1.FailedSide(err) == http1.Upstream && !f.stale(err):
 		f.on.Tell(upstream.Failed, time.Now(), 0)
 	}

@@ -297,3 +297,17 @@ func TestRefusedRetriesAreNoDenials(t *testing.T) {
 		t.Errorf("recorded as denied: %s", lines)
 	}
 }
+
+// TestSlowCallersSayNothingOfAHost that waits for the rest of a body.
+func TestSlowCallersSayNothingOfAHost(t *testing.T) {
+	t.Parallel()
+	w, _ := routedWorld(t, primary+"\ttimeouts: {request: 300ms}\n\tbreaker: {consecutive: 1}\n")
+	res, _ := w.askOn1().ask(t, "POST http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\nContent-Length: 200000\r\n\r\nhi")
+	if res.StatusCode != 504 {
+		t.Errorf("status %d", res.StatusCode)
+	}
+	w.until("the end", kind(audit.KindEgressClose))
+	if list := w.gw.Troubles(); len(list) != 0 {
+		t.Errorf("the host is to blame: %+v", list)
+	}
+}

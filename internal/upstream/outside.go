@@ -8,35 +8,46 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/mesh"
 )
 
 const (
-	// maxOutside is how many hosts are remembered, and maxAddresses how many
-	// addresses of each. What is beyond is called as if nothing were known of it.
+	// maxOutside is how many hosts are remembered, and maxOfOne how many of one
+	// caller: with one more, what was called longest ago is forgotten. Of each host
+	// as many as maxAddresses are.
 	maxOutside   = 4096
+	maxOfOne     = 512
 	maxAddresses = 64
 	// forgetOutside is after what time a host is forgotten that nobody calls.
 	forgetOutside = 10 * time.Minute
 )
 
 // Outside keeps what is known of hosts outside the mesh: their breakers, the
-// budgets of their retries, and which of their addresses are put aside or rest. Who
-// calls them makes the connections, since no two callers share one. It is safe for
-// concurrent use.
+// budgets of their retries, and which of their addresses are put aside or rest. Each
+// caller has its own, by its identity: one that has its calls fail on purpose cuts
+// off nobody else. Who calls them makes the connections, since no two callers share
+// one. It is safe for concurrent use.
 type Outside struct {
-	// Changed is as in Config. Optional.
+	// Changed is as in Config. It is called under no lock that a call to another host
+	// waits for. Optional.
 	Changed func(Trouble)
 
-	mu    sync.Mutex // guards what follows
-	hosts map[string]*outside
+	mu  sync.Mutex // guards what follows
+	by  map[spiffeid.ID]map[string]*outside
+	all int // hosts of all callers
 }
 
-// outside is one host. Its standing's lock guards at.
+// outside is one host as one caller knows it. Its standing's lock guards at.
 type outside struct {
 	*standing
 	at   map[netip.AddrPort]*away
 	used atomic.Int64
+
+	tell      sync.Mutex // guards what follows
+	told      bool       // it was told that the host is cut off
+	forgotten bool       // it is forgotten: what is told of it late is not heard
 }
 
 // away is one address of a host outside.
@@ -53,14 +64,14 @@ type Try struct {
 	host *outside
 }
 
-// Begin begins a try of a call to a host, which metrics know as dst, unless its
-// breaker is open (ErrOpen). Again says that it is a further try of a call that was
-// counted. It is followed by End.
-func (o *Outside) Begin(host, dst string, cfg mesh.Routes, again bool) (*Try, error) {
+// Begin begins a try of a caller's call to a host, which metrics know as dst, unless
+// its breaker is open (ErrOpen). Again says that it is a further try of a call that
+// was counted. It is followed by End.
+func (o *Outside) Begin(who spiffeid.ID, host, dst string, cfg mesh.Routes, again bool) (*Try, error) {
 	now := time.Now().UnixNano()
-	h := o.host(host, dst, cfg, now)
-	if h == nil {
-		return nil, nil //nolint:nilnil // nothing is known of it
+	h, old := o.host(who, host, dst, cfg, now)
+	for _, x := range old {
+		x.forget(o.Changed, now)
 	}
 	t := &Try{host: h}
 	if h.breaker != nil {
@@ -74,59 +85,137 @@ func (o *Outside) Begin(host, dst string, cfg mesh.Routes, again bool) (*Try, er
 	return t, nil
 }
 
-// host finds what is known of a host, nil when nothing can be.
-func (o *Outside) host(name, dst string, cfg mesh.Routes, now int64) *outside {
+// host finds what is known of a host, and what is forgotten for it.
+func (o *Outside) host(who spiffeid.ID, name, dst string, cfg mesh.Routes, now int64) (h *outside, old []*outside) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	h := o.hosts[name]
-	if h == nil || !h.same(cfg) {
-		if h == nil && len(o.hosts) >= maxOutside {
-			return nil
+	if h = o.by[who][name]; h == nil || !h.same(cfg) {
+		switch {
+		case h != nil:
+			old = append(old, o.drop(who, name))
+		case len(o.by[who]) >= maxOfOne:
+			old = append(old, o.dropOldest(who))
+		case o.all >= maxOutside:
+			old = append(old, o.dropOldest(o.most()))
 		}
-		if h != nil {
-			o.closed(h, now)
+		h = &outside{at: map[netip.AddrPort]*away{}}
+		var change func(Trouble)
+		if o.Changed != nil {
+			change = func(x Trouble) { h.changed(o.Changed, x) }
 		}
-		if o.hosts == nil {
-			o.hosts = map[string]*outside{}
-		}
-		h = &outside{standing: newStanding(mesh.ServiceName(name), cfg, o.Changed), at: map[netip.AddrPort]*away{}}
+		h.standing = newStanding(mesh.ServiceName(name), cfg, change)
 		h.dst = dst
-		o.hosts[name] = h
+		if o.by == nil {
+			o.by = map[spiffeid.ID]map[string]*outside{}
+		}
+		if o.by[who] == nil {
+			o.by[who] = map[string]*outside{}
+		}
+		o.by[who][name] = h
+		o.all++
 	}
 	h.used.Store(now)
+	return h, old
+}
+
+// drop takes a host of a caller away. The caller holds the lock.
+func (o *Outside) drop(who spiffeid.ID, name string) *outside {
+	h := o.by[who][name]
+	delete(o.by[who], name)
+	if len(o.by[who]) == 0 {
+		delete(o.by, who)
+	}
+	o.all--
 	return h
 }
 
-// closed says that the breaker of a host which is forgotten cuts nobody off any
-// more.
-func (o *Outside) closed(h *outside, now int64) {
-	if o.Changed != nil && h.breaker != nil && h.breaker.open.Load() {
-		o.Changed(Trouble{Service: h.name, Dst: h.dst, Kind: Closed, Since: time.Unix(0, now)})
+// dropOldest takes away the host of a caller that was called longest ago. The caller
+// holds the lock.
+func (o *Outside) dropOldest(who spiffeid.ID) *outside {
+	var oldest string
+	var since int64
+	for name, h := range o.by[who] {
+		if at := h.used.Load(); oldest == "" || at < since {
+			oldest, since = name, at
+		}
+	}
+	return o.drop(who, oldest)
+}
+
+// most is the caller that has most hosts. The caller holds the lock.
+func (o *Outside) most() (who spiffeid.ID) {
+	n := 0
+	for id, hosts := range o.by {
+		if len(hosts) > n {
+			who, n = id, len(hosts)
+		}
+	}
+	return who
+}
+
+// changed tells of the host. What is told of its breaker alternates, whatever the
+// order in which calls tell.
+func (h *outside) changed(tell func(Trouble), x Trouble) {
+	h.tell.Lock()
+	defer h.tell.Unlock()
+	if h.forgotten {
+		return
+	}
+	if x.Kind == Open || x.Kind == Closed {
+		x = h.standing.cut(time.Now().UnixNano())
+		if h.told == (x.Kind == Open) {
+			return
+		}
+		h.told = !h.told
+	}
+	tell(x)
+}
+
+// forget says that the breaker of a host cuts nobody off any more.
+func (h *outside) forget(tell func(Trouble), now int64) {
+	h.tell.Lock()
+	defer h.tell.Unlock()
+	h.forgotten = true
+	if h.told {
+		tell(Trouble{Service: h.name, Dst: h.dst, Kind: Closed, Since: time.Unix(0, now)})
 	}
 }
 
 // Sweep forgets the hosts that nobody has called for long.
 func (o *Outside) Sweep() {
 	now := time.Now()
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	for name, h := range o.hosts {
-		if h.used.Load() < now.Add(-forgetOutside).UnixNano() {
-			o.closed(h, now.UnixNano())
-			delete(o.hosts, name)
-		}
+	for _, h := range o.unused(now.Add(-forgetOutside).UnixNano()) {
+		h.forget(o.Changed, now.UnixNano())
 	}
 }
 
-// Troubles lists what is held against whom now, by host and address.
+func (o *Outside) unused(since int64) (old []*outside) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for who, hosts := range o.by {
+		for name, h := range hosts {
+			if h.used.Load() < since {
+				old = append(old, o.drop(who, name))
+			}
+		}
+	}
+	return old
+}
+
+// Troubles lists what is held against whom now, by host and address; what is so for
+// several callers once.
 func (o *Outside) Troubles() (list []Trouble) {
 	now := time.Now().UnixNano()
 	o.mu.Lock()
-	defer o.mu.Unlock()
-	for _, h := range o.hosts {
-		list = h.troubles(list, now)
+	for _, hosts := range o.by {
+		for _, h := range hosts {
+			list = h.troubles(list, now)
+		}
 	}
-	return inOrder(list)
+	o.mu.Unlock()
+	return slices.CompactFunc(inOrder(list), func(a, b Trouble) bool {
+		return a.Service == b.Service && a.Address == b.Address && a.Kind == b.Kind
+	})
 }
 
 // The ranks of addresses: those that are well are tried first.

@@ -8,14 +8,18 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/mesh"
 )
+
+var caller = spiffeid.RequireFromString("spiffe://mesh.test/caller")
 
 func addrOf(n int) netip.AddrPort { return netip.MustParseAddrPort(fmt.Sprintf("192.0.2.%d:443", n)) }
 
 func begin(t *testing.T, o *Outside, cfg mesh.Routes) *Try {
 	t.Helper()
-	try, err := o.Begin("host:a.test", "host:*.test", cfg, false)
+	try, err := o.Begin(caller, "host:a.test", "host:*.test", cfg, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,18 +87,53 @@ func TestHostsOutsideAreCutOffAndForgotten(t *testing.T) {
 		try := begin(t, &o, cfg)
 		try.Tell(Failed, time.Now(), 0) // it came to no connection
 		try.End()
-		if _, err := o.Begin("host:a.test", "host:*.test", cfg, false); !errors.Is(err, ErrOpen) {
+		if _, err := o.Begin(caller, "host:a.test", "host:*.test", cfg, false); !errors.Is(err, ErrOpen) {
 			t.Errorf("the next call: %v", err)
 		}
-		if _, err := o.Begin("host:b.test", "host:*.test", cfg, false); err != nil {
+		if _, err := o.Begin(caller, "host:b.test", "host:*.test", cfg, false); err != nil {
 			t.Errorf("another host of the pattern: %v", err)
 		}
 		time.Sleep(forgetOutside + time.Second)
 		o.Sweep()
-		if len(told) != 2 || told[0].Kind != Open || told[1].Kind != Closed || told[1].Dst != "host:*.test" || len(o.hosts) != 0 {
-			t.Errorf("told %+v, %d hosts are known", told, len(o.hosts))
+		if len(told) != 2 || told[0].Kind != Open || told[1].Kind != Closed || told[1].Dst != "host:*.test" || o.all != 0 {
+			t.Errorf("told %+v, %d hosts are known", told, o.all)
 		}
 	})
+}
+
+// TestNobodyCutsOffAnother has one caller's calls fail.
+func TestNobodyCutsOffAnother(t *testing.T) {
+	var o Outside
+	cfg := mesh.Routes{Breaker: &mesh.Breaker{Consecutive: 1, Open: time.Hour}}
+	other := spiffeid.RequireFromString("spiffe://mesh.test/other")
+	for _, who := range []spiffeid.ID{caller, other} {
+		try, err := o.Begin(who, "host:a.test", "host:a.test", cfg, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		try.Tell(Failed, time.Now(), 0)
+		try.End()
+		if _, err := o.Begin(who, "host:a.test", "host:a.test", cfg, false); !errors.Is(err, ErrOpen) {
+			t.Errorf("%s is not cut off: %v", who, err)
+		}
+	}
+	if list := o.Troubles(); len(list) != 1 {
+		t.Errorf("one host stands in the list as %+v", list)
+	}
+}
+
+// TestWhatIsForgottenTellsNothing has a call fail after its host was forgotten.
+func TestWhatIsForgottenTellsNothing(t *testing.T) {
+	var told []Trouble
+	o := Outside{Changed: func(x Trouble) { told = append(told, x) }}
+	cfg := mesh.Routes{Breaker: &mesh.Breaker{Consecutive: 1}}
+	old := begin(t, &o, cfg)
+	begin(t, &o, mesh.Routes{}).End() // the policy has changed
+	old.Tell(Failed, time.Now(), 0)
+	old.End()
+	if len(told) != 0 {
+		t.Errorf("told %+v", told)
+	}
 }
 
 func TestRetriesOutsideHaveABudget(t *testing.T) {
@@ -122,13 +161,24 @@ func TestWhatIsKnownOutsideIsBounded(t *testing.T) {
 	if n, whole := len(try.host.at), len(try.host.whole); n != maxAddresses || whole != n {
 		t.Errorf("%d addresses, %d in all", n, whole)
 	}
-	for i := range maxOutside + 10 {
-		if _, err := o.Begin(fmt.Sprintf("host:%d.test", i), "", mesh.Routes{}, false); err != nil {
-			t.Fatal(err)
+	many := func(who spiffeid.ID, n int) {
+		for i := range n {
+			if _, err := o.Begin(who, fmt.Sprintf("host:%d.test", i), "", mesh.Routes{}, false); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
-	if len(o.hosts) != maxOutside {
-		t.Errorf("%d hosts", len(o.hosts))
+	many(caller, maxOfOne+10)
+	if last := o.by[caller][fmt.Sprintf("host:%d.test", maxOfOne+9)]; o.all != maxOfOne || last == nil {
+		t.Errorf("%d hosts of one caller, of which the last is %v", o.all, last)
+	}
+	for i := range maxOutside / maxOfOne {
+		many(spiffeid.RequireFromString(fmt.Sprintf("spiffe://mesh.test/%d", i)), maxOfOne)
+	}
+	few := spiffeid.RequireFromString("spiffe://mesh.test/few")
+	many(few, 10)
+	if o.all != maxOutside || len(o.by[few]) != 10 {
+		t.Errorf("%d hosts, %d of who has few", o.all, len(o.by[few]))
 	}
 	var none *Try
 	none.Unmade(addrOf(1))
