@@ -263,27 +263,9 @@ func (s *sidecar) isWorkload(c net.Conn) error {
 		candidates = append(candidates, c.PID())
 	}
 	p, err := s.callers.owners.Of(to, remote.AddrPort(), candidates...)
-	if !captured || !errors.Is(err, capture.ErrNoOwner) {
-		if err != nil {
-			return err
-		}
-		return s.isWorkloads(p)
-	}
-	all, err := s.callers.owners.Moved(to, remote.AddrPort().Addr(), candidates...)
 	if err != nil {
 		return err
 	}
-	for _, p := range all {
-		if err := s.isWorkloads(p); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// isWorkloads says whether a process satisfies the entry of the identity that is
-// served.
-func (s *sidecar) isWorkloads(p capture.Process) error {
 	self, err := s.agent.Self()
 	if err != nil {
 		return err

@@ -193,32 +193,22 @@ func (o *Owners) lookup(src, dst netip.AddrPort) (socket, error) {
 	}
 	o.asking.Lock()
 	defer o.asking.Unlock()
-	var s socket
-	err := o.asked(func(fd int) (err error) {
-		s, err = ask(fd, src, dst)
-		return err
-	})
-	return s, err
-}
-
-// asked has f put a question to sock_diag. The caller holds asking.
-func (o *Owners) asked(f func(fd int) error) error {
 	if o.In != nil {
-		return f(int(o.In.Fd()))
+		return ask(int(o.In.Fd()), src, dst)
 	}
 	if o.own == nil {
 		fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_SOCK_DIAG)
 		if err != nil {
-			return fmt.Errorf("owner of connection: open sock_diag: %w", err)
+			return socket{}, fmt.Errorf("owner of connection: open sock_diag: %w", err)
 		}
 		o.own = os.NewFile(uintptr(fd), "sock_diag")
 	}
-	err := f(int(o.own.Fd()))
+	s, err := ask(int(o.own.Fd()), src, dst)
 	if err != nil && !errors.Is(err, ErrNoOwner) {
 		o.own.Close() // the answer may still come, and must not be taken for that of another question
 		o.own = nil
 	}
-	return err
+	return s, err
 }
 
 // hangUp closes what lookup has opened.
@@ -300,19 +290,13 @@ func parseDiag(b []byte, src, dst netip.AddrPort) (socket, error) {
 	if len(m) < diagMsgLen {
 		return socket{}, fmt.Errorf("owner of connection: answer of %d bytes is too short", len(b))
 	}
-	state, s, from, to := diagEnds(m)
-	if state == tcpListen || state == tcpTimeWait || s.inode == 0 || from != src || to != dst {
+	family, state, id := m[0], m[1], m[4:40]
+	s := socket{uid: ne.Uint32(m[64:]), inode: ne.Uint32(m[68:])}
+	if state == tcpListen || state == tcpTimeWait || s.inode == 0 ||
+		diagAddr(family, id[0:2], id[4:20]) != src || diagAddr(family, id[2:4], id[20:36]) != dst {
 		return socket{}, ErrNoOwner
 	}
 	return s, nil
-}
-
-// diagEnds reads an inet_diag_msg, which is whole.
-func diagEnds(m []byte) (state byte, s socket, src, dst netip.AddrPort) {
-	family, id := m[0], m[4:40]
-	ne := binary.NativeEndian
-	s = socket{uid: ne.Uint32(m[64:]), inode: ne.Uint32(m[68:])}
-	return m[1], s, diagAddr(family, id[0:2], id[4:20]), diagAddr(family, id[2:4], id[20:36])
 }
 
 // diagAddr reads one end of the answer; an IPv6 socket gives an IPv4 address

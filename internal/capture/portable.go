@@ -86,11 +86,6 @@ type Owners struct{ In *os.File }
 // Of fails with ErrNeedsLinux.
 func (*Owners) Of(_, _ netip.AddrPort, _ ...int) (Process, error) { return Process{}, ErrNeedsLinux }
 
-// Moved fails with ErrNeedsLinux.
-func (*Owners) Moved(netip.AddrPort, netip.Addr, ...int) ([]Process, error) {
-	return nil, ErrNeedsLinux
-}
-
 // A UnixListener cannot be had outside Linux.
 type UnixListener struct{ net.Listener }
 
