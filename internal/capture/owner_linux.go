@@ -20,9 +20,11 @@ const (
 	nlHeaderLen  = 16
 	diagReqLen   = 56
 	diagMsgLen   = 72
-	tcpListen    = 10
-	tcpTimeWait  = 6
 	diagNoCookie = ^uint64(0)
+
+	tcpEstablished = 1
+	tcpFinWait1    = 4
+	tcpFinWait2    = 5
 )
 
 // A socket is what the kernel says of one end of a TCP connection.
@@ -292,8 +294,13 @@ func parseDiag(b []byte, src, dst netip.AddrPort) (socket, error) {
 	}
 	family, state, id := m[0], m[1], m[4:40]
 	s := socket{uid: ne.Uint32(m[64:]), inode: ne.Uint32(m[68:])}
-	if state == tcpListen || state == tcpTimeWait || s.inode == 0 ||
-		diagAddr(family, id[0:2], id[4:20]) != src || diagAddr(family, id[2:4], id[20:36]) != dst {
+	// The caller of a connection that is served may have said that it ends, but
+	// not have heard it: one that was refused and stays open is no longer at the
+	// port, which NAT may have given to another's since.
+	if state != tcpEstablished && state != tcpFinWait1 && state != tcpFinWait2 {
+		return socket{}, ErrNoOwner
+	}
+	if s.inode == 0 || diagAddr(family, id[0:2], id[4:20]) != src || diagAddr(family, id[2:4], id[20:36]) != dst {
 		return socket{}, ErrNoOwner
 	}
 	return s, nil

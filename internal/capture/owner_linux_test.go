@@ -2,6 +2,7 @@ package capture
 
 import (
 	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -122,6 +123,52 @@ func TestOwnerOfRefusesWhatIsNoConnection(t *testing.T) {
 		if p, err := OwnerOf(c[0], c[1]); err == nil {
 			t.Errorf("%s: pid %d", name, p.PID)
 		}
+	}
+}
+
+// TestOwnerOfRefusesWhatWasEnded has the caller keep a connection that the other
+// end has closed: it must not count for another that comes by its port.
+func TestOwnerOfRefusesWhatWasEnded(t *testing.T) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	caller, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer caller.Close()
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	local, remote := ends(c)
+	if err := caller.(*net.TCPConn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := OwnerOf(local, remote); err != nil {
+		t.Errorf("a caller that has said all: %v", err)
+	}
+	other, err := net.Dial("tcp4", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	ended, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	local, remote = ends(ended)
+	if err := ended.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.Read(make([]byte, 1)); err != io.EOF {
+		t.Fatal(err)
+	}
+	if p, err := OwnerOf(local, remote); !errors.Is(err, ErrNoOwner) {
+		t.Errorf("a caller that was told of the end: pid %d, %v", p.PID, err)
 	}
 }
 
