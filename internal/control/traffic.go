@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -30,7 +31,7 @@ func trafficToWire(t *mesh.Traffic) *meshpb.Traffic {
 		return nil
 	}
 	w := &meshpb.Traffic{Stops: t.Stops}
-	for _, e := range t.Ejections[:min(len(t.Ejections), maxEjections)] {
+	for _, e := range weightiest(t.Ejections) {
 		x := &meshpb.Ejection{Service: string(e.Service), Kind: e.Kind, Since: timeToWire(e.Since), Why: e.Why}
 		if e.Address.IsValid() {
 			x.Address = e.Address.String()
@@ -41,6 +42,24 @@ func trafficToWire(t *mesh.Traffic) *meshpb.Traffic {
 		w.Demands = append(w.Demands, &meshpb.Demand{Route: d.Route, PerCaller: d.PerCaller, Calls: d.Calls})
 	}
 	return w
+}
+
+// weightiest are as many of the ejections as may be said: services that are cut off
+// as a whole before addresses.
+func weightiest(list []mesh.Ejection) []mesh.Ejection {
+	if len(list) <= maxEjections {
+		return list
+	}
+	list = slices.Clone(list)
+	slices.SortStableFunc(list, func(a, b mesh.Ejection) int { return cmp.Compare(partial(a), partial(b)) })
+	return list[:maxEjections]
+}
+
+func partial(e mesh.Ejection) int {
+	if e.Kind == "open" {
+		return 0
+	}
+	return 1
 }
 
 func trafficFromWire(w *meshpb.Traffic) (*mesh.Traffic, error) {

@@ -194,3 +194,15 @@ func TestAStopThatIsNotUnderstoodIsNotConfirmed(t *testing.T) {
 		t.Errorf("another message is one of traffic: %v", err)
 	}
 }
+
+// TestWhatIsCutOffIsSaidFirst when more stands against addresses than may be said.
+func TestWhatIsCutOffIsSaidFirst(t *testing.T) {
+	list := make([]mesh.Ejection, maxEjections+5, maxEjections+6)
+	for i := range list {
+		list[i] = mesh.Ejection{Service: "a", Kind: "ejected"}
+	}
+	w := trafficToWire(&mesh.Traffic{Ejections: append(list, mesh.Ejection{Service: "z", Kind: "open"})})
+	if n := len(w.GetEjections()); n != maxEjections || w.GetEjections()[0].GetService() != "z" {
+		t.Errorf("%d ejections, the first of %s", n, w.GetEjections()[0].GetService())
+	}
+}
