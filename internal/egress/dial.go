@@ -27,6 +27,7 @@ type Names interface {
 const (
 	attemptDelay = 250 * time.Millisecond // RFC 8305, section 5
 	maxAttempts  = 8                      // of the addresses of an endpoint
+	maxRanked    = 64                     // of them which of these: a hostile answer has thousands
 )
 
 // A Dialer connects to destinations: only to addresses that it resolved

@@ -85,6 +85,9 @@ func (w *walk) visit(ctx context.Context, list []mesh.Outlet) {
 	}
 	var s stop
 	for _, p := range found {
+		if len(s.places) == maxRanked {
+			break
+		}
 		if err := w.d.Guard.Screen(p.addr.Addr(), w.t.How.Private); err != nil {
 			w.refused = cmp.Or(w.refused, err)
 			w.skipped = append(w.skipped, p.addr.Addr().String())
