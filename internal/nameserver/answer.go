@@ -29,6 +29,21 @@ type entry struct {
 
 	// asked counts the questions that are not in a record yet.
 	asked atomic.Uint64
+	// beyond is what the name means once the budget of its destination is used up.
+	beyond atomic.Pointer[entry]
+}
+
+// overBudget is e when there is no budget for it.
+func (e *entry) overBudget() *entry {
+	if o := e.beyond.Load(); o != nil {
+		return o
+	}
+	o := &entry{zone: e.zone, meaning: &meaning{
+		name: e.name, result: Invented, absent: true, rule: e.rule, reason: string(Invented),
+		code: dns.ExtendedErrorCodeFiltered, text: "budget.names of the destination is used up",
+	}}
+	e.beyond.CompareAndSwap(nil, o)
+	return e.beyond.Load()
 }
 
 // A section is the records after the question.

@@ -241,6 +241,20 @@ func TestReal(t *testing.T) {
 	}
 }
 
+// TestNamesBeyondTheBudgetAreDenied, and are nowhere called allowed.
+func TestNamesBeyondTheBudgetAreDenied(t *testing.T) {
+	r := newRig(t, func(c *Config) {
+		c.Real = func(context.Context, spiffeid.ID, string) ([]netip.Addr, time.Duration, error) {
+			return nil, 0, ErrBudget
+		}
+	})
+	r.zone.Load().real = []string{"real.example.com"}
+	r.both(payment, pack(t, ask("real.example.com.", dns.TypeA, 1232)))
+	if got := r.recorded(); len(got) != 1 || !strings.HasPrefix(got[0], "deny host:real.example.com name_budget") {
+		t.Errorf("recorded %q", got)
+	}
+}
+
 func TestBudgets(t *testing.T) {
 	r := newRig(t, func(c *Config) { c.PerPattern, c.Label = 2, 8 })
 	get := func(name string) string {

@@ -182,18 +182,21 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 		return Dropped
 	}
 	a.met = e
-	a.names.asked(a.who, e, a.from)
 	what, ttl := *e.meaning, uint32(virtualTTL)
 	if t := m.Question[0].Qtype; e.real && (t == dns.TypeA || t == dns.TypeAAAA) {
 		addrs, keep, err := a.names.cfg.Real(ctx, a.who, e.name)
+		told := e
+		if errors.Is(err, ErrBudget) {
+			told = e.overBudget()
+			what = *told.meaning
+		}
+		a.names.asked(a.who, told, a.from)
 		virtual := errors.Is(err, errTaken) && len(e.v4) > 0
 		switch {
 		case virtual:
 		case errors.Is(err, ErrAbsent):
 			what.absent = true
 		case errors.Is(err, ErrBudget):
-			what = meaning{name: e.name, result: Invented, absent: true, rule: e.rule, reason: string(Invented), code: dns.ExtendedErrorCodeFiltered, text: "budget.names of the destination is used up"}
-			a.names.asked(a.who, &entry{meaning: &what, zone: e.zone}, a.from)
 		case err != nil:
 			a.names.cfg.Log.Warn("a name was not looked up", "host", e.name, "err", err)
 			m.Rcode = dns.RcodeServerFailure
@@ -204,6 +207,8 @@ func (a *answerer) reply(ctx context.Context, wire []byte, m *dns.Msg) Result {
 			what.use(addrs)
 			ttl = uint32(min(max(keep, negativeTTL*time.Second), 300*time.Second) / time.Second)
 		}
+	} else {
+		a.names.asked(a.who, e, a.from)
 	}
 	explain(m, what.code, what.text)
 	if m.Answer = what.records(m.Question[0], ttl); len(m.Answer) == 0 {

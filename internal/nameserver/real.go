@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -60,7 +61,7 @@ func (g *Gateways) Lookup(ctx context.Context, _ spiffeid.ID, name string) ([]ne
 			}
 			return told, ttl, nil
 		}
-		if errors.Is(err, ErrAbsent) {
+		if errors.Is(err, ErrAbsent) || errors.Is(err, ErrBudget) {
 			return nil, 0, err
 		}
 		errs = append(errs, fmt.Errorf("gateway %s: %w", a, err))
@@ -115,12 +116,23 @@ func exchange(nc net.Conn, name string, typ uint16) (*dns.Msg, error) {
 		return nil, err
 	case m.Id != q.Id || !m.Response || len(m.Question) != 1 || m.Question[0] != q.Question[0]:
 		return nil, errors.New("the answer is not to our question")
+	case m.Rcode == dns.RcodeNameError && explained(m, dns.ExtendedErrorCodeFiltered):
+		return nil, ErrBudget
 	case m.Rcode == dns.RcodeNameError:
 		return nil, ErrAbsent
 	case m.Rcode != dns.RcodeSuccess:
 		return nil, fmt.Errorf("answered %s", dns.RcodeToString[m.Rcode])
 	}
 	return m, nil
+}
+
+// explained says that an answer gives an extended error as its cause.
+func explained(m *dns.Msg, code uint16) bool {
+	opt := m.IsEdns0()
+	return opt != nil && slices.ContainsFunc(opt.Option, func(o dns.EDNS0) bool {
+		e, ok := o.(*dns.EDNS0_EDE)
+		return ok && e.InfoCode == code
+	})
 }
 
 // bind remembers what addresses are told for, and returns those that may be.

@@ -220,6 +220,10 @@ func TestGateways(t *testing.T) {
 	if _, _, err := g.Lookup(t.Context(), payment, "evil.example"); !errors.Is(err, ErrAbsent) {
 		t.Errorf("a name that the gateway denies: %v", err)
 	}
+	fails = ErrBudget
+	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); !errors.Is(err, ErrBudget) {
+		t.Errorf("a name beyond the budget: %v", err)
+	}
 	fails = errors.New("down")
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); err == nil || errors.Is(err, ErrAbsent) {
 		t.Errorf("a gateway that cannot look it up: %v", err)
