@@ -259,7 +259,8 @@ func (w *gatewaysWorld) while(name, host string, do func()) tunnelCounts {
 func (w *gatewaysWorld) more(i, n int) {
 	w.t.Helper()
 	was := w.opened(i)
-	w.await(fmt.Sprintf("have %s open %d tunnels more", w.names[i], n), func() bool { return w.opened(i) >= was+n })
+	// A gateway that was away is put aside for 30 s, or twice that.
+	w.awaitFor(4*within, fmt.Sprintf("have %s open %d tunnels more", w.names[i], n), func() bool { return w.opened(i) >= was+n })
 }
 
 // TestEgressGateways has one of two gateways crash and the other one leave in

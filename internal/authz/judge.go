@@ -310,9 +310,11 @@ func recordOf(c *Call, set *Set, d Decision) audit.Record {
 	if d.Allow {
 		effect = audit.Allow
 	}
-	keep := set.keeping(c.Dst).By(c.Route)
+	service := set.keeping(c.Dst)
+	keep := service.By(c.Route)
+	// A route may not thin the denials of a service that has each recorded.
 	return audit.Record{
-		Full: keep.Full || d.would != "", Open: keep.Open, Detail: detailOf(c, d),
+		Full: keep.Full || d.would != "" || !d.Allow && service.Full, Open: keep.Open, Detail: detailOf(c, d),
 		Kind: audit.KindDecision, Decision: effect, Reason: string(d.Reason), Rule: d.Rule,
 		Dir: string(c.Dir), Src: srcText(c.Src), Dst: c.Dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
 		Revision: set.Revision(), Trace: c.Trace, Peer: c.Peer,

@@ -91,8 +91,8 @@ const (
 	FailClosed   = "closed"
 )
 
-// A Keeping is how calls that are allowed are recorded. Whatever it says, one that
-// is denied has a record of its own.
+// A Keeping is how calls are recorded. One that is denied has a record of its own
+// whatever it says, as far as the budget of denials goes; with Full beyond it, too.
 type Keeping struct {
 	Full bool // each has a record of its own
 	Open bool // one that cannot be recorded goes on
