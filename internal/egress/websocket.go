@@ -66,6 +66,7 @@ func (m *metered) moved(up bool, n int) {
 // carry moves what a connection has become until it ends, and records that.
 func (f *fetch) carry(o *origin) {
 	o.meter.on.Store(true)
+	o.meter.moved(false, o.Conn.Buffered()) // what came with the 101
 	f.tunnel.webSocket.Store(true)
 	reason := ReasonDone
 	if f.g.rejudge(f.tunnel) == nil { // now that Rejudge can see what it is

@@ -11,7 +11,7 @@ const (
 	spare = 2 << 10
 	// portion is how much is taken at once, so that a quick reader does not make
 	// us count for each frame.
-	portion = 16 << 10
+	portion = 4 << 10
 )
 
 // errHoarded says that there is no memory for what has come.
@@ -49,7 +49,7 @@ func (s *Stream) repay() {
 }
 
 // hoarded ends a stream whose data nobody reads. Who makes us end many pays for
-// it as for those that he breaks off himself.
+// it as for those that he breaks off himself, unless others have the memory.
 func (c *Conn) hoarded(s *Stream) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -61,7 +61,7 @@ func (c *Conn) hoarded(s *Stream) error {
 		return err
 	}
 	c.cutOff(s, ErrCancelled)
-	if c.accept != nil && !c.cfg.Broken() {
+	if c.accept != nil && c.cfg.First.Spent(portion) && !c.cfg.Broken() {
 		return violated(Flood)
 	}
 	return nil

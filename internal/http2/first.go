@@ -10,7 +10,7 @@ const (
 	spare = 4 << 10
 	// portion is how much is taken at once, so that a quick reader does not make
 	// us count for each frame.
-	portion = 16 << 10
+	portion = 4 << 10
 )
 
 // unread is how much has come, or was announced by a frame that has, and is not

@@ -450,6 +450,9 @@ func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 	c.cfg.Violated(reason)
 	c.reset(l.id, code)
 	c.cut(l, &ResetError{code})
+	if reason == Hoarded && !c.cfg.First.Spent(portion) {
+		return c.noisy() // others have the memory
+	}
 	return c.broken()
 }
 

@@ -65,6 +65,9 @@ func (b *Budget) Take(n int) bool {
 	return true
 }
 
+// Spent says if n bytes are not left in b itself, whatever it is a part of.
+func (b *Budget) Spent(n int) bool { return b != nil && b.used.Load()+int64(n) > b.max }
+
 // Give gives n bytes back.
 func (b *Budget) Give(n int) {
 	if b != nil && n != 0 {

@@ -86,6 +86,8 @@ const (
 	providerWithin = 5 * time.Second
 	// providerFresh is how long what a provider says of itself is not asked anew.
 	providerFresh = time.Hour
+	// providerAgain is for how long nobody waits for one that has not answered.
+	providerAgain = 10 * time.Second
 	maxAnswer     = 256 << 10
 	// maxGroups is how many groups one person may have.
 	maxGroups = 60
@@ -100,6 +102,9 @@ type provider struct {
 	mu    sync.Mutex // guards the fields below
 	known *metadata
 	at    time.Time
+	// failed is why the provider could not be asked at failedAt.
+	failed   error
+	failedAt time.Time
 }
 
 // metadata is what a provider says of itself (OpenID Connect Discovery 1.0).
@@ -146,6 +151,22 @@ func (o *provider) discover(ctx context.Context, now time.Time) (*metadata, erro
 	if o.known != nil && now.Sub(o.at) < providerFresh {
 		return o.known, nil
 	}
+	if o.failed != nil && now.Sub(o.failedAt) < providerAgain {
+		return nil, o.failed
+	}
+	m, err := o.fetch(ctx)
+	if err != nil {
+		if ctx.Err() == nil { // or he who asked has gone
+			o.failed, o.failedAt = err, now
+		}
+		return nil, err
+	}
+	o.known, o.at, o.failed = m, now, nil
+	return m, nil
+}
+
+// fetch is discover without a memory. The caller holds the lock.
+func (o *provider) fetch(ctx context.Context) (*metadata, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(o.cfg.Issuer, "/")+"/.well-known/openid-configuration", nil)
 	if err != nil {
 		return nil, err
@@ -168,8 +189,7 @@ func (o *provider) discover(ctx context.Context, now time.Time) (*metadata, erro
 	if err := o.keys.Use([]mesh.TokenIssuer{{Issuer: m.Issuer, Keys: mesh.KeySet{URL: m.Keys, CA: o.cfg.CA}}}); err != nil {
 		return nil, fmt.Errorf("discover the provider: %w", err)
 	}
-	o.known, o.at = &m, now
-	return o.known, nil
+	return &m, nil
 }
 
 // ask sends a request and reads an answer of JSON. No error quotes either.
