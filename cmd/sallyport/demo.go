@@ -288,7 +288,6 @@ func (d *demo) stop(keep bool) (left []string) {
 			left = append(left, err.Error())
 		}
 		d.net = nil
-		left = append(left, d.openPorts()...)
 	}
 	if d.dir != "" && !keep {
 		if err := os.RemoveAll(d.dir); err != nil {
@@ -297,28 +296,6 @@ func (d *demo) stop(keep bool) (left []string) {
 		d.dir = ""
 	}
 	return left
-}
-
-// openPorts lists the ports of the demo that somebody still listens on.
-func (d *demo) openPorts() (open []string) {
-	all := []netip.AddrPort{d.issuerAddr, d.gatewayAddr, d.pageAddr}
-	for _, m := range []map[string]netip.AddrPort{d.inbound, d.outbound, d.app} {
-		for _, a := range m {
-			all = append(all, a)
-		}
-	}
-	slices.SortFunc(all, netip.AddrPort.Compare)
-	for _, a := range all {
-		if !a.IsValid() {
-			continue
-		}
-		c, err := net.DialTimeout("tcp", a.String(), 100*time.Millisecond)
-		if err == nil {
-			c.Close()
-			open = append(open, "port "+a.String()+" is still open")
-		}
-	}
-	return open
 }
 
 // printAddresses says where everything is, and how to look at it.
