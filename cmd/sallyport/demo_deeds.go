@@ -61,24 +61,6 @@ func (d *demo) openToDeeds() error {
 	)
 }
 
-// edit writes a policy file, and waits until every proxy acts on it.
-func (d *demo) edit(ctx context.Context, name string, text []byte) (took time.Duration, err error) {
-	admin, err := control.DialAdmin(d.apiSocket())
-	if err != nil {
-		return 0, err
-	}
-	defer admin.Close()
-	st, err := admin.Status(ctx)
-	if err != nil {
-		return 0, err
-	}
-	start := time.Now()
-	if err := daemon.WriteFile(d.policyFile(name), text, 0o600); err != nil {
-		return 0, err
-	}
-	return time.Since(start), d.awaitSynced(ctx, admin, st.PolicyRevision+1, stepWithin)
-}
-
 func (d *demo) editPolicy(ctx context.Context) (string, error) {
 	old, err := os.ReadFile(d.policyFile("access.csv"))
 	if err != nil {

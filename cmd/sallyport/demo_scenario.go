@@ -129,6 +129,11 @@ func (d *demo) enrol(node, workload string) error {
 
 // routes puts text in force as the routes of billing, in every proxy.
 func (d *demo) routes(ctx context.Context, text string) (took time.Duration, err error) {
+	return d.edit(ctx, filepath.Join("routes", "billing.yaml"), []byte(text))
+}
+
+// edit writes a policy file, and waits until every proxy acts on it.
+func (d *demo) edit(ctx context.Context, name string, text []byte) (took time.Duration, err error) {
 	admin, err := control.DialAdmin(d.apiSocket())
 	if err != nil {
 		return 0, err
@@ -139,7 +144,7 @@ func (d *demo) routes(ctx context.Context, text string) (took time.Duration, err
 		return 0, err
 	}
 	start := time.Now()
-	if err := daemon.WriteFile(d.policyFile("routes", "billing.yaml"), []byte(text), 0o600); err != nil {
+	if err := daemon.WriteFile(d.policyFile(name), text, 0o600); err != nil {
 		return 0, err
 	}
 	err = d.awaitSynced(ctx, admin, st.PolicyRevision+1, stepWithin)
