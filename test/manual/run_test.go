@@ -83,7 +83,7 @@ func open(t *testing.T) *mesh {
 func (m *mesh) socket() string { return filepath.Join(m.dir, "issuer", "run", "api.sock") }
 
 // there says whether the mesh is up: its issuer has signed the logs of payment
-// and billing.
+// and billing, and has the record of a call that billing has refused to batch.
 func (m *mesh) there(tmp string) bool {
 	dirs, _ := filepath.Glob(filepath.Join(tmp, "sallyport-demo-*"))
 	if len(dirs) != 1 {
@@ -91,7 +91,12 @@ func (m *mesh) there(tmp string) bool {
 	}
 	m.dir = dirs[0]
 	out, err := exec.Command(filepath.Join(bin, "sallyport"), "audit", "heads", "-o", "json", "--socket", m.socket()).Output()
-	return err == nil && bytes.Contains(out, []byte("/sa/payment@")) && bytes.Contains(out, []byte("/sa/billing@"))
+	if err != nil || !bytes.Contains(out, []byte("/sa/payment@")) || !bytes.Contains(out, []byte("/sa/billing@")) {
+		return false
+	}
+	out, err = exec.Command(filepath.Join(bin, "sallyport"), "audit", "query", filepath.Join(m.dir, "issuer", "received"),
+		"--decision", "deny", "--src", "spiffe://demo.sallyport/ns/shop/sa/batch", "--dst", "spiffe://demo.sallyport/ns/shop/sa/billing", "-o", "json").Output()
+	return err == nil && bytes.Contains(out, []byte(`"id"`))
 }
 
 // folder makes the place where a page's commands are carried out, and puts what
