@@ -22,7 +22,7 @@ import (
 // is what these add. The clock is read once for each, as a proxy has read it when a
 // call comes and when its answer begins.
 func lending() (out []part) {
-	out = append(out, part{"pool", func(b *testing.B) {
+	out = append(out, part{name: "pool", run: func(b *testing.B) {
 		p := upstream.NewLocal(listen(b, 1)[0], http1.Limits{})
 		defer p.Close()
 		for b.Loop() {
@@ -32,9 +32,9 @@ func lending() (out []part) {
 			}
 			c.Put()
 		}
-	}, true})
+	}, free: true})
 	for _, n := range []int{1, 3, 16} {
-		out = append(out, part{fmt.Sprintf("breaker_budget_balancer_pool_%d", n), func(b *testing.B) {
+		out = append(out, part{name: fmt.Sprintf("breaker_budget_balancer_pool_%d", n), over: "pool", run: func(b *testing.B) {
 			s, err := service(listen(b, n))
 			if err != nil {
 				b.Fatal(err)
@@ -50,7 +50,7 @@ func lending() (out []part) {
 				c.Report(upstream.OK, want.At, 0)
 				c.Put()
 			}
-		}, true})
+		}, free: true})
 	}
 	return out
 }

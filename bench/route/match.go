@@ -20,7 +20,7 @@ func matching() (out []part) {
 			c := &route.Call{Method: []byte("GET"), Path: []byte(call.path), Fields: []http1.Field{
 				{Name: []byte("Host"), Value: []byte("billing.mesh.internal")}, {Name: []byte("Accept"), Value: []byte("*/*")},
 				{Name: []byte("Cookie"), Value: []byte("sid=abcdef")}}}
-			out = append(out, part{fmt.Sprintf("match_%s_%d", call.name, n), func(b *testing.B) {
+			out = append(out, part{name: fmt.Sprintf("match_%s_%d", call.name, n), run: func(b *testing.B) {
 				if err != nil {
 					b.Fatal(err)
 				}
@@ -28,7 +28,7 @@ func matching() (out []part) {
 					ch := set.Match(c)
 					ch.Backend(0)
 				}
-			}, true})
+			}, free: true})
 		}
 	}
 	return out

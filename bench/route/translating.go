@@ -22,7 +22,7 @@ import (
 // behind loopback.
 func translating() []part {
 	return []part{
-		{"translate_vanguard", func(b *testing.B) {
+		{name: "translate_vanguard", run: func(b *testing.B) {
 			addr := translatetest.GRPC(b, "127.0.0.1:0")
 			p := new(http.Protocols)
 			p.SetUnencryptedHTTP2(true)
@@ -40,8 +40,8 @@ func translating() []part {
 			go func() { _ = s.Serve(in) }() // until it is closed
 			defer s.Close()
 			calls(b, in.dial, "")
-		}, false},
-		{"translate_sallyport", func(b *testing.B) {
+		}},
+		{name: "translate_sallyport", run: func(b *testing.B) {
 			addr := translatetest.GRPC(b, "127.0.0.1:0")
 			tr, err := translate.New(translate.Config{Log: slog.New(slog.DiscardHandler), Dial: func(ctx context.Context) (net.Conn, error) {
 				var d net.Dialer
@@ -59,7 +59,7 @@ func translating() []part {
 			defer stop()
 			go func() { _ = tr.Run(ctx) }() // until it is stopped
 			calls(b, tr.Connect, "/shop.v1.Shop/Put")
-		}, false},
+		}},
 	}
 }
 
