@@ -31,7 +31,7 @@ var floors = [][]string{
 // beside lists what stands next to the house. The suites and the test network
 // are imported by tests only, and nothing may import a bench.
 var beside = []string{
-	"internal/meshtest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest", "internal/page/pagetest",
+	"internal/meshtest", "internal/scripttest", "internal/store/storetest", "internal/store/postgrestest", "internal/attest/attesttest", "internal/jose/josetest", "internal/translate/translatetest", "internal/page/pagetest",
 	"bench", "bench/egress", "bench/rig", "bench/issuer", "bench/fleet", "bench/http1", "bench/memory", "bench/h2",
 	"bench/tcp", "bench/route", "bench/handshake", "bench/attack", "bench/dns", "bench/shadow", "test",
 }

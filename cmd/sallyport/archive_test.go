@@ -14,6 +14,7 @@ import (
 
 	"sallyport/internal/archive"
 	"sallyport/internal/audit"
+	"sallyport/internal/scripttest"
 )
 
 // archived makes an archive of three records in as many segments: "archived DIR".
@@ -23,11 +24,11 @@ func archived(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	stranger, err := auditors.GenerateX25519Identity()
 	ts.Check(err)
-	ts.Check(write(ts.MkAbs("auditor.txt"), "# of the auditor\n"+auditor.String()+"\n"))
-	ts.Check(write(ts.MkAbs("stranger.txt"), stranger.String()+"\n"))
+	scripttest.Write(ts, "auditor.txt", "# of the auditor\n"+auditor.String()+"\n")
+	scripttest.Write(ts, "stranger.txt", stranger.String()+"\n")
 	signer, err := audit.OpenSigner(ts.MkAbs("archive.key"), "sallyport-archive-test-")
 	ts.Check(err)
-	ts.Check(write(ts.MkAbs("known.vkey"), signer.Key()+"\n"))
+	scripttest.Write(ts, "known.vkey", signer.Key()+"\n")
 	a, err := archive.Open(archive.Config{
 		Settings: archive.Settings{Recipients: []string{auditor.Recipient().String()}, Dir: filepath.Clean(ts.MkAbs(args[0])), RotateBytes: 1},
 		Name:     "test", Origin: signer.Origin(), Key: signer.Key(), Log: slog.New(slog.DiscardHandler),

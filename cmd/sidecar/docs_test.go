@@ -24,7 +24,7 @@ func TestTheManualOfCaptureWorks(t *testing.T) {
 	examples := regexp.MustCompile("(?s)```yaml\n(# sidecar.yaml.*?)```").FindAllSubmatch(page, -1)
 	for _, m := range examples {
 		file := filepath.Join(t.TempDir(), "sidecar.yaml")
-		if err := write(file, rest+string(m[1])); err != nil {
+		if err := os.WriteFile(file, []byte(rest+string(m[1])), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		var c Config
@@ -52,7 +52,7 @@ func TestTheManualOfShadowsWorks(t *testing.T) {
 	examples := regexp.MustCompile("(?s)```yaml\n(# sidecar.yaml.*?)```").FindAllSubmatch(page, -1)
 	for _, m := range examples {
 		file := filepath.Join(t.TempDir(), "sidecar.yaml")
-		if err := write(file, rest+string(m[1])); err != nil {
+		if err := os.WriteFile(file, []byte(rest+string(m[1])), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if err := daemon.LoadConfig(file, nil, nil, new(Config)); err != nil {
