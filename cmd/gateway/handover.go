@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"path/filepath"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -88,8 +87,7 @@ func (gw *gateway) keep(stop, ground context.Context, g *errgroup.Group, drain f
 // answer serves the socket on which the next process asks.
 func (gw *gateway) answer(ground context.Context, g *errgroup.Group) error {
 	path := filepath.Join(gw.cfg.RunDir, handover.Socket)
-	ln, err := gw.doors.Unix("handover", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, gw.log) },
-		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, gw.log), nil })
+	ln, err := gw.doors.Private("handover", path, gw.log)
 	if err != nil {
 		return err
 	}

@@ -12,7 +12,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
-	"sallyport/internal/daemon"
 	"sallyport/internal/egress"
 	"sallyport/internal/nameserver"
 	"sallyport/internal/svid"
@@ -83,7 +82,7 @@ func (gw *gateway) serveNames(ctx context.Context, g *errgroup.Group) error {
 		}
 		ln, err := gw.doors.TCP(d.field, d.addr)
 		if err != nil {
-			return daemon.Hint(fmt.Errorf("%s: %w", d.field, err), "free the port, or change "+d.field+" in the configuration")
+			return err
 		}
 		g.Go(func() error { return d.serve(ln) })
 	}

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -150,12 +149,11 @@ func (gw *gateway) openExports() (err error) {
 // administer serves the admin socket.
 func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain func()) error {
 	path := filepath.Join(gw.cfg.RunDir, "admin.sock")
-	ln, err := gw.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, gw.log) },
-		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, gw.log), nil })
+	ln, err := gw.doors.Private("admin", path, gw.log)
 	if err != nil {
 		return err
 	}
-	scrape, err := gw.scrape()
+	scrape, err := gw.doors.TCP("metrics.listen", gw.cfg.Metrics.Listen)
 	if err != nil {
 		return err
 	}
@@ -166,19 +164,6 @@ func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain f
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
-}
-
-// scrape opens the port of metrics, if there is one.
-func (gw *gateway) scrape() (net.Listener, error) {
-	addr := gw.cfg.Metrics.Listen
-	if addr == "" {
-		return nil, nil
-	}
-	ln, err := gw.doors.TCP("metrics.listen", addr)
-	if err != nil {
-		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
-	}
-	return ln, nil
 }
 
 // open builds every part, the lowest first. It contacts nobody.
@@ -335,7 +320,7 @@ func (gw *gateway) rejudge() {
 func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain func(), self spiffeid.ID) error {
 	ln, err := gw.doors.TCP("listen", gw.cfg.Listen)
 	if err != nil {
-		return daemon.Hint(fmt.Errorf("listen: %w", err), "free the port, or change listen in the configuration")
+		return err
 	}
 	if err := gw.doors.Unclaimed(); err != nil {
 		return errors.Join(err, ln.Close())

@@ -135,7 +135,7 @@ func (in *issuer) openPage() (d publicDoor, err error) {
 	cfg := in.cfg.Page
 	ln, err := in.doors.TCP("page.listen", cfg.Listen)
 	if err != nil {
-		return d, daemon.Hint(fmt.Errorf("page.listen: %w", err), "free the port, or change page.listen in the configuration")
+		return d, err
 	}
 	conf := page.Config{
 		TrustDomain: in.cfg.TrustDomain, Status: in.registry.Status, Proxies: in.registry.Proxies, Policies: in.registry.Policies,

@@ -103,7 +103,7 @@ func (in *issuer) publicDoors() (doors []publicDoor, err error) {
 	open := func(field, listen, certFile, keyFile string, mux *http.ServeMux) error {
 		ln, err := in.doors.TCP(field+".listen", listen)
 		if err != nil {
-			return daemon.Hint(fmt.Errorf("%s.listen: %w", field, err), "free the port, or change "+field+".listen in the configuration")
+			return err
 		}
 		cert, err := in.publicCertificate(certFile, keyFile)
 		if err != nil {

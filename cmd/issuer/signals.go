@@ -1,28 +1,12 @@
 package main
 
 import (
-	"fmt"
-	"net"
 	"strconv"
 	"time"
 
-	"sallyport/internal/daemon"
 	"sallyport/internal/sink"
 	"sallyport/internal/telemetry"
 )
-
-// scrape opens the port of metrics, if there is one.
-func (in *issuer) scrape() (net.Listener, error) {
-	addr := in.cfg.Metrics.Listen
-	if addr == "" {
-		return nil, nil
-	}
-	ln, err := in.doors.TCP("metrics.listen", addr)
-	if err != nil {
-		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
-	}
-	return ln, nil
-}
 
 // openExports prepares to send the metrics to a collector, if there is one.
 func (in *issuer) openExports() (err error) {

@@ -89,12 +89,12 @@ func serve(ctx context.Context, cfg *Config, stderr io.Writer) (err error) {
 	defer cancel()
 	ln, err := in.doors.TCP("listen", cfg.Listen)
 	if err != nil {
-		return daemon.Hint(fmt.Errorf("listen for proxies: %w", err), "free the port, or change listen in the configuration")
+		return err
 	}
 	public, err := in.openDoors()
 	var scrape net.Listener
 	if err == nil {
-		scrape, err = in.scrape()
+		scrape, err = in.doors.TCP("metrics.listen", cfg.Metrics.Listen)
 	}
 	if err == nil {
 		err = in.doors.Unclaimed()

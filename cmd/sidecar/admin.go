@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"fmt"
-	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
@@ -12,19 +10,17 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"sallyport/internal/daemon"
-	"sallyport/internal/handover"
 	"sallyport/internal/sink"
 )
 
 // administer serves the admin socket.
 func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain func()) error {
 	path := filepath.Join(s.cfg.RunDir, "admin.sock")
-	ln, err := s.doors.Unix("admin", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, s.log) },
-		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, s.log), nil })
+	ln, err := s.doors.Private("admin", path, s.log)
 	if err != nil {
 		return err
 	}
-	scrape, err := s.scrape()
+	scrape, err := s.doors.TCP("metrics.listen", s.cfg.Metrics.Listen)
 	if err != nil {
 		return err
 	}
@@ -39,19 +35,6 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
-}
-
-// scrape opens the port of metrics, if there is one.
-func (s *sidecar) scrape() (net.Listener, error) {
-	addr := s.cfg.Metrics.Listen
-	if addr == "" {
-		return nil, nil
-	}
-	ln, err := s.doors.TCP("metrics.listen", addr)
-	if err != nil {
-		return nil, daemon.Hint(fmt.Errorf("metrics.listen: %w", err), "free the port, or change metrics.listen in the configuration")
-	}
-	return ln, nil
 }
 
 // openExports prepares to send spans and metrics to collectors, if there are any.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"path/filepath"
 	"time"
 
@@ -107,8 +106,7 @@ func (s *sidecar) keep(stop, ground context.Context, g *errgroup.Group, drain fu
 // answer serves the socket on which the next process asks.
 func (s *sidecar) answer(ground context.Context, g *errgroup.Group) error {
 	path := filepath.Join(s.cfg.RunDir, handover.Socket)
-	ln, err := s.doors.Unix("handover", path, func() (handover.Listener, error) { return daemon.ListenPrivate(path, s.log) },
-		func(ln *net.UnixListener) (handover.Listener, error) { return daemon.Private(ln, s.log), nil })
+	ln, err := s.doors.Private("handover", path, s.log)
 	if err != nil {
 		return err
 	}

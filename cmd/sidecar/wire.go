@@ -389,15 +389,6 @@ type door struct {
 	run func(context.Context, net.Listener) error
 }
 
-// listen opens a port of the configuration.
-func (s *sidecar) listen(field, addr string) (net.Listener, error) {
-	ln, err := s.doors.TCP(field, addr)
-	if err != nil {
-		return nil, daemon.Hint(fmt.Errorf("%s: %w", field, err), "free the port, or change "+field+" in the configuration")
-	}
-	return ln, nil
-}
-
 // listeners opens every door, and none if one cannot be opened.
 func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 	var open []net.Listener
@@ -413,7 +404,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 			return nil
 		}
 		var ln net.Listener
-		if ln, err = s.listen(field, addr); err == nil {
+		if ln, err = s.doors.TCP(field, addr); err == nil {
 			open = append(open, ln)
 		}
 		return ln

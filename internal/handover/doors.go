@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"sync"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"sallyport/internal/daemon"
 )
 
 // A Listener is what a Door is made of: a *net.TCPListener, a *net.UnixListener
@@ -80,9 +83,20 @@ func (p packets) Accept() (net.Conn, error)     { return nil, errors.ErrUnsuppor
 func (p packets) Addr() net.Addr                { return p.LocalAddr() }
 func (p packets) SetDeadline(t time.Time) error { return p.SetReadDeadline(t) }
 
-// TCP opens the door of a setting.
+// TCP opens the door of a setting; there is none for an empty address. The error
+// names the setting.
 func (d *Doors) TCP(setting, address string) (net.Listener, error) {
-	n := name{setting, address}
+	if address == "" {
+		return nil, nil
+	}
+	ln, err := d.tcp(name{setting, address})
+	if err != nil {
+		return nil, daemon.Hint(fmt.Errorf("%s: %w", setting, err), "free the port, or change "+setting+" in the configuration")
+	}
+	return ln, nil
+}
+
+func (d *Doors) tcp(n name) (net.Listener, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	own, err := d.claim(n)
@@ -97,7 +111,7 @@ func (d *Doors) TCP(setting, address string) (net.Listener, error) {
 	return d.door(n, func() (Listener, error) {
 		var lc net.ListenConfig
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
-		ln, err := lc.Listen(context.Background(), "tcp", address)
+		ln, err := lc.Listen(context.Background(), "tcp", n.Address)
 		if err != nil {
 			return nil, err
 		}
@@ -109,6 +123,13 @@ func (d *Doors) TCP(setting, address string) (net.Listener, error) {
 		}
 		return l, nil
 	})
+}
+
+// Private opens a door that only our own user and root may enter, as
+// daemon.ListenPrivate says.
+func (d *Doors) Private(setting, path string, log *slog.Logger) (net.Listener, error) {
+	return d.Unix(setting, path, func() (Listener, error) { return daemon.ListenPrivate(path, log) },
+		func(ln *net.UnixListener) (Listener, error) { return daemon.Private(ln, log), nil })
 }
 
 // Unix opens the door of a setting at a path. How says what is made of a socket
