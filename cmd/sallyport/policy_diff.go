@@ -121,6 +121,9 @@ func (d diffed) text() string {
 	var b strings.Builder
 	for _, x := range d.Access {
 		fmt.Fprintf(&b, "now %-5s  %s\n           such as %s: was %s, is %s\n", x.Effect, x.Calls(), x.Witness, x.Was, x.Is)
+		if x.Way != nil {
+			fmt.Fprintf(&b, "           way: %s\n", x.Way)
+		}
 	}
 	for _, x := range d.Changes {
 		fmt.Fprintf(&b, "%-9s  %s %s\n", x.What, x.Kind, x.Name)
@@ -211,8 +214,12 @@ func (d diffed) access(b *strings.Builder, title string, effect mesh.Effect, p *
 		if x.When != "" {
 			when = code(x.When)
 		}
+		such := code(x.Witness.String())
+		if x.Way != nil {
+			such += "<br>way: " + code(x.Way.String())
+		}
 		fmt.Fprintf(b, "| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", x.Dir, code(x.Src), code(x.Dst), code(x.Port), code(x.Verb), code(x.Path), when,
-			code(x.Witness.String()), rowRef(p, x.Was), rowRef(p, x.Is))
+			such, rowRef(p, x.Was), rowRef(p, x.Is))
 	}
 }
 

@@ -24,7 +24,8 @@ func (c *cli) policyExplain(td *string) *cobra.Command {
 			"commands print it, and names of services will do:\n\n" +
 			"  sallyport policy explain policies 'payment -> billing POST /v1/charges'\n" +
 			"  sallyport policy explain policies 'billing -> host:api.stripe.test:443 sni=api.stripe.test'\n\n" +
-			"token(iss=... scope~... claim.X=...), env=NAME and at TIME may follow.",
+			"token(iss=... scope~... claim.X=...), env=NAME and at TIME may follow. Of a call to a host\n" +
+			"outside it says how a gateway lets it out, in the words of \"way\" in tests.",
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(_ *cobra.Command, args []string) error {
 			p, err := parsePolicies(args[0], *td)
@@ -43,8 +44,17 @@ func (c *cli) policyExplain(td *string) *cobra.Command {
 				return c.emit(x, nil, nil)
 			}
 			writeAccount(c.stdout, &x.Account)
+			if x.Conds != "" && x.Conds != "-" {
+				fmt.Fprintf(c.stdout, "while    %s\n", x.Conds)
+			}
 			if x.Among != nil {
 				fmt.Fprintf(c.stdout, "as are   %s\n", x.Among.Calls())
+			}
+			if x.Way != nil {
+				fmt.Fprintf(c.stdout, "way      %s\n", x.Way)
+				for _, f := range x.Way.Facts {
+					fmt.Fprintf(c.stdout, "         %s: %s\n", f.Name, f.Value)
+				}
 			}
 			return nil
 		},

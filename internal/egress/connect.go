@@ -215,7 +215,7 @@ func (g *Gateway) proves(t *tunnel) *answer {
 // at once. It must then be served by inside.
 func (g *Gateway) openRequests(t *tunnel, howErr error) (*tunnel, *answer) {
 	t.asked = t.call.Port
-	t.call.Port = portOf(t.how, t.asked)
+	t.call.Port = t.how.PortOf(t.asked)
 	if !g.cfg.Judge.Reaches(mesh.Out, t.call.Src, t.call.Dst, t.call.Port) {
 		grant, err := g.cfg.Judge.Judge(&t.call)
 		if err != nil {

@@ -161,7 +161,7 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 	if ans != nil {
 		return nil, ans
 	}
-	t.call.Port = portOf(t.how, port)
+	t.call.Port = t.how.PortOf(port)
 	t.within = a.in != nil
 	f := &fetch{tunnel: t, g: g, a: a, req: req, snap: snap}
 	if verb == http.MethodTrace {

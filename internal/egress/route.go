@@ -35,16 +35,4 @@ func routeOf(s *mesh.Snapshot, h Host) (mesh.Destination, error) {
 }
 
 // asksHTTP says whether the gateway asks the host itself, request by request.
-func asksHTTP(how mesh.Destination) bool {
-	return how.Proto == mesh.ProtoHTTP || how.TLS == mesh.Inspect
-}
-
-// portOf is the port of the host that a request for a port leads to, and by which
-// it is judged: who says http means the port of https where the gateway makes that
-// of it.
-func portOf(how mesh.Destination, port uint16) uint16 {
-	if how.TLS == mesh.Originate && port == 80 {
-		return 443
-	}
-	return port
-}
+func asksHTTP(how mesh.Destination) bool { return !how.Opaque() }

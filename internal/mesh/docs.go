@@ -248,6 +248,28 @@ type caseDoc struct {
 	Token *CaseToken `yaml:"token"`
 	Want  string     `yaml:"want"`
 	Rule  string     `yaml:"rule"`
+	Way   way        `yaml:"way"`
+}
+
+// way takes numbers, true and false as the text that they are written as.
+type way map[string]wayText
+
+type wayText string
+
+func (w *wayText) UnmarshalText(text []byte) error {
+	*w = wayText(text)
+	return nil
+}
+
+func (w way) text() map[string]string {
+	if len(w) == 0 {
+		return nil
+	}
+	out := make(map[string]string, len(w))
+	for name, value := range w {
+		out[name] = string(value)
+	}
+	return out
 }
 
 // nouns resolves callers and ports through the services. With lenient a caller
@@ -261,7 +283,7 @@ func (d testsDoc) nouns(services []Service, lenient bool, errs *Errors) []Case {
 		}
 		c := Case{
 			Name: t.Name, To: t.To, Port: t.Port, Verb: t.Verb, Path: t.Path,
-			SNI: t.SNI, Now: t.Now, Environment: t.Env, Token: t.Token, Want: Effect(t.Want), Rule: t.Rule, Origin: t.origin,
+			SNI: t.SNI, Now: t.Now, Environment: t.Env, Token: t.Token, Want: Effect(t.Want), Rule: t.Rule, Way: t.Way.text(), Origin: t.origin,
 		}
 		if t.From != "" {
 			from, err := caller(t.From, services)

@@ -339,8 +339,11 @@ type Case struct {
 	Token       *CaseToken `json:"token,omitempty"`
 	Want        Effect     `json:"want"`
 	// Rule, when set, is the ID of the row that must decide.
-	Rule   string `json:"rule,omitempty"`
-	Origin Origin `json:"origin"`
+	Rule string `json:"rule,omitempty"`
+	// Way has what must hold of how a call to a host outside goes out, by the names
+	// that "policy explain" prints; "none" is for what must not.
+	Way    map[string]string `json:"way,omitempty"`
+	Origin Origin            `json:"origin"`
 }
 
 // A CaseToken is what the token of a Case says, once verified.

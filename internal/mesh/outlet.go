@@ -125,6 +125,15 @@ func (d *Destination) Weighted() bool {
 // Opaque says that nobody sees the requests in the tunnels to the host.
 func (d *Destination) Opaque() bool { return d.TLS == "" && d.Proto != ProtoHTTP }
 
+// PortOf is the port of the host that a request for a port leads to, and by which it
+// is judged: who says http means the port of https where the gateway makes that of it.
+func (d *Destination) PortOf(port uint16) uint16 {
+	if d.TLS == Originate && port == 80 {
+		return 443
+	}
+	return port
+}
+
 // outlets checks where the host is reached, and what is done when it fails.
 func (v *validator) outlets(d *Destination) {
 	if len(d.Endpoints) > maxBackends {

@@ -123,6 +123,9 @@ func (v *validator) call(c Case) {
 	case c.Verb != "CONNECT" && !strings.HasPrefix(c.Path, "/"):
 		v.item(c.Origin, "path:", `path %q does not start with "/"`, clip(c.Path))
 	}
+	if len(c.Way) > 0 && dir == In {
+		v.item(c.Origin, "way:", "way speaks of egress: it is only possible with to: host:NAME")
+	}
 	if c.SNI == "" {
 		return
 	}

@@ -40,6 +40,8 @@ type Cell struct {
 	Witness Witness `json:"witness"`
 	Was     string  `json:"was"`
 	Is      string  `json:"is"`
+	// Way is how the witness goes out, of calls to hosts outside that become allowed.
+	Way *Way `json:"way,omitempty"`
 
 	block block
 }
@@ -68,7 +70,11 @@ func Diff(old, new *mesh.Policies, now time.Time) ([]Cell, error) {
 	if err != nil {
 		return nil, fmt.Errorf("old policies: %w", err)
 	}
-	is, err := judgeOf(new)
+	snap, err := mesh.Compile(new, 0, 0, nil)
+	if err != nil {
+		return nil, fmt.Errorf("new policies: %w", err)
+	}
+	is, err := authz.Compile(snap)
 	if err != nil {
 		return nil, fmt.Errorf("new policies: %w", err)
 	}
@@ -88,6 +94,9 @@ func Diff(old, new *mesh.Policies, now time.Time) ([]Cell, error) {
 			return nil, fmt.Errorf("the judge does not agree that %s changes, which is a defect of Sallyport: please report it", c.Witness)
 		}
 		c.Was, c.Is = deciding(before), deciding(after)
+		if b.allowed {
+			c.Way = wayOf(snap, &c.Witness.call)
+		}
 		cells = append(cells, c)
 	}
 	slices.SortStableFunc(cells, func(a, b Cell) int {

@@ -142,7 +142,7 @@ func test(p *mesh.Policies, snap *mesh.Snapshot) Report {
 		}
 		rep.Rows = append(rep.Rows, row)
 	}
-	t := tester{p: p, set: set, members: membersOf(p.Memberships)}
+	t := tester{p: p, snap: snap, set: set, members: membersOf(p.Memberships)}
 	for _, c := range p.Cases {
 		res := t.run(c)
 		if i, ok := at[res.Rule]; ok {
@@ -156,6 +156,7 @@ func test(p *mesh.Policies, snap *mesh.Snapshot) Report {
 
 type tester struct {
 	p       *mesh.Policies
+	snap    *mesh.Snapshot
 	set     *authz.Set
 	members members
 }
@@ -182,7 +183,8 @@ func (t *tester) run(c mesh.Case) Result {
 	case c.Rule != "" && c.Rule != d.Rule:
 		res.Why = fmt.Sprintf("want %s by row %s, got %s (%s)", c.Want, c.Rule, res.Got, t.because(call, d))
 	default:
-		res.OK = true
+		res.Why = wayOf(t.snap, call).differs(c.Way)
+		res.OK = res.Why == ""
 	}
 	return res
 }
@@ -247,6 +249,7 @@ func callOf(p *mesh.Policies, c mesh.Case) (*authz.Call, error) {
 		Dir: dir, Src: c.From, Dst: dst, Port: c.Port, Verb: c.Verb, Path: c.Path,
 		SNI: c.SNI, Now: c.Now, Environment: c.Environment,
 	}
+	call.Port = judgedPort(p.Destinations, call)
 	if t := c.Token; t != nil {
 		call.Token = &authz.Token{
 			Issuer: t.Issuer, Audience: t.Audience, Claims: t.Claims,
