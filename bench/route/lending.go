@@ -22,10 +22,12 @@ import (
 // is what these add. The clock is read once for each, as a proxy has read it when a
 // call comes and when its answer begins.
 func lending() (out []part) {
+	var at time.Time
 	out = append(out, part{name: "pool", run: func(b *testing.B) {
 		p := upstream.NewLocal(listen(b, 1)[0], http1.Limits{})
 		defer p.Close()
 		for b.Loop() {
+			at = time.Now()
 			c, err := p.Get(b.Context(), false)
 			if err != nil {
 				b.Fatal(err)
@@ -42,12 +44,13 @@ func lending() (out []part) {
 			defer s.Close()
 			want, ctx := &upstream.Want{Service: "billing"}, context.Background()
 			for b.Loop() {
-				want.At = time.Now()
+				at = time.Now()
+				want.At = at
 				c, err := s.Lend(ctx, want)
 				if err != nil {
 					b.Fatal(err)
 				}
-				c.Report(upstream.OK, want.At, 0)
+				c.Report(upstream.OK, at, 0)
 				c.Put()
 			}
 		}, free: true})
