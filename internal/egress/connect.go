@@ -45,6 +45,8 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusTooManyRequests, "the budget for this destination is used up"
 	case ReasonTunnelCap:
 		a.status, a.text = http.StatusTooManyRequests, "too many tunnels are open"
+	case ReasonProbeCap:
+		a.status, a.text = http.StatusTooManyRequests, "too many hosts are being looked at"
 	case ReasonResolve, ReasonDial, ReasonCertificate:
 		a.status, a.text = http.StatusBadGateway, "the destination cannot be reached"
 	case ReasonTimeout:

@@ -222,10 +222,7 @@ func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key or
 // originTLS is the client's side of TLS to a host: its certificate must be for
 // the name that was judged, whatever address it is at.
 func (g *Gateway) originTLS(to *Target) (*tls.Config, error) {
-	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: to.How.ALPN}
-	if len(cfg.NextProtos) == 0 && to.How.TLS != "" {
-		cfg.NextProtos = []string{mesh.ALPNHTTP1}
-	}
+	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: protocolsOf(&to.How)}
 	if to.How.CA == "" {
 		return cfg, nil
 	}

@@ -4,13 +4,19 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"io"
+	"net"
 	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"sallyport/internal/audit"
+	"sallyport/internal/hop"
+	"sallyport/internal/meshtest"
 )
 
 const probing = access + `
@@ -109,31 +115,214 @@ func TestRejudgeAsksForTheProbe(t *testing.T) {
 	w.until("its end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonRevoked) })
 }
 
+// asks is ask with a host by number. made says that the probe was begun, and has
+// ended at once.
+func (p *probes) asks(t *testing.T, who spiffeid.ID, n int, made bool) (pr *probe, begun bool, err error) {
+	t.Helper()
+	pr, begun, err = p.ask(t.Context(), probeKey{host: Host{name: fmt.Sprintf("h%d.test", n)}}, who)
+	if err == nil && made {
+		if begun {
+			pr.over = time.Now().Add(probeLife)
+			p.end(pr)
+		}
+		p.leave(pr)
+	}
+	return pr, begun, err
+}
+
 func TestProbesAreForgotten(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var p probes
-		key := func(n int) probeKey { return probeKey{host: Host{name: fmt.Sprintf("h%d.test", n)}} }
-		first, found := p.fresh(key(0), time.Now())
-		if again, there := p.fresh(key(0), time.Now()); found || !there || again != first {
+		first, begun, _ := p.asks(t, billing, 0, false)
+		if again, anew, _ := p.asks(t, inventory, 0, false); !begun || anew || again != first {
 			t.Fatal("one that is under way is begun again")
 		}
 		first.over = time.Now().Add(probeLife)
-		close(first.done)
+		p.end(first)
+		p.leave(first)
+		p.leave(first)
 		time.Sleep(probeLife - time.Second)
-		if _, found := p.fresh(key(0), time.Now()); !found {
+		if _, begun, _ := p.asks(t, billing, 0, true); begun {
 			t.Error("it is forgotten within its time")
 		}
 		time.Sleep(time.Second)
-		if _, found := p.fresh(key(0), time.Now()); found {
+		if _, begun, _ := p.asks(t, billing, 0, true); !begun {
 			t.Error("it outlives its time")
 		}
-		for n := range 2 * maxProbes {
-			p.fresh(key(n), time.Now())
+	})
+}
+
+// workload is one of many.
+func workload(n int) spiffeid.ID { return meshtest.ID(fmt.Sprintf("/ns/shop/sa/w%d", n)) }
+
+// TestProbesOfOneDriveOutHisOwn has callers ask for more hosts than are remembered.
+func TestProbesOfOneDriveOutHisOwn(t *testing.T) {
+	var p probes
+	known := func(n int) bool { return p.known[probeKey{host: Host{name: fmt.Sprintf("h%d.test", n)}}] != nil }
+	next := 0
+	fill := func(who spiffeid.ID, n int) {
+		t.Helper()
+		for range n {
+			if _, _, err := p.asks(t, who, next, true); err != nil {
+				t.Fatal(err)
+			}
+			next++
 		}
-		if len(p.of) > maxProbes {
-			t.Errorf("%d are remembered", len(p.of))
+	}
+	fill(inventory, 3)
+	fill(billing, 3*maxProbesOf)
+	if !known(0) || !known(next-maxProbesOf) || known(next-maxProbesOf-1) || len(p.known) != maxProbesOf+3 {
+		t.Errorf("%d are known after one caller has asked for %d", len(p.known), 3*maxProbesOf)
+	}
+	for n := range maxProbes / maxProbesOf {
+		fill(workload(n), maxProbesOf-1)
+	}
+	fill(workload(1000), 100)
+	if !known(0) || !known(next-100) || len(p.known) != maxProbes {
+		t.Errorf("%d are known when all have asked for much", len(p.known))
+	}
+	// Many that have one each: whoever comes drives somebody out, and stays.
+	p = probes{}
+	for n := range maxProbes + 10 {
+		fill(workload(n), 1)
+	}
+	if len(p.known) != maxProbes || len(p.of) != maxProbes || !known(next-1) {
+		t.Errorf("%d are known, of %d callers", len(p.known), len(p.of))
+	}
+}
+
+// TestProbesUnderWayAreBounded refuses what is too much at once.
+func TestProbesUnderWayAreBounded(t *testing.T) {
+	var p probes
+	next := 0
+	begin := func(who spiffeid.ID) (*probe, error) {
+		next++
+		pr, _, err := p.asks(t, who, next, false)
+		return pr, err
+	}
+	refused := func(err error) bool { return err != nil && reasonOf(err) == ReasonProbeCap }
+	var mine []*probe
+	for range maxProbingOf {
+		pr, err := begin(billing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		mine = append(mine, pr)
+	}
+	if _, err := begin(billing); !refused(err) {
+		t.Errorf("one more of the caller: %v", err)
+	}
+	if _, _, err := p.asks(t, billing, 1, false); err != nil {
+		t.Errorf("one that is under way already: %v", err)
+	}
+	for n := range maxProbing/maxProbingOf - 1 {
+		for range maxProbingOf {
+			if _, err := begin(workload(n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := begin(inventory); !refused(err) {
+		t.Errorf("one more of all: %v", err)
+	}
+	p.leave(mine[1])
+	if _, err := begin(billing); !refused(err) {
+		t.Errorf("while one that was left still ends: %v", err)
+	}
+	p.end(mine[1])
+	if _, err := begin(billing); err != nil {
+		t.Errorf("when one has ended: %v", err)
+	}
+}
+
+// TestProbesEndWithWhoWaits breaks one off when the last has left, and no sooner.
+func TestProbesEndWithWhoWaits(t *testing.T) {
+	var p probes
+	first, _, _ := p.asks(t, billing, 0, false)
+	_, _, _ = p.asks(t, inventory, 0, false)
+	p.leave(first)
+	if err := first.ctx.Err(); err != nil {
+		t.Fatalf("while one waits: %v", err)
+	}
+	p.leave(first)
+	if first.ctx.Err() == nil {
+		t.Error("it goes on for nobody")
+	}
+	second, begun, _ := p.asks(t, billing, 0, false)
+	if !begun {
+		t.Error("what was broken off is waited for")
+	}
+	p.end(first)
+	if len(p.known) != 0 || p.going[first.key] != second {
+		t.Error("what was broken off is known")
+	}
+	p.end(second)
+	p.leave(second)
+	if p.n != 0 || len(p.going) != 0 || len(p.known) != 1 || len(p.of) != 1 {
+		t.Errorf("what is left: %+v", &p)
+	}
+}
+
+// TestProbesEndWithTheirTunnels has a host say nothing, and its caller go.
+func TestProbesEndWithTheirTunnels(t *testing.T) {
+	came, gone := make(chan bool, 8), make(chan bool, 8)
+	addr := serve(t, func(c net.Conn) {
+		if n, _ := c.Read(make([]byte, 1)); n > 0 { // else it is the tunnel, which waits
+			came <- true
+			_, _ = io.Copy(io.Discard, c)
+			gone <- true
 		}
 	})
+	w := newWorld(t, nil)
+	w.use(w.policy(probing, fmt.Sprintf("  - host: shop.test\n    probe: true\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", addr)))
+	for name, end := range map[string]func(*hop.Stream){
+		"the caller goes":       func(s *hop.Stream) { s.Close() },
+		"its row is taken away": func(*hop.Stream) { w.use(w.policy(access, "")); w.gw.Rejudge() },
+	} {
+		w.use(w.policy(probing, fmt.Sprintf("  - host: shop.test\n    probe: true\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", addr)))
+		s, err := w.streamsOn(billing).Open()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(s, "CONNECT shop.test:443 HTTP/1.1\r\nHost: shop.test:443\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		<-came
+		end(s)
+		<-gone
+		w.gw.probes.mu.Lock()
+		if n := len(w.gw.probes.known) + len(w.gw.probes.going); n != 0 {
+			t.Errorf("%s: %d probes are remembered of a host that was not heard", name, n)
+		}
+		w.gw.probes.mu.Unlock()
+	}
+}
+
+// TestProbesOfferTheProtocols of the destination, and look again when it has others.
+func TestProbesOfferTheProtocols(t *testing.T) {
+	s := startSite(t, "shop.test")
+	agreed := make(chan string, 8)
+	s.tls.Store(&tls.Config{Certificates: s.certs, MaxVersion: tls.VersionTLS12, NextProtos: []string{"x-own", "http/1.1"}, VerifyConnection: func(cs tls.ConnectionState) error {
+		agreed <- cs.NegotiatedProtocol
+		return nil
+	}})
+	w := newWorld(t, nil)
+	for _, tt := range []struct{ alpn, want string }{{"", ""}, {"    alpn: [http/1.1]\n", "http/1.1"}, {"    alpn: [x-own, http/1.1]\n", "x-own"}} {
+		w.use(w.policy(probing, s.probed("shop.test")+tt.alpn))
+		tun, ref := dial1(w, billing, "shop.test:443")
+		if ref != nil {
+			t.Fatalf("%q: refused: %+v", tt.alpn, ref)
+		}
+		tun.Close()
+		select {
+		case got := <-agreed:
+			if got != tt.want {
+				t.Errorf("%q: the probe spoke %q", tt.alpn, got)
+			}
+		default:
+			t.Errorf("%q: nobody has looked", tt.alpn)
+		}
+	}
 }
 
 // TestProtocolsOfTheHello lets through what a destination lists, and nothing else.

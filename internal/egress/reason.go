@@ -16,6 +16,7 @@ const (
 	ReasonNoPolicy  Reason = "no_policy"    // no snapshot is loaded
 	ReasonIdentity  Reason = "identity"     // the caller's SVID no longer holds
 	ReasonTunnelCap Reason = "tunnel_limit" // too many tunnels, of this caller or in all
+	ReasonProbeCap  Reason = "probe_limit"  // too many hosts are looked at, for this caller or in all
 	ReasonBudget    Reason = "budget"       // what this caller may use of the destination is used up
 	ReasonConnCap   Reason = "conn_limit"   // too many connections of this caller
 	ReasonAddress   Reason = "address"      // an address that is never dialled: zone, multicast, unspecified

@@ -81,7 +81,7 @@ func (g *Gateway) rejudge(t *tunnel) error {
 // is judged by itself.
 func (g *Gateway) takesRequests(s *mesh.Snapshot, t *tunnel, call *authz.Call) bool {
 	how, err := routeOf(s, t.host)
-	return err == nil && how.Proto == t.how.Proto && how.TLS == t.how.TLS &&
+	return err == nil && how.Proto == t.how.Proto && how.TLS == t.how.TLS && (how.TLS != mesh.Inspect || keepsProtocols(&how, &t.how)) &&
 		(g.cfg.Judge.Reaches(mesh.Out, call.Src, call.Dst, call.Port) || g.cfg.Judge.Allows(call))
 }
 

@@ -36,3 +36,11 @@ func routeOf(s *mesh.Snapshot, h Host) (mesh.Destination, error) {
 
 // asksHTTP says whether the gateway asks the host itself, request by request.
 func asksHTTP(how mesh.Destination) bool { return !how.Opaque() }
+
+// protocolsOf are what may be spoken with the host, in TLS; nil for anything.
+func protocolsOf(how *mesh.Destination) []string {
+	if len(how.ALPN) == 0 && how.TLS != "" {
+		return []string{mesh.ALPNHTTP1}
+	}
+	return how.ALPN
+}

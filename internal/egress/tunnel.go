@@ -140,6 +140,13 @@ func (g *Gateway) idleOf(how *mesh.Destination) time.Duration {
 	return g.lim.Idle
 }
 
+// keepsProtocols says whether what was agreed on under one destination may be spoken
+// under another: what was offered is not known any more.
+func keepsProtocols(how, was *mesh.Destination) bool {
+	list := protocolsOf(how)
+	return len(list) == 0 || slices.Equal(list, protocolsOf(was))
+}
+
 // leadsThere reports whether s would let t lead to where it does, in the way
 // it does.
 func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to place) bool {
@@ -155,7 +162,7 @@ func (g *Gateway) leadsThere(s *mesh.Snapshot, t *tunnel, sni string, to place) 
 		return false
 	case how.TLS == "" && how.ECH != t.how.ECH && t.how.ECH != "": // nor whether a name was hidden
 		return false
-	case how.TLS == "" && len(how.ALPN) > 0 && !slices.Equal(how.ALPN, t.how.ALPN): // what was offered is not known any more
+	case !keepsProtocols(&how, &t.how):
 		return false
 	case t.webSocket.Load() && !slices.Contains(how.Upgrade, mesh.WebSocket):
 		return false
