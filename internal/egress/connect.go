@@ -3,6 +3,7 @@ package egress
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"io"
 	"net/http"
@@ -417,12 +418,16 @@ func (g *Gateway) greet(t *tunnel, s stream) bool {
 		t.broke(false)
 		return false
 	}
-	t.greet = newGreeting(func(second *Hello) error {
+	greet := newGreeting(func(second *Hello) error {
 		if second.ServerName != hello.ServerName {
 			return refuse(ReasonSNI, "the second ClientHello names %s, the first %s", clip(second.ServerName), clip(hello.ServerName))
 		}
 		return second.Check(t.host, &t.how)
 	})
+	if t.how.Probe {
+		greet.shown = &shown{prove: func(chain []*x509.Certificate) error { return g.proven(t, chain) }}
+	}
+	t.greet = greet
 	return true
 }
 

@@ -203,8 +203,10 @@ type lane struct {
 	dst   writeCloser
 	count *atomic.Int64
 	first func() error // moves what comes before all else; nil: nothing
-	ear   func([]byte) // is told what moves, nil at the end; nil: nobody
-	stuck bool         // it was dst that failed
+	// ear is told what is about to move, nil at the end, and says why it may not; nil:
+	// nobody.
+	ear   func([]byte) error
+	stuck bool // it was dst that failed
 }
 
 // pump moves bytes from src to dst and passes the end of src on. A failure on
@@ -218,7 +220,7 @@ func (l *lane) pump() {
 		err = l.copy()
 	}
 	if l.ear != nil {
-		l.ear(nil)
+		_ = l.ear(nil)
 	}
 	var ref *Refusal
 	switch {
@@ -266,7 +268,9 @@ func (l *lane) send(b []byte, write func([]byte) (int, error)) (int, error) {
 		return 0, nil
 	}
 	if l.ear != nil {
-		l.ear(b)
+		if err := l.ear(b); err != nil {
+			return 0, err
+		}
 	}
 	l.r.moved.Store(int64(time.Since(l.r.start)))
 	n, err := write(b)

@@ -20,6 +20,7 @@ var retryRandom = []byte{
 // server has spoken.
 type greeting struct {
 	check func(*Hello) error // holds a second hello against what was allowed
+	shown *shown             // watches for the certificate, where one is asked for
 
 	head    []byte        // what the server has said so far
 	decided chan struct{} // closed when the server has said enough
@@ -33,7 +34,13 @@ func newGreeting(check func(*Hello) error) *greeting {
 
 // hear is told what the server sends, before the caller gets it; nil for its
 // end.
-func (g *greeting) hear(b []byte) {
+func (g *greeting) hear(b []byte) error {
+	g.decide(b)
+	return g.shown.hear(b)
+}
+
+// decide finds out whether the server asks for a second hello.
+func (g *greeting) decide(b []byte) {
 	if g.over {
 		return
 	}
