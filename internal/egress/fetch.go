@@ -200,7 +200,7 @@ func (a *asker) target(req *http1.Request) (Host, uint16, error) {
 	switch {
 	case req.Form == http1.Authority:
 		return Host{}, 0, refuse(ReasonMethod, "CONNECT came inside a tunnel; target %s", clip(string(req.Target)))
-	case req.Form == http1.Asterisk:
+	case string(req.Path) == "*":
 		return Host{}, 0, refuse(ReasonRequest, "OPTIONS for the server as a whole is not passed on")
 	case req.Scheme == "https":
 		return Host{}, 0, refuse(ReasonRequest, "https is reached by CONNECT; target %s", clip(string(req.Target)))
@@ -260,7 +260,9 @@ func (f *fetch) run() (keep bool, ans *answer) {
 	if err := f.inject(); err != nil {
 		return false, f.unlent(err)
 	}
-	f.req.Upgrade = f.mayUpgrade()
+	if f.req.Upgrade = f.mayUpgrade(); f.req.Upgrade && f.req.WebSocketKey() == nil {
+		return false, f.unlent(refuse(ReasonRequest, "a WebSocket is asked for with one Sec-WebSocket-Key of 16 bytes, and Sec-WebSocket-Version: 13"))
+	}
 	stop := f.bounded()
 	defer stop()
 	for {
@@ -316,7 +318,7 @@ func (f *fetch) edit() {
 	x.ToUp = http1.Edit{Drop: notOut, Authority: []byte(authorityOf(f.host, f.call.Port, f.how))}
 	x.ToDown = http1.Edit{Drop: notIn, Close: f.g.yields() || f.who.disproved.Load()}
 	x.Accept = func(resp *http1.Response) bool {
-		if f.drops(resp) || !f.scrub(resp) {
+		if f.drops(resp) || !f.scrub(resp) || resp.Upgrade && !f.becomes(resp) {
 			return false
 		}
 		f.redirect(resp)
@@ -328,9 +330,10 @@ func (f *fetch) edit() {
 // that is used up.
 type meter struct{ f *fetch }
 
-// Again, Sent and Answered are those of a Tee.
+// Again, Sent, Hinted and Answered are those of a Tee.
 func (m meter) Again()            {}
 func (m meter) Sent(b []byte)     { m.take(true, len(b)) }
+func (m meter) Hinted(b []byte)   { m.take(false, len(b)) }
 func (m meter) Answered(b []byte) { m.take(false, len(b)) }
 
 func (m meter) take(up bool, n int) {

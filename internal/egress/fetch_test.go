@@ -477,6 +477,41 @@ func TestBudgetsHoldWithinARequest(t *testing.T) {
 	w.until("the end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonBudget) })
 }
 
+// TestHintsAreOfTheBudget has a host say much before its answer.
+func TestHintsAreOfTheBudget(t *testing.T) {
+	for _, alpn := range []string{"http/1.1", "h2"} {
+		for budget, fits := range map[int]bool{100_000: false, 1_000_000: true} {
+			w, s := askWorld(t)
+			w.use(w.policy(asking, s.spoken(alpn)+fmt.Sprintf("    budget: {down: %d}\n", budget)))
+			s.does(func(rw http.ResponseWriter, _ *http.Request) {
+				rw.Header().Set("Link", strings.Repeat("x", 2500))
+				for range 8 {
+					rw.WriteHeader(http.StatusEarlyHints)
+				}
+				rw.Header().Del("Link")
+				_, _ = io.WriteString(rw, "served")
+			})
+			c := w.askOnStream(w.streamsOn(billing))
+			if _, err := io.WriteString(c, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"); err != nil {
+				t.Fatal(err)
+			}
+			hints := 0
+			res, err := http.ReadResponse(c.br, nil)
+			for ; err == nil && res.StatusCode == http.StatusEarlyHints; res, err = http.ReadResponse(c.br, nil) {
+				hints++
+			}
+			switch {
+			case err != nil:
+				t.Errorf("%s, a budget of %d: %v after %d hints", alpn, budget, err, hints)
+			case fits && (res.StatusCode != 200 || hints != 8), !fits && res.StatusCode != 429:
+				t.Errorf("%s, a budget of %d: status %d after %d hints", alpn, budget, res.StatusCode, hints)
+			case !fits:
+				w.until("the end", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonBudget) })
+			}
+		}
+	}
+}
+
 // TestHeadsStayTaken has requests whose heads are large and whose bodies are not use
 // up a budget.
 func TestHeadsStayTaken(t *testing.T) {

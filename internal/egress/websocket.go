@@ -5,10 +5,13 @@ import (
 	"errors"
 	"net"
 	"slices"
+	"strings"
 	"sync/atomic"
 
+	"sallyport/internal/audit"
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
+	"sallyport/internal/upstream"
 )
 
 // mayUpgrade says whether a request may have its connection become what it asks
@@ -16,6 +19,24 @@ import (
 // for it.
 func (f *fetch) mayUpgrade() bool {
 	return f.req.Upgrade && f.secret == "" && slices.Contains(f.how.Upgrade, mesh.WebSocket)
+}
+
+// becomes looks whether a 101 answers the request, and records that this becomes a
+// WebSocket, before any of it goes on.
+func (f *fetch) becomes(resp *http1.Response) bool {
+	if !resp.Answers(f.req.WebSocketKey()) {
+		f.outcome, f.note = upstream.Failed, "the 101 does not answer the key of the request"
+		return false
+	}
+	rec := f.record(audit.KindEgressOpen)
+	rec.Decision = audit.Allow
+	rec.Detail = strings.TrimSpace("websocket to " + f.to.String() + f.origin + " " + f.note)
+	if err := f.g.cfg.Audit.Append(rec); err != nil {
+		f.g.cfg.Log.Error("WebSocket was not recorded, and not opened", "err", err)
+		f.stop(ReasonAudit)
+		return false
+	}
+	return true
 }
 
 // A metered is a connection to a host that may become a WebSocket, what goes

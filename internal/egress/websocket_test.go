@@ -166,3 +166,135 @@ func TestWebSocketsCarryNoCredential(t *testing.T) {
 		t.Errorf("the site saw %v", r.Header)
 	}
 }
+
+const rightProof = "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
+
+// TestWebSocketsAreAskedForAsTheyAre refuses what only looks like it.
+func TestWebSocketsAreAskedForAsTheyAre(t *testing.T) {
+	const key, version = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", "Sec-WebSocket-Version: 13\r\n"
+	w, s := askWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+	h := w.streamsOn(billing)
+	for name, fields := range map[string]string{
+		"no key":             version,
+		"no version":         key,
+		"another version":    key + "Sec-WebSocket-Version: 8\r\n",
+		"two versions":       key + version + version,
+		"two keys":           key + key + version,
+		"a short key":        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j\r\n" + version,
+		"a key of 17 bytes":  "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZSE=\r\n" + version,
+		"a key of 18 bytes":  "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZSEh\r\n" + version,
+		"a key of something": "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZ*==\r\n" + version,
+		"an empty key":       "Sec-WebSocket-Key:\r\n" + version,
+	} {
+		c := w.askOnStream(h)
+		res, _ := c.ask(t, "GET http://shop.test/v1/ws HTTP/1.1\r\nHost: shop.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+fields+"\r\n")
+		if res.StatusCode != 400 || res.Header.Get(decisionHeader) == "" {
+			t.Errorf("%s: status %d", name, res.StatusCode)
+		}
+	}
+	w.until("a refusal", denial(ReasonRequest))
+	if len(s.seen) > 0 {
+		t.Errorf("the site got %d requests", len(s.seen))
+	}
+}
+
+// TestAnswersToWebSockets are held to the key of the request.
+func TestAnswersToWebSockets(t *testing.T) {
+	for name, tt := range map[string]struct {
+		fields string
+		ok     bool
+	}{
+		"the right proof":     {rightProof, true},
+		"in another spelling": {strings.Replace(rightProof, "Sec-WebSocket", "sec-websocket", 1), true},
+		"no proof":            {"", false},
+		"another proof":       {strings.Replace(rightProof, "s3", "S3", 1), false},
+		"two proofs":          {rightProof + rightProof, false},
+		"the key":             {"Sec-WebSocket-Accept: dGhlIHNhbXBsZSBub25jZQ==\r\n", false},
+		"an empty one":        {"Sec-WebSocket-Accept:\r\n", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, s := askWorld(t)
+			over := make(chan string, 1)
+			s.does(func(rw http.ResponseWriter, _ *http.Request) {
+				c, buf, err := rw.(http.Hijacker).Hijack()
+				if err != nil {
+					s.t.Error(err)
+					return
+				}
+				defer c.Close()
+				_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+tt.fields+"\r\nraw")
+				b, _ := io.ReadAll(buf)
+				over <- string(b)
+			})
+			w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+			raw := w.open1(billing)
+			c := &askConn{raw, raw.br}
+			if _, err := io.WriteString(c, wantsWebSocket+"up"); err != nil {
+				t.Fatal(err)
+			}
+			res, err := http.ReadResponse(c.br, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tt.ok {
+				b := make([]byte, 3)
+				if _, err := io.ReadFull(c.br, b); res.StatusCode != 101 || err != nil || string(b) != "raw" {
+					t.Fatalf("status %d, %q, %v", res.StatusCode, b, err)
+				}
+				raw.Close()
+				if got := <-over; got != "up" {
+					t.Errorf("the site got %q", got)
+				}
+				return
+			}
+			if b, _ := io.ReadAll(res.Body); res.StatusCode != 502 || strings.Contains(string(b), "raw") {
+				t.Errorf("status %d, %q", res.StatusCode, b)
+			}
+			if got := <-over; got != "" {
+				t.Errorf("the site got %q", got)
+			}
+			end := w.until("the end", kind(audit.KindEgressClose))
+			if end.Reason != string(ReasonReset) || !strings.Contains(end.Detail, "does not answer the key") {
+				t.Errorf("recorded %+v", end)
+			}
+		})
+	}
+}
+
+// TestWebSocketsAreRecordedFirst are not relayed without.
+func TestWebSocketsAreRecordedFirst(t *testing.T) {
+	w, s := askWorld(t)
+	s.echoes()
+	w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+	h := w.streamsOn(billing)
+	c := w.askOnStream(h)
+	if code := c.upgraded(t); code != 101 {
+		t.Fatalf("status %d", code)
+	}
+	for i, r := range w.audit.Records() {
+		if r.Kind == audit.KindEgressOpen && strings.HasPrefix(r.Detail, "websocket to 127.0.0.1:") && r.Decision == audit.Allow && r.Path == "/v1/ws" && r.ID != "" {
+			break
+		}
+		if i == len(w.audit.Records())-1 {
+			t.Errorf("it is not recorded: %s", w.lines())
+		}
+	}
+	c.echo(t, "ping")
+	w.refusing.Store(true)
+	if code := w.askOnStream(h).upgraded(t); code != 503 {
+		t.Errorf("status %d while nothing can be recorded", code)
+	}
+	w.refusing.Store(false)
+}
+
+// TestUpgradesThatAreNotMeant go on as other requests do, over what the host speaks.
+func TestUpgradesThatAreNotMeant(t *testing.T) {
+	w, s := askWorld(t)
+	w.use(w.policy(asking, s.spoken("h2, http/1.1")))
+	s.does(func(rw http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(rw, r.Proto) })
+	if res, body := w.askOnStream(w.streamsOn(billing)).ask(t, wantsWebSocket); res.StatusCode != 200 || body != "HTTP/2.0" {
+		t.Errorf("%d over %q", res.StatusCode, body)
+	}
+}

@@ -96,14 +96,15 @@ type Result struct {
 	Whole bool
 }
 
-// A Tee gets a copy of an exchange as it was written: heads and framed bodies,
-// without interim responses. Its methods wait for nothing and keep no b; Sent
-// may be called while Answered is.
+// A Tee gets a copy of an exchange as it was written: heads and framed bodies. Its
+// methods wait for nothing and keep no b; Sent may be called while the others are.
 type Tee interface {
 	// Again begins a try: what was seen before is void.
 	Again()
 	// Sent are bytes of the request.
 	Sent(b []byte)
+	// Hinted are bytes of an interim response.
+	Hinted(b []byte)
 	// Answered are bytes of the final response.
 	Answered(b []byte)
 }
@@ -350,7 +351,11 @@ func (x *Exchange) interim() error {
 	}
 	down := x.Down
 	down.out = AppendResponse(down.message(), &x.Response, Body{}, &Edit{Drop: x.ToDown.Drop})
-	if _, err := down.Write(down.out); err != nil {
+	n, err := down.Write(down.out)
+	if x.Tee != nil {
+		x.Tee.Hinted(down.out[:n])
+	}
+	if err != nil {
 		return &SideError{Client, "write", err}
 	}
 	return nil

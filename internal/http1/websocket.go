@@ -2,6 +2,8 @@ package http1
 
 import (
 	"crypto/rand"
+	"crypto/sha1" //nolint:gosec // RFC 6455 section 1.3 has it prove nothing
+	"encoding/base64"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -17,6 +19,49 @@ const (
 	CloseGoingAway = 1001
 	ClosePolicy    = 1008
 )
+
+// WebSocketKey is the key of a request for a WebSocket; nil when the request is not
+// what RFC 6455 section 4.2.1 wants: one key of 16 bytes, and version 13.
+func (r *Request) WebSocketKey() []byte {
+	key := only(r.Fields, "sec-websocket-key")
+	var b [18]byte
+	if len(key) != 24 || string(only(r.Fields, "sec-websocket-version")) != "13" {
+		return nil
+	}
+	if n, err := base64.StdEncoding.Decode(b[:], key); err != nil || n != 16 {
+		return nil
+	}
+	return key
+}
+
+// Answers says whether a 101 is to the request with this key.
+func (r *Response) Answers(key []byte) bool {
+	return r.Upgrade && len(key) > 0 && string(only(r.Fields, "sec-websocket-accept")) == string(AppendWebSocketProof(nil, key))
+}
+
+// AppendWebSocketProof appends what answers the key of a request for a WebSocket
+// (RFC 6455 section 4.2.2).
+func AppendWebSocketProof(b, key []byte) []byte {
+	h := sha1.New() //nolint:gosec // see above
+	h.Write(key)
+	h.Write([]byte("258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
+	return base64.StdEncoding.AppendEncode(b, h.Sum(nil))
+}
+
+// only is the value of a field that stands once, nil otherwise.
+func only(fields []Field, name string) (v []byte) {
+	n := 0
+	for i := range fields {
+		if equalFoldLen(fields[i].Name, name) {
+			v = fields[i].Value
+			n++
+		}
+	}
+	if n != 1 {
+		return nil
+	}
+	return v
+}
 
 // parting is how a tunnel of WebSockets ends from outside.
 type parting struct {

@@ -2,10 +2,10 @@ package http2
 
 import (
 	"bytes"
-	"crypto/sha1" //nolint:gosec // RFC 6455 section 1.3 has it prove nothing
-	"encoding/base64"
 	"net"
 	"net/http"
+
+	"sallyport/internal/http1"
 )
 
 // Dialled makes a Conn of a connection that this end has dialled, to a server
@@ -146,15 +146,12 @@ func appendNamed(b []byte, index uint8, value []byte) []byte {
 }
 
 // appendProof appends what answers the key of a request for a WebSocket in
-// HTTP/1.1 (RFC 6455 section 4.2.2); nothing when there is no key.
+// HTTP/1.1; nothing when there is no key.
 func appendProof(b, lines []byte) []byte {
 	for line := range bytes.Lines(lines) {
 		name, value, _ := bytes.Cut(line, []byte(":"))
 		if is(name, "sec-websocket-key") {
-			h := sha1.New() //nolint:gosec // see above
-			h.Write(bytes.TrimSpace(value))
-			h.Write([]byte("258EAFA5-E914-47DA-95CA-C5AB0DC85B11"))
-			return base64.StdEncoding.AppendEncode(b, h.Sum(nil))
+			return http1.AppendWebSocketProof(b, bytes.TrimSpace(value))
 		}
 	}
 	return b

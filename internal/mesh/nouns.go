@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -228,6 +229,23 @@ type Inject struct {
 // For says whether a request for a path gets the credential.
 func (i *Inject) For(path string) bool {
 	return slices.ContainsFunc(i.Paths, func(p string) bool { return MatchPath(p, path) })
+}
+
+// always says whether each request gets the credential.
+func (i *Inject) always() bool {
+	deepest := 0
+	for _, p := range i.Paths {
+		deepest = max(deepest, strings.Count(p, "/"))
+	}
+	// A segment that no pattern spells is matched as any other would be.
+	path := ""
+	for range deepest + 1 {
+		if !i.For(path+"/") || !i.For(path+"/\x00") {
+			return false
+		}
+		path += "/\x00"
+	}
+	return true
 }
 
 // Equal says whether the same is injected where; nil is nothing.

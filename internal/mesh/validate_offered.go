@@ -61,6 +61,8 @@ func (v *validator) upgrades(d *Destination) {
 		v.item(d.Origin, "upgrade:", "upgrade has no meaning where the gateway sees no requests: write tls: originate, tls: inspect or proto: http, or leave it out")
 	case len(d.ALPN) > 0 && !slices.Contains(d.ALPN, ALPNHTTP1):
 		v.item(d.Origin, "upgrade:", "upgrade: a WebSocket is asked for over HTTP/1.1: add %s to alpn", ALPNHTTP1)
+	case d.Inject != nil && d.Inject.always():
+		v.item(d.Origin, "upgrade:", "upgrade has no effect where each request gets a credential, since what goes through a WebSocket is not searched for it: have inject leave out the paths of the WebSockets, or leave it out")
 	}
 	for i, u := range d.Upgrade {
 		switch {
