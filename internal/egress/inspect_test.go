@@ -247,3 +247,36 @@ func TestWhomToTrustIsForWhoProvesWhoHeIs(t *testing.T) {
 	}
 	w.until("the refusal", denial(ReasonIdentity))
 }
+
+// TestInspectedHellosOffer what the destination lists, and what every gateway
+// speaks with callers.
+func TestInspectedHellosOffer(t *testing.T) {
+	for _, tt := range []struct {
+		alpn  string
+		offer []string
+		ok    bool
+	}{
+		{"", []string{"h2", "http/1.1"}, true},
+		{"", []string{"x-own", "http/1.1"}, true},
+		{"[h2, http/1.1]", []string{"h2", "http/1.1"}, true},
+		{"[h2]", []string{"http/1.1"}, true},
+		{"[h2]", []string{"h2", "http/1.1"}, true},
+		{"[http/1.1]", nil, true},
+		{"[http/1.1]", []string{"http/1.1"}, true},
+		{"[http/1.1]", []string{"h2", "http/1.1"}, false},
+		{"[h2]", []string{"x-own", "http/1.1"}, false},
+		{"[h2, http/1.1]", []string{"acme-tls/1"}, false},
+	} {
+		w, s, roots := inspectWorld(t)
+		if tt.alpn != "" {
+			w.use(w.policy(asking, s.inspected("shop.test")+"    alpn: "+tt.alpn+"\n"))
+		}
+		_, err := w.askTLS(dialStream, "shop.test:443", &tls.Config{RootCAs: roots, ServerName: "shop.test", NextProtos: tt.offer})
+		if (err == nil) != tt.ok || !tt.ok && !strings.Contains(err.Error(), "no application protocol") {
+			t.Errorf("alpn %q, offered %q: %v", tt.alpn, tt.offer, err)
+		}
+		if !tt.ok {
+			w.until("the refusal", denial(ReasonALPN))
+		}
+	}
+}

@@ -283,10 +283,14 @@ func (h *Hello) Check(want Host, how *mesh.Destination) error {
 	if h.ESNI || h.ECH && (how.ECH != mesh.AllowGREASE || h.ServerName == "") {
 		return refuse(ReasonECH, "the ClientHello carries an encrypted name (ECH or ESNI)")
 	}
-	if err := h.checkServerName(want, how.SNI == sniOptional); err != nil || how.TLS != "" {
+	if err := h.checkServerName(want, how.SNI == sniOptional); err != nil {
 		return err
 	}
-	return h.checkALPN(how.ALPN)
+	list := how.ALPN
+	if len(list) > 0 && how.TLS != "" { // what callers speak with the gateway, whatever the host does
+		list = append(slices.Clip(list), mesh.ALPNHTTP1)
+	}
+	return h.checkALPN(list)
 }
 
 // checkServerName compares the SNI of h with the name that was allowed. With
