@@ -191,7 +191,8 @@ bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunn
 .PHONY: bench-handshake
 bench-handshake: ## new connections of mutual TLS to a sidecar, nginx and HAProxy (ARGS="-rounds 9")
 	@dpkg -s nginx libnginx-mod-stream haproxy >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx libnginx-mod-stream haproxy >/dev/null; }
-	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer ./cmd/sidecar
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/issuer
+	@CGO_ENABLED=0 go build -trimpath -pgo=$(PROFILE) -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/sidecar
 	@go build -o $(BIN)/bench-handshake ./bench/handshake
 	@$(BIN)/bench-handshake -issuer $(BIN)/issuer -sidecar $(BIN)/sidecar $(ARGS)
 
