@@ -23,7 +23,7 @@ var floors = [][]string{
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/socks", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},
-	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region", "internal/rollout", "internal/chart"},
+	{"internal/ca", "internal/authz", "internal/upstream", "internal/route", "internal/registry", "internal/agent", "internal/federation", "internal/conform", "internal/sink", "internal/keyset", "internal/stepca", "internal/handover", "internal/virtual", "internal/shadow", "internal/translate", "internal/region", "internal/rollout", "internal/chart", "internal/tap"},
 	{"internal/egress", "internal/nameserver", "internal/proxy", "internal/review", "internal/page"},
 	{"cmd/issuer", "cmd/gateway", "cmd/sidecar", "cmd/sallyport", "cmd/injector"},
 }

@@ -27,6 +27,7 @@ import (
 	"sallyport/internal/nameserver"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
+	"sallyport/internal/tap"
 	"sallyport/internal/telemetry"
 )
 
@@ -52,6 +53,9 @@ type gateway struct {
 	// inForce is the snapshot that the judge has the rules of.
 	inForce atomic.Pointer[mesh.Snapshot]
 	egress  *egress.Gateway
+	// taps show requests and tunnels to whoever asks on the admin socket, or through
+	// the issuer.
+	taps tap.Taps
 	// inspector stands in for hosts that are inspected.
 	inspector *egress.Inspector
 	// names answers DNS questions; nil when nobody asks here.
@@ -160,7 +164,7 @@ func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain f
 	admin := &daemon.Admin{
 		Socket: path, Listener: ln, Scrape: scrape, Ready: gw.ready, Metrics: gw.metrics.Handler(),
 		ConfigDump: func() any { return gw.cfg }, Level: gw.level, Drain: drain, Pprof: gw.cfg.Pprof, Log: gw.log,
-		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler(), "GET /troubles": http.HandlerFunc(gw.serveTroubles)},
+		Extra: map[string]http.Handler{"GET /why/{id}": gw.judge.WhyHandler(), "GET /candidate": gw.judge.CandidateHandler(), "GET /troubles": http.HandlerFunc(gw.serveTroubles), "GET /tap": gw.taps.Handler(gw.audit)},
 	}
 	g.Go(func() error { return admin.Run(ground) })
 	return nil
@@ -210,7 +214,7 @@ func (gw *gateway) open() (err error) {
 	gw.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindGateway, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: gw.audit.Append, Identity: cfg.Identity, Use: gw.use, Try: gw.judge.Try, Rejudge: gw.rejudge, Audit: path, Edges: edges, Metrics: gw.metrics, Ready: gw.ready, Log: gw.log,
-		Steering: gw.steering(),
+		Steering: gw.steering(), Show: gw.taps.Passer(gw.audit),
 	})
 	if err != nil {
 		return err
@@ -223,7 +227,7 @@ func (gw *gateway) open() (err error) {
 		TLS: svid.ServerTLS(gw.agent.Source(), gw.member), Judge: gw.judge, Snapshot: gw.inForce.Load,
 		Standing: gw.agent.Source().Standing,
 		Names:    names, Audit: gw.audit, Log: gw.log, Metrics: gw.metrics, Edges: edges, Tracer: gw.tracer,
-		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(), Troubled: gw.troubled,
+		Secrets: cfg.secrets(), Inspector: gw.inspector, Limits: cfg.Limits.egress(), Troubled: gw.troubled, Taps: &gw.taps,
 	})
 	if err != nil {
 		return err

@@ -38,7 +38,7 @@ func proxySocket(name string) (string, error) {
 			return p, nil
 		}
 	}
-	return "", usage(fmt.Errorf("no sidecar of that name is here: neither %s; name its admin socket, such as /path/to/admin.sock", strings.Join(tried, " nor ")))
+	return "", usage(fmt.Errorf("no proxy of that name is here: neither %s; name its admin socket, such as /path/to/admin.sock", strings.Join(tried, " nor ")))
 }
 
 // askAdmin asks a program on its admin socket.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"net/netip"
@@ -77,12 +76,10 @@ func tables(now time.Time) []table {
 			call := mesh.Tapped{Time: now, Reporter: "outbound", Src: web.String(), Dst: api.String(), Route: "api/main", Method: "GET", Path: "/v1/x", Status: 503, Flag: "circuit_open", Trace: "4bf92f3577b34da6a3ce929d0e0e4736",
 				Took: 1.25, Retries: 1, Headers: [][2]string{{"Accept", "*/*"}, {"Authorization", "[hidden]"}}, Missed: 3}
 			bad := mesh.Tapped{Time: now, Reporter: "inbound", Src: web.String(), Dst: api.String(), Method: "GET", Path: "/\x1b[2J", GRPC: "14"}
-			for _, t := range []mesh.Tapped{call, bad} {
-				line, err := json.Marshal(t)
-				if err != nil {
-					return err
-				}
-				if err := c.showCall(line, true); err != nil {
+			out := mesh.Tapped{Time: now, Reporter: "gateway", Src: web.String(), Dst: "host:api.stripe.test", Method: "CONNECT", Path: "-", Status: 403, Flag: "policy", Denied: true, Decision: "d-1"}
+			none := mesh.Tapped{Time: now, Reporter: "gateway", Src: web.String(), Path: "-", Status: 400, Flag: "request"}
+			for _, t := range []*mesh.Tapped{&call, &bad, &out, &none} {
+				if err := c.showCall(t, true); err != nil {
 					return err
 				}
 			}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,7 +13,9 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/internal/mesh"
 )
@@ -23,15 +26,20 @@ func (c *cli) tap() *cobra.Command {
 	var within time.Duration
 	var most int
 	var fields bool
+	var agent string
 	cmd := &cobra.Command{
-		Use: "tap PROXY", Short: "Show the calls that pass a sidecar, as they end", Args: cobra.ExactArgs(1),
-		Long: `Show the calls that pass a sidecar of this machine, as they end. PROXY is the name
-of its node, or its admin socket. Queries and bodies are never shown, and of the
-fields of a request only values that are no secrets. The sidecar records who looks.
-It waits for nobody: calls that come faster than they are shown are counted.
+		Use: "tap PROXY", Short: "Show the calls that pass a sidecar or a gateway, as they end", Args: cobra.ExactArgs(1),
+		Long: `Show the calls that pass a sidecar, as they end, or the requests and tunnels that go
+out through a gateway. PROXY is the name of its node or its admin socket, on this
+machine. Or it is the SPIFFE ID of its workload, on whatever machine: then the issuer
+asks the proxy, for whom rows of admin.csv allow mesh.Tap. Queries and bodies are
+never shown, and of the fields of a request only values that are no secrets. The
+proxy records who looks, and the issuer too if it is asked. Nobody waits: calls that
+come faster than they are shown are counted.
 
 Exit code 0, also when no call came.`,
-		Example: "  sallyport tap web --dst spiffe://corp.example/ns/shop/sa/payment --status 5xx --for 30s",
+		Example: "  sallyport tap web --dst spiffe://corp.example/ns/shop/sa/payment --status 5xx --for 30s\n" +
+			"  sallyport tap spiffe://corp.example/ns/sys/sa/gateway --status denied -n 1",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := f.Validate(); err != nil {
 				return usage(err)
@@ -39,22 +47,31 @@ Exit code 0, also when no call came.`,
 			if most < 0 || within < 0 {
 				return usage(errors.New("--count and --for are not negative"))
 			}
-			socket, err := proxySocket(args[0])
-			if err != nil {
-				return err
-			}
 			ctx := cmd.Context()
 			if within > 0 {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeout(ctx, within)
 				defer cancel()
 			}
+			if strings.HasPrefix(args[0], "spiffe://") {
+				t, err := tapOf(args[0], agent)
+				if err != nil {
+					return err
+				}
+				t.Filter, t.Within = f, within
+				return c.with(cmd, "sallyport status", func(_ context.Context, a *control.Admin) error { return c.watchAfar(ctx, a, t, most, fields) })
+			}
+			socket, err := proxySocket(args[0])
+			if err != nil {
+				return err
+			}
 			return c.watchCalls(ctx, socket, f, most, fields)
 		},
 	}
-	cmd.Flags().StringVar(&f.Reporter, "reporter", "", "inbound or outbound (default both)")
+	cmd.Flags().StringVar(&agent, "agent", "", "the SPIFFE ID of the proxy's node, when its workload has several")
+	cmd.Flags().StringVar(&f.Reporter, "reporter", "", "inbound, outbound or gateway (default all)")
 	cmd.Flags().StringVar(&f.Src, "src", "", "the caller's SPIFFE ID")
-	cmd.Flags().StringVar(&f.Dst, "dst", "", "the service's SPIFFE ID")
+	cmd.Flags().StringVar(&f.Dst, "dst", "", "the service's SPIFFE ID, or host:NAME")
 	cmd.Flags().StringVar(&f.Method, "method", "", "the method")
 	cmd.Flags().StringVar(&f.Path, "path", "", "what the path begins with")
 	cmd.Flags().StringVar(&f.Status, "status", "", "a status such as 503, a class such as 5xx, or denied")
@@ -62,6 +79,33 @@ Exit code 0, also when no call came.`,
 	cmd.Flags().IntVarP(&most, "count", "n", 0, "end after so many calls (default never)")
 	cmd.Flags().BoolVar(&fields, "headers", false, "show the fields of requests")
 	return cmd
+}
+
+// tapOf reads which proxy is meant.
+func tapOf(workload, agent string) (t control.Tap, err error) {
+	if t.Workload, err = spiffeid.FromString(workload); err != nil {
+		return t, usage(fmt.Errorf("%s: %w", workload, err))
+	}
+	if agent != "" {
+		if t.Agent, err = spiffeid.FromString(agent); err != nil {
+			return t, usage(fmt.Errorf("--agent: %w", err))
+		}
+	}
+	return t, nil
+}
+
+// watchAfar is watchCalls through the issuer.
+func (c *cli) watchAfar(ctx context.Context, a *control.Admin, t control.Tap, most int, fields bool) error {
+	n := 0
+	return a.Tap(ctx, t, func(call *mesh.Tapped) error {
+		if err := c.showCall(call, fields); err != nil {
+			return err
+		}
+		if n++; n == most {
+			return control.ErrEnough
+		}
+		return nil
+	})
 }
 
 // watchCalls shows calls until ctx ends, or there were enough.
@@ -80,7 +124,7 @@ func (c *cli) watchCalls(ctx context.Context, socket string, f mesh.TapFilter, m
 	if resp.StatusCode != http.StatusOK {
 		said, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // what came says enough
 		if resp.StatusCode == http.StatusNotFound {
-			said = []byte("what runs there is no sidecar, or of an older version")
+			said = []byte("what runs there is no sidecar or gateway, or of an older version")
 		}
 		return daemon.Exit(daemon.Failed, errors.New(strings.TrimSpace(string(said))))
 	}
@@ -93,18 +137,18 @@ func (c *cli) watchCalls(ctx context.Context, socket string, f mesh.TapFilter, m
 			}
 			return lines.Err()
 		}
-		if err := c.showCall(lines.Bytes(), fields); err != nil {
+		var t mesh.Tapped
+		if err := json.Unmarshal(lines.Bytes(), &t); err != nil {
+			return fmt.Errorf("the proxy says what is no call: %w", err)
+		}
+		if err := c.showCall(&t, fields); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (c *cli) showCall(line []byte, fields bool) error {
-	var t mesh.Tapped
-	if err := json.Unmarshal(line, &t); err != nil {
-		return fmt.Errorf("the sidecar says what is no call: %w", err)
-	}
+func (c *cli) showCall(t *mesh.Tapped, fields bool) error {
 	if !fields {
 		t.Headers = nil
 	}
@@ -114,7 +158,7 @@ func (c *cli) showCall(line []byte, fields bool) error {
 	if t.Missed > 0 {
 		fmt.Fprintf(c.stdout, "... %d calls came too fast to be shown\n", t.Missed)
 	}
-	_, err := fmt.Fprint(c.stdout, callText(&t))
+	_, err := fmt.Fprint(c.stdout, callText(t))
 	return err
 }
 
@@ -127,9 +171,9 @@ func callText(t *mesh.Tapped) string {
 		status = "none"
 	}
 	if t.GRPC != "" {
-		status += "/" + t.GRPC
+		status += "/" + plain(t.GRPC)
 	}
-	fmt.Fprintf(&b, "%s %-8s %s -> %s %s %s %s %.1fms", t.Time.Format("15:04:05.000"), t.Reporter, plain(t.Src), plain(t.Dst), plain(t.Method), plain(t.Path), status, t.Took)
+	fmt.Fprintf(&b, "%s %-8s %s -> %s %s %s %s %.1fms", t.Time.Format("15:04:05.000"), plain(t.Reporter), plain(t.Src), plain(cmp.Or(t.Dst, "-")), plain(cmp.Or(t.Method, "-")), plain(t.Path), status, t.Took)
 	for _, more := range []struct{ name, text string }{{"flag", t.Flag}, {"route", t.Route}, {"decision", t.Decision}, {"trace", t.Trace}} {
 		if more.text != "" {
 			fmt.Fprintf(&b, " %s=%s", more.name, plain(more.text))

@@ -30,7 +30,7 @@ func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain fu
 		Extra: map[string]http.Handler{
 			"GET /identity": http.HandlerFunc(s.serveIdentity), "GET /identity/{pid}": http.HandlerFunc(s.serveProcess), "POST /handshakes/{service}": http.HandlerFunc(s.serveHandshakes),
 			"GET /why/{id}": s.judge.WhyHandler(), "GET /candidate": s.judge.CandidateHandler(), "GET /shadow": s.mirror.ReportHandler(), "GET " + addressesPath: http.HandlerFunc(s.serveAddresses),
-			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults), "GET /tap": http.HandlerFunc(s.serveTap),
+			"GET /troubles": http.HandlerFunc(s.serveTroubles), "POST /faults/stop": http.HandlerFunc(s.stopFaults), "GET /tap": s.taps.Handler(s.audit),
 		},
 	}
 	g.Go(func() error { return admin.Run(ground) })

@@ -39,6 +39,7 @@ import (
 	"sallyport/internal/shadow"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
+	"sallyport/internal/tap"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/translate"
 	"sallyport/internal/upstream"
@@ -58,8 +59,8 @@ type sidecar struct {
 	tracer  *telemetry.Tracer
 	traces  *sink.Traces
 	exports *sink.Metrics
-	// taps show calls to whoever asks on the admin socket.
-	taps  proxy.Taps
+	// taps show calls to whoever asks on the admin socket, or through the issuer.
+	taps  tap.Taps
 	audit *audit.Ledger
 	// checked is the tree over the audit log.
 	checked *audit.Tree
@@ -271,7 +272,7 @@ func (s *sidecar) open() (err error) {
 	s.agent, err = agent.Open(agent.Config{
 		TrustDomain: cfg.TrustDomain, Kind: control.KindSidecar, DataDir: cfg.DataDir, Join: cfg.Issuer,
 		Policy: cfg.Policy, Record: s.audit.Append, Identity: cfg.Workload.Identity, Inbound: s.advertised(), Labels: cfg.Workload.Labels, Serving: s.serving, Use: s.use, Try: s.judge.Try, Rejudge: s.rejudge,
-		Audit: path, Edges: s.edges, Samples: s.samples, Metrics: s.metrics, Ready: s.ready, Log: s.log, Steering: s.steering(),
+		Audit: path, Edges: s.edges, Samples: s.samples, Metrics: s.metrics, Ready: s.ready, Log: s.log, Steering: s.steering(), Show: s.taps.Passer(s.audit),
 	})
 	if err != nil {
 		return err

@@ -111,6 +111,8 @@ type Config struct {
 	// Steering is asked what the proxy carries, and told what concerns that.
 	// Default: the issuer hears nothing of it.
 	Steering *control.Steering
+	// Show shows calls to an operator who has asked the issuer. Optional.
+	Show func(context.Context, control.Look) error
 	// Audit is the path of the log that is sent to the issuer. Required.
 	Audit string
 	// Tree is the tree over that log, whose checkpoints the issuer is to sign.

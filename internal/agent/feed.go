@@ -130,7 +130,7 @@ func (a *Agent) follow(ctx context.Context) error {
 		})
 		err = a.client.Subscribe(sub, control.Hello{
 			Kind: a.cfg.Kind, Version: daemon.Version(), Workload: self.ID, Endpoints: eps, Have: a.Snapshot(), HaveCandidate: a.candidate.Load(), SVIDExpires: a.expires,
-			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState, Vouch: a.voucher(self.ID), Steering: a.cfg.Steering,
+			Authorities: a.authorities, Changed: a.held.Changed, OnState: a.onState, Vouch: a.voucher(self.ID), Steering: a.cfg.Steering, Show: a.cfg.Show,
 		}, a)
 		cancel()
 		watch.Wait()

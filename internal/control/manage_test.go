@@ -130,6 +130,12 @@ func (c *calls) note(_ context.Context, a AdminCall) error {
 	return nil
 }
 
+func (c *calls) list() []AdminCall {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.all)
+}
+
 // manageRig is an issuer whose entries name an admin and a downstream issuer.
 func manageRig(t testing.TB, change ...func(*ServerConfig)) *rig {
 	t.Helper()

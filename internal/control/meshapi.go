@@ -2,6 +2,7 @@ package control
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -99,6 +100,10 @@ type subscription struct {
 	// stopsTold is the revision of the stops of faults told last, if any were.
 	stopsTold uint64
 	toldStops bool
+	// looks are what operators ask the proxy to show; nil when it does not know of
+	// that. version is the proxy's, for them.
+	looks   chan *meshpb.Look
+	version string
 }
 
 // Subscribe pushes snapshots to one proxy until either end leaves.
@@ -148,9 +153,13 @@ func (s *Server) subscribe(st grpc.BidiStreamingServer[meshpb.SubscribeRequest, 
 		SVIDExpires: timeFromWire(h.GetSvidExpires()), Connected: true,
 		Authorities: authoritiesFromWire(h.GetAuthorities()),
 	}
+	if sub.version = cmp.Or(sub.proxy.Version, "unknown"); h.GetShowsCalls() {
+		sub.looks = make(chan *meshpb.Look)
+	}
 	s.mu.Lock()
 	s.subs[sub.key]++
 	s.live[who.id]++
+	s.newest[sub.key] = sub
 	s.mu.Unlock()
 	sub.report()
 	return sub, nil
@@ -203,6 +212,9 @@ func (sub *subscription) close() {
 	s.mu.Lock()
 	s.subs[sub.key]--
 	gone := s.subs[sub.key] <= 0
+	if s.newest[sub.key] == sub {
+		delete(s.newest, sub.key)
+	}
 	if gone {
 		delete(s.subs, sub.key)
 	}
@@ -250,6 +262,11 @@ func (sub *subscription) run(ctx context.Context) error {
 		select {
 		case m := <-answers:
 			if err := sub.answer(m); err != nil {
+				return err
+			}
+			continue
+		case m := <-sub.looks:
+			if err := sub.st.Send(&meshpb.SubscribeResponse{Message: &meshpb.SubscribeResponse_Look{Look: m}}); err != nil {
 				return err
 			}
 			continue

@@ -116,6 +116,7 @@ var rights = map[string]right{
 	meshpb.Mesh_ReportSamples_FullMethodName: toAgents,
 	meshpb.Mesh_Cosign_FullMethodName:        toAgents,
 	meshpb.Mesh_FetchSet_FullMethodName:      toAgents,
+	meshpb.Mesh_ShowCalls_FullMethodName:     toAgents,
 
 	meshpb.Admin_CreateJoinToken_FullMethodName: toLocal,
 	meshpb.Admin_Status_FullMethodName:          toLocal | toNamed,
@@ -134,6 +135,7 @@ var rights = map[string]right{
 	meshpb.Admin_PolicySet_FullMethodName:       toLocal | toNamed,
 	meshpb.Admin_Rollouts_FullMethodName:        toLocal | toNamed,
 	meshpb.Admin_MoveRollout_FullMethodName:     toLocal | toNamed,
+	meshpb.Admin_Tap_FullMethodName:             toLocal | toNamed,
 
 	healthpb.Health_Check_FullMethodName: toAnyone,
 	healthpb.Health_List_FullMethodName:  toOperators,
@@ -172,6 +174,7 @@ type AdminCall struct {
 // An operator is who makes an administrative call.
 type operator struct {
 	id     spiffeid.ID // zero for the user of the admin socket
+	serial string      // of the SVID, empty as id
 	method string
 	// flagged: the right is SPIRE's, and rows can only take of it.
 	flagged bool
@@ -209,16 +212,17 @@ func (s *Server) guard(ctx context.Context, method string) (context.Context, err
 	if s.cfg.Now().After(c.leaf.NotAfter) {
 		return nil, refuse(codes.PermissionDenied, "SVID of %s expired at %s", c.id, stamp(c.leaf.NotAfter))
 	}
-	if serial := mesh.SerialText(c.leaf.SerialNumber); s.cfg.Registry.Revocations().Has(serial) {
+	serial := mesh.SerialText(c.leaf.SerialNumber)
+	if s.cfg.Registry.Revocations().Has(serial) {
 		return nil, refuse(codes.PermissionDenied, "SVID %s of %s is revoked: connect with a new one", serial, c.id)
 	}
 	admin, downstream := s.roles(c.id)
 	short := shortMethod(method)
 	switch {
 	case r&toAdmins != 0 && (admin || s.cfg.Admins != nil && s.cfg.Admins.MayAdmin(c.id, short)):
-		return s.operate(ctx, operator{id: c.id, method: short, flagged: admin})
+		return s.operate(ctx, operator{id: c.id, serial: serial, method: short, flagged: admin})
 	case r&toNamed != 0 && s.cfg.Admins != nil && s.cfg.Admins.MayAdmin(c.id, short):
-		return s.operate(ctx, operator{id: c.id, method: short})
+		return s.operate(ctx, operator{id: c.id, serial: serial, method: short})
 	case r&toDownstream != 0 && downstream:
 		if err := s.recordAdmin(ctx, AdminCall{Caller: c.id, Method: short, On: c.id, Allowed: true}); err != nil {
 			return nil, err

@@ -275,14 +275,16 @@ type Server struct {
 	// agents serialises changes of one agent's record.
 	agents    keyedLocks
 	evictions evictions
+	looks     looks
 
 	// mu guards what stands below it. It is taken after a lock of agents.
 	mu sync.Mutex
 	// open counts the streams of each agent, subs the subscriptions of each
-	// proxy, live those of each agent.
-	open map[spiffeid.ID]int
-	subs map[subscriber]int
-	live map[spiffeid.ID]int
+	// proxy, live those of each agent. newest has the last one of each proxy.
+	open   map[spiffeid.ID]int
+	subs   map[subscriber]int
+	live   map[spiffeid.ID]int
+	newest map[subscriber]*subscription
 	// syncNow is closed and replaced when every proxy should sync; syncs counts
 	// how often that was.
 	syncNow chan struct{}
@@ -326,6 +328,7 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		open:     map[spiffeid.ID]int{},
 		subs:     map[subscriber]int{},
 		live:     map[spiffeid.ID]int{},
+		newest:   map[subscriber]*subscription{},
 		syncNow:  make(chan struct{}),
 	}, nil
 }

@@ -64,6 +64,9 @@ type Hello struct {
 	// Steering, when set, is asked what the proxy carries, and told what concerns
 	// that. Its functions are called as those of the Handler are.
 	Steering *Steering
+	// Show, when set, shows calls to an operator who has asked the issuer, until ctx
+	// ends. It is called for each in a goroutine of its own.
+	Show func(ctx context.Context, l Look) error
 }
 
 // A Handler acts on what the issuer pushes. Its methods are called one at a
@@ -100,6 +103,8 @@ type subscriberState struct {
 	rejected, rejectedSet string
 	// fetch gets a signed set over the link of the stream.
 	fetch func(ctx context.Context, hash string) ([]byte, error)
+	// shows answers looks over that link.
+	shows *shows
 	// told is the revision answered last.
 	told uint64
 	// said is what was said of the traffic last, stopped the revision of the stops
@@ -170,6 +175,8 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	}
 	defer c.release(l)
 	ctx, cancel := context.WithCancel(ctx)
+	s.shows = &shows{ctx: ctx, c: c, l: l, show: s.hello.Show, at: make(chan struct{}, maxAnswered)}
+	defer s.shows.running.Wait()
 	defer cancel()
 	st, err := meshpb.NewMeshClient(l.cc).Subscribe(ctx)
 	if err != nil {
@@ -239,6 +246,12 @@ func (c *Client) hear(ctx context.Context, s *subscriberState, m *meshpb.Subscri
 	if err := s.distrust(ctx, m.GetRevocations()); err != nil {
 		c.cfg.Log.Error("revocations not understood, nothing more is confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
 	}
+	if look := m.GetLook(); look != nil {
+		if s.hello.Show != nil {
+			s.shows.answer(look)
+		}
+		return false, nil
+	}
 	is, answer, err := s.steer(m)
 	if err != nil {
 		c.cfg.Log.Error("what concerns traffic not understood, and not confirmed to the issuer; next: upgrade this proxy", slog.Any("err", err))
@@ -262,7 +275,7 @@ func accepted(st grpc.ClientStream, cancel func()) error {
 }
 
 func (s *subscriberState) greeting() *meshpb.SubscribeRequest {
-	h := &meshpb.Hello{Kind: s.hello.Kind, Version: s.hello.Version, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities()}
+	h := &meshpb.Hello{Kind: s.hello.Kind, Version: s.hello.Version, Workload: s.hello.Workload.String(), SvidExpires: s.expires(), Authorities: s.authorities(), ShowsCalls: s.hello.Show != nil}
 	for _, e := range s.hello.Endpoints {
 		h.Endpoints = append(h.Endpoints, &meshpb.Endpoint{Service: string(e.Service), Address: e.Address.String(), Labels: e.Labels.Map()})
 	}

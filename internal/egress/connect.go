@@ -104,9 +104,11 @@ func (g *Gateway) edge(src, dst string, o telemetry.Outcome) {
 
 // denyRequest refuses what is not a CONNECT to judge.
 func (g *Gateway) denyRequest(who *caller, verb string, err error) *answer {
-	return g.deny(&audit.Record{
+	ans := g.deny(&audit.Record{
 		Kind: audit.KindDecision, Dir: string(mesh.Out), Src: who.id.String(), Verb: verb, Peer: who.peer,
 	}, err)
+	g.tappedUnread(who, verb, ans)
+	return ans
 }
 
 // originHeader is where a sidecar says how its workload came to the destination.
@@ -134,7 +136,11 @@ func (g *Gateway) open(ctx context.Context, who *caller, authority, origin strin
 		Dir: mesh.Out, Src: who.id, Dst: "host:" + host.String(), Port: port,
 		Verb: http.MethodConnect, Path: "-", Peer: who.peer, Trace: tr.trace.String(),
 	}, spans: tr}
-	defer func() { g.told(t, ans) }()
+	defer func() {
+		if g.told(t, ans); ans != nil {
+			g.tapped(t, 0, ans, 0, nil)
+		}
+	}()
 	_, ans, howErr := g.prepare(t)
 	if ans != nil {
 		return nil, ans

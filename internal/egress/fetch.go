@@ -140,7 +140,7 @@ func (g *Gateway) ask(ctx context.Context, a *asker, req *http1.Request) (keep b
 }
 
 // fetch judges a request. What it returns is in the registry.
-func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fetch, *answer) {
+func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (_ *fetch, ans *answer) {
 	verb := req.Verb()
 	host, port, err := a.target(req)
 	if err != nil {
@@ -157,6 +157,11 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (*fet
 		}
 	}
 	t.call.Trace = t.spans.trace.String()
+	defer func() {
+		if ans != nil {
+			g.tapped(t, 0, ans, 0, req)
+		}
+	}()
 	snap, ans, howErr := g.prepare(t)
 	if ans != nil {
 		return nil, ans

@@ -26,6 +26,7 @@ import (
 	"sallyport/internal/mux"
 	"sallyport/internal/record"
 	"sallyport/internal/svid"
+	"sallyport/internal/tap"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -145,6 +146,8 @@ type Config struct {
 	Troubled func(upstream.Trouble)
 	// Tracer keeps the spans of tunnels. Nil: none is kept.
 	Tracer *telemetry.Tracer
+	// Taps show requests and tunnels to whoever looks. Default: nobody can.
+	Taps   *tap.Taps
 	Limits Limits
 }
 

@@ -34,6 +34,7 @@ func (g *Gateway) begins(t *tunnel) (over func()) {
 			c.Flag = string(why)
 		}
 		x.Observe(&c)
+		g.tapped(t, c.Code, nil, 0, nil)
 	}
 }
 
@@ -46,6 +47,7 @@ func (g *Gateway) asked(who *caller, began time.Time, f *fetch, a *answer) {
 	if f != nil {
 		dst, c.Code, c.Up, c.Down = f.how.Host, f.status, f.up.Load(), f.down.Load()
 		g.told(f.tunnel, a)
+		g.tapped(f.tunnel, f.status, a, f.more, f.req)
 	}
 	if a != nil {
 		c.Code, c.Flag = a.status, string(a.reason)

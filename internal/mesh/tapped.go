@@ -9,11 +9,15 @@ import (
 	"time"
 )
 
-// A Tapped is a call that has ended, as who taps a sidecar sees it: neither its
-// query nor its body, and of its fields no value that could be a secret.
+// LongestTap ends a look at calls that somebody has forgotten.
+const LongestTap = 10 * time.Minute
+
+// A Tapped is a call that has ended, as who taps a proxy sees it: neither its
+// query nor its body, and of its fields no value that could be a secret. A tunnel
+// through a gateway is one, whose method is CONNECT.
 type Tapped struct {
 	Time     time.Time `json:"time"`
-	Reporter string    `json:"reporter"` // inbound or outbound
+	Reporter string    `json:"reporter"` // inbound or outbound of a sidecar, or gateway
 	Src      string    `json:"src"`
 	Dst      string    `json:"dst"`
 	Route    string    `json:"route,omitempty"`
@@ -41,7 +45,7 @@ type Tapped struct {
 
 // A TapFilter says which calls are seen. The zero value sees all.
 type TapFilter struct {
-	// Reporter is inbound or outbound; Src, Dst and Method must be equal, the path
+	// Reporter is inbound, outbound or gateway; Src, Dst and Method must be equal, the path
 	// begins with Path.
 	Reporter, Src, Dst, Method, Path string
 	// Status is a status, or a class such as 5xx, which counts calls without an
@@ -79,8 +83,10 @@ func ParseTapFilter(query string) (f TapFilter, err error) {
 // Validate reports every mistake by the name of its field.
 func (f TapFilter) Validate() error {
 	var errs []error
-	if f.Reporter != "" && f.Reporter != "inbound" && f.Reporter != "outbound" {
-		errs = append(errs, fmt.Errorf("reporter: %.40q is neither inbound nor outbound", f.Reporter))
+	switch f.Reporter {
+	case "", "inbound", "outbound", "gateway":
+	default:
+		errs = append(errs, fmt.Errorf("reporter: %.40q is none of inbound, outbound and gateway", f.Reporter))
 	}
 	if f.Path != "" && f.Path[0] != '/' {
 		errs = append(errs, fmt.Errorf(`path: %.40q does not begin with "/"`, f.Path))

@@ -33,7 +33,7 @@ func TestTapFilters(t *testing.T) {
 		}
 	}
 	for query, want := range map[string]string{
-		"status=5x": "status", "status=600": "status", "path=v1": "path", "reporter=gateway": "reporter", "body=x": "body", "src=a&src=b": "src", "%zz": "invalid URL escape",
+		"status=5x": "status", "status=600": "status", "path=v1": "path", "reporter=issuer": "reporter", "body=x": "body", "src=a&src=b": "src", "%zz": "invalid URL escape",
 	} {
 		if _, err := ParseTapFilter(query); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %s", query, err, want)

@@ -516,7 +516,7 @@ func (x *call) relay(up *upstream.Conn) {
 // record writes the access record: the operator's view of one call. Decisions
 // are in the audit log.
 func (l *listener) record(x *call) {
-	l.Taps.show(x)
+	x.tapped(l.Taps)
 	if !l.Log.Enabled(x.ctx, slog.LevelDebug) {
 		return
 	}

@@ -20,6 +20,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/http1"
 	"sallyport/internal/shadow"
+	"sallyport/internal/tap"
 	"sallyport/internal/telemetry"
 )
 
@@ -37,7 +38,7 @@ type Shared struct {
 	// Tracer keeps the spans of calls. Nil: none is kept, and traces pass.
 	Tracer *telemetry.Tracer
 	// Taps show calls to whoever looks. Optional.
-	Taps *Taps
+	Taps *tap.Taps
 	// Log is for operators. Required.
 	Log *slog.Logger
 	// Shadows are the traces that are done for shadows, which the way in learns of

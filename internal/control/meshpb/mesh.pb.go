@@ -142,7 +142,9 @@ type Hello struct {
 	// The content hash of the candidate that the proxy tries; empty when none.
 	HaveCandidate string `protobuf:"bytes,8,opt,name=have_candidate,json=haveCandidate,proto3" json:"have_candidate,omitempty"`
 	// What the program was built from, for operators; printable ASCII.
-	Version       string `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
+	Version string `protobuf:"bytes,9,opt,name=version,proto3" json:"version,omitempty"`
+	// The proxy answers a Look.
+	ShowsCalls    bool `protobuf:"varint,10,opt,name=shows_calls,json=showsCalls,proto3" json:"shows_calls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -238,6 +240,13 @@ func (x *Hello) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *Hello) GetShowsCalls() bool {
+	if x != nil {
+		return x.ShowsCalls
+	}
+	return false
 }
 
 // Authorities says what a proxy acts on while the roots change.
@@ -563,6 +572,7 @@ type SubscribeResponse struct {
 	//	*SubscribeResponse_Revocations
 	//	*SubscribeResponse_FaultStops
 	//	*SubscribeResponse_Totals
+	//	*SubscribeResponse_Look
 	Message       isSubscribeResponse_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -659,6 +669,15 @@ func (x *SubscribeResponse) GetTotals() *Totals {
 	return nil
 }
 
+func (x *SubscribeResponse) GetLook() *Look {
+	if x != nil {
+		if x, ok := x.Message.(*SubscribeResponse_Look); ok {
+			return x.Look
+		}
+	}
+	return nil
+}
+
 type isSubscribeResponse_Message interface {
 	isSubscribeResponse_Message()
 }
@@ -687,6 +706,10 @@ type SubscribeResponse_Totals struct {
 	Totals *Totals `protobuf:"bytes,21,opt,name=totals,proto3,oneof"`
 }
 
+type SubscribeResponse_Look struct {
+	Look *Look `protobuf:"bytes,22,opt,name=look,proto3,oneof"`
+}
+
 func (*SubscribeResponse_Snapshot) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Same) isSubscribeResponse_Message() {}
@@ -698,6 +721,179 @@ func (*SubscribeResponse_Revocations) isSubscribeResponse_Message() {}
 func (*SubscribeResponse_FaultStops) isSubscribeResponse_Message() {}
 
 func (*SubscribeResponse_Totals) isSubscribeResponse_Message() {}
+
+func (*SubscribeResponse_Look) isSubscribeResponse_Message() {}
+
+// Look asks a proxy to show calls as they end, by ShowCalls.
+type Look struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Who looks, for the proxy's audit.
+	By string `protobuf:"bytes,2,opt,name=by,proto3" json:"by,omitempty"`
+	// What mesh.TapFilter.Query says.
+	Filter string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	// How long at most.
+	Seconds       int64 `protobuf:"varint,4,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Look) Reset() {
+	*x = Look{}
+	mi := &file_mesh_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Look) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Look) ProtoMessage() {}
+
+func (x *Look) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Look.ProtoReflect.Descriptor instead.
+func (*Look) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Look) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Look) GetBy() string {
+	if x != nil {
+		return x.By
+	}
+	return ""
+}
+
+func (x *Look) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *Look) GetSeconds() int64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+type ShownCalls struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the Look that is answered; in the first message only.
+	Look string `protobuf:"bytes,1,opt,name=look,proto3" json:"look,omitempty"`
+	// Why nothing is shown; in the second message only. Empty: it has begun.
+	Refused string `protobuf:"bytes,2,opt,name=refused,proto3" json:"refused,omitempty"`
+	// The JSON of mesh.Tapped of each.
+	Calls         [][]byte `protobuf:"bytes,3,rep,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShownCalls) Reset() {
+	*x = ShownCalls{}
+	mi := &file_mesh_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShownCalls) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShownCalls) ProtoMessage() {}
+
+func (x *ShownCalls) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShownCalls.ProtoReflect.Descriptor instead.
+func (*ShownCalls) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ShownCalls) GetLook() string {
+	if x != nil {
+		return x.Look
+	}
+	return ""
+}
+
+func (x *ShownCalls) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
+func (x *ShownCalls) GetCalls() [][]byte {
+	if x != nil {
+		return x.Calls
+	}
+	return nil
+}
+
+type ShownAck struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShownAck) Reset() {
+	*x = ShownAck{}
+	mi := &file_mesh_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShownAck) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShownAck) ProtoMessage() {}
+
+func (x *ShownAck) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShownAck.ProtoReflect.Descriptor instead.
+func (*ShownAck) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{9}
+}
 
 type Snapshot struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -719,7 +915,7 @@ type Snapshot struct {
 
 func (x *Snapshot) Reset() {
 	*x = Snapshot{}
-	mi := &file_mesh_proto_msgTypes[7]
+	mi := &file_mesh_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -731,7 +927,7 @@ func (x *Snapshot) String() string {
 func (*Snapshot) ProtoMessage() {}
 
 func (x *Snapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[7]
+	mi := &file_mesh_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -744,7 +940,7 @@ func (x *Snapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Snapshot.ProtoReflect.Descriptor instead.
 func (*Snapshot) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{7}
+	return file_mesh_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Snapshot) GetRevision() uint64 {
@@ -802,7 +998,7 @@ type Same struct {
 
 func (x *Same) Reset() {
 	*x = Same{}
-	mi := &file_mesh_proto_msgTypes[8]
+	mi := &file_mesh_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -814,7 +1010,7 @@ func (x *Same) String() string {
 func (*Same) ProtoMessage() {}
 
 func (x *Same) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[8]
+	mi := &file_mesh_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -827,7 +1023,7 @@ func (x *Same) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Same.ProtoReflect.Descriptor instead.
 func (*Same) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{8}
+	return file_mesh_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Same) GetRevision() uint64 {
@@ -867,7 +1063,7 @@ type SyncNow struct {
 
 func (x *SyncNow) Reset() {
 	*x = SyncNow{}
-	mi := &file_mesh_proto_msgTypes[9]
+	mi := &file_mesh_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -879,7 +1075,7 @@ func (x *SyncNow) String() string {
 func (*SyncNow) ProtoMessage() {}
 
 func (x *SyncNow) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[9]
+	mi := &file_mesh_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -892,7 +1088,7 @@ func (x *SyncNow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SyncNow.ProtoReflect.Descriptor instead.
 func (*SyncNow) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{9}
+	return file_mesh_proto_rawDescGZIP(), []int{12}
 }
 
 // Revocations adds to what the proxy was told before, on any stream. Each entry
@@ -907,7 +1103,7 @@ type Revocations struct {
 
 func (x *Revocations) Reset() {
 	*x = Revocations{}
-	mi := &file_mesh_proto_msgTypes[10]
+	mi := &file_mesh_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1115,7 @@ func (x *Revocations) String() string {
 func (*Revocations) ProtoMessage() {}
 
 func (x *Revocations) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[10]
+	mi := &file_mesh_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1128,7 @@ func (x *Revocations) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revocations.ProtoReflect.Descriptor instead.
 func (*Revocations) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{10}
+	return file_mesh_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Revocations) GetRevision() uint64 {
@@ -965,7 +1161,7 @@ type Revoked struct {
 
 func (x *Revoked) Reset() {
 	*x = Revoked{}
-	mi := &file_mesh_proto_msgTypes[11]
+	mi := &file_mesh_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -977,7 +1173,7 @@ func (x *Revoked) String() string {
 func (*Revoked) ProtoMessage() {}
 
 func (x *Revoked) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[11]
+	mi := &file_mesh_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -990,7 +1186,7 @@ func (x *Revoked) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Revoked.ProtoReflect.Descriptor instead.
 func (*Revoked) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{11}
+	return file_mesh_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Revoked) GetSerial() string {
@@ -1035,7 +1231,7 @@ type AuditBatch struct {
 
 func (x *AuditBatch) Reset() {
 	*x = AuditBatch{}
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1047,7 +1243,7 @@ func (x *AuditBatch) String() string {
 func (*AuditBatch) ProtoMessage() {}
 
 func (x *AuditBatch) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[12]
+	mi := &file_mesh_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1060,7 +1256,7 @@ func (x *AuditBatch) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditBatch.ProtoReflect.Descriptor instead.
 func (*AuditBatch) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{12}
+	return file_mesh_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AuditBatch) GetWorkload() string {
@@ -1094,7 +1290,7 @@ type AuditAck struct {
 
 func (x *AuditAck) Reset() {
 	*x = AuditAck{}
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1302,7 @@ func (x *AuditAck) String() string {
 func (*AuditAck) ProtoMessage() {}
 
 func (x *AuditAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[13]
+	mi := &file_mesh_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1315,7 @@ func (x *AuditAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditAck.ProtoReflect.Descriptor instead.
 func (*AuditAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{13}
+	return file_mesh_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *AuditAck) GetLastSeq() uint64 {
@@ -1142,7 +1338,7 @@ type FetchSetRequest struct {
 
 func (x *FetchSetRequest) Reset() {
 	*x = FetchSetRequest{}
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1350,7 @@ func (x *FetchSetRequest) String() string {
 func (*FetchSetRequest) ProtoMessage() {}
 
 func (x *FetchSetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[14]
+	mi := &file_mesh_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1363,7 @@ func (x *FetchSetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchSetRequest.ProtoReflect.Descriptor instead.
 func (*FetchSetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{14}
+	return file_mesh_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *FetchSetRequest) GetKind() string {
@@ -1200,7 +1396,7 @@ type SetPart struct {
 
 func (x *SetPart) Reset() {
 	*x = SetPart{}
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1212,7 +1408,7 @@ func (x *SetPart) String() string {
 func (*SetPart) ProtoMessage() {}
 
 func (x *SetPart) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[15]
+	mi := &file_mesh_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1225,7 +1421,7 @@ func (x *SetPart) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetPart.ProtoReflect.Descriptor instead.
 func (*SetPart) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{15}
+	return file_mesh_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SetPart) GetData() []byte {
@@ -1252,7 +1448,7 @@ type CosignRequest struct {
 
 func (x *CosignRequest) Reset() {
 	*x = CosignRequest{}
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1264,7 +1460,7 @@ func (x *CosignRequest) String() string {
 func (*CosignRequest) ProtoMessage() {}
 
 func (x *CosignRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[16]
+	mi := &file_mesh_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1277,7 +1473,7 @@ func (x *CosignRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignRequest.ProtoReflect.Descriptor instead.
 func (*CosignRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{16}
+	return file_mesh_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CosignRequest) GetWorkload() string {
@@ -1329,7 +1525,7 @@ type CosignReply struct {
 
 func (x *CosignReply) Reset() {
 	*x = CosignReply{}
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1341,7 +1537,7 @@ func (x *CosignReply) String() string {
 func (*CosignReply) ProtoMessage() {}
 
 func (x *CosignReply) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[17]
+	mi := &file_mesh_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1354,7 +1550,7 @@ func (x *CosignReply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CosignReply.ProtoReflect.Descriptor instead.
 func (*CosignReply) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{17}
+	return file_mesh_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CosignReply) GetSigned() []byte {
@@ -1387,7 +1583,7 @@ type EdgeReport struct {
 
 func (x *EdgeReport) Reset() {
 	*x = EdgeReport{}
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1399,7 +1595,7 @@ func (x *EdgeReport) String() string {
 func (*EdgeReport) ProtoMessage() {}
 
 func (x *EdgeReport) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[18]
+	mi := &file_mesh_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1412,7 +1608,7 @@ func (x *EdgeReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeReport.ProtoReflect.Descriptor instead.
 func (*EdgeReport) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{18}
+	return file_mesh_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *EdgeReport) GetEdges() []*Edge {
@@ -1441,7 +1637,7 @@ type Edge struct {
 
 func (x *Edge) Reset() {
 	*x = Edge{}
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1453,7 +1649,7 @@ func (x *Edge) String() string {
 func (*Edge) ProtoMessage() {}
 
 func (x *Edge) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[19]
+	mi := &file_mesh_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1466,7 +1662,7 @@ func (x *Edge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Edge.ProtoReflect.Descriptor instead.
 func (*Edge) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{19}
+	return file_mesh_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Edge) GetSrc() string {
@@ -1547,7 +1743,7 @@ type EdgeAck struct {
 
 func (x *EdgeAck) Reset() {
 	*x = EdgeAck{}
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1559,7 +1755,7 @@ func (x *EdgeAck) String() string {
 func (*EdgeAck) ProtoMessage() {}
 
 func (x *EdgeAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[20]
+	mi := &file_mesh_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1572,7 +1768,7 @@ func (x *EdgeAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgeAck.ProtoReflect.Descriptor instead.
 func (*EdgeAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{20}
+	return file_mesh_proto_rawDescGZIP(), []int{23}
 }
 
 type SampleReport struct {
@@ -1586,7 +1782,7 @@ type SampleReport struct {
 
 func (x *SampleReport) Reset() {
 	*x = SampleReport{}
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1598,7 +1794,7 @@ func (x *SampleReport) String() string {
 func (*SampleReport) ProtoMessage() {}
 
 func (x *SampleReport) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[21]
+	mi := &file_mesh_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1611,7 +1807,7 @@ func (x *SampleReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SampleReport.ProtoReflect.Descriptor instead.
 func (*SampleReport) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{21}
+	return file_mesh_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SampleReport) GetWorkload() string {
@@ -1645,7 +1841,7 @@ type Sample struct {
 
 func (x *Sample) Reset() {
 	*x = Sample{}
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1657,7 +1853,7 @@ func (x *Sample) String() string {
 func (*Sample) ProtoMessage() {}
 
 func (x *Sample) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[22]
+	mi := &file_mesh_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1670,7 +1866,7 @@ func (x *Sample) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Sample.ProtoReflect.Descriptor instead.
 func (*Sample) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{22}
+	return file_mesh_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Sample) GetService() string {
@@ -1723,7 +1919,7 @@ type SampleAck struct {
 
 func (x *SampleAck) Reset() {
 	*x = SampleAck{}
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1735,7 +1931,7 @@ func (x *SampleAck) String() string {
 func (*SampleAck) ProtoMessage() {}
 
 func (x *SampleAck) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[23]
+	mi := &file_mesh_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1748,7 +1944,7 @@ func (x *SampleAck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SampleAck.ProtoReflect.Descriptor instead.
 func (*SampleAck) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{23}
+	return file_mesh_proto_rawDescGZIP(), []int{26}
 }
 
 // Refusal is the detail of a status: a reason from a closed set, so that the
@@ -1762,7 +1958,7 @@ type Refusal struct {
 
 func (x *Refusal) Reset() {
 	*x = Refusal{}
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1774,7 +1970,7 @@ func (x *Refusal) String() string {
 func (*Refusal) ProtoMessage() {}
 
 func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[24]
+	mi := &file_mesh_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1787,7 +1983,7 @@ func (x *Refusal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
 func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{24}
+	return file_mesh_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *Refusal) GetReason() string {
@@ -1808,7 +2004,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1820,7 +2016,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[25]
+	mi := &file_mesh_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1833,7 +2029,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{25}
+	return file_mesh_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateJoinTokenRequest) GetAgentName() string {
@@ -1861,7 +2057,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1873,7 +2069,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[26]
+	mi := &file_mesh_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1886,7 +2082,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{26}
+	return file_mesh_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -1918,7 +2114,7 @@ type StatusRequest struct {
 
 func (x *StatusRequest) Reset() {
 	*x = StatusRequest{}
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1930,7 +2126,7 @@ func (x *StatusRequest) String() string {
 func (*StatusRequest) ProtoMessage() {}
 
 func (x *StatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[27]
+	mi := &file_mesh_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1943,7 +2139,7 @@ func (x *StatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusRequest.ProtoReflect.Descriptor instead.
 func (*StatusRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{27}
+	return file_mesh_proto_rawDescGZIP(), []int{30}
 }
 
 type StatusResponse struct {
@@ -1966,7 +2162,7 @@ type StatusResponse struct {
 
 func (x *StatusResponse) Reset() {
 	*x = StatusResponse{}
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1978,7 +2174,7 @@ func (x *StatusResponse) String() string {
 func (*StatusResponse) ProtoMessage() {}
 
 func (x *StatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[28]
+	mi := &file_mesh_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1991,7 +2187,7 @@ func (x *StatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusResponse.ProtoReflect.Descriptor instead.
 func (*StatusResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{28}
+	return file_mesh_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *StatusResponse) GetTrustDomain() string {
@@ -2065,7 +2261,7 @@ type ProxiesRequest struct {
 
 func (x *ProxiesRequest) Reset() {
 	*x = ProxiesRequest{}
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2077,7 +2273,7 @@ func (x *ProxiesRequest) String() string {
 func (*ProxiesRequest) ProtoMessage() {}
 
 func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[29]
+	mi := &file_mesh_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2090,7 +2286,7 @@ func (x *ProxiesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesRequest.ProtoReflect.Descriptor instead.
 func (*ProxiesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{29}
+	return file_mesh_proto_rawDescGZIP(), []int{32}
 }
 
 type ProxiesResponse struct {
@@ -2102,7 +2298,7 @@ type ProxiesResponse struct {
 
 func (x *ProxiesResponse) Reset() {
 	*x = ProxiesResponse{}
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2310,7 @@ func (x *ProxiesResponse) String() string {
 func (*ProxiesResponse) ProtoMessage() {}
 
 func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[30]
+	mi := &file_mesh_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2323,7 @@ func (x *ProxiesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProxiesResponse.ProtoReflect.Descriptor instead.
 func (*ProxiesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{30}
+	return file_mesh_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ProxiesResponse) GetProxies() []*Proxy {
@@ -2170,7 +2366,7 @@ type Proxy struct {
 
 func (x *Proxy) Reset() {
 	*x = Proxy{}
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2182,7 +2378,7 @@ func (x *Proxy) String() string {
 func (*Proxy) ProtoMessage() {}
 
 func (x *Proxy) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[31]
+	mi := &file_mesh_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2195,7 +2391,7 @@ func (x *Proxy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
 func (*Proxy) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{31}
+	return file_mesh_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Proxy) GetAgent() string {
@@ -2335,7 +2531,7 @@ type EdgesRequest struct {
 
 func (x *EdgesRequest) Reset() {
 	*x = EdgesRequest{}
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2347,7 +2543,7 @@ func (x *EdgesRequest) String() string {
 func (*EdgesRequest) ProtoMessage() {}
 
 func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[32]
+	mi := &file_mesh_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2360,7 +2556,7 @@ func (x *EdgesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesRequest.ProtoReflect.Descriptor instead.
 func (*EdgesRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{32}
+	return file_mesh_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EdgesRequest) GetFrom() *timestamppb.Timestamp {
@@ -2391,7 +2587,7 @@ type EdgesResponse struct {
 
 func (x *EdgesResponse) Reset() {
 	*x = EdgesResponse{}
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2403,7 +2599,7 @@ func (x *EdgesResponse) String() string {
 func (*EdgesResponse) ProtoMessage() {}
 
 func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[33]
+	mi := &file_mesh_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2416,7 +2612,7 @@ func (x *EdgesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EdgesResponse.ProtoReflect.Descriptor instead.
 func (*EdgesResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{33}
+	return file_mesh_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EdgesResponse) GetEdges() []*Edge {
@@ -2458,7 +2654,7 @@ type UnusedEdge struct {
 
 func (x *UnusedEdge) Reset() {
 	*x = UnusedEdge{}
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2470,7 +2666,7 @@ func (x *UnusedEdge) String() string {
 func (*UnusedEdge) ProtoMessage() {}
 
 func (x *UnusedEdge) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[34]
+	mi := &file_mesh_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2483,7 +2679,7 @@ func (x *UnusedEdge) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UnusedEdge.ProtoReflect.Descriptor instead.
 func (*UnusedEdge) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{34}
+	return file_mesh_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *UnusedEdge) GetSrc() string {
@@ -2515,7 +2711,7 @@ type PageLinkRequest struct {
 
 func (x *PageLinkRequest) Reset() {
 	*x = PageLinkRequest{}
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2723,7 @@ func (x *PageLinkRequest) String() string {
 func (*PageLinkRequest) ProtoMessage() {}
 
 func (x *PageLinkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[35]
+	mi := &file_mesh_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2736,7 @@ func (x *PageLinkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageLinkRequest.ProtoReflect.Descriptor instead.
 func (*PageLinkRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{35}
+	return file_mesh_proto_rawDescGZIP(), []int{38}
 }
 
 type PageLinkResponse struct {
@@ -2554,7 +2750,7 @@ type PageLinkResponse struct {
 
 func (x *PageLinkResponse) Reset() {
 	*x = PageLinkResponse{}
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2566,7 +2762,7 @@ func (x *PageLinkResponse) String() string {
 func (*PageLinkResponse) ProtoMessage() {}
 
 func (x *PageLinkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[36]
+	mi := &file_mesh_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2579,7 +2775,7 @@ func (x *PageLinkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PageLinkResponse.ProtoReflect.Descriptor instead.
 func (*PageLinkResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{36}
+	return file_mesh_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *PageLinkResponse) GetUrl() string {
@@ -2604,7 +2800,7 @@ type AuditHeadsRequest struct {
 
 func (x *AuditHeadsRequest) Reset() {
 	*x = AuditHeadsRequest{}
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2616,7 +2812,7 @@ func (x *AuditHeadsRequest) String() string {
 func (*AuditHeadsRequest) ProtoMessage() {}
 
 func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[37]
+	mi := &file_mesh_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2629,7 +2825,7 @@ func (x *AuditHeadsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsRequest.ProtoReflect.Descriptor instead.
 func (*AuditHeadsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{37}
+	return file_mesh_proto_rawDescGZIP(), []int{40}
 }
 
 type AuditHeadsResponse struct {
@@ -2644,7 +2840,7 @@ type AuditHeadsResponse struct {
 
 func (x *AuditHeadsResponse) Reset() {
 	*x = AuditHeadsResponse{}
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2656,7 +2852,7 @@ func (x *AuditHeadsResponse) String() string {
 func (*AuditHeadsResponse) ProtoMessage() {}
 
 func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[38]
+	mi := &file_mesh_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2669,7 +2865,7 @@ func (x *AuditHeadsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHeadsResponse.ProtoReflect.Descriptor instead.
 func (*AuditHeadsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{38}
+	return file_mesh_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *AuditHeadsResponse) GetWitnesses() []string {
@@ -2694,7 +2890,7 @@ type RootsRequest struct {
 
 func (x *RootsRequest) Reset() {
 	*x = RootsRequest{}
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2706,7 +2902,7 @@ func (x *RootsRequest) String() string {
 func (*RootsRequest) ProtoMessage() {}
 
 func (x *RootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[39]
+	mi := &file_mesh_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2719,7 +2915,7 @@ func (x *RootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsRequest.ProtoReflect.Descriptor instead.
 func (*RootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{39}
+	return file_mesh_proto_rawDescGZIP(), []int{42}
 }
 
 type MoveRootsRequest struct {
@@ -2736,7 +2932,7 @@ type MoveRootsRequest struct {
 
 func (x *MoveRootsRequest) Reset() {
 	*x = MoveRootsRequest{}
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2944,7 @@ func (x *MoveRootsRequest) String() string {
 func (*MoveRootsRequest) ProtoMessage() {}
 
 func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[40]
+	mi := &file_mesh_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2957,7 @@ func (x *MoveRootsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRootsRequest.ProtoReflect.Descriptor instead.
 func (*MoveRootsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{40}
+	return file_mesh_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *MoveRootsRequest) GetMove() string {
@@ -2812,7 +3008,7 @@ type RootsResponse struct {
 
 func (x *RootsResponse) Reset() {
 	*x = RootsResponse{}
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2824,7 +3020,7 @@ func (x *RootsResponse) String() string {
 func (*RootsResponse) ProtoMessage() {}
 
 func (x *RootsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[41]
+	mi := &file_mesh_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2837,7 +3033,7 @@ func (x *RootsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RootsResponse.ProtoReflect.Descriptor instead.
 func (*RootsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{41}
+	return file_mesh_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *RootsResponse) GetPhase() string {
@@ -2954,7 +3150,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2966,7 +3162,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[42]
+	mi := &file_mesh_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2979,7 +3175,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{42}
+	return file_mesh_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Authority) GetId() string {
@@ -3040,7 +3236,7 @@ type RevokeRequest struct {
 
 func (x *RevokeRequest) Reset() {
 	*x = RevokeRequest{}
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3052,7 +3248,7 @@ func (x *RevokeRequest) String() string {
 func (*RevokeRequest) ProtoMessage() {}
 
 func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[43]
+	mi := &file_mesh_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3065,7 +3261,7 @@ func (x *RevokeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeRequest.ProtoReflect.Descriptor instead.
 func (*RevokeRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{43}
+	return file_mesh_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *RevokeRequest) GetWhat() isRevokeRequest_What {
@@ -3138,7 +3334,7 @@ type RevokeResponse struct {
 
 func (x *RevokeResponse) Reset() {
 	*x = RevokeResponse{}
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3150,7 +3346,7 @@ func (x *RevokeResponse) String() string {
 func (*RevokeResponse) ProtoMessage() {}
 
 func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[44]
+	mi := &file_mesh_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3163,7 +3359,7 @@ func (x *RevokeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeResponse.ProtoReflect.Descriptor instead.
 func (*RevokeResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{44}
+	return file_mesh_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *RevokeResponse) GetRevoked() []*Revoked {
@@ -3190,7 +3386,7 @@ type WhyRequest struct {
 
 func (x *WhyRequest) Reset() {
 	*x = WhyRequest{}
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3202,7 +3398,7 @@ func (x *WhyRequest) String() string {
 func (*WhyRequest) ProtoMessage() {}
 
 func (x *WhyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[45]
+	mi := &file_mesh_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3215,7 +3411,7 @@ func (x *WhyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyRequest.ProtoReflect.Descriptor instead.
 func (*WhyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{45}
+	return file_mesh_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *WhyRequest) GetId() string {
@@ -3235,7 +3431,7 @@ type WhyResponse struct {
 
 func (x *WhyResponse) Reset() {
 	*x = WhyResponse{}
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3247,7 +3443,7 @@ func (x *WhyResponse) String() string {
 func (*WhyResponse) ProtoMessage() {}
 
 func (x *WhyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[46]
+	mi := &file_mesh_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3260,7 +3456,7 @@ func (x *WhyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WhyResponse.ProtoReflect.Descriptor instead.
 func (*WhyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{46}
+	return file_mesh_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *WhyResponse) GetAccount() []byte {
@@ -3287,7 +3483,7 @@ type PushPolicyRequest struct {
 
 func (x *PushPolicyRequest) Reset() {
 	*x = PushPolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3495,7 @@ func (x *PushPolicyRequest) String() string {
 func (*PushPolicyRequest) ProtoMessage() {}
 
 func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[47]
+	mi := &file_mesh_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3508,7 @@ func (x *PushPolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyRequest.ProtoReflect.Descriptor instead.
 func (*PushPolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{47}
+	return file_mesh_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *PushPolicyRequest) GetSet() []byte {
@@ -3355,7 +3551,7 @@ type Canary struct {
 
 func (x *Canary) Reset() {
 	*x = Canary{}
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3367,7 +3563,7 @@ func (x *Canary) String() string {
 func (*Canary) ProtoMessage() {}
 
 func (x *Canary) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[48]
+	mi := &file_mesh_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3380,7 +3576,7 @@ func (x *Canary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Canary.ProtoReflect.Descriptor instead.
 func (*Canary) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{48}
+	return file_mesh_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Canary) GetGroup() []string {
@@ -3411,7 +3607,7 @@ type MovePolicyRequest struct {
 
 func (x *MovePolicyRequest) Reset() {
 	*x = MovePolicyRequest{}
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3423,7 +3619,7 @@ func (x *MovePolicyRequest) String() string {
 func (*MovePolicyRequest) ProtoMessage() {}
 
 func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[49]
+	mi := &file_mesh_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3436,7 +3632,7 @@ func (x *MovePolicyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyRequest.ProtoReflect.Descriptor instead.
 func (*MovePolicyRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{49}
+	return file_mesh_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *MovePolicyRequest) GetMove() string {
@@ -3468,7 +3664,7 @@ type MovePolicyResponse struct {
 
 func (x *MovePolicyResponse) Reset() {
 	*x = MovePolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3480,7 +3676,7 @@ func (x *MovePolicyResponse) String() string {
 func (*MovePolicyResponse) ProtoMessage() {}
 
 func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[50]
+	mi := &file_mesh_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3493,7 +3689,7 @@ func (x *MovePolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MovePolicyResponse.ProtoReflect.Descriptor instead.
 func (*MovePolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{50}
+	return file_mesh_proto_rawDescGZIP(), []int{53}
 }
 
 type PushPolicyResponse struct {
@@ -3504,7 +3700,7 @@ type PushPolicyResponse struct {
 
 func (x *PushPolicyResponse) Reset() {
 	*x = PushPolicyResponse{}
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3516,7 +3712,7 @@ func (x *PushPolicyResponse) String() string {
 func (*PushPolicyResponse) ProtoMessage() {}
 
 func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[51]
+	mi := &file_mesh_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3529,7 +3725,7 @@ func (x *PushPolicyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushPolicyResponse.ProtoReflect.Descriptor instead.
 func (*PushPolicyResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{51}
+	return file_mesh_proto_rawDescGZIP(), []int{54}
 }
 
 type PolicySetRequest struct {
@@ -3542,7 +3738,7 @@ type PolicySetRequest struct {
 
 func (x *PolicySetRequest) Reset() {
 	*x = PolicySetRequest{}
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3554,7 +3750,7 @@ func (x *PolicySetRequest) String() string {
 func (*PolicySetRequest) ProtoMessage() {}
 
 func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[52]
+	mi := &file_mesh_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3567,7 +3763,7 @@ func (x *PolicySetRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetRequest.ProtoReflect.Descriptor instead.
 func (*PolicySetRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{52}
+	return file_mesh_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *PolicySetRequest) GetRevision() uint64 {
@@ -3586,7 +3782,7 @@ type PolicySetResponse struct {
 
 func (x *PolicySetResponse) Reset() {
 	*x = PolicySetResponse{}
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3598,7 +3794,7 @@ func (x *PolicySetResponse) String() string {
 func (*PolicySetResponse) ProtoMessage() {}
 
 func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[53]
+	mi := &file_mesh_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3611,7 +3807,7 @@ func (x *PolicySetResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicySetResponse.ProtoReflect.Descriptor instead.
 func (*PolicySetResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{53}
+	return file_mesh_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *PolicySetResponse) GetSet() []byte {
@@ -3637,7 +3833,7 @@ type Traffic struct {
 
 func (x *Traffic) Reset() {
 	*x = Traffic{}
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3649,7 +3845,7 @@ func (x *Traffic) String() string {
 func (*Traffic) ProtoMessage() {}
 
 func (x *Traffic) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[54]
+	mi := &file_mesh_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3662,7 +3858,7 @@ func (x *Traffic) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Traffic.ProtoReflect.Descriptor instead.
 func (*Traffic) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{54}
+	return file_mesh_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Traffic) GetEjections() []*Ejection {
@@ -3701,7 +3897,7 @@ type Ejection struct {
 
 func (x *Ejection) Reset() {
 	*x = Ejection{}
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3713,7 +3909,7 @@ func (x *Ejection) String() string {
 func (*Ejection) ProtoMessage() {}
 
 func (x *Ejection) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[55]
+	mi := &file_mesh_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3726,7 +3922,7 @@ func (x *Ejection) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ejection.ProtoReflect.Descriptor instead.
 func (*Ejection) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{55}
+	return file_mesh_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Ejection) GetService() string {
@@ -3779,7 +3975,7 @@ type Demand struct {
 
 func (x *Demand) Reset() {
 	*x = Demand{}
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3791,7 +3987,7 @@ func (x *Demand) String() string {
 func (*Demand) ProtoMessage() {}
 
 func (x *Demand) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[56]
+	mi := &file_mesh_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3804,7 +4000,7 @@ func (x *Demand) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Demand.ProtoReflect.Descriptor instead.
 func (*Demand) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{56}
+	return file_mesh_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Demand) GetRoute() string {
@@ -3840,7 +4036,7 @@ type Totals struct {
 
 func (x *Totals) Reset() {
 	*x = Totals{}
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3852,7 +4048,7 @@ func (x *Totals) String() string {
 func (*Totals) ProtoMessage() {}
 
 func (x *Totals) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[57]
+	mi := &file_mesh_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3865,7 +4061,7 @@ func (x *Totals) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Totals.ProtoReflect.Descriptor instead.
 func (*Totals) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{57}
+	return file_mesh_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Totals) GetTotals() []*Total {
@@ -3895,7 +4091,7 @@ type Total struct {
 
 func (x *Total) Reset() {
 	*x = Total{}
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3907,7 +4103,7 @@ func (x *Total) String() string {
 func (*Total) ProtoMessage() {}
 
 func (x *Total) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[58]
+	mi := &file_mesh_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3920,7 +4116,7 @@ func (x *Total) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Total.ProtoReflect.Descriptor instead.
 func (*Total) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{58}
+	return file_mesh_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *Total) GetRoute() string {
@@ -3963,7 +4159,7 @@ type FaultStops struct {
 
 func (x *FaultStops) Reset() {
 	*x = FaultStops{}
-	mi := &file_mesh_proto_msgTypes[59]
+	mi := &file_mesh_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3975,7 +4171,7 @@ func (x *FaultStops) String() string {
 func (*FaultStops) ProtoMessage() {}
 
 func (x *FaultStops) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[59]
+	mi := &file_mesh_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3988,7 +4184,7 @@ func (x *FaultStops) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStops.ProtoReflect.Descriptor instead.
 func (*FaultStops) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{59}
+	return file_mesh_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *FaultStops) GetRevision() uint64 {
@@ -4017,7 +4213,7 @@ type FaultStop struct {
 
 func (x *FaultStop) Reset() {
 	*x = FaultStop{}
-	mi := &file_mesh_proto_msgTypes[60]
+	mi := &file_mesh_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4029,7 +4225,7 @@ func (x *FaultStop) String() string {
 func (*FaultStop) ProtoMessage() {}
 
 func (x *FaultStop) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[60]
+	mi := &file_mesh_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4042,7 +4238,7 @@ func (x *FaultStop) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultStop.ProtoReflect.Descriptor instead.
 func (*FaultStop) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{60}
+	return file_mesh_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *FaultStop) GetFault() string {
@@ -4067,7 +4263,7 @@ type FaultsRequest struct {
 
 func (x *FaultsRequest) Reset() {
 	*x = FaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[61]
+	mi := &file_mesh_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4079,7 +4275,7 @@ func (x *FaultsRequest) String() string {
 func (*FaultsRequest) ProtoMessage() {}
 
 func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[61]
+	mi := &file_mesh_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4092,7 +4288,7 @@ func (x *FaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsRequest.ProtoReflect.Descriptor instead.
 func (*FaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{61}
+	return file_mesh_proto_rawDescGZIP(), []int{64}
 }
 
 type FaultsResponse struct {
@@ -4105,7 +4301,7 @@ type FaultsResponse struct {
 
 func (x *FaultsResponse) Reset() {
 	*x = FaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[62]
+	mi := &file_mesh_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4117,7 +4313,7 @@ func (x *FaultsResponse) String() string {
 func (*FaultsResponse) ProtoMessage() {}
 
 func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[62]
+	mi := &file_mesh_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4130,7 +4326,7 @@ func (x *FaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FaultsResponse.ProtoReflect.Descriptor instead.
 func (*FaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{62}
+	return file_mesh_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *FaultsResponse) GetFaults() []byte {
@@ -4151,7 +4347,7 @@ type StopFaultsRequest struct {
 
 func (x *StopFaultsRequest) Reset() {
 	*x = StopFaultsRequest{}
-	mi := &file_mesh_proto_msgTypes[63]
+	mi := &file_mesh_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4163,7 +4359,7 @@ func (x *StopFaultsRequest) String() string {
 func (*StopFaultsRequest) ProtoMessage() {}
 
 func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[63]
+	mi := &file_mesh_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4176,7 +4372,7 @@ func (x *StopFaultsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsRequest.ProtoReflect.Descriptor instead.
 func (*StopFaultsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{63}
+	return file_mesh_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *StopFaultsRequest) GetFault() string {
@@ -4203,7 +4399,7 @@ type StopFaultsResponse struct {
 
 func (x *StopFaultsResponse) Reset() {
 	*x = StopFaultsResponse{}
-	mi := &file_mesh_proto_msgTypes[64]
+	mi := &file_mesh_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4215,7 +4411,7 @@ func (x *StopFaultsResponse) String() string {
 func (*StopFaultsResponse) ProtoMessage() {}
 
 func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[64]
+	mi := &file_mesh_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4228,7 +4424,7 @@ func (x *StopFaultsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopFaultsResponse.ProtoReflect.Descriptor instead.
 func (*StopFaultsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{64}
+	return file_mesh_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *StopFaultsResponse) GetRevision() uint64 {
@@ -4246,7 +4442,7 @@ type RolloutsRequest struct {
 
 func (x *RolloutsRequest) Reset() {
 	*x = RolloutsRequest{}
-	mi := &file_mesh_proto_msgTypes[65]
+	mi := &file_mesh_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4258,7 +4454,7 @@ func (x *RolloutsRequest) String() string {
 func (*RolloutsRequest) ProtoMessage() {}
 
 func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[65]
+	mi := &file_mesh_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4271,7 +4467,7 @@ func (x *RolloutsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutsRequest.ProtoReflect.Descriptor instead.
 func (*RolloutsRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{65}
+	return file_mesh_proto_rawDescGZIP(), []int{68}
 }
 
 type RolloutsResponse struct {
@@ -4284,7 +4480,7 @@ type RolloutsResponse struct {
 
 func (x *RolloutsResponse) Reset() {
 	*x = RolloutsResponse{}
-	mi := &file_mesh_proto_msgTypes[66]
+	mi := &file_mesh_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4296,7 +4492,7 @@ func (x *RolloutsResponse) String() string {
 func (*RolloutsResponse) ProtoMessage() {}
 
 func (x *RolloutsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[66]
+	mi := &file_mesh_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4309,7 +4505,7 @@ func (x *RolloutsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RolloutsResponse.ProtoReflect.Descriptor instead.
 func (*RolloutsResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{66}
+	return file_mesh_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *RolloutsResponse) GetRollouts() [][]byte {
@@ -4333,7 +4529,7 @@ type MoveRolloutRequest struct {
 
 func (x *MoveRolloutRequest) Reset() {
 	*x = MoveRolloutRequest{}
-	mi := &file_mesh_proto_msgTypes[67]
+	mi := &file_mesh_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4345,7 +4541,7 @@ func (x *MoveRolloutRequest) String() string {
 func (*MoveRolloutRequest) ProtoMessage() {}
 
 func (x *MoveRolloutRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[67]
+	mi := &file_mesh_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4358,7 +4554,7 @@ func (x *MoveRolloutRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRolloutRequest.ProtoReflect.Descriptor instead.
 func (*MoveRolloutRequest) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{67}
+	return file_mesh_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *MoveRolloutRequest) GetService() string {
@@ -4399,7 +4595,7 @@ type MoveRolloutResponse struct {
 
 func (x *MoveRolloutResponse) Reset() {
 	*x = MoveRolloutResponse{}
-	mi := &file_mesh_proto_msgTypes[68]
+	mi := &file_mesh_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4411,7 +4607,7 @@ func (x *MoveRolloutResponse) String() string {
 func (*MoveRolloutResponse) ProtoMessage() {}
 
 func (x *MoveRolloutResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_mesh_proto_msgTypes[68]
+	mi := &file_mesh_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4424,12 +4620,129 @@ func (x *MoveRolloutResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveRolloutResponse.ProtoReflect.Descriptor instead.
 func (*MoveRolloutResponse) Descriptor() ([]byte, []int) {
-	return file_mesh_proto_rawDescGZIP(), []int{68}
+	return file_mesh_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *MoveRolloutResponse) GetRollout() []byte {
 	if x != nil {
 		return x.Rollout
+	}
+	return nil
+}
+
+type TapRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE ID of the workload whose proxy it is.
+	Workload string `protobuf:"bytes,1,opt,name=workload,proto3" json:"workload,omitempty"`
+	// The agent of the proxy, when the workload has several; empty when it has one.
+	Agent string `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	// What mesh.TapFilter.Query says.
+	Filter string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	// How long at most; 0 stands for the longest time.
+	Seconds       int64 `protobuf:"varint,4,opt,name=seconds,proto3" json:"seconds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TapRequest) Reset() {
+	*x = TapRequest{}
+	mi := &file_mesh_proto_msgTypes[72]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TapRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TapRequest) ProtoMessage() {}
+
+func (x *TapRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[72]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TapRequest.ProtoReflect.Descriptor instead.
+func (*TapRequest) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{72}
+}
+
+func (x *TapRequest) GetWorkload() string {
+	if x != nil {
+		return x.Workload
+	}
+	return ""
+}
+
+func (x *TapRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *TapRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+func (x *TapRequest) GetSeconds() int64 {
+	if x != nil {
+		return x.Seconds
+	}
+	return 0
+}
+
+type TapResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The JSON of mesh.Tapped of each. The first response has none: it has begun.
+	Calls         [][]byte `protobuf:"bytes,1,rep,name=calls,proto3" json:"calls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TapResponse) Reset() {
+	*x = TapResponse{}
+	mi := &file_mesh_proto_msgTypes[73]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TapResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TapResponse) ProtoMessage() {}
+
+func (x *TapResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_mesh_proto_msgTypes[73]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TapResponse.ProtoReflect.Descriptor instead.
+func (*TapResponse) Descriptor() ([]byte, []int) {
+	return file_mesh_proto_rawDescGZIP(), []int{73}
+}
+
+func (x *TapResponse) GetCalls() [][]byte {
+	if x != nil {
+		return x.Calls
 	}
 	return nil
 }
@@ -4444,7 +4757,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\x05hello\x18\x01 \x01(\v2\x18.sallyport.mesh.v1.HelloH\x00R\x05hello\x12*\n" +
 	"\x03ack\x18\x02 \x01(\v2\x16.sallyport.mesh.v1.AckH\x00R\x03ack\x12-\n" +
 	"\x04nack\x18\x03 \x01(\v2\x17.sallyport.mesh.v1.NackH\x00R\x04nackB\t\n" +
-	"\amessage\"\xf6\x02\n" +
+	"\amessage\"\x97\x03\n" +
 	"\x05Hello\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x1a\n" +
 	"\bworkload\x18\x02 \x01(\tR\bworkload\x12#\n" +
@@ -4454,7 +4767,10 @@ const file_mesh_proto_rawDesc = "" +
 	"\fsvid_expires\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\a \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12%\n" +
 	"\x0ehave_candidate\x18\b \x01(\tR\rhaveCandidate\x12\x18\n" +
-	"\aversion\x18\t \x01(\tR\aversion\";\n" +
+	"\aversion\x18\t \x01(\tR\aversion\x12\x1f\n" +
+	"\vshows_calls\x18\n" +
+	" \x01(\bR\n" +
+	"showsCalls\";\n" +
 	"\vAuthorities\x12\x16\n" +
 	"\x06trusts\x18\x01 \x03(\tR\x06trusts\x12\x14\n" +
 	"\x05shows\x18\x02 \x03(\tR\x05shows\"\xba\x01\n" +
@@ -4481,7 +4797,7 @@ const file_mesh_proto_rawDesc = "" +
 	"\fsvid_expires\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\vsvidExpires\x12@\n" +
 	"\vauthorities\x18\x05 \x01(\v2\x1e.sallyport.mesh.v1.AuthoritiesR\vauthorities\x12\x18\n" +
 	"\arevoked\x18\x06 \x01(\x04R\arevoked\x124\n" +
-	"\atraffic\x18\x14 \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\xfc\x02\n" +
+	"\atraffic\x18\x14 \x01(\v2\x1a.sallyport.mesh.v1.TrafficR\atraffic\"\xab\x03\n" +
 	"\x11SubscribeResponse\x129\n" +
 	"\bsnapshot\x18\x01 \x01(\v2\x1b.sallyport.mesh.v1.SnapshotH\x00R\bsnapshot\x12-\n" +
 	"\x04same\x18\x02 \x01(\v2\x17.sallyport.mesh.v1.SameH\x00R\x04same\x127\n" +
@@ -4489,8 +4805,21 @@ const file_mesh_proto_rawDesc = "" +
 	"\vrevocations\x18\x04 \x01(\v2\x1e.sallyport.mesh.v1.RevocationsH\x00R\vrevocations\x12@\n" +
 	"\vfault_stops\x18\x14 \x01(\v2\x1d.sallyport.mesh.v1.FaultStopsH\x00R\n" +
 	"faultStops\x123\n" +
-	"\x06totals\x18\x15 \x01(\v2\x19.sallyport.mesh.v1.TotalsH\x00R\x06totalsB\t\n" +
-	"\amessage\"\xb4\x01\n" +
+	"\x06totals\x18\x15 \x01(\v2\x19.sallyport.mesh.v1.TotalsH\x00R\x06totals\x12-\n" +
+	"\x04look\x18\x16 \x01(\v2\x17.sallyport.mesh.v1.LookH\x00R\x04lookB\t\n" +
+	"\amessage\"X\n" +
+	"\x04Look\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
+	"\x02by\x18\x02 \x01(\tR\x02by\x12\x16\n" +
+	"\x06filter\x18\x03 \x01(\tR\x06filter\x12\x18\n" +
+	"\aseconds\x18\x04 \x01(\x03R\aseconds\"P\n" +
+	"\n" +
+	"ShownCalls\x12\x12\n" +
+	"\x04look\x18\x01 \x01(\tR\x04look\x12\x18\n" +
+	"\arefused\x18\x02 \x01(\tR\arefused\x12\x14\n" +
+	"\x05calls\x18\x03 \x03(\fR\x05calls\"\n" +
+	"\n" +
+	"\bShownAck\"\xb4\x01\n" +
 	"\bSnapshot\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\x04R\brevision\x12'\n" +
 	"\x0fpolicy_revision\x18\x02 \x01(\x04R\x0epolicyRevision\x12\x12\n" +
@@ -4746,14 +5075,23 @@ const file_mesh_proto_rawDesc = "" +
 	"\x04move\x18\x03 \x01(\tR\x04move\x12\x14\n" +
 	"\x05force\x18\x04 \x01(\bR\x05force\"/\n" +
 	"\x13MoveRolloutResponse\x12\x18\n" +
-	"\arollout\x18\x01 \x01(\fR\arollout2\xe5\x03\n" +
+	"\arollout\x18\x01 \x01(\fR\arollout\"p\n" +
+	"\n" +
+	"TapRequest\x12\x1a\n" +
+	"\bworkload\x18\x01 \x01(\tR\bworkload\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x16\n" +
+	"\x06filter\x18\x03 \x01(\tR\x06filter\x12\x18\n" +
+	"\aseconds\x18\x04 \x01(\x03R\aseconds\"#\n" +
+	"\vTapResponse\x12\x14\n" +
+	"\x05calls\x18\x01 \x03(\fR\x05calls2\xb2\x04\n" +
 	"\x04Mesh\x12Z\n" +
 	"\tSubscribe\x12#.sallyport.mesh.v1.SubscribeRequest\x1a$.sallyport.mesh.v1.SubscribeResponse(\x010\x01\x12M\n" +
 	"\vUploadAudit\x12\x1d.sallyport.mesh.v1.AuditBatch\x1a\x1b.sallyport.mesh.v1.AuditAck(\x010\x01\x12J\n" +
 	"\x06Cosign\x12 .sallyport.mesh.v1.CosignRequest\x1a\x1e.sallyport.mesh.v1.CosignReply\x12L\n" +
 	"\bFetchSet\x12\".sallyport.mesh.v1.FetchSetRequest\x1a\x1a.sallyport.mesh.v1.SetPart0\x01\x12H\n" +
 	"\vReportEdges\x12\x1d.sallyport.mesh.v1.EdgeReport\x1a\x1a.sallyport.mesh.v1.EdgeAck\x12N\n" +
-	"\rReportSamples\x12\x1f.sallyport.mesh.v1.SampleReport\x1a\x1c.sallyport.mesh.v1.SampleAck2\xb2\v\n" +
+	"\rReportSamples\x12\x1f.sallyport.mesh.v1.SampleReport\x1a\x1c.sallyport.mesh.v1.SampleAck\x12K\n" +
+	"\tShowCalls\x12\x1d.sallyport.mesh.v1.ShownCalls\x1a\x1b.sallyport.mesh.v1.ShownAck(\x010\x012\xfa\v\n" +
 	"\x05Admin\x12h\n" +
 	"\x0fCreateJoinToken\x12).sallyport.mesh.v1.CreateJoinTokenRequest\x1a*.sallyport.mesh.v1.CreateJoinTokenResponse\x12M\n" +
 	"\x06Status\x12 .sallyport.mesh.v1.StatusRequest\x1a!.sallyport.mesh.v1.StatusResponse\x12P\n" +
@@ -4775,7 +5113,8 @@ const file_mesh_proto_rawDesc = "" +
 	"\n" +
 	"StopFaults\x12$.sallyport.mesh.v1.StopFaultsRequest\x1a%.sallyport.mesh.v1.StopFaultsResponse\x12S\n" +
 	"\bRollouts\x12\".sallyport.mesh.v1.RolloutsRequest\x1a#.sallyport.mesh.v1.RolloutsResponse\x12\\\n" +
-	"\vMoveRollout\x12%.sallyport.mesh.v1.MoveRolloutRequest\x1a&.sallyport.mesh.v1.MoveRolloutResponseB#Z!sallyport/internal/control/meshpbb\x06proto3"
+	"\vMoveRollout\x12%.sallyport.mesh.v1.MoveRolloutRequest\x1a&.sallyport.mesh.v1.MoveRolloutResponse\x12F\n" +
+	"\x03Tap\x12\x1d.sallyport.mesh.v1.TapRequest\x1a\x1e.sallyport.mesh.v1.TapResponse0\x01B#Z!sallyport/internal/control/meshpbb\x06proto3"
 
 var (
 	file_mesh_proto_rawDescOnce sync.Once
@@ -4789,7 +5128,7 @@ func file_mesh_proto_rawDescGZIP() []byte {
 	return file_mesh_proto_rawDescData
 }
 
-var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 70)
+var file_mesh_proto_msgTypes = make([]protoimpl.MessageInfo, 75)
 var file_mesh_proto_goTypes = []any{
 	(*SubscribeRequest)(nil),        // 0: sallyport.mesh.v1.SubscribeRequest
 	(*Hello)(nil),                   // 1: sallyport.mesh.v1.Hello
@@ -4798,176 +5137,186 @@ var file_mesh_proto_goTypes = []any{
 	(*Ack)(nil),                     // 4: sallyport.mesh.v1.Ack
 	(*Nack)(nil),                    // 5: sallyport.mesh.v1.Nack
 	(*SubscribeResponse)(nil),       // 6: sallyport.mesh.v1.SubscribeResponse
-	(*Snapshot)(nil),                // 7: sallyport.mesh.v1.Snapshot
-	(*Same)(nil),                    // 8: sallyport.mesh.v1.Same
-	(*SyncNow)(nil),                 // 9: sallyport.mesh.v1.SyncNow
-	(*Revocations)(nil),             // 10: sallyport.mesh.v1.Revocations
-	(*Revoked)(nil),                 // 11: sallyport.mesh.v1.Revoked
-	(*AuditBatch)(nil),              // 12: sallyport.mesh.v1.AuditBatch
-	(*AuditAck)(nil),                // 13: sallyport.mesh.v1.AuditAck
-	(*FetchSetRequest)(nil),         // 14: sallyport.mesh.v1.FetchSetRequest
-	(*SetPart)(nil),                 // 15: sallyport.mesh.v1.SetPart
-	(*CosignRequest)(nil),           // 16: sallyport.mesh.v1.CosignRequest
-	(*CosignReply)(nil),             // 17: sallyport.mesh.v1.CosignReply
-	(*EdgeReport)(nil),              // 18: sallyport.mesh.v1.EdgeReport
-	(*Edge)(nil),                    // 19: sallyport.mesh.v1.Edge
-	(*EdgeAck)(nil),                 // 20: sallyport.mesh.v1.EdgeAck
-	(*SampleReport)(nil),            // 21: sallyport.mesh.v1.SampleReport
-	(*Sample)(nil),                  // 22: sallyport.mesh.v1.Sample
-	(*SampleAck)(nil),               // 23: sallyport.mesh.v1.SampleAck
-	(*Refusal)(nil),                 // 24: sallyport.mesh.v1.Refusal
-	(*CreateJoinTokenRequest)(nil),  // 25: sallyport.mesh.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 26: sallyport.mesh.v1.CreateJoinTokenResponse
-	(*StatusRequest)(nil),           // 27: sallyport.mesh.v1.StatusRequest
-	(*StatusResponse)(nil),          // 28: sallyport.mesh.v1.StatusResponse
-	(*ProxiesRequest)(nil),          // 29: sallyport.mesh.v1.ProxiesRequest
-	(*ProxiesResponse)(nil),         // 30: sallyport.mesh.v1.ProxiesResponse
-	(*Proxy)(nil),                   // 31: sallyport.mesh.v1.Proxy
-	(*EdgesRequest)(nil),            // 32: sallyport.mesh.v1.EdgesRequest
-	(*EdgesResponse)(nil),           // 33: sallyport.mesh.v1.EdgesResponse
-	(*UnusedEdge)(nil),              // 34: sallyport.mesh.v1.UnusedEdge
-	(*PageLinkRequest)(nil),         // 35: sallyport.mesh.v1.PageLinkRequest
-	(*PageLinkResponse)(nil),        // 36: sallyport.mesh.v1.PageLinkResponse
-	(*AuditHeadsRequest)(nil),       // 37: sallyport.mesh.v1.AuditHeadsRequest
-	(*AuditHeadsResponse)(nil),      // 38: sallyport.mesh.v1.AuditHeadsResponse
-	(*RootsRequest)(nil),            // 39: sallyport.mesh.v1.RootsRequest
-	(*MoveRootsRequest)(nil),        // 40: sallyport.mesh.v1.MoveRootsRequest
-	(*RootsResponse)(nil),           // 41: sallyport.mesh.v1.RootsResponse
-	(*Authority)(nil),               // 42: sallyport.mesh.v1.Authority
-	(*RevokeRequest)(nil),           // 43: sallyport.mesh.v1.RevokeRequest
-	(*RevokeResponse)(nil),          // 44: sallyport.mesh.v1.RevokeResponse
-	(*WhyRequest)(nil),              // 45: sallyport.mesh.v1.WhyRequest
-	(*WhyResponse)(nil),             // 46: sallyport.mesh.v1.WhyResponse
-	(*PushPolicyRequest)(nil),       // 47: sallyport.mesh.v1.PushPolicyRequest
-	(*Canary)(nil),                  // 48: sallyport.mesh.v1.Canary
-	(*MovePolicyRequest)(nil),       // 49: sallyport.mesh.v1.MovePolicyRequest
-	(*MovePolicyResponse)(nil),      // 50: sallyport.mesh.v1.MovePolicyResponse
-	(*PushPolicyResponse)(nil),      // 51: sallyport.mesh.v1.PushPolicyResponse
-	(*PolicySetRequest)(nil),        // 52: sallyport.mesh.v1.PolicySetRequest
-	(*PolicySetResponse)(nil),       // 53: sallyport.mesh.v1.PolicySetResponse
-	(*Traffic)(nil),                 // 54: sallyport.mesh.v1.Traffic
-	(*Ejection)(nil),                // 55: sallyport.mesh.v1.Ejection
-	(*Demand)(nil),                  // 56: sallyport.mesh.v1.Demand
-	(*Totals)(nil),                  // 57: sallyport.mesh.v1.Totals
-	(*Total)(nil),                   // 58: sallyport.mesh.v1.Total
-	(*FaultStops)(nil),              // 59: sallyport.mesh.v1.FaultStops
-	(*FaultStop)(nil),               // 60: sallyport.mesh.v1.FaultStop
-	(*FaultsRequest)(nil),           // 61: sallyport.mesh.v1.FaultsRequest
-	(*FaultsResponse)(nil),          // 62: sallyport.mesh.v1.FaultsResponse
-	(*StopFaultsRequest)(nil),       // 63: sallyport.mesh.v1.StopFaultsRequest
-	(*StopFaultsResponse)(nil),      // 64: sallyport.mesh.v1.StopFaultsResponse
-	(*RolloutsRequest)(nil),         // 65: sallyport.mesh.v1.RolloutsRequest
-	(*RolloutsResponse)(nil),        // 66: sallyport.mesh.v1.RolloutsResponse
-	(*MoveRolloutRequest)(nil),      // 67: sallyport.mesh.v1.MoveRolloutRequest
-	(*MoveRolloutResponse)(nil),     // 68: sallyport.mesh.v1.MoveRolloutResponse
-	nil,                             // 69: sallyport.mesh.v1.Endpoint.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 70: google.protobuf.Timestamp
+	(*Look)(nil),                    // 7: sallyport.mesh.v1.Look
+	(*ShownCalls)(nil),              // 8: sallyport.mesh.v1.ShownCalls
+	(*ShownAck)(nil),                // 9: sallyport.mesh.v1.ShownAck
+	(*Snapshot)(nil),                // 10: sallyport.mesh.v1.Snapshot
+	(*Same)(nil),                    // 11: sallyport.mesh.v1.Same
+	(*SyncNow)(nil),                 // 12: sallyport.mesh.v1.SyncNow
+	(*Revocations)(nil),             // 13: sallyport.mesh.v1.Revocations
+	(*Revoked)(nil),                 // 14: sallyport.mesh.v1.Revoked
+	(*AuditBatch)(nil),              // 15: sallyport.mesh.v1.AuditBatch
+	(*AuditAck)(nil),                // 16: sallyport.mesh.v1.AuditAck
+	(*FetchSetRequest)(nil),         // 17: sallyport.mesh.v1.FetchSetRequest
+	(*SetPart)(nil),                 // 18: sallyport.mesh.v1.SetPart
+	(*CosignRequest)(nil),           // 19: sallyport.mesh.v1.CosignRequest
+	(*CosignReply)(nil),             // 20: sallyport.mesh.v1.CosignReply
+	(*EdgeReport)(nil),              // 21: sallyport.mesh.v1.EdgeReport
+	(*Edge)(nil),                    // 22: sallyport.mesh.v1.Edge
+	(*EdgeAck)(nil),                 // 23: sallyport.mesh.v1.EdgeAck
+	(*SampleReport)(nil),            // 24: sallyport.mesh.v1.SampleReport
+	(*Sample)(nil),                  // 25: sallyport.mesh.v1.Sample
+	(*SampleAck)(nil),               // 26: sallyport.mesh.v1.SampleAck
+	(*Refusal)(nil),                 // 27: sallyport.mesh.v1.Refusal
+	(*CreateJoinTokenRequest)(nil),  // 28: sallyport.mesh.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 29: sallyport.mesh.v1.CreateJoinTokenResponse
+	(*StatusRequest)(nil),           // 30: sallyport.mesh.v1.StatusRequest
+	(*StatusResponse)(nil),          // 31: sallyport.mesh.v1.StatusResponse
+	(*ProxiesRequest)(nil),          // 32: sallyport.mesh.v1.ProxiesRequest
+	(*ProxiesResponse)(nil),         // 33: sallyport.mesh.v1.ProxiesResponse
+	(*Proxy)(nil),                   // 34: sallyport.mesh.v1.Proxy
+	(*EdgesRequest)(nil),            // 35: sallyport.mesh.v1.EdgesRequest
+	(*EdgesResponse)(nil),           // 36: sallyport.mesh.v1.EdgesResponse
+	(*UnusedEdge)(nil),              // 37: sallyport.mesh.v1.UnusedEdge
+	(*PageLinkRequest)(nil),         // 38: sallyport.mesh.v1.PageLinkRequest
+	(*PageLinkResponse)(nil),        // 39: sallyport.mesh.v1.PageLinkResponse
+	(*AuditHeadsRequest)(nil),       // 40: sallyport.mesh.v1.AuditHeadsRequest
+	(*AuditHeadsResponse)(nil),      // 41: sallyport.mesh.v1.AuditHeadsResponse
+	(*RootsRequest)(nil),            // 42: sallyport.mesh.v1.RootsRequest
+	(*MoveRootsRequest)(nil),        // 43: sallyport.mesh.v1.MoveRootsRequest
+	(*RootsResponse)(nil),           // 44: sallyport.mesh.v1.RootsResponse
+	(*Authority)(nil),               // 45: sallyport.mesh.v1.Authority
+	(*RevokeRequest)(nil),           // 46: sallyport.mesh.v1.RevokeRequest
+	(*RevokeResponse)(nil),          // 47: sallyport.mesh.v1.RevokeResponse
+	(*WhyRequest)(nil),              // 48: sallyport.mesh.v1.WhyRequest
+	(*WhyResponse)(nil),             // 49: sallyport.mesh.v1.WhyResponse
+	(*PushPolicyRequest)(nil),       // 50: sallyport.mesh.v1.PushPolicyRequest
+	(*Canary)(nil),                  // 51: sallyport.mesh.v1.Canary
+	(*MovePolicyRequest)(nil),       // 52: sallyport.mesh.v1.MovePolicyRequest
+	(*MovePolicyResponse)(nil),      // 53: sallyport.mesh.v1.MovePolicyResponse
+	(*PushPolicyResponse)(nil),      // 54: sallyport.mesh.v1.PushPolicyResponse
+	(*PolicySetRequest)(nil),        // 55: sallyport.mesh.v1.PolicySetRequest
+	(*PolicySetResponse)(nil),       // 56: sallyport.mesh.v1.PolicySetResponse
+	(*Traffic)(nil),                 // 57: sallyport.mesh.v1.Traffic
+	(*Ejection)(nil),                // 58: sallyport.mesh.v1.Ejection
+	(*Demand)(nil),                  // 59: sallyport.mesh.v1.Demand
+	(*Totals)(nil),                  // 60: sallyport.mesh.v1.Totals
+	(*Total)(nil),                   // 61: sallyport.mesh.v1.Total
+	(*FaultStops)(nil),              // 62: sallyport.mesh.v1.FaultStops
+	(*FaultStop)(nil),               // 63: sallyport.mesh.v1.FaultStop
+	(*FaultsRequest)(nil),           // 64: sallyport.mesh.v1.FaultsRequest
+	(*FaultsResponse)(nil),          // 65: sallyport.mesh.v1.FaultsResponse
+	(*StopFaultsRequest)(nil),       // 66: sallyport.mesh.v1.StopFaultsRequest
+	(*StopFaultsResponse)(nil),      // 67: sallyport.mesh.v1.StopFaultsResponse
+	(*RolloutsRequest)(nil),         // 68: sallyport.mesh.v1.RolloutsRequest
+	(*RolloutsResponse)(nil),        // 69: sallyport.mesh.v1.RolloutsResponse
+	(*MoveRolloutRequest)(nil),      // 70: sallyport.mesh.v1.MoveRolloutRequest
+	(*MoveRolloutResponse)(nil),     // 71: sallyport.mesh.v1.MoveRolloutResponse
+	(*TapRequest)(nil),              // 72: sallyport.mesh.v1.TapRequest
+	(*TapResponse)(nil),             // 73: sallyport.mesh.v1.TapResponse
+	nil,                             // 74: sallyport.mesh.v1.Endpoint.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 75: google.protobuf.Timestamp
 }
 var file_mesh_proto_depIdxs = []int32{
 	1,  // 0: sallyport.mesh.v1.SubscribeRequest.hello:type_name -> sallyport.mesh.v1.Hello
 	4,  // 1: sallyport.mesh.v1.SubscribeRequest.ack:type_name -> sallyport.mesh.v1.Ack
 	5,  // 2: sallyport.mesh.v1.SubscribeRequest.nack:type_name -> sallyport.mesh.v1.Nack
 	3,  // 3: sallyport.mesh.v1.Hello.endpoints:type_name -> sallyport.mesh.v1.Endpoint
-	70, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
+	75, // 4: sallyport.mesh.v1.Hello.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 5: sallyport.mesh.v1.Hello.authorities:type_name -> sallyport.mesh.v1.Authorities
-	69, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
-	70, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
+	74, // 6: sallyport.mesh.v1.Endpoint.labels:type_name -> sallyport.mesh.v1.Endpoint.LabelsEntry
+	75, // 7: sallyport.mesh.v1.Ack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 8: sallyport.mesh.v1.Ack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	54, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
-	70, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
+	57, // 9: sallyport.mesh.v1.Ack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	75, // 10: sallyport.mesh.v1.Nack.svid_expires:type_name -> google.protobuf.Timestamp
 	2,  // 11: sallyport.mesh.v1.Nack.authorities:type_name -> sallyport.mesh.v1.Authorities
-	54, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
-	7,  // 13: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
-	8,  // 14: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
-	9,  // 15: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
-	10, // 16: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
-	59, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
-	57, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
-	11, // 19: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
-	70, // 20: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
-	19, // 21: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
-	70, // 22: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
-	70, // 23: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
-	22, // 24: sallyport.mesh.v1.SampleReport.samples:type_name -> sallyport.mesh.v1.Sample
-	70, // 25: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
-	70, // 26: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
-	31, // 27: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
-	70, // 28: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
-	70, // 29: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
-	70, // 30: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
-	54, // 31: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
-	70, // 32: sallyport.mesh.v1.EdgesRequest.from:type_name -> google.protobuf.Timestamp
-	70, // 33: sallyport.mesh.v1.EdgesRequest.to:type_name -> google.protobuf.Timestamp
-	19, // 34: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
-	34, // 35: sallyport.mesh.v1.EdgesResponse.unused:type_name -> sallyport.mesh.v1.UnusedEdge
-	70, // 36: sallyport.mesh.v1.EdgesResponse.from:type_name -> google.protobuf.Timestamp
-	70, // 37: sallyport.mesh.v1.EdgesResponse.to:type_name -> google.protobuf.Timestamp
-	70, // 38: sallyport.mesh.v1.PageLinkResponse.expires:type_name -> google.protobuf.Timestamp
-	70, // 39: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
-	42, // 40: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
-	70, // 41: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
-	70, // 42: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
-	70, // 43: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
-	11, // 44: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
-	48, // 45: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
-	55, // 46: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
-	56, // 47: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
-	70, // 48: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
-	58, // 49: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
-	60, // 50: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
-	70, // 51: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
-	70, // 52: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
-	0,  // 53: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
-	12, // 54: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
-	16, // 55: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
-	14, // 56: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
-	18, // 57: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
-	21, // 58: sallyport.mesh.v1.Mesh.ReportSamples:input_type -> sallyport.mesh.v1.SampleReport
-	25, // 59: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
-	27, // 60: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
-	29, // 61: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
-	32, // 62: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
-	35, // 63: sallyport.mesh.v1.Admin.PageLink:input_type -> sallyport.mesh.v1.PageLinkRequest
-	39, // 64: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
-	40, // 65: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
-	37, // 66: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
-	43, // 67: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
-	45, // 68: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
-	47, // 69: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
-	49, // 70: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
-	52, // 71: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
-	61, // 72: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
-	63, // 73: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
-	65, // 74: sallyport.mesh.v1.Admin.Rollouts:input_type -> sallyport.mesh.v1.RolloutsRequest
-	67, // 75: sallyport.mesh.v1.Admin.MoveRollout:input_type -> sallyport.mesh.v1.MoveRolloutRequest
-	6,  // 76: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
-	13, // 77: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
-	17, // 78: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
-	15, // 79: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
-	20, // 80: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
-	23, // 81: sallyport.mesh.v1.Mesh.ReportSamples:output_type -> sallyport.mesh.v1.SampleAck
-	26, // 82: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
-	28, // 83: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
-	30, // 84: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
-	33, // 85: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
-	36, // 86: sallyport.mesh.v1.Admin.PageLink:output_type -> sallyport.mesh.v1.PageLinkResponse
-	41, // 87: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
-	41, // 88: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
-	38, // 89: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
-	44, // 90: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
-	46, // 91: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
-	51, // 92: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
-	50, // 93: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
-	53, // 94: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
-	62, // 95: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
-	64, // 96: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
-	66, // 97: sallyport.mesh.v1.Admin.Rollouts:output_type -> sallyport.mesh.v1.RolloutsResponse
-	68, // 98: sallyport.mesh.v1.Admin.MoveRollout:output_type -> sallyport.mesh.v1.MoveRolloutResponse
-	76, // [76:99] is the sub-list for method output_type
-	53, // [53:76] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	57, // 12: sallyport.mesh.v1.Nack.traffic:type_name -> sallyport.mesh.v1.Traffic
+	10, // 13: sallyport.mesh.v1.SubscribeResponse.snapshot:type_name -> sallyport.mesh.v1.Snapshot
+	11, // 14: sallyport.mesh.v1.SubscribeResponse.same:type_name -> sallyport.mesh.v1.Same
+	12, // 15: sallyport.mesh.v1.SubscribeResponse.sync_now:type_name -> sallyport.mesh.v1.SyncNow
+	13, // 16: sallyport.mesh.v1.SubscribeResponse.revocations:type_name -> sallyport.mesh.v1.Revocations
+	62, // 17: sallyport.mesh.v1.SubscribeResponse.fault_stops:type_name -> sallyport.mesh.v1.FaultStops
+	60, // 18: sallyport.mesh.v1.SubscribeResponse.totals:type_name -> sallyport.mesh.v1.Totals
+	7,  // 19: sallyport.mesh.v1.SubscribeResponse.look:type_name -> sallyport.mesh.v1.Look
+	14, // 20: sallyport.mesh.v1.Revocations.revoked:type_name -> sallyport.mesh.v1.Revoked
+	75, // 21: sallyport.mesh.v1.Revoked.until:type_name -> google.protobuf.Timestamp
+	22, // 22: sallyport.mesh.v1.EdgeReport.edges:type_name -> sallyport.mesh.v1.Edge
+	75, // 23: sallyport.mesh.v1.Edge.first:type_name -> google.protobuf.Timestamp
+	75, // 24: sallyport.mesh.v1.Edge.last:type_name -> google.protobuf.Timestamp
+	25, // 25: sallyport.mesh.v1.SampleReport.samples:type_name -> sallyport.mesh.v1.Sample
+	75, // 26: sallyport.mesh.v1.CreateJoinTokenResponse.expires:type_name -> google.protobuf.Timestamp
+	75, // 27: sallyport.mesh.v1.StatusResponse.started:type_name -> google.protobuf.Timestamp
+	34, // 28: sallyport.mesh.v1.ProxiesResponse.proxies:type_name -> sallyport.mesh.v1.Proxy
+	75, // 29: sallyport.mesh.v1.Proxy.svid_expires:type_name -> google.protobuf.Timestamp
+	75, // 30: sallyport.mesh.v1.Proxy.last_seen:type_name -> google.protobuf.Timestamp
+	75, // 31: sallyport.mesh.v1.Proxy.since:type_name -> google.protobuf.Timestamp
+	57, // 32: sallyport.mesh.v1.Proxy.traffic:type_name -> sallyport.mesh.v1.Traffic
+	75, // 33: sallyport.mesh.v1.EdgesRequest.from:type_name -> google.protobuf.Timestamp
+	75, // 34: sallyport.mesh.v1.EdgesRequest.to:type_name -> google.protobuf.Timestamp
+	22, // 35: sallyport.mesh.v1.EdgesResponse.edges:type_name -> sallyport.mesh.v1.Edge
+	37, // 36: sallyport.mesh.v1.EdgesResponse.unused:type_name -> sallyport.mesh.v1.UnusedEdge
+	75, // 37: sallyport.mesh.v1.EdgesResponse.from:type_name -> google.protobuf.Timestamp
+	75, // 38: sallyport.mesh.v1.EdgesResponse.to:type_name -> google.protobuf.Timestamp
+	75, // 39: sallyport.mesh.v1.PageLinkResponse.expires:type_name -> google.protobuf.Timestamp
+	75, // 40: sallyport.mesh.v1.RootsResponse.since:type_name -> google.protobuf.Timestamp
+	45, // 41: sallyport.mesh.v1.RootsResponse.authorities:type_name -> sallyport.mesh.v1.Authority
+	75, // 42: sallyport.mesh.v1.RootsResponse.not_before:type_name -> google.protobuf.Timestamp
+	75, // 43: sallyport.mesh.v1.RootsResponse.due:type_name -> google.protobuf.Timestamp
+	75, // 44: sallyport.mesh.v1.Authority.expires:type_name -> google.protobuf.Timestamp
+	14, // 45: sallyport.mesh.v1.RevokeResponse.revoked:type_name -> sallyport.mesh.v1.Revoked
+	51, // 46: sallyport.mesh.v1.PushPolicyRequest.canary:type_name -> sallyport.mesh.v1.Canary
+	58, // 47: sallyport.mesh.v1.Traffic.ejections:type_name -> sallyport.mesh.v1.Ejection
+	59, // 48: sallyport.mesh.v1.Traffic.demands:type_name -> sallyport.mesh.v1.Demand
+	75, // 49: sallyport.mesh.v1.Ejection.since:type_name -> google.protobuf.Timestamp
+	61, // 50: sallyport.mesh.v1.Totals.totals:type_name -> sallyport.mesh.v1.Total
+	63, // 51: sallyport.mesh.v1.FaultStops.stops:type_name -> sallyport.mesh.v1.FaultStop
+	75, // 52: sallyport.mesh.v1.FaultStop.before:type_name -> google.protobuf.Timestamp
+	75, // 53: sallyport.mesh.v1.StopFaultsRequest.before:type_name -> google.protobuf.Timestamp
+	0,  // 54: sallyport.mesh.v1.Mesh.Subscribe:input_type -> sallyport.mesh.v1.SubscribeRequest
+	15, // 55: sallyport.mesh.v1.Mesh.UploadAudit:input_type -> sallyport.mesh.v1.AuditBatch
+	19, // 56: sallyport.mesh.v1.Mesh.Cosign:input_type -> sallyport.mesh.v1.CosignRequest
+	17, // 57: sallyport.mesh.v1.Mesh.FetchSet:input_type -> sallyport.mesh.v1.FetchSetRequest
+	21, // 58: sallyport.mesh.v1.Mesh.ReportEdges:input_type -> sallyport.mesh.v1.EdgeReport
+	24, // 59: sallyport.mesh.v1.Mesh.ReportSamples:input_type -> sallyport.mesh.v1.SampleReport
+	8,  // 60: sallyport.mesh.v1.Mesh.ShowCalls:input_type -> sallyport.mesh.v1.ShownCalls
+	28, // 61: sallyport.mesh.v1.Admin.CreateJoinToken:input_type -> sallyport.mesh.v1.CreateJoinTokenRequest
+	30, // 62: sallyport.mesh.v1.Admin.Status:input_type -> sallyport.mesh.v1.StatusRequest
+	32, // 63: sallyport.mesh.v1.Admin.Proxies:input_type -> sallyport.mesh.v1.ProxiesRequest
+	35, // 64: sallyport.mesh.v1.Admin.Edges:input_type -> sallyport.mesh.v1.EdgesRequest
+	38, // 65: sallyport.mesh.v1.Admin.PageLink:input_type -> sallyport.mesh.v1.PageLinkRequest
+	42, // 66: sallyport.mesh.v1.Admin.Roots:input_type -> sallyport.mesh.v1.RootsRequest
+	43, // 67: sallyport.mesh.v1.Admin.MoveRoots:input_type -> sallyport.mesh.v1.MoveRootsRequest
+	40, // 68: sallyport.mesh.v1.Admin.AuditHeads:input_type -> sallyport.mesh.v1.AuditHeadsRequest
+	46, // 69: sallyport.mesh.v1.Admin.Revoke:input_type -> sallyport.mesh.v1.RevokeRequest
+	48, // 70: sallyport.mesh.v1.Admin.Why:input_type -> sallyport.mesh.v1.WhyRequest
+	50, // 71: sallyport.mesh.v1.Admin.PushPolicy:input_type -> sallyport.mesh.v1.PushPolicyRequest
+	52, // 72: sallyport.mesh.v1.Admin.MovePolicy:input_type -> sallyport.mesh.v1.MovePolicyRequest
+	55, // 73: sallyport.mesh.v1.Admin.PolicySet:input_type -> sallyport.mesh.v1.PolicySetRequest
+	64, // 74: sallyport.mesh.v1.Admin.Faults:input_type -> sallyport.mesh.v1.FaultsRequest
+	66, // 75: sallyport.mesh.v1.Admin.StopFaults:input_type -> sallyport.mesh.v1.StopFaultsRequest
+	68, // 76: sallyport.mesh.v1.Admin.Rollouts:input_type -> sallyport.mesh.v1.RolloutsRequest
+	70, // 77: sallyport.mesh.v1.Admin.MoveRollout:input_type -> sallyport.mesh.v1.MoveRolloutRequest
+	72, // 78: sallyport.mesh.v1.Admin.Tap:input_type -> sallyport.mesh.v1.TapRequest
+	6,  // 79: sallyport.mesh.v1.Mesh.Subscribe:output_type -> sallyport.mesh.v1.SubscribeResponse
+	16, // 80: sallyport.mesh.v1.Mesh.UploadAudit:output_type -> sallyport.mesh.v1.AuditAck
+	20, // 81: sallyport.mesh.v1.Mesh.Cosign:output_type -> sallyport.mesh.v1.CosignReply
+	18, // 82: sallyport.mesh.v1.Mesh.FetchSet:output_type -> sallyport.mesh.v1.SetPart
+	23, // 83: sallyport.mesh.v1.Mesh.ReportEdges:output_type -> sallyport.mesh.v1.EdgeAck
+	26, // 84: sallyport.mesh.v1.Mesh.ReportSamples:output_type -> sallyport.mesh.v1.SampleAck
+	9,  // 85: sallyport.mesh.v1.Mesh.ShowCalls:output_type -> sallyport.mesh.v1.ShownAck
+	29, // 86: sallyport.mesh.v1.Admin.CreateJoinToken:output_type -> sallyport.mesh.v1.CreateJoinTokenResponse
+	31, // 87: sallyport.mesh.v1.Admin.Status:output_type -> sallyport.mesh.v1.StatusResponse
+	33, // 88: sallyport.mesh.v1.Admin.Proxies:output_type -> sallyport.mesh.v1.ProxiesResponse
+	36, // 89: sallyport.mesh.v1.Admin.Edges:output_type -> sallyport.mesh.v1.EdgesResponse
+	39, // 90: sallyport.mesh.v1.Admin.PageLink:output_type -> sallyport.mesh.v1.PageLinkResponse
+	44, // 91: sallyport.mesh.v1.Admin.Roots:output_type -> sallyport.mesh.v1.RootsResponse
+	44, // 92: sallyport.mesh.v1.Admin.MoveRoots:output_type -> sallyport.mesh.v1.RootsResponse
+	41, // 93: sallyport.mesh.v1.Admin.AuditHeads:output_type -> sallyport.mesh.v1.AuditHeadsResponse
+	47, // 94: sallyport.mesh.v1.Admin.Revoke:output_type -> sallyport.mesh.v1.RevokeResponse
+	49, // 95: sallyport.mesh.v1.Admin.Why:output_type -> sallyport.mesh.v1.WhyResponse
+	54, // 96: sallyport.mesh.v1.Admin.PushPolicy:output_type -> sallyport.mesh.v1.PushPolicyResponse
+	53, // 97: sallyport.mesh.v1.Admin.MovePolicy:output_type -> sallyport.mesh.v1.MovePolicyResponse
+	56, // 98: sallyport.mesh.v1.Admin.PolicySet:output_type -> sallyport.mesh.v1.PolicySetResponse
+	65, // 99: sallyport.mesh.v1.Admin.Faults:output_type -> sallyport.mesh.v1.FaultsResponse
+	67, // 100: sallyport.mesh.v1.Admin.StopFaults:output_type -> sallyport.mesh.v1.StopFaultsResponse
+	69, // 101: sallyport.mesh.v1.Admin.Rollouts:output_type -> sallyport.mesh.v1.RolloutsResponse
+	71, // 102: sallyport.mesh.v1.Admin.MoveRollout:output_type -> sallyport.mesh.v1.MoveRolloutResponse
+	73, // 103: sallyport.mesh.v1.Admin.Tap:output_type -> sallyport.mesh.v1.TapResponse
+	79, // [79:104] is the sub-list for method output_type
+	54, // [54:79] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_mesh_proto_init() }
@@ -4987,8 +5336,9 @@ func file_mesh_proto_init() {
 		(*SubscribeResponse_Revocations)(nil),
 		(*SubscribeResponse_FaultStops)(nil),
 		(*SubscribeResponse_Totals)(nil),
+		(*SubscribeResponse_Look)(nil),
 	}
-	file_mesh_proto_msgTypes[43].OneofWrappers = []any{
+	file_mesh_proto_msgTypes[46].OneofWrappers = []any{
 		(*RevokeRequest_Serial)(nil),
 		(*RevokeRequest_Entry)(nil),
 		(*RevokeRequest_Id)(nil),
@@ -4999,7 +5349,7 @@ func file_mesh_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_mesh_proto_rawDesc), len(file_mesh_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   70,
+			NumMessages:   75,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

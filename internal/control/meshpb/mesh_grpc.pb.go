@@ -30,6 +30,7 @@ const (
 	Mesh_FetchSet_FullMethodName      = "/sallyport.mesh.v1.Mesh/FetchSet"
 	Mesh_ReportEdges_FullMethodName   = "/sallyport.mesh.v1.Mesh/ReportEdges"
 	Mesh_ReportSamples_FullMethodName = "/sallyport.mesh.v1.Mesh/ReportSamples"
+	Mesh_ShowCalls_FullMethodName     = "/sallyport.mesh.v1.Mesh/ShowCalls"
 )
 
 // MeshClient is the client API for Mesh service.
@@ -55,6 +56,9 @@ type MeshClient interface {
 	// ReportSamples adds counts of the calls to the two sides of rollouts. What may
 	// have arrived is not sent again.
 	ReportSamples(ctx context.Context, in *SampleReport, opts ...grpc.CallOption) (*SampleAck, error)
+	// ShowCalls answers a Look: the first request names it, each further one has
+	// calls. The issuer ends the stream when nobody looks any more.
+	ShowCalls(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ShownCalls, ShownAck], error)
 }
 
 type meshClient struct {
@@ -140,6 +144,19 @@ func (c *meshClient) ReportSamples(ctx context.Context, in *SampleReport, opts .
 	return out, nil
 }
 
+func (c *meshClient) ShowCalls(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ShownCalls, ShownAck], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Mesh_ServiceDesc.Streams[3], Mesh_ShowCalls_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ShownCalls, ShownAck]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Mesh_ShowCallsClient = grpc.BidiStreamingClient[ShownCalls, ShownAck]
+
 // MeshServer is the server API for Mesh service.
 // All implementations must embed UnimplementedMeshServer
 // for forward compatibility.
@@ -163,6 +180,9 @@ type MeshServer interface {
 	// ReportSamples adds counts of the calls to the two sides of rollouts. What may
 	// have arrived is not sent again.
 	ReportSamples(context.Context, *SampleReport) (*SampleAck, error)
+	// ShowCalls answers a Look: the first request names it, each further one has
+	// calls. The issuer ends the stream when nobody looks any more.
+	ShowCalls(grpc.BidiStreamingServer[ShownCalls, ShownAck]) error
 	mustEmbedUnimplementedMeshServer()
 }
 
@@ -190,6 +210,9 @@ func (UnimplementedMeshServer) ReportEdges(context.Context, *EdgeReport) (*EdgeA
 }
 func (UnimplementedMeshServer) ReportSamples(context.Context, *SampleReport) (*SampleAck, error) {
 	return nil, status.Error(codes.Unimplemented, "method ReportSamples not implemented")
+}
+func (UnimplementedMeshServer) ShowCalls(grpc.BidiStreamingServer[ShownCalls, ShownAck]) error {
+	return status.Error(codes.Unimplemented, "method ShowCalls not implemented")
 }
 func (UnimplementedMeshServer) mustEmbedUnimplementedMeshServer() {}
 func (UnimplementedMeshServer) testEmbeddedByValue()              {}
@@ -291,6 +314,13 @@ func _Mesh_ReportSamples_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Mesh_ShowCalls_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(MeshServer).ShowCalls(&grpc.GenericServerStream[ShownCalls, ShownAck]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Mesh_ShowCallsServer = grpc.BidiStreamingServer[ShownCalls, ShownAck]
+
 // Mesh_ServiceDesc is the grpc.ServiceDesc for Mesh service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -329,6 +359,12 @@ var Mesh_ServiceDesc = grpc.ServiceDesc{
 			Handler:       _Mesh_FetchSet_Handler,
 			ServerStreams: true,
 		},
+		{
+			StreamName:    "ShowCalls",
+			Handler:       _Mesh_ShowCalls_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
+		},
 	},
 	Metadata: "mesh.proto",
 }
@@ -351,6 +387,7 @@ const (
 	Admin_StopFaults_FullMethodName      = "/sallyport.mesh.v1.Admin/StopFaults"
 	Admin_Rollouts_FullMethodName        = "/sallyport.mesh.v1.Admin/Rollouts"
 	Admin_MoveRollout_FullMethodName     = "/sallyport.mesh.v1.Admin/MoveRollout"
+	Admin_Tap_FullMethodName             = "/sallyport.mesh.v1.Admin/Tap"
 )
 
 // AdminClient is the client API for Admin service.
@@ -393,6 +430,9 @@ type AdminClient interface {
 	Rollouts(ctx context.Context, in *RolloutsRequest, opts ...grpc.CallOption) (*RolloutsResponse, error)
 	// MoveRollout moves one. FAILED_PRECONDITION when it may not move so.
 	MoveRollout(ctx context.Context, in *MoveRolloutRequest, opts ...grpc.CallOption) (*MoveRolloutResponse, error)
+	// Tap shows the calls of a proxy as they end. NOT_FOUND when none of the workload
+	// is connected here, FAILED_PRECONDITION when it cannot be asked.
+	Tap(ctx context.Context, in *TapRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TapResponse], error)
 }
 
 type adminClient struct {
@@ -585,6 +625,25 @@ func (c *adminClient) MoveRollout(ctx context.Context, in *MoveRolloutRequest, o
 	return out, nil
 }
 
+func (c *adminClient) Tap(ctx context.Context, in *TapRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TapResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[2], Admin_Tap_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TapRequest, TapResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_TapClient = grpc.ServerStreamingClient[TapResponse]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -625,6 +684,9 @@ type AdminServer interface {
 	Rollouts(context.Context, *RolloutsRequest) (*RolloutsResponse, error)
 	// MoveRollout moves one. FAILED_PRECONDITION when it may not move so.
 	MoveRollout(context.Context, *MoveRolloutRequest) (*MoveRolloutResponse, error)
+	// Tap shows the calls of a proxy as they end. NOT_FOUND when none of the workload
+	// is connected here, FAILED_PRECONDITION when it cannot be asked.
+	Tap(*TapRequest, grpc.ServerStreamingServer[TapResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -685,6 +747,9 @@ func (UnimplementedAdminServer) Rollouts(context.Context, *RolloutsRequest) (*Ro
 }
 func (UnimplementedAdminServer) MoveRollout(context.Context, *MoveRolloutRequest) (*MoveRolloutResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method MoveRollout not implemented")
+}
+func (UnimplementedAdminServer) Tap(*TapRequest, grpc.ServerStreamingServer[TapResponse]) error {
+	return status.Error(codes.Unimplemented, "method Tap not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -995,6 +1060,17 @@ func _Admin_MoveRollout_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_Tap_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TapRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).Tap(m, &grpc.GenericServerStream[TapRequest, TapResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_TapServer = grpc.ServerStreamingServer[TapResponse]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -1072,6 +1148,11 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "PolicySet",
 			Handler:       _Admin_PolicySet_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Tap",
+			Handler:       _Admin_Tap_Handler,
 			ServerStreams: true,
 		},
 	},
