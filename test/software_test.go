@@ -27,6 +27,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
 
@@ -239,10 +240,20 @@ func startDatabase(t *testing.T) (addr string) {
 // roleHealth has this program ask a server of gRPC how it is.
 const roleHealth = "health"
 
+// askHealth is told the file of an authority, "-" for HTTP/2 in the clear, the
+// target, and perhaps the name of the host where that is a proxy.
 func askHealth() int {
-	creds, err := credentials.NewClientTLSFromFile(os.Args[1], "")
+	creds := insecure.NewCredentials()
+	var err error
+	if os.Args[1] != "-" {
+		creds, err = credentials.NewClientTLSFromFile(os.Args[1], "")
+	}
+	options := []grpc.DialOption{grpc.WithTransportCredentials(creds)}
+	if len(os.Args) > 3 {
+		options = append(options, grpc.WithAuthority(os.Args[3]))
+	}
 	if err == nil {
-		err = health1(os.Args[2], creds)
+		err = healthOf(os.Args[2], options...)
 	}
 	if err != nil {
 		fmt.Println(err)
@@ -251,19 +262,30 @@ func askHealth() int {
 	return 0
 }
 
-func health1(target string, creds credentials.TransportCredentials) error {
+// healthOf asks in one message, and for a stream of them.
+func healthOf(target string, options ...grpc.DialOption) error {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
-	cc, err := grpc.NewClient(target, grpc.WithTransportCredentials(creds))
+	cc, err := grpc.NewClient(target, options...)
 	if err != nil {
 		return err
 	}
 	defer cc.Close()
-	r, err := grpc_health_v1.NewHealthClient(cc).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
-	if err == nil {
-		fmt.Println(r.GetStatus())
+	client := grpc_health_v1.NewHealthClient(cc)
+	r, err := client.Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		return err
 	}
-	return err
+	watch, err := client.Watch(ctx, &grpc_health_v1.HealthCheckRequest{})
+	if err != nil {
+		return err
+	}
+	first, err := watch.Recv()
+	if err != nil {
+		return err
+	}
+	fmt.Println(r.GetStatus(), first.GetStatus())
+	return nil
 }
 
 // A flow is a way by which programs come to the gateway: what they are told, and
@@ -323,7 +345,9 @@ func ordinaryPrograms(w *world, s *siteOutside, gateway, program string) []softw
 			[]string{"sh", "-c", "go mod init acme.test/mine && go get acme.test/hello && cat go.mod"},
 			[]string{"GOPROXY=" + url + "/go", "GOSUMDB=off", "GOFLAGS=-mod=mod", "GOTOOLCHAIN=local", "SSL_CERT_FILE=" + s.ca}, "acme.test/hello v1.0.0", []string{byDNS, byProxy, bySocks},
 		},
-		{"grpc-go", []string{program, s.ca, softwareHost + ":443"}, []string{envRole + "=" + roleHealth}, "SERVING", []string{byDNS, byProxy}},
+		{"grpc-go", []string{program, s.ca, softwareHost + ":443"}, []string{envRole + "=" + roleHealth}, "SERVING SERVING", []string{byDNS, byProxy}},
+		{"grpc-go in the clear", []string{program, "-", clearHost + ":80"}, []string{envRole + "=" + roleHealth}, "SERVING SERVING", []string{byDNS, byProxy}},
+		{"grpc-go to the proxy", []string{program, "-", "127.0.0.1:15001", clearHost}, []string{envRole + "=" + roleHealth}, "SERVING SERVING", []string{byProxy}},
 		{"curl in the clear", []string{"curl", "-sS", "--max-time", "20", "http://" + clearHost + "/v1"}, nil, "the page of " + clearHost, []string{byDNS}},
 		{
 			"pip",

@@ -42,6 +42,8 @@ func answerTo(reason Reason, id string) *answer {
 		a.status, a.text = http.StatusMethodNotAllowed, "only CONNECT is served here"
 	case ReasonMisdirected:
 		a.status, a.text = http.StatusMisdirectedRequest, "the tunnel leads to another host"
+	case ReasonALPN:
+		a.status, a.text = http.StatusNotImplemented, "the destination is not asked over HTTP/2"
 	case ReasonBudget:
 		a.status, a.text = http.StatusTooManyRequests, "the budget for this destination is used up"
 	case ReasonTunnelCap:

@@ -14,6 +14,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/authz"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 )
 
@@ -78,6 +79,17 @@ func (g *Gateway) inside(ctx context.Context, t *tunnel, s requestStream, a *ask
 	}
 	a.hc, a.who, a.in = http1.NewConn(c, http1.Limits{}), t.who, t
 	defer a.hc.Release()
+	if !a.rest() {
+		return
+	}
+	h2, err := a.hc.Begins(http2.Preface)
+	if !a.wake() {
+		return
+	}
+	if h2 && err == nil {
+		g.insideHTTP2(ctx, t, &replay{c, a.hc.Unread()})
+		return
+	}
 	var req http1.Request
 	for a.rest() {
 		err := a.hc.ReadRequest(&req)
@@ -181,6 +193,9 @@ func (g *Gateway) fetch(ctx context.Context, a *asker, req *http1.Request) (_ *f
 	}
 	if howErr == nil && a.in != nil && t.how.TLS != a.in.how.TLS {
 		howErr = refuse(ReasonRevoked, "the policy changed since the tunnel to %s was opened: connect again", host)
+	}
+	if howErr == nil && speaksGRPC(req) {
+		howErr = overHTTP2(&t.how)
 	}
 	if howErr != nil {
 		return nil, g.deny(t.record(audit.KindDecision), howErr)
@@ -317,6 +332,9 @@ func (f *fetch) edit() {
 	x := &f.a.ex
 	x.Down, x.Request, x.Idle, x.Timeout = f.a.hc, f.req, f.how.Timeouts.Idle, 0
 	x.Scrub, x.Tee = nil, nil
+	if speaksGRPC(f.req) {
+		x.Timeout = firstMessage
+	}
 	if f.spend != nil {
 		x.Tee = meter{f}
 	}

@@ -22,6 +22,7 @@ import (
 	"sallyport/internal/capture"
 	"sallyport/internal/hop"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
 	"sallyport/internal/record"
@@ -210,6 +211,7 @@ type Gateway struct {
 	mu       sync.Mutex // guards what follows, and h2 and h2conns
 	conns    map[*wire]bool
 	waiting  map[*hop.Stream]bool // for another request
+	inner    map[*http2.Conn]bool // in tunnels
 	draining bool
 	// yielding has connections end with their next answer; resting closes those
 	// that wait for a request meanwhile.
@@ -222,7 +224,7 @@ func New(c Config) (*Gateway, error) {
 	if err := c.Validate(); err != nil {
 		return nil, fmt.Errorf("gateway: %w", err)
 	}
-	g := &Gateway{cfg: c, lim: c.Limits.filled(), conns: make(map[*wire]bool), waiting: make(map[*hop.Stream]bool)}
+	g := &Gateway{cfg: c, lim: c.Limits.filled(), conns: make(map[*wire]bool), waiting: make(map[*hop.Stream]bool), inner: make(map[*http2.Conn]bool)}
 	guard := c.Guard
 	if guard == nil {
 		guard = new(Guard)

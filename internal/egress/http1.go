@@ -66,7 +66,12 @@ func (a *answer) write1(hc *http1.Conn, req *http1.Request, err error) bool {
 	} else if hc.Buffered() > 0 {
 		req.KeepAlive = false // what follows was meant for the tunnel
 	}
-	keep, err := hc.WriteError(req, a.status, a.fields(), a.body())
+	var keep bool
+	if req != nil && speaksGRPC(req) {
+		keep, err = hc.WriteRefusal(req, http.StatusOK, http1.AppendGRPC(a.fields(), "application/grpc", a.status, a.text))
+	} else {
+		keep, err = hc.WriteError(req, a.status, a.fields(), a.body())
+	}
 	if err == nil && !keep {
 		_ = hc.Linger()
 	}

@@ -27,9 +27,8 @@ func (f *fetch) inject() error {
 	}
 	f.secret = i.Secret
 	// What comes back must be whole and plain, or the secret could come in it unseen.
-	x.ToUp.Also = http1.NewNameSet(i.Header, "accept-encoding", "te", "range", "if-range")
+	x.ToUp.Also = http1.NewNameSet(i.Header, "accept-encoding", "grpc-accept-encoding", "te", "range", "if-range")
 	x.ToUp.Extra = fmt.Appendf(nil, "%s: %s%s\r\n", i.Header, i.Prefix, value)
-	f.req.TETrailers = false
 	x.Scrub = http1.NewScrub(value)
 	return nil
 }
@@ -41,9 +40,11 @@ func (f *fetch) scrub(resp *http1.Response) bool {
 	if s == nil {
 		return true
 	}
-	if coding := resp.Get("content-encoding"); len(coding) > 0 && string(coding) != "identity" {
-		f.note = "the answer is " + clip(string(coding)) + ", though a plain one was asked for: what was injected could be in it unseen"
-		return false
+	for _, field := range []string{"content-encoding", "grpc-encoding"} {
+		if coding := resp.Get(field); len(coding) > 0 && string(coding) != "identity" {
+			f.note = "the answer is " + clip(string(coding)) + ", though a plain one was asked for: what was injected could be in it unseen"
+			return false
+		}
 	}
 	s.Clean(resp.Phrase)
 	for _, field := range resp.Fields {

@@ -113,7 +113,7 @@ func TestAnswersDoNotShowTheCredential(t *testing.T) {
 		s.does(answer)
 		res, body := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n")
 		<-s.seen
-		if res.StatusCode != 200 || body != `{"auth":"Bearer `+stars+`"}` || res.Header.Get("X-Echo") != "Bearer "+stars || strings.Contains(res.Status, credential) || len(res.Trailer) > 0 && res.Trailer.Get("X-Late") != "" {
+		if res.StatusCode != 200 || body != `{"auth":"Bearer `+stars+`"}` || res.Header.Get("X-Echo") != "Bearer "+stars || strings.Contains(res.Status, credential) || res.Trailer.Get("X-Late") != map[bool]string{true: "Bearer " + stars}[len(res.Trailer) > 0] {
 			t.Errorf("%s: %s %v %q %v", name, res.Status, res.Header, body, res.Trailer)
 		}
 	}

@@ -63,6 +63,9 @@ func (g *Gateway) part() {
 			w.shared.Drain()
 		}
 	}
+	for h := range g.inner {
+		h.Drain()
+	}
 	for s := range g.waiting {
 		_ = s.Refuse() // which tells that nothing was acted on
 	}

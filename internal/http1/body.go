@@ -261,7 +261,7 @@ func copyChunked(dst io.Writer, src *Conn, framed bool, scratch *[]byte) (n int6
 		switch {
 		case readErr != nil || !d.done():
 		case framed:
-			out, readErr = d.appendLast(out, src.trailers && src.scrub == nil, src.dropped, &src.lim)
+			out, readErr = d.appendLast(out, src.trailers, src.dropped, &src.lim)
 			src.last = d.last
 		default:
 			_, readErr = d.fields(&src.lim)

@@ -152,6 +152,9 @@ func (d *decoder) trailerByte(c byte) error {
 // dropped, do not pass.
 func (d *decoder) appendLast(out []byte, pass bool, dropped *NameSet, lim *Limits) ([]byte, error) {
 	out = append(out, "0\r\n"...)
+	if d.scrub != nil {
+		d.scrub.Clean(d.trailer)
+	}
 	fields, err := d.fields(lim)
 	if err != nil {
 		return out, err

@@ -51,8 +51,8 @@ type Exchange struct {
 	// answer has gone to Down; Run returns ErrSettled then, when Down has more. It
 	// must not block, and Accept may take it away.
 	Settle func(Result)
-	// Scrub, when set, takes a text out of the body of the response. Trailers and
-	// interim responses do not pass then; the head is for Accept to Clean.
+	// Scrub, when set, takes a text out of the body of the response, and out of its
+	// trailers. Interim responses do not pass then; the head is for Accept to Clean.
 	Scrub *Scrub
 	// Tee, when set, sees what is written to Up and to Down.
 	Tee Tee

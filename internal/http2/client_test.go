@@ -222,7 +222,7 @@ func against(t *testing.T, cfg Config, do func(f *foe)) *Conn {
 	})
 	go func() {
 		defer close(done)
-		if _, err := io.ReadFull(there, make([]byte, len(preface))); err != nil {
+		if _, err := io.ReadFull(there, make([]byte, len(Preface))); err != nil {
 			return
 		}
 		f := &foe{Framer: xhttp2.NewFramer(there, there), nc: there}

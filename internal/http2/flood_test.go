@@ -34,7 +34,7 @@ func speak(t *testing.T, dial func() net.Conn) *peer {
 	_ = p.nc.SetDeadline(time.Now().Add(20 * time.Second))
 	p.Framer = xhttp2.NewFramer(p.nc, p.nc)
 	p.enc = hpack.NewEncoder(&p.buf)
-	if _, err := io.WriteString(p.nc, preface); err != nil {
+	if _, err := io.WriteString(p.nc, Preface); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.WriteSettings(); err != nil {
@@ -256,11 +256,11 @@ func TestSectionThatGrows(t *testing.T) {
 func TestSlowBeginnings(t *testing.T) {
 	for name, say := range map[string]string{
 		"nothing":                   "",
-		"half a preface":            preface[:10],
-		"a preface and no more":     preface,
-		"half a frame":              preface + string(appendSettings(nil)) + "\x00\x00\x08\x06",
-		"half of a field section":   preface + string(appendSettings(nil)) + string(appendHeader(nil, 0, kindHeaders, 0, 1)),
-		"no SETTINGS but a ping":    preface + string(appendPing(nil, 0, 1)),
+		"half a preface":            Preface[:10],
+		"a preface and no more":     Preface,
+		"half a frame":              Preface + string(appendSettings(nil)) + "\x00\x00\x08\x06",
+		"half of a field section":   Preface + string(appendSettings(nil)) + string(appendHeader(nil, 0, kindHeaders, 0, 1)),
+		"no SETTINGS but a ping":    Preface + string(appendPing(nil, 0, 1)),
 		"what is no preface at all": "GET / HTTP/1.1\r\n\r\n",
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -17,8 +17,8 @@ const (
 	maxWindow   = 1<<31 - 1
 )
 
-// preface is what a client says first (RFC 9113 section 3.4).
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+// Preface is what a client says first (RFC 9113 section 3.4).
+const Preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 // kind is what a frame is.
 type kind uint8

@@ -86,7 +86,7 @@ func seeds(f *testing.F) {
 func FuzzFrames(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		b = append([]byte(preface), b...)
+		b = append([]byte(Preface), b...)
 		c := newConn(&memory{in: bytes.NewReader(nil), shut: make(chan struct{})}, Config{}, func(*Lane) bool { return true })
 		for piece := 1; len(b) > 0; piece++ {
 			n, err := c.frames(b[:min(piece*7, len(b))])
@@ -116,7 +116,7 @@ func FuzzFrames(f *testing.F) {
 func FuzzServer(f *testing.F) {
 	seeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		m := &memory{in: bytes.NewReader(append([]byte(preface), b...)), shut: make(chan struct{})}
+		m := &memory{in: bytes.NewReader(append([]byte(Preface), b...)), shut: make(chan struct{})}
 		budget := mux.NewBudget(64 << 10)
 		var wg sync.WaitGroup
 		c := Accepted(m, Config{Budget: budget}, func(l *Lane) bool {

@@ -210,7 +210,7 @@ func (c *Conn) greet() {
 	if c.server {
 		list = append(list, setting{settingStreams, uint32(c.cfg.Streams)}, setting{settingExtended, 1})
 	} else {
-		o.pend = append(o.pend, preface...)
+		o.pend = append(o.pend, Preface...)
 		list = append(list, setting{settingPush, 0})
 	}
 	o.pend = appendSettings(o.pend, list...)

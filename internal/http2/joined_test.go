@@ -24,7 +24,7 @@ func TestJoinedBodies(t *testing.T) {
 		{"large", nil, strings.Repeat("x", maxJoined), false, "800\r\n" + strings.Repeat("x", maxJoined) + "\r\n0\r\n\r\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			sent := append([]byte(preface), appendSettings(nil)...)
+			sent := append([]byte(Preface), appendSettings(nil)...)
 			sent = appendHeaders(sent, 1, false, seed(func(enc func(...string) []byte) []byte { return enc(request("POST", tt.fields...)...) }))
 			if strings.Contains(tt.want, "x-trailer") {
 				sent = append(appendHeader(sent, len(tt.body), kindData, 0, 1), tt.body...)

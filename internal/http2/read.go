@@ -151,11 +151,11 @@ func (in *reader) wakes(l *Lane) {
 func (c *Conn) frames(b []byte) (n int, err error) {
 	in := &c.in
 	if c.server && !in.greeted {
-		k := min(len(b), len(preface))
-		if string(b[:k]) != preface[:k] {
+		k := min(len(b), len(Preface))
+		if string(b[:k]) != Preface[:k] {
 			return 0, violated(Protocol, BadPreface)
 		}
-		if k < len(preface) {
+		if k < len(Preface) {
 			return 0, nil
 		}
 		in.greeted = true

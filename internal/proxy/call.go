@@ -190,12 +190,12 @@ func (x *call) refuse(r *refusal) {
 	}
 	switch {
 	case x.speaksGRPC():
-		x.grpc = grpcText(grpcStatus(r.status))
-		x.answer(http.StatusOK, appendGRPC(head, "application/grpc", r.status, detail), nil)
+		x.grpc = grpcText(http1.GRPCStatus(r.status))
+		x.answer(http.StatusOK, http1.AppendGRPC(head, "application/grpc", r.status, detail), nil)
 	case x.face.Web: // its clients read the status of HTTP too, and others would take 200 for a yes
-		x.answer(r.status, appendGRPC(head, "application/grpc-web+proto", r.status, detail), nil)
+		x.answer(r.status, http1.AppendGRPC(head, "application/grpc-web+proto", r.status, detail), nil)
 	case x.face.REST:
-		x.answer(r.status, head, translate.Refusal(grpcStatus(r.status), detail, r.reason, r.decision))
+		x.answer(r.status, head, translate.Refusal(http1.GRPCStatus(r.status), detail, r.reason, r.decision))
 	default:
 		x.answer(r.status, head, refusalBody(detail, r.decision))
 	}
@@ -227,7 +227,7 @@ func (x *call) answerOwn(r *refusal) {
 	var keep bool
 	var err error
 	if x.speaksGRPC() {
-		keep, err = x.down.WriteRefusal(&x.req, http.StatusOK, appendGRPC(head, "application/grpc", r.status, r.detail))
+		keep, err = x.down.WriteRefusal(&x.req, http.StatusOK, http1.AppendGRPC(head, "application/grpc", r.status, r.detail))
 	} else {
 		keep, err = x.down.WriteAnswer(&x.req, r.status, head, []byte(r.body))
 	}

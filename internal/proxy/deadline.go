@@ -45,7 +45,7 @@ func asked(r *http1.Request, grpc bool) time.Duration {
 // deadline holds a call to what its caller waits for, whom its certificate makes
 // one of the mesh, and tells the application.
 func (in *Inbound) deadline(x *call) *refusal {
-	if within := asked(&x.req, isGRPC(x.req.Get("content-type"))); within > 0 {
+	if within := asked(&x.req, http1.IsGRPC(x.req.Get("content-type"))); within > 0 {
 		x.tries.until = x.start.Add(within)
 		x.extra = appendDeadline(x.extra, time.Until(x.tries.until), false)
 	}

@@ -11,9 +11,6 @@ import (
 	"sallyport/internal/socket"
 )
 
-// preface is what a client of HTTP/2 says first, told nobody's ALPN.
-const preface = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-
 // serveHTTP2 serves a connection of HTTP/2 until it ends: each lane of it is to
 // the chain a connection of its own. enter takes one in, or not; serve serves it
 // and leaves.

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/upstream"
 )
 
@@ -256,7 +257,7 @@ func TestRefusedByTheApplication(t *testing.T) {
 // refusesFirst answers 200 to every call but the first of all.
 func refusesFirst(nc net.Conn, asked *atomic.Int64, refuse func(*xhttp2.Framer)) {
 	defer nc.Close()
-	if _, err := io.ReadFull(nc, make([]byte, len(preface))); err != nil {
+	if _, err := io.ReadFull(nc, make([]byte, len(http2.Preface))); err != nil {
 		return
 	}
 	f := xhttp2.NewFramer(nc, nc)

@@ -12,6 +12,7 @@ import (
 
 	xhttp2 "golang.org/x/net/http2"
 
+	"sallyport/internal/http1"
 	"sallyport/internal/svid"
 )
 
@@ -51,11 +52,11 @@ func TestRefusalsOfGRPC(t *testing.T) {
 
 func TestGRPCStatusOfOurAnswers(t *testing.T) {
 	for status, want := range map[int]int{400: 13, 401: 16, 403: 7, 404: 12, 405: 12, 408: 4, 421: 12, 429: 8, 431: 8, 500: 13, 502: 14, 503: 14, 504: 4, 418: 2} {
-		if got := grpcStatus(status); got != want {
+		if got := http1.GRPCStatus(status); got != want {
 			t.Errorf("%d: got %d, want %d", status, got, want)
 		}
 	}
-	if got := string(appendGRPC(nil, "application/grpc", 403, "50% of\r\nx: \xff")); got != "Content-Type: application/grpc\r\nGrpc-Status: 7\r\nGrpc-Message: 50%25 of%0D%0Ax: %FF\r\n" {
+	if got := string(http1.AppendGRPC(nil, "application/grpc", 403, "50% of\r\nx: \xff")); got != "Content-Type: application/grpc\r\nGrpc-Status: 7\r\nGrpc-Message: 50%25 of%0D%0Ax: %FF\r\n" {
 		t.Errorf("got %q", got)
 	}
 }

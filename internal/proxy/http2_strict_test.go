@@ -16,6 +16,7 @@ import (
 	xhttp2 "golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
+	"sallyport/internal/http2"
 	"sallyport/internal/svid"
 )
 
@@ -45,7 +46,7 @@ func newH2wire(t *testing.T, addr string, cfg *tls.Config) *h2wire {
 	_ = c.SetDeadline(time.Now().Add(patience))
 	w := &h2wire{t: t, Conn: c, Framer: xhttp2.NewFramer(c, c), dec: hpack.NewDecoder(4096, nil)}
 	w.enc = hpack.NewEncoder(&w.buf)
-	if _, err := io.WriteString(c, preface); err != nil {
+	if _, err := io.WriteString(c, http2.Preface); err != nil {
 		t.Fatal(err)
 	}
 	if err := w.WriteSettings(); err != nil {

@@ -20,6 +20,7 @@ import (
 	"sallyport/internal/authz"
 	"sallyport/internal/capture"
 	"sallyport/internal/http1"
+	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
 	"sallyport/internal/route"
@@ -227,7 +228,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 		d.leftOff(x.conn, err)
 	case text == socks5:
 		d.serveSOCKS(ctx, c, x)
-	case text == preface:
+	case text == http2.Preface:
 		d.serveHTTP2(ctx, c, x)
 	default:
 		d.calls(x, d.chain)
@@ -237,7 +238,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 // begins says which text a connection begins with that tells a protocol; none
 // for HTTP/1.1. SOCKS is spoken to a proxy only.
 func (d *door) begins(x *call) (string, error) {
-	for _, text := range []string{socks5, preface} {
+	for _, text := range []string{socks5, http2.Preface} {
 		if text == socks5 && (d.service != "" || x.meant.IsValid()) {
 			continue
 		}

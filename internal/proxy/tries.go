@@ -41,9 +41,9 @@ var usual = planOf(&mesh.Route{})
 
 // grpcCodes are the statuses of gRPC by name, as routes have them.
 var grpcCodes = map[string]int{
-	"CANCELLED": 1, "UNKNOWN": grpcUnknown, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": grpcDeadlineExceeded, "NOT_FOUND": 5, "ALREADY_EXISTS": 6,
-	"PERMISSION_DENIED": grpcPermissionDenied, "RESOURCE_EXHAUSTED": grpcResourceExhausted, "FAILED_PRECONDITION": 9, "ABORTED": 10,
-	"OUT_OF_RANGE": 11, "UNIMPLEMENTED": grpcUnimplemented, "INTERNAL": grpcInternal, "UNAVAILABLE": grpcUnavailable, "DATA_LOSS": 15, "UNAUTHENTICATED": grpcUnauthenticated,
+	"CANCELLED": 1, "UNKNOWN": http1.GRPCUnknown, "INVALID_ARGUMENT": 3, "DEADLINE_EXCEEDED": http1.GRPCDeadlineExceeded, "NOT_FOUND": 5, "ALREADY_EXISTS": 6,
+	"PERMISSION_DENIED": http1.GRPCPermissionDenied, "RESOURCE_EXHAUSTED": http1.GRPCResourceExhausted, "FAILED_PRECONDITION": 9, "ABORTED": 10,
+	"OUT_OF_RANGE": 11, "UNIMPLEMENTED": http1.GRPCUnimplemented, "INTERNAL": http1.GRPCInternal, "UNAVAILABLE": http1.GRPCUnavailable, "DATA_LOSS": 15, "UNAUTHENTICATED": http1.GRPCUnauthenticated,
 }
 
 func planOf(r *mesh.Route) *plan {
@@ -120,7 +120,7 @@ func (t *target) hashed() *mesh.Balance {
 func (x *call) begin(p *plan) {
 	t := &x.tries
 	t.plan, t.n, t.until, t.dropped = p, 0, time.Time{}, false
-	t.grpc = isGRPC(x.req.Get("content-type"))
+	t.grpc = http1.IsGRPC(x.req.Get("content-type"))
 	t.safe = p.unsafe || idempotent(x.req.Method) || len(x.req.Get("idempotency-key")) > 0
 	t.want.Renew()
 	t.want.Service, t.want.Subset, t.want.Connect = x.to.name, x.to.subset, p.Connect
@@ -378,7 +378,7 @@ func (t *tries) spent() bool { return t.asked > 0 && !time.Now().Before(t.until)
 // hurried says that an answer is the end of what the caller waits for, as the
 // service or its sidecar sees it: they were told, and their clocks begin earlier.
 func (t *tries) hurried(status, code int, refused string) bool {
-	if t.asked == 0 || code != grpcDeadlineExceeded && (status != 504 || refused != "timeout") {
+	if t.asked == 0 || code != http1.GRPCDeadlineExceeded && (status != 504 || refused != "timeout") {
 		return false
 	}
 	return time.Until(t.until) <= t.asked/10
@@ -468,12 +468,12 @@ func (x *call) outcomeOf() upstream.Outcome {
 // zero.
 func outcomeOf(status, code int, refused string) upstream.Outcome {
 	switch code {
-	case grpcUnknown, grpcDeadlineExceeded, grpcInternal, grpcUnavailable, 15:
+	case http1.GRPCUnknown, http1.GRPCDeadlineExceeded, http1.GRPCInternal, http1.GRPCUnavailable, 15:
 		if refused == "overload" {
 			return upstream.Limited
 		}
 		return upstream.Failed
-	case grpcResourceExhausted:
+	case http1.GRPCResourceExhausted:
 		return upstream.Limited
 	}
 	if refused == "overload" {
