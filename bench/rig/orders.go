@@ -38,7 +38,6 @@ func ServeOrders[O, R any](socket string, carry func(o O, warm func()) R) error 
 
 // A Loader is a load process, asked from here.
 type Loader[O, R any] struct {
-	c   net.Conn
 	in  *json.Decoder
 	out *json.Encoder
 }
@@ -49,7 +48,7 @@ func DialLoader[O, R any](socket string) (*Loader[O, R], error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Loader[O, R]{c: c, in: json.NewDecoder(c), out: json.NewEncoder(c)}, nil
+	return &Loader[O, R]{in: json.NewDecoder(c), out: json.NewEncoder(c)}, nil
 }
 
 // Do has an order carried out; at warm the measured time begins.

@@ -62,7 +62,7 @@ func (r *received) find(ctx context.Context, id string) (rec audit.Record, log s
 	if err != nil {
 		return rec, "", fmt.Errorf("search received audit records: %w", err)
 	}
-	s := search{id: id, filter: audit.Filter{ID: id}, left: searchMost, ran: map[string]bool{}, gaps: map[string]audit.Record{}}
+	s := search{filter: audit.Filter{ID: id}, left: searchMost, ran: map[string]bool{}, gaps: map[string]audit.Record{}}
 	// The id of a count: a restart changes what stands before the "-".
 	s.needle = []byte(id[strings.LastIndexByte(id, '-')+1:] + `"`)
 	s.run, s.number, s.refusal = audit.RefusalOf(id)
@@ -116,7 +116,6 @@ func (r *received) files() ([]string, error) {
 // A search looks for the record of a decision: a record of its own, or else the
 // newest roll-up of its count.
 type search struct {
-	id     string
 	filter audit.Filter
 	needle []byte
 	left   int64 // bytes that may still be read

@@ -52,15 +52,15 @@ routes:
 )
 
 // tourCharges is the route of purchases, of which v1 and v2 have these parts.
-func tourCharges(name string, v1, v2 int, rest string) string {
+func tourCharges(name, rest string) string {
 	return fmt.Sprintf(`  - name: %s
     matches: [{method: POST, path: {prefix: /v1/charges}}]
     backends:
-      - {subset: v1, weight: %d}
-      - {subset: v2, weight: %d}
+      - {subset: v1, weight: 1}
+      - {subset: v2, weight: 0}
     sticky: {by: header, name: X-Customer}
     retry: {attempts: 0}
-%s`, name, v1, v2, rest)
+%s`, name, rest)
 }
 
 // tourSteps have the second version take over.
@@ -121,7 +121,7 @@ func (d *demo) playTour(ctx context.Context, v *verdicts, end time.Time) {
 	v.of(useNaming)
 	d.testJoin(ctx, v)
 	v.of(useProgressive)
-	_, err = d.routes(ctx, tourService+tourReads+tourCharges("trial", 1, 0, tourSteps))
+	_, err = d.routes(ctx, tourService+tourReads+tourCharges("trial", tourSteps))
 	v.add("a second version waits for its part", err)
 	d.testBadCanary(ctx, v, "trial")
 	// From here on no call may fail that should not.
@@ -156,7 +156,7 @@ func (d *demo) playTour(ctx context.Context, v *verdicts, end time.Time) {
 // testVersions moves purchases to the second version and back, while what
 // payment reads is copied to the next one and archived.
 func (d *demo) testVersions(ctx context.Context, v *verdicts) {
-	_, err := d.routes(ctx, tourService+tourReads+tourCharges("charges", 1, 0, tourSteps))
+	_, err := d.routes(ctx, tourService+tourReads+tourCharges("charges", tourSteps))
 	v.of(useCanary)
 	v.add("the good one is to take over step by step", err)
 	beside, done := newVerdicts(""), make(chan struct{})
@@ -169,7 +169,7 @@ func (d *demo) testVersions(ctx context.Context, v *verdicts) {
 	d.testCanary(ctx, v, "charges")
 	v.of(useProgressive)
 	before := d.rec.get("web buy")
-	took, err := d.routes(ctx, tourService+tourReads+tourCharges("charges", 1, 0, ""))
+	took, err := d.routes(ctx, tourService+tourReads+tourCharges("charges", ""))
 	if err == nil {
 		err = errors.Join(d.allBy("v1"), d.noMoreFailed("web buy", before))
 	}
@@ -182,7 +182,7 @@ func (d *demo) testVersions(ctx context.Context, v *verdicts) {
 // time at most.
 func (d *demo) testTries(ctx context.Context, v *verdicts) {
 	v.of(useRetries)
-	_, err := d.routes(ctx, tourService+tourTries+tourCharges("charges", 1, 0, ""))
+	_, err := d.routes(ctx, tourService+tourTries+tourCharges("charges", ""))
 	for _, c := range []struct {
 		promise string
 		calls   int64

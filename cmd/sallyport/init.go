@@ -96,7 +96,7 @@ func (s *starter) domain() (*newFiles, error) {
 	}
 	n := &newFiles{dir: s.Dir, closed: []string{filepath.Join(s.Data, "issuer")}}
 	n.files = append(n.files, newFile{filepath.Join(s.Dir, "ca.passphrase"), []byte(rand.Text() + "\n"), 0o600})
-	if err := s.add(n, "issuer.yaml", "issuer.yaml", 0o644); err != nil {
+	if err := s.add(n, "issuer.yaml", "issuer.yaml"); err != nil {
 		return nil, err
 	}
 	err = fs.WalkDir(starterFS, "starter/policies", func(p string, e fs.DirEntry, err error) error {
@@ -104,7 +104,7 @@ func (s *starter) domain() (*newFiles, error) {
 			return err
 		}
 		name := strings.TrimPrefix(p, "starter/")
-		return s.add(n, name, name, 0o644)
+		return s.add(n, name, name)
 	})
 	if err != nil {
 		return nil, err
@@ -114,7 +114,7 @@ func (s *starter) domain() (*newFiles, error) {
 			TrustDomain: s.TrustDomain, Dir: s.Dir, Data: path.Join(s.Data, kind), Issuers: quotedList([]string{s.Issuer}),
 			Listen: defaultGateway, Outbound: defaultOutbound, Resolvers: quotedList([]string{"192.0.2.53:53"}),
 		}
-		if err := node.add(n, kind+".yaml", "nodes/"+kind+".yaml", 0o644); err != nil {
+		if err := node.add(n, kind+".yaml", "nodes/"+kind+".yaml"); err != nil {
 			return nil, err
 		}
 	}
@@ -122,12 +122,12 @@ func (s *starter) domain() (*newFiles, error) {
 }
 
 // add renders a file to be written into Dir.
-func (s starter) add(n *newFiles, from, to string, mode fs.FileMode) error {
+func (s starter) add(n *newFiles, from, to string) error {
 	b, err := s.render(from)
 	if err != nil {
 		return fmt.Errorf("%s: %w", from, err)
 	}
-	n.files = append(n.files, newFile{filepath.Join(s.Dir, to), b, mode})
+	n.files = append(n.files, newFile{filepath.Join(s.Dir, to), b, 0o644})
 	return nil
 }
 

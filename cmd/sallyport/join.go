@@ -171,7 +171,7 @@ func (c *cli) joinBy(ctx context.Context, in invitation, o joinOptions) error {
 		{filepath.Join(s.Dir, "bundle.pem"), certificates(bundle.X509), 0o644},
 		{filepath.Join(s.Dir, "join-token"), []byte(in.Token + "\n"), 0o600},
 	}
-	if err := s.add(n, kind+".yaml", kind+".yaml", 0o644); err != nil {
+	if err := s.add(n, kind+".yaml", kind+".yaml"); err != nil {
 		return err
 	}
 	if _, err := os.Stat(filepath.Join(s.Data, "node.json")); err == nil {

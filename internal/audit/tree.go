@@ -48,9 +48,8 @@ type Tree struct {
 	tail *Tail
 	// witnessed is how many records a witness has signed, as far as is known.
 	witnessed uint64
-	signed    []byte // the newest checkpoint
-	size      uint64 // of signed
-	// signedRoot is the root of signed.
+	// size and signedRoot are those of the newest checkpoint.
+	size       uint64
 	signedRoot tlog.Hash
 }
 
@@ -186,7 +185,7 @@ func (t *Tree) resume() error {
 	}
 	if e.size == c.Size && [32]byte(e.root()) == c.Root {
 		t.edge = e
-		t.signed, t.size, t.signedRoot = signed, c.Size, c.Root
+		t.size, t.signedRoot = c.Size, c.Root
 		return nil
 	}
 	t.log.cfg.Log.Warn("tiles of the audit tree are damaged; they are made again", "dir", t.dir)
@@ -334,7 +333,7 @@ func (t *Tree) sign() error {
 	if err := replaceFile(filepath.Join(t.dir, checkpointFile), signed); err != nil {
 		return err
 	}
-	t.signed, t.size, t.signedRoot = signed, c.Size, c.Root
+	t.size, t.signedRoot = c.Size, c.Root
 	return nil
 }
 

@@ -135,7 +135,7 @@ func (c *CA) readyUnder(ctx context.Context, r *rotation, name string, root *x50
 	if err != nil {
 		return err
 	}
-	r.Ready, _, _, err = c.newIntermediate(ctx, root, key, now)
+	r.Ready, err = c.newIntermediate(root, key, now)
 	return err
 }
 

@@ -217,7 +217,7 @@ func (c *CA) replaceIntermediate(ctx context.Context, st *state, root *x509.Cert
 	if err != nil {
 		return err
 	}
-	name, _, _, err := c.newIntermediate(ctx, root, key, now)
+	name, err := c.newIntermediate(root, key, now)
 	if err == nil {
 		st.Intermediate = name
 	}
@@ -358,7 +358,7 @@ func (c *CA) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	name, _, _, err := c.newIntermediate(ctx, root, key, now)
+	name, err := c.newIntermediate(root, key, now)
 	if err != nil {
 		return err
 	}
@@ -421,9 +421,9 @@ func (c *CA) certify(name string, template, parent *x509.Certificate, key, by cr
 
 // newIntermediate makes an intermediate under the root and stores it with its
 // key. Its name has the serial number, so that old and new never share a file.
-func (c *CA) newIntermediate(ctx context.Context, root *x509.Certificate, rootKey crypto.Signer, now time.Time) (string, *x509.Certificate, crypto.Signer, error) {
-	fail := func(err error) (string, *x509.Certificate, crypto.Signer, error) {
-		return "", nil, nil, fmt.Errorf("make intermediate: %w", err)
+func (c *CA) newIntermediate(root *x509.Certificate, rootKey crypto.Signer, now time.Time) (string, error) {
+	fail := func(err error) (string, error) {
+		return "", fmt.Errorf("make intermediate: %w", err)
 	}
 	end := now.Add(c.cfg.IntermediateTTL)
 	if end.After(root.NotAfter) {
@@ -442,11 +442,10 @@ func (c *CA) newIntermediate(ctx context.Context, root *x509.Certificate, rootKe
 	if err != nil {
 		return fail(err)
 	}
-	cert, err := c.certify(name, template, root, key, rootKey)
-	if err != nil {
+	if _, err := c.certify(name, template, root, key, rootKey); err != nil {
 		return fail(err)
 	}
-	return name, cert, key, nil
+	return name, nil
 }
 
 // caTemplate is a signing certificate: the trust domain as its only URI, no

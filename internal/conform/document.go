@@ -31,7 +31,6 @@ const maxDocument = 1 << 20
 
 // A document is the bundle that an endpoint publishes.
 type document struct {
-	text     []byte
 	keys     []byte // the element of that name, in one form
 	sequence json.Number
 	x509     []*x509.Certificate
@@ -216,7 +215,7 @@ func (v *survey) read(body []byte) *document {
 	if err != nil {
 		return nil
 	}
-	d := &document{text: body}
+	d := new(document)
 	if s, has := o["spiffe_sequence"]; has {
 		d.sequence, _ = s.(json.Number)
 		_, err := strconv.ParseUint(d.sequence.String(), 10, 64)

@@ -222,7 +222,7 @@ func (b *Bundle) add(v any) error {
 		return errors.New("holds a private key; whoever published it must replace that key")
 	}
 	if use == useX509 {
-		return b.addX509(o, kty)
+		return b.addX509(o)
 	}
 	kid, err := text(o, "kid")
 	if err != nil || kid == "" {
@@ -240,7 +240,7 @@ func (b *Bundle) add(v any) error {
 }
 
 // addX509 takes the first certificate of x5c; the others do not count.
-func (b *Bundle) addX509(o jose.Object, kty string) error {
+func (b *Bundle) addX509(o jose.Object) error {
 	list, has := o["x5c"].([]any)
 	if !has && o["x5c"] != nil {
 		return errors.New("x5c is not a list")

@@ -81,7 +81,7 @@ type name struct {
 	Address string `json:"address"`
 }
 
-func (m message) append(b []byte) ([]byte, error) {
+func (m message) encode() ([]byte, error) {
 	text, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
@@ -89,11 +89,11 @@ func (m message) append(b []byte) ([]byte, error) {
 	if len(text) > maxMessage {
 		return nil, fmt.Errorf("a message of %d bytes is too long", len(text))
 	}
-	return append(binary.BigEndian.AppendUint32(b, uint32(len(text))), text...), nil
+	return append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...), nil
 }
 
 func write(w io.Writer, m message) error {
-	b, err := m.append(nil)
+	b, err := m.encode()
 	if err != nil {
 		return err
 	}

@@ -429,7 +429,7 @@ func FuzzMessage(f *testing.F) {
 		{Op: opAppend, Record: &audit.Record{Kind: audit.KindAdmin}},
 		{Op: opDoors, Doors: []name{{"listen", "127.0.0.1:1"}}, Seq: 7},
 	} {
-		b, err := m.append(nil)
+		b, err := m.encode()
 		if err != nil {
 			f.Fatal(err)
 		}
@@ -441,7 +441,7 @@ func FuzzMessage(f *testing.F) {
 		if err != nil {
 			return
 		}
-		again, err := m.append(nil)
+		again, err := m.encode()
 		if err != nil {
 			return // it has grown by escapes
 		}

@@ -141,7 +141,7 @@ func (k *Keeper) give(c *net.UnixConn) error {
 		return err
 	}
 	defer closeAll(fds)
-	b, err := message{Op: opDoors, Doors: names, Seq: k.Head()}.append(nil)
+	b, err := message{Op: opDoors, Doors: names, Seq: k.Head()}.encode()
 	if err != nil {
 		return err
 	}

@@ -96,11 +96,13 @@ func (s *Stream) Read(p []byte) (int, error) {
 		s.dst = nil
 		if n := s.got; n > 0 {
 			s.got = 0
-			return n, s.took(n)
+			s.took(n)
+			return n, nil
 		}
 	}
 	n := s.in.Take(p)
-	return n, s.took(n)
+	s.took(n)
+	return n, nil
 }
 
 // A lender lends memory for one read: Lend when something has come, Back when
@@ -126,11 +128,13 @@ func (s *Stream) ReadLate(from lender) (int, error) {
 		s.from, s.dst = nil, nil
 		if n := s.got; n > 0 {
 			s.got = 0
-			return n, s.took(n)
+			s.took(n)
+			return n, nil
 		}
 	}
 	n := s.in.Take(from.Lend())
-	return n, s.took(n)
+	s.took(n)
+	return n, nil
 }
 
 // A Hand takes what comes next on a stream in place of a reader, from the
@@ -218,12 +222,12 @@ func (s *Stream) over() error {
 
 // took counts what was read, and unlocks. When half of the window was, the peer
 // gets it anew, and more if it has had to wait.
-func (s *Stream) took(n int) error {
+func (s *Stream) took(n int) {
 	s.consumed += n
 	s.repay()
 	if s.consumed < s.window/2 || s.eof || s.rerr != nil {
 		s.mu.Unlock()
-		return nil
+		return
 	}
 	grant := s.consumed
 	if s.starved && s.window < s.c.cfg.MaxWindow && s.c.grow(s.window) {
@@ -234,7 +238,6 @@ func (s *Stream) took(n int) error {
 	s.left += grant
 	s.mu.Unlock()
 	s.grant(grant)
-	return nil
 }
 
 // grow takes from what all windows together may grow.
@@ -309,7 +312,7 @@ func (s *Stream) handTo(h Hand, p []byte) error {
 			s.more.Signal()
 		}
 	case s.consumed >= s.window/2:
-		_ = s.took(0) // unlocks
+		s.took(0) // unlocks
 		s.mu.Lock()
 	}
 	return nil

@@ -20,7 +20,6 @@ import (
 
 // A peer is a client that says what a test has it say.
 type peer struct {
-	t *testing.T
 	*xhttp2.Framer
 	nc  net.Conn
 	buf bytes.Buffer
@@ -30,7 +29,7 @@ type peer struct {
 // speak connects and greets.
 func speak(t *testing.T, dial func() net.Conn) *peer {
 	t.Helper()
-	p := &peer{t: t, nc: dial()}
+	p := &peer{nc: dial()}
 	_ = p.nc.SetDeadline(time.Now().Add(20 * time.Second))
 	p.Framer = xhttp2.NewFramer(p.nc, p.nc)
 	p.enc = hpack.NewEncoder(&p.buf)

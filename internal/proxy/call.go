@@ -361,7 +361,7 @@ func (x *call) exchange() *refusal {
 			up.Put()
 			return r
 		}
-		x.run(up, up.NetConn(), x.tries.until)
+		x.run(up.NetConn(), x.tries.until)
 		if x.err == nil {
 			x.saidGRPC()
 			x.finish(up)

@@ -422,7 +422,7 @@ func (x *call) through(f *fault, up *upstream.Conn, due time.Time) {
 	defer fc.Release()
 	x.ex.Up = fc
 	x.conn.bind(k, nil)
-	x.run(up, k, due)
+	x.run(k, due)
 	if x.err == nil {
 		x.tries.outcome, x.tries.judged = x.outcomeOf(), true
 	}

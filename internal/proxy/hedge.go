@@ -71,7 +71,7 @@ func (d *door) race(x *call, up *upstream.Conn, due time.Time) {
 	if !x.conn.bind(k, nil) {
 		k.Close()
 	}
-	x.run(up, k, due)
+	x.run(k, due)
 	if x.err == nil {
 		x.tries.outcome, x.tries.judged = x.outcomeOf(), true // fc knows the trailers
 	}

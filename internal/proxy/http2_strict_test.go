@@ -68,7 +68,6 @@ func (w *h2wire) head(id uint32, end bool, fields ...string) {
 type h2answer struct {
 	outcome string // the status, "reset 1", "goaway 1" or "closed"
 	head    map[string]string
-	trailer map[string]string
 	body    string
 	ended   bool // with the head
 }
@@ -101,8 +100,6 @@ func (w *h2wire) answer(id uint32, untilHead bool) (a h2answer) {
 			}
 			if a.head == nil && m[":status"] != "100" {
 				a.head, a.outcome, a.ended = m, m[":status"], f.StreamEnded()
-			} else {
-				a.trailer = m
 			}
 			if f.StreamEnded() || untilHead {
 				return a

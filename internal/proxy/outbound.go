@@ -227,7 +227,7 @@ func (d *door) serveConn(ctx context.Context, c *conn) {
 		d.unreadable(x, err)
 		d.leftOff(x.conn, err)
 	case text == socks5:
-		d.serveSOCKS(ctx, c, x)
+		d.serveSOCKS(c, x)
 	case text == http2.Preface:
 		d.serveHTTP2(ctx, c, x)
 	default:

@@ -1,7 +1,6 @@
 package proxy
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -19,7 +18,7 @@ const socks5 = "\x05"
 // serveSOCKS serves an application that speaks SOCKS 5, of which x has read the
 // beginning. What it asks for is to the chain a CONNECT like any other; only the
 // words in which it is told what became of that are others.
-func (d *door) serveSOCKS(ctx context.Context, c *conn, x *call) {
+func (d *door) serveSOCKS(c *conn, x *call) {
 	begun := &ahead{Conn: capture.NewDirect(c.Conn), read: x.down.Unread()}
 	x.down.Release()
 	x.down = nil

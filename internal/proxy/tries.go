@@ -235,12 +235,12 @@ func (d *door) try(x *call, up *upstream.Conn) {
 		d.race(x, up, due)
 		return
 	}
-	x.run(up, up.NetConn(), due)
+	x.run(up.NetConn(), due)
 }
 
-// run runs the exchange over what stands for up, which must be over when it is
-// due. Zero is never.
-func (x *call) run(up *upstream.Conn, over net.Conn, due time.Time) {
+// run runs the exchange over what stands for the upstream, which must be over when
+// it is due. Zero is never.
+func (x *call) run(over net.Conn, due time.Time) {
 	t := &x.tries
 	t.cut.arm(over, due)
 	x.goesTo()

@@ -252,7 +252,7 @@ func (x *call) fail(code codes.Code, text string, details []json.RawMessage) {
 	h := x.w.Header()
 	switch x.kind {
 	case plain:
-		body := appendStatus(nil, code, text, details)
+		body := statusText(code, text, details)
 		h.Set("Content-Type", "application/json")
 		h.Set("Content-Length", strconv.Itoa(len(body)))
 		status := httpStatus(code)

@@ -70,7 +70,7 @@ func FuzzFailure(f *testing.F) {
 		if got.code == codes.OK || got.code > codes.Unauthenticated || len(got.text) > 2<<10 {
 			t.Errorf("%d %q is %+v", status, body, got)
 		}
-		if !json.Valid(appendStatus(nil, got.code, got.text, got.details)) {
+		if !json.Valid(statusText(got.code, got.text, got.details)) {
 			t.Errorf("%d %q is written as no JSON", status, body)
 		}
 		w := httptest.NewRecorder()

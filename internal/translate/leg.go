@@ -242,7 +242,7 @@ func tell(w http.ResponseWriter, f failure) {
 	}
 	b, err := protojson.Marshal(s)
 	if err != nil {
-		b = appendStatus(nil, f.code, "", []json.RawMessage{})
+		b = statusText(f.code, "", []json.RawMessage{})
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(httpStatus(f.code))

@@ -86,9 +86,9 @@ func known(c codes.Code) codes.Code {
 	return c
 }
 
-// appendStatus appends a google.rpc.Status in JSON, by which a caller of REST is
-// told of errors.
-func appendStatus(b []byte, code codes.Code, text string, details []json.RawMessage) []byte {
+// statusText is a google.rpc.Status in JSON, by which a caller of REST is told of
+// errors.
+func statusText(code codes.Code, text string, details []json.RawMessage) []byte {
 	if details == nil {
 		details = []json.RawMessage{}
 	}
@@ -98,9 +98,9 @@ func appendStatus(b []byte, code codes.Code, text string, details []json.RawMess
 		Details []json.RawMessage `json:"details"`
 	}{known(code), text, details})
 	if err != nil { // details are JSON already
-		return append(b, `{"code":13,"message":"the status cannot be written","details":[]}`...)
+		return []byte(`{"code":13,"message":"the status cannot be written","details":[]}`)
 	}
-	return append(b, out...)
+	return out
 }
 
 // Refusal is the body of a refusal of the proxy for a caller of REST, who reads
@@ -119,7 +119,7 @@ func Refusal(code int, text, reason, decision string) []byte {
 	if err != nil { // texts always have a form
 		b = []byte("{}")
 	}
-	return append(appendStatus(nil, codes.Code(code), text, []json.RawMessage{b}), '\n')
+	return append(statusText(codes.Code(code), text, []json.RawMessage{b}), '\n')
 }
 
 // A failure is what a service of REST says of an error.

@@ -264,7 +264,7 @@ func (s *sender) end(f failure) {
 		s.begin(nil, "")
 	}
 	if f.code != codes.OK && !s.raw {
-		wrapped, err := json.Marshal(map[string]json.RawMessage{"error": appendStatus(nil, f.code, f.text, f.details)})
+		wrapped, err := json.Marshal(map[string]json.RawMessage{"error": statusText(f.code, f.text, f.details)})
 		if err == nil {
 			_ = s.line("error", wrapped) // the trailers say it again
 		}

@@ -195,14 +195,14 @@ func (b *breaker) judge(now int64, o Outcome, slow bool, retryAfter time.Duratio
 	}
 }
 
-// state is what the breaker is, since when and why.
-func (b *breaker) state() (open, half bool, since int64, why string) {
+// state says whether the breaker is open, since when and why.
+func (b *breaker) state() (open bool, since int64, why string) {
 	if !b.open.Load() {
-		return false, false, 0, ""
+		return false, 0, ""
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.open.Load(), b.probing, b.since, b.why
+	return b.open.Load(), b.since, b.why
 }
 
 // A counts is calls of a window, in buckets of one width. Two calls that meet

@@ -39,7 +39,7 @@ func TestBreakerOpensAfterFailuresInARow(t *testing.T) {
 	if _, ok := b.enter(at(0)); ok || !isOpen(b) {
 		t.Fatal("did not open at the fifth failure in a row")
 	}
-	if _, _, since, why := b.state(); since != at(0) || why != "5 consecutive failures" {
+	if _, since, why := b.state(); since != at(0) || why != "5 consecutive failures" {
 		t.Errorf("since %d: %q", since, why)
 	}
 }
@@ -83,7 +83,7 @@ func TestBreakerOpensByItsRatio(t *testing.T) {
 	} {
 		b := newBreaker(tt.cfg)
 		tt.calls(t, b)
-		if _, _, _, why := b.state(); isOpen(b) != tt.open || why != tt.why {
+		if _, _, why := b.state(); isOpen(b) != tt.open || why != tt.why {
 			t.Errorf("%s: open %t, because of %q", tt.name, isOpen(b), why)
 		}
 	}

@@ -77,7 +77,7 @@ func (s *Services) Well(name mesh.ServiceName, subset string) bool {
 	}
 	now := time.Now().UnixNano()
 	if g.breaker != nil {
-		if open, _, _, _ := g.breaker.state(); open {
+		if open, _, _ := g.breaker.state(); open {
 			return false
 		}
 	}

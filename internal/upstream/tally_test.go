@@ -46,7 +46,7 @@ func TestCallsThatGoWellCount(t *testing.T) {
 		t.Errorf("%d retries when a part has left the window, want 279", n)
 	}
 	called(g, g.all[0], 2, at(9), Failed)
-	if _, _, _, why := g.breaker.state(); why != "601 of 1201 calls failed" {
+	if _, _, why := g.breaker.state(); why != "601 of 1201 calls failed" {
 		t.Errorf("open because of %q", why)
 	}
 }

@@ -44,7 +44,7 @@ func (st *standing) ejected(e *endpoint) Trouble {
 
 // cut describes the breaker.
 func (st *standing) cut(now int64) Trouble {
-	open, _, since, why := st.breaker.state()
+	open, since, why := st.breaker.state()
 	if !open {
 		return Trouble{Service: st.name, Dst: st.dst, Kind: Closed, Since: time.Unix(0, now)}
 	}
