@@ -8,6 +8,8 @@ import (
 	"os/exec"
 	"syscall"
 	"testing"
+
+	"sallyport/internal/meshtest"
 )
 
 // concealed has the test binary be a process that conceals itself, or one that
@@ -45,7 +47,7 @@ func TestConceal(t *testing.T) {
 		return
 	}
 	if os.Getuid() != 0 {
-		t.Skip("needs root, to be two processes of a user without privileges")
+		meshtest.Unable(t, "needs root, to be two processes of a user without privileges")
 	}
 	self, err := os.ReadFile("/proc/self/exe")
 	if err != nil {

@@ -1,6 +1,7 @@
 package meshtest
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"testing"
@@ -21,8 +22,14 @@ func Need(t testing.TB, program string) string {
 // Missing ends a test that lacks a Debian package, by the rule of Need.
 func Missing(t testing.TB, pkg string) {
 	t.Helper()
+	Unable(t, fmt.Sprintf("%s is missing; next: apt-get install %s", pkg, pkg))
+}
+
+// Unable ends a test for which this machine has no means, by the rule of Need.
+func Unable(t testing.TB, why string) {
+	t.Helper()
 	if os.Getenv("CI") == "true" {
-		t.Fatalf("%s is missing; next: apt-get install %s", pkg, pkg)
+		t.Fatal(why)
 	}
-	t.Skipf("%s is missing; to run this test: apt-get install %s", pkg, pkg)
+	t.Skip(why)
 }
