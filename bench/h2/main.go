@@ -23,7 +23,7 @@ import (
 )
 
 func main() {
-	rig.Main("bench-h2", measure, map[string]rig.Role{"load": rig.Load(order.run), "origin": rig.At(serveOrigin), "reverse": serveReverse})
+	rig.Main("bench-h2", measure, map[string]rig.Role{"load": rig.Load(order.run), "origin": rig.At(serveOrigin), "reverse": rig.Reverse(speaksHTTP2)})
 }
 
 // bound is the longest that the bench may take.
@@ -118,7 +118,7 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 		}
 		out = append(out, p)
 		if b.load == nil {
-			b.load = p.load
+			b.load = p.Load
 		}
 	}
 	for _, peer := range []struct {
@@ -128,7 +128,7 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 		if !slices.Contains(s.wanted, peer.name) {
 			continue
 		}
-		p, err := best(w, s, func(n int) (*pair, error) { return peer.start(ctx, n) })
+		p, err := rig.Best(w, func(n int) (*pair, error) { return peer.start(ctx, n) }, func(p *pair) order { return s.scenes[0].order(p, s) })
 		if err != nil {
 			return out, err
 		}
@@ -142,37 +142,6 @@ func (b *bench) pairs(ctx context.Context, w io.Writer, s settings) ([]*pair, er
 		return out, err
 	}
 	return append(out, p), nil
-}
-
-// best starts a pair with one worker and with one for each core, and keeps the
-// one that answers more requests.
-func best(w io.Writer, s settings, start func(n int) (*pair, error)) (*pair, error) {
-	var kept *pair
-	most := int64(0)
-	for _, n := range []int{1, runtime.NumCPU()} {
-		p, err := start(n)
-		if err != nil {
-			return nil, err
-		}
-		r, err := p.load.Do(s.scenes[0].order(p, s), func() {})
-		if err == nil && r.Failed > 0 {
-			err = errors.New(r.Fault)
-		}
-		if err != nil {
-			p.Stop()
-			return nil, fmt.Errorf("%s: %w", p.Name, err)
-		}
-		fmt.Fprintf(w, "tried %s: %d requests in %.1f s\n", p.Name, r.Requests, r.Seconds)
-		if r.Requests <= most {
-			p.Stop()
-			continue
-		}
-		if kept != nil {
-			kept.Stop()
-		}
-		kept, most = p, r.Requests
-	}
-	return kept, nil
 }
 
 // ours is a pair of sidecars. Peers use the origin of the first.
@@ -199,28 +168,11 @@ func (b *bench) ours(ctx context.Context, s settings, name string, pprof bool) (
 		b.origin = origin
 	}
 	both.Settings = how
-	p := &pair{Pair: *both, trace: name != "bare"}
-	if p.load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
+	p := &pair{Pair: *both, Trace: name != "bare"}
+	if p.Load, err = rig.DialLoader[order, rig.Calls](socket); err != nil {
 		return nil, err
 	}
-	return p, b.answers(ctx, p, s)
-}
-
-// answers waits until the policy has reached both sidecars.
-func (b *bench) answers(ctx context.Context, p *pair, s settings) error {
 	o := s.scenes[0].order(p, s)
 	o.Conns, o.Streams, o.Warm, o.For = 1, 1, 0, 20*time.Millisecond
-	for end := time.Now().Add(30 * time.Second); ; {
-		r, err := p.load.Do(o, func() {})
-		if err != nil {
-			return err
-		}
-		if r.Failed == 0 && r.Requests > 0 {
-			return nil
-		}
-		if ctx.Err() != nil || time.Now().After(end) {
-			return fmt.Errorf("%s does not answer: %s", p.Name, r.Fault)
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+	return p, p.Await(ctx, o)
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -36,7 +35,7 @@ var (
 )
 
 func (sc scene) order(p *pair, s settings) order {
-	o := order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Streams: sc.streams, Trace: p.trace, Warm: s.warm, For: s.each, Rate: sc.rate}
+	o := order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Streams: sc.streams, Trace: p.Trace, Warm: s.warm, For: s.each, Rate: sc.rate}
 	if s.grpc {
 		o.GRPC, o.Path, o.Size = true, method, len(request)
 	}
@@ -52,7 +51,7 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pa
 				if ctx.Err() != nil {
 					return context.Cause(ctx)
 				}
-				one, err := rig.MeasureCalls(&p.Pair, p.load, sc.order(p, s))
+				one, err := rig.MeasureCalls(&p.Pair, p.Load, sc.order(p, s))
 				if err != nil {
 					return fmt.Errorf("%s, %s: %w", p.Name, sc.name, err)
 				}
@@ -126,13 +125,7 @@ func (b *bench) profile(ctx context.Context, s settings) error {
 	if err != nil {
 		return err
 	}
-	done := make(chan error, 2)
 	o := s.scenes[0].order(p, s)
 	o.For = 12 * time.Second
-	_, err = p.load.Do(o, func() {
-		for i, half := range []string{"server", "client"} {
-			go func() { done <- p.Procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
-		}
-	})
-	return errors.Join(err, <-done, <-done)
+	return p.Profile(ctx, s.profile, o)
 }

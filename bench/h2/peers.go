@@ -2,24 +2,14 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net/http"
-	"net/http/httputil"
-	"net/url"
-	"os"
-	"path/filepath"
 
 	"sallyport/bench/rig"
 )
 
 // A pair is two proxies under the load of this bench.
-type pair struct {
-	rig.Pair
-	trace bool
-	load  *rig.Loader[order, rig.Calls]
-}
+type pair = rig.Loaded[order]
 
 // bench is what all pairs share.
 type bench struct {
@@ -30,7 +20,7 @@ type bench struct {
 
 // spawnPair starts two proxies, the far one first, and waits for both.
 func (b *bench) spawnPair(ctx context.Context, p *pair, far string, back, front []string) (*pair, error) {
-	p.load, p.trace = b.load, true
+	p.Load, p.Trace = b.load, true
 	return p, b.SpawnPair(ctx, &p.Pair, far, back, front)
 }
 
@@ -42,23 +32,7 @@ func (b *bench) nginx(ctx context.Context, workers int) (*pair, error) {
 		return nil, err
 	}
 	common := func(name, server string) (string, error) {
-		home := filepath.Join(b.Dir, name)
-		if err := os.MkdirAll(home, 0o700); err != nil {
-			return "", err
-		}
-		return b.File(name+".conf", fmt.Sprintf(`daemon off;
-worker_processes %d;
-pid %s/pid;
-error_log %s/error.log;
-events { worker_connections 8192; multi_accept on; }
-http {
-  access_log off;
-  client_body_temp_path %s/b; proxy_temp_path %s/p; fastcgi_temp_path %s/f; uwsgi_temp_path %s/u; scgi_temp_path %s/s;
-  keepalive_timeout 300; keepalive_requests 100000000; http2_max_concurrent_streams 256;
-  grpc_set_header Host $host; grpc_buffer_size 64k;
-  %s
-}
-`, workers, home, home, home, home, home, home, home, server))
+		return b.Nginx(name, workers, "http2_max_concurrent_streams 256; grpc_set_header Host $host; grpc_buffer_size 64k;\n  "+server)
 	}
 	back, err := common(fmt.Sprintf("nginx%d-back", workers), fmt.Sprintf(`upstream o { server %s; keepalive 2000; keepalive_requests 100000000; keepalive_timeout 300; }
   server {
@@ -94,23 +68,8 @@ func (b *bench) haproxy(ctx context.Context, threads int) (*pair, error) {
 		return nil, err
 	}
 	name := fmt.Sprintf("haproxy-t%d", threads)
-	common := func(file, rest string) (string, error) {
-		return b.File(file, fmt.Sprintf(`global
-  nbthread %d
-  maxconn 8000
-  tune.h2.max-concurrent-streams 256
-  ssl-default-bind-options ssl-min-ver TLSv1.3
-  ssl-default-server-options ssl-min-ver TLSv1.3
-defaults
-  mode http
-  timeout client 300s
-  timeout server 300s
-  timeout connect 5s
-  timeout http-keep-alive 300s
-  http-reuse always
-%s`, threads, rest))
-	}
-	back, err := common(name+"-back.cfg", fmt.Sprintf(`frontend f
+	const streams = "global\n  tune.h2.max-concurrent-streams 256\n"
+	back, err := b.HAProxy(name+"-back", threads, streams+fmt.Sprintf(`frontend f
   bind %s ssl crt %s/server.pem ca-file %s/ca.pem verify required alpn h2
   default_backend o
 backend o
@@ -119,7 +78,7 @@ backend o
 	if err != nil {
 		return nil, err
 	}
-	head, err := common(name+"-front.cfg", fmt.Sprintf(`frontend f
+	head, err := b.HAProxy(name+"-front", threads, streams+fmt.Sprintf(`frontend f
   bind %s proto h2
   default_backend o
 backend o
@@ -144,46 +103,12 @@ func (b *bench) reverse(ctx context.Context) (*pair, error) {
 		[]string{b.Self, "reverse", b.Dir, far, "http://" + b.origin}, []string{b.Self, "reverse", b.Dir, front, "https://" + far})
 }
 
-// serveReverse is one half of the pair: towards https it is the client's.
-func serveReverse(args []string) error {
-	if len(args) != 3 {
-		return fmt.Errorf("%d arguments, want a folder, where to listen and where to", len(args))
-	}
-	dir, listen, to := args[0], args[1], args[2]
-	u, err := url.Parse(to)
-	if err != nil {
-		return err
-	}
-	near := u.Scheme == "https"
-	half := "server"
-	if near {
-		half = "client"
-	}
-	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, half+".pem"), filepath.Join(dir, half+".pem"))
-	if err != nil {
-		return err
-	}
-	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
-	if err != nil {
-		return err
-	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(ca)
-	conf := &tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: roots, ClientCAs: roots,
-		ClientAuth: tls.RequireAndVerifyClientCert, ServerName: "server.bench.test",
-	}
+// speaksHTTP2 has net/http speak nothing else.
+func speaksHTTP2(srv *http.Server, tr *http.Transport) {
 	var h2 http.Protocols
 	h2.SetHTTP2(true)
 	h2.SetUnencryptedHTTP2(true)
 	limits := &http.HTTP2Config{MaxConcurrentStreams: 1000}
-	tr := &http.Transport{TLSClientConfig: conf, DisableCompression: true, Protocols: &h2, HTTP2: limits}
-	srv := &http.Server{Addr: listen, TLSConfig: conf, Protocols: &h2, HTTP2: limits, Handler: &httputil.ReverseProxy{
-		Transport: tr,
-		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u); r.Out.Host = r.In.Host },
-	}}
-	if near {
-		return srv.ListenAndServe()
-	}
-	return srv.ListenAndServeTLS("", "")
+	srv.Protocols, srv.HTTP2 = &h2, limits
+	tr.Protocols, tr.HTTP2 = &h2, limits
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -38,7 +37,7 @@ func (s settings) wanted() (out []scene) {
 }
 
 func (sc scene) order(p *pair, s settings) order {
-	return order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Trace: p.trace, Warm: s.warm, For: s.each, Rate: sc.rate}
+	return order{Target: p.Target, Path: fmt.Sprintf("/v1/%d", sc.kib), Size: sc.kib << 10, Conns: sc.conns, Trace: p.Trace, Warm: s.warm, For: s.each, Rate: sc.rate}
 }
 
 // rounds measures every pair under every scene, in turn.
@@ -47,10 +46,10 @@ func (b *bench) rounds(ctx context.Context, w io.Writer, s settings, pairs []*pa
 	for range s.rounds {
 		for _, sc := range s.wanted() {
 			for _, p := range pairs {
-				if p.told() {
+				if told(p) {
 					continue
 				}
-				if err := p.measure(ctx, w, sc, sc.order(p, s), got, res); err != nil {
+				if err := measureOne(ctx, w, p, sc, sc.order(p, s), got, res); err != nil {
 					return err
 				}
 			}
@@ -75,7 +74,7 @@ func toldRounds(ctx context.Context, w io.Writer, s settings, pairs []*pair, got
 	}
 	var both []*pair
 	for _, p := range pairs {
-		if p.told() {
+		if told(p) {
 			both = append(both, p)
 		}
 	}
@@ -83,7 +82,7 @@ func toldRounds(ctx context.Context, w io.Writer, s settings, pairs []*pair, got
 		for _, p := range both {
 			o := scenes[0].order(p, s)
 			o.Warm, o.For = toldWarm, toldFor
-			if err := p.measure(ctx, w, scenes[0], o, got, res); err != nil {
+			if err := measureOne(ctx, w, p, scenes[0], o, got, res); err != nil {
 				return err
 			}
 		}
@@ -100,14 +99,14 @@ const (
 )
 
 // told says that the pair is one of the two that show what telemetry costs.
-func (p *pair) told() bool { return p.Name == "told" || p.Name == "untold" }
+func told(p *pair) bool { return p.Name == "told" || p.Name == "untold" }
 
-// measure puts the pair under a load once.
-func (p *pair) measure(ctx context.Context, w io.Writer, sc scene, o order, got rig.Samples, res *rig.Result) error {
+// measureOne puts a pair under a load once.
+func measureOne(ctx context.Context, w io.Writer, p *pair, sc scene, o order, got rig.Samples, res *rig.Result) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	one, err := rig.MeasureCalls(&p.Pair, p.load, o)
+	one, err := rig.MeasureCalls(&p.Pair, p.Load, o)
 	if err != nil {
 		return fmt.Errorf("%s, %s: %w", p.Name, sc.name, err)
 	}
@@ -178,13 +177,7 @@ func (b *bench) profile(ctx context.Context, s settings) error {
 	if err != nil {
 		return err
 	}
-	done := make(chan error, 2)
 	o := s.wanted()[0].order(p, s)
 	o.For = 12 * time.Second
-	_, err = p.load.Do(o, func() {
-		for i, half := range []string{"server", "client"} {
-			go func() { done <- p.Procs[i].Profile(ctx, s.profile+"-"+half, 10*time.Second) }()
-		}
-	})
-	return errors.Join(err, <-done, <-done)
+	return p.Profile(ctx, s.profile, o)
 }

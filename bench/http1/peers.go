@@ -3,23 +3,14 @@ package main
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"fmt"
 	"net/http"
-	"net/http/httputil"
-	"net/url"
-	"os"
-	"path/filepath"
 
 	"sallyport/bench/rig"
 )
 
 // A pair is two proxies under the load of this bench.
-type pair struct {
-	rig.Pair
-	trace bool
-	load  *rig.Loader[order, rig.Calls]
-}
+type pair = rig.Loaded[order]
 
 // bench is what all pairs share.
 type bench struct {
@@ -30,7 +21,7 @@ type bench struct {
 
 // spawnPair starts two proxies, the far one first, and waits for both.
 func (b *bench) spawnPair(ctx context.Context, p *pair, far string, back, front []string) (*pair, error) {
-	p.load = b.load
+	p.Load = b.load
 	return p, b.SpawnPair(ctx, &p.Pair, far, back, front)
 }
 
@@ -42,24 +33,9 @@ func (b *bench) nginx(ctx context.Context, workers int) (*pair, error) {
 		return nil, err
 	}
 	common := func(name, server string) (string, error) {
-		home := filepath.Join(b.Dir, name)
-		if err := os.MkdirAll(home, 0o700); err != nil {
-			return "", err
-		}
-		return b.File(name+".conf", fmt.Sprintf(`daemon off;
-worker_processes %d;
-pid %s/pid;
-error_log %s/error.log;
-events { worker_connections 8192; multi_accept on; }
-http {
-  access_log off;
-  client_body_temp_path %s/b; proxy_temp_path %s/p; fastcgi_temp_path %s/f; uwsgi_temp_path %s/u; scgi_temp_path %s/s;
-  keepalive_timeout 300; keepalive_requests 100000000;
-  proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
+		return b.Nginx(name, workers, `proxy_http_version 1.1; proxy_set_header Connection ""; proxy_set_header Host $host;
   proxy_buffers 16 16k; proxy_buffer_size 16k; proxy_max_temp_file_size 0;
-  %s
-}
-`, workers, home, home, home, home, home, home, home, server))
+  `+server)
 	}
 	back, err := common(fmt.Sprintf("nginx%d-back", workers), fmt.Sprintf(`upstream o { server %s; keepalive 2000; keepalive_requests 100000000; keepalive_timeout 300; }
   server {
@@ -84,7 +60,7 @@ http {
 		return nil, err
 	}
 	p := &pair{Pair: rig.Pair{Name: fmt.Sprintf("nginx-w%d", workers), Target: front, Workers: true,
-		Settings: fmt.Sprintf("%s, %d workers each, no access log, keep-alive on both sides", rig.Version("nginx", "-v"), workers)}, trace: true}
+		Settings: fmt.Sprintf("%s, %d workers each, no access log, keep-alive on both sides", rig.Version("nginx", "-v"), workers)}, Trace: true}
 	return b.spawnPair(ctx, p, far, []string{"nginx", "-c", back}, []string{"nginx", "-c", head})
 }
 
@@ -99,22 +75,7 @@ func (b *bench) haproxy(ctx context.Context, threads int, h2 bool) (*pair, error
 	if h2 {
 		name, alpn, offer = fmt.Sprintf("haproxy-h2-t%d", threads), "alpn h2", "alpn h2"
 	}
-	common := func(file, rest string) (string, error) {
-		return b.File(file, fmt.Sprintf(`global
-  nbthread %d
-  maxconn 8000
-  ssl-default-bind-options ssl-min-ver TLSv1.3
-  ssl-default-server-options ssl-min-ver TLSv1.3
-defaults
-  mode http
-  timeout client 300s
-  timeout server 300s
-  timeout connect 5s
-  timeout http-keep-alive 300s
-  http-reuse always
-%s`, threads, rest))
-	}
-	back, err := common(name+"-back.cfg", fmt.Sprintf(`frontend f
+	back, err := b.HAProxy(name+"-back", threads, fmt.Sprintf(`frontend f
   bind %s ssl crt %s/server.pem ca-file %s/ca.pem verify required %s
   default_backend o
 backend o
@@ -123,7 +84,7 @@ backend o
 	if err != nil {
 		return nil, err
 	}
-	head, err := common(name+"-front.cfg", fmt.Sprintf(`frontend f
+	head, err := b.HAProxy(name+"-front", threads, fmt.Sprintf(`frontend f
   bind %s
   default_backend o
 backend o
@@ -136,7 +97,7 @@ backend o
 	if h2 {
 		hop = "HTTP/2"
 	}
-	p := &pair{Pair: rig.Pair{Name: name, Target: front, Settings: fmt.Sprintf("%s, %d threads each, hop %s, http-reuse always, no log", rig.Version("haproxy", "-v"), threads, hop)}, trace: true}
+	p := &pair{Pair: rig.Pair{Name: name, Target: front, Settings: fmt.Sprintf("%s, %d threads each, hop %s, http-reuse always, no log", rig.Version("haproxy", "-v"), threads, hop)}, Trace: true}
 	return b.spawnPair(ctx, p, far, []string{"haproxy", "-db", "-f", back}, []string{"haproxy", "-db", "-f", head})
 }
 
@@ -146,48 +107,13 @@ func (b *bench) reverse(ctx context.Context) (*pair, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &pair{Pair: rig.Pair{Name: "nethttp", Target: front, Settings: "httputil.ReverseProxy, HTTP/1.1, 2,000 idle connections kept"}, trace: true}
+	p := &pair{Pair: rig.Pair{Name: "nethttp", Target: front, Settings: "httputil.ReverseProxy, HTTP/1.1, 2,000 idle connections kept"}, Trace: true}
 	return b.spawnPair(ctx, p, far,
 		[]string{b.Self, "reverse", b.Dir, far, "http://" + b.origin}, []string{b.Self, "reverse", b.Dir, front, "https://" + far})
 }
 
-// serveReverse is one half of the pair: towards https it is the client's.
-func serveReverse(args []string) error {
-	if len(args) != 3 {
-		return fmt.Errorf("%d arguments, want a folder, where to listen and where to", len(args))
-	}
-	dir, listen, to := args[0], args[1], args[2]
-	u, err := url.Parse(to)
-	if err != nil {
-		return err
-	}
-	near := u.Scheme == "https"
-	half := "server"
-	if near {
-		half = "client"
-	}
-	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, half+".pem"), filepath.Join(dir, half+".pem"))
-	if err != nil {
-		return err
-	}
-	ca, err := os.ReadFile(filepath.Join(dir, "ca.pem"))
-	if err != nil {
-		return err
-	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(ca)
-	conf := &tls.Config{
-		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, RootCAs: roots, ClientCAs: roots,
-		ClientAuth: tls.RequireAndVerifyClientCert, ServerName: "server.bench.test",
-	}
-	tr := &http.Transport{MaxIdleConns: 4000, MaxIdleConnsPerHost: 2000, TLSClientConfig: conf, DisableCompression: true}
-	srv := &http.Server{Addr: listen, TLSConfig: conf, Handler: &httputil.ReverseProxy{
-		Transport: tr,
-		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(u); r.Out.Host = r.In.Host },
-	}}
-	if near {
-		return srv.ListenAndServe()
-	}
+// speaksHTTP1 has net/http speak nothing else.
+func speaksHTTP1(srv *http.Server, tr *http.Transport) {
 	srv.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
-	return srv.ListenAndServeTLS("", "")
+	tr.MaxIdleConns, tr.MaxIdleConnsPerHost = 4000, 2000
 }
