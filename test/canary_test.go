@@ -18,7 +18,7 @@ import (
 func (w *world) pushers() (keys, pins string) {
 	w.t.Helper()
 	a, b := w.path("a.pem"), w.path("b.pem")
-	return a + "," + b, fmt.Sprintf("signers: {keys: [%q, %q], threshold: 2}", strings.TrimSpace(w.ok("policy", "key", a)), strings.TrimSpace(w.ok("policy", "key", b)))
+	return a + "," + b, fmt.Sprintf("signers: {keys: [%q, %q], threshold: 2}", w.pinOf(a), w.pinOf(b))
 }
 
 // report is what policy status -o json says.

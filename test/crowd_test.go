@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"regexp"
+	"sallyport/internal/meshtest"
 	"strconv"
 	"strings"
 	"sync"
@@ -36,7 +37,7 @@ func TestCrowd(t *testing.T) {
 	t.Parallel()
 	var files syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil || files.Max < 2*roomOut-8000 {
-		t.Skipf("%d files may be open (%v), which is not enough", files.Max, err)
+		meshtest.Unable(t, fmt.Sprintf("%d files may be open (%v), which is not enough", files.Max, err))
 	}
 	s := newStrictRig(t, fmt.Sprintf("limits: {connections: %d, peer_connections: 4000, idle_timeout: 3m, head_timeout: 3m}\n", roomOut))
 	gateway := freePort(t)

@@ -147,6 +147,12 @@ func (w *tunnelling) hold() {
 // serveEcho sends back what comes.
 func serveEcho(t *testing.T) (addr string) {
 	t.Helper()
+	return serves(t, func(c net.Conn) { _, _ = io.Copy(c, c) })
+}
+
+// serves has serve speak with whoever connects, and gives the address.
+func serves(t *testing.T, serve func(net.Conn)) (addr string) {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -158,7 +164,10 @@ func serveEcho(t *testing.T) (addr string) {
 			if err != nil {
 				return
 			}
-			go func() { defer c.Close(); _, _ = io.Copy(c, c) }()
+			go func() {
+				defer c.Close()
+				serve(c)
+			}()
 		}
 	}()
 	return ln.Addr().String()

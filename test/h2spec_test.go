@@ -29,7 +29,7 @@ var h2spec = &conformSum{conformResult: conformResult{Name: "h2spec", OK: true}}
 func TestH2spec(t *testing.T) {
 	t.Parallel()
 	meshtest.Need(t, "curl")
-	program := buildH2spec(t)
+	program := buildTool(t, "h2spec", "github.com/summerwind/h2spec/cmd/h2spec", "h2spec")
 	w := newWorld(t, time.Hour)
 	w.startIssuer()
 	pay, bill := &node{name: "payment"}, &node{name: "billing"}
@@ -93,17 +93,18 @@ func counted(t *testing.T, listener string, r runReply, may []string) conformRes
 	return c
 }
 
-// buildH2spec builds h2spec from its Go module, beside our own programs.
-func buildH2spec(t *testing.T) string {
+// buildTool builds a program of a module in tools/, beside our own programs, and
+// gives its path.
+func buildTool(t *testing.T, tool, pkg, program string) string {
 	t.Helper()
-	program := filepath.Join(bin, "h2spec")
-	cmd := exec.Command("go", "build", "-o", program, "github.com/summerwind/h2spec/cmd/h2spec")
-	cmd.Dir = filepath.Join("..", "tools", "h2spec")
+	program = filepath.Join(bin, program)
+	cmd := exec.Command("go", "build", "-o", program, pkg)
+	cmd.Dir = filepath.Join("..", "tools", tool)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		if os.Getenv("CI") == "" && bytes.Contains(out, []byte("proxy")) {
-			t.Skipf("h2spec does not build without its module: %s", out)
+			t.Skipf("%s does not build without its modules: %s", tool, out)
 		}
-		t.Fatalf("build h2spec: %v\n%s", err, out)
+		t.Fatalf("build %s: %v\n%s", tool, err, out)
 	}
 	return program
 }

@@ -101,7 +101,7 @@ func newStage(t *testing.T, svidTTL time.Duration, more ...string) *stage {
 
 	web := httptest.NewServer(http.HandlerFunc(echo))
 	t.Cleanup(web.Close)
-	stock := echoTCP(t)
+	stock := serveEcho(t)
 	var gateways []string
 	for _, n := range agents {
 		switch kind(n) {
@@ -165,29 +165,6 @@ func (s *stage) edit(n int) {
 		fmt.Fprintf(&b, "p, spare-%d, in, %s, %s, 8443, GET, /v1/spare/%d, -, allow\n", i, id("/ns/shop/sa/payment"), id("/ns/shop/sa/billing"), i)
 	}
 	s.rewrite(s.path("policies", "access.csv"), b.String())
-}
-
-// echoTCP serves a protocol that is not HTTP, and gives its address.
-func echoTCP(t *testing.T) string {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				_, _ = io.Copy(c, c)
-			}()
-		}
-	}()
-	return ln.Addr().String()
 }
 
 // load has payment's workload use all that it may until the returned function is

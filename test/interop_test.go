@@ -1,14 +1,12 @@
 package test
 
 import (
-	"bytes"
 	"fmt"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -34,7 +32,9 @@ var interop = &conformSum{conformResult: conformResult{Name: "interop", OK: true
 func TestInterop(t *testing.T) {
 	t.Parallel()
 	meshtest.Need(t, "curl")
-	buildInterop(t)
+	for _, name := range []string{"client", "server"} {
+		buildTool(t, "interop", "google.golang.org/grpc/interop/"+name, "interop-"+name)
+	}
 	w := newWorld(t, time.Minute)
 	w.allowGRPC()
 	w.startIssuer()
@@ -128,28 +128,4 @@ func (w *world) speaksH2C(n *node) {
 		w.t.Fatal(err)
 	}
 	w.put(file, strings.Replace(string(b), fmt.Sprintf("app: %q", n.app), fmt.Sprintf("app: %q, app_protocol: h2c", n.app), 1))
-}
-
-var interopOnce sync.Once
-
-// buildInterop builds the programs of grpc-go, beside our own.
-func buildInterop(t *testing.T) {
-	t.Helper()
-	var out []byte
-	var err error
-	interopOnce.Do(func() {
-		for _, name := range []string{"client", "server"} {
-			cmd := exec.Command("go", "build", "-o", filepath.Join(bin, "interop-"+name), "google.golang.org/grpc/interop/"+name)
-			cmd.Dir = filepath.Join("..", "tools", "interop")
-			if out, err = cmd.CombinedOutput(); err != nil {
-				return
-			}
-		}
-	})
-	if err != nil {
-		if os.Getenv("CI") == "" && bytes.Contains(out, []byte("proxy")) {
-			t.Skipf("the interop programs do not build without their modules: %s", out)
-		}
-		t.Fatalf("build the interop programs: %v\n%s", err, out)
-	}
 }

@@ -34,7 +34,7 @@ func inNamespace(t *testing.T) bool {
 	t.Parallel()
 	meshtest.Need(t, "ip")
 	if os.Getuid() != 0 {
-		unable(t, "this needs several users; run the test as root")
+		meshtest.Unable(t, "this needs several users; run the test as root")
 	}
 	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v", "-test.timeout=5m")
 	cmd.Env = append(os.Environ(), envInside+"=1", envBin+"="+bin)
@@ -46,7 +46,7 @@ func inNamespace(t *testing.T) bool {
 	out, err := cmd.CombinedOutput()
 	switch {
 	case cmd.ProcessState == nil:
-		unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
+		meshtest.Unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
 	case err != nil:
 		t.Errorf("in a namespace of its own: %v\n%s", err, failures(string(out)))
 	case bytes.Contains(out, []byte("--- SKIP")):
@@ -128,15 +128,6 @@ FAIL
 			t.Errorf("of %q is left %q", whole, got)
 		}
 	}
-}
-
-// unable ends a test for which this machine has no means.
-func unable(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
 }
 
 // as runs a program as a user, without any setting for a proxy.

@@ -70,10 +70,7 @@ func TestPins(t *testing.T) {
 	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	a, b, c := w.path("a.pem"), w.path("b.pem"), w.path("c.pem")
-	pins := make([]string, 3)
-	for i, key := range []string{a, b, c} {
-		pins[i] = strings.TrimSpace(w.ok("policy", "key", key))
-	}
+	pins := []string{w.pinOf(a), w.pinOf(b), w.pinOf(c)}
 	honest := fmt.Sprintf(", signers: {keys: [%q, %q, %q], threshold: 2}", pins[0], pins[1], pins[2])
 	w.pushedIssuer(honest)
 	issuer := w.start("issuer", nil, "issuer", "run", "--config", w.path("issuer", "config.yaml"))

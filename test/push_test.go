@@ -18,10 +18,7 @@ func TestPush(t *testing.T) {
 	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	a, b, c := w.path("a.pem"), w.path("b.pem"), w.path("c.pem")
-	pins := make([]string, 3)
-	for i, key := range []string{a, b, c} {
-		pins[i] = strings.TrimSpace(w.ok("policy", "key", key))
-	}
+	pins := []string{w.pinOf(a), w.pinOf(b), w.pinOf(c)}
 	w.write("issuer", fmt.Sprintf(`trust_domain: %s
 data_dir: %s/issuer
 listen: %s
@@ -150,3 +147,6 @@ func (w *world) refused(why string, args ...string) {
 		w.t.Errorf("sallyport %s: exit %d, want 1 and %q\n%s", strings.Join(args, " "), r.Code, why, r.Output)
 	}
 }
+
+// pinOf makes the key of somebody who reviews policies, and says what pins it.
+func (w *world) pinOf(key string) string { return strings.TrimSpace(w.ok("policy", "key", key)) }

@@ -33,7 +33,7 @@ func TestReadersAgreeOnAnswers(t *testing.T) {
 	nginx, haproxy := meshtest.Need(t, "nginx"), meshtest.Need(t, "haproxy")
 	s := newStrictRig(t, "")
 	behind := newBareApp(t)
-	at := behind.ln.Addr().String()
+	at := behind.addr
 	readers := map[string]string{"nginx": s.w.startNginx(nginx, at), "haproxy": s.w.startHAProxy(haproxy, at)}
 	cases := oddAnswers()
 	for _, class := range answerClasses() {

@@ -207,36 +207,6 @@ func (s *siteOutside) tarball(w *world) {
 	}
 }
 
-// startDatabase is a PostgreSQL that is reached over TCP.
-func startDatabase(t *testing.T) (addr string) {
-	t.Helper()
-	socket := postgrestest.Start(t).Socket()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				db, err := net.Dial("unix", socket)
-				if err != nil {
-					return
-				}
-				defer db.Close()
-				go func() { _, _ = io.Copy(db, c); db.Close() }()
-				_, _ = io.Copy(c, db)
-			}()
-		}
-	}()
-	return ln.Addr().String()
-}
-
 // roleHealth has this program ask a server of gRPC how it is.
 const roleHealth = "health"
 
@@ -434,7 +404,7 @@ func TestEgressSoftware(t *testing.T) {
 		return
 	}
 	w := namesWorld(t)
-	site, db := w.startSite(), startDatabase(t)
+	site, db := w.startSite(), besideSocket(t, postgrestest.Start(t).Socket())
 	w.extend("egress.yaml", fmt.Sprintf("  - host: %s\n    ech: allow-grease\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n  - host: %s\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", softwareHost, site.addr, databaseHost, db))
 	clearOne := outside{Server: &httptest.Server{URL: "https://" + site.addr}, ca: site.clearCA}
 	w.extend("egress.yaml", clearOne.originated(clearHost)+"    alpn: [h2, http/1.1]\n")

@@ -93,31 +93,16 @@ func TestStreamPostgreSQL(t *testing.T) {
 // besideSocket is a loopback address that leads to a Unix socket.
 func besideSocket(t *testing.T, socket string) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				u, err := net.Dial("unix", socket)
-				if err != nil {
-					return
-				}
-				defer u.Close()
-				go func() {
-					_, _ = io.Copy(u, c)
-					_ = u.(*net.UnixConn).CloseWrite()
-				}()
-				_, _ = io.Copy(c, u)
-			}()
+	return serves(t, func(c net.Conn) {
+		u, err := net.Dial("unix", socket)
+		if err != nil {
+			return
 		}
-	}()
-	return ln.Addr().String()
+		defer u.Close()
+		go func() {
+			_, _ = io.Copy(u, c)
+			_ = u.(*net.UnixConn).CloseWrite()
+		}()
+		_, _ = io.Copy(c, u)
+	})
 }

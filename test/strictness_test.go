@@ -127,7 +127,7 @@ func newStrictRig(t *testing.T, conf string, replace ...string) *strictRig {
 	s := &strictRig{w: w, app: newBareApp(t), bill: &node{name: "billing"}, pay: &node{name: "payment"}}
 	w.join(s.bill)
 	w.join(s.pay)
-	s.bill.app = s.app.ln.Addr().String()
+	s.bill.app = s.app.addr
 	r := strings.NewReplacer(replace...)
 	w.write("billing", r.Replace(w.sidecarConfig(s.bill, w.token("billing"))+conf))
 	w.write("payment", r.Replace(w.sidecarConfig(s.pay, w.token("payment"))+conf))
@@ -323,7 +323,7 @@ func (s *strictRig) arrived(t *testing.T, c strictCase, from int, kept bool) {
 
 // A bareApp is an application that keeps every byte it gets.
 type bareApp struct {
-	ln net.Listener
+	addr string
 
 	mu    sync.Mutex // guards what follows
 	got   []arrival
@@ -341,21 +341,8 @@ type arrival struct {
 
 func newBareApp(t *testing.T) *bareApp {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	a := &bareApp{ln: ln}
-	go func() {
-		for {
-			c, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			go a.serve(c)
-		}
-	}()
-	t.Cleanup(func() { ln.Close() })
+	a := &bareApp{}
+	a.addr = serves(t, a.serve)
 	return a
 }
 
@@ -398,7 +385,6 @@ func (k *keeper) Read(p []byte) (int, error) {
 }
 
 func (a *bareApp) serve(c net.Conn) {
-	defer c.Close()
 	a.mu.Lock()
 	a.conns++
 	number := a.conns

@@ -14,10 +14,7 @@ import (
 	"fmt"
 	"math/big"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -81,23 +78,7 @@ ca:
 	first := w.verifyUpstream(payment, up)
 	root := w.roots()
 
-	var made, failed atomic.Int64
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-			}
-			if r := ask[runReply](payment, "/run", []string{"curl", "-sS", "-f", "--max-time", "10", url}); r.Code != 0 {
-				failed.Add(1)
-				t.Errorf("a call failed: %s", r.Output)
-			}
-			made.Add(1)
-		}
-	}()
+	ended := payment.keepsCalling(t, url)
 	// Everybody trusts the root, so that activation ends it.
 	w.moves(t, "prepared steady", "ca", "rotate", "--through")
 	w.await("end the rotation", func() bool { return w.roots().Phase == "steady" })
@@ -146,9 +127,7 @@ ca:
 		return err == nil && bytes.Count(bundle, []byte("BEGIN CERTIFICATE")) == 1
 	})
 	w.verifyUpstream(payment, up)
-	close(stop)
-	<-stopped
-	t.Logf("intermediate rotated twice, root once, step-ca and the issuer killed twice: %d requests made, %d failed", made.Load(), failed.Load())
+	t.Logf("intermediate rotated twice, root once, step-ca and the issuer killed twice: %d requests made", ended())
 }
 
 // verifyUpstream verifies the SVID of a workload with openssl against the
@@ -183,7 +162,7 @@ func (w *world) verifyUpstream(workload *hand, up *stepCA) string {
 // newStepCA makes the authority's keys and configuration; it does not start it.
 func (w *world) newStepCA() *stepCA {
 	w.t.Helper()
-	buildStepCA(w.t)
+	buildTool(w.t, "stepca", ".", "step-ca")
 	up := &stepCA{w: w, addr: freePort(w.t)}
 	if err := os.Mkdir(w.path("up"), 0o700); err != nil {
 		w.t.Fatal(err)
@@ -268,20 +247,4 @@ func (w *world) authority(name string, pathLen int, parent *x509.Certificate, by
 	w.put(w.path("up", file+".crt"), string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: raw})))
 	w.put(w.path("up", file+".key"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
 	return key, cert
-}
-
-// buildStepCA builds step-ca from its Go module, beside our own programs.
-func buildStepCA(t *testing.T) {
-	t.Helper()
-	program := filepath.Join(bin, "step-ca")
-	began := time.Now()
-	cmd := exec.Command("go", "build", "-o", program, ".")
-	cmd.Dir = filepath.Join("..", "tools", "stepca")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		if os.Getenv("CI") == "" && bytes.Contains(out, []byte("proxy")) {
-			t.Skipf("step-ca does not build without its module: %s", out)
-		}
-		t.Fatalf("build step-ca: %v\n%s", err, out)
-	}
-	t.Logf("step-ca built in %v", time.Since(began).Round(time.Second))
 }
