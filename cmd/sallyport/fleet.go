@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -55,12 +56,38 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 		rows = append(rows, []string{p.Workload.String(), p.Kind, expiry(p.SVIDExpires), strconv.FormatUint(p.PolicyRevision, 10), state, seen, cmp.Or(p.Version, "-")})
 	}
 	if c.format == "table" {
+		defer c.printHeld(ps)
 		fmt.Fprintf(c.stdout, "trust domain %s, policy revision %d, hash %.12s, %d proxies\n\n", st.TrustDomain, st.PolicyRevision, st.PolicyHash, len(ps))
 		if st.LastRefusal != "" {
 			fmt.Fprintf(c.stdout, "the newest policy edit was REFUSED, revision %d stays in force:\n%s\n\n", st.PolicyRevision, indent(st.LastRefusal))
 		}
 	}
 	return c.emit(map[string]any{"issuer": st, "proxies": ps}, []string{"IDENTITY", "KIND", "SVID EXPIRES", "POLICY", "STATE", "SEEN", "VERSION"}, rows)
+}
+
+// maxHeld is how much of what proxies hold against others the status tells.
+const maxHeld = 8
+
+// printHeld tells what is not called, services and hosts that are cut off first.
+func (c *cli) printHeld(ps []mesh.Proxy) {
+	list := mesh.SumEjections(ps)
+	if len(list) == 0 {
+		return
+	}
+	whole := func(h mesh.EjectionSum) int {
+		if h.Kind == "open" {
+			return 0
+		}
+		return 1
+	}
+	slices.SortStableFunc(list, func(a, b mesh.EjectionSum) int { return cmp.Compare(whole(a), whole(b)) })
+	fmt.Fprintf(c.stdout, "\nnot called:\n")
+	for _, h := range list[:min(len(list), maxHeld)] {
+		fmt.Fprintf(c.stdout, "  %s\n", h)
+	}
+	if n := len(list) - maxHeld; n > 0 {
+		fmt.Fprintf(c.stdout, "  and %d more: sallyport ejections\n", n)
+	}
 }
 
 func expiry(t time.Time) string {

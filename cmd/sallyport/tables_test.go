@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -33,6 +34,14 @@ func tables(now time.Time) []table {
 		{Agent: node, Workload: web, Kind: "sidecar", SVIDExpires: now.Add(42 * time.Minute), PolicyRevision: 7, State: mesh.Synced, Connected: true, LastSeen: now, Since: now.Add(-3 * time.Hour)},
 		{Agent: id("/spire/agent/join_token/api"), Workload: api, Kind: "sidecar", SVIDExpires: now.Add(-time.Minute), PolicyRevision: 6, State: mesh.Rejected, Reason: "access.csv:4: no\nmore", LastSeen: now.Add(-50 * time.Hour)},
 	}
+	var holding []mesh.Proxy
+	for i := range 2 {
+		t := &mesh.Traffic{Ejections: []mesh.Ejection{{Service: "host:api.stripe.test", Kind: "open", Since: now, Why: "5 consecutive failures"}}}
+		for n := range 9 * i {
+			t.Ejections = append(t.Ejections, mesh.Ejection{Service: "host:a.test", Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, byte(n)}), 443), Kind: "ejected", Since: now, Why: "5 consecutive connect errors"})
+		}
+		holding = append(holding, mesh.Proxy{Agent: node, Workload: id("/ns/edge/sa/gateway"), Kind: "gateway", SVIDExpires: now.Add(42 * time.Minute), PolicyRevision: 7, State: mesh.Synced, Connected: true, Traffic: t})
+	}
 	entry := mesh.Entry{ID: "e1", SPIFFEID: web, ParentID: node, Selectors: []mesh.Selector{{Type: "child", Value: "true"}}, X509TTL: 30 * time.Minute, DNSNames: []string{"web.corp.example"}, Hint: "main", Admin: true}
 	report := newReport("doctor")
 	report.add("SP001", "configuration", "issuer", good("/etc/sallyport/issuer.yaml"))
@@ -41,7 +50,7 @@ func tables(now time.Time) []table {
 	report.add("SP014", "capture", "sidecar", skipped("nobody is to be captured"))
 	return []table{
 		{"status", func(c *cli) error {
-			return c.printStatus(mesh.IssuerStatus{TrustDomain: td, PolicyRevision: 7, PolicyHash: strings.Repeat("ab", 32), LastRefusal: "access.csv:4: no"}, proxies)
+			return c.printStatus(mesh.IssuerStatus{TrustDomain: td, PolicyRevision: 7, PolicyHash: strings.Repeat("ab", 32), LastRefusal: "access.csv:4: no"}, slices.Concat(proxies, holding))
 		}},
 		{"policy status", func(c *cli) error {
 			return c.emitDistribution(distribution{Revision: 7, Hash: strings.Repeat("ab", 32), Connected: 1, Acked: 1, Proxies: proxies})

@@ -1,11 +1,9 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -174,7 +172,7 @@ func (c *cli) ejections() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				list := ejected(ps)
+				list := mesh.SumEjections(ps)
 				if c.format != "table" {
 					return c.emit(list, nil, nil)
 				}
@@ -188,61 +186,4 @@ func (c *cli) ejections() *cobra.Command {
 			})
 		},
 	}
-}
-
-// An ejection is what sidecars say of one endpoint or service.
-type ejection struct {
-	mesh.Ejection          // since the first says so, with its reason
-	Sidecars      []string `json:"sidecars"`
-	// Of is how many sidecars are connected; of a host outside, how many gateways, which
-	// are then in Sidecars.
-	Of int `json:"of"`
-	by string
-}
-
-func (e ejection) String() string {
-	said := fmt.Sprintf("eject %s", e.Address)
-	switch e.Kind {
-	case "unhealthy":
-		said = fmt.Sprintf("find %s unhealthy", e.Address)
-	case "open":
-		said = "have cut it off"
-	}
-	return fmt.Sprintf("%s: %d of %d %ss %s since %s: %s", e.Service, len(e.Sidecars), e.Of, e.by, said, e.Since.UTC().Format("15:04"), cmp.Or(e.Why, "no reason given"))
-}
-
-// ejected gathers what the connected sidecars say, by service and address.
-func ejected(ps []mesh.Proxy) []ejection {
-	type key struct{ service, address, kind string }
-	of, by := map[string]int{}, map[key]*ejection{}
-	for _, p := range ps {
-		if !p.Connected {
-			continue
-		}
-		of[p.Kind]++
-		if p.Traffic == nil {
-			continue
-		}
-		for _, e := range p.Traffic.Ejections {
-			k := key{string(e.Service), e.Address.String(), e.Kind}
-			x := by[k]
-			switch {
-			case x == nil:
-				x = &ejection{Ejection: e, by: p.Kind}
-				by[k] = x
-			case e.Since.Before(x.Since):
-				x.Ejection = e
-			}
-			x.Sidecars = append(x.Sidecars, p.Workload.String())
-		}
-	}
-	list := []ejection{}
-	for _, x := range by {
-		x.Of = of[x.by]
-		list = append(list, *x)
-	}
-	slices.SortFunc(list, func(a, b ejection) int {
-		return cmp.Or(cmp.Compare(a.Service, b.Service), a.Address.Compare(b.Address), cmp.Compare(a.Kind, b.Kind))
-	})
-	return list
 }

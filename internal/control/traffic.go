@@ -45,21 +45,29 @@ func trafficToWire(t *mesh.Traffic) *meshpb.Traffic {
 }
 
 // weightiest are as many of the ejections as may be said: services that are cut off
-// as a whole before addresses.
+// as a whole before addresses, and one address of each service before the second of
+// any, since one host may have hundreds.
 func weightiest(list []mesh.Ejection) []mesh.Ejection {
 	if len(list) <= maxEjections {
 		return list
 	}
-	list = slices.Clone(list)
-	slices.SortStableFunc(list, func(a, b mesh.Ejection) int { return cmp.Compare(partial(a), partial(b)) })
-	return list[:maxEjections]
-}
-
-func partial(e mesh.Ejection) int {
-	if e.Kind == "open" {
-		return 0
+	type ranked struct {
+		mesh.Ejection
+		nth int
 	}
-	return 1
+	all, of := make([]ranked, len(list)), map[mesh.ServiceName]int{}
+	for i, e := range list {
+		if all[i] = (ranked{e, 0}); e.Kind != "open" {
+			of[e.Service]++
+			all[i].nth = of[e.Service]
+		}
+	}
+	slices.SortStableFunc(all, func(a, b ranked) int { return cmp.Compare(a.nth, b.nth) })
+	out := make([]mesh.Ejection, maxEjections)
+	for i := range out {
+		out[i] = all[i].Ejection
+	}
+	return out
 }
 
 func trafficFromWire(w *meshpb.Traffic) (*mesh.Traffic, error) {

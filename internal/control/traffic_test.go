@@ -206,3 +206,22 @@ func TestWhatIsCutOffIsSaidFirst(t *testing.T) {
 		t.Errorf("%d ejections, the first of %s", n, w.GetEjections()[0].GetService())
 	}
 }
+
+// One host whose addresses all fail leaves room for what is said of others.
+func TestEveryServiceHasItsPart(t *testing.T) {
+	var list []mesh.Ejection
+	for i := range maxEjections {
+		list = append(list, mesh.Ejection{Service: "host:a.test", Address: netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(i >> 8), byte(i)}), 443), Kind: "ejected"})
+	}
+	list = append(list, mesh.Ejection{Service: "host:b.test", Address: netip.MustParseAddrPort("10.1.0.1:443"), Kind: "unhealthy"}, mesh.Ejection{Service: "host:c.test", Kind: "open"})
+	n := map[mesh.ServiceName]int{}
+	for _, e := range weightiest(list) {
+		n[e.Service]++
+	}
+	if n["host:a.test"] != maxEjections-2 || n["host:b.test"] != 1 || n["host:c.test"] != 1 {
+		t.Errorf("said are %v", n)
+	}
+	if got := weightiest(list)[0]; got.Service != "host:c.test" {
+		t.Errorf("first is said %+v", got)
+	}
+}

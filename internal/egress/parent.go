@@ -87,7 +87,8 @@ func (d *Dialer) parents(ctx context.Context, t *Target) (list []parent, err err
 	if len(list) == 0 {
 		return nil, err
 	}
-	slices.SortStableFunc(list, func(a, b parent) int { return cmp.Compare(a.try.Rank(a.addr), b.try.Rank(b.addr)) })
+	rank := func(p parent) int { return p.try.Ranks([]netip.AddrPort{p.addr})[0] }
+	slices.SortStableFunc(list, func(a, b parent) int { return cmp.Compare(rank(a), rank(b)) })
 	return list, nil
 }
 

@@ -99,13 +99,16 @@ func (w *walk) visit(ctx context.Context, list []mesh.Outlet) {
 	if len(s.places) == 0 {
 		return
 	}
+	addrs := make([]netip.AddrPort, len(s.places))
+	for i, p := range s.places {
+		addrs[i] = p.addr
+	}
 	ranks := make(map[netip.AddrPort]int, len(s.places))
-	for _, p := range s.places {
-		r := w.t.Try.Rank(p.addr)
-		if slices.Contains(w.t.Avoid, p.addr) {
+	for i, r := range w.t.Try.Ranks(addrs) {
+		if slices.Contains(w.t.Avoid, addrs[i]) {
 			r = upstream.Aside + 1
 		}
-		ranks[p.addr] = r
+		ranks[addrs[i]] = r
 	}
 	slices.SortStableFunc(s.places, func(a, b place) int { return cmp.Compare(ranks[a.addr], ranks[b.addr]) })
 	s.places = s.places[:min(len(s.places), maxAttempts)]

@@ -249,7 +249,7 @@ type service struct {
 	// SVID does.
 	Worst   mesh.ProxyState
 	Expires time.Time
-	Cut     []mesh.Ejection // what its callers do not call of it
+	Cut     []mesh.EjectionSum // what its callers do not call of it
 }
 
 // services are all of the policy, with what the map says of them.
@@ -281,14 +281,13 @@ func (p *Page) services(g *chart.Graph) []*service {
 			x.In = l
 		}
 	}
-	for _, px := range p.cfg.Proxies() {
-		if px.Traffic != nil {
-			for _, e := range px.Traffic.Ejections {
-				if x := byName[e.Service]; x != nil {
-					x.Cut = append(x.Cut, e)
-				}
-			}
+	proxies := p.cfg.Proxies()
+	for _, h := range mesh.SumEjections(proxies) {
+		if x := byName[h.Service]; x != nil {
+			x.Cut = append(x.Cut, h)
 		}
+	}
+	for _, px := range proxies {
 		if x := byID[px.Workload.String()]; x != nil {
 			x.Proxies = append(x.Proxies, px)
 		}
@@ -410,11 +409,14 @@ func (p *Page) egressView(r *http.Request, _ *visitor) (any, error) {
 		total[x.State]++
 	}
 	slices.SortStableFunc(list, func(a, b Passage) int { return b.Opened.Compare(a.Opened) })
+	held := slices.DeleteFunc(mesh.SumEjections(p.cfg.Proxies()), func(h mesh.EjectionSum) bool {
+		return h.By != control.KindGateway || !strings.Contains(strings.ToLower(string(h.Service)), find)
+	})
 	rows, more, err := p.paged(r, len(list), pageRows)
 	if err != nil {
 		return nil, err
 	}
-	return map[string]any{"State": stateOf(r), "Span": text, "Spans": spans, "List": list[rows[0]:rows[1]], "Rows": len(list), "More": more, "Total": total, "Find": r.FormValue("find"), "Since": p.started}, nil
+	return map[string]any{"State": stateOf(r), "Span": text, "Spans": spans, "List": list[rows[0]:rows[1]], "Rows": len(list), "More": more, "Total": total, "Find": r.FormValue("find"), "Since": p.started, "Held": held[:min(len(held), pageRows)]}, nil
 }
 
 // auditView searches the records, and says how far each log is continuous.

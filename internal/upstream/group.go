@@ -146,6 +146,9 @@ type standing struct {
 	// mu guards what puts endpoints aside, and has one view made at a time.
 	mu    sync.Mutex
 	whole []*endpoint // of the service, guarded by mu
+	// among is how many addresses there are, where whole has only those that were
+	// called, guarded by mu.
+	among int
 	// gone counts the calls that went well at endpoints that have gone, guarded by
 	// mu.
 	gone uint32
@@ -566,7 +569,7 @@ func (g *standing) eject(e *endpoint, now int64, why string) (Trouble, bool) {
 			out++
 		}
 	}
-	if !mayEject(len(g.whole), out, g.out.MaxShare) {
+	if !mayEject(max(len(g.whole), g.among), out, g.out.MaxShare) {
 		return Trouble{}, false
 	}
 	e.eject(g.out, now, why)

@@ -225,21 +225,31 @@ const (
 	Aside // it is put aside
 )
 
-// Rank says which addresses are tried before others.
-func (t *Try) Rank(addr netip.AddrPort) int {
+// Ranks says which addresses of the host are tried before others, in their order. It
+// remembers none of them: there may be any in an answer of DNS.
+func (t *Try) Ranks(addrs []netip.AddrPort) []int {
+	ranks := make([]int, len(addrs))
 	if t == nil {
-		return Well
+		return ranks
 	}
-	now := time.Now().UnixNano()
-	switch e := t.host.find(addr, now); {
-	case e == nil:
-		return Well
-	case e.out.Load() > now:
-		return Aside
-	case e.rests(now):
-		return Rests
+	now, h := time.Now().UnixNano(), t.host
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.among = len(addrs)
+	for i, addr := range addrs {
+		e := h.at[addr]
+		if e == nil {
+			continue
+		}
+		e.seen = now
+		switch {
+		case e.out.Load() > now:
+			ranks[i] = Aside
+		case e.rests(now):
+			ranks[i] = Rests
+		}
 	}
-	return Well
+	return ranks
 }
 
 // find is what is known of an address, nil when nothing can be.

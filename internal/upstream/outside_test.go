@@ -26,25 +26,42 @@ func begin(t *testing.T, o *Outside, cfg mesh.Routes) *Try {
 	return try
 }
 
+func rank(t *Try, i int) int { return t.Ranks([]netip.AddrPort{addrOf(i)})[0] }
+
+// What DNS answers with pushes nothing out that was learned by calls.
+func TestToRankRemembersNothing(t *testing.T) {
+	var o Outside
+	try := begin(t, &o, mesh.Routes{})
+	try.Unmade(addrOf(0))
+	for i := 1; i < 3*maxAddresses; i++ {
+		if r := rank(try, i); r != Well {
+			t.Fatalf("an address that nobody called has rank %d", r)
+		}
+	}
+	if n := len(try.host.at); n != 1 || rank(try, 0) != Rests {
+		t.Errorf("%d addresses are remembered, the one that was called with rank %d", n, rank(try, 0))
+	}
+}
+
 func TestAddressesOutsideRestAndAreForgiven(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var o Outside
 		try := begin(t, &o, mesh.Routes{})
 		try.Unmade(addrOf(1))
-		if a, b := try.Rank(addrOf(1)), try.Rank(addrOf(2)); a != Rests || b != Well {
+		if a, b := rank(try, 1), rank(try, 2); a != Rests || b != Well {
 			t.Errorf("ranks %d and %d", a, b)
 		}
 		time.Sleep(firstRest)
-		if r := try.Rank(addrOf(1)); r != Well {
+		if r := rank(try, 1); r != Well {
 			t.Errorf("after its rest: %d", r)
 		}
 		try.Unmade(addrOf(1))
 		time.Sleep(firstRest)
-		if r := try.Rank(addrOf(1)); r != Rests {
+		if r := rank(try, 1); r != Rests {
 			t.Errorf("the second rest is not longer: %d", r)
 		}
 		try.On(addrOf(1))
-		if r := try.Rank(addrOf(1)); r != Well {
+		if r := rank(try, 1); r != Well {
 			t.Errorf("once it is connected to: %d", r)
 		}
 		try.Tell(OK, time.Now(), 0)
@@ -59,20 +76,20 @@ func TestAddressesOutsideArePutAside(t *testing.T) {
 		cfg := mesh.Routes{Outlier: &mesh.Outlier{Consecutive: 2, Ejection: time.Minute}}
 		for range 2 {
 			try := begin(t, &o, cfg)
-			try.Rank(addrOf(2))
+			try.Ranks([]netip.AddrPort{addrOf(1), addrOf(2)})
 			try.On(addrOf(1))
 			try.Tell(Failed, time.Now(), 0)
 			try.End()
 		}
 		try := begin(t, &o, cfg)
-		if a, b := try.Rank(addrOf(1)), try.Rank(addrOf(2)); a != Aside || b != Well {
+		if a, b := rank(try, 1), rank(try, 2); a != Aside || b != Well {
 			t.Errorf("ranks %d and %d", a, b)
 		}
 		if len(told) != 1 || told[0].Kind != Ejected || told[0].Address != addrOf(1) || len(o.Troubles()) != 1 {
 			t.Errorf("told %+v, lists %+v", told, o.Troubles())
 		}
 		time.Sleep(time.Minute)
-		if r := try.Rank(addrOf(1)); r != Well {
+		if r := rank(try, 1); r != Well {
 			t.Errorf("after its time: %d", r)
 		}
 		try.End()
@@ -156,7 +173,7 @@ func TestWhatIsKnownOutsideIsBounded(t *testing.T) {
 	var o Outside
 	try := begin(t, &o, mesh.Routes{})
 	for i := range 3 * maxAddresses {
-		try.Rank(addrOf(i))
+		try.Unmade(addrOf(i))
 	}
 	if n, whole := len(try.host.at), len(try.host.whole); n != maxAddresses || whole != n {
 		t.Errorf("%d addresses, %d in all", n, whole)
@@ -185,7 +202,7 @@ func TestWhatIsKnownOutsideIsBounded(t *testing.T) {
 	none.On(addrOf(1))
 	none.Tell(OK, time.Now(), 0)
 	none.End()
-	if none.Retry() || none.Rank(addrOf(1)) != Well {
+	if none.Retry() || rank(none, 1) != Well {
 		t.Error("something is known of nothing")
 	}
 }

@@ -216,7 +216,11 @@ func (m *Mesh) proxies() (out []mesh.Proxy) {
 		}
 		out = append(out, p)
 	}
-	return out
+	return append(out, mesh.Proxy{
+		Agent: spiffeid.RequireFromPath(TD, "/spire/agent/join_token/edge"), Workload: spiffeid.RequireFromPath(TD, "/ns/edge/sa/gateway"), Kind: "gateway",
+		Version: "v1.4.0 go1.26.5", SVIDExpires: m.now.Add(40 * time.Minute), PolicyRevision: 42, State: mesh.Synced, Connected: true, LastSeen: m.now,
+		Traffic: &mesh.Traffic{Ejections: []mesh.Ejection{{Service: "host:api.bank.example", Kind: "open", Since: m.now.Add(-2 * time.Minute), Why: "5 consecutive failures"}}},
+	})
 }
 
 func (m *Mesh) chart(_ context.Context, from, to time.Time) (mesh.Chart, error) {
