@@ -276,20 +276,11 @@ func (c *Conn) Close() { c.end(ErrClosing) }
 // Sever is Close without last words to the peer.
 func (c *Conn) Sever() {
 	c.end(ErrClosing)
-	if n, ok := c.nc.(interface{ NetConn() net.Conn }); ok {
-		n.NetConn().Close()
-		return
-	}
-	c.nc.Close()
+	mux.Sever(c.nc)
 }
 
 // ConnectionState is that of the TLS connection.
-func (c *Conn) ConnectionState() tls.ConnectionState {
-	if t, ok := c.nc.(interface{ ConnectionState() tls.ConnectionState }); ok {
-		return t.ConnectionState()
-	}
-	return tls.ConnectionState{}
-}
+func (c *Conn) ConnectionState() tls.ConnectionState { return mux.StateOf(c.nc) }
 
 func (c *Conn) end(err error) {
 	c.mu.Lock()

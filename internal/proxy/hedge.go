@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"sallyport/internal/http1"
+	"sallyport/internal/mux"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -252,10 +253,7 @@ func (k *race) ConnectionState() tls.ConnectionState {
 	if c == nil {
 		c = k.one
 	}
-	if s, ok := c.(interface{ ConnectionState() tls.ConnectionState }); ok {
-		return s.ConnectionState()
-	}
-	return tls.ConnectionState{}
+	return mux.StateOf(c)
 }
 
 func (k *race) SetReadDeadline(t time.Time) error {
