@@ -22,13 +22,12 @@ func speaksGRPC(req *http1.Request) bool {
 	return req.TETrailers && http1.IsGRPC(req.Get("content-type"))
 }
 
-// overHTTP2 has a call of gRPC go to the host over HTTP/2 alone. It is refused where
-// the destination says nothing of that: over HTTP/1.1 no server takes it.
+// overHTTP2 refuses a call of gRPC where the destination says nothing of HTTP/2: over
+// HTTP/1.1 no server takes it.
 func overHTTP2(how *mesh.Destination) error {
 	if !slices.Contains(how.ALPN, mesh.ALPNHTTP2) {
 		return refuse(ReasonALPN, "gRPC needs HTTP/2 to the host: its destination says no alpn: [h2]")
 	}
-	how.ALPN = []string{mesh.ALPNHTTP2}
 	return nil
 }
 

@@ -139,7 +139,7 @@ func TestCallsOfGRPC(t *testing.T) {
 	both(t, func(t *testing.T, dial dialFunc) {
 		h, s := startRPC(t)
 		w := newWorld(t, nil)
-		w.use(w.policy(rpcs, s.originated("shop.test")+"    alpn: [h2]\n"))
+		w.use(w.policy(rpcs, s.originated("shop.test")+"    alpn: [h2, http/1.1]\n"))
 		c := rpcClient(t, w, dial, "shop.test:80")
 		for _, size := range []int{0, 100, 300_000} {
 			var late meta.MD

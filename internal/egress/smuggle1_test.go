@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-
-	"golang.org/x/net/http2"
 )
 
 // startRaw1 makes a host of s that speaks HTTP/1.1: it answers by what answer says
@@ -78,7 +76,6 @@ func TestInspectedRequestsBecomeHTTP1(t *testing.T) {
 		{"a body that looks like a request", "POST /a HTTP/1.1\r\n" + host + "Content-Length: 26\r\n\r\nGET /b HTTP/1.1\r\nHost: c\r\n", "POST /a" + got + "Content-Length: 26\r\n\r\nGET /b HTTP/1.1\r\nHost: c\r\n"},
 		{"chunks", "POST /a HTTP/1.1\r\n" + host + "Transfer-Encoding: chunked\r\nTrailer: X-Late\r\n\r\n2;a=b\r\nhi\r\n0\r\nX-Late: a\r\n\r\n", "POST /a" + got + "Transfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n"},
 
-		{"HTTP/2 without more ado", http2.ClientPreface, ""},
 		{"another host", "GET /a HTTP/1.1\r\nHost: evil.test\r\n\r\n", ""},
 		{"another port", "GET /a HTTP/1.1\r\nHost: shop.test:80\r\n\r\n", ""},
 		{"another host in the target", "GET http://evil.test/a HTTP/1.1\r\nHost: evil.test\r\n\r\n", ""},

@@ -228,8 +228,11 @@ func (f *fetch) lend() (*origin, error) {
 	key := originKeyOf(f)
 	fits := func(to place) bool { return f.g.leadsThere(f.snap, f.tunnel, f.call.SNI, to) }
 	to := Target{Host: f.host, Port: f.call.Port, How: f.how, Try: f.on, Avoid: f.avoid}
-	if f.req.Upgrade { // which is asked for over HTTP/1.1
+	switch {
+	case f.req.Upgrade: // which is asked for over HTTP/1.1
 		to.How.ALPN = []string{mesh.ALPNHTTP1}
+	case speaksGRPC(f.req): // which goes over HTTP/2, or not at all
+		to.How.ALPN, key.alpn = []string{mesh.ALPNHTTP2}, mesh.ALPNHTTP2
 	}
 	if !f.how.Remembered() {
 		if !f.fresh && !f.req.Upgrade {
