@@ -1,6 +1,7 @@
 package telemetry
 
 import (
+	"cmp"
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -69,7 +70,7 @@ func (i *istio) Collect(ch chan<- prometheus.Metric) {
 	answers, pairs := i.calls()
 	i.bytes(pairs)
 	for a, n := range answers {
-		ch <- prometheus.MustNewConstMetric(i.requests, prometheus.CounterValue, float64(n), append(i.r.istioEnds(a.pair, a.proto), a.code, a.grpc, istioFlag(a.flag))...)
+		ch <- prometheus.MustNewConstMetric(i.requests, prometheus.CounterValue, float64(n), append(i.r.istioEnds(a.pair, a.proto), a.code, a.grpc, a.flag)...)
 	}
 	for p, c := range pairs {
 		if c.streams {
@@ -104,12 +105,13 @@ func (i *istio) calls() (map[answered]uint64, map[pair]*carried) {
 	i.r.tcpOpened.each(func(l labels, c *Counter) {
 		if p, ok := istioPair(l[0], l[1], l[2]); ok {
 			x := of(p)
-			x.streams, x.begun = true, c.n.Load()
+			x.streams = true
+			x.begun += c.n.Load()
 		}
 	})
 	i.r.tcpClosed.each(func(l labels, c *Counter) {
 		if p, ok := istioPair(l[0], l[1], l[2]); ok {
-			of(p).closed = c.n.Load()
+			of(p).closed += c.n.Load()
 		}
 	})
 	i.r.requests.each(func(l labels, c *Counter) {
@@ -122,7 +124,7 @@ func (i *istio) calls() (map[answered]uint64, map[pair]*carried) {
 			code = "0"
 		}
 		n := c.n.Load()
-		answers[answered{p, l[1], code, l[3], l[4]}] += n
+		answers[answered{p, l[1], code, l[3], istioFlag(l[4])}] += n // of which some are one
 		of(p).calls += n
 	})
 	i.r.latency.each(func(l labels, h *Histogram) {
@@ -154,6 +156,7 @@ func (i *istio) bytes(pairs map[pair]*carried) {
 // istioPair says how Istio calls a reporter: at a gateway nobody counts at the
 // other end. What the issuer is asked is no call of a workload.
 func istioPair(reporter, src, dst string) (pair, bool) {
+	src, dst = cmp.Or(src, unknown), cmp.Or(dst, unknown)
 	switch reporter {
 	case "inbound":
 		return pair{"destination", src, dst}, true
@@ -185,9 +188,6 @@ func (r *Registry) istioWorkload(name string) (workload, namespace, principal st
 	}
 	if part := strings.Split(path, "/"); len(part) == 4 && part[0] == "ns" && part[2] == "sa" {
 		return part[3], part[1], "spiffe://" + domain + "/" + path
-	}
-	if name == "" {
-		name = unknown
 	}
 	return name, unknown, unknown
 }

@@ -71,3 +71,39 @@ func TestIstioNamesSayTheSame(t *testing.T) {
 		}
 	}
 }
+
+// Calls that differ in what Istio has one word for are one series: two of the same
+// labels fail the whole scrape.
+func TestIstioNamesNoSeriesTwice(t *testing.T) {
+	r := NewRegistry().Home("mesh.test")
+	r.IstioNames()
+	const web, pay = "spiffe://mesh.test/ns/shop/sa/web", "spiffe://mesh.test/ns/shop/sa/payment"
+	in := NewSignals(r, "inbound")
+	for _, flag := range []string{"rate", "limit", "rate"} {
+		in.Series(web, pay, "").Observe(&Call{Code: 429, Flag: flag})
+	}
+	for _, reporter := range []string{"outbound", "gateway"} { // the same side, to Istio
+		s := NewSignals(r, reporter).SeriesOf(ProtoTCP, web, "api.stripe.test", "")
+		s.Begin()
+		s.Observe(&Call{Up: 5, Down: 6})
+		s.End()
+	}
+	for _, host := range []string{"", "unknown"} {
+		NewSignals(r, "gateway").Series(web, host, "").Observe(&Call{Code: 502, Flag: "resolve"})
+	}
+	if _, err := r.Gather(); err != nil {
+		t.Fatal(err)
+	}
+	got := scrape(t, r)
+	for _, want := range []string{`response_code="429",response_flags="RL",source_canonical_service="web"`, `istio_tcp_connections_opened_total`, `response_code="502",response_flags="resolve"`} {
+		n, last := 0, ""
+		for line := range strings.Lines(got) {
+			if strings.HasPrefix(line, "istio_") && strings.Contains(line, want) {
+				n, last = n+1, strings.TrimSpace(line)
+			}
+		}
+		if n != 1 || !(strings.HasSuffix(last, " 3") || strings.HasSuffix(last, " 2")) {
+			t.Errorf("%s: %d series, the last %s", want, n, last)
+		}
+	}
+}
