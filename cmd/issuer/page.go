@@ -15,6 +15,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -113,7 +114,7 @@ func (c PageConfig) validate() error {
 		errs = append(errs, errors.New("page.cert_file: a page on a loopback address speaks plain HTTP; leave it out, or choose another listen"))
 	}
 	o := c.OIDC
-	if o.Issuer == "" && (o.Client != "" || o.URL != "" || len(o.Viewers)+len(o.Operators)+len(o.Admins) > 0) {
+	if o.Issuer == "" && !reflect.DeepEqual(o, PageOIDC{}) {
 		errs = append(errs, errors.New("page.oidc.issuer: missing: the provider's https URL"))
 	}
 	if o.Issuer != "" {
@@ -166,7 +167,7 @@ func (in *issuer) pageServer() (*http.Server, error) {
 	cfg := in.cfg.Page
 	srv := &http.Server{
 		Handler: in.page.Handler(), ErrorLog: slog.NewLogLogger(in.log.Handler(), slog.LevelDebug),
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 	}
 	if cfg.loopback() {
 		return srv, nil

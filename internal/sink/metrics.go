@@ -38,13 +38,16 @@ type MetricsConfig struct {
 func (c MetricsConfig) Validate() error {
 	errs := []error{c.MetricsConfig.Validate()}
 	if c.OTLP != nil {
-		errs = append(errs, within("metrics.otlp", c.OTLP.validate()))
+		errs = append(errs, within("metrics.otlp", errors.Join(c.OTLP.validate(), c.OTLP.leads("/v1/metrics"))))
 		if c.Disabled {
 			errs = append(errs, errors.New("metrics.otlp: metrics.disabled has nothing to send; leave one of both out"))
 		}
 	}
 	if c.Every != 0 && (c.Every < time.Second || c.Every > time.Hour) {
 		errs = append(errs, fmt.Errorf("metrics.every: %s is not between 1s and 1h", c.Every))
+	}
+	if c.Every != 0 && c.OTLP == nil {
+		errs = append(errs, errors.New("metrics.every: nothing is sent without metrics.otlp; write that too, or leave it out"))
 	}
 	return errors.Join(errs...)
 }
@@ -99,10 +102,12 @@ func (m *Metrics) Run(ctx context.Context) error {
 		return nil
 	}
 	defer m.close()
+	end, over := outlive(ctx)
+	defer over()
 	var told time.Time
 	for ctx.Err() == nil {
 		daemon.Pause(ctx, m.every)
-		one, cancel := context.WithTimeout(context.WithoutCancel(ctx), metricsWithin)
+		one, cancel := context.WithTimeout(end, metricsWithin)
 		err := m.send(one)
 		cancel()
 		if err == nil {

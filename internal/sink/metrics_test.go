@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	export "go.opentelemetry.io/proto/slim/otlp/collector/metrics/v1"
@@ -143,6 +144,9 @@ func TestMetricsConfigIsChecked(t *testing.T) {
 	}{
 		{MetricsConfig{OTLP: &OTLPConfig{URL: "http://a.test"}}, "metrics.otlp: url: must be https"},
 		{MetricsConfig{Every: time.Millisecond}, "metrics.every"},
+		{MetricsConfig{Every: time.Minute}, "metrics.every: nothing is sent without metrics.otlp"},
+		{MetricsConfig{OTLP: &OTLPConfig{URL: "https://a.test/v1/logs"}}, "metrics.otlp: url: /v1/logs is for something else; collectors take this at /v1/metrics"},
+		{MetricsConfig{OTLP: &OTLPConfig{URL: "https://a.test/otel/v1/traces/"}}, "metrics.otlp: url: /v1/traces is for something else"},
 		{MetricsConfig{MetricsConfig: daemon.MetricsConfig{Disabled: true}, OTLP: &OTLPConfig{URL: "https://a.test/v1/metrics"}}, "metrics.otlp: metrics.disabled"},
 		{MetricsConfig{MetricsConfig: daemon.MetricsConfig{Disabled: true, IstioNames: true}}, "metrics.istio_names"},
 	} {
@@ -152,5 +156,75 @@ func TestMetricsConfigIsChecked(t *testing.T) {
 	}
 	if m, err := NewMetrics(MetricsConfig{}, Env{}, nil); m != nil || err != nil {
 		t.Errorf("%v %v", m, err)
+	}
+	// So are the collectors of the others; a path of one's own is.
+	for want, err := range map[string]error{
+		"tracing.otlp: url: /v1/metrics is for something else; collectors take this at /v1/traces": TracesConfig{OTLP: &OTLPConfig{URL: "https://a.test/v1/metrics"}}.Validate(),
+		"otlp: url: /v1/traces is for something else; collectors take this at /v1/logs":            Config{Name: "a", OTLP: &OTLPConfig{URL: "https://a.test/v1/traces"}}.Validate(),
+	} {
+		if err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
+	}
+	for _, c := range []MetricsConfig{{OTLP: &OTLPConfig{URL: "https://a.test/v1/metrics"}, Every: time.Minute}, {OTLP: &OTLPConfig{URL: "https://a.test/own"}}, {OTLP: &OTLPConfig{URL: "https://a.test:4317", Protocol: "grpc"}}} {
+		if err := c.Validate(); err != nil {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+// deaf is a collector that answers nothing.
+type deaf struct{ asked chan struct{} }
+
+func (d *deaf) export(ctx context.Context, _ string, _, _ proto.Message) error {
+	select {
+	case d.asked <- struct{}{}:
+	default:
+	}
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (d *deaf) close() {}
+
+// Whoever stops a program waits no longer than a moment for a collector that answers
+// nothing, however much is left to send, and whenever the program is stopped.
+func TestADeafCollectorHoldsNoExitUp(t *testing.T) {
+	for _, during := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			d := &deaf{asked: make(chan struct{}, 1)}
+			r := telemetry.NewRegistry()
+			m := newTestMetrics(r, &taker{})
+			m.exporter, m.every = d, time.Hour
+			tracer := telemetry.NewTracer(telemetry.TracerConfig{Sample: 1, Metrics: r})
+			traces := &Traces{exporter: d, tracer: tracer, metrics: r, log: m.log, service: m.service}
+			if during {
+				m.every = time.Second
+				for range 3 * spansAtOnce {
+					tracer.Keep(telemetry.Span{Name: "x"})
+				}
+			}
+			for name, run := range map[string]func(context.Context) error{"metrics": m.Run, "traces": traces.Run} {
+				ctx, cancel := context.WithCancel(t.Context())
+				done := make(chan error)
+				go func() { done <- run(ctx) }()
+				if during {
+					<-d.asked
+				}
+				synctest.Wait()
+				began := time.Now()
+				cancel()
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+				if took := time.Since(began); took > lastWithin {
+					t.Errorf("%s, while something is sent %t: the exit takes %s", name, during, took)
+				}
+				select {
+				case <-d.asked:
+				default:
+				}
+			}
+		})
 	}
 }

@@ -46,6 +46,34 @@ func (c *OTLPConfig) validate() error {
 	return errors.Join(append(errs, validateURL("url", c.URL, example), within("token", c.Token.validate()), c.TLS.validate())...)
 }
 
+// leads refuses the path of a collector that takes something else.
+func (c *OTLPConfig) leads(path string) error {
+	u, err := url.Parse(c.URL)
+	if err != nil || c.Protocol == "grpc" {
+		return nil //nolint:nilerr // validate says so
+	}
+	for _, other := range []string{"/v1/logs", "/v1/metrics", "/v1/traces"} {
+		if other != path && strings.HasSuffix(strings.TrimSuffix(u.Path, "/"), other) {
+			return fmt.Errorf("url: %s is for something else; collectors take this at %s", other, path)
+		}
+	}
+	return nil
+}
+
+// lastWithin is how long is sent what is left when a program ends: whoever stops it
+// waits for that.
+const lastWithin = 2 * time.Second
+
+// outlive is a context that ends so long after ctx.
+func outlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		t := time.AfterFunc(lastWithin, cancel)
+		context.AfterFunc(out, func() { t.Stop() })
+	})
+	return out, func() { stop(); cancel() }
+}
+
 func (c *OTLPConfig) open(env Env, _ string) (peer, error) {
 	host, err := os.Hostname()
 	if err != nil {

@@ -173,6 +173,9 @@ func (c Config) Validate() error {
 	for _, k := range ks {
 		errs = append(errs, within(k.name, k.cfg.validate()))
 	}
+	if c.OTLP != nil {
+		errs = append(errs, within("otlp", c.OTLP.leads("/v1/logs")))
+	}
 	return errors.Join(errs...)
 }
 

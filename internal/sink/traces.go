@@ -40,7 +40,7 @@ type TracesConfig struct {
 func (c TracesConfig) Validate() error {
 	var errs []error
 	if c.OTLP != nil {
-		errs = append(errs, within("tracing.otlp", c.OTLP.validate()))
+		errs = append(errs, within("tracing.otlp", errors.Join(c.OTLP.validate(), c.OTLP.leads("/v1/traces"))))
 	}
 	if c.Slow < 0 || c.Slow > time.Hour {
 		errs = append(errs, fmt.Errorf("tracing.slow: %s is not between 0s and 1h", c.Slow))
@@ -113,13 +113,15 @@ func (t *Traces) Run(ctx context.Context) error {
 		return nil
 	}
 	defer t.close()
+	end, over := outlive(ctx)
+	defer over()
 	var told time.Time
 	for {
 		batch := t.tracer.Next(ctx, spansAtOnce, spansWait)
 		if len(batch) == 0 && ctx.Err() != nil {
 			return nil
 		}
-		if err := t.send(ctx, batch); err != nil {
+		if err := t.send(ctx, end, batch); err != nil {
 			t.metrics.Spans("failed").Add(int64(len(batch)))
 			if now := time.Now(); now.Sub(told) >= spansTell {
 				told = now
@@ -129,11 +131,11 @@ func (t *Traces) Run(ctx context.Context) error {
 	}
 }
 
-func (t *Traces) send(ctx context.Context, batch []*telemetry.Span) error {
+func (t *Traces) send(ctx, end context.Context, batch []*telemetry.Span) error {
 	q := t.request(batch)
 	for try := 1; ; try++ {
 		resp := new(export.ExportTraceServiceResponse)
-		one, cancel := context.WithTimeout(context.WithoutCancel(ctx), spansWithin)
+		one, cancel := context.WithTimeout(end, spansWithin)
 		err := t.export(one, exportTraces, q, resp)
 		cancel()
 		if err == nil {
