@@ -27,6 +27,8 @@ const (
 	// maxLinks and maxSessions bound those that are good at once: the oldest goes.
 	maxLinks    = 32
 	maxSessions = 128
+	// maxOwn is how many of each one person has.
+	maxOwn = 8
 	// tellApart is the least time between two records that one was refused.
 	tellApart = time.Minute
 	// enterApart is the least time between two records that the holder of a
@@ -66,6 +68,8 @@ type pass struct {
 	until time.Time
 	id    spiffeid.ID
 	role  string
+	// browser is what the enterCookie of the person's browser says, of a link.
+	browser string
 }
 
 // A door knows who may come in by a link.
@@ -121,14 +125,7 @@ func (d *door) init() {
 // put keeps a pass, whose secret is known by its hash alone.
 func put(m map[[32]byte]pass, secret string, x pass, most int) {
 	for len(m) >= most {
-		var oldest [32]byte
-		var at time.Time
-		for k, x := range m {
-			if at.IsZero() || x.until.Before(at) {
-				oldest, at = k, x.until
-			}
-		}
-		delete(m, oldest)
+		delete(m, oldest(m))
 	}
 	m[sha256.Sum256([]byte(secret))] = x
 }
@@ -163,6 +160,9 @@ func (p *Page) enter(w http.ResponseWriter, r *http.Request) {
 	link, known := p.door.links[hash]
 	delete(p.door.links, hash)
 	p.door.mu.Unlock()
+	if known = known && link.of(r); link.browser != "" {
+		http.SetCookie(w, &http.Cookie{Name: enterCookie, Path: "/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode})
+	}
 	if !known || !now.Before(link.until) {
 		http.Error(w, "this link was opened before, or is too old; make another: sallyport page", http.StatusForbidden)
 		return
@@ -175,9 +175,50 @@ func (p *Page) enter(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	p.door.mu.Lock()
-	put(p.door.sessions, c.session, pass{c.until, c.id, c.role}, maxSessions)
+	crowdOut(p.door.sessions, c.id)
+	put(p.door.sessions, c.session, pass{until: c.until, id: c.id, role: c.role}, maxSessions)
 	p.door.mu.Unlock()
 	p.session(w, r, c)
+}
+
+// of says that the browser has brought back what it was given with a link. One of the
+// user of this machine was given to no browser.
+func (x *pass) of(r *http.Request) bool {
+	if x.browser == "" {
+		return true
+	}
+	c, err := r.Cookie(enterCookie)
+	return err == nil && hmac.Equal([]byte(c.Value), []byte(x.browser))
+}
+
+// crowdOut makes room for a pass of a person who has as many as anybody may, so that
+// it takes none from others.
+func crowdOut(m map[[32]byte]pass, id spiffeid.ID) {
+	if id.IsZero() {
+		return // the user of this machine has all of them
+	}
+	own := map[[32]byte]pass{}
+	for k, x := range m {
+		if x.id == id {
+			own[k] = x
+		}
+	}
+	for len(own) >= maxOwn {
+		k := oldest(own)
+		delete(own, k)
+		delete(m, k)
+	}
+}
+
+// oldest is the pass that ends first.
+func oldest(m map[[32]byte]pass) (key [32]byte) {
+	var at time.Time
+	for k, x := range m {
+		if at.IsZero() || x.until.Before(at) {
+			key, at = k, x.until
+		}
+	}
+	return key
 }
 
 // session tells a visitor who it is and what it may do.

@@ -17,7 +17,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"sallyport/internal/jose"
@@ -99,7 +98,7 @@ type provider struct {
 	client *http.Client
 	keys   *keyset.Keeper
 
-	mu    sync.Mutex // guards the fields below
+	turn  chan struct{} // whoever has it in there has the fields below
 	known *metadata
 	at    time.Time
 	// failed is why the provider could not be asked at failedAt.
@@ -133,7 +132,7 @@ func newProvider(cfg OIDC, log *slog.Logger) (*provider, error) {
 		conf.RootCAs = x509.NewCertPool()
 		conf.RootCAs.AppendCertsFromPEM([]byte(cfg.CA)) // it does: Validate
 	}
-	return &provider{cfg: cfg, keys: keys, client: &http.Client{
+	return &provider{cfg: cfg, keys: keys, turn: make(chan struct{}, 1), client: &http.Client{
 		Timeout:   providerWithin,
 		Transport: &http.Transport{TLSClientConfig: conf, ForceAttemptHTTP2: true, MaxResponseHeaderBytes: 64 << 10, MaxIdleConns: 1, IdleConnTimeout: time.Minute},
 		// A secret and a code go to the host that was named, and nowhere else.
@@ -146,8 +145,12 @@ func (o *provider) callback() string { return o.cfg.URL + "/oidc/callback" }
 
 // discover asks the provider where its endpoints are, now and then.
 func (o *provider) discover(ctx context.Context, now time.Time) (*metadata, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock() // who comes meanwhile waits for the answer
+	select {
+	case o.turn <- struct{}{}:
+		defer func() { <-o.turn }()
+	case <-ctx.Done(): // who comes meanwhile waits for the answer, if he stays
+		return nil, ctx.Err()
+	}
 	if o.known != nil && now.Sub(o.at) < providerFresh {
 		return o.known, nil
 	}
@@ -165,7 +168,7 @@ func (o *provider) discover(ctx context.Context, now time.Time) (*metadata, erro
 	return m, nil
 }
 
-// fetch is discover without a memory. The caller holds the lock.
+// fetch is discover without a memory. The caller has the turn.
 func (o *provider) fetch(ctx context.Context) (*metadata, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(o.cfg.Issuer, "/")+"/.well-known/openid-configuration", nil)
 	if err != nil {

@@ -10,13 +10,16 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"io"
+	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -142,9 +145,16 @@ type porch struct {
 	mesh  *pagetest.Mesh
 	login *login
 	url   string
-	mu    sync.Mutex // guards late
+	told  atomic.Int64 // lines of the log
+	mu    sync.Mutex   // guards late
 	late  time.Duration
 }
+
+// Enabled, Handle, WithAttrs and WithGroup count the lines that an operator reads.
+func (p *porch) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelWarn }
+func (p *porch) Handle(context.Context, slog.Record) error    { p.told.Add(1); return nil }
+func (p *porch) WithAttrs([]slog.Attr) slog.Handler           { return p }
+func (p *porch) WithGroup(string) slog.Handler                { return p }
 
 func (p *porch) now() time.Time {
 	p.mu.Lock()
@@ -159,7 +169,7 @@ func openPorch(t *testing.T) *porch {
 	srv := httptest.NewUnstartedServer(nil)
 	p.url = "https://" + srv.Listener.Addr().String()
 	conf := p.mesh.Config()
-	conf.Now = p.now
+	conf.Now, conf.Log = p.now, slog.New(p)
 	conf.OIDC = &page.OIDC{
 		Issuer: p.login.srv.URL, Client: oidcClient, Secret: oidcSecret, URL: p.url, Viewers: []string{"staff"}, Operators: []string{"ops"}, Admins: []string{"admins"},
 		Scopes: []string{"groups"}, CA: string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: p.login.srv.Certificate().Raw})),
@@ -401,6 +411,95 @@ func TestASignInIsOfOneBrowser(t *testing.T) {
 	}
 	if code, _ := b.do("GET", back, ""); code != http.StatusForbidden {
 		t.Errorf("the provider's answer is good twice: %d", code)
+	}
+}
+
+// TestATokenIsOfOneBrowser has the address at the end of a sign-in come to another
+// browser, which it opens nothing for; nor for the right one afterwards.
+func TestATokenIsOfOneBrowser(t *testing.T) {
+	p := openPorch(t)
+	p.login.next(jwt.MapClaims{"groups": "staff"}, nil)
+	b, other := p.browser(), p.browser()
+	if code, who := other.signIn(); code != http.StatusOK { // which has a cookie of its own then
+		t.Fatalf("%d %s", code, who)
+	}
+	for _, thief := range []*browser{p.browser(), other} {
+		_, token := b.do("GET", "/oidc/signin", "")
+		for _, who := range []*browser{thief, b} {
+			if code, body := who.do("POST", "/session", `{"token":"`+token+`"}`); code != http.StatusForbidden {
+				t.Errorf("a token opens the page for another browser: %d %s", code, body)
+			}
+		}
+	}
+	if code, who := b.signIn(); code != http.StatusOK {
+		t.Errorf("afterwards nobody enters: %d %s", code, who)
+	}
+}
+
+// TestAPersonHasFewSessions shows that who signs in again and again ends his own
+// sessions, and no others.
+func TestAPersonHasFewSessions(t *testing.T) {
+	p := openPorch(t)
+	enter := func(sub string) *browser {
+		p.login.next(jwt.MapClaims{"groups": "staff", "sub": sub}, nil)
+		b := p.browser()
+		if code, who := b.signIn(); code != http.StatusOK {
+			t.Fatalf("%d %s", code, who)
+		}
+		p.mu.Lock()
+		p.late += time.Second // so that one session is older than the other
+		p.mu.Unlock()
+		return b
+	}
+	bob := enter("bob")
+	var all []*browser
+	for range 10 {
+		all = append(all, enter("alice"))
+	}
+	for i, b := range all {
+		want := http.StatusOK
+		if i < 2 {
+			want = http.StatusUnauthorized
+		}
+		if code, _ := b.do("GET", "/view/denied", ""); code != want {
+			t.Errorf("session %d of 10: %d, want %d", i, code, want)
+		}
+	}
+	if code, _ := bob.do("GET", "/view/denied", ""); code != http.StatusOK {
+		t.Errorf("another's session: %d", code)
+	}
+}
+
+// TestVainSignInsEnd shows that who brings one false code after another has the
+// provider asked, and the log written to, so many times; others go on signing in.
+func TestVainSignInsEnd(t *testing.T) {
+	p := openPorch(t)
+	p.login.next(jwt.MapClaims{"groups": "staff"}, nil)
+	vain := 0
+	for code := 0; code != http.StatusTooManyRequests; vain++ {
+		b := p.browser()
+		u, err := url.Parse(b.begin())
+		if err != nil {
+			t.Fatal(err)
+		}
+		q := u.Query()
+		q.Set("code", "x")
+		u.RawQuery = q.Encode()
+		if code, _ = b.do("GET", u.String(), ""); code != http.StatusBadGateway && code != http.StatusTooManyRequests || vain > 100 {
+			t.Fatalf("the vain sign-in %d: %d", vain, code)
+		}
+	}
+	if n := p.told.Load(); n != 1 {
+		t.Errorf("%d lines in the log of %d vain sign-ins", n, vain)
+	}
+	b := p.browser()
+	from := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
+	elsewhere := b.c.Transport.(*http.Transport).Clone()
+	elsewhere.DialContext = from.DialContext
+	b.c.Transport = elsewhere
+	defer elsewhere.CloseIdleConnections()
+	if code, who := b.signIn(); code != http.StatusOK {
+		t.Errorf("from another address: %d %s", code, who)
 	}
 }
 

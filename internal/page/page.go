@@ -165,7 +165,7 @@ type Page struct {
 	started time.Time
 	// provider is nil when people enter by none.
 	provider *provider
-	redeems  chan struct{}
+	redeems  redeems
 }
 
 // New makes a Page.
@@ -187,7 +187,7 @@ func New(cfg Config) (*Page, error) {
 	p.charts.making, p.charts.list = make(chan struct{}, chartsAtOnce), map[chartKey]*drawn{}
 	p.door.init()
 	if cfg.OIDC != nil {
-		p.redeems = make(chan struct{}, maxRedeems)
+		p.redeems.init()
 		if p.provider, err = newProvider(*cfg.OIDC, cfg.Log); err != nil {
 			return nil, fmt.Errorf("page: %w", err)
 		}

@@ -8,16 +8,21 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"fmt"
+	"net"
 	"net/http"
+	"net/netip"
 	"regexp"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/control"
 	"sallyport/internal/jose"
+	"sallyport/internal/mux"
 )
 
 // The roles that a provider's groups give. On the page an admin may do what an
@@ -33,13 +38,62 @@ const (
 	// personLife, and then asks the provider again.
 	flowLife   = 10 * time.Minute
 	personLife = time.Hour
-	// maxRedeems is how many codes are redeemed at once.
-	maxRedeems = 8
-	// flowCookie ties a sign-in to the browser that began it. It opens nothing.
-	flowCookie = "__Secure-sallyport-signin"
+	// maxRedeems is how many codes are redeemed at once, maxRedeemsEach how many for
+	// one address. An address has a burst of sign-ins that come to nothing, and a rate
+	// per second: each has the provider asked.
+	maxRedeems, maxRedeemsEach = 8, 2
+	vainBurst, vainRate        = 30, 0.2
+	// sayApart is the least time between two lines of the log that nobody can sign in.
+	sayApart = time.Minute
+	// flowCookie ties a sign-in to the browser that began it, and enterCookie the token
+	// at its end. Neither opens anything.
+	flowCookie  = "__Secure-sallyport-signin"
+	enterCookie = "__Host-sallyport-enter"
 	// signinHeader tells the page's script where to sign in.
 	signinHeader = "Sallyport-Signin"
 )
+
+// redeems bound what sign-ins cost the provider, and the log.
+type redeems struct {
+	vain *mux.Calm[mux.Source]
+	said atomic.Int64 // when the log was told last
+
+	mu  sync.Mutex // guards the fields below
+	all int
+	of  map[mux.Source]int
+}
+
+func (d *redeems) init() {
+	d.vain, d.of = mux.NewCalm[mux.Source](vainBurst, vainRate), map[mux.Source]int{}
+}
+
+// enter begins to redeem a code for an address, which is over when leave is called.
+func (d *redeems) enter(from mux.Source) (leave func(), ok bool) {
+	if d.vain.Over(from) {
+		return nil, false
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.all >= maxRedeems || d.of[from] >= maxRedeemsEach {
+		return nil, false
+	}
+	d.all++
+	d.of[from]++
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.all--
+		if d.of[from]--; d.of[from] == 0 {
+			delete(d.of, from)
+		}
+	}, true
+}
+
+// sourceOf is where a request comes from, as a peer cannot choose it.
+func sourceOf(r *http.Request) mux.Source {
+	at, _ := netip.ParseAddrPort(r.RemoteAddr) // what is none is one source
+	return mux.SourceOf(net.TCPAddrFromAddrPort(at))
+}
 
 // A flow is one sign-in. All of it follows from the browser's cookie and a key of
 // this process, so that strangers fill no memory.
@@ -76,7 +130,8 @@ func (p *Page) signin(w http.ResponseWriter, r *http.Request) {
 }
 
 func (p *Page) noSignin(w http.ResponseWriter, r *http.Request, err error) {
-	if r.Context().Err() == nil {
+	now, last := p.cfg.Now().UnixNano(), p.redeems.said.Load()
+	if r.Context().Err() == nil && now-last >= int64(sayApart) && p.redeems.said.CompareAndSwap(last, now) {
 		p.cfg.Log.Warn("nobody can sign in to the page by the provider", "issuer", p.provider.cfg.Issuer, "err", err)
 	}
 	http.Error(w, "the provider does not let you in now; the issuer's log says why", http.StatusBadGateway)
@@ -106,13 +161,13 @@ func (p *Page) signedIn(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "the provider has refused: "+e, http.StatusForbidden)
 		return
 	}
-	select {
-	case p.redeems <- struct{}{}:
-		defer func() { <-p.redeems }()
-	default:
+	from := sourceOf(r)
+	leave, ok := p.redeems.enter(from)
+	if !ok {
 		http.Error(w, "many sign in now; do it again", http.StatusTooManyRequests)
 		return
 	}
+	defer leave()
 	m, err := p.provider.discover(r.Context(), now)
 	if err != nil {
 		p.noSignin(w, r, err)
@@ -120,6 +175,7 @@ func (p *Page) signedIn(w http.ResponseWriter, r *http.Request) {
 	}
 	t, err := p.provider.redeem(r.Context(), m, q.Get("code"), p.flowOf(c.Value), now)
 	if err != nil {
+		p.redeems.vain.Spend(from, 1)
 		p.noSignin(w, r, err)
 		return
 	}
@@ -142,10 +198,12 @@ func (p *Page) admit(w http.ResponseWriter, r *http.Request, t *jose.Token, now 
 		http.Error(w, "none of your groups has a role here: page.oidc.viewers, operators and admins name those that have", http.StatusForbidden)
 		return
 	}
-	token := rand.Text() + rand.Text()
+	token, browser := rand.Text()+rand.Text(), rand.Text()
 	p.door.mu.Lock()
-	put(p.door.links, token, pass{until: now.Add(linkLife), id: id, role: role}, maxLinks)
+	crowdOut(p.door.links, id)
+	put(p.door.links, token, pass{until: now.Add(linkLife), id: id, role: role, browser: browser}, maxLinks)
 	p.door.mu.Unlock()
+	http.SetCookie(w, &http.Cookie{Name: enterCookie, Value: browser, Path: "/", MaxAge: int(linkLife.Seconds()), Secure: true, HttpOnly: true, SameSite: http.SameSiteStrictMode})
 	http.Redirect(w, r, "/denied#"+token, http.StatusSeeOther)
 }
 
