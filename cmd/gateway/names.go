@@ -28,7 +28,7 @@ func (gw *gateway) openNames() error {
 	if err != nil {
 		return err
 	}
-	gw.doors.Beside(func(held bool) {
+	gw.shift.Doors.Beside(func(held bool) {
 		pass := book.Adopt
 		if held {
 			pass = book.Yield
@@ -80,7 +80,7 @@ func (gw *gateway) serveNames(ctx context.Context, g *errgroup.Group) error {
 		if d.addr == "" {
 			continue
 		}
-		ln, err := gw.doors.TCP(d.field, d.addr)
+		ln, err := gw.shift.Doors.TCP(d.field, d.addr)
 		if err != nil {
 			return err
 		}

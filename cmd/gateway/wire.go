@@ -63,15 +63,8 @@ type gateway struct {
 
 	// now ends when the process is to leave at once.
 	now context.Context
-	// doors are the listening sockets. tie is to the process that this one takes
-	// over from, nil when there is none; adopted is closed once its duties are
-	// ours.
-	doors   *handover.Doors
-	tie     *handover.Tie
-	adopted chan struct{}
-	// keeper hands over in its turn; heir is who has taken over.
-	keeper *handover.Keeper
-	heir   *handover.Session
+	// shift is from the process before to the next one.
+	shift *handover.Shift
 }
 
 // readyListener is the condition that tunnels are accepted.
@@ -82,16 +75,17 @@ const auditFile = "audit.jsonl"
 
 // serve runs the gateway until a signal, or until a part of it fails.
 func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (err error) {
-	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name()), doors: new(handover.Doors), adopted: make(chan struct{})}
+	gw := &gateway{cfg: cfg, ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name())}
 	f, ok := stderr.(*os.File)
 	gw.log, gw.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	gw.shift = handover.NewShift("gateway", cfg.RunDir, cfg.DataDir, gw.log)
 	if takeover {
-		if err := gw.takeOver(); err != nil {
+		if err := gw.shift.TakeOver(); err != nil {
 			return err
 		}
-		defer gw.letGo()
+		defer gw.shift.LetGo()
 	}
-	if err := gw.doors.Activate(); err != nil {
+	if err := gw.shift.Doors.Activate(); err != nil {
 		return err
 	}
 	if err := gw.open(); err != nil {
@@ -111,7 +105,7 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 	g.Go(func() error { return gw.judge.Run(ground) })
 	g.Go(func() error { return gw.traces.Run(ground) })
 	g.Go(func() error { return gw.exports.Run(ground) })
-	if gw.tie == nil {
+	if gw.shift.Tie == nil {
 		if err := gw.administer(ground, g, drain); err != nil {
 			return err
 		}
@@ -122,7 +116,7 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 		begin, cancel := context.WithCancel(ground)
 		defer context.AfterFunc(stop, cancel)()
 		defer cancel()
-		if gw.tie == nil {
+		if gw.shift.Tie == nil {
 			if err := gw.agent.Join(begin); err != nil {
 				return err
 			}
@@ -153,11 +147,11 @@ func (gw *gateway) openExports() (err error) {
 // administer serves the admin socket.
 func (gw *gateway) administer(ground context.Context, g *errgroup.Group, drain func()) error {
 	path := filepath.Join(gw.cfg.RunDir, "admin.sock")
-	ln, err := gw.doors.Private("admin", path, gw.log)
+	ln, err := gw.shift.Doors.Private("admin", path, gw.log)
 	if err != nil {
 		return err
 	}
-	scrape, err := gw.doors.TCP("metrics.listen", gw.cfg.Metrics.Listen)
+	scrape, err := gw.shift.Doors.TCP("metrics.listen", gw.cfg.Metrics.Listen)
 	if err != nil {
 		return err
 	}
@@ -179,8 +173,8 @@ func (gw *gateway) open() (err error) {
 	}
 	path := filepath.Join(cfg.DataDir, auditFile)
 	log := audit.Config{Path: path, Log: gw.log, MaxFile: cfg.Audit.Keep.MaxFile(), Counted: func(k audit.Kind) { gw.metrics.AuditRecords(string(k)).Inc() }}
-	if gw.tie != nil {
-		gw.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, gw.tie, gw.tie.Head())
+	if gw.shift.Tie != nil {
+		gw.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, gw.shift.Tie, gw.shift.Tie.Head())
 	} else {
 		gw.audit, err = audit.OpenLedger(log, audit.LedgerConfig{})
 	}
@@ -232,7 +226,7 @@ func (gw *gateway) open() (err error) {
 	if err != nil {
 		return err
 	}
-	if gw.tie != nil {
+	if gw.shift.Tie != nil {
 		return gw.agent.Known()
 	}
 	return gw.hold()
@@ -322,11 +316,11 @@ func (gw *gateway) rejudge() {
 // live serves until it is told to stop or another process serves in its place,
 // then lets the tunnels end.
 func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain func(), self spiffeid.ID) error {
-	ln, err := gw.doors.TCP("listen", gw.cfg.Listen)
+	ln, err := gw.shift.Doors.TCP("listen", gw.cfg.Listen)
 	if err != nil {
 		return err
 	}
-	if err := gw.doors.Unclaimed(); err != nil {
+	if err := gw.shift.Doors.Unclaimed(); err != nil {
 		return errors.Join(err, ln.Close())
 	}
 	serving, finish := context.WithCancel(ground)
@@ -358,6 +352,6 @@ func (gw *gateway) live(stop, ground context.Context, g *errgroup.Group, drain f
 	grace, cancel := context.WithTimeout(gw.now, gw.cfg.Drain.Timeout)
 	defer cancel()
 	gw.egress.Drain(grace)
-	gw.awaitDuties(ground)
+	gw.shift.AwaitDuties(ground, gw.now, gw.cfg.Drain.Timeout)
 	return err
 }

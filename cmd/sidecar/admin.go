@@ -16,11 +16,11 @@ import (
 // administer serves the admin socket.
 func (s *sidecar) administer(ground context.Context, g *errgroup.Group, drain func()) error {
 	path := filepath.Join(s.cfg.RunDir, "admin.sock")
-	ln, err := s.doors.Private("admin", path, s.log)
+	ln, err := s.shift.Doors.Private("admin", path, s.log)
 	if err != nil {
 		return err
 	}
-	scrape, err := s.doors.TCP("metrics.listen", s.cfg.Metrics.Listen)
+	scrape, err := s.shift.Doors.TCP("metrics.listen", s.cfg.Metrics.Listen)
 	if err != nil {
 		return err
 	}

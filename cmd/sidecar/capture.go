@@ -297,7 +297,7 @@ const (
 func (s *sidecar) holdRules(ctx context.Context, g *errgroup.Group) error {
 	s.ready.Expect(readyCapture)
 	h, err := s.installRules()
-	if err != nil && (s.tie == nil || !errors.Is(err, redirect.ErrHeld)) {
+	if err != nil && (s.shift.Tie == nil || !errors.Is(err, redirect.ErrHeld)) {
 		return hintCapture(err)
 	}
 	s.ready.Set(readyCapture, nil)

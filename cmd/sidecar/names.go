@@ -175,7 +175,7 @@ func (s *sidecar) nameSocket(a netip.AddrPort) (net.Listener, *net.UDPConn, erro
 			return roomDoor{c}, c, nil
 		}
 	}
-	ln, c, err := s.doors.UDP("names.listen/udp", a.String())
+	ln, c, err := s.shift.Doors.UDP("names.listen/udp", a.String())
 	if err != nil {
 		return nil, nil, daemon.Hint(fmt.Errorf("names.listen: %w", err), "free the port, or change names.listen in the configuration")
 	}
@@ -210,12 +210,12 @@ func (s *sidecar) testNames(ctx context.Context, g *errgroup.Group) {
 	if s.cfg.Names.SelfTest == "off" {
 		return
 	}
-	if s.tie == nil {
+	if s.shift.Tie == nil {
 		s.ready.Expect(readyNames)
 	}
 	g.Go(func() error {
 		select {
-		case <-s.adopted: // until then the process before may be the one that answers
+		case <-s.shift.Adopted(): // until then the process before may be the one that answers
 		case <-ctx.Done():
 			return nil
 		}

@@ -105,15 +105,8 @@ type sidecar struct {
 
 	// now ends when the process is to leave at once.
 	now context.Context
-	// doors are the listening sockets. tie is to the process that this one takes
-	// over from, nil when there is none; adopted is closed once its duties are
-	// ours.
-	doors   *handover.Doors
-	tie     *handover.Tie
-	adopted chan struct{}
-	// keeper hands over in its turn; heir is who has taken over.
-	keeper *handover.Keeper
-	heir   *handover.Session
+	// shift is from the process before to the next one.
+	shift *handover.Shift
 }
 
 // auditFile is the audit log inside DataDir.
@@ -124,15 +117,15 @@ const auditFile = "audit.jsonl"
 func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.Writer) (err error) {
 	s := &sidecar{
 		cfg: cfg, virtual: cfg.Capture.Enabled() || run.Isolate, ready: new(daemon.Ready), metrics: cfg.Metrics.Registry(cfg.TrustDomain.Name()), edges: telemetry.NewEdges(), started: make(chan struct{}), serving: make(chan struct{}),
-		doors: new(handover.Doors), adopted: make(chan struct{}),
 	}
 	f, ok := stderr.(*os.File)
 	s.log, s.level = daemon.NewLogger(stderr, cfg.Log.Level, ok && daemon.IsTerminal(f))
+	s.shift = handover.NewShift("sidecar", cfg.RunDir, cfg.DataDir, s.log)
 	if run.Takeover {
 		if err := s.takeOver(run.Program); err != nil {
 			return err
 		}
-		defer s.letGo()
+		defer s.shift.LetGo()
 	}
 	if err := s.activate(); err != nil {
 		return err
@@ -177,7 +170,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	g.Go(func() error { return s.regions.Follow(ground) })
 	g.Go(func() error { return s.traces.Run(ground) })
 	g.Go(func() error { return s.exports.Run(ground) })
-	if s.tie == nil {
+	if s.shift.Tie == nil {
 		if err := s.administer(ground, g, drain); err != nil {
 			return err
 		}
@@ -185,7 +178,7 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	}
 	g.Go(func() error {
 		defer end()
-		if s.tie == nil {
+		if s.shift.Tie == nil {
 			if err := s.agent.Join(either(stop, ground)); err != nil {
 				return err
 			}
@@ -216,11 +209,11 @@ func (s *sidecar) open() (err error) {
 	if s.addresses, err = virtual.Open(filepath.Join(cfg.DataDir, "addresses.json"), cfg.Capture.Virtual, cfg.Capture.Virtual6); err != nil {
 		return err
 	}
-	s.doors.Beside(s.holdAddresses)
+	s.shift.Doors.Beside(s.holdAddresses)
 	path := filepath.Join(cfg.DataDir, auditFile)
 	log := audit.Config{Path: path, Log: s.log, MaxFile: cfg.Audit.Keep.MaxFile(), Counted: func(k audit.Kind) { s.metrics.AuditRecords(string(k)).Inc() }}
-	if s.tie != nil {
-		s.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, s.tie, s.tie.Head())
+	if s.shift.Tie != nil {
+		s.audit, err = audit.FollowLedger(log, audit.LedgerConfig{}, s.shift.Tie, s.shift.Tie.Head())
 	} else {
 		s.audit, err = audit.OpenLedger(log, audit.LedgerConfig{})
 	}
@@ -278,7 +271,7 @@ func (s *sidecar) open() (err error) {
 		return err
 	}
 	s.agent.Source().Exchange(cfg.TLS.KeyExchange)
-	if s.tie != nil {
+	if s.shift.Tie != nil {
 		return s.agent.Known()
 	}
 	return s.hold()
@@ -405,7 +398,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 			return nil
 		}
 		var ln net.Listener
-		if ln, err = s.doors.TCP(field, addr); err == nil {
+		if ln, err = s.shift.Doors.TCP(field, addr); err == nil {
 			open = append(open, ln)
 		}
 		return ln
@@ -466,7 +459,7 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		out = append(out, door{ln, func(ctx context.Context, ln net.Listener) error { return outbound.RunFor(ctx, ln, u.Service) }})
 	}
 	if err == nil {
-		err = s.doors.Unclaimed()
+		err = s.shift.Doors.Unclaimed()
 	}
 	return in, out, err
 }
@@ -569,6 +562,6 @@ func (s *sidecar) live(stop, ground context.Context, g *errgroup.Group, drain fu
 	s.awaitLeave()
 	closeOut()
 	err = errors.Join(err, outs.Wait(), status)
-	s.awaitDuties(ground)
+	s.shift.AwaitDuties(ground, s.now, s.cfg.Drain.Timeout)
 	return err
 }

@@ -21,7 +21,7 @@ func (s *sidecar) workloadAPI() (func(context.Context) error, error) {
 		return nil, err
 	}
 	// Every local user may connect: who gets what is decided by attestation.
-	ln, err := s.doors.Unix("workload.socket", s.cfg.Workload.Socket,
+	ln, err := s.shift.Doors.Unix("workload.socket", s.cfg.Workload.Socket,
 		func() (handover.Listener, error) { return capture.ListenUnix(s.cfg.Workload.Socket, 0o777) },
 		func(ln *net.UnixListener) (handover.Listener, error) { return capture.AdoptUnix(ln) })
 	if err != nil {
