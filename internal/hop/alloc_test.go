@@ -20,19 +20,7 @@ import (
 // by serve.
 func onLoopback(tb testing.TB, serve func(*Stream)) *pair {
 	tb.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer ln.Close()
-	here, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		tb.Fatal(err)
-	}
-	there, err := ln.Accept()
-	if err != nil {
-		tb.Fatal(err)
-	}
+	here, there := meshtest.TCP(tb)
 	near, far := shakeHands(tb, capture.NewDirect(here), capture.NewDirect(there))
 	p := new(pair)
 	p.start(tb, near, far, Config{}, Config{}, serve)

@@ -156,8 +156,8 @@ func BenchmarkKeepAlive(b *testing.B) {
 // BenchmarkKeepAliveLoopback is a whole exchange over four TCP sockets: the
 // test client and server are part of the figure.
 func BenchmarkKeepAliveLoopback(b *testing.B) {
-	upClient, upServer := tcpPair(b)
-	client, downServer := tcpPair(b)
+	upClient, upServer := meshtest.TCP(b)
+	client, downServer := meshtest.TCP(b)
 	go func() {
 		buf, answer := make([]byte, 8<<10), []byte(benchAnswer)
 		for {
@@ -183,24 +183,6 @@ func BenchmarkKeepAliveLoopback(b *testing.B) {
 }
 
 func reuse(c *Conn) func() *Conn { return func() *Conn { return c } }
-
-// tcpPair is two ends of a loopback connection.
-func tcpPair(tb testing.TB) (a, b net.Conn) {
-	tb.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer ln.Close()
-	if a, err = net.Dial("tcp", ln.Addr().String()); err != nil {
-		tb.Fatal(err)
-	}
-	if b, err = ln.Accept(); err != nil {
-		tb.Fatal(err)
-	}
-	tb.Cleanup(func() { a.Close(); b.Close() })
-	return a, b
-}
 
 // BenchmarkChunked reads and re-frames a chunked body of 1 MiB in chunks of
 // 4 KiB.

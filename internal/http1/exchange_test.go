@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"sallyport/internal/meshtest"
 	"strings"
 	"syscall"
 	"testing"
@@ -186,8 +187,8 @@ func TestTruncatedResponseIsNotCompleted(t *testing.T) {
 // live starts a proxy between two loopback connections, and gives the client's
 // end, the upstream's end, and the outcome.
 func live(t *testing.T) (client, upstream net.Conn, outcome chan error) {
-	client, down := tcpPair(t)
-	up, upstream := tcpPair(t)
+	client, down := meshtest.TCP(t)
+	up, upstream := meshtest.TCP(t)
 	outcome = make(chan error, 1)
 	go func() {
 		_, err := proxy(NewConn(down, Limits{}), reuse(NewConn(up, Limits{})))
@@ -368,8 +369,8 @@ func TestUpstreamDiesDuringUpload(t *testing.T) {
 }
 
 func TestUpgradeAndTunnel(t *testing.T) {
-	client, down := tcpPair(t)
-	up, upstream := tcpPair(t)
+	client, down := meshtest.TCP(t)
+	up, upstream := meshtest.TCP(t)
 	type end struct {
 		ab, ba int64
 		err    error

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"sallyport/internal/meshtest"
 	"strings"
 	"sync"
 	"testing"
@@ -305,7 +306,7 @@ func TestWriteError(t *testing.T) {
 }
 
 func TestStale(t *testing.T) {
-	a, b := tcpPair(t)
+	a, b := meshtest.TCP(t)
 	c := NewConn(a, Limits{})
 	if n := testing.AllocsPerRun(100, func() { c.Stale() }); n != 0 {
 		t.Errorf("%v allocations", n)
@@ -320,7 +321,7 @@ func TestStale(t *testing.T) {
 	if !c.Stale() {
 		t.Error("bytes that nobody asked for went unseen")
 	}
-	a, b = tcpPair(t)
+	a, b = meshtest.TCP(t)
 	c = NewConn(a, Limits{})
 	b.Close()
 	waitReadable(t, a)
@@ -351,7 +352,7 @@ func waitReadable(t *testing.T, c net.Conn) {
 func (c *Conn) quiet() bool { return !c.Stale() }
 
 func TestLingerKeepsTheViews(t *testing.T) {
-	client, server := tcpPair(t)
+	client, server := meshtest.TCP(t)
 	c, r := NewConn(server, Limits{}), new(Request)
 	_, _ = io.WriteString(client, "POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\n"+strings.Repeat("y", 9000))
 	if err := c.ReadRequest(r); err != nil {
@@ -365,7 +366,7 @@ func TestLingerKeepsTheViews(t *testing.T) {
 }
 
 func TestLingerLetsTheAnswerArrive(t *testing.T) {
-	client, server := tcpPair(t)
+	client, server := meshtest.TCP(t)
 	go func() {
 		c := NewConn(server, Limits{})
 		r := new(Request)

@@ -11,6 +11,7 @@ import (
 	"io"
 	"math/big"
 	"net/http"
+	"sallyport/internal/meshtest"
 	"strings"
 	"testing"
 	"time"
@@ -34,7 +35,7 @@ func tlsPair(t *testing.T) (client, server *tls.Conn) {
 	}
 	roots := x509.NewCertPool()
 	roots.AddCert(leaf)
-	a, b := tcpPair(t)
+	a, b := meshtest.TCP(t)
 	client = tls.Client(a, &tls.Config{RootCAs: roots, ServerName: "a", MinVersion: tls.VersionTLS13})
 	server = tls.Server(b, &tls.Config{
 		Certificates:           []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sallyport/internal/meshtest"
 	"testing"
 	"time"
 )
@@ -107,8 +108,8 @@ func FuzzFrames(f *testing.F) {
 // parted runs a tunnel between two ends over TCP.
 func parted(t *testing.T, webSocket bool) (client, server net.Conn, tun *Tunnel, over <-chan error) {
 	t.Helper()
-	client, down := tcpPair(t)
-	up, server := tcpPair(t)
+	client, down := meshtest.TCP(t)
+	up, server := meshtest.TCP(t)
 	tun = NewTunnel(NewConn(down, Limits{}), NewConn(up, Limits{}), time.Minute)
 	tun.WebSocket = webSocket
 	done := make(chan error, 1)
@@ -265,8 +266,8 @@ func BenchmarkFrames(b *testing.B) {
 func BenchmarkTunnel(b *testing.B) {
 	for _, webSocket := range []bool{false, true} {
 		b.Run(fmt.Sprintf("websocket=%v", webSocket), func(b *testing.B) {
-			client, down := tcpPair(b)
-			up, server := tcpPair(b)
+			client, down := meshtest.TCP(b)
+			up, server := meshtest.TCP(b)
 			tun := NewTunnel(NewConn(down, Limits{}), NewConn(up, Limits{}), time.Minute)
 			tun.WebSocket = webSocket
 			go tun.Run() //nolint:errcheck // ends with the connections

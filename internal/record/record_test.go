@@ -26,7 +26,7 @@ var suites = []uint16{tls.TLS_AES_128_GCM_SHA256, tls.TLS_AES_256_GCM_SHA384, tl
 func TestPiecesArriveWhole(t *testing.T) {
 	for _, id := range suites {
 		for _, direct := range []bool{true, false} {
-			near, far := loopback(t)
+			near, far := meshtest.TCP(t)
 			if direct {
 				near, far = capture.NewDirect(near), capture.NewDirect(far)
 			}
@@ -153,7 +153,7 @@ func TestPeersOfCryptoTLS(t *testing.T) {
 
 // TestDataComesWithTheHandshake has the first bytes arrive with what ends it.
 func TestDataComesWithTheHandshake(t *testing.T) {
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	held := &holding{Conn: near}
 	done := make(chan error, 1)
 	go func() {
@@ -275,14 +275,14 @@ func TestFarewellsAreBounded(t *testing.T) {
 
 // TestHandshakeFails says what crypto/tls says, and that the time is bounded.
 func TestHandshakeFails(t *testing.T) {
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	conf := clientConfig()
 	conf.MaxVersion, conf.MinVersion = tls.VersionTLS12, tls.VersionTLS12
 	go func() { _ = tls.Client(near, conf).Handshake() }()
 	if _, err := Server(context.Background(), far, serverConfig(), nil); err == nil {
 		t.Error("TLS 1.2 was spoken")
 	}
-	_, far = loopback(t)
+	_, far = meshtest.TCP(t)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
 	if _, err := Server(ctx, far, serverConfig(), nil); !errors.Is(err, context.DeadlineExceeded) {
@@ -301,7 +301,7 @@ func TestHandshakesInTurns(t *testing.T) {
 	turns := make(mux.Turns, 1)
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	slow := make(chan error, 1)
 	go func() {
 		c, err := Server(ctx, far, serverConfig(), turns)
@@ -311,7 +311,7 @@ func TestHandshakesInTurns(t *testing.T) {
 		slow <- err
 	}()
 	for range 3 {
-		n, f := loopback(t)
+		n, f := meshtest.TCP(t)
 		go func() { _ = tls.Client(n, clientConfig()).Handshake() }()
 		c, err := Server(ctx, capture.NewDirect(f), serverConfig(), turns)
 		if err != nil {
@@ -329,7 +329,7 @@ func TestHandshakesInTurns(t *testing.T) {
 
 // TestAPanicIsWhoeverServes: it must not end the process.
 func TestAPanicIsWhoeverServes(t *testing.T) {
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	go func() { _ = tls.Client(near, clientConfig()).Handshake() }()
 	conf := serverConfig()
 	conf.VerifyConnection = func(tls.ConnectionState) error { panic("oops") }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/meshtest"
 )
 
 // selfSigned is a certificate that its holder has signed.
@@ -40,31 +41,10 @@ func clientConfig() *tls.Config {
 	return &tls.Config{InsecureSkipVerify: true, Certificates: []tls.Certificate{selfSigned()}, NextProtos: []string{"x"}, MinVersion: tls.VersionTLS13}
 }
 
-// loopback is a pair of TCP connections.
-func loopback(t testing.TB) (near, far net.Conn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	if near, err = net.Dial("tcp", ln.Addr().String()); err != nil {
-		t.Fatal(err)
-	}
-	if far, err = ln.Accept(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		near.Close()
-		far.Close()
-	})
-	return near, far
-}
-
 // pair is two ends of ours.
 func pair(t testing.TB) (client, server *Conn) {
 	t.Helper()
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	return pairOn(t, capture.NewDirect(near), capture.NewDirect(far))
 }
 
@@ -109,7 +89,7 @@ func ofSuite(t testing.TB, id uint16, client, server *Conn) {
 // withTLS is an end of ours, a server or not, against crypto/tls.
 func withTLS(t testing.TB, serve bool) (*Conn, *tls.Conn) {
 	t.Helper()
-	near, far := loopback(t)
+	near, far := meshtest.TCP(t)
 	nc := capture.NewDirect(near)
 	var ours *Conn
 	done := make(chan error, 1)

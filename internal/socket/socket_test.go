@@ -13,28 +13,8 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/meshtest"
 )
-
-// onLoopback is a pair of connections.
-func onLoopback(t *testing.T) (near, far net.Conn) {
-	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer ln.Close()
-	if near, err = net.Dial("tcp", ln.Addr().String()); err != nil {
-		t.Fatal(err)
-	}
-	if far, err = ln.Accept(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		near.Close()
-		far.Close()
-	})
-	return near, far
-}
 
 // TestASourceGivesWhatWasWritten writes pieces of all sizes by all ways.
 func TestASourceGivesWhatWasWritten(t *testing.T) {
@@ -48,7 +28,7 @@ func TestASourceGivesWhatWasWritten(t *testing.T) {
 		}},
 	} {
 		t.Run(way.name, func(t *testing.T) {
-			near, far := onLoopback(t)
+			near, far := meshtest.TCP(t)
 			to, from := way.wrap(t, near, far)
 			r := mathrand.New(mathrand.NewPCG(1, 2))
 			var pieces [][]byte
@@ -92,7 +72,7 @@ func TestASourceGivesWhatWasWritten(t *testing.T) {
 }
 
 func TestADeadlineEndsNothing(t *testing.T) {
-	near, far := onLoopback(t)
+	near, far := meshtest.TCP(t)
 	client, server := near, capture.NewDirect(far)
 	s := NewSource(server)
 	for range 2 {
@@ -126,7 +106,7 @@ func TestLargeBuffersAreBounded(t *testing.T) {
 	if b := Get(true); b.Large() {
 		t.Errorf("one more has %d bytes", len(b.Bytes))
 	}
-	near, far := onLoopback(t)
+	near, far := meshtest.TCP(t)
 	go func() { _, _ = near.Write(make([]byte, Large)) }()
 	for n, s := 0, NewSource(far); n < Large; {
 		b, err := s.Next()
@@ -144,20 +124,7 @@ func TestLargeBuffersAreBounded(t *testing.T) {
 
 // A connection that was reset is gone, though something is still to be read.
 func TestGone(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	far, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	near, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer near.Close()
+	near, far := meshtest.TCP(t)
 	if _, err := far.Write([]byte("x")); err != nil {
 		t.Fatal(err)
 	}
