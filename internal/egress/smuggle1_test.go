@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -36,13 +37,15 @@ func startRaw1(s *site, answer func(path string) string) <-chan string {
 				_, _ = fmt.Sscanf(l, "Content-Length: %d", &length)
 				chunks = chunks || l == "Transfer-Encoding: chunked\r\n"
 			}
-			body := make([]byte, length)
-			if _, err := io.ReadFull(br, body); err != nil {
+			if _, err := io.CopyN(&text, br, int64(length)); err != nil {
 				return
 			}
-			text.Write(body)
-			for chunks && !strings.HasSuffix(text.String(), "\r\n0\r\n\r\n") {
-				if line() == "" {
+			for size := int64(1); chunks && size > 0; {
+				var err error
+				if size, err = strconv.ParseInt(strings.TrimSpace(line()), 16, 64); err == nil {
+					_, err = io.CopyN(&text, br, size+2)
+				}
+				if err != nil {
 					return
 				}
 			}

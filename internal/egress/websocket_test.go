@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/http1"
 )
 
 const wantsWebSocket = "GET http://shop.test/v1/ws HTTP/1.1\r\nHost: shop.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -296,5 +297,25 @@ func TestUpgradesThatAreNotMeant(t *testing.T) {
 	s.does(func(rw http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(rw, r.Proto) })
 	if res, body := w.askOnStream(w.streamsOn(billing)).ask(t, wantsWebSocket); res.StatusCode != 200 || body != "HTTP/2.0" {
 		t.Errorf("%d over %q", res.StatusCode, body)
+	}
+}
+
+// TestWebSocketsOverHTTP2 are asked for by extended CONNECT, for which the gateway
+// has a key of its own.
+func TestWebSocketsOverHTTP2(t *testing.T) {
+	for version, status := range map[string]string{"13": "200", "8": "400", "": "400"} {
+		s := startSite(t, "shop.test")
+		w := newWorld(t, nil)
+		startRaw1(s, func(string) string {
+			return "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: " +
+				string(http1.AppendWebSocketProof(nil, []byte("c2FsbHlwb3J0LWgyLXdzIQ=="))) + "\r\n\r\n"
+		})
+		w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"))
+		got := callRaw(t, w, w.streamsOn(billing), func(r *rawSite) {
+			r.head(1, false, ":method", "CONNECT", ":protocol", "websocket", ":scheme", "http", ":path", "/v1/ws", ":authority", "shop.test", "sec-websocket-version", version)
+		})
+		if got != status {
+			t.Errorf("version %q: status %s", version, got)
+		}
 	}
 }
