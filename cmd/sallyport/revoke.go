@@ -77,6 +77,11 @@ func (c *cli) revoke() *cobra.Command {
 // A revoked is what the command prints as JSON.
 type revoked struct {
 	mesh.RevokeResult
+	heeded
+}
+
+// A heeded says who acts on what an operator has told all proxies.
+type heeded struct {
 	Confirmed int `json:"confirmed"`
 	Connected int `json:"connected"`
 	// Missing are the workloads of proxies that are connected and do not say
@@ -91,7 +96,7 @@ func (c *cli) revokeNow(ctx context.Context, a *control.Admin, o mesh.RevokeOrde
 		return nil, err
 	}
 	out := revoked{RevokeResult: res}
-	if err := out.await(ctx, a, wait); err != nil {
+	if err := out.await(ctx, a, wait, func(mesh.Proxy) bool { return true }, func(p mesh.Proxy) bool { return p.Revoked >= out.Revision }); err != nil {
 		return nil, err
 	}
 	rows := make([][]string, 0, len(res.SVIDs))
@@ -105,30 +110,30 @@ func (c *cli) revokeNow(ctx context.Context, a *control.Admin, o mesh.RevokeOrde
 	return out.Missing, nil
 }
 
-// askEvery is how often the issuer is asked who acts on a revocation.
+// askEvery is how often the issuer is asked who acts on an order.
 const askEvery = 50 * time.Millisecond
 
-// await asks who acts on the revocation, until all do that are connected or
-// the time is over.
-func (r *revoked) await(ctx context.Context, a *control.Admin, wait time.Duration) error {
+// await asks which proxies of those that are meant act on the order, until all do
+// that are connected or the time is over.
+func (h *heeded) await(ctx context.Context, a *control.Admin, wait time.Duration, meant, acts func(mesh.Proxy) bool) error {
 	for end := time.Now().Add(wait); ; {
 		ps, err := a.Proxies(ctx)
 		if err != nil {
 			return err
 		}
-		r.Confirmed, r.Connected, r.Missing = 0, 0, nil
+		*h = heeded{}
 		for _, p := range ps {
 			switch {
-			case !p.Connected:
+			case !p.Connected || !meant(p):
 				continue // it is told before anything else once it connects
-			case p.Revoked >= r.Revision:
-				r.Confirmed++
+			case acts(p):
+				h.Confirmed++
 			default:
-				r.Missing = append(r.Missing, p.Workload.String())
+				h.Missing = append(h.Missing, p.Workload.String())
 			}
-			r.Connected++
+			h.Connected++
 		}
-		if len(r.Missing) == 0 || !time.Now().Before(end) {
+		if len(h.Missing) == 0 || !time.Now().Before(end) {
 			return nil
 		}
 		select {

@@ -87,10 +87,8 @@ func (c *cli) faultStop() *cobra.Command {
 type stopped struct {
 	mesh.FaultStop
 	// Faults are those of the policy in force that it holds for.
-	Faults    []string `json:"faults"`
-	Confirmed int      `json:"confirmed"`
-	Connected int      `json:"connected"`
-	Missing   []string `json:"missing,omitempty"`
+	Faults []string `json:"faults"`
+	heeded
 }
 
 // stopNow stops faults and says which sidecars do not act on it in time.
@@ -113,7 +111,9 @@ func (c *cli) stopNow(ctx context.Context, a *control.Admin, s mesh.FaultStop, w
 	if err != nil {
 		return out, err
 	}
-	if err := out.await(ctx, a, rev, wait); err != nil {
+	sidecar := func(p mesh.Proxy) bool { return p.Kind == control.KindSidecar }
+	acts := func(p mesh.Proxy) bool { return p.Traffic != nil && p.Traffic.Stops >= rev }
+	if err := out.await(ctx, a, wait, sidecar, acts); err != nil {
 		return out, err
 	}
 	rows := make([][]string, 0, len(out.Faults))
@@ -125,37 +125,6 @@ func (c *cli) stopNow(ctx context.Context, a *control.Admin, s mesh.FaultStop, w
 	}
 	fmt.Fprintf(c.stderr, "%d of %d connected sidecars act on it\n", out.Confirmed, out.Connected)
 	return out, nil
-}
-
-// await asks who acts on the stop, until all do that are connected or the time is
-// over.
-func (o *stopped) await(ctx context.Context, a *control.Admin, revision uint64, wait time.Duration) error {
-	for end := time.Now().Add(wait); ; {
-		ps, err := a.Proxies(ctx)
-		if err != nil {
-			return err
-		}
-		o.Confirmed, o.Connected, o.Missing = 0, 0, nil
-		for _, p := range ps {
-			switch {
-			case !p.Connected || p.Kind != control.KindSidecar:
-				continue // it is told before anything else once it connects
-			case p.Traffic != nil && p.Traffic.Stops >= revision:
-				o.Confirmed++
-			default:
-				o.Missing = append(o.Missing, p.Workload.String())
-			}
-			o.Connected++
-		}
-		if len(o.Missing) == 0 || !time.Now().Before(end) {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(askEvery):
-		}
-	}
 }
 
 // ejections is "sallyport ejections".
