@@ -7,13 +7,14 @@ import (
 	"net"
 	"os"
 	"regexp"
-	"sallyport/internal/meshtest"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // How many connections TestCrowd opens. Those at a door of mutual TLS cost a

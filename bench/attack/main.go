@@ -75,11 +75,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := m.rounds(ctx, w, s, wanted, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every call was answered, or memory was beyond its budget")
-	}
-	return err
+	return res.End(w, "not every call was answered, or memory was beyond its budget")
 }
 
 // A scene is an attack at a door.

@@ -84,11 +84,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := b.rounds(ctx, w, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every question was answered as it must be")
-	}
-	return err
+	return res.End(w, "not every question was answered as it must be")
 }
 
 // A scene is a load that every server is put under.

@@ -9,10 +9,10 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
+	"sallyport/bench/rig"
 	"sallyport/internal/hop"
 )
 
@@ -34,13 +34,6 @@ type order struct {
 	Callers int           `json:"callers"`
 	Warm    time.Duration `json:"warm"` // not counted
 	For     time.Duration `json:"for"`
-}
-
-// A report is what was done between warming up and the end.
-type report struct {
-	Made    int64   `json:"made"` // tunnels, or bytes
-	Fault   string  `json:"fault,omitempty"`
-	Seconds float64 `json:"seconds"`
 }
 
 const (
@@ -176,34 +169,15 @@ func (c *client) setUp() error {
 }
 
 // run carries an order out.
-func (o order) run(warm func()) report {
-	var made atomic.Int64
-	var fault atomic.Pointer[error]
-	var over atomic.Bool
-	var all sync.WaitGroup
-	for range o.Callers {
-		all.Go(func() {
-			c, err := o.client()
-			if err == nil {
-				defer c.close()
-				err = c.work(&made, &over)
-			}
-			if err != nil {
-				fault.CompareAndSwap(nil, &err)
-			}
-		})
-	}
-	time.Sleep(o.Warm)
-	before, from := made.Load(), time.Now()
-	warm()
-	time.Sleep(o.For)
-	r := report{Made: made.Load() - before, Seconds: time.Since(from).Seconds()}
-	over.Store(true)
-	all.Wait()
-	if err := fault.Load(); err != nil {
-		r.Fault = (*err).Error()
-	}
-	return r
+func (o order) run(warm func()) rig.Tally {
+	return rig.Count(o.Callers, o.Warm, o.For, warm, func(made *atomic.Int64, over *atomic.Bool) error {
+		c, err := o.client()
+		if err != nil {
+			return err
+		}
+		defer c.close()
+		return c.work(made, over)
+	})
 }
 
 func (c *client) work(made *atomic.Int64, over *atomic.Bool) error {
@@ -260,35 +234,24 @@ const flood = 'f'
 
 // serveOrigin is the host outside: it sends back what comes, or floods.
 func serveOrigin(address string) error {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			b := make([]byte, 64)
-			for {
-				n, err := c.Read(b)
-				if err != nil {
-					return
+	return rig.Serve(address, func(c net.Conn) {
+		b := make([]byte, 64)
+		for {
+			n, err := c.Read(b)
+			if err != nil {
+				return
+			}
+			for big := b[:n]; b[0] == flood; {
+				if len(big) < 1<<18 {
+					big = make([]byte, 1<<18)
 				}
-				for big := b[:n]; b[0] == flood; {
-					if len(big) < 1<<18 {
-						big = make([]byte, 1<<18)
-					}
-					if _, err := c.Write(big); err != nil {
-						return
-					}
-				}
-				if _, err := c.Write(b[:n]); err != nil {
+				if _, err := c.Write(big); err != nil {
 					return
 				}
 			}
-		}()
-	}
+			if _, err := c.Write(b[:n]); err != nil {
+				return
+			}
+		}
+	})
 }

@@ -78,9 +78,5 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := b.play(ctx, w, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every tunnel was carried")
-	}
-	return err
+	return res.End(w, "not every tunnel was carried")
 }

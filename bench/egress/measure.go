@@ -18,7 +18,7 @@ type cell struct{ scene, proxy string }
 
 // A sample is what a proxy did in one round.
 type sample struct {
-	report
+	rig.Tally
 	busy time.Duration
 }
 
@@ -39,7 +39,7 @@ type bench struct {
 	settings
 	origin  string
 	loader  *rig.Process
-	load    *rig.Loader[order, report]
+	load    *rig.Loader[order, rig.Tally]
 	proxies []*proxy // ours first
 	got     map[cell][]sample
 }
@@ -62,7 +62,7 @@ func (b *bench) start(ctx context.Context) (err error) {
 	if err := errors.Join(far.Await(ctx, "tcp", b.origin), b.loader.Await(ctx, "unix", socket)); err != nil {
 		return err
 	}
-	if b.load, err = rig.DialLoader[order, report](socket); err != nil {
+	if b.load, err = rig.DialLoader[order, rig.Tally](socket); err != nil {
 		return err
 	}
 	ours, err := b.gate(ctx, "ours", b.rules)
@@ -118,7 +118,7 @@ func (b *bench) one(p *proxy, scene string) (s sample, err error) {
 	pids := p.process.PIDs(p.workers)
 	var from time.Duration
 	var err1 error
-	s.report, err = b.load.Do(b.asked(p, scene), func() { from, err1 = rig.CPUOf(pids...) })
+	s.Tally, err = b.load.Do(b.asked(p, scene), func() { from, err1 = rig.CPUOf(pids...) })
 	if err == nil && s.Fault != "" {
 		err = errors.New(s.Fault)
 	}
@@ -285,7 +285,7 @@ func (b *bench) profileTo(ctx context.Context, file string) error {
 		go func() { done <- p.process.Profile(ctx, file, 10*time.Second) }()
 	})
 	if err == nil {
-		fmt.Printf("%.0f/s %s\n", sample{report: r}.rate(), r.Fault)
+		fmt.Printf("%.0f/s %s\n", sample{Tally: r}.rate(), r.Fault)
 	}
 	return errors.Join(err, <-done)
 }

@@ -91,11 +91,7 @@ func run(ctx context.Context, w io.Writer) error {
 	if err := s.measure(ctx, w, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every proxy took every edit")
-	}
-	return err
+	return res.End(w, "not every proxy took every edit")
 }
 
 // raiseFiles lets this process and the issuer have a socket for each proxy.

@@ -10,25 +10,14 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+
+	"sallyport/bench/rig"
 )
 
 // serveOrigin is the application behind all pairs: it answers /v1/KIB with so
 // many KiB, and a call of gRPC with a message of as many bytes as came.
 func serveOrigin(address string) error {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			fmt.Fprintln(os.Stderr, "origin:", originConn(c))
-		}()
-	}
+	return rig.Serve(address, func(c net.Conn) { fmt.Fprintln(os.Stderr, "origin:", originConn(c)) })
 }
 
 // An origin answers on one connection.

@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sync"
 	"sync/atomic"
 	"time"
+
+	"sallyport/bench/rig"
 )
 
 // An order is what the load process is asked to do.
@@ -21,51 +22,27 @@ type order struct {
 	For     time.Duration `json:"for"`
 }
 
-// A report is what was done between warming up and the end.
-type report struct {
-	Made    int64   `json:"made"` // connections, each with its echo
-	Fault   string  `json:"fault,omitempty"`
-	Seconds float64 `json:"seconds"`
-}
-
 // within bounds one connection.
 const within = 10 * time.Second
 
-func (o order) run(warm func()) report {
+func (o order) run(warm func()) rig.Tally {
 	cert, err := tls.LoadX509KeyPair(o.SVID, o.SVID)
 	if err != nil {
 		warm()
-		return report{Fault: err.Error()}
+		return rig.Tally{Fault: err.Error()}
 	}
 	// Whom it reaches is no question of this bench, and to verify the chain
 	// would cost what the servers need.
 	conf := &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true, Certificates: []tls.Certificate{cert}, CurvePreferences: o.Groups}
-	var made atomic.Int64
-	var fault atomic.Pointer[error]
-	var over atomic.Bool
-	var all sync.WaitGroup
-	for range o.Callers {
-		all.Go(func() {
-			for !over.Load() {
-				if err := once(o.Target, conf); err != nil {
-					fault.CompareAndSwap(nil, &err)
-					return
-				}
-				made.Add(1)
+	return rig.Count(o.Callers, o.Warm, o.For, warm, func(made *atomic.Int64, over *atomic.Bool) error {
+		for !over.Load() {
+			if err := once(o.Target, conf); err != nil {
+				return err
 			}
-		})
-	}
-	time.Sleep(o.Warm)
-	before, from := made.Load(), time.Now()
-	warm()
-	time.Sleep(o.For)
-	r := report{Made: made.Load() - before, Seconds: time.Since(from).Seconds()}
-	over.Store(true)
-	all.Wait()
-	if err := fault.Load(); err != nil {
-		r.Fault = (*err).Error()
-	}
-	return r
+			made.Add(1)
+		}
+		return nil
+	})
 }
 
 // once makes a connection, has a byte echoed and ends it in order.
@@ -97,27 +74,16 @@ func once(target string, conf *tls.Config) error {
 
 // serveOrigin is the application: it sends back what comes.
 func serveOrigin(address string) error {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			b := make([]byte, 64)
-			for {
-				n, err := c.Read(b)
-				if err != nil {
-					return
-				}
-				if _, err := c.Write(b[:n]); err != nil {
-					return
-				}
+	return rig.Serve(address, func(c net.Conn) {
+		b := make([]byte, 64)
+		for {
+			n, err := c.Read(b)
+			if err != nil {
+				return
 			}
-		}()
-	}
+			if _, err := c.Write(b[:n]); err != nil {
+				return
+			}
+		}
+	})
 }

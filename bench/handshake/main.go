@@ -76,9 +76,5 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := b.rounds(ctx, w, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every connection was carried")
-	}
-	return err
+	return res.End(w, "not every connection was carried")
 }

@@ -37,7 +37,7 @@ type cell struct{ scene, server string }
 
 // A sample is what a server did in one round.
 type sample struct {
-	report
+	rig.Tally
 	busy time.Duration // of the server
 	load time.Duration // of the load process
 }
@@ -57,7 +57,7 @@ type bench struct {
 	origin  string
 	svid    string
 	loader  *rig.Process
-	load    *rig.Loader[order, report]
+	load    *rig.Loader[order, rig.Tally]
 	servers []*rig.Pair // ours first; of the others the far half serves
 	got     map[cell][]sample
 }
@@ -76,7 +76,7 @@ func (b *bench) start(ctx context.Context, w io.Writer) error {
 	if err := b.loader.Await(ctx, "unix", socket); err != nil {
 		return err
 	}
-	if b.load, err = rig.DialLoader[order, report](socket); err != nil {
+	if b.load, err = rig.DialLoader[order, rig.Tally](socket); err != nil {
 		return err
 	}
 	if err := b.answers(ctx, b.servers[0]); err != nil || b.only || b.settings.profile != "" {
@@ -245,7 +245,7 @@ func (b *bench) measure(p *rig.Pair, sc scene) (s sample, err error) {
 	server, load := p.Procs[0].PIDs(p.Workers), b.loader.PIDs(false)
 	var from, loadFrom time.Duration
 	var err1, err2 error
-	s.report, err = b.load.Do(b.order(p, sc), func() {
+	s.Tally, err = b.load.Do(b.order(p, sc), func() {
 		from, err1 = rig.CPUOf(server...)
 		loadFrom, err2 = rig.CPUOf(load...)
 	})
@@ -347,7 +347,7 @@ func (b *bench) profile(ctx context.Context) error {
 		go func() { done <- p.Procs[0].Profile(ctx, b.settings.profile, 10*time.Second) }()
 	})
 	if err == nil {
-		fmt.Printf("%.0f/s\n", sample{report: r}.rate())
+		fmt.Printf("%.0f/s\n", sample{Tally: r}.rate())
 	}
 	return errors.Join(err, <-done)
 }

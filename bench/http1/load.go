@@ -272,26 +272,13 @@ func contentLength(head []byte) int {
 // serveOrigin is the application behind all pairs: it answers /v1/KIB with so
 // many KiB.
 func serveOrigin(address string) error {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
 	answers := map[string][]byte{}
 	for _, kib := range []int{1, 64} {
 		body := bytes.Repeat([]byte{'x'}, kib<<10)
 		head := fmt.Appendf(nil, "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n", len(body))
 		answers[fmt.Sprintf("/v1/%d", kib)] = append(head, body...)
 	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			fmt.Fprintln(os.Stderr, "origin:", originConn(c, answers))
-		}()
-	}
+	return rig.Serve(address, func(c net.Conn) { fmt.Fprintln(os.Stderr, "origin:", originConn(c, answers)) })
 }
 
 // originConn answers on one connection and returns why it ended.

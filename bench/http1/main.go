@@ -91,11 +91,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := b.rounds(ctx, w, s, all, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every request was answered")
-	}
-	return err
+	return res.End(w, "not every request was answered")
 }
 
 // pairs starts all, and of nginx and HAProxy keeps the count of workers that

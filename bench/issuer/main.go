@@ -70,11 +70,7 @@ func run(ctx context.Context, w io.Writer) error {
 			return err
 		}
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every SVID was issued")
-	}
-	return err
+	return res.End(w, "not every SVID was issued")
 }
 
 // entriesYAML gives each node its entries.

@@ -69,11 +69,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := m.all(ctx, w, s, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every connection was answered")
-	}
-	return err
+	return res.End(w, "not every connection was answered")
 }
 
 // A mesh is an issuer, a sidecar, and an identity to call it by.

@@ -326,20 +326,21 @@ type Result struct {
 	Verdicts []Verdict          `json:"verdicts,omitempty"`
 }
 
-// Print writes the result as one line and reports whether it is good: cases
-// were tried, none failed, and every verdict holds.
-func (r *Result) Print(w io.Writer) (bool, error) {
-	bad := func(v Verdict) bool { return !v.OK }
-	r.OK = r.Cases.Tried > 0 && r.Cases.Failed == 0 && !slices.ContainsFunc(r.Verdicts, bad)
+// End writes the result as one line. The error is bad unless cases were tried,
+// none failed, and every verdict holds.
+func (r *Result) End(w io.Writer, bad string) error {
+	r.OK = r.Cases.Tried > 0 && r.Cases.Failed == 0 && !slices.ContainsFunc(r.Verdicts, func(v Verdict) bool { return !v.OK })
 	for k, v := range r.Figures {
 		r.Figures[k], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 4, 64), 64)
 	}
 	b, err := json.Marshal(r)
 	if err != nil {
-		return false, err
+		return err
 	}
-	_, err = fmt.Fprintf(w, "%s\n", b)
-	return r.OK, err
+	if _, err = fmt.Fprintf(w, "%s\n", b); err == nil && !r.OK {
+		err = errors.New(bad)
+	}
+	return err
 }
 
 // Quantile returns the value below which the part q of the list lies. It sorts

@@ -83,9 +83,5 @@ func measure(rounds int, all []part) error {
 			result.Verdicts = append(result.Verdicts, rig.Verdict{Name: p.name + " allocates nothing", OK: allocs[p.name] == 0})
 		}
 	}
-	ok, err := result.Print(os.Stdout)
-	if err == nil && !ok {
-		err = fmt.Errorf("something failed, or allocates")
-	}
-	return err
+	return result.End(os.Stdout, "something failed, or allocates")
 }

@@ -66,11 +66,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := m.rounds(ctx, w, s, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every call was answered, or not every kind of copy was made")
-	}
-	return err
+	return res.End(w, "not every call was answered, or not every kind of copy was made")
 }
 
 func (m *mesh) rounds(ctx context.Context, w io.Writer, s settings, res *rig.Result) error {

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"sallyport/bench/rig"
 )
 
 // An order is what a load process is asked to do.
@@ -189,23 +191,12 @@ func counted(origin string) (int64, error) {
 
 // serveOrigin is the application behind all pairs.
 func serveOrigin(address string) error {
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
 	var taken atomic.Int64
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
+	return rig.Serve(address, func(c net.Conn) {
+		if err := originConn(c.(*net.TCPConn), &taken); err != nil && !errors.Is(err, io.EOF) {
+			_, _ = os.Stderr.WriteString("origin: " + err.Error() + "\n")
 		}
-		go func() {
-			defer c.Close()
-			if err := originConn(c.(*net.TCPConn), &taken); err != nil && !errors.Is(err, io.EOF) {
-				_, _ = os.Stderr.WriteString("origin: " + err.Error() + "\n")
-			}
-		}()
-	}
+	})
 }
 
 func originConn(c *net.TCPConn, taken *atomic.Int64) error {

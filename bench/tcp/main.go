@@ -80,11 +80,7 @@ func measure(ctx context.Context, w io.Writer) error {
 	if err := b.rounds(ctx, w, s, res); err != nil {
 		return err
 	}
-	ok, err := res.Print(w)
-	if err == nil && !ok {
-		err = errors.New("not every connection was carried")
-	}
-	return err
+	return res.End(w, "not every connection was carried")
 }
 
 // A scene is a load that every pair is put under.

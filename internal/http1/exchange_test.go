@@ -9,12 +9,13 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"sallyport/internal/meshtest"
 	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 const plainGet = "GET /x HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -7,12 +7,13 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"sallyport/internal/meshtest"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // pipes starts a proxy between two in-memory connections inside a bubble.

@@ -11,10 +11,11 @@ import (
 	"io"
 	"math/big"
 	"net/http"
-	"sallyport/internal/meshtest"
 	"strings"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // tlsPair is a client and a server end of TLS over loopback.

@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sallyport/internal/meshtest"
 	"testing"
 	"time"
+
+	"sallyport/internal/meshtest"
 )
 
 // frame is a frame with a payload of n bytes; first has FIN, RSV and opcode.
