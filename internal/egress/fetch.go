@@ -49,6 +49,7 @@ type fetch struct {
 	status int    // that the host has answered
 	secret string // the name of what is injected; empty: nothing is
 	note   string // of the dial, or of what went wrong
+	bare   bool   // it goes without an upgrade, which the destination allows
 
 	mu        sync.Mutex // guards what follows
 	over      *origin    // what the request is sent on
@@ -280,8 +281,8 @@ func (f *fetch) run() (keep bool, ans *answer) {
 	if err := f.inject(); err != nil {
 		return false, f.unlent(err)
 	}
-	if f.req.Upgrade = f.mayUpgrade(); f.req.Upgrade && f.req.WebSocketKey() == nil {
-		return false, f.unlent(refuse(ReasonRequest, "a WebSocket is asked for with one Sec-WebSocket-Key of 16 bytes, and Sec-WebSocket-Version: 13"))
+	if err := f.upgrade(); err != nil {
+		return false, f.unlent(err)
 	}
 	stop := f.bounded()
 	defer stop()
@@ -450,6 +451,9 @@ func (f *fetch) recordEnd(reason Reason) {
 	rec.Reason = string(reason)
 	rec.BytesUp, rec.BytesDown, rec.Duration = f.up.Load(), f.down.Load(), time.Since(f.start)
 	rec.Detail = strings.TrimSpace(fmt.Sprintf("status %d to %s%s %s", f.status, f.to, f.origin, f.note))
+	if f.bare {
+		rec.Detail += ", no WebSocket since it has a credential"
+	}
 	if f.tries > 1 {
 		rec.Detail += fmt.Sprintf(", %d tries", f.tries)
 	}

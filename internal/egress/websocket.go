@@ -14,11 +14,15 @@ import (
 	"sallyport/internal/upstream"
 )
 
-// mayUpgrade says whether a request may have its connection become what it asks
-// for. One with a credential may not: what goes through a WebSocket is not searched
-// for it.
-func (f *fetch) mayUpgrade() bool {
-	return f.req.Upgrade && f.secret == "" && slices.Contains(f.how.Upgrade, mesh.WebSocket)
+// upgrade settles whether a request may have its connection become what it asks for.
+// One with a credential may not: what goes through a WebSocket is not searched for it.
+func (f *fetch) upgrade() error {
+	may := f.req.Upgrade && slices.Contains(f.how.Upgrade, mesh.WebSocket)
+	f.bare = may && f.secret != ""
+	if f.req.Upgrade = may && !f.bare; f.req.Upgrade && f.req.WebSocketKey() == nil {
+		return refuse(ReasonRequest, "a WebSocket is asked for with one Sec-WebSocket-Key of 16 bytes, and Sec-WebSocket-Version: 13")
+	}
+	return nil
 }
 
 // becomes looks whether a 101 answers the request, and records that this becomes a

@@ -166,6 +166,9 @@ func TestWebSocketsCarryNoCredential(t *testing.T) {
 	if r := <-s.seen; r.Header.Get("Upgrade") != "" || r.Header.Get("Authorization") != "Bearer "+credential {
 		t.Errorf("the site saw %v", r.Header)
 	}
+	w.until("a word of it", func(r audit.Record) bool {
+		return r.Kind == audit.KindEgressClose && strings.HasSuffix(r.Detail, "no WebSocket since it has a credential")
+	})
 }
 
 const rightProof = "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n"
