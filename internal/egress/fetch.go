@@ -87,7 +87,7 @@ func (g *Gateway) inside(ctx context.Context, t *tunnel, s requestStream, a *ask
 	if !a.wake() {
 		return
 	}
-	if h2 && err == nil {
+	if h2 && err == nil && t.how.TLS != mesh.Inspect { // whose TLS would say so
 		g.insideHTTP2(ctx, t, &replay{c, a.hc.Unread()})
 		return
 	}

@@ -273,7 +273,7 @@ func TestCallsNeedHTTP2(t *testing.T) {
 	w.use(w.policy(rpcs, old.originated("shop.test")+"    alpn: [h2, http/1.1]\n"))
 	_, err = rpcClient(t, w, dialStream, "shop.test:80").UnaryCall(soon(t), &grpc_testing.SimpleRequest{})
 	if status.Code(err) != codes.Unavailable || len(old.seen) > 0 {
-		t.Errorf("a host that speaks HTTP/1.1: %v, %d requests got there", err, len(old.seen))
+		t.Errorf("a host that speaks HTTP/1.1: %v, %d requests got there%s", err, len(old.seen), w.lines())
 	}
 }
 
