@@ -2,12 +2,15 @@ package test
 
 import (
 	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -102,6 +105,42 @@ func (w *world) startTinyproxy(user, password string) string {
 	return addr
 }
 
+// sealTinyproxy puts HAProxy before a proxy, which speaks TLS for it, and gives the
+// authority of its certificate, in a line.
+func (w *world) sealTinyproxy(to string) (addr, ca string) {
+	w.t.Helper()
+	program := meshtest.Need(w.t, "haproxy")
+	file, addr := w.path("sealed.pem"), freePort(w.t)
+	cert := w.certify("127.0.0.1", file)
+	pub, err := os.ReadFile(file)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(cert.PrivateKey)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.put(w.path("haproxy.pem"), string(pub)+string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})))
+	w.put(w.path("haproxy.cfg"), fmt.Sprintf(`defaults
+	mode tcp
+	timeout connect 5s
+	timeout client 1m
+	timeout server 1m
+listen sealed
+	bind %s ssl crt %s
+	server tinyproxy %s
+`, addr, w.path("haproxy.pem"), to))
+	p := w.launch("haproxy", nil, exec.Command(program, "-db", "-f", w.path("haproxy.cfg")))
+	p.await("listen", func() bool {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
+	})
+	return addr, strconv.Quote(string(pub))
+}
+
 // TestEgressOrigins is what a gateway does when hosts outside are late, fail, or are
 // behind another proxy.
 func TestEgressOrigins(t *testing.T) {
@@ -109,14 +148,18 @@ func TestEgressOrigins(t *testing.T) {
 	meshtest.Need(t, "curl")
 	w := newWorld(t, time.Minute)
 	shop, shared, broken, far := w.startOrigin("shop.test"), w.startOrigin("shared.test"), w.startOrigin("broken.test"), w.startOrigin("far.test")
+	deep, astray := w.startOrigin("deep.test"), w.startOrigin("astray.test")
 	parent := w.startTinyproxy("gateway", "let-me-out")
+	sealed, sealedCA := w.sealTinyproxy(parent)
 	w.put(w.path("parent.key"), "gateway:let-me-out\n")
 	const failover = "endpoints: [{address: %q, weight: 1}, {address: %q, priority: 1}]"
 	w.extend("egress.yaml", shop.policy("{"+failover+", retry: {attempts: 1}, timeouts: {connect: 2s, backend_request: 4s}}")+
 		shared.policy("{endpoints: [{address: %q, weight: 3}, {address: %q, weight: 1}]}")+
 		broken.policy("{endpoints: [%q, %q], breaker: {consecutive: 3, open: 1s}}")+
-		far.policy("{endpoints: [%q, %q], proxies: [{address: "+`"`+parent+`"`+", credentials: parent}]}"))
-	for _, o := range []*origin{shop, shared, broken, far} {
+		far.policy("{endpoints: [%q, %q], proxies: [{address: "+`"`+parent+`"`+", credentials: parent}]}")+
+		deep.policy("{endpoints: [%q, %q], proxies: [{address: \"https://"+sealed+"\", credentials: parent, ca: "+sealedCA+"}]}")+
+		astray.policy("{endpoints: [%q, %q], proxies: [{address: \"https://"+sealed+"\", credentials: parent}]}"))
+	for _, o := range []*origin{shop, shared, broken, far, deep, astray} {
 		w.extend("access.csv", "p, bill-"+o.host+", out, "+id("/ns/shop/sa/billing")+", host:"+o.host+", 443, GET|POST, /v1/**, -, allow\n")
 	}
 	w.startIssuer()
@@ -168,6 +211,16 @@ func TestEgressOrigins(t *testing.T) {
 		w.awaitAudit("gateway", "the request", func(r auditLine) bool {
 			return r.Kind == "egress_close" && r.Dst == "host:far.test" && strings.Contains(r.Detail, "to "+far.at[0]+" through "+parent)
 		})
+	})
+	t.Run("one that is spoken to over TLS does", func(t *testing.T) {
+		deep.want(billing, "POST", "200", 1, 0)
+		w.awaitAudit("gateway", "the request", func(r auditLine) bool {
+			return r.Kind == "egress_close" && r.Dst == "host:deep.test" && strings.Contains(r.Detail, "to "+deep.at[0]+" through "+sealed)
+		})
+	})
+	t.Run("unless nobody knows its authority", func(t *testing.T) {
+		astray.want(billing, "POST", "502", 0, 0)
+		w.awaitAudit("gateway", "the refusal", func(r auditLine) bool { return r.Dst == "host:astray.test" && r.Reason == "certificate" })
 	})
 }
 

@@ -3,6 +3,7 @@ package egress
 import (
 	"cmp"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
@@ -39,6 +40,9 @@ type Dialer struct {
 	Guard *Guard
 	// Secrets are what proxies are shown. Default: none.
 	Secrets *Secrets
+	// Roots are whom the certificates of proxies must lead to. Default: those of the
+	// system.
+	Roots *x509.CertPool
 	// Outside remembers which proxies do not answer. Required where there are any.
 	Outside *upstream.Outside
 }
@@ -61,13 +65,13 @@ type Target struct {
 // and refuses without it. The error is a *Refusal. Addresses that the Guard
 // refuses are skipped; when all are refused, the refusal of the first is
 // returned. What was skipped is in the returned note.
-func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn *net.TCPConn, at place, note string, err error) {
+func (d *Dialer) Dial(ctx context.Context, proof authz.Grant, t Target) (conn link, at place, note string, err error) {
 	return d.seek(ctx, proof, &t, nil)
 }
 
 // seek is Dial, unless have says of one of the places that are chosen that there is
 // a connection to it already: then it makes none.
-func (d *Dialer) seek(ctx context.Context, proof authz.Grant, t *Target, have func([]place) bool) (*net.TCPConn, place, string, error) {
+func (d *Dialer) seek(ctx context.Context, proof authz.Grant, t *Target, have func([]place) bool) (link, place, string, error) {
 	if !proof.Covers("host:"+t.Host.String(), t.Port) {
 		return nil, place{}, "", refuse(ReasonGrant, "%s port %d is not dialled without a grant for it", t.Host, t.Port)
 	}
@@ -128,9 +132,9 @@ func inTurn(addrs []netip.Addr, port uint16) []netip.AddrPort {
 // has failed or has not answered for attemptDelay. The first connection wins;
 // all attempts have ended when race returns. Failed is told of those that failed
 // before.
-func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed func(place, error)) (*net.TCPConn, place, error) {
+func (d *Dialer) race(ctx context.Context, places []place, t *Target, failed func(place, error)) (link, place, error) {
 	type result struct {
-		conn *net.TCPConn
+		conn link
 		at   place
 		err  error
 	}

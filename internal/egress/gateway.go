@@ -230,7 +230,7 @@ func New(c Config) (*Gateway, error) {
 		guard = new(Guard)
 	}
 	g.outside = &upstream.Outside{Changed: c.Troubled}
-	g.dialer = &Dialer{Names: c.Names, Guard: guard, Secrets: c.Secrets, Outside: g.outside}
+	g.dialer = &Dialer{Names: c.Names, Guard: guard, Secrets: c.Secrets, Roots: c.Roots, Outside: g.outside}
 	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf, g.restOfWorn = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), restOfWorn

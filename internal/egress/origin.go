@@ -62,9 +62,9 @@ func originKeyOf(f *fetch) originKey {
 type origin struct {
 	*http1.Conn
 	nc     net.Conn
-	tcp    *net.TCPConn // under TLS
-	line   *line        // that it is a stream of; nil for a connection of its own
-	meter  *metered     // between them, where it may become a WebSocket
+	tcp    link     // under TLS
+	line   *line    // that it is a stream of; nil for a connection of its own
+	meter  *metered // between them, where it may become a WebSocket
 	key    originKey
 	to     place
 	reused bool
@@ -191,7 +191,7 @@ func (p *origins) sweep(all bool) {
 }
 
 // shake has a host prove its name where TLS is spoken.
-func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key originKey, to *Target) (*origin, error) {
+func (g *Gateway) shake(ctx context.Context, conn link, at place, key originKey, to *Target) (*origin, error) {
 	o := &origin{nc: conn, tcp: conn, key: key, born: time.Now(), to: at}
 	if to.How.TLS != "" {
 		cfg, err := g.originTLS(to)
@@ -222,19 +222,29 @@ func (g *Gateway) shake(ctx context.Context, conn *net.TCPConn, at place, key or
 // originTLS is the client's side of TLS to a host: its certificate must be for
 // the name that was judged, whatever address it is at.
 func (g *Gateway) originTLS(to *Target) (*tls.Config, error) {
-	cfg := &tls.Config{ServerName: to.Host.String(), RootCAs: g.cfg.Roots, MinVersion: tls.VersionTLS12, NextProtos: protocolsOf(&to.How)}
-	if to.How.CA == "" {
-		return cfg, nil
-	}
-	list, err := mesh.ParseCA(to.How.CA)
+	cfg := &tls.Config{ServerName: to.Host.String(), MinVersion: tls.VersionTLS12, NextProtos: protocolsOf(&to.How)}
+	roots, err := rootsOf(to.How.CA, g.cfg.Roots)
 	if err != nil {
 		return nil, refuse(ReasonNoPolicy, "the destination of %s: ca: %v", to.Host, err)
 	}
-	cfg.RootCAs = x509.NewCertPool()
-	for _, c := range list {
-		cfg.RootCAs.AddCert(c)
-	}
+	cfg.RootCAs = roots
 	return cfg, nil
+}
+
+// rootsOf are the authorities that a policy names, or else those that are usual.
+func rootsOf(ca string, usual *x509.CertPool) (*x509.CertPool, error) {
+	if ca == "" {
+		return usual, nil
+	}
+	list, err := mesh.ParseCA(ca)
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	for _, c := range list {
+		roots.AddCert(c)
+	}
+	return roots, nil
 }
 
 // refuseShake says why a host is not spoken to.

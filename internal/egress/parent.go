@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/record"
 	"sallyport/internal/upstream"
 )
 
@@ -29,10 +31,13 @@ const maxAnswer = 8 << 10
 
 // reach connects to a place: directly, or through the first proxy of t that makes
 // the connection.
-func (d *Dialer) reach(ctx context.Context, at place, t *Target) (*net.TCPConn, place, error) {
+func (d *Dialer) reach(ctx context.Context, at place, t *Target) (link, place, error) {
 	if len(t.How.Parents) == 0 {
 		c, err := d.connect(ctx, at.addr, t.How.Private)
-		return c, at, err
+		if err != nil {
+			return nil, at, err
+		}
+		return c, at, nil
 	}
 	list, err := d.parents(ctx, t)
 	if err != nil {
@@ -94,7 +99,7 @@ func (d *Dialer) parents(ctx context.Context, t *Target) (list []parent, err err
 
 // through has a proxy connect to an address. It takes no longer than its part of
 // the time that is left, of which there are so many.
-func (d *Dialer) through(ctx context.Context, p *parent, to netip.AddrPort, t *Target, parts int) (*net.TCPConn, error) {
+func (d *Dialer) through(ctx context.Context, p *parent, to netip.AddrPort, t *Target, parts int) (link, error) {
 	within, cancel := ctx, context.CancelFunc(func() {})
 	if until, ok := ctx.Deadline(); ok {
 		within, cancel = context.WithTimeout(ctx, time.Until(until)/time.Duration(parts))
@@ -104,7 +109,7 @@ func (d *Dialer) through(ctx context.Context, p *parent, to netip.AddrPort, t *T
 	if err != nil {
 		return nil, err
 	}
-	c, err := d.connect(within, p.addr, t.How.Private)
+	c, err := d.toProxy(within, p, t.How.Private)
 	if err != nil {
 		if !errors.Is(ctx.Err(), context.Canceled) {
 			p.try.Unmade(p.addr)
@@ -134,6 +139,32 @@ func (d *Dialer) through(ctx context.Context, p *parent, to netip.AddrPort, t *T
 		return nil, err
 	}
 	return c, nil
+}
+
+// toProxy connects to a proxy, which must prove its name where it is spoken to over
+// TLS: before that it is told nothing.
+func (d *Dialer) toProxy(ctx context.Context, p *parent, private []netip.Prefix) (link, error) {
+	c, err := d.connect(ctx, p.addr, private)
+	if err != nil {
+		return nil, err
+	}
+	if !p.parent.TLS() {
+		return c, nil
+	}
+	name, _, _ := net.SplitHostPort(p.parent.Outlet().Address) // without one there is no handshake
+	roots, err := rootsOf(p.parent.CA, d.Roots)
+	var rc *record.Conn
+	if err == nil {
+		rc, err = record.Client(ctx, c, &tls.Config{ServerName: name, RootCAs: roots, NextProtos: []string{mesh.ALPNHTTP1}})
+	}
+	if err == nil {
+		return &sealed{Conn: rc, tcp: c}, nil
+	}
+	c.Close()
+	if cert := (*tls.CertificateVerificationError)(nil); errors.As(err, &cert) {
+		return nil, refuse(ReasonCertificate, "proxy %s did not prove its name: %v", p.parent.Address, cert.Err)
+	}
+	return nil, fmt.Errorf("speak TLS: %w", err)
 }
 
 // asks is the request for a connection. It fails rather than leave out who we are.

@@ -22,6 +22,8 @@ type parentProxy struct {
 	// answer is what it says instead of connecting; empty: it connects, and says what
 	// the host says first in the same segment.
 	answer string
+	// broken is given what was answered on, unless it is nil.
+	broken chan<- net.Conn
 }
 
 func startParent(t *testing.T, answer string) *parentProxy {
@@ -30,6 +32,11 @@ func startParent(t *testing.T, answer string) *parentProxy {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveParent(t, ln, answer)
+}
+
+func serveParent(t *testing.T, ln net.Listener, answer string) *parentProxy {
+	t.Helper()
 	p := &parentProxy{addr: ln.Addr().String(), asks: make(chan *http.Request, 16), answer: answer}
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -55,6 +62,10 @@ func (p *parentProxy) serve(c net.Conn) {
 	p.asks <- req
 	if p.answer != "" {
 		_, _ = io.WriteString(c, p.answer)
+		if p.broken != nil {
+			p.broken <- c
+			_, _ = io.Copy(io.Discard, c)
+		}
 		return
 	}
 	up, err := net.Dial("tcp", req.Host)
@@ -71,7 +82,7 @@ func (p *parentProxy) serve(c net.Conn) {
 		_ = up.(*net.TCPConn).CloseWrite()
 	}()
 	_, _ = io.Copy(c, up)
-	_ = c.(*net.TCPConn).CloseWrite()
+	_ = c.(interface{ CloseWrite() error }).CloseWrite()
 	<-done
 }
 

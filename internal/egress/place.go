@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"net"
 	"net/netip"
 	"slices"
 	"time"
@@ -69,7 +68,7 @@ type walk struct {
 	refused error // why the first address was skipped
 	err     error // of the last try
 	over    bool
-	conn    *net.TCPConn // nil when have has one
+	conn    link // nil when have has one
 	at      place
 }
 

@@ -3,7 +3,6 @@ package egress
 import (
 	"errors"
 	"io"
-	"net"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -48,7 +47,7 @@ type relay struct {
 
 	mu     sync.Mutex // guards what follows
 	caller stream
-	dest   *net.TCPConn
+	dest   link
 	ended  bool
 	reason Reason
 	cut    bool        // the caller broke it off, not the destination
@@ -108,7 +107,7 @@ func (r *relay) end(reason Reason, abort bool) {
 
 // setDest gives the relay its destination, and closes that when the relay has
 // been stopped meanwhile.
-func (r *relay) setDest(c *net.TCPConn) bool {
+func (r *relay) setDest(c link) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.ended {
@@ -190,7 +189,7 @@ type writeCloser interface {
 	CloseWrite() error
 }
 
-// A destination is a TCP connection, or what capture has made of it.
+// A destination is a link, or what capture has made of it.
 type destination interface {
 	io.Reader
 	writeCloser

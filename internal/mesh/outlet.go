@@ -50,8 +50,12 @@ func (o *Outlet) UnmarshalJSON(b []byte) error {
 
 // A Parent is a proxy that connections go through.
 type Parent struct {
-	// Address is as that of an Outlet.
+	// Address is as that of an Outlet, behind "https://" for a proxy that is spoken to
+	// over TLS, whose certificate must be for it.
 	Address string `json:"address"`
+	// CA are certificates in PEM, to which that of the proxy must lead. Default: those
+	// that the gateway's system trusts.
+	CA string `json:"ca,omitempty"`
 	// Credentials is the name that the gateway's configuration has a secret under,
 	// USER:PASSWORD, for a proxy that asks who we are.
 	Credentials string `json:"credentials,omitempty"`
@@ -60,7 +64,12 @@ type Parent struct {
 func (p *Parent) brief(text string) { p.Address = text }
 
 // Outlet is where the proxy is.
-func (p Parent) Outlet() Outlet { return Outlet{Address: p.Address} }
+func (p Parent) Outlet() Outlet { return Outlet{Address: strings.TrimPrefix(p.Address, overTLS)} }
+
+// TLS says that the proxy is spoken to over TLS.
+func (p Parent) TLS() bool { return strings.HasPrefix(p.Address, overTLS) }
+
+const overTLS = "https://"
 
 // maxParents bounds the proxies of a destination.
 const maxParents = 4
@@ -151,8 +160,11 @@ func (v *validator) outlets(d *Destination) {
 		v.item(d.Origin, "proxies:", "%d proxies are more than %d", len(d.Parents), maxParents)
 	}
 	for _, p := range d.Parents {
-		v.outletAddress(d, "proxy", p.Address)
-		twice(v, seen, p.Address, d.Origin, "endpoint or proxy")
+		v.outletAddress(d, "proxy", p.Outlet().Address)
+		twice(v, seen, p.Outlet().Address, d.Origin, "endpoint or proxy")
+		if p.CA != "" {
+			v.proxyCA(d, p)
+		}
 		if p.Credentials != "" && !plainWord(p.Credentials, 64) {
 			v.item(d.Origin, "credentials:", "proxies: credentials %q is not 1 to 64 letters, digits, hyphens, dots or underscores: it is the name under which the gateway has USER:PASSWORD", clip(p.Credentials))
 		}
@@ -184,6 +196,14 @@ func (v *validator) outlets(d *Destination) {
 		if p.there {
 			v.item(d.Origin, p.field+":", "%s has no meaning for tunnels, in which the gateway sees no requests: write tls: originate or tls: inspect, or leave it out", p.field)
 		}
+	}
+}
+
+func (v *validator) proxyCA(d *Destination, p Parent) {
+	if !p.TLS() {
+		v.item(d.Origin, "ca:", "proxies: ca has no meaning for %s, which is spoken to in the clear: write https:// before its address, or leave it out", p.Address)
+	} else if _, err := ParseCA(p.CA); err != nil {
+		v.item(d.Origin, "ca:", "proxies: ca of %s %s", p.Address, err)
 	}
 }
 

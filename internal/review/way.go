@@ -205,6 +205,9 @@ func proxiesOf(d *mesh.Destination) string {
 		if p.Credentials != "" {
 			text += " credentials " + p.Credentials
 		}
+		if p.CA != "" {
+			text += " ca its own"
+		}
 		out = append(out, text)
 	}
 	return strings.Join(out, ", ")
