@@ -23,12 +23,17 @@ const (
 	// how many that is remembered.
 	allowEvery = 24 * time.Hour
 	maxSeen    = 1 << 16
-	saveEvery  = time.Second
+	// overEvery is for how long the questions for a name beyond a budget are told once,
+	// and maxOver of how many such names.
+	overEvery = time.Hour
+	maxOver   = 4096
+	saveEvery = time.Second
 )
 
 // A ledger brings what was asked into the audit log, beside the answers: nobody
 // waits for it, and a question repeated thousands of times is one record that
-// says so. Of names that are answered the first question in a day is recorded.
+// says so. Of names that are answered the first question in a day is recorded, of
+// those beyond a budget the first in an hour, and at its end how many came after it.
 type ledger struct {
 	record func(*audit.Record) error
 	log    *slog.Logger
@@ -40,6 +45,18 @@ type ledger struct {
 	lost    uint64        // questions for names that had no room to wait
 	wake    chan struct{} // has a place
 	told    map[asked]time.Time
+	// repeated are the names beyond a budget of the last hour, the oldest first, and
+	// again the same by name; only who tells knows them.
+	repeated []*refusal
+	again    map[asked]*refusal
+}
+
+// A refusal is of a name beyond a budget, since its record was written.
+type refusal struct {
+	asked
+	rec   audit.Record
+	since time.Time
+	more  uint64 // questions that are in no record yet
 }
 
 // An asking is a name that was asked for, by whom, first from where.
@@ -62,7 +79,7 @@ type asked struct {
 
 func (l *ledger) open(cfg Config) {
 	l.record, l.log, l.seen = cfg.Record, cfg.Log, cfg.Book.Seen
-	l.wake, l.told = make(chan struct{}, 1), map[asked]time.Time{}
+	l.wake, l.told, l.again = make(chan struct{}, 1), map[asked]time.Time{}, map[asked]*refusal{}
 }
 
 // asked notes a question. Only the first since the last record takes the lock.
@@ -120,10 +137,12 @@ func (l *ledger) run(ctx context.Context, save func()) {
 		case <-ctx.Done():
 			l.tell()
 			l.tellBeyond()
+			l.tellRefused(true)
 			save()
 			return
 		case <-saved.C:
 			l.tellBeyond()
+			l.tellRefused(false)
 			save()
 		case <-l.wake:
 			l.tell()
@@ -152,7 +171,13 @@ func (l *ledger) tell() {
 	}
 	for _, a := range list {
 		n := a.e.asked.Swap(0)
-		if n > 0 && (a.e.absent || l.first(a)) {
+		switch {
+		case n == 0:
+		case a.e.result == Invented:
+			if rec := l.refuse(a, n); rec != nil {
+				write(rec)
+			}
+		case a.e.absent || l.first(a):
 			if !a.e.absent {
 				l.seen(a.e.name) // its answer is kept ready, its address must be, too
 			}
@@ -167,6 +192,42 @@ func (l *ledger) tell() {
 	}
 	if failed != nil { // of a flood one line
 		l.log.Error("questions were not recorded", "names", unwritten, "err", failed)
+	}
+}
+
+// refuse is the record of a name beyond a budget; nil when it is counted with the one
+// before.
+func (l *ledger) refuse(a asking, n uint64) *audit.Record {
+	key := asked{a.who, a.e.name}
+	if r := l.again[key]; r != nil {
+		r.more += n
+		return nil
+	}
+	if len(l.repeated) >= maxOver {
+		l.tellRefused(true)
+	}
+	r := &refusal{asked: key, rec: *recordOf(a, 1), since: time.Now()}
+	l.again[key] = r
+	l.repeated = append(l.repeated, r)
+	return recordOf(a, n)
+}
+
+// tellRefused records how often names beyond a budget were asked for again in an hour
+// that is over, or with all until now.
+func (l *ledger) tellRefused(all bool) {
+	now := time.Now()
+	for len(l.repeated) > 0 && (all || now.Sub(l.repeated[0].since) >= overEvery) {
+		r := l.repeated[0]
+		l.repeated[0] = nil
+		l.repeated = l.repeated[1:]
+		delete(l.again, r.asked)
+		if r.more == 0 {
+			continue
+		}
+		r.rec.Detail += fmt.Sprintf("; asked %d times more since %s", r.more, r.since.UTC().Format(time.RFC3339))
+		if err := l.record(&r.rec); err != nil {
+			l.log.Error("questions for a name beyond its budget were not recorded", "n", r.more, "err", err)
+		}
 	}
 }
 

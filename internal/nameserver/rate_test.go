@@ -1,13 +1,20 @@
 package nameserver
 
 import (
+	"context"
+	"fmt"
 	"net"
 	"net/netip"
+	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/miekg/dns"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"sallyport/internal/audit"
 )
 
 // TestRate has a workload ask more than it may in a second, which is no other's
@@ -48,6 +55,62 @@ func TestRate(t *testing.T) {
 		}
 		if got, want := told[payment.String()], "rate: 31 questions beyond what it may ask in a second got no answer"; got != want || len(told) != 2 {
 			t.Errorf("recorded %v, want %q", told, want)
+		}
+	})
+}
+
+// TestNamesBeyondABudgetAreToldOnce in an hour, with how often they were asked for.
+func TestNamesBeyondABudgetAreToldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, func(c *Config) {
+			c.Real = func(context.Context, spiffeid.ID, string) ([]netip.Addr, time.Duration, error) {
+				return nil, 0, ErrBudget
+			}
+		})
+		r.zone.Load().real = []string{"real.example.com", "api.example.com"}
+		began := time.Now()
+		asks := func(name string, n int) {
+			for range n { // each by another connection
+				_, _ = r.answerer(payment, 1).answer(t.Context(), pack(t, ask(name, dns.TypeA, 1232)), false)
+				r.tell()
+			}
+		}
+		told := func(want ...string) {
+			t.Helper()
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			var got []string
+			for _, rec := range r.records {
+				if rec.Decision != audit.Deny || rec.Reason != string(Invented) {
+					t.Errorf("recorded %+v", rec)
+				}
+				got = append(got, rec.Dst+strings.TrimPrefix(rec.Detail, "budget.names of the destination is used up"))
+			}
+			if r.records = nil; !slices.Equal(got, want) {
+				t.Errorf("recorded %q, want %q", got, want)
+			}
+		}
+		asks("real.example.com.", 5)
+		asks("api.example.com.", 1)
+		told("host:real.example.com", "host:api.example.com")
+		time.Sleep(overEvery - time.Second)
+		asks("api.example.com.", 2)
+		r.tellRefused(false)
+		told()
+		time.Sleep(time.Second)
+		r.tellRefused(false)
+		since := began.UTC().Format(time.RFC3339)
+		told("host:real.example.com; asked 4 times more since "+since, "host:api.example.com; asked 2 times more since "+since)
+		asks("real.example.com.", 2)
+		told("host:real.example.com")
+		r.tellRefused(true) // it stops
+		told("host:real.example.com; asked 1 times more since " + time.Now().UTC().Format(time.RFC3339))
+		for n := range maxOver + 2 {
+			r.zone.Load().real = []string{fmt.Sprintf("n%d.wild.example.com", n)}
+			asks(fmt.Sprintf("n%d.wild.example.com.", n), 1)
+		}
+		if len(r.again) > maxOver || len(r.repeated) != len(r.again) {
+			t.Errorf("%d and %d names are remembered", len(r.again), len(r.repeated))
 		}
 	})
 }

@@ -224,6 +224,15 @@ func TestGateways(t *testing.T) {
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); !errors.Is(err, ErrBudget) {
 		t.Errorf("a name beyond the budget: %v", err)
 	}
+	sidecar := newRig(t, func(c *Config) { c.Real = g.Lookup })
+	sidecar.zone.Load().real = s.zone.Load().real
+	m, _ := sidecar.both(payment, pack(t, ask("real.example.com.", dns.TypeA, 1232)))
+	if got, want := short(m), "NXDOMAIN | SOA of . | EDE 17: budget.names of the destination is used up"; got != want {
+		t.Errorf("a name beyond the budget, through a sidecar: %s, want %s", got, want)
+	}
+	if got := sidecar.recorded(); len(got) != 1 || !strings.HasPrefix(got[0], "deny host:real.example.com name_budget") {
+		t.Errorf("the sidecar recorded %q", got)
+	}
 	fails = errors.New("down")
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); err == nil || errors.Is(err, ErrAbsent) {
 		t.Errorf("a gateway that cannot look it up: %v", err)
