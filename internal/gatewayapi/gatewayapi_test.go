@@ -6,6 +6,7 @@ import (
 	"testing/fstest"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
@@ -172,7 +173,12 @@ func FuzzImport(f *testing.F) {
 			return
 		}
 		for i := range got {
-			got[i].EncodeYAML()
+			var back mesh.Routes
+			if text := got[i].EncodeYAML(); mesh.DecodeYAML("x.yaml", text, &back) != nil {
+				t.Errorf("what was imported cannot be read:\n%s\n%s", text, b)
+			} else if diff := cmp.Diff(got[i], back, cmpopts.EquateEmpty(), cmpopts.IgnoreTypes(mesh.Origin{})); diff != "" {
+				t.Errorf("read otherwise than it was imported: %s\n%s", diff, b)
+			}
 		}
 	})
 }
