@@ -103,15 +103,6 @@ func isHere(p capture.Process) bool {
 	return p.ExePath != "" && syscall.Lstat(p.ExePath, &st) == nil && uint64(st.Dev) == p.ExeDev && st.Ino == p.ExeInode
 }
 
-// Self gives the selectors of this process: those of Gather, with self:true.
-func Self() ([]mesh.Selector, error) {
-	p, err := capture.Inspect(os.Getpid())
-	if err != nil {
-		return nil, fmt.Errorf("attest this process: %w", err)
-	}
-	return Gather(p, nil)
-}
-
 // Match gives the entries whose selectors are all in have, in their order. An
 // entry without selectors matches nobody.
 func Match(entries []mesh.Entry, have []mesh.Selector) []mesh.Entry {

@@ -28,46 +28,6 @@ type Server struct {
 	Net string
 }
 
-// ParseServer reads "address", "address:port" or either after "udp://" or
-// "tcp://". The port is 53 when absent.
-func ParseServer(s string) (Server, error) {
-	proto, rest, ok := strings.Cut(s, "://")
-	if !ok {
-		proto, rest = "udp", s
-	}
-	if proto != "udp" && proto != "tcp" {
-		return Server{}, fmt.Errorf("resolver %q: %q is not udp or tcp", s, proto)
-	}
-	if ap, err := netip.ParseAddrPort(rest); err == nil && ap.Port() != 0 {
-		return Server{Addr: ap, Net: proto}, nil
-	}
-	a, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(rest, "["), "]"))
-	if err != nil {
-		return Server{}, fmt.Errorf("resolver %q: not an address or address:port", s)
-	}
-	return Server{Addr: netip.AddrPortFrom(a, 53), Net: proto}, nil
-}
-
-// ServersFrom reads the name servers of a file in the form of resolv.conf.
-func ServersFrom(path string) ([]Server, error) {
-	conf, err := dns.ClientConfigFromFile(path)
-	if err != nil {
-		return nil, fmt.Errorf("read name servers: %w", err)
-	}
-	var out []Server
-	for _, s := range conf.Servers {
-		a, err := netip.ParseAddr(s)
-		if err != nil {
-			return nil, fmt.Errorf("read name servers: %s: %w", path, err)
-		}
-		out = append(out, Server{Addr: netip.AddrPortFrom(a, 53), Net: "udp"})
-	}
-	if len(out) == 0 {
-		return nil, fmt.Errorf("read name servers: %s has no nameserver line", path)
-	}
-	return out, nil
-}
-
 // ResolverConfig says whom a Resolver asks.
 type ResolverConfig struct {
 	// Servers are asked in this order, each in turn until one answers.

@@ -6,15 +6,12 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/miekg/dns"
 )
 
@@ -297,47 +294,5 @@ func TestLookupAsksOnceForMany(t *testing.T) {
 	wg.Wait()
 	if got := lookup(t, r, "api.example.com"); got != "[1.1.1.1]" || s.asked.Load() != 2 {
 		t.Errorf("got %s after %d questions, want 2", got, s.asked.Load())
-	}
-}
-
-func TestParseServer(t *testing.T) {
-	tests := []struct{ in, want string }{
-		{"192.0.2.1", "udp 192.0.2.1:53"},
-		{"192.0.2.1:5353", "udp 192.0.2.1:5353"},
-		{"tcp://192.0.2.1:5353", "tcp 192.0.2.1:5353"},
-		{"udp://[2001:db8::1]:53", "udp [2001:db8::1]:53"},
-		{"2001:db8::1", "udp [2001:db8::1]:53"},
-		{"tls://192.0.2.1", ""},
-		{"dns.example.com", ""},
-		{"192.0.2.1:0", ""},
-		{"", ""},
-	}
-	for _, tt := range tests {
-		s, err := ParseServer(tt.in)
-		got := ""
-		if err == nil {
-			got = s.Net + " " + s.Addr.String()
-		}
-		if got != tt.want {
-			t.Errorf("ParseServer(%q) = %q, %v; want %q", tt.in, got, err, tt.want)
-		}
-	}
-}
-
-func TestServersFrom(t *testing.T) {
-	file := filepath.Join(t.TempDir(), "resolv.conf")
-	if err := os.WriteFile(file, []byte("search corp.example\nnameserver 192.0.2.1\nnameserver 2001:db8::1\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	got, err := ServersFrom(file)
-	want := []Server{{netip.MustParseAddrPort("192.0.2.1:53"), "udp"}, {netip.MustParseAddrPort("[2001:db8::1]:53"), "udp"}}
-	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b Server) bool { return a == b })); diff != "" || err != nil {
-		t.Errorf("%v\n%s", err, diff)
-	}
-	if err := os.WriteFile(file, []byte("search corp.example\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := ServersFrom(file); err == nil {
-		t.Error("a file without servers passes")
 	}
 }
