@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -330,4 +331,33 @@ func TestDrainEndsHTTP2InTunnels(t *testing.T) {
 		t.Errorf("to the host the call ended with %v", err)
 	}
 	w.until("the end of the tunnel", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Detail == "for requests" })
+}
+
+// TestCallsThatAreBrokenOff again and again end the connection in the tunnel, and are
+// held against who makes them.
+func TestCallsThatAreBrokenOff(t *testing.T) {
+	s := startSite(t, "shop.test")
+	w := newWorld(t, nil)
+	w.use(w.policy(asking, s.originated("shop.test")))
+	got := callRaw(t, w, w.streamsOn(billing), func(r *rawSite) {
+		go func() { // who speaks must not wait for who listens
+			for id := uint32(1); id < 1<<24; id += 2 {
+				r.head(id, true, ":method", "GET", ":scheme", "http", ":path", "/v1/a", ":authority", "shop.test")
+				if r.WriteRSTStream(id, http2.ErrCodeCancel) != nil {
+					return
+				}
+			}
+		}()
+		for over := false; !over; { // some calls are answered before
+			f, err := r.ReadFrame()
+			_, away := f.(*http2.GoAwayFrame)
+			over = away || err != nil
+		}
+	})
+	if got != "reset" || !w.gw.calmOf.Worn(billing) {
+		t.Errorf("a flood came to %s; is it held against its caller: %v", got, w.gw.calmOf.Worn(billing))
+	}
+	if w.gw.calmOf.Worn(inventory) {
+		t.Error("it is held against another")
+	}
 }
