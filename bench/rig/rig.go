@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -326,11 +327,15 @@ type Result struct {
 	Verdicts []Verdict          `json:"verdicts,omitempty"`
 }
 
-// End writes the result as one line. The error is bad unless cases were tried,
+// End writes the result as one line, without the figures that are no number. The error is bad unless cases were tried,
 // none failed, and every verdict holds.
 func (r *Result) End(w io.Writer, bad string) error {
 	r.OK = r.Cases.Tried > 0 && r.Cases.Failed == 0 && !slices.ContainsFunc(r.Verdicts, func(v Verdict) bool { return !v.OK })
 	for k, v := range r.Figures {
+		if math.IsInf(v, 0) || math.IsNaN(v) { // of a peer that has answered nothing
+			delete(r.Figures, k)
+			continue
+		}
 		r.Figures[k], _ = strconv.ParseFloat(strconv.FormatFloat(v, 'g', 4, 64), 64)
 	}
 	b, err := json.Marshal(r)
