@@ -184,3 +184,61 @@ p, guard-1, out, **, host:bad.example.com, *, *, **, -, deny
 		}
 	}
 }
+
+// A route says how calls are recorded that go on, and makes a service's records of
+// denials more, never fewer.
+func TestARouteThinsNoDenialsOfItsService(t *testing.T) {
+	for _, c := range []struct {
+		service, route string
+		allowed        bool
+		want           bool // a record of its own, whatever comes
+	}{
+		{"full", "", true, true},
+		{"full", "counted", true, false},
+		{"full", "full", true, true},
+		{"counted", "full", true, true},
+		{"counted", "", true, false},
+		{"", "", true, false},
+		{"full", "", false, true},
+		{"full", "counted", false, true},
+		{"full", "full", false, true},
+		{"counted", "full", false, true},
+		{"counted", "counted", false, false},
+		{"counted", "", false, false},
+		{"", "counted", false, false},
+		{"", "", false, false},
+	} {
+		snap := rows(t, `p, pay-1, in, spiffe://corp.example/ns/shop/sa/payment, spiffe://corp.example/ns/shop/sa/billing, 8443, POST, /v1/**, -, allow
+`)
+		snap.Services = []mesh.Service{{Name: "billing", ID: bill, Port: 8443, Protocol: "http", Audit: c.service}}
+		s, err := Compile(snap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kept []audit.Record
+		j := judgeWith(t, recorder(func(r *audit.Record) error {
+			r.ID = "x-1"
+			kept = append(kept, *r)
+			return nil
+		}), s)
+		call := payCall()
+		if call.Route = (&mesh.Route{Audit: c.route}); !c.allowed {
+			call.Path = "/v2"
+		}
+		onConn := *call
+		if _, err := j.Judge(call); (err == nil) != c.allowed {
+			t.Errorf("%+v: %v", c, err)
+		}
+		if _, err := j.Conn(mesh.In, pay, bill.String(), 8443).Judge(&onConn); (err == nil) != c.allowed {
+			t.Errorf("%+v: on a connection %v", c, err)
+		}
+		for _, r := range kept {
+			if r.Full != c.want {
+				t.Errorf("%+v: recorded with full %t", c, r.Full)
+			}
+		}
+		if len(kept) != 2 {
+			t.Errorf("%+v: %d records", c, len(kept))
+		}
+	}
+}

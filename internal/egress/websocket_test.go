@@ -131,6 +131,38 @@ func TestWebSocketsAreOfTheBudget(t *testing.T) {
 	}
 }
 
+// TestWhatComesWithTheUpgradeCounts: a host may send all it has behind the head of
+// its 101, before anybody reads from it again.
+func TestWhatComesWithTheUpgradeCounts(t *testing.T) {
+	const size = 3000
+	for budget, want := range map[string]Reason{"": ReasonDone, "    budget: {down: 20000}\n": ReasonBudget} {
+		w, s := askWorld(t)
+		s.does(func(rw http.ResponseWriter, _ *http.Request) {
+			c, _, err := rw.(http.Hijacker).Hijack()
+			if err != nil {
+				s.t.Error(err)
+				return
+			}
+			defer c.Close()
+			_, _ = io.WriteString(c, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+rightProof+"\r\n"+strings.Repeat("x", size))
+		})
+		w.use(w.policy(asking, s.originated("shop.test")+"    upgrade: [websocket]\n"+budget))
+		conn := w.open1(billing)
+		c := &askConn{conn, conn.br}
+		if code := c.upgraded(t); code != 101 {
+			t.Fatalf("status %d", code)
+		}
+		_, _ = io.CopyN(io.Discard, c.br, size) // or it is broken off before
+		conn.Close()
+		end := w.until("its end", func(r audit.Record) bool {
+			return r.Kind == audit.KindEgressClose && strings.Contains(r.Detail, "status 101") && r.Path == "/v1/ws" && r.Reason == string(want)
+		})
+		if end.BytesDown != size {
+			t.Errorf("%q: %d bytes are recorded", budget, end.BytesDown)
+		}
+	}
+}
+
 // TestWebSocketsAreInspected are those in TLS that ends at the gateway.
 func TestWebSocketsAreInspected(t *testing.T) {
 	w, s, roots := inspectWorld(t)

@@ -92,3 +92,34 @@ func TestHoardedIsCharged(t *testing.T) {
 		}
 	})
 }
+
+// TestWhoFindsNoMemoryIsNotCharged has the streams of one end because others have
+// taken all there is: his connection goes on, however many they are.
+func TestWhoFindsNoMemoryIsNotCharged(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		all := mux.NewBudget(64 << 10)
+		greedy, modest := all.Part(64<<10), all.Part(64<<10)
+		greedy.Take(64 << 10)
+		var ended atomic.Int32
+		cfg := Config{First: modest, Hoarded: func() { ended.Add(1) }, Broken: func() bool { return false }}
+		p := newPair(t, Config{}, cfg, hold)
+		for range 3 {
+			s := p.open(t)
+			_, _ = s.Write(make([]byte, baseWindow)) // it may be over by then
+			synctest.Wait()
+		}
+		if n := ended.Load(); n != 3 {
+			t.Errorf("%d of 3 streams were ended", n)
+		}
+		s := p.open(t)
+		if _, err := s.Write([]byte("little")); err != nil {
+			t.Errorf("the connection does not go on: %v", err)
+		}
+		synctest.Wait()
+		p.stop()
+		var v *Violation
+		if errors.As(p.farErr, &v) {
+			t.Errorf("the connection ended by %v", p.farErr)
+		}
+	})
+}

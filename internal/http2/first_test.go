@@ -2,6 +2,8 @@ package http2
 
 import (
 	"bufio"
+	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -9,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"sallyport/internal/mux"
 )
@@ -109,6 +112,84 @@ func TestFirstWindowsAreBounded(t *testing.T) {
 		wg.Wait()
 		if a, b := all.Used(), hoarder.Used(); a != 0 || b != 0 {
 			t.Errorf("%d and %d bytes are paid for when all is over", a, b)
+		}
+	})
+}
+
+// TestWhoFindsNoMemoryIsNotCharged has calls end because others have taken all there
+// is: the connection goes on.
+func TestWhoFindsNoMemoryIsNotCharged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		all := mux.NewBudget(64 << 10)
+		greedy, modest := all.Part(64<<10), all.Part(64<<10)
+		greedy.Take(64 << 10)
+		near, far := net.Pipe()
+		ended := 0
+		cfg := Config{Budget: mux.NewBudget(1), First: modest, Broken: func() bool { return false }, Violated: func(r Reason) {
+			if ended++; r != Hoarded {
+				t.Errorf("a call ends for %s", r)
+			}
+		}}
+		var wg sync.WaitGroup
+		release := make(chan struct{})
+		c := Accepted(near, cfg, func(l *Lane) bool {
+			l.OnCut(func() { l.Close() })
+			wg.Go(func() {
+				defer l.Close()
+				r, err := http.ReadRequest(bufio.NewReaderSize(l, 128))
+				if err != nil {
+					return
+				}
+				if r.Method == "GET" {
+					_, _ = io.WriteString(l, "HTTP/1.1 204 No Content\r\n\r\n")
+					return
+				}
+				<-release // and reads nothing
+			})
+			return true
+		})
+		var err error
+		wg.Go(func() { err = c.Run() })
+		client := clientOn(far)
+		dialled := false
+		client.DialContext = func(context.Context, string, string) (net.Conn, error) {
+			if dialled {
+				return nil, net.ErrClosed
+			}
+			dialled = true
+			return far, nil
+		}
+		ask := func(method string, body io.Reader) int {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			r, err := http.NewRequestWithContext(ctx, method, "http://a/", struct{ io.Reader }{body}) // which is not sent again
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := client.RoundTrip(r)
+			if err != nil {
+				return 0
+			}
+			resp.Body.Close()
+			return resp.StatusCode
+		}
+		for range 3 {
+			if got := ask("POST", strings.NewReader(strings.Repeat("x", 60<<10))); got != 0 {
+				t.Errorf("a call for which there is no memory got %d", got)
+			}
+		}
+		if ended != 3 {
+			t.Errorf("%d of 3 calls were ended", ended)
+		}
+		if got := ask("GET", strings.NewReader("")); got != 204 {
+			t.Errorf("a call afterwards got %d", got)
+		}
+		close(release)
+		c.Sever()
+		wg.Wait()
+		var v *Violation
+		if errors.As(err, &v) {
+			t.Errorf("the connection ended by %v", err)
 		}
 	})
 }

@@ -2,9 +2,12 @@ package page
 
 import (
 	"context"
+	"encoding/pem"
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"testing"
 	"time"
@@ -60,5 +63,39 @@ func TestTurnsAtTheProviderAreShared(t *testing.T) {
 	}
 	if !enter("192.0.2.1:1") || d.all != 1 || len(d.of) != 1 {
 		t.Errorf("%d turns are taken, by %d addresses", d.all, len(d.of))
+	}
+}
+
+// A provider that did not answer is asked again after a while, not by each who comes.
+func TestADeafProviderIsLeftAlone(t *testing.T) {
+	asked := 0
+	srv := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked++
+		http.Error(w, "down", http.StatusServiceUnavailable)
+	}))
+	defer srv.Close()
+	ca := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw}))
+	o, err := newProvider(OIDC{Issuer: srv.URL, URL: "https://page.test", Client: "page", Viewers: []string{"staff"}, CA: ca}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	for _, at := range []struct {
+		after time.Duration
+		asked int
+	}{{0, 1}, {time.Second, 1}, {providerAgain - 1, 1}, {providerAgain, 2}, {providerAgain + time.Second, 2}} {
+		if _, err := o.discover(t.Context(), now.Add(at.after)); err == nil {
+			t.Error("it has answered")
+		}
+		if asked != at.asked {
+			t.Errorf("after %s it was asked %d times, want %d", at.after, asked, at.asked)
+		}
+	}
+	// Who goes while it is asked leaves nothing behind for others.
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	o.failed = nil
+	if _, err := o.discover(gone, now); err == nil || o.failed != nil {
+		t.Errorf("%v is remembered of one who has gone: %v", o.failed, err)
 	}
 }
