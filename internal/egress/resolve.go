@@ -111,6 +111,9 @@ func (r *Resolver) Lookup(ctx context.Context, name string) ([]netip.Addr, error
 		return orAbsent(name, addrs)
 	}
 	done := r.flight.DoChan(name, func() (any, error) {
+		if addrs, ok := r.cached(name); ok { // since it was looked for
+			return addrs, nil
+		}
 		limit := 2 * r.timeout * time.Duration(len(r.servers))
 		asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
 		defer cancel()
