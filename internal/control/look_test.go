@@ -21,7 +21,7 @@ import (
 var looker, viewer = spiffeid.RequireFromString("spiffe://corp.example/ns/ops/sa/looker"), spiffeid.RequireFromString("spiffe://corp.example/ns/ops/sa/viewer")
 
 // lookRows let looker tap payment and billing, and viewer see what a page has.
-type lookRows struct{ rows }
+type lookRows struct{}
 
 func (lookRows) JudgeAdmin(who spiffeid.ID, method string, on spiffeid.ID) (mesh.Effect, string) {
 	switch {
@@ -33,7 +33,7 @@ func (lookRows) JudgeAdmin(who spiffeid.ID, method string, on spiffeid.ID) (mesh
 	return "", ""
 }
 
-func (r lookRows) MayAdmin(who spiffeid.ID, method string) bool {
+func (lookRows) MayAdmin(who spiffeid.ID, method string) bool {
 	return who == looker && method == "mesh.Tap" || who == viewer && method != "mesh.Tap"
 }
 
