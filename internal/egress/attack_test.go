@@ -172,7 +172,10 @@ func TestConnectionsOfOneCaller(t *testing.T) {
 func (g *Gateway) connections(id spiffeid.ID) int {
 	g.crowd.mu.Lock()
 	defer g.crowd.mu.Unlock()
-	return g.crowd.of[id]
+	if m := g.crowd.of[id]; m != nil {
+		return m.conns
+	}
+	return 0
 }
 
 // Whoever reaches the port can fail a handshake. The records of that are few,

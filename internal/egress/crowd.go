@@ -9,25 +9,44 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/mesh"
+	"sallyport/internal/mux"
 )
 
 // A crowd counts the connections of each caller, so that none can hold all.
 type crowd struct {
+	firsts *mux.Budget // of what members hold unread
+
 	mu sync.Mutex // guards what follows
-	of map[spiffeid.ID]int
+	of map[spiffeid.ID]*member
 	// asking are the streams whose request is not answered yet, askingOf those of
 	// a caller.
 	asking   int
 	askingOf map[spiffeid.ID]int
 }
 
+// firsts is what all connections of HTTP/2 in tunnels may hold unread of their first
+// windows, half of it those of one caller.
+const firsts = 64 << 20
+
+// A member is a caller with connections.
+type member struct {
+	conns  int
+	firsts *mux.Budget
+}
+
 // connected counts a connection in, unless its caller has too many. What was
 // counted in is counted out by parted.
 func (g *Gateway) connected(who *caller) bool {
 	g.crowd.mu.Lock()
-	ok := g.crowd.of[who.id] < g.lim.ConnsPerCaller
+	m := g.crowd.of[who.id]
+	if m == nil {
+		m = &member{firsts: g.crowd.firsts.Part(firsts / 2)}
+		g.crowd.of[who.id] = m
+	}
+	ok := m.conns < g.lim.ConnsPerCaller
 	if ok {
-		g.crowd.of[who.id]++
+		m.conns++
+		who.firsts = m.firsts
 	}
 	g.crowd.mu.Unlock()
 	if !ok {
@@ -43,7 +62,8 @@ func (g *Gateway) connected(who *caller) bool {
 func (g *Gateway) parted(who *caller) {
 	g.crowd.mu.Lock()
 	defer g.crowd.mu.Unlock()
-	if g.crowd.of[who.id]--; g.crowd.of[who.id] <= 0 {
+	m := g.crowd.of[who.id]
+	if m.conns--; m.conns == 0 {
 		delete(g.crowd.of, who.id)
 	}
 }

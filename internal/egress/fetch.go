@@ -394,12 +394,12 @@ func (f *fetch) unlent(err error) *answer {
 	}
 	f.stop(reason)
 	if f.tries > 0 {
-		f.note = strings.TrimSpace(f.note + " " + clip(err.Error()))
+		f.note = strings.TrimSpace(f.note + " " + clip(f.plain(err.Error())))
 		f.recordEnd(reason)
 		f.req.KeepAlive = false
 		return answerTo(reason, f.id)
 	}
-	return f.g.deny(f.record(audit.KindDecision), err)
+	return f.g.deny(f.record(audit.KindDecision), refuse(reason, "%s", f.plain(err.Error())))
 }
 
 // errEnded is the refusal of what was stopped before it had begun.
@@ -421,7 +421,7 @@ func (f *fetch) failed(err error, res http1.Result) (keep bool, ans *answer) {
 	if reason == ReasonReset && f.late {
 		reason = ReasonTimeout
 	}
-	f.note = strings.TrimSpace(f.note + " " + clip(err.Error()))
+	f.note = strings.TrimSpace(f.note + " " + clip(f.plain(err.Error())))
 	f.recordEnd(reason)
 	if res.ResponseStarted {
 		f.a.abort()
@@ -450,7 +450,7 @@ func (f *fetch) recordEnd(reason Reason) {
 	rec := f.record(audit.KindEgressClose)
 	rec.Reason = string(reason)
 	rec.BytesUp, rec.BytesDown, rec.Duration = f.up.Load(), f.down.Load(), time.Since(f.start)
-	rec.Detail = strings.TrimSpace(fmt.Sprintf("status %d to %s%s %s", f.status, f.to, f.origin, f.note))
+	rec.Detail = f.plain(strings.TrimSpace(fmt.Sprintf("status %d to %s%s %s", f.status, f.to, f.origin, f.note)))
 	if f.bare {
 		rec.Detail += ", no WebSocket since it has a credential"
 	}

@@ -231,7 +231,7 @@ func New(c Config) (*Gateway, error) {
 	}
 	g.outside = &upstream.Outside{Changed: c.Troubled}
 	g.dialer = &Dialer{Names: c.Names, Guard: guard, Secrets: c.Secrets, Roots: c.Roots, Outside: g.outside}
-	g.crowd.of, g.crowd.askingOf = make(map[spiffeid.ID]int), make(map[spiffeid.ID]int)
+	g.crowd = crowd{firsts: mux.NewBudget(firsts), of: make(map[spiffeid.ID]*member), askingOf: make(map[spiffeid.ID]int)}
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf, g.restOfWorn = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), restOfWorn
 	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
@@ -491,6 +491,8 @@ type caller struct {
 	until time.Time // when its SVID, or what signed that, ends
 	peer  string    // its address
 	state tls.ConnectionState
+	// firsts is what its connections of HTTP/2 in tunnels may hold unread.
+	firsts *mux.Budget
 
 	// verified is when that was last verified, in Unix nanoseconds; disproved says
 	// that it was in vain.

@@ -38,7 +38,7 @@ func (g *Gateway) insideHTTP2(ctx context.Context, t *tunnel, c net.Conn) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	cfg := http2.Config{
-		Head: g.lim.Request.Head, HeadTimeout: g.lim.Request.HeadTimeout, Budget: g.windows,
+		Head: g.lim.Request.Head, HeadTimeout: g.lim.Request.HeadTimeout, Budget: g.windows, First: t.who.firsts,
 		Broken:   func() bool { return g.calmOf.Spend(t.who.id, 1) },
 		Violated: func(r http2.Reason) { g.cfg.Metrics.RequestsRefused(reporter, "http2_"+string(r)).Inc() },
 	}
@@ -86,11 +86,14 @@ func (g *Gateway) askLane(ctx context.Context, t *tunnel, l *http2.Lane) {
 func (g *Gateway) holds(h *http2.Conn) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if g.draining {
+		return false
+	}
 	g.inner[h] = true
 	if g.yielding {
 		h.Drain() // whoever drains came too early to see it
 	}
-	return !g.draining
+	return true
 }
 
 func (g *Gateway) letGo(h *http2.Conn) {

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"sallyport/internal/audit"
+	own "sallyport/internal/http2"
 )
 
 // rpcs lets billing call two methods of a service outside.
@@ -359,5 +360,42 @@ func TestCallsThatAreBrokenOff(t *testing.T) {
 	}
 	if w.gw.calmOf.Worn(inventory) {
 		t.Error("it is held against another")
+	}
+}
+
+// TestBodiesInTunnelsThatNobodyReads are broken off where there is no memory left for
+// them.
+func TestBodiesInTunnelsThatNobodyReads(t *testing.T) {
+	came := make(chan bool, 1)
+	s := startSite(t, "shop.test")
+	s.addr = serve(t, func(c net.Conn) {
+		came <- true
+		_, _ = io.Copy(io.Discard, c) // it shakes no hands
+	})
+	w := newWorld(t, nil)
+	w.use(w.policy(asking, s.originated("shop.test")))
+	h := w.streamsOn(billing)
+	w.gw.crowd.firsts.Take(firsts)
+	got := callRaw(t, w, h, func(r *rawSite) {
+		r.head(1, false, ":method", "POST", ":scheme", "http", ":path", "/v1/a", ":authority", "shop.test")
+		r.data(1, false, strings.Repeat("x", 1<<10))
+		<-came
+		for range 3 {
+			r.data(1, false, strings.Repeat("x", 15<<10))
+		}
+	})
+	if got != "reset" {
+		t.Errorf("the call came to %s", got)
+	}
+}
+
+// TestNothingIsHeldOnceTheGatewayDrains has a connection in a tunnel come too late.
+func TestNothingIsHeldOnceTheGatewayDrains(t *testing.T) {
+	near, far := net.Pipe()
+	defer near.Close()
+	defer far.Close()
+	g := &Gateway{inner: map[*own.Conn]bool{}, draining: true}
+	if g.holds(own.Accepted(near, own.Config{}, nil)) || len(g.inner) > 0 {
+		t.Errorf("%d connections are held", len(g.inner))
 	}
 }

@@ -45,13 +45,25 @@ func (f *fetch) scrub(resp *http1.Response) bool {
 	}
 	s.Clean(resp.Phrase)
 	for _, field := range resp.Fields {
-		coding := string(field.Value)
-		if codings.Has(field.Name) && coding != "" && coding != "identity" {
+		coded := codings.Has(field.Name) // of the name as it came
+		s.Clean(field.Name)
+		s.Clean(field.Value)
+		if coding := string(field.Value); coded && coding != "" && coding != "identity" {
 			f.note = "the answer is " + clip(coding) + ", though a plain one was asked for: what was injected could be in it unseen"
 			return false
 		}
-		s.Clean(field.Name)
-		s.Clean(field.Value)
 	}
 	return true
+}
+
+// plain is a text for a record without the credential. It must not be cut before: a
+// part of that would not be found.
+func (f *fetch) plain(text string) string {
+	s := f.a.ex.Scrub
+	if s == nil {
+		return text
+	}
+	b := []byte(text)
+	s.Clean(b)
+	return string(b)
 }

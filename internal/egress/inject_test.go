@@ -12,6 +12,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"sallyport/internal/audit"
+	"sallyport/internal/http1"
 )
 
 const credential = "sk_live_0123456789abcdef"
@@ -126,6 +129,44 @@ func TestAnswersDoNotShowTheCredential(t *testing.T) {
 			t.Errorf("%q: %d", codings, res.StatusCode)
 		}
 		<-s.seen
+	}
+}
+
+// TestRecordsDoNotShowTheCredential has a host name it as the coding of its answer.
+func TestRecordsDoNotShowTheCredential(t *testing.T) {
+	w, s, _ := injectWorld(t)
+	for _, before := range []string{"", strings.Repeat("x", 50)} { // what is cut in the middle of it is no less secret
+		s.does(func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("Content-Encoding", before+strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer "))
+			_, _ = io.WriteString(rw, "anything")
+		})
+		if res, _ := w.askOnStream(w.streamsOn(billing)).ask(t, "GET http://shop.test/v1/charges HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 502 {
+			t.Errorf("answered with %d", res.StatusCode)
+		}
+		<-s.seen
+		w.until("the end", func(r audit.Record) bool {
+			return r.Kind == audit.KindEgressClose && strings.Contains(r.Detail, "the answer is \""+before+"***")
+		})
+	}
+	if strings.Contains(w.lines(), credential[:8]) {
+		t.Errorf("recorded %s", w.lines())
+	}
+}
+
+// TestErrorsDoNotShowTheCredential in the records of what came to nothing.
+func TestErrorsDoNotShowTheCredential(t *testing.T) {
+	for name, end := range map[string]func(*fetch, error){
+		"before a try": func(f *fetch, err error) { f.unlent(err) },
+		"after a try":  func(f *fetch, err error) { f.tries = 1; f.unlent(err) },
+		"in a try":     func(f *fetch, err error) { f.note = err.Error(); f.failed(err, http1.Result{}) },
+	} {
+		w := newWorld(t, nil)
+		f := &fetch{tunnel: &tunnel{who: &caller{id: billing}, relay: relay{cancel: func() {}}}, g: w.gw, a: &asker{abort: func() {}}, req: new(http1.Request)}
+		f.a.ex.Scrub = http1.NewScrub(credential)
+		end(f, refuse(ReasonDial, "%s is what it is told", strings.Repeat("x", 50)+credential))
+		if got := w.lines(); strings.Contains(got, credential[:8]) || !strings.Contains(got, "x***") {
+			t.Errorf("%s: recorded %s", name, got)
+		}
 	}
 }
 

@@ -253,7 +253,7 @@ func refuseShake(h Host, err error) *Refusal {
 	var ne net.Error
 	switch {
 	case errors.As(err, &cert):
-		return refuse(ReasonCertificate, "%s did not prove its name: %v", h, cert.Err)
+		return refuse(ReasonCertificate, "%s did not prove its name: %s", h, clip(cert.Err.Error()))
 	case errors.Is(err, context.DeadlineExceeded), errors.As(err, &ne) && ne.Timeout():
 		return refuse(ReasonTimeout, "handshake with %s: %v", h, err)
 	}

@@ -162,7 +162,7 @@ func (d *Dialer) toProxy(ctx context.Context, p *parent, private []netip.Prefix)
 	}
 	c.Close()
 	if cert := (*tls.CertificateVerificationError)(nil); errors.As(err, &cert) {
-		return nil, refuse(ReasonCertificate, "proxy %s did not prove its name: %v", p.parent.Address, cert.Err)
+		return nil, refuse(ReasonCertificate, "proxy %s did not prove its name: %s", p.parent.Address, clip(cert.Err.Error()))
 	}
 	return nil, fmt.Errorf("speak TLS: %w", err)
 }
@@ -199,7 +199,7 @@ func connected(r io.Reader) (int, error) {
 	version, rest, _ := strings.Cut(string(line), " ")
 	code, _, _ := strings.Cut(rest, " ")
 	if version != "HTTP/1.1" && version != "HTTP/1.0" || len(code) != 3 || code[0] < '2' || code[0] > '5' || strings.Trim(code, "0123456789") != "" {
-		return 0, fmt.Errorf("its answer begins with %s", clip(string(line)))
+		return 0, errors.New("its answer is no HTTP") // which may repeat the credentials
 	}
 	return int(code[0]-'0')*100 + int(code[1]-'0')*10 + int(code[2]-'0'), nil
 }

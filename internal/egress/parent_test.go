@@ -162,6 +162,9 @@ func TestProxiesThatMakeNoConnection(t *testing.T) {
 				t.Errorf("%+v, %d questions to the proxy%s", ref, len(p.asks), w.lines())
 			}
 			w.until("the refusal", denial(tt.reason))
+			if strings.Contains(w.lines(), "mail.test") {
+				t.Errorf("recorded what the proxy says: %s", w.lines())
+			}
 		})
 	}
 }

@@ -21,8 +21,10 @@ const (
 	// maxProbes bounds how many are remembered, maxProbesOf those of them that one
 	// caller has begun.
 	maxProbes, maxProbesOf = 4096, 512
-	// maxProbing bounds how many are under way, maxProbingOf those of one caller.
-	maxProbing, maxProbingOf = 512, 64
+	// maxProbing bounds how many are under way, maxProbingOf those of one caller,
+	// and fewProbing while there are half as many as there may be: a handful of
+	// callers must not keep all others out.
+	maxProbing, maxProbingOf, fewProbing = 512, 64, 8
 )
 
 // probes are what the gateway has seen for itself of the certificates of hosts
@@ -82,14 +84,17 @@ func (p *probes) ask(base context.Context, k probeKey, who spiffeid.ID) (pr *pro
 		pr.waiting++
 		return pr, false, nil
 	}
-	mine := p.of[who]
+	mine, may := p.of[who], maxProbingOf
+	if p.n >= maxProbing/2 {
+		may = fewProbing
+	}
 	switch {
 	case p.n >= maxProbing:
 		return nil, false, refuse(ReasonProbeCap, "the certificates of %d hosts are being looked at, which is the limit", maxProbing)
 	case mine == nil:
 		mine = new(probesOf)
-	case mine.going >= maxProbingOf:
-		return nil, false, refuse(ReasonProbeCap, "the certificates of %d hosts are being looked at for %s, which is the limit of one caller", maxProbingOf, who)
+	case mine.going >= may:
+		return nil, false, refuse(ReasonProbeCap, "the certificates of %d hosts are being looked at for %s, which is as many as one caller may have now: the limit is %d", mine.going, who, may)
 	}
 	if p.of == nil {
 		p.going, p.known, p.of = make(map[probeKey]*probe), make(map[probeKey]*probe), make(map[spiffeid.ID]*probesOf)

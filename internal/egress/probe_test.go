@@ -215,11 +215,21 @@ func TestProbesUnderWayAreBounded(t *testing.T) {
 	if _, _, err := p.asks(t, billing, 1, false); err != nil {
 		t.Errorf("one that is under way already: %v", err)
 	}
-	for n := range maxProbing/maxProbingOf - 1 {
+	for n := range maxProbing/2/maxProbingOf - 1 {
 		for range maxProbingOf {
 			if _, err := begin(workload(n)); err != nil {
 				t.Fatal(err)
 			}
+		}
+	}
+	for n := range maxProbing / 2 / fewProbing { // now that half are taken
+		for range fewProbing {
+			if _, err := begin(workload(100 + n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := begin(workload(100 + n)); !refused(err) {
+			t.Errorf("one more of a caller while half are taken: %v", err)
 		}
 	}
 	if _, err := begin(inventory); !refused(err) {
@@ -230,8 +240,11 @@ func TestProbesUnderWayAreBounded(t *testing.T) {
 		t.Errorf("while one that was left still ends: %v", err)
 	}
 	p.end(mine[1])
-	if _, err := begin(billing); err != nil {
-		t.Errorf("when one has ended: %v", err)
+	if _, err := begin(billing); !refused(err) {
+		t.Errorf("one more of who has many when one has ended: %v", err)
+	}
+	if _, err := begin(inventory); err != nil {
+		t.Errorf("one of another when one has ended: %v", err)
 	}
 }
 

@@ -157,7 +157,7 @@ func certificates(body []byte) (chain []*x509.Certificate, err error) {
 		}
 		c, err := x509.ParseCertificate(der)
 		if err != nil {
-			return nil, refuse(ReasonCertificate, "a certificate in the tunnel cannot be read: %v", err)
+			return nil, refuse(ReasonCertificate, "a certificate in the tunnel cannot be read: %s", clip(err.Error()))
 		}
 		chain = append(chain, c)
 	}
@@ -179,7 +179,7 @@ func (g *Gateway) proven(t *tunnel, chain []*x509.Certificate) error {
 		opts.Intermediates.AddCert(c)
 	}
 	if _, err := chain[0].Verify(opts); err != nil {
-		return refuse(ReasonCertificate, "%s did not prove its name in the tunnel: %v", t.host, err)
+		return refuse(ReasonCertificate, "%s did not prove its name in the tunnel: %s", t.host, clip(err.Error()))
 	}
 	return nil
 }

@@ -1,11 +1,17 @@
 package egress
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
+	"fmt"
 	"io"
+	"math/big"
 	"slices"
+	"strings"
 	"testing"
 
 	"sallyport/internal/audit"
@@ -184,4 +190,37 @@ func FuzzShown(f *testing.F) {
 			t.Fatalf("%d and %d certificates, over %v and %v, %v and %v", n, m, s.over, c.over, err, cerr)
 		}
 	})
+}
+
+// TestNamesOfACertificateAreCut in what is said of it.
+func TestNamesOfACertificateAreCut(t *testing.T) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	for n := range 90 {
+		tmpl.DNSNames = append(tmpl.DNSNames, fmt.Sprintf("%s%d.test", strings.Repeat("x", 40), n))
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, _, err := ParseAuthority("shop.test:443")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, bad := certificates(chainOf(der[:len(der)-1])[4:])
+	for _, err := range []error{
+		newWorld(t, nil).gw.proven(&tunnel{host: host}, []*x509.Certificate{cert}), bad,
+		refuseShake(host, &tls.CertificateVerificationError{Err: cert.VerifyHostname("shop.test")}),
+	} {
+		if err == nil || reasonOf(err) != ReasonCertificate || len(err.Error()) > 200 {
+			t.Errorf("said %v", err)
+		}
+	}
 }

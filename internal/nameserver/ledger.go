@@ -44,7 +44,9 @@ type ledger struct {
 	over    []beyond      // workloads that ask too much
 	lost    uint64        // questions for names that had no room to wait
 	wake    chan struct{} // has a place
-	told    map[asked]time.Time
+	// told is when answered names were recorded, and tolds the same, the oldest first.
+	told  map[asked]time.Time
+	tolds []asked
 	// repeated are the names beyond a budget of the last hour, the oldest first, and
 	// again the same by name; only who tells knows them.
 	repeated []*refusal
@@ -163,25 +165,29 @@ func (l *ledger) tell() {
 	l.mu.Unlock()
 	var failed error
 	unwritten := 0
-	write := func(r *audit.Record) {
-		if err := l.record(r); err != nil {
+	write := func(r *audit.Record) bool {
+		err := l.record(r)
+		if err != nil {
 			failed = err
 			unwritten++
 		}
+		return err == nil
 	}
 	for _, a := range list {
 		n := a.e.asked.Swap(0)
 		switch {
 		case n == 0:
 		case a.e.result == Invented:
-			if rec := l.refuse(a, n); rec != nil {
-				write(rec)
+			if rec := l.refuse(a, n); rec != nil && !write(rec) {
+				l.unrefuse()
 			}
-		case a.e.absent || l.first(a):
-			if !a.e.absent {
-				l.seen(a.e.name) // its answer is kept ready, its address must be, too
-			}
+		case a.e.absent:
 			write(recordOf(a, n))
+		case l.first(a):
+			l.seen(a.e.name) // its answer is kept ready, its address must be, too
+			if !write(recordOf(a, n)) {
+				l.unfirst()
+			}
 		}
 	}
 	if lost > 0 {
@@ -204,7 +210,7 @@ func (l *ledger) refuse(a asking, n uint64) *audit.Record {
 		return nil
 	}
 	if len(l.repeated) >= maxOver {
-		l.tellRefused(true)
+		l.tellOldest()
 	}
 	r := &refusal{asked: key, rec: *recordOf(a, 1), since: time.Now()}
 	l.again[key] = r
@@ -212,22 +218,35 @@ func (l *ledger) refuse(a asking, n uint64) *audit.Record {
 	return recordOf(a, n)
 }
 
+// unrefuse takes back what refuse has just noted: there is no record to count with.
+func (l *ledger) unrefuse() {
+	last := len(l.repeated) - 1
+	delete(l.again, l.repeated[last].asked)
+	l.repeated[last] = nil
+	l.repeated = l.repeated[:last]
+}
+
 // tellRefused records how often names beyond a budget were asked for again in an hour
 // that is over, or with all until now.
 func (l *ledger) tellRefused(all bool) {
 	now := time.Now()
 	for len(l.repeated) > 0 && (all || now.Sub(l.repeated[0].since) >= overEvery) {
-		r := l.repeated[0]
-		l.repeated[0] = nil
-		l.repeated = l.repeated[1:]
-		delete(l.again, r.asked)
-		if r.more == 0 {
-			continue
-		}
-		r.rec.Detail += fmt.Sprintf("; asked %d times more since %s", r.more, r.since.UTC().Format(time.RFC3339))
-		if err := l.record(&r.rec); err != nil {
-			l.log.Error("questions for a name beyond its budget were not recorded", "n", r.more, "err", err)
-		}
+		l.tellOldest()
+	}
+}
+
+// tellOldest forgets the oldest of them, and records how often it was asked for again.
+func (l *ledger) tellOldest() {
+	r := l.repeated[0]
+	l.repeated[0] = nil
+	l.repeated = l.repeated[1:]
+	delete(l.again, r.asked)
+	if r.more == 0 {
+		return
+	}
+	r.rec.Detail += fmt.Sprintf("; asked %d times more since %s", r.more, r.since.UTC().Format(time.RFC3339))
+	if err := l.record(&r.rec); err != nil {
+		l.log.Error("questions for a name beyond its budget were not recorded", "n", r.more, "err", err)
 	}
 }
 
@@ -235,14 +254,33 @@ func (l *ledger) tellRefused(all bool) {
 func (l *ledger) first(a asking) bool {
 	key := asked{a.who, a.e.name}
 	now := time.Now()
-	if at, ok := l.told[key]; ok && now.Sub(at) < allowEvery {
+	for len(l.tolds) > 0 && now.Sub(l.told[l.tolds[0]]) >= allowEvery {
+		l.untell()
+	}
+	if _, ok := l.told[key]; ok {
 		return false
 	}
-	if len(l.told) >= maxSeen {
-		clear(l.told)
+	if len(l.tolds) >= maxSeen {
+		l.untell()
 	}
 	l.told[key] = now
+	l.tolds = append(l.tolds, key)
 	return true
+}
+
+// untell forgets the oldest answered name.
+func (l *ledger) untell() {
+	delete(l.told, l.tolds[0])
+	l.tolds[0] = asked{}
+	l.tolds = l.tolds[1:]
+}
+
+// unfirst takes back what first has just noted: the record was not written.
+func (l *ledger) unfirst() {
+	last := len(l.tolds) - 1
+	delete(l.told, l.tolds[last])
+	l.tolds[last] = asked{}
+	l.tolds = l.tolds[:last]
 }
 
 func recordOf(a asking, n uint64) *audit.Record {

@@ -2,6 +2,7 @@ package nameserver
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -109,10 +110,59 @@ func TestNamesBeyondABudgetAreToldOnce(t *testing.T) {
 			r.zone.Load().real = []string{fmt.Sprintf("n%d.wild.example.com", n)}
 			asks(fmt.Sprintf("n%d.wild.example.com.", n), 1)
 		}
-		if len(r.again) > maxOver || len(r.repeated) != len(r.again) {
+		if len(r.again) != maxOver || len(r.repeated) != len(r.again) {
 			t.Errorf("%d and %d names are remembered", len(r.again), len(r.repeated))
 		}
 	})
+}
+
+// TestNamesWhoseRecordFailsAreToldAgain with the next question.
+func TestNamesWhoseRecordFailsAreToldAgain(t *testing.T) {
+	var fails bool
+	var told []string
+	r := newRig(t, func(c *Config) {
+		c.Record = func(rec *audit.Record) error {
+			if fails {
+				return errors.New("the disk is full")
+			}
+			told = append(told, rec.Dst)
+			return nil
+		}
+	})
+	for _, tt := range []struct {
+		result Result
+		name   string
+	}{{Invented, "over.example.com"}, {Allowed, "api.example.com"}} {
+		told = nil
+		a := asking{who: payment, e: &entry{meaning: &meaning{name: tt.name, result: tt.result, absent: tt.result == Invented}, zone: r.zone.Load()}}
+		for _, fails = range []bool{true, false, false} {
+			a.e.asked.Store(1)
+			r.waiting = append(r.waiting, a)
+			r.tell()
+		}
+		if want := []string{"host:" + tt.name}; !slices.Equal(told, want) {
+			t.Errorf("recorded %q, want %q", told, want)
+		}
+	}
+}
+
+// TestOfAnsweredNamesTheOldestIsForgotten when there are too many.
+func TestOfAnsweredNamesTheOldestIsForgotten(t *testing.T) {
+	r := newRig(t, nil)
+	first := func(n int) bool {
+		return r.first(asking{who: payment, e: &entry{meaning: &meaning{name: fmt.Sprintf("n%d.test", n)}}})
+	}
+	for n := range maxSeen + 1 {
+		if !first(n) {
+			t.Fatalf("name %d is known", n)
+		}
+	}
+	if len(r.ledger.told) != maxSeen || len(r.tolds) != maxSeen {
+		t.Errorf("%d and %d names are remembered", len(r.ledger.told), len(r.tolds))
+	}
+	if first(1) || first(maxSeen) || !first(0) {
+		t.Error("another than the oldest was forgotten")
+	}
 }
 
 // TestWhoAsksIsRecorded has the record of a name say from where it was asked for.
