@@ -17,6 +17,8 @@ const adminRows = `# who may do what
 p, shop-desk, spiffe://corp.example/ns/ops/sa/desk, entry.*, spiffe://corp.example/ns/shop/**, allow
 p, no-billing, spiffe://corp.example/**, *, spiffe://corp.example/ns/shop/sa/billing, deny
 p, no-mint, local, svid.MintX509SVID, **, deny
+p, pusher, spiffe://corp.example/ns/ci/**, mesh.*, **, allow
+p, tapper, spiffe://corp.example/ns/ops/sa/tap, mesh.Tap, spiffe://corp.example/ns/shop/**, allow
 p, count, spiffe://corp.example/ns/ops/*/desk, agent.CountAgents, **, allow
 `
 
@@ -53,6 +55,10 @@ func TestAdminRowsDecideByDenyOverrides(t *testing.T) {
 		{desk, "agent.CountAgents", "", mesh.Allow, "count"},
 		{desk, "agent.BanAgent", "/ns/shop/sa/pay", "", ""},
 		{"/ns/ops/sa/other", "entry.ListEntries", "/ns/shop/sa/pay", "", ""},
+		{"/ns/ci/sa/push", "mesh.PushPolicy", "", mesh.Allow, "pusher"},
+		{"/ns/ci/sa/push", "mesh.Tap", "/ns/shop/sa/pay", "", ""}, // no pattern gives it
+		{"/ns/ops/sa/tap", "mesh.Tap", "/ns/shop/sa/pay", mesh.Allow, "tapper"},
+		{"/ns/ops/sa/tap", "mesh.Tap", "/ns/shop/sa/billing", mesh.Deny, "no-billing"}, // one takes it
 		{"", "svid.MintX509SVID", "/ns/shop/sa/pay", mesh.Deny, "no-mint"},
 		{"", "svid.MintJWTSVID", "/ns/shop/sa/billing", "", ""},
 	} {
@@ -60,6 +66,9 @@ func TestAdminRowsDecideByDenyOverrides(t *testing.T) {
 		if effect != tc.effect || rule != tc.rule {
 			t.Errorf("%s %s on %s: %q by %q, want %q by %q", tc.caller, tc.method, tc.on, effect, rule, tc.effect, tc.rule)
 		}
+	}
+	if a.MayAdmin(named("/ns/ci/sa/push"), "mesh.Tap") || !a.MayAdmin(named("/ns/ops/sa/tap"), "mesh.Tap") {
+		t.Error("MayAdmin gives mesh.Tap by a pattern, or not by name")
 	}
 	if !a.MayAdmin(named(desk), "entry.GetEntry") || a.MayAdmin(named(desk), "svid.MintX509SVID") || a.MayAdmin(named("/x"), "entry.GetEntry") || a.MayAdmin(named(""), "entry.GetEntry") {
 		t.Error("MayAdmin does not follow the allow rows")
@@ -133,7 +142,7 @@ func FuzzAdmins(f *testing.F) {
 		for _, r := range p.Admin {
 			service, _, _ := strings.Cut(method, ".")
 			if who.IsZero() != (r.Caller == mesh.AdminLocal) || !who.IsZero() && !mesh.MatchSrc(r.Caller, who.String()) || method == "" ||
-				r.Method != "*" && r.Method != method && r.Method != service+".*" {
+				r.Method != "*" && r.Method != method && r.Method != service+".*" || method == "mesh.Tap" && r.Effect == mesh.Allow && r.Method != method {
 				continue
 			}
 			may = may || r.Effect == mesh.Allow
