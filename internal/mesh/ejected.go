@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strings"
 )
 
 // An EjectionSum is what proxies hold against one address, or against a service or a host
@@ -43,8 +44,13 @@ func SumEjections(ps []Proxy) []EjectionSum {
 		if p.Traffic == nil {
 			continue
 		}
+		said := map[key]bool{}
 		for _, e := range p.Traffic.Ejections {
 			k := key{string(e.Service), e.Address.String(), e.Kind, p.Kind}
+			if strings.HasPrefix(k.service, "host:") && p.Kind != "gateway" || said[k] {
+				continue // of hosts only gateways know, and each proxy counts once
+			}
+			said[k] = true
 			i, known := at[k]
 			if !known {
 				i, at[k] = len(list), len(list)

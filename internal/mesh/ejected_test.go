@@ -22,7 +22,8 @@ func TestEjectionsAreToldTogether(t *testing.T) {
 		proxy("b", Ejection{Service: "billing", Address: addr, Kind: "ejected", Since: at(12, 3), Why: "5 consecutive connect errors"}),
 		proxy("c", Ejection{Service: "ledger", Kind: "open", Since: at(11, 0), Why: "7 consecutive failures"},
 			Ejection{Service: "billing", Address: addr, Kind: "unhealthy", Since: at(12, 4), Why: "status 500"}),
-		proxy("liar", Ejection{Service: "host:a.example", Kind: "open", Since: at(10, 0), Why: "says a sidecar"}),
+		proxy("liar", Ejection{Service: "host:a.example", Kind: "open", Since: at(10, 0), Why: "says a sidecar"},
+			Ejection{Service: "ledger", Kind: "open", Since: at(11, 2), Why: "once"}, Ejection{Service: "ledger", Kind: "open", Since: at(11, 3), Why: "twice"}),
 		gone, gateway, silent,
 	})
 	var got []string
@@ -32,8 +33,7 @@ func TestEjectionsAreToldTogether(t *testing.T) {
 	want := `billing: 2 of 5 sidecars eject 10.0.0.7:8443 since 12:03: 5 consecutive connect errors
 billing: 1 of 5 sidecars find 10.0.0.7:8443 unhealthy since 12:04: status 500
 host:a.example: 1 of 1 gateways have cut it off since 11:01: 3 consecutive failures
-host:a.example: 1 of 5 sidecars have cut it off since 10:00: says a sidecar
-ledger: 1 of 5 sidecars have cut it off since 11:00: 7 consecutive failures`
+ledger: 2 of 5 sidecars have cut it off since 11:00: 7 consecutive failures`
 	if strings.Join(got, "\n") != want {
 		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), want)
 	}

@@ -12,6 +12,9 @@ import (
 // LongestTap ends a look at calls that somebody has forgotten.
 const LongestTap = 10 * time.Minute
 
+// maxTapFilter bounds a filter, which the audit has whole: bytes of its query.
+const maxTapFilter = 1 << 10
+
 // A Tapped is a call that has ended, as who taps a proxy sees it: neither its
 // query nor its body, and of its fields no value that could be a secret. A tunnel
 // through a gateway is one, whose method is CONNECT.
@@ -66,13 +69,16 @@ func (f TapFilter) Query() string {
 
 // ParseTapFilter reads what Query has written.
 func ParseTapFilter(query string) (f TapFilter, err error) {
+	if len(query) > maxTapFilter {
+		return f, fmt.Errorf("the filter has %d bytes, at most %d are taken", len(query), maxTapFilter)
+	}
 	q, err := url.ParseQuery(query)
 	if err != nil {
 		return f, err
 	}
 	for k, v := range q {
 		into := map[string]*string{"reporter": &f.Reporter, "src": &f.Src, "dst": &f.Dst, "method": &f.Method, "path": &f.Path, "status": &f.Status}[k]
-		if into == nil || len(v) != 1 || len(v[0]) > 1024 {
+		if into == nil || len(v) != 1 {
 			return f, fmt.Errorf("%.40q: calls are found by reporter, src, dst, method, path and status, each once", k)
 		}
 		*into = v[0]
@@ -94,6 +100,9 @@ func (f TapFilter) Validate() error {
 	n, err := strconv.Atoi(strings.Replace(f.Status, "xx", "00", 1))
 	if f.Status != "" && f.Status != "denied" && (err != nil || n < 100 || n > 599) {
 		errs = append(errs, fmt.Errorf("status: %.40q is no status such as 503, no class such as 5xx, and not denied", f.Status))
+	}
+	if n := len(f.Query()); n > maxTapFilter {
+		errs = append(errs, fmt.Errorf("the filter has %d bytes, at most %d are taken", n, maxTapFilter))
 	}
 	return errors.Join(errs...)
 }

@@ -34,6 +34,7 @@ func TestTapFilters(t *testing.T) {
 	}
 	for query, want := range map[string]string{
 		"status=5x": "status", "status=600": "status", "path=v1": "path", "reporter=issuer": "reporter", "body=x": "body", "src=a&src=b": "src", "%zz": "invalid URL escape",
+		"path=/" + strings.Repeat("x", 500) + "&src=" + strings.Repeat("y", 520): "at most 1024", "src=" + strings.Repeat("é", 200): "at most 1024",
 	} {
 		if _, err := ParseTapFilter(query); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: %v, want %s", query, err, want)
