@@ -65,10 +65,12 @@ func (c *cli) printStatus(st mesh.IssuerStatus, ps []mesh.Proxy) error {
 	return c.emit(map[string]any{"issuer": st, "proxies": ps}, []string{"IDENTITY", "KIND", "SVID EXPIRES", "POLICY", "STATE", "SEEN", "VERSION"}, rows)
 }
 
-// maxHeld is how much of what proxies hold against others the status tells.
-const maxHeld = 8
+// maxHeld is how much of what proxies hold against others the status tells, maxAlone
+// how much of that one proxy says alone, which may err, or lie.
+const maxHeld, maxAlone = 8, 2
 
-// printHeld tells what is not called, services and hosts that are cut off first.
+// printHeld tells what is not called: first what most proxies say, and of that services
+// and hosts that are cut off.
 func (c *cli) printHeld(ps []mesh.Proxy) {
 	list := mesh.SumEjections(ps)
 	if len(list) == 0 {
@@ -80,12 +82,24 @@ func (c *cli) printHeld(ps []mesh.Proxy) {
 		}
 		return 1
 	}
-	slices.SortStableFunc(list, func(a, b mesh.EjectionSum) int { return cmp.Compare(whole(a), whole(b)) })
+	slices.SortStableFunc(list, func(a, b mesh.EjectionSum) int {
+		return cmp.Or(cmp.Compare(len(b.Sidecars), len(a.Sidecars)), cmp.Compare(whole(a), whole(b)))
+	})
 	fmt.Fprintf(c.stdout, "\nnot called:\n")
-	for _, h := range list[:min(len(list), maxHeld)] {
-		fmt.Fprintf(c.stdout, "  %s\n", h)
+	told, alone := 0, map[string]int{}
+	for _, h := range list {
+		if told == maxHeld {
+			break
+		}
+		if len(h.Sidecars) == 1 {
+			if alone[h.Sidecars[0]]++; alone[h.Sidecars[0]] > maxAlone {
+				continue
+			}
+		}
+		told++
+		fmt.Fprintf(c.stdout, "  %s\n", plain(h.String()))
 	}
-	if n := len(list) - maxHeld; n > 0 {
+	if n := len(list) - told; n > 0 {
 		fmt.Fprintf(c.stdout, "  and %d more: sallyport ejections\n", n)
 	}
 }

@@ -146,7 +146,7 @@ func (c *cli) ejections() *cobra.Command {
 					return c.emit(list, nil, nil)
 				}
 				for _, e := range list {
-					fmt.Fprintln(c.stdout, e)
+					fmt.Fprintln(c.stdout, plain(e.String()))
 				}
 				if len(list) == 0 {
 					fmt.Fprintln(c.stdout, "nobody ejects anything")
