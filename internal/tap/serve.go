@@ -21,13 +21,18 @@ type Recorder interface {
 var (
 	errUnrecorded = errors.New("it could not be recorded who looks, so nothing is shown")
 	errCrowded    = errors.New("as many look already as may; end one of them")
+	errHasty      = errors.New("a look through the issuer began less than a second ago; look again")
 )
 
 // look begins to look, once it is recorded who does, at what.
-func (t *Taps) look(to Recorder, who, way string, f mesh.TapFilter) (*Tap, error) {
-	one, ok := t.Open(f)
-	if !ok {
-		return nil, errCrowded
+func (t *Taps) look(to Recorder, who string, afar bool, f mesh.TapFilter) (*Tap, error) {
+	one, err := t.open(f, afar)
+	if err != nil {
+		return nil, err
+	}
+	way := ""
+	if afar {
+		way = "through the issuer "
 	}
 	rec := audit.Record{Kind: audit.KindAdmin, Decision: audit.Allow, Verb: "tap", Peer: who, Detail: "calls are shown " + way + "as they end; filter: " + f.Query()}
 	if err := to.Append(&rec); err != nil {
@@ -51,7 +56,7 @@ func (t *Taps) Handler(to Recorder) http.Handler {
 			http.Error(w, "nobody knows who asks", http.StatusForbidden)
 			return
 		}
-		one, err := t.look(to, who, "", filter)
+		one, err := t.look(to, who, false, filter)
 		switch {
 		case errors.Is(err, errCrowded):
 			http.Error(w, err.Error(), http.StatusTooManyRequests)
@@ -90,7 +95,7 @@ const (
 // Passer shows calls to an operator who has asked the issuer.
 func (t *Taps) Passer(to Recorder) func(context.Context, control.Look) error {
 	return func(ctx context.Context, l control.Look) error {
-		one, err := t.look(to, l.By, "through the issuer ", l.Filter)
+		one, err := t.look(to, l.By, true, l.Filter)
 		if err != nil {
 			return err
 		}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"sallyport/internal/http1"
 	"sallyport/internal/mesh"
@@ -18,9 +19,13 @@ import (
 
 const (
 	// maxTaps is how many may look at once, tapRoom how many calls wait for one of
-	// them. What comes when there is no room is counted, and nothing waits.
+	// them. What comes when there is no room is counted, and nothing waits. One place
+	// is kept for the proxy's own machine.
 	maxTaps = 4
 	tapRoom = 512
+	// afarGap is the least time between two looks that begin through the issuer: each
+	// is recorded.
+	afarGap = time.Second
 	// maxFields is how many fields of a request are shown.
 	maxFields = 64
 )
@@ -30,7 +35,8 @@ const (
 type Taps struct {
 	all atomic.Pointer[[]*Tap] // nil when nobody looks
 
-	mu sync.Mutex // held to change all
+	mu   sync.Mutex // held to change all, and guards last
+	last time.Time  // when a look through the issuer began
 }
 
 // A Tap is one who looks.
@@ -39,23 +45,41 @@ type Tap struct {
 	Calls  chan *mesh.Tapped
 	filter mesh.TapFilter
 	missed atomic.Uint64
+	afar   bool // through the issuer
 }
 
 // Open begins to look; false says that too many do already.
 func (t *Taps) Open(f mesh.TapFilter) (*Tap, bool) {
+	one, err := t.open(f, false)
+	return one, err == nil
+}
+
+func (t *Taps) open(f mesh.TapFilter, afar bool) (*Tap, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var have []*Tap
 	if p := t.all.Load(); p != nil {
 		have = *p
 	}
-	if len(have) >= maxTaps {
-		return nil, false
+	of := 0
+	for _, one := range have {
+		if one.afar {
+			of++
+		}
 	}
-	one := &Tap{Calls: make(chan *mesh.Tapped, tapRoom), filter: f}
+	now := time.Now()
+	switch {
+	case len(have) >= maxTaps, afar && of >= maxTaps-1:
+		return nil, errCrowded
+	case afar && !t.last.IsZero() && now.Sub(t.last) < afarGap:
+		return nil, errHasty
+	case afar:
+		t.last = now
+	}
+	one := &Tap{Calls: make(chan *mesh.Tapped, tapRoom), filter: f, afar: afar}
 	have = append(slices.Clone(have), one)
 	t.all.Store(&have)
-	return one, true
+	return one, nil
 }
 
 // Close ends a look.

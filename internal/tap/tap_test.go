@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"sallyport/internal/audit"
 	"sallyport/internal/control"
@@ -152,5 +153,39 @@ func TestPasserKeepsItsPace(t *testing.T) {
 		if err := <-done; err != nil || taps.Watched() {
 			t.Errorf("%v, watched %t", err, taps.Watched())
 		}
+	})
+}
+
+// Who looks through the issuer leaves a place to the proxy's own machine, and begins
+// no more than one look a second: none other is recorded.
+func TestLooksFromAfarAreHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var taps Taps
+		var l ledger
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		look := func() (end chan error) {
+			end = make(chan error, 1)
+			go func() {
+				end <- taps.Passer(&l)(ctx, control.Look{By: "spiffe://corp.example/ops", Show: func([]*mesh.Tapped) error { return nil }})
+			}()
+			synctest.Wait()
+			return end
+		}
+		for n := range maxTaps - 1 {
+			look()
+			if err := <-look(); !errors.Is(err, errHasty) && n < maxTaps-2 || len(l.recs) != n+1 {
+				t.Errorf("another at once: %v, %d records", err, len(l.recs))
+			}
+			time.Sleep(afarGap)
+		}
+		if err := <-look(); !errors.Is(err, errCrowded) || len(l.recs) != maxTaps-1 {
+			t.Errorf("one too many: %v, %d records", err, len(l.recs))
+		}
+		if _, ok := taps.Open(mesh.TapFilter{}); !ok {
+			t.Error("no place is left for the machine itself")
+		}
+		cancel()
+		synctest.Wait()
 	})
 }
