@@ -157,11 +157,13 @@ func (o *provider) discover(ctx context.Context, now time.Time) (*metadata, erro
 	if o.failed != nil && now.Sub(o.failedAt) < providerAgain {
 		return nil, o.failed
 	}
-	m, err := o.fetch(ctx)
+	// It is asked to the end, also for who leaves: others wait for the answer, and who
+	// comes and goes would have it asked again and again.
+	own, cancel := context.WithTimeout(context.WithoutCancel(ctx), providerWithin)
+	defer cancel()
+	m, err := o.fetch(own)
 	if err != nil {
-		if ctx.Err() == nil { // or he who asked has gone
-			o.failed, o.failedAt = err, now
-		}
+		o.failed, o.failedAt = err, now
 		return nil, err
 	}
 	o.known, o.at, o.failed = m, now, nil

@@ -47,7 +47,7 @@ const (
 	sayApart = time.Minute
 	// flowCookie ties a sign-in to the browser that began it, and enterCookie the token
 	// at its end. Neither opens anything.
-	flowCookie  = "__Secure-sallyport-signin"
+	flowCookie  = "__Host-sallyport-signin"
 	enterCookie = "__Host-sallyport-enter"
 	// signinHeader tells the page's script where to sign in.
 	signinHeader = "Sallyport-Signin"
@@ -125,7 +125,7 @@ func (p *Page) signin(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	cookie := fmt.Sprintf("%d.%s%s", now.Unix(), rand.Text(), rand.Text())
-	http.SetCookie(w, &http.Cookie{Name: flowCookie, Value: cookie, Path: "/oidc/", MaxAge: int(flowLife.Seconds()), Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
+	http.SetCookie(w, &http.Cookie{Name: flowCookie, Value: cookie, Path: "/", MaxAge: int(flowLife.Seconds()), Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
 	http.Redirect(w, r, p.provider.authorize(m, p.flowOf(cookie)), http.StatusSeeOther)
 }
 
@@ -144,7 +144,7 @@ var providerError = regexp.MustCompile(`^[a-z_]{1,40}$`)
 // link: the page's script trades that for a session, as it does with any link.
 func (p *Page) signedIn(w http.ResponseWriter, r *http.Request) {
 	c, err := r.Cookie(flowCookie)
-	http.SetCookie(w, &http.Cookie{Name: flowCookie, Path: "/oidc/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
+	http.SetCookie(w, &http.Cookie{Name: flowCookie, Path: "/", MaxAge: -1, Secure: true, HttpOnly: true, SameSite: http.SameSiteLaxMode})
 	now, q := p.cfg.Now(), r.URL.Query()
 	if err != nil || !begun(c.Value, now) || !hmac.Equal([]byte(q.Get("state")), []byte(p.flowOf(c.Value).state)) {
 		http.Error(w, "this browser has begun no such sign-in, or too long ago; begin anew", http.StatusForbidden)
