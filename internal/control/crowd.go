@@ -33,6 +33,9 @@ const (
 	allStrangers  = 512
 	// agentCalls bounds the calls of one agent in flight, streams included.
 	agentCalls = 64
+	// agentLooks bounds the looks that the proxies of one agent answer at once,
+	// which leave the streams to what policy needs.
+	agentLooks = 8
 
 	// refusalRate and refusalBurst bound the refused attestations of one
 	// address, each of which is recorded: per second, and at once.
@@ -53,6 +56,12 @@ var workOf = map[string]float64{
 	meshpb.Mesh_ReportEdges_FullMethodName:  10,
 	meshpb.Mesh_Cosign_FullMethodName:       10, // writes durably
 	agentv1.Agent_RenewAgent_FullMethodName: 10, // writes durably
+}
+
+// operatorWork is what a call costs an operator from afar, whose every call is
+// recorded: what has others write as well is held to a rate.
+var operatorWork = map[string]float64{
+	meshpb.Admin_Tap_FullMethodName: 200, // has two logs written: 20 at once, one in two seconds
 }
 
 // A tally counts who is here.
@@ -136,10 +145,10 @@ func (b *budgets) filled(v budget, now time.Time) float64 {
 	return min(b.burst, v.left+max(0, now.Sub(v.at).Seconds())*b.rate)
 }
 
-// spend charges an agent for work.
+// spend charges an agent or an operator for work.
 func (s *Server) spend(id spiffeid.ID, n float64) error {
 	if wait, ok := s.work.take(id.String(), n, s.cfg.Now()); !ok {
-		return refuse(codes.ResourceExhausted, "agent %s asks for too much at once: try again in %s", id, wait.Round(time.Second)+time.Second)
+		return refuse(codes.ResourceExhausted, "%s asks for too much at once: try again in %s", id, wait.Round(time.Second)+time.Second)
 	}
 	return nil
 }
@@ -152,7 +161,7 @@ func (s *Server) tap(ctx context.Context, info *tap.Info) (context.Context, erro
 	switch {
 	case err == nil:
 		who := c.id.String()
-		if !s.agentCalls.enter(who, agentCalls+s.cfg.StreamsPerAgent, 1<<30) {
+		if !s.agentCalls.enter(who, agentCalls+s.cfg.StreamsPerAgent+agentLooks, 1<<30) {
 			return nil, refuse(codes.ResourceExhausted, "agent %s has %d calls open: wait for one to end", c.id, agentCalls)
 		}
 		context.AfterFunc(ctx, func() { s.agentCalls.leave(who) })

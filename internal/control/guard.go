@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/maphash"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"runtime/debug"
@@ -22,6 +23,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/control/meshpb"
 	"sallyport/internal/mesh"
 )
 
@@ -159,12 +161,13 @@ func (s *Server) guardStream(srv any, st grpc.ServerStream, info *grpc.StreamSer
 	if err := s.spend(c.id, max(workOf[info.FullMethod], 1)); err != nil {
 		return err
 	}
-	if !s.enter(c.id) {
-		return refuse(codes.ResourceExhausted, "agent %s has %d streams open: close one first", c.id, s.cfg.StreamsPerAgent)
+	leave, err := s.enter(c.id, info.FullMethod)
+	if err != nil {
+		return err
 	}
-	defer s.leave(c.id)
-	ctx, leave := s.evictions.watch(ctx, c.id)
 	defer leave()
+	ctx, unwatch := s.evictions.watch(ctx, c.id)
+	defer unwatch()
 	err = next(srv, &agentStream{ServerStream: st, ctx: ctx})
 	if why := context.Cause(ctx); why != nil && st.Context().Err() == nil {
 		return why
@@ -187,22 +190,18 @@ func (s *agentStream) RecvMsg(m any) error {
 	return s.ctx.Err()
 }
 
-func (s *Server) enter(id spiffeid.ID) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.open[id] >= s.cfg.StreamsPerAgent {
-		return false
+// enter counts one more stream of an agent. Looks are counted apart: operators begin
+// them, and what the agent needs itself must not wait for their end.
+func (s *Server) enter(id spiffeid.ID, method string) (leave func(), err error) {
+	of, most, what := &s.streams, s.cfg.StreamsPerAgent, "streams open: close one first"
+	if method == meshpb.Mesh_ShowCalls_FullMethodName {
+		of, most, what = &s.shown, agentLooks, "looks to answer, which is the limit"
 	}
-	s.open[id]++
-	return true
-}
-
-func (s *Server) leave(id spiffeid.ID) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.open[id]--; s.open[id] <= 0 {
-		delete(s.open, id)
+	who := id.String()
+	if !of.enter(who, most, math.MaxInt) {
+		return nil, refuse(codes.ResourceExhausted, "agent %s has %d %s", id, most, what)
 	}
+	return func() { of.leave(who) }, nil
 }
 
 func (s *Server) recoverUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (resp any, err error) {

@@ -161,6 +161,7 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 	if err := a.s.may(ctx, q.workload); err != nil {
 		return err
 	}
+	o, _, _ := a.s.verdict(ctx, q.workload)
 	sub, err := a.s.lookedAt(q.workload, q.agent)
 	if err != nil {
 		return err
@@ -181,6 +182,12 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 	}
 	right := time.NewTicker(rightEvery)
 	defer right.Stop()
+	var expired <-chan time.Time // never for the local user
+	if !o.until.IsZero() {
+		t := time.NewTimer(o.until.Sub(a.s.cfg.Now()))
+		defer t.Stop()
+		expired = t.C
+	}
 	for {
 		select {
 		case calls := <-l.calls:
@@ -191,6 +198,8 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 			if o, ok, _ := a.s.verdict(ctx, q.workload); !ok || a.s.cfg.Registry.Revocations().Has(o.serial) {
 				return refuse(codes.PermissionDenied, "the right to look at calls of %s was withdrawn", q.workload)
 			}
+		case <-expired:
+			return refuse(codes.PermissionDenied, "SVID of %s expired at %s: look again with a new one", o.id, stamp(o.until))
 		case <-ctx.Done():
 			return st.Context().Err() // nil when the time is over
 		case <-l.gone:

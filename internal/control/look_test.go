@@ -2,12 +2,15 @@ package control
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
@@ -215,6 +218,86 @@ func TestLooksAreBounded(t *testing.T) {
 		if err := checkShown(m); status.Code(err) != codes.InvalidArgument {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+// A look ends with the SVID of who looks.
+func TestALookEndsWithTheSVID(t *testing.T) {
+	var later atomic.Int64
+	r := manageRig(t, func(c *ServerConfig) {
+		c.Admins, c.Now = lookRows{}, func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+		c.OnAdmin = func(_ context.Context, x AdminCall) error {
+			if x.On == billing { // the look is let in, and begins
+				later.Store(int64(time.Minute))
+			}
+			return nil
+		}
+	})
+	c, _ := r.joined("node-b")
+	looks, ended := make(chan Look, 1), make(chan error, 1)
+	w := newWatcher()
+	subscribe(t, c, lookedAt(looks, nil, ended), w)
+	recv(t, "snapshot", w.snaps)
+	cert := r.ca.issue(t, looker, newKey(t), func(c *x509.Certificate) { c.NotAfter = time.Now().Add(time.Minute) })
+	a := &Admin{cc: r.raw(cert)}
+	err := a.Tap(t.Context(), Tap{Workload: billing, Within: mesh.LongestTap}, func(*mesh.Tapped) error { return nil })
+	if !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "expired") {
+		t.Errorf("it ends with %v", err)
+	}
+	recv(t, "look", looks)
+	recv(t, "end at the proxy", ended)
+}
+
+// Who may look cannot fill the logs with looks, nor use up the streams that the proxies
+// of an agent need otherwise.
+func TestLooksHaveARateAndRoomOfTheirOwn(t *testing.T) {
+	said := new(calls)
+	r := manageRig(t, func(c *ServerConfig) { c.Admins, c.OnAdmin, c.StreamsPerAgent = lookRows{}, said.note, 1 })
+	a := r.remote(looker)
+	never := func(*mesh.Tapped) error { return errors.New("something is shown") }
+	const tries = 100
+	var err error
+	for range tries {
+		err = a.Tap(t.Context(), Tap{Workload: payment}, never)
+	}
+	if err == nil || !strings.Contains(err.Error(), "too much at once") {
+		t.Errorf("the last is answered %v", err)
+	}
+	if n := len(said.list()); n == 0 || n > tries {
+		t.Errorf("%d looks have %d records", tries, n)
+	}
+	id := agentID("node-a")
+	for range agentLooks {
+		if _, err := r.srv.enter(id, meshpb.Mesh_ShowCalls_FullMethodName); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := r.srv.enter(id, meshpb.Mesh_ShowCalls_FullMethodName); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("one look more: %v", err)
+	}
+	leave, err := r.srv.enter(id, meshpb.Mesh_Subscribe_FullMethodName)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.srv.enter(id, meshpb.Mesh_Subscribe_FullMethodName); status.Code(err) != codes.ResourceExhausted {
+		t.Errorf("one stream more: %v", err)
+	}
+	leave()
+	if _, err := r.srv.enter(id, meshpb.Mesh_Subscribe_FullMethodName); err != nil {
+		t.Error(err)
+	}
+}
+
+// A peer's words neither hold a long text nor move what stands around them.
+func TestPlainWords(t *testing.T) {
+	for text, want := range map[string]string{"good": "good", "Gr\u00fc\u00dfe": "Gr\u00fc\u00dfe", "a\x1b[2Jb": "a [2Jb", "a\u009bb": "a b", "a\u202eb\u2066c": "abc", "a\u2028b": "a b", "\xff": "?"} {
+		if got := plain(text); got != want {
+			t.Errorf("%q is %q, want %q", text, got, want)
+		}
+	}
+	long := strings.Repeat("x", 2*maxReason)
+	if short := plain(long); unsafe.StringData(short) == unsafe.StringData(long) || len(short) != maxReason {
+		t.Errorf("%d bytes, which hold the whole", len(short))
 	}
 }
 

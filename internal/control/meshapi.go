@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
@@ -419,13 +420,18 @@ func (sub *subscription) tried(ack *meshpb.Ack) {
 
 // plain makes a peer's words fit for a table and a log line.
 func plain(s string) string {
-	s = strings.ToValidUTF8(s[:min(len(s), maxReason)], "?")
+	if len(s) > maxReason {
+		s = strings.Clone(s[:maxReason]) // the rest is not held
+	}
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		switch {
+		case unicode.In(r, unicode.Cc, unicode.Zl, unicode.Zp):
 			return ' '
+		case unicode.Is(unicode.Cf, r): // such as turn the direction of what follows
+			return -1
 		}
 		return r
-	}, s)
+	}, strings.ToValidUTF8(s, "?"))
 }
 
 // receive reads a stream into a channel, so that a handler can wait for more

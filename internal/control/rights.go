@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -175,6 +176,7 @@ type AdminCall struct {
 type operator struct {
 	id     spiffeid.ID // zero for the user of the admin socket
 	serial string      // of the SVID, empty as id
+	until  time.Time   // when the SVID ends, zero as id
 	method string
 	// flagged: the right is SPIRE's, and rows can only take of it.
 	flagged bool
@@ -216,13 +218,18 @@ func (s *Server) guard(ctx context.Context, method string) (context.Context, err
 	if s.cfg.Registry.Revocations().Has(serial) {
 		return nil, refuse(codes.PermissionDenied, "SVID %s of %s is revoked: connect with a new one", serial, c.id)
 	}
+	if n := operatorWork[method]; n > 0 {
+		if err := s.spend(c.id, n); err != nil {
+			return nil, err
+		}
+	}
 	admin, downstream := s.roles(c.id)
 	short := shortMethod(method)
 	switch {
 	case r&toAdmins != 0 && (admin || s.cfg.Admins != nil && s.cfg.Admins.MayAdmin(c.id, short)):
-		return s.operate(ctx, operator{id: c.id, serial: serial, method: short, flagged: admin})
+		return s.operate(ctx, operator{id: c.id, serial: serial, until: c.leaf.NotAfter, method: short, flagged: admin})
 	case r&toNamed != 0 && s.cfg.Admins != nil && s.cfg.Admins.MayAdmin(c.id, short):
-		return s.operate(ctx, operator{id: c.id, serial: serial, method: short})
+		return s.operate(ctx, operator{id: c.id, serial: serial, until: c.leaf.NotAfter, method: short})
 	case r&toDownstream != 0 && downstream:
 		if err := s.recordAdmin(ctx, AdminCall{Caller: c.id, Method: short, On: c.id, Allowed: true}); err != nil {
 			return nil, err

@@ -254,9 +254,9 @@ type Server struct {
 	health *health.Server
 	// attests holds one token for each attestation that is judged.
 	attests chan struct{}
-	// conns and strangers count by address, agentCalls by agent.
-	conns, strangers, agentCalls tally
-	refusals, work, uploads      budgets
+	// conns and strangers count by address, agentCalls, streams and shown by agent.
+	conns, strangers, agentCalls, streams, shown tally
+	refusals, work, uploads                      budgets
 
 	// projections are of the snapshot of the fleet, tried of that of a canary
 	// group.
@@ -279,9 +279,8 @@ type Server struct {
 
 	// mu guards what stands below it. It is taken after a lock of agents.
 	mu sync.Mutex
-	// open counts the streams of each agent, subs the subscriptions of each
-	// proxy, live those of each agent. newest has the last one of each proxy.
-	open   map[spiffeid.ID]int
+	// subs counts the subscriptions of each proxy, live those of each agent. newest
+	// has the last one of each proxy.
 	subs   map[subscriber]int
 	live   map[spiffeid.ID]int
 	newest map[subscriber]*subscription
@@ -325,7 +324,6 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		machine:  machineAddresses,
 		lease:    endpointLease,
 		hello:    helloTimeout,
-		open:     map[spiffeid.ID]int{},
 		subs:     map[subscriber]int{},
 		live:     map[spiffeid.ID]int{},
 		newest:   map[subscriber]*subscription{},
