@@ -29,6 +29,8 @@ const (
 	showGap   = 50 * time.Millisecond
 	maxShown  = 64
 	maxTapped = 256 << 10
+	// takeWait is how long an operator has to take the last calls of a look.
+	takeWait = time.Second
 	// rightEvery is how often the right of who looks is asked for again.
 	rightEvery = 5 * time.Second
 )
@@ -180,6 +182,19 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 	if err := st.Send(&meshpb.TapResponse{}); err != nil {
 		return err
 	}
+	var failed error
+	passed := make(chan struct{})
+	go func() {
+		defer close(passed)
+		failed = l.pass(st)
+	}()
+	defer func() {
+		end()
+		select {
+		case <-passed:
+		case <-time.After(takeWait):
+		}
+	}()
 	right := time.NewTicker(rightEvery)
 	defer right.Stop()
 	var expired <-chan time.Time // never for the local user
@@ -190,10 +205,8 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 	}
 	for {
 		select {
-		case calls := <-l.calls:
-			if err := st.Send(&meshpb.TapResponse{Calls: calls}); err != nil {
-				return err
-			}
+		case <-passed:
+			return failed
 		case <-right.C:
 			if o, ok, _ := a.s.verdict(ctx, q.workload); !ok || a.s.cfg.Registry.Revocations().Has(o.serial) {
 				return refuse(codes.PermissionDenied, "the right to look at calls of %s was withdrawn", q.workload)
@@ -203,9 +216,27 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 		case <-ctx.Done():
 			return st.Context().Err() // nil when the time is over
 		case <-l.gone:
+			if ctx.Err() != nil { // which has it go
+				return st.Context().Err()
+			}
 			return l.over()
 		case <-a.s.stopping:
 			return refuse(codes.Unavailable, "issuer is stopping")
+		}
+	}
+}
+
+// pass sends what the proxy shows until the look ends, or for as long as an operator
+// who reads nothing keeps the stream.
+func (l *look) pass(st grpc.ServerStreamingServer[meshpb.TapResponse]) error {
+	for {
+		select {
+		case calls := <-l.calls:
+			if err := st.Send(&meshpb.TapResponse{Calls: calls}); err != nil {
+				return err
+			}
+		case <-l.done:
+			return nil
 		}
 	}
 }

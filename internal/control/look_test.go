@@ -13,6 +13,7 @@ import (
 	"unsafe"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -284,6 +285,63 @@ func TestLooksHaveARateAndRoomOfTheirOwn(t *testing.T) {
 	}
 	leave()
 	if _, err := r.srv.enter(id, meshpb.Mesh_Subscribe_FullMethodName); err != nil {
+		t.Error(err)
+	}
+}
+
+// unread is the stream of an operator who reads nothing after the first message.
+type unread struct {
+	grpc.ServerStream
+	ctx   context.Context
+	heard atomic.Bool
+}
+
+func (d *unread) Context() context.Context { return d.ctx }
+
+func (d *unread) Send(*meshpb.TapResponse) error {
+	if !d.heard.Swap(true) {
+		return nil
+	}
+	<-d.ctx.Done()
+	return d.ctx.Err()
+}
+
+// An operator who reads nothing does not hold a look past its time, and a look that
+// hangs in the proxy does not keep it from a new stream.
+func TestLooksThatHangHoldNothingUp(t *testing.T) {
+	r := manageRig(t)
+	c, _ := r.joined("node-b")
+	looks, more, ended, hang := make(chan Look, 1), make(chan *mesh.Tapped), make(chan error, 1), make(chan struct{})
+	hello := lookedAt(looks, more, ended)
+	show := hello.Show
+	hello.Show = func(ctx context.Context, l Look) error {
+		err := show(ctx, l)
+		<-hang
+		return err
+	}
+	connected := make(chan error, 16)
+	hello.OnState = func(err error) { connected <- err }
+	w := newWatcher()
+	subscribe(t, c, hello, w)
+	defer close(hang)
+	recv(t, "snapshot", w.snaps)
+	recv(t, "connected", connected)
+	ctx := context.WithValue(t.Context(), operatorKey{}, operator{method: "mesh.Tap", flagged: true})
+	over := make(chan error, 1)
+	go func() {
+		over <- (&adminAPI{s: r.srv}).Tap(&meshpb.TapRequest{Workload: billing.String(), Seconds: 1}, &unread{ctx: ctx})
+	}()
+	recv(t, "look", looks)
+	more <- &mesh.Tapped{Path: "/v1/a"}
+	if err := recv(t, "end", over); err != nil {
+		t.Error(err)
+	}
+	recv(t, "end at the proxy", ended)
+	r.srv.evict(agentID("node-b"), status.Error(codes.Unavailable, "again"))
+	if err := recv(t, "loss", connected); err == nil {
+		t.Error("the stream did not end")
+	}
+	if err := recv(t, "connected again", connected); err != nil {
 		t.Error(err)
 	}
 }

@@ -51,8 +51,12 @@ type shows struct {
 	c    *Client
 	l    *link
 	show func(context.Context, Look) error
-	at   chan struct{} // one for each that goes on
+	*looking
+}
 
+// looking are the looks that go on, over whatever stream they came.
+type looking struct {
+	at      chan struct{} // one for each
 	running sync.WaitGroup
 }
 

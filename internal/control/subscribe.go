@@ -103,8 +103,9 @@ type subscriberState struct {
 	rejected, rejectedSet string
 	// fetch gets a signed set over the link of the stream.
 	fetch func(ctx context.Context, hash string) ([]byte, error)
-	// shows answers looks over that link.
-	shows *shows
+	// shows answers looks over that link. What hangs in one holds up no new stream.
+	shows   *shows
+	looking looking
 	// told is the revision answered last.
 	told uint64
 	// said is what was said of the traffic last, stopped the revision of the stops
@@ -122,6 +123,8 @@ type subscriberState struct {
 // or ErrBanned.
 func (c *Client) Subscribe(ctx context.Context, hello Hello, h Handler) error {
 	s := &subscriberState{hello: hello, handler: h, inForce: hello.Have, candidate: hello.HaveCandidate}
+	s.looking.at = make(chan struct{}, maxAnswered)
+	defer s.looking.running.Wait()
 	return c.persist(ctx, "subscribe", hello.OnState, func(ctx context.Context, up func()) error {
 		return c.subscribeOnce(ctx, s, up)
 	})
@@ -175,9 +178,8 @@ func (c *Client) subscribeOnce(ctx context.Context, s *subscriberState, up func(
 	}
 	defer c.release(l)
 	ctx, cancel := context.WithCancel(ctx)
-	s.shows = &shows{ctx: ctx, c: c, l: l, show: s.hello.Show, at: make(chan struct{}, maxAnswered)}
-	defer s.shows.running.Wait()
 	defer cancel()
+	s.shows = &shows{ctx: ctx, c: c, l: l, show: s.hello.Show, looking: &s.looking}
 	st, err := meshpb.NewMeshClient(l.cc).Subscribe(ctx)
 	if err != nil {
 		return c.explain(ctx, verb, l, err)
