@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"slices"
@@ -241,28 +242,27 @@ func (c *callers) selectors(p capture.Process, gather func() ([]mesh.Selector, e
 	return have, nil
 }
 
-// isWorkload says whether the process at the other end of a local connection
-// satisfies the entry of the identity that is served.
-func (s *sidecar) isWorkload(c net.Conn) error {
-	local, ok1 := c.LocalAddr().(*net.TCPAddr)
-	remote, ok2 := c.RemoteAddr().(*net.TCPAddr)
-	if !ok1 || !ok2 {
-		return fmt.Errorf("%s is no TCP connection", c.RemoteAddr())
+// isWorkload gives the question whether the process at the other end of a local
+// connection satisfies the entry of the identity that is served.
+func (s *sidecar) isWorkload(c net.Conn) (ask func() error) {
+	from, to, err := capture.Ends(c)
+	return func() error {
+		if err != nil {
+			return err
+		}
+		if err := s.isWorkloadsEnd(from, to); err != nil {
+			return err
+		}
+		return capture.Stands(c) // else that was somebody else's end
 	}
-	// To the process a connection that was brought here goes to where it meant
-	// to go.
-	to, captured, err := capture.OriginalDst(c)
-	if err != nil {
-		return err
-	}
-	if !captured {
-		to = local.AddrPort()
-	}
+}
+
+func (s *sidecar) isWorkloadsEnd(from, to netip.AddrPort) error {
 	var candidates []int
 	if c := s.child.Load(); c != nil {
 		candidates = append(candidates, c.PID())
 	}
-	p, err := s.callers.owners.Of(to, remote.AddrPort(), candidates...)
+	p, err := s.callers.owners.Of(to, from, candidates...)
 	if err != nil {
 		return err
 	}

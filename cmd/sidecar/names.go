@@ -143,7 +143,10 @@ func (s *sidecar) nameDoors(self spiffeid.ID, within func(field string, a netip.
 				return s.names.ServeUDP(ctx, c, self)
 			}},
 			door{within("names.listen", a), func(ctx context.Context, ln net.Listener) error {
-				return s.names.Serve(ctx, ln, func(_ context.Context, c net.Conn) (spiffeid.ID, error) { return self, s.isWorkload(c) })
+				return s.names.Serve(ctx, ln, func(c net.Conn) nameserver.Peer {
+					ask := s.isWorkload(c)
+					return func(context.Context) (spiffeid.ID, error) { return self, ask() }
+				})
 			}})
 	}
 	return out, nil

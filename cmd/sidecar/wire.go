@@ -417,17 +417,9 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		s.inbound.Store(inbound)
 		in = append(in, door{at("inbound.listen", s.cfg.Inbound.Listen), inbound.Run})
 	}
-	outbound, e := proxy.NewOutbound(proxy.OutboundConfig{
-		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot, Region: s.regions.Region,
-		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(), Tokens: s.shown, Leaf: s.leaf,
-		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo, FaultsWait: true,
-	})
+	outbound, e := s.newOutbound(self)
 	if e != nil {
 		return nil, nil, e
-	}
-	s.outbound.Store(outbound)
-	if stops := s.stops.Load(); stops != nil {
-		outbound.Heed(stops)
 	}
 	within := func(field string, a netip.AddrPort) net.Listener {
 		if s.room != nil {
@@ -438,13 +430,20 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		}
 		return at(field, a.String())
 	}
+	brought := func(field string, a netip.AddrPort) net.Listener { // where the kernel brings connections to
+		ln := within(field, a)
+		if err == nil {
+			err = capture.KeepSYN(ln)
+		}
+		return ln
+	}
 	if a := s.cfg.Outbound.Listen; a.IsValid() {
-		out = append(out, door{within("outbound.listen", a), outbound.Run})
+		out = append(out, door{brought("outbound.listen", a), outbound.Run})
 		if (s.cfg.Capture.Enabled() || s.room != nil) && hasIPv6() { // the kernel brings connections to the loopback address of their family
-			out = append(out, door{within("outbound.listen", twin(a)), outbound.Run})
+			out = append(out, door{brought("outbound.listen", twin(a)), outbound.Run})
 		}
 	}
-	names, e := s.nameDoors(self, within)
+	names, e := s.nameDoors(self, brought)
 	for _, d := range names {
 		if d.ln != nil { // within could not open one
 			open = append(open, d.ln)
@@ -462,6 +461,23 @@ func (s *sidecar) listeners(self spiffeid.ID) (in, out []door, err error) {
 		err = s.shift.Doors.Unclaimed()
 	}
 	return in, out, err
+}
+
+// newOutbound makes the way out, which heeds the faults that an operator stopped.
+func (s *sidecar) newOutbound(self spiffeid.ID) (*proxy.Outbound, error) {
+	outbound, err := proxy.NewOutbound(proxy.OutboundConfig{
+		Shared: s.shared("outbound"), Self: self, Local: s.isWorkload, Snapshot: s.agent.Snapshot, Region: s.regions.Region,
+		Services: s.services, Streams: s.streams, Gateways: s.gateways, Standing: s.agent.Source().Standing, Captured: s.captured(), Tokens: s.shown, Leaf: s.leaf,
+		KeepForwardedFor: s.cfg.Outbound.KeepForwardedFor, Mirror: s.mirror, ShadowOnly: s.cfg.Shadow.Only, ShadowWrites: s.cfg.Shadow.WritesTo, FaultsWait: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.outbound.Store(outbound)
+	if stops := s.stops.Load(); stops != nil {
+		outbound.Heed(stops)
+	}
+	return outbound, nil
 }
 
 // anyMember lets every workload of the trust domain shake hands: what it may

@@ -52,7 +52,7 @@ func OriginalDst(c net.Conn) (dst netip.AddrPort, ok bool, err error) {
 
 func originalDst4(fd uintptr) (netip.AddrPort, error) {
 	var sa unix.RawSockaddrInet4
-	if err := getsockopt(fd, unix.SOL_IP, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err != nil {
+	if err := originalDst(fd, unix.SOL_IP, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err != nil {
 		return netip.AddrPort{}, err
 	}
 	return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), port(&sa.Port)), nil
@@ -60,21 +60,26 @@ func originalDst4(fd uintptr) (netip.AddrPort, error) {
 
 func originalDst6(fd uintptr) (netip.AddrPort, error) {
 	var sa unix.RawSockaddrInet6
-	if err := getsockopt(fd, unix.SOL_IPV6, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err != nil {
+	if err := originalDst(fd, unix.SOL_IPV6, unsafe.Pointer(&sa), unsafe.Sizeof(sa)); err != nil {
 		return netip.AddrPort{}, err
 	}
 	return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), port(&sa.Port)), nil
 }
 
-func getsockopt(fd uintptr, level int, p unsafe.Pointer, size uintptr) error {
+func originalDst(fd uintptr, level int, p unsafe.Pointer, size uintptr) error {
+	n, err := getsockopt(fd, level, soOriginalDst, p, size)
+	if err == nil && n != size {
+		err = fmt.Errorf("an answer of %d bytes, want %d", n, size)
+	}
+	return err
+}
+
+func getsockopt(fd uintptr, level, name int, p unsafe.Pointer, size uintptr) (uintptr, error) {
 	n := uint32(size)
-	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(level), soOriginalDst, uintptr(p), uintptr(unsafe.Pointer(&n)), 0); errno != 0 {
-		return errno
+	if _, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, fd, uintptr(level), uintptr(name), uintptr(p), uintptr(unsafe.Pointer(&n)), 0); errno != 0 {
+		return 0, errno
 	}
-	if uintptr(n) != size {
-		return fmt.Errorf("an answer of %d bytes, want %d", n, size)
-	}
-	return nil
+	return uintptr(n), nil
 }
 
 // port reads a port that stands in the order of the network.

@@ -25,6 +25,7 @@ const (
 	tcpEstablished = 1
 	tcpFinWait1    = 4
 	tcpFinWait2    = 5
+	tcpCloseWait   = 8
 )
 
 // A socket is what the kernel says of one end of a TCP connection.

@@ -110,8 +110,17 @@ func (*UnixPeer) Pidfd() (*Pidfd, error) { return nil, ErrNeedsLinux }
 // NewDirect gives nc back: the runtime's own calls serve as well.
 func NewDirect(nc net.Conn) net.Conn { return nc }
 
+// Stands fails with ErrNeedsLinux.
+func Stands(net.Conn) error { return ErrNeedsLinux }
+
 // OriginalDst reports no other address: no rules of ours are outside Linux.
 func OriginalDst(net.Conn) (netip.AddrPort, bool, error) { return netip.AddrPort{}, false, nil }
+
+// KeepSYN does nothing.
+func KeepSYN(net.Listener) error { return nil }
+
+// Ends fails with ErrNeedsLinux.
+func Ends(net.Conn) (from, to netip.AddrPort, err error) { return from, to, ErrNeedsLinux }
 
 // ForgetProgram does nothing.
 func ForgetProgram() error { return nil }

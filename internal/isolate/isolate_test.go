@@ -93,15 +93,20 @@ func TestRoom(t *testing.T) {
 			t.Errorf("the listener on %s is given twice", a)
 		}
 		defer ln.Close()
+		if err := capture.KeepSYN(ln); err != nil {
+			t.Fatal(err)
+		}
 		go func() {
 			c, err := ln.Accept()
 			if err != nil {
 				return
 			}
 			defer c.Close()
-			to, ok, err := capture.OriginalDst(c)
+			_, ok, err := capture.OriginalDst(c)
+			from, to, eerr := capture.Ends(c)
 			owners := capture.Owners{In: r.Diag()}
-			p, oerr := owners.Of(to, c.RemoteAddr().(*net.TCPAddr).AddrPort())
+			p, oerr := owners.Of(to, from)
+			oerr = errors.Join(eerr, oerr)
 			fmt.Fprintf(c, "%s %v %v, mine: %v %v", to, ok, err, p.PID == cmd.Process.Pid, oerr)
 		}()
 	}

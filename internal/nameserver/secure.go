@@ -31,16 +31,18 @@ func (n *Names) ServeTLS(ctx context.Context, ln net.Listener, conf *tls.Config,
 	return n.Serve(ctx, tls.NewListener(ln, conf), peer(standing))
 }
 
-func peer(standing func(tls.ConnectionState) error) func(context.Context, net.Conn) (spiffeid.ID, error) {
-	return func(ctx context.Context, c net.Conn) (spiffeid.ID, error) {
-		tc, ok := c.(*tls.Conn)
-		if !ok {
-			return spiffeid.ID{}, errors.New("this is no connection of TLS")
+func peer(standing func(tls.ConnectionState) error) func(net.Conn) Peer {
+	return func(c net.Conn) Peer {
+		return func(ctx context.Context) (spiffeid.ID, error) {
+			tc, ok := c.(*tls.Conn)
+			if !ok {
+				return spiffeid.ID{}, errors.New("this is no connection of TLS")
+			}
+			if err := tc.HandshakeContext(ctx); err != nil {
+				return spiffeid.ID{}, err
+			}
+			return proved(tc.ConnectionState(), standing)
 		}
-		if err := tc.HandshakeContext(ctx); err != nil {
-			return spiffeid.ID{}, err
-		}
-		return proved(tc.ConnectionState(), standing)
 	}
 }
 

@@ -116,10 +116,13 @@ const (
 	writeTime     = 5 * time.Second
 )
 
+// A Peer says who is at the other end of a connection now.
+type Peer func(context.Context) (spiffeid.ID, error)
+
 // Serve answers over the connections of a stream listener until ctx ends, and
-// closes it. Who says whose a connection is, and is asked again for each
-// question; nobody is answered whom it does not know.
-func (n *Names) Serve(ctx context.Context, ln net.Listener, who func(context.Context, net.Conn) (spiffeid.ID, error)) error {
+// closes it. Who is given each connection once, and what it returns is asked
+// again for each question; nobody is answered whom that does not know.
+func (n *Names) Serve(ctx context.Context, ln net.Listener, who func(net.Conn) Peer) error {
 	defer ln.Close()
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
 	var conns sync.WaitGroup
@@ -148,7 +151,7 @@ func (n *Names) Serve(ctx context.Context, ln net.Listener, who func(context.Con
 		case places <- struct{}{}:
 			conns.Go(func() {
 				defer func() { <-places }()
-				n.serveConn(ctx, c, who)
+				n.serveConn(ctx, c, who(c))
 			})
 		default:
 			n.counter(Dropped).Inc()
@@ -158,7 +161,7 @@ func (n *Names) Serve(ctx context.Context, ln net.Listener, who func(context.Con
 }
 
 // serveConn answers questions in their order (RFC 7766 allows any).
-func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Context, net.Conn) (spiffeid.ID, error)) {
+func (n *Names) serveConn(ctx context.Context, c net.Conn, who Peer) {
 	defer c.Close()
 	defer context.AfterFunc(ctx, func() { c.Close() })()
 	var a *answerer
@@ -167,7 +170,7 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 		return
 	}
 	for {
-		id, err := who(ctx, c)
+		id, err := who(ctx)
 		if err == nil {
 			err = c.SetDeadline(time.Now().Add(idleTime))
 		}
@@ -190,7 +193,7 @@ func (n *Names) serveConn(ctx context.Context, c net.Conn, who func(context.Cont
 		if _, err := io.ReadFull(c, buf[2:]); err != nil {
 			return
 		}
-		if id, err = who(ctx, c); err != nil || id != a.who { // it may have waited long
+		if id, err = who(ctx); err != nil || id != a.who { // it may have waited long
 			return
 		}
 		if !a.may() {

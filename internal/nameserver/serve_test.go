@@ -34,7 +34,7 @@ func (r *rig) listenUDP(t *testing.T) string {
 	return c.LocalAddr().String()
 }
 
-func (r *rig) listenTCP(t *testing.T, who func(context.Context, net.Conn) (spiffeid.ID, error)) string {
+func (r *rig) listenTCP(t *testing.T, who func(net.Conn) Peer) string {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -184,7 +184,9 @@ func TestOverTCP(t *testing.T) {
 func TestUnknownAsker(t *testing.T) {
 	r := newRig(t, nil)
 	known := make(chan error, 16)
-	addr := r.listenTCP(t, func(context.Context, net.Conn) (spiffeid.ID, error) { return payment, <-known })
+	addr := r.listenTCP(t, func(net.Conn) Peer {
+		return func(context.Context) (spiffeid.ID, error) { return payment, <-known }
+	})
 	c, err := dns.Dial("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
@@ -204,6 +206,8 @@ func TestUnknownAsker(t *testing.T) {
 }
 
 // always is a who for the connections of one workload.
-func always(id spiffeid.ID) func(context.Context, net.Conn) (spiffeid.ID, error) {
-	return func(context.Context, net.Conn) (spiffeid.ID, error) { return id, nil }
+func always(id spiffeid.ID) func(net.Conn) Peer {
+	return func(net.Conn) Peer {
+		return func(context.Context) (spiffeid.ID, error) { return id, nil }
+	}
 }

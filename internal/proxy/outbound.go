@@ -34,10 +34,11 @@ type OutboundConfig struct {
 	Shared
 	// Self is the identity of the workload. Required.
 	Self spiffeid.ID
-	// Local says whether the process at the other end of a local connection
-	// is the workload; the error says who it is instead. It is asked again
-	// during the life of a connection, which may have changed hands. Required.
-	Local func(c net.Conn) error
+	// Local is given each local connection once, before any of it is read. What it
+	// returns says whether the process at the other end is the workload; the error
+	// says who it is instead. That is asked again during the life of a connection,
+	// which may have changed hands. Required.
+	Local func(c net.Conn) (ask func() error)
 	// Snapshot is the newest policy; nil before the first. Required.
 	Snapshot func() *mesh.Snapshot
 	// Services lends connections to the endpoints of services. Required.
@@ -211,7 +212,7 @@ func newDoor(o *Outbound, service mesh.ServiceName) *door {
 }
 
 func (d *door) serveConn(ctx context.Context, c *conn) {
-	x := d.callOn(ctx, c, c.RemoteAddr().String(), new(process))
+	x := d.callOn(ctx, c, c.RemoteAddr().String(), &process{ask: d.cfg.Local(c.Conn)})
 	x.down = http1.NewConn(capture.NewDirect(c.Conn), d.Limits)
 	defer func() {
 		if x.down != nil {
@@ -261,6 +262,8 @@ func (d *door) callOn(ctx context.Context, c *conn, remote string, at *process) 
 // A process is who is at the other end of a connection of the workload, whose
 // lanes have it in common.
 type process struct {
+	ask func() error // whether it is the workload
+
 	mu       sync.Mutex // guards the fields below, also while a call asks
 	asked    time.Time
 	stranger error // it is not the workload
@@ -305,7 +308,7 @@ func (d *door) strangerOn(x *call) error {
 	defer p.mu.Unlock()
 	switch age := x.start.Sub(p.asked); {
 	case p.asked.IsZero() || age >= d.askEvery:
-		p.stranger = d.cfg.Local(x.conn.base())
+		p.stranger = p.ask()
 		p.asked = x.start
 	case age >= d.askEvery*3/4 && !p.ahead:
 		p.ahead = true
@@ -330,7 +333,7 @@ func (d *door) askAhead(c *conn, p *process) {
 			p.asked, p.stranger = began, stranger
 		}
 	}()
-	stranger = d.cfg.Local(c.base())
+	stranger = p.ask()
 }
 
 // about is the record of a refusal to carry something out.

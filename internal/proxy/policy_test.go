@@ -245,7 +245,7 @@ func TestProcessIsAskedForAhead(t *testing.T) {
 	d := newDoor(r.outbound, "billing")
 	d.askEvery = time.Hour
 	asked, answer := make(chan struct{}), make(chan error)
-	r.outbound.cfg.Local = func(net.Conn) error {
+	ask := func() error {
 		asked <- struct{}{}
 		return <-answer
 	}
@@ -253,7 +253,7 @@ func TestProcessIsAskedForAhead(t *testing.T) {
 	defer near.Close()
 	defer far.Close()
 	now := time.Now()
-	x := &call{conn: &conn{Conn: near}, process: &process{asked: now.Add(-50 * time.Minute)}, start: now}
+	x := &call{conn: &conn{Conn: near}, process: &process{ask: ask, asked: now.Add(-50 * time.Minute)}, start: now}
 	for range 2 { // the second does not ask once more
 		if err := d.strangerOn(x); err != nil {
 			t.Errorf("a call meets %v", err)

@@ -185,12 +185,14 @@ func newParts(t testing.TB, app string, change ...func(*rig)) *rig {
 	r.outCfg = OutboundConfig{
 		Shared: shared("outbound", r.outAudit), Self: web, Snapshot: r.snap.Load, Services: r.services, Streams: r.streams, Gateways: r.gateways,
 		Standing: r.web.Standing,
-		Local: func(net.Conn) error {
-			r.locals.Add(1)
-			if e := r.stranger.Load(); e != nil {
-				return *e
+		Local: func(net.Conn) func() error {
+			return func() error {
+				r.locals.Add(1)
+				if e := r.stranger.Load(); e != nil {
+					return *e
+				}
+				return nil
 			}
-			return nil
 		},
 	}
 	for _, f := range change {

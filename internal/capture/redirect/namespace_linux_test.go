@@ -26,6 +26,7 @@ const (
 	envInside = "REDIRECT_INSIDE" // the test runs in a network namespace of its own
 	envTry    = "REDIRECT_TRY"    // attempts, one on a line
 	envHold   = "REDIRECT_HOLD"   // hold rules until the input ends
+	envDial   = "REDIRECT_DIAL"   // open connections as the input says
 )
 
 func TestMain(m *testing.M) {
@@ -37,6 +38,10 @@ func TestMain(m *testing.M) {
 	}
 	if c := os.Getenv(envHold); c != "" {
 		os.Exit(hold(c))
+	}
+	if os.Getenv(envDial) != "" {
+		dialer(os.Stdin)
+		return
 	}
 	os.Exit(m.Run())
 }

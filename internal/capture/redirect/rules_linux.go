@@ -272,7 +272,7 @@ func (b *builder) direct() (out [][]term) {
 
 // guard looks at everything that leaves a process of this machine.
 func (b *builder) guard() []rule {
-	rs := b.doors()
+	rs := append(b.stamps(), b.doors()...)
 	if b.sidecar != nil {
 		pass := accept
 		if b.c.Everyone {
@@ -308,6 +308,20 @@ func (b *builder) guard() []rule {
 		// A SYN cookie has no owner, and the connection that comes of it need not
 		// send anything before its socket is closed: whose it is cannot be told.
 		rs = append(rs, rule{when: []term{anyOwner}, then: accept}, rule{when: []term{tcp, synAck, free}, then: goTo("refuse")})
+	}
+	return rs
+}
+
+// stamps have the first packet to a door say from which port it was sent. The
+// kernel may give the connection another one yet, where it would be the same as
+// another that was brought there; then this alone tells whose it is.
+func (b *builder) stamps() (rs []rule) {
+	for _, p := range []uint16{b.d.Outbound, b.d.Names} {
+		for _, here := range loopbacks {
+			if p != 0 {
+				rs = append(rs, rule{when: []term{daddr(here), l4proto(unix.IPPROTO_TCP), dport("tcp", p), opening}, then: stamp})
+			}
+		}
 	}
 	return rs
 }

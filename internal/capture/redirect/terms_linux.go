@@ -186,6 +186,14 @@ var (
 	// synAck is the answer to who opens a connection. It has no owner only when
 	// the kernel keeps no socket for it: a SYN cookie.
 	synAck = flags("(syn | ack)", 0x12)
+	// opening is the first packet of who opens a connection.
+	opening = flagged("syn / syn,ack", 0x12, 0x02)
+	// stamp writes the ports of the first packet, as its sender knows them, where
+	// that has no meaning: it acknowledges nothing. Nobody without rights over the
+	// network has a packet begin with anything but zero there. A checksum over it is
+	// made where it arrives, or changed along.
+	stamp = fixed("tcp ackseq set @th,0,32", &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 4},
+		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 8, Len: 4, CsumType: expr.CsumTypeInet, CsumOffset: 16})
 	// free holds for the ports that every user may listen on.
 	free = fixed("tcp sport >= 1024", &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
 		&expr.Cmp{Op: expr.CmpOpGte, Register: 1, Data: network16(1024)})
@@ -209,7 +217,11 @@ func state(names string, bits uint32) term {
 }
 
 func flags(names string, bits byte) term {
-	return fixed(fmt.Sprintf("tcp flags & %s == %s", names, names), &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{bits}, Xor: []byte{0}},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{bits}})
+	return flagged(fmt.Sprintf("& %s == %s", names, names), bits, bits)
+}
+
+func flagged(text string, of, set byte) term {
+	return fixed("tcp flags "+text, &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 13, Len: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 1, Mask: []byte{of}, Xor: []byte{0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{set}})
 }
