@@ -83,14 +83,6 @@ type shared interface {
 	Drain()
 }
 
-// base is the connection underneath, which has a descriptor.
-func (c *conn) base() net.Conn {
-	if c.on != nil {
-		return c.on.Conn
-	}
-	return c.Conn
-}
-
 // The states of a conn.
 const (
 	idle int32 = iota
