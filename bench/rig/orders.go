@@ -10,30 +10,19 @@ import (
 // each out. An order is one line of JSON, answered by "warm", when carry says
 // so, and by the report.
 func ServeOrders[O, R any](socket string, carry func(o O, warm func()) R) error {
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		return err
-	}
-	for {
-		c, err := l.Accept()
-		if err != nil {
-			return err
-		}
-		go func() {
-			defer c.Close()
-			in, out := json.NewDecoder(c), json.NewEncoder(c)
-			for {
-				var o O
-				if in.Decode(&o) != nil {
-					return
-				}
-				r := carry(o, func() { _ = out.Encode("warm") })
-				if out.Encode(r) != nil {
-					return
-				}
+	return serveOn("unix", socket, func(c net.Conn) {
+		in, out := json.NewDecoder(c), json.NewEncoder(c)
+		for {
+			var o O
+			if in.Decode(&o) != nil {
+				return
 			}
-		}()
-	}
+			r := carry(o, func() { _ = out.Encode("warm") })
+			if out.Encode(r) != nil {
+				return
+			}
+		}
+	})
 }
 
 // A Loader is a load process, asked from here.

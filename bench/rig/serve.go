@@ -8,8 +8,11 @@ import (
 )
 
 // Serve has serve speak with whoever connects to an address.
-func Serve(address string, serve func(net.Conn)) error {
-	l, err := net.Listen("tcp", address)
+func Serve(address string, serve func(net.Conn)) error { return serveOn("tcp", address, serve) }
+
+// serveOn is Serve on a network.
+func serveOn(network, address string, serve func(net.Conn)) error {
+	l, err := net.Listen(network, address)
 	if err != nil {
 		return err
 	}

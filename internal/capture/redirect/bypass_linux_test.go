@@ -82,7 +82,7 @@ func TestBypass(t *testing.T) {
 	c := byUser()
 	h := install(t, c)
 	if !h.Owned || !h.Frames() {
-		unable(t, "this kernel holds no rules for their owner, or no frames")
+		meshtest.Unable(t, "this kernel holds no rules for their owner, or no frames")
 	}
 	var table meshtest.Bypasses
 	try := func(way string, list ...kernelBypass) {

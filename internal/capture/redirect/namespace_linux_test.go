@@ -86,7 +86,7 @@ func inNamespace(t *testing.T) bool {
 	out, err := cmd.CombinedOutput()
 	switch {
 	case cmd.ProcessState == nil:
-		unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
+		meshtest.Unable(t, fmt.Sprintf("the kernel gives no namespaces: %v", err))
 	case err != nil:
 		t.Errorf("in a namespace of its own: %v\n%s", err, out)
 	case bytes.Contains(out, []byte("--- SKIP")):
@@ -108,15 +108,6 @@ func ownNamespace() *syscall.SysProcAttr {
 	}
 }
 
-// unable ends a test for which this machine has no means.
-func unable(t *testing.T, why string) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		t.Fatal(why)
-	}
-	t.Skip(why)
-}
-
 // manyUsers ends a test that needs several users where there is one.
 func manyUsers(t *testing.T) {
 	t.Helper()
@@ -125,7 +116,7 @@ func manyUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	if f := strings.Fields(string(b)); len(f) != 3 || len(f[2]) < 5 {
-		unable(t, "this needs several users; run the test as root")
+		meshtest.Unable(t, "this needs several users; run the test as root")
 	}
 }
 

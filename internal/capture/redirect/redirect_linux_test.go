@@ -416,7 +416,7 @@ func newCgroups(t *testing.T, below ...string) (root, path string) {
 		}
 	}
 	if root == "" {
-		unable(t, "no cgroup can be made here")
+		meshtest.Unable(t, "no cgroup can be made here")
 	}
 	t.Cleanup(func() { os.Remove(root) })
 	for _, sub := range below {
