@@ -22,6 +22,7 @@ import (
 	"sallyport/internal/daemon"
 	"sallyport/internal/isolate"
 	"sallyport/internal/mesh"
+	"sallyport/internal/socket"
 	"sallyport/internal/upstream"
 )
 
@@ -108,7 +109,7 @@ func (s *sidecar) dialApp(ctx context.Context) (net.Conn, error) {
 	if s.room != nil {
 		return s.room.Dial(ctx)
 	}
-	var d net.Dialer
+	d := net.Dialer{Control: socket.Near}
 	return d.DialContext(ctx, "tcp", s.cfg.Inbound.App.String())
 }
 

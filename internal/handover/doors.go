@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sallyport/internal/daemon"
+	"sallyport/internal/socket"
 )
 
 // A Listener is what a Door is made of: a *net.TCPListener, a *net.UnixListener
@@ -109,7 +110,7 @@ func (d *Doors) tcp(n name) (net.Listener, error) {
 		own.Close() // the process before had the same from the same service manager
 	}
 	return d.door(n, func() (Listener, error) {
-		var lc net.ListenConfig
+		lc := net.ListenConfig{Control: socket.Near}
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
 		ln, err := lc.Listen(context.Background(), "tcp", n.Address)
 		if err != nil {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"sallyport/internal/capture/redirect"
+	"sallyport/internal/socket"
 )
 
 // The descriptors that Into gives.
@@ -103,7 +104,7 @@ func furnish(o order) (fds []int, err error) {
 	}
 	h.Close() // the program has no right to change them
 	for _, a := range o.Plan.Listen {
-		var lc net.ListenConfig
+		lc := net.ListenConfig{Control: socket.Near}
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
 		ln, err := lc.Listen(context.Background(), "tcp", a.String())
 		if err != nil {
@@ -217,7 +218,7 @@ func connect(fd int, app string) {
 		return
 	}
 	defer back.Close()
-	d := net.Dialer{Timeout: connectWithin}
+	d := net.Dialer{Timeout: connectWithin, Control: socket.Near}
 	c, err := d.Dial("tcp", app)
 	if err != nil {
 		_ = send(back, report{Error: err.Error()}) // who asked may have given up

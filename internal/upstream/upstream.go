@@ -31,6 +31,7 @@ import (
 	"sallyport/internal/mesh"
 	"sallyport/internal/mux"
 	"sallyport/internal/record"
+	"sallyport/internal/socket"
 )
 
 // ErrNoEndpoint is returned when a service has no endpoint at all.
@@ -474,7 +475,7 @@ func (p *Pool) pop() *Conn {
 func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout)
 	defer cancel()
-	var d net.Dialer
+	d := net.Dialer{Control: socket.Near}
 	nc, err := d.DialContext(ctx, "tcp", p.t.addr.String())
 	if err != nil {
 		return nil, time.Time{}, err
