@@ -133,7 +133,9 @@ type Calm[K comparable] struct {
 type patience struct {
 	left float64
 	at   time.Time // when that was so
-	over bool      // it ran out, and has not come back yet
+	worn bool      // more than half was used up, and has not come back yet
+	over bool      // all was
+	next time.Time // when its next turn is, see Wait
 }
 
 // maxParties bounds the memory of a Calm. Beyond it those are forgotten who have
@@ -162,7 +164,7 @@ func (c *Calm[K]) Spend(who K, cost int) bool {
 		c.of[who] = p
 	}
 	p.left = max(p.left-float64(cost), 0)
-	p.over = p.over || p.left == 0
+	p.worn, p.over = p.worn || p.left < c.burst/2, p.over || p.left == 0
 	return !p.over
 }
 
@@ -178,7 +180,8 @@ func (c *Calm[K]) Over(who K) bool {
 	return p != nil && p.over
 }
 
-// Worn says that a party has used up more than half of its patience.
+// Worn says that a party has used up more than half of its patience. It takes three
+// quarters of it to be fresh again.
 func (c *Calm[K]) Worn(who K) bool {
 	if c == nil {
 		return false
@@ -186,7 +189,30 @@ func (c *Calm[K]) Worn(who K) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.look(who)
-	return p != nil && p.left < c.burst/2
+	return p != nil && p.worn
+}
+
+// Wait says how long a worn party waits before it begins what may cost it so much:
+// no more of that is begun than its patience bears, and none of it in a burst. It is
+// false when that would take longer than most.
+func (c *Calm[K]) Wait(who K, cost int, most time.Duration) (time.Duration, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := c.look(who)
+	if p == nil || !p.worn {
+		return 0, true
+	}
+	now := time.Now()
+	next := now
+	if p.next.After(now) {
+		next = p.next
+	}
+	wait := float64(next.Sub(now)) + float64(cost)/c.rate*float64(time.Second)
+	if wait > float64(most) {
+		return 0, false
+	}
+	p.next = now.Add(time.Duration(wait))
+	return time.Duration(wait), true
 }
 
 // look finds a party that has not got all of its patience.
@@ -197,7 +223,7 @@ func (c *Calm[K]) look(who K) *patience {
 	}
 	now := time.Now()
 	p.left, p.at = min(p.left+now.Sub(p.at).Seconds()*c.rate, c.burst), now
-	p.over = p.over && p.left < c.burst/4
+	p.worn, p.over = p.worn && p.left < 3*c.burst/4, p.over && p.left < c.burst/4
 	if p.left == c.burst {
 		delete(c.of, who)
 		return nil

@@ -1,6 +1,7 @@
 package mux
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -182,4 +183,46 @@ func TestCalmIsWornBeforeItIsOver(t *testing.T) {
 	if c.Worn("another") || (*Calm[string])(nil).Worn("another") {
 		t.Error("worn by nobody")
 	}
+}
+
+// Who has used up half of his patience gets turns, no more than it bears, and is
+// fresh again when three quarters are there.
+func TestCalmMakesTheWornWait(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := NewCalm[string](100, 10)
+		wait := func() string {
+			d, ok := c.Wait("a", 5, 2*time.Second)
+			return fmt.Sprint(d, ok)
+		}
+		if got := wait(); got != "0s true" {
+			t.Errorf("a stranger waits %s", got)
+		}
+		c.Spend("a", 50)
+		if got := wait(); got != "0s true" {
+			t.Errorf("with half of it he waits %s", got)
+		}
+		c.Spend("a", 5) // 45 are left
+		for _, want := range []string{"500ms true", "1s true", "1.5s true", "2s true", "0s false", "0s false"} {
+			if got := wait(); got != want {
+				t.Errorf("he waits %s, want %s", got, want)
+			}
+		}
+		if d, ok := c.Wait("b", 5, 0); d != 0 || !ok {
+			t.Errorf("another one waits %v, %v", d, ok)
+		}
+		time.Sleep(time.Second)
+		for _, want := range []string{"1.5s true", "2s true", "0s false"} {
+			if got := wait(); got != want {
+				t.Errorf("a second later he waits %s, want %s", got, want)
+			}
+		}
+		time.Sleep(2*time.Second - time.Millisecond) // 74.99
+		if !c.Worn("a") {
+			t.Error("he is fresh again too soon")
+		}
+		time.Sleep(time.Millisecond)
+		if got := wait(); got != "0s true" || c.Worn("a") {
+			t.Errorf("with three quarters he waits %s", got)
+		}
+	})
 }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -141,5 +142,60 @@ func TestHandshakeFloodStaysWithItsSource(t *testing.T) {
 	w.say(okRequest)
 	if resp, _ := w.answer("GET"); resp.StatusCode != 200 {
 		t.Errorf("got %s", resp.Status)
+	}
+}
+
+// The handshakes of an address whose connections come to nothing wait for each
+// other, whoever has proved to be there; those of other addresses do not.
+func TestHandshakesOfAWornSourceWait(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		wait time.Duration
+		in   bool
+	}{
+		{"not for long", 50 * time.Millisecond, true},
+		{"for longer than it may", 2 * turnWithin, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r := newParts(t, app(t, hello))
+			r.inbound.vain = mux.NewCalm[mux.Source](1000*costHandshake, costHandshake/tt.wait.Seconds())
+			r.inAddr, r.stopIn = start(t, r.inbound.Run)
+			r.use(r.access)
+			flood := r.dialIn(r.billing)
+			source := mux.SourceOf(flood.LocalAddr())
+			r.inbound.vain.Spend(source, 500*costHandshake) // half of it
+			flood.say("GET /")
+			flood.Close()
+			await(t, func() bool { return r.inbound.vain.Worn(source) })
+			if tt.in {
+				began := time.Now()
+				again := r.dialIn(r.web)
+				again.say(okRequest)
+				if resp, _ := again.answer("GET"); resp.StatusCode != 200 {
+					t.Errorf("got %s", resp.Status)
+				}
+				if took := time.Since(began); took < tt.wait {
+					t.Errorf("it waited %v, want %v at least", took, tt.wait)
+				}
+			} else {
+				again, err := net.Dial("tcp", r.inAddr)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer again.Close()
+				if _, err := again.Read(make([]byte, 1)); err == nil {
+					t.Error("it was let in")
+				}
+			}
+			want := map[bool]string{true: "0", false: "1"}[tt.in]
+			if n := r.metric(`sallyport_connections_refused_total{reason="resets",reporter="inbound"}`); n != want && n != "" {
+				t.Errorf("%s were refused, want %s", n, want)
+			}
+			other := r.dialInFrom("127.0.0.9", r.web)
+			other.say(okRequest)
+			if resp, _ := other.answer("GET"); resp.StatusCode != 200 {
+				t.Errorf("another address got %s", resp.Status)
+			}
+		})
 	}
 }

@@ -163,6 +163,7 @@ func NewInbound(cfg InboundConfig) (*Inbound, error) {
 	in.listener = listener{
 		Shared: cfg.Shared.withDefaults(), serve: in.serveConn, arrive: in.unproved.enter,
 		bodies: mux.NewBudget(bodies), calm: mux.NewCalm[mux.Source](brokenBurst, brokenRate), calmOf: mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), costs: costHandshake,
+		vain: mux.NewCalm[mux.Source](brokenBurst, brokenRate),
 	}
 	in.cfg.HandshakeTimeout = cmp.Or(cfg.HandshakeTimeout, 10*time.Second)
 	in.unproved.Anteroom, in.turns = mux.NewAnteroom(cmp.Or(cfg.MaxHandshakes, 512)), mux.NewTurns()

@@ -44,8 +44,11 @@ type listener struct {
 	// proved; nil bears all.
 	calm   *mux.Calm[mux.Source]
 	calmOf *mux.Calm[spiffeid.ID]
-	costs  int  // of that, for a connection; a call costs 1
-	rests  bool // whom it bears no more waits a little, and is not closed
+	// vain is with sources of connections that are broken off, whoever has proved to
+	// be there: the handshakes of a worn one wait for each other.
+	vain  *mux.Calm[mux.Source]
+	costs int  // of that, for a connection; a call costs 1
+	rests bool // whom it bears no more waits a little, and is not closed
 
 	mu       sync.Mutex // guards the fields below
 	open     map[*conn]struct{}
@@ -508,6 +511,7 @@ func (l *listener) leftOff(c *conn, err error) {
 	case c.on != nil:
 	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
 		l.brokenOff(c, l.costs)
+		l.vain.Spend(c.from, l.costs)
 	}
 }
 

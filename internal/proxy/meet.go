@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync/atomic"
 	"syscall"
@@ -22,6 +23,7 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/record"
+	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 )
 
@@ -153,15 +155,21 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 		in.refusedHandshake(c, remote, err)
 		return nil
 	}
+	if !in.turn(ctx, c) {
+		in.unproved.leave(c)
+		return nil
+	}
 	tc, err := in.handshake(ctx, c, remote)
 	if err != nil {
 		in.calm.Spend(c.from, costHandshake)
+		in.vain.Spend(c.from, costHandshake)
 		in.refusedHandshake(c, remote, err)
 		return nil
 	}
 	who := c.who
 	if in.calmOf.Over(who.id) { // only the handshake is its source's doing
 		in.calm.Spend(c.from, costHandshake)
+		in.vain.Spend(c.from, costHandshake)
 		in.turnAway(limitResets, "peer", who.src)
 		tc.Close()
 		return nil
@@ -175,6 +183,33 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 	who.series = in.Signals.Series(who.src, in.self, "")
 	who.intro, who.bounds = introduce(in.self, who.src, remote, anyOf(in.cfg.ForwardedFrom, who.src)), in.rates.bounds(who.id)
 	return tc
+}
+
+// turnWithin is how long a connection may wait for its handshake, see turn.
+const turnWithin = time.Second
+
+// turn has a connection wait for its handshake while connections of its source
+// come to nothing: their handshakes are then spread over time, so that the calls of
+// others seldom meet one. It is false when the connection was reset meanwhile, or
+// would wait too long.
+func (in *Inbound) turn(ctx context.Context, c *conn) bool {
+	wait, ok := in.vain.Wait(c.from, costHandshake, turnWithin)
+	switch {
+	case !ok:
+		in.turnAway(limitResets, "from", netip.Prefix(c.from))
+		return false
+	case wait == 0:
+		return true
+	}
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
+	}
+	if socket.Gone(c.Conn) {
+		in.calm.Spend(c.from, costHandshake)
+		return false
+	}
+	return true
 }
 
 // part is the end of what meet has begun.
