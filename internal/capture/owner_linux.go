@@ -75,7 +75,7 @@ type Owners struct {
 	mu     sync.Mutex // guards what follows
 	last   map[socket]place
 	seen   map[int]sight // by pid
-	recent [16]int       // the pids that were named last, the latest first: as many as workers that one program has
+	recent [16]place     // of the processes that were named last, the latest first: as many as workers that one program has
 }
 
 // A sight is what was seen of a process.
@@ -130,12 +130,12 @@ func (o *Owners) place(s socket) place {
 func (o *Owners) keep(s socket, p place) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	at := slices.Index(o.recent[:], p.pid)
+	at := slices.IndexFunc(o.recent[:], func(x place) bool { return x.pid == p.pid })
 	if at < 0 {
 		at = len(o.recent) - 1
 	}
 	copy(o.recent[1:at+1], o.recent[:at])
-	o.recent[0] = p.pid
+	o.recent[0] = p
 	if o.last == nil || len(o.last) >= maxPlaces {
 		o.last = map[socket]place{}
 	}
@@ -328,12 +328,24 @@ func (o *Owners) find(s socket, src, dst netip.AddrPort, candidates []int) (plac
 	o.mu.Lock()
 	recent := o.recent
 	o.mu.Unlock()
-	for _, pid := range append(slices.Clone(candidates), recent[:]...) {
-		if pid == 0 {
+	first := make([]place, 0, len(candidates)+len(recent))
+	for _, pid := range candidates {
+		p := place{pid: pid}
+		if at := slices.IndexFunc(recent[:], func(x place) bool { return x.pid == pid }); at >= 0 {
+			p = recent[at]
+		}
+		first = append(first, p)
+	}
+	for _, p := range append(first, recent[:]...) {
+		if p.pid == 0 {
 			continue
 		}
-		if fd := holds(pid, link); fd != "" {
-			return place{pid, fd}, nil
+		fd := p.near(link)
+		if fd == "" {
+			fd = holds(p.pid, link)
+		}
+		if fd != "" {
+			return place{p.pid, fd}, nil
 		}
 	}
 	o.scanning.Lock()
@@ -375,6 +387,30 @@ func findHolder(uid uint32, link string) (pid int, fd string) {
 		}
 	}
 	return 0, ""
+}
+
+// around is how far from a descriptor the next one is looked for.
+const around = 16
+
+// near gives the descriptor of that link if it is close to one that a socket of the
+// process had, or is that, as when it opens one after the other. Else it is "": to
+// look through all would take as long as there are others.
+func (p place) near(link string) string {
+	n, err := strconv.Atoi(p.fd)
+	if err != nil {
+		return ""
+	}
+	dir := "/proc/" + strconv.Itoa(p.pid) + "/fd/"
+	for i := range 2*around + 1 {
+		fd := n + (i+1)/2
+		if i%2 == 0 {
+			fd = n - i/2
+		}
+		if name := strconv.Itoa(fd); fd >= 0 && isSocket(dir+name, link) {
+			return name
+		}
+	}
+	return ""
 }
 
 // holds gives the descriptor by which pid holds the socket, or "".

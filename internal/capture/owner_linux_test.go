@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"strconv"
 	"syscall"
 	"testing"
 	"time"
@@ -321,5 +322,37 @@ func BenchmarkOwnerOf(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// A descriptor is found close to the one that was found before.
+func TestNear(t *testing.T) {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		t.Fatal(err)
+	}
+	link := socketLink(socket{inode: uint32(st.Ino)})
+	for _, tt := range []struct {
+		from  string
+		found bool
+	}{
+		{strconv.Itoa(fd), true}, {strconv.Itoa(fd + 1), true}, {strconv.Itoa(fd + around), true}, {strconv.Itoa(fd + around + 1), false},
+		{strconv.Itoa(fd - 1), true}, {strconv.Itoa(max(fd-around, 0)), true}, {strconv.Itoa(fd - around - 1), false}, {"", false},
+	} {
+		want := ""
+		if tt.found {
+			want = strconv.Itoa(fd)
+		}
+		if got := (place{os.Getpid(), tt.from}).near(link); got != want {
+			t.Errorf("from %q it is %q, want %q", tt.from, got, want)
+		}
+	}
+	if got := (place{os.Getpid(), strconv.Itoa(fd)}).near("socket:[0]"); got != "" {
+		t.Errorf("another one's is %q", got)
 	}
 }
