@@ -5,10 +5,12 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -75,7 +77,15 @@ type Owners struct {
 	mu     sync.Mutex // guards what follows
 	last   map[socket]place
 	seen   map[int]sight // by pid
+	passed map[held]string
 	recent [16]place     // of the processes that were named last, the latest first: as many as workers that one program has
+}
+
+// A held is a socket of a process, of which a look through its descriptors for
+// another one has shown where it is.
+type held struct {
+	pid   int
+	inode uint32
 }
 
 // A sight is what was seen of a process.
@@ -340,9 +350,12 @@ func (o *Owners) find(s socket, src, dst netip.AddrPort, candidates []int) (plac
 		if p.pid == 0 {
 			continue
 		}
-		fd := p.near(link)
+		fd := o.passedBy(held{p.pid, s.inode})
 		if fd == "" {
-			fd = holds(p.pid, link)
+			fd = p.near(link)
+		}
+		if fd == "" {
+			fd = o.search(p.pid, link)
 		}
 		if fd != "" {
 			return place{p.pid, fd}, nil
@@ -389,6 +402,47 @@ func findHolder(uid uint32, link string) (pid int, fd string) {
 	return 0, ""
 }
 
+// passedBy gives the descriptor of what search came by, if it still is there.
+func (o *Owners) passedBy(h held) string {
+	o.mu.Lock()
+	fd := o.passed[h]
+	delete(o.passed, h)
+	o.mu.Unlock()
+	if fd == "" || !(place{h.pid, fd}).holds(socket{inode: h.inode}) {
+		return ""
+	}
+	return fd
+}
+
+// search is holds that remembers where the other sockets are: who has opened a
+// thousand connections is searched once, not for each.
+func (o *Owners) search(pid int, link string) (fd string) {
+	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+	passed := map[held]string{}
+	_ = eachName(dir, func(name string) bool {
+		if name[0] == '.' {
+			return true
+		}
+		switch at := readLink(dir + "/" + name); {
+		case at == link:
+			fd = name
+		case len(passed) < maxPlaces:
+			if inode, ok := socketOf(at); ok {
+				passed[held{pid, inode}] = name
+			}
+		}
+		return true
+	})
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.passed == nil || len(o.passed)+len(passed) > maxPlaces {
+		o.passed = passed
+	} else {
+		maps.Copy(o.passed, passed)
+	}
+	return fd
+}
+
 // around is how far from a descriptor the next one is looked for.
 const around = 16
 
@@ -430,8 +484,21 @@ func (p place) holds(s socket) bool {
 	return isSocket("/proc/"+strconv.Itoa(p.pid)+"/fd/"+p.fd, socketLink(s))
 }
 
-func isSocket(path, link string) bool {
+func isSocket(path, link string) bool { return readLink(path) == link }
+
+// readLink is where a short link leads, or "".
+func readLink(path string) string {
 	var buf [64]byte
 	n, err := unix.Readlink(path, buf[:])
-	return err == nil && string(buf[:n]) == link
+	if err != nil {
+		return ""
+	}
+	return string(buf[:n])
+}
+
+// socketOf is the inverse of socketLink.
+func socketOf(link string) (inode uint32, ok bool) {
+	text, is := strings.CutPrefix(link, "socket:[")
+	n, err := strconv.ParseUint(strings.TrimSuffix(text, "]"), 10, 32)
+	return uint32(n), is && err == nil
 }

@@ -356,3 +356,50 @@ func TestNear(t *testing.T) {
 		t.Errorf("another one's is %q", got)
 	}
 }
+
+// To search for one socket shows where the others are, once each, as long as they
+// are there.
+func TestSearchRemembersOthers(t *testing.T) {
+	var fds [3]string
+	var links [3]string
+	var at [3]held
+	for i := range fds {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i < 2 {
+			defer unix.Close(fd)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			t.Fatal(err)
+		}
+		fds[i], at[i] = strconv.Itoa(fd), held{os.Getpid(), uint32(st.Ino)}
+		links[i] = socketLink(socket{inode: uint32(st.Ino)})
+		if inode, ok := socketOf(links[i]); !ok || inode != at[i].inode {
+			t.Errorf("%s is %d, %v", links[i], inode, ok)
+		}
+	}
+	var o Owners
+	if got := o.search(os.Getpid(), links[0]); got != fds[0] {
+		t.Errorf("the socket was found at %q, want %s", got, fds[0])
+	}
+	for i, want := range []string{"", fds[1], ""} {
+		if i == 2 {
+			fd, _ := strconv.Atoi(fds[2])
+			unix.Close(fd)
+		}
+		if got := o.passedBy(at[i]); got != want {
+			t.Errorf("socket %d was passed at %q, want %q", i, got, want)
+		}
+	}
+	if got := o.passedBy(at[1]); got != "" {
+		t.Errorf("it is remembered at %q when it was asked for already", got)
+	}
+	for _, bad := range []string{"", "pipe:[12]", "socket:[]", "socket:[x]", "socket:[99999999999]"} {
+		if _, ok := socketOf(bad); ok {
+			t.Errorf("%q is a socket", bad)
+		}
+	}
+}
