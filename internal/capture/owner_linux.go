@@ -78,6 +78,7 @@ type Owners struct {
 	last   map[socket]place
 	seen   map[int]sight // by pid
 	passed map[held]string
+	turns  map[int]*turn // of who searches a process
 	recent [16]place     // of the processes that were named last, the latest first: as many as workers that one program has
 }
 
@@ -86,6 +87,12 @@ type Owners struct {
 type held struct {
 	pid   int
 	inode uint32
+}
+
+// A turn is what those wait for who want to search the same process.
+type turn struct {
+	sync.Mutex
+	wants int // guarded by the lock of Owners
 }
 
 // A sight is what was seen of a process.
@@ -338,26 +345,22 @@ func (o *Owners) find(s socket, src, dst netip.AddrPort, candidates []int) (plac
 	o.mu.Lock()
 	recent := o.recent
 	o.mu.Unlock()
-	first := make([]place, 0, len(candidates)+len(recent))
 	for _, pid := range candidates {
 		p := place{pid: pid}
 		if at := slices.IndexFunc(recent[:], func(x place) bool { return x.pid == pid }); at >= 0 {
-			p = recent[at]
+			p, recent[at] = recent[at], place{}
 		}
-		first = append(first, p)
+		if fd := o.search(p, s); fd != "" {
+			return place{pid, fd}, nil
+		}
 	}
-	for _, p := range append(first, recent[:]...) {
-		if p.pid == 0 {
-			continue
+	for _, p := range recent {
+		if fd := o.guess(p, s); fd != "" {
+			return place{p.pid, fd}, nil
 		}
-		fd := o.passedBy(held{p.pid, s.inode})
-		if fd == "" {
-			fd = p.near(link)
-		}
-		if fd == "" {
-			fd = o.search(p.pid, link)
-		}
-		if fd != "" {
+	}
+	for _, p := range recent {
+		if fd := o.search(p, s); fd != "" {
 			return place{p.pid, fd}, nil
 		}
 	}
@@ -402,45 +405,86 @@ func findHolder(uid uint32, link string) (pid int, fd string) {
 	return 0, ""
 }
 
-// passedBy gives the descriptor of what search came by, if it still is there.
-func (o *Owners) passedBy(h held) string {
-	o.mu.Lock()
-	fd := o.passed[h]
-	delete(o.passed, h)
-	o.mu.Unlock()
-	if fd == "" || !(place{h.pid, fd}).holds(socket{inode: h.inode}) {
+// guess gives the descriptor where a search came by it, or one close to p. It is ""
+// where it is not there.
+func (o *Owners) guess(p place, s socket) (fd string) {
+	if p.pid == 0 {
 		return ""
 	}
-	return fd
+	h := held{p.pid, s.inode}
+	o.mu.Lock()
+	fd = o.passed[h]
+	delete(o.passed, h)
+	o.mu.Unlock()
+	if fd != "" && (place{p.pid, fd}).holds(s) {
+		return fd
+	}
+	return p.near(socketLink(s))
 }
 
-// search is holds that remembers where the other sockets are: who has opened a
-// thousand connections is searched once, not for each.
-func (o *Owners) search(pid int, link string) (fd string) {
-	dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+// search looks through all descriptors of the process of p, and remembers where its
+// other sockets are: one that has opened a thousand connections is searched once, not
+// for each. So one at a time does.
+func (o *Owners) search(p place, s socket) (fd string) {
+	if p.pid == 0 {
+		return ""
+	}
+	defer o.searches(p.pid)()
+	if fd = o.guess(p, s); fd != "" {
+		return fd
+	}
+	link, dir := socketLink(s), "/proc/"+strconv.Itoa(p.pid)+"/fd"
 	passed := map[held]string{}
-	_ = eachName(dir, func(name string) bool {
+	_ = eachName(dir, func(name string) bool { // one that may not be looked at holds nothing we know of
 		if name[0] == '.' {
 			return true
 		}
 		switch at := readLink(dir + "/" + name); {
 		case at == link:
-			fd = name
-		case len(passed) < maxPlaces:
+			fd = cmp.Or(fd, name)
+		case len(passed) < maxPassed:
 			if inode, ok := socketOf(at); ok {
-				passed[held{pid, inode}] = name
+				passed[held{p.pid, inode}] = name
 			}
 		}
-		return true
+		return fd == "" || len(passed) < maxPassed
 	})
+	if fd != "" && !(place{p.pid, fd}).holds(s) {
+		fd = "" // it has another one, perhaps
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.passed == nil || len(o.passed)+len(passed) > maxPlaces {
-		o.passed = passed
-	} else {
-		maps.Copy(o.passed, passed)
+		o.passed = map[held]string{}
 	}
+	maps.Copy(o.passed, passed)
 	return fd
+}
+
+// maxPassed is how many sockets a search remembers.
+const maxPassed = 1 << 14
+
+// searches waits for its turn to search a process, and gives what ends it.
+func (o *Owners) searches(pid int) (done func()) {
+	o.mu.Lock()
+	t := o.turns[pid]
+	if t == nil {
+		if t = new(turn); o.turns == nil {
+			o.turns = map[int]*turn{}
+		}
+		o.turns[pid] = t
+	}
+	t.wants++
+	o.mu.Unlock()
+	t.Lock()
+	return func() {
+		t.Unlock()
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if t.wants--; t.wants == 0 {
+			delete(o.turns, pid)
+		}
+	}
 }
 
 // around is how far from a descriptor the next one is looked for.

@@ -382,19 +382,22 @@ func TestSearchRemembersOthers(t *testing.T) {
 		}
 	}
 	var o Owners
-	if got := o.search(os.Getpid(), links[0]); got != fds[0] {
+	if got := o.search(place{pid: os.Getpid()}, socket{inode: at[0].inode}); got != fds[0] {
 		t.Errorf("the socket was found at %q, want %s", got, fds[0])
+	}
+	if len(o.turns) > 0 {
+		t.Error("somebody still waits for a turn")
 	}
 	for i, want := range []string{"", fds[1], ""} {
 		if i == 2 {
 			fd, _ := strconv.Atoi(fds[2])
 			unix.Close(fd)
 		}
-		if got := o.passedBy(at[i]); got != want {
+		if got := o.guess(place{pid: at[i].pid}, socket{inode: at[i].inode}); got != want {
 			t.Errorf("socket %d was passed at %q, want %q", i, got, want)
 		}
 	}
-	if got := o.passedBy(at[1]); got != "" {
+	if got := o.guess(place{pid: at[1].pid}, socket{inode: at[1].inode}); got != "" {
 		t.Errorf("it is remembered at %q when it was asked for already", got)
 	}
 	for _, bad := range []string{"", "pipe:[12]", "socket:[]", "socket:[x]", "socket:[99999999999]"} {

@@ -133,7 +133,7 @@ type Calm[K comparable] struct {
 type patience struct {
 	left float64
 	at   time.Time // when that was so
-	worn bool      // more than half was used up, and has not come back yet
+	slow bool      // less than half was left, and three quarters are not yet
 	over bool      // all was
 	next time.Time // when its next turn is, see Wait
 }
@@ -164,7 +164,7 @@ func (c *Calm[K]) Spend(who K, cost int) bool {
 		c.of[who] = p
 	}
 	p.left = max(p.left-float64(cost), 0)
-	p.worn, p.over = p.worn || p.left < c.burst/2, p.over || p.left == 0
+	p.slow, p.over = p.slow || p.left < c.burst/2, p.over || p.left == 0
 	return !p.over
 }
 
@@ -180,8 +180,7 @@ func (c *Calm[K]) Over(who K) bool {
 	return p != nil && p.over
 }
 
-// Worn says that a party has used up more than half of its patience. It takes three
-// quarters of it to be fresh again.
+// Worn says that a party has used up more than half of its patience.
 func (c *Calm[K]) Worn(who K) bool {
 	if c == nil {
 		return false
@@ -189,30 +188,29 @@ func (c *Calm[K]) Worn(who K) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.look(who)
-	return p != nil && p.worn
+	return p != nil && p.left < c.burst/2
 }
 
-// Wait says how long a worn party waits before it begins what may cost it so much:
-// no more of that is begun than its patience bears, and none of it in a burst. It is
-// false when that would take longer than most.
-func (c *Calm[K]) Wait(who K, cost int, most time.Duration) (time.Duration, bool) {
+// Wait says how long a party that has been worn waits before it begins what may cost
+// it so much, most at most: no more of that is begun than its patience bears, and none
+// of it in a burst. It takes three quarters of the patience to wait no more.
+func (c *Calm[K]) Wait(who K, cost int, most time.Duration) time.Duration {
+	if c == nil {
+		return 0
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.look(who)
-	if p == nil || !p.worn {
-		return 0, true
+	if p == nil || !p.slow {
+		return 0
 	}
 	now := time.Now()
-	next := now
-	if p.next.After(now) {
-		next = p.next
-	}
-	wait := float64(next.Sub(now)) + float64(cost)/c.rate*float64(time.Second)
-	if wait > float64(most) {
-		return 0, false
+	wait := float64(max(p.next.Sub(now), 0)) + float64(cost)/c.rate*float64(time.Second)
+	if !(wait <= float64(most)) { // nothing comes back where the rate is 0
+		return most
 	}
 	p.next = now.Add(time.Duration(wait))
-	return time.Duration(wait), true
+	return time.Duration(wait)
 }
 
 // look finds a party that has not got all of its patience.
@@ -223,7 +221,7 @@ func (c *Calm[K]) look(who K) *patience {
 	}
 	now := time.Now()
 	p.left, p.at = min(p.left+now.Sub(p.at).Seconds()*c.rate, c.burst), now
-	p.worn, p.over = p.worn && p.left < 3*c.burst/4, p.over && p.left < c.burst/4
+	p.slow, p.over = p.slow && p.left < 3*c.burst/4, p.over && p.left < c.burst/4
 	if p.left == c.burst {
 		delete(c.of, who)
 		return nil

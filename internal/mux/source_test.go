@@ -1,7 +1,6 @@
 package mux
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"runtime"
@@ -185,44 +184,43 @@ func TestCalmIsWornBeforeItIsOver(t *testing.T) {
 	}
 }
 
-// Who has used up half of his patience gets turns, no more than it bears, and is
-// fresh again when three quarters are there.
+// Who has used up half of his patience gets turns, no more than it bears, until three
+// quarters are there again.
 func TestCalmMakesTheWornWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := NewCalm[string](100, 10)
-		wait := func() string {
-			d, ok := c.Wait("a", 5, 2*time.Second)
-			return fmt.Sprint(d, ok)
+		waits := func(about string, want ...time.Duration) {
+			t.Helper()
+			for _, w := range want {
+				if got := c.Wait("a", 5, 2*time.Second); got != w {
+					t.Errorf("%s: %v, want %v", about, got, w)
+				}
+			}
 		}
-		if got := wait(); got != "0s true" {
-			t.Errorf("a stranger waits %s", got)
-		}
+		const s = time.Second
+		waits("a stranger", 0)
 		c.Spend("a", 50)
-		if got := wait(); got != "0s true" {
-			t.Errorf("with half of it he waits %s", got)
-		}
+		waits("with half of it", 0)
 		c.Spend("a", 5) // 45 are left
-		for _, want := range []string{"500ms true", "1s true", "1.5s true", "2s true", "0s false", "0s false"} {
-			if got := wait(); got != want {
-				t.Errorf("he waits %s, want %s", got, want)
-			}
+		waits("with less", s/2, s, 3*s/2, 2*s, 2*s, 2*s)
+		if got := c.Wait("b", 5, s); got != 0 {
+			t.Errorf("another one: %v", got)
 		}
-		if d, ok := c.Wait("b", 5, 0); d != 0 || !ok {
-			t.Errorf("another one waits %v, %v", d, ok)
-		}
-		time.Sleep(time.Second)
-		for _, want := range []string{"1.5s true", "2s true", "0s false"} {
-			if got := wait(); got != want {
-				t.Errorf("a second later he waits %s, want %s", got, want)
-			}
-		}
-		time.Sleep(2*time.Second - time.Millisecond) // 74.99
-		if !c.Worn("a") {
-			t.Error("he is fresh again too soon")
+		time.Sleep(s)
+		waits("a second later", 3*s/2, 2*s, 2*s)
+		time.Sleep(2*s - time.Millisecond) // 74.99
+		if waits("with less than three quarters", s/2+time.Millisecond); c.Worn("a") {
+			t.Error("worn with more than half")
 		}
 		time.Sleep(time.Millisecond)
-		if got := wait(); got != "0s true" || c.Worn("a") {
-			t.Errorf("with three quarters he waits %s", got)
-		}
+		waits("with three quarters", 0)
 	})
+	if got := (*Calm[string])(nil).Wait("a", 1, time.Second); got != 0 {
+		t.Errorf("nobody's patience: %v", got)
+	}
+	never := NewCalm[string](100, 0)
+	never.Spend("a", 100)
+	if got := never.Wait("a", 0, time.Second); got != time.Second {
+		t.Errorf("what never comes back: %v", got)
+	}
 }

@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"crypto/tls"
 	"errors"
 	"net"
 	"os"
@@ -146,19 +147,19 @@ func TestHandshakeFloodStaysWithItsSource(t *testing.T) {
 }
 
 // The handshakes of an address whose connections come to nothing wait for each
-// other, whoever has proved to be there; those of other addresses do not.
+// other, whoever has proved to be there, and none for long; those of other addresses
+// do not.
 func TestHandshakesOfAWornSourceWait(t *testing.T) {
 	for _, tt := range []struct {
-		name string
-		wait time.Duration
-		in   bool
+		name        string
+		costs, want time.Duration
 	}{
-		{"not for long", 50 * time.Millisecond, true},
-		{"for longer than it may", 2 * turnWithin, false},
+		{"not for long", 50 * time.Millisecond, 50 * time.Millisecond},
+		{"as long as it may", 2 * turnWithin, turnWithin},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newParts(t, app(t, hello))
-			r.inbound.vain = mux.NewCalm[mux.Source](1000*costHandshake, costHandshake/tt.wait.Seconds())
+			r.inbound.vain = mux.NewCalm[mux.Source](1000*costHandshake, costHandshake/tt.costs.Seconds())
 			r.inAddr, r.stopIn = start(t, r.inbound.Run)
 			r.use(r.access)
 			flood := r.dialIn(r.billing)
@@ -167,35 +168,47 @@ func TestHandshakesOfAWornSourceWait(t *testing.T) {
 			flood.say("GET /")
 			flood.Close()
 			await(t, func() bool { return r.inbound.vain.Worn(source) })
-			if tt.in {
-				began := time.Now()
-				again := r.dialIn(r.web)
-				again.say(okRequest)
-				if resp, _ := again.answer("GET"); resp.StatusCode != 200 {
-					t.Errorf("got %s", resp.Status)
-				}
-				if took := time.Since(began); took < tt.wait {
-					t.Errorf("it waited %v, want %v at least", took, tt.wait)
-				}
-			} else {
-				again, err := net.Dial("tcp", r.inAddr)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer again.Close()
-				if _, err := again.Read(make([]byte, 1)); err == nil {
-					t.Error("it was let in")
-				}
-			}
-			want := map[bool]string{true: "0", false: "1"}[tt.in]
-			if n := r.metric(`sallyport_connections_refused_total{reason="resets",reporter="inbound"}`); n != want && n != "" {
-				t.Errorf("%s were refused, want %s", n, want)
-			}
 			other := r.dialInFrom("127.0.0.9", r.web)
 			other.say(okRequest)
 			if resp, _ := other.answer("GET"); resp.StatusCode != 200 {
 				t.Errorf("another address got %s", resp.Status)
 			}
+			began := time.Now()
+			again := r.dialIn(r.web)
+			again.say(okRequest)
+			if resp, _ := again.answer("GET"); resp.StatusCode != 200 {
+				t.Errorf("got %s", resp.Status)
+			}
+			if took := time.Since(began); took < tt.want {
+				t.Errorf("it waited %v, want %v at least", took, tt.want)
+			}
 		})
+	}
+}
+
+// Connections that have had their calls are no flood when their machine goes away.
+func TestConnectionsThatEndAreNotInVain(t *testing.T) {
+	r := newParts(t, app(t, hello))
+	r.inAddr, r.stopIn = start(t, r.inbound.Run)
+	r.use(r.access)
+	served := r.dialIn(r.web)
+	source := mux.SourceOf(served.LocalAddr())
+	served.say(okRequest)
+	served.answer("GET")
+	if err := served.Conn.(*tls.Conn).NetConn().Close(); err != nil { // without a farewell
+		t.Fatal(err)
+	}
+	await(t, func() bool { return r.inbound.carries() == 0 })
+	if !r.inbound.vain.Spend(source, brokenBurst-1) {
+		t.Error("one that had a call was counted")
+	}
+	unserved := r.dialInFrom("127.0.0.9", r.web)
+	source = mux.SourceOf(unserved.LocalAddr())
+	if err := unserved.Conn.(*tls.Conn).NetConn().Close(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() bool { return r.inbound.carries() == 0 })
+	if r.inbound.vain.Spend(source, brokenBurst-1) {
+		t.Error("one that had none was not")
 	}
 }

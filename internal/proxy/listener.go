@@ -505,12 +505,18 @@ func (l *listener) calls(x *call, way chain) (idle bool) {
 }
 
 // leftOff takes note of a client that has reset its connection, or ended it in
-// the middle of a call. Who broke a stream off was noted there.
+// the middle of a call. Who broke a stream off was noted there. A connection that has
+// had calls and just ends, as when its machine does, was not in vain.
 func (l *listener) leftOff(c *conn, err error) {
-	switch {
-	case c.on != nil:
-	case errors.Is(err, syscall.ECONNRESET), errors.Is(err, syscall.EPIPE), errors.Is(err, io.ErrUnexpectedEOF):
-		l.brokenOff(c, l.costs)
+	if c.on != nil {
+		return
+	}
+	reset := errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	if !reset && !errors.Is(err, io.ErrUnexpectedEOF) {
+		return
+	}
+	l.brokenOff(c, l.costs)
+	if reset || !c.look().carried {
 		l.vain.Spend(c.from, l.costs)
 	}
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"sync/atomic"
 	"syscall"
@@ -161,15 +160,13 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 	}
 	tc, err := in.handshake(ctx, c, remote)
 	if err != nil {
-		in.calm.Spend(c.from, costHandshake)
-		in.vain.Spend(c.from, costHandshake)
+		in.inVain(c)
 		in.refusedHandshake(c, remote, err)
 		return nil
 	}
 	who := c.who
 	if in.calmOf.Over(who.id) { // only the handshake is its source's doing
-		in.calm.Spend(c.from, costHandshake)
-		in.vain.Spend(c.from, costHandshake)
+		in.inVain(c)
 		in.turnAway(limitResets, "peer", who.src)
 		tc.Close()
 		return nil
@@ -185,31 +182,32 @@ func (in *Inbound) meet(ctx context.Context, c *conn) *record.Conn {
 	return tc
 }
 
-// turnWithin is how long a connection may wait for its handshake, see turn.
+// turnWithin is the longest that a connection waits for its handshake, see turn.
 const turnWithin = time.Second
 
-// turn has a connection wait for its handshake while connections of its source
-// come to nothing: their handshakes are then spread over time, so that the calls of
-// others seldom meet one. It is false when the connection was reset meanwhile, or
-// would wait too long.
+// turn has a connection wait for its handshake while those of its source come to
+// nothing: they are then spread over time, so that the calls of others seldom meet one.
+// It is false when the connection was reset meanwhile.
 func (in *Inbound) turn(ctx context.Context, c *conn) bool {
-	wait, ok := in.vain.Wait(c.from, costHandshake, turnWithin)
-	switch {
-	case !ok:
-		in.turnAway(limitResets, "from", netip.Prefix(c.from))
-		return false
-	case wait == 0:
+	wait := in.vain.Wait(c.from, costHandshake, turnWithin)
+	if wait == 0 {
 		return true
 	}
 	select {
 	case <-time.After(wait):
 	case <-ctx.Done():
 	}
-	if socket.Gone(c.Conn) {
-		in.calm.Spend(c.from, costHandshake)
-		return false
+	if !socket.Gone(c.Conn) {
+		return true
 	}
-	return true
+	in.inVain(c)
+	return false
+}
+
+// inVain takes note of a handshake that a source has asked for, and nobody gained by.
+func (in *Inbound) inVain(c *conn) {
+	in.calm.Spend(c.from, costHandshake)
+	in.vain.Spend(c.from, costHandshake)
 }
 
 // part is the end of what meet has begun.
