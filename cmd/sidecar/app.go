@@ -109,7 +109,7 @@ func (s *sidecar) dialApp(ctx context.Context) (net.Conn, error) {
 	if s.room != nil {
 		return s.room.Dial(ctx)
 	}
-	d := net.Dialer{Control: socket.Near}
+	d := net.Dialer{Control: socket.Tune}
 	return d.DialContext(ctx, "tcp", s.cfg.Inbound.App.String())
 }
 

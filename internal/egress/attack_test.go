@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -183,15 +184,20 @@ func (g *Gateway) connections(id spiffeid.ID) int {
 func TestFloodOfFailedHandshakes(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Limits.Rejudge = 20 * time.Millisecond })
 	const all = 3 * refusedBurst
-	for range all {
-		c, err := net.Dial("tcp", w.addr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, _ = io.WriteString(c, "not TLS at all\r\n\r\n")
-		_, _ = io.Copy(io.Discard, c)
-		c.Close()
+	var dials sync.WaitGroup
+	for range all { // at once: one by one they would wait for each other
+		dials.Go(func() {
+			c, err := net.Dial("tcp", w.addr)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			_, _ = io.WriteString(c, "not TLS at all\r\n\r\n")
+			_, _ = io.Copy(io.Discard, c)
+		})
 	}
+	dials.Wait()
 	sum := func() (n, records int) {
 		for _, r := range w.audit.Records() {
 			if r.Kind != audit.KindTLS {
@@ -324,4 +330,25 @@ func TestWornCallersAreServed(t *testing.T) {
 func wear(g *Gateway) {
 	g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, 0)
 	g.calmOf.Spend(billing, brokenBurst*3/5)
+}
+
+// TestHandshakesOfAWornSourceWait has a caller break off a tunnel that has brought
+// nothing: its next handshakes wait, and are made.
+func TestHandshakesOfAWornSourceWait(t *testing.T) {
+	w := newWorld(t, nil)
+	const wait = costHandshake * time.Second / brokenRate
+	source := mux.SourceOf(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	w.gw.vain.Spend(source, brokenBurst/2+costHandshake) // some are given back meanwhile
+	for range 3 {
+		began := time.Now()
+		tun, ref := dial1(w, billing, "db.test:5432")
+		if ref != nil {
+			t.Fatalf("refused: %+v", ref)
+		}
+		if took := time.Since(began); took < wait {
+			t.Errorf("it waited %v, want %v at least", took, wait)
+		}
+		echoes(t, tun)
+		w.gw.vain.Spend(source, brokenBurst/2)
+	}
 }

@@ -24,8 +24,8 @@ type crowd struct {
 	askingOf map[spiffeid.ID]int
 }
 
-// firsts is what all connections of HTTP/2 in tunnels may hold unread of their first
-// windows, half of it those of one caller.
+// firsts is what the streams of all callers, and all connections of HTTP/2 in tunnels,
+// may hold unread of their first windows, half of it those of one caller.
 const firsts = 64 << 20
 
 // A member is a caller with connections.

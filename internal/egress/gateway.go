@@ -193,6 +193,7 @@ type Gateway struct {
 	proving *mux.Anteroom          // connections without identity
 	turns   mux.Turns              // of handshakes
 	calm    *mux.Calm[mux.Source]  // with who breaks off handshakes
+	vain    *mux.Calm[mux.Source]  // with sources whose handshakes came to nothing, whoever is there: they wait for each other
 	calmOf  *mux.Calm[spiffeid.ID] // with callers that break off what they have begun
 	windows *mux.Budget            // of streams
 	// restOfWorn is a field for tests.
@@ -233,6 +234,7 @@ func New(c Config) (*Gateway, error) {
 	g.dialer = &Dialer{Names: c.Names, Guard: guard, Secrets: c.Secrets, Roots: c.Roots, Outside: g.outside}
 	g.crowd = crowd{firsts: mux.NewBudget(firsts), of: make(map[spiffeid.ID]*member), askingOf: make(map[spiffeid.ID]int)}
 	g.proving, g.turns, g.calm = mux.NewAnteroom(g.lim.Handshakes), mux.NewTurns(), mux.NewCalm[mux.Source](brokenBurst, brokenRate)
+	g.vain = mux.NewCalm[mux.Source](brokenBurst, brokenRate)
 	g.calmOf, g.restOfWorn = mux.NewCalm[spiffeid.ID](brokenBurst, brokenRate), restOfWorn
 	g.windows, g.signals = mux.NewBudget(windows), telemetry.NewSignals(c.Metrics, reporter)
 	g.tunnels.init(g.lim.Tunnels, g.lim.TunnelsPerCaller)
@@ -491,7 +493,8 @@ type caller struct {
 	until time.Time // when its SVID, or what signed that, ends
 	peer  string    // its address
 	state tls.ConnectionState
-	// firsts is what its connections of HTTP/2 in tunnels may hold unread.
+	// firsts is what its streams, and its connections of HTTP/2 in tunnels, may hold
+	// unread.
 	firsts *mux.Budget
 
 	// verified is when that was last verified, in Unix nanoseconds; disproved says
@@ -517,6 +520,7 @@ func callerOf(cs tls.ConnectionState, addr string) (*caller, error) {
 
 // serveConn makes the handshake and serves the protocol agreed on.
 func (g *Gateway) serveConn(w *wire) {
+	g.turn(w)
 	tc, who, err := g.handshake(w)
 	if err != nil {
 		return
@@ -524,6 +528,7 @@ func (g *Gateway) serveConn(w *wire) {
 	defer tc.Close()
 	if g.calmOf.Over(who.id) { // only the handshake is its source's doing
 		g.calm.Spend(w.from, costHandshake)
+		g.vain.Spend(w.from, costHandshake)
 		g.cfg.Metrics.ConnectionsRefused(reporter, "resets").Inc()
 		g.flood.more()
 		return
@@ -542,6 +547,22 @@ func (g *Gateway) serveConn(w *wire) {
 		g.serveHTTP2(w, tc, who)
 	default:
 		g.serveHTTP1(w, tc, who)
+	}
+}
+
+// turnWithin is the longest that a connection waits for its handshake, see turn.
+const turnWithin = time.Second
+
+// turn has a connection wait for its handshake while those of its source come to
+// nothing: they are then spread over time, so that others seldom meet one.
+func (g *Gateway) turn(w *wire) {
+	wait := g.vain.Wait(w.from, costHandshake, turnWithin)
+	if wait == 0 {
+		return
+	}
+	select {
+	case <-time.After(wait):
+	case <-w.closed:
 	}
 }
 
@@ -565,6 +586,7 @@ func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 		tc.Close()
 	}
 	g.calm.Spend(w.from, costHandshake)
+	g.vain.Spend(w.from, costHandshake)
 	g.cfg.Metrics.TLSFailures(reporter, "handshake").Inc()
 	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
 	return nil, nil, err

@@ -138,8 +138,13 @@ func (g *Gateway) tunnel1(ctx context.Context, t *tunnel, s *stream1) {
 		return
 	}
 	g.carry(t, s)
-	if t.brokenOff() && !g.calmOf.Spend(t.who.id, 1) {
-		s.w.Close()
+	if t.brokenOff() {
+		if _, alone := s.pipe.(*record.Conn); alone {
+			g.vain.Spend(s.w.from, costHandshake)
+		}
+		if !g.calmOf.Spend(t.who.id, 1) {
+			s.w.Close()
+		}
 	}
 	s.linger()
 }

@@ -15,7 +15,9 @@ const windows = 64 << 20
 // serveHop serves a connection of one of our own proxies (package hop): each
 // stream on it carries a tunnel, or requests that are judged one by one.
 func (g *Gateway) serveHop(w *wire, tc *record.Conn, who *caller) {
-	h := hop.Accepted(tc, hop.Config{Streams: g.lim.Streams, Budget: g.windows}, func(s *hop.Stream) bool {
+	cfg := hop.Config{Streams: g.lim.Streams, Budget: g.windows, First: who.firsts}
+	cfg.Hoarded = func() { g.cfg.Metrics.RequestsRefused(reporter, "hop_hoarded").Inc() }
+	h := hop.Accepted(tc, cfg, func(s *hop.Stream) bool {
 		if !g.asks(who) {
 			return false
 		}

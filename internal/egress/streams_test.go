@@ -143,6 +143,36 @@ func TestACallerThatBreaksOffEndsTheDial(t *testing.T) {
 	echoes(t, tun)
 }
 
+// TestWhatNobodyReadsOfAStreamIsBounded has a caller send while its destination is
+// being dialled, and nothing left for that.
+func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
+	w := newWorld(t, func(c *Config) { c.Names = silentNames{} })
+	h := w.streamsOn(billing)
+	s, err := h.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprint(s, "CONNECT slow.test:443 HTTP/1.1\r\nHost: slow.test:443\r\n\r\n")
+	for w.gw.Tunnels() == 0 {
+		if t.Context().Err() != nil {
+			t.Fatal("nothing was asked of the resolver")
+		}
+	}
+	w.gw.crowd.firsts.Take(firsts)
+	if _, err := s.Write(make([]byte, 16<<10)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Read(make([]byte, 1)); !errors.Is(err, hop.ErrCancelled) {
+		t.Errorf("it was read %v, want that it was broken off", err)
+	}
+	w.gw.crowd.firsts.Give(firsts)
+	tun, ref := w.connectStream(h, "db.test:5432")
+	if ref != nil {
+		t.Fatalf("the connection carries nothing more: %+v", ref)
+	}
+	echoes(t, tun)
+}
+
 // silentNames never answer.
 type silentNames struct{}
 

@@ -110,7 +110,7 @@ func (d *Doors) tcp(n name) (net.Listener, error) {
 		own.Close() // the process before had the same from the same service manager
 	}
 	return d.door(n, func() (Listener, error) {
-		lc := net.ListenConfig{Control: socket.Near}
+		lc := net.ListenConfig{Control: socket.Tune}
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
 		ln, err := lc.Listen(context.Background(), "tcp", n.Address)
 		if err != nil {

@@ -104,7 +104,7 @@ func furnish(o order) (fds []int, err error) {
 	}
 	h.Close() // the program has no right to change them
 	for _, a := range o.Plan.Listen {
-		lc := net.ListenConfig{Control: socket.Near}
+		lc := net.ListenConfig{Control: socket.Tune}
 		lc.SetMultipathTCP(false) // of its connections the kernel does not tell where they were going
 		ln, err := lc.Listen(context.Background(), "tcp", a.String())
 		if err != nil {
@@ -218,7 +218,7 @@ func connect(fd int, app string) {
 		return
 	}
 	defer back.Close()
-	d := net.Dialer{Timeout: connectWithin, Control: socket.Near}
+	d := net.Dialer{Timeout: connectWithin, Control: socket.Tune}
 	c, err := d.Dial("tcp", app)
 	if err != nil {
 		_ = send(back, report{Error: err.Error()}) // who asked may have given up

@@ -475,7 +475,7 @@ func (p *Pool) pop() *Conn {
 func (p *Pool) dial(ctx context.Context) (net.Conn, time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout)
 	defer cancel()
-	d := net.Dialer{Control: socket.Near}
+	d := net.Dialer{Control: socket.Tune}
 	nc, err := d.DialContext(ctx, "tcp", p.t.addr.String())
 	if err != nil {
 		return nil, time.Time{}, err

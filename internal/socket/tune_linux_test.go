@@ -10,9 +10,9 @@ import (
 	"sallyport/internal/meshtest"
 )
 
-// TestNear asks the kernel by what a connection goes at both of its ends.
-func TestNear(t *testing.T) {
-	lc := net.ListenConfig{Control: Near}
+// TestTune asks the kernel by what a connection goes at both of its ends.
+func TestTune(t *testing.T) {
+	lc := net.ListenConfig{Control: Tune}
 	lc.SetMultipathTCP(false)
 	for _, address := range []string{"127.0.0.1:0", "127.9.8.7:0", "[::1]:0", "0.0.0.0:0"} {
 		t.Run(address, func(t *testing.T) {
@@ -26,7 +26,7 @@ func TestNear(t *testing.T) {
 			if own.IsUnspecified() {
 				to = netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), to.Port())
 			}
-			d := net.Dialer{Control: Near}
+			d := net.Dialer{Control: Tune}
 			near, err := d.DialContext(t.Context(), "tcp", to.String())
 			if err != nil {
 				t.Fatal(err)
