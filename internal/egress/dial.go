@@ -15,6 +15,7 @@ import (
 
 	"sallyport/internal/authz"
 	"sallyport/internal/mesh"
+	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 	"sallyport/internal/upstream"
 )
@@ -208,7 +209,7 @@ func dialError(ctx context.Context, errs []error) error {
 // connect dials one address. The kernel is given an address only after the
 // Guard has seen it once more in the form that the kernel gets.
 func (d *Dialer) connect(ctx context.Context, ap netip.AddrPort, allowed []netip.Prefix) (*net.TCPConn, error) {
-	nd := net.Dialer{Control: func(_, address string, _ syscall.RawConn) error {
+	nd := net.Dialer{Control: func(network, address string, c syscall.RawConn) error {
 		got, err := netip.ParseAddrPort(address)
 		if err != nil {
 			return refuse(ReasonAddress, "address %s cannot be screened: %v", clip(address), err)
@@ -216,7 +217,10 @@ func (d *Dialer) connect(ctx context.Context, ap netip.AddrPort, allowed []netip
 		if got != ap {
 			return refuse(ReasonAddress, "address %s is not the one that was screened", got)
 		}
-		return d.Guard.Screen(got.Addr(), allowed)
+		if err := d.Guard.Screen(got.Addr(), allowed); err != nil {
+			return err
+		}
+		return socket.Tune(network, address, c)
 	}}
 	c, err := nd.DialContext(ctx, "tcp", ap.String())
 	if err != nil {
