@@ -120,6 +120,14 @@ func (c *conn) bind(up net.Conn, call *authz.Call) bool {
 	return !c.cut
 }
 
+// hasCarried says whether the connection has had a call that was judged. It is not
+// look, which would take room on the stack of everybody who waits.
+func (c *conn) hasCarried() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.carried
+}
+
 // sever closes the connection and what its call talks to, so that whoever
 // waits for either wakes.
 func (c *conn) sever() {
@@ -516,7 +524,7 @@ func (l *listener) leftOff(c *conn, err error) {
 		return
 	}
 	l.brokenOff(c, l.costs)
-	if reset || !c.look().carried {
+	if reset || !c.hasCarried() {
 		l.vain.Spend(c.from, l.costs)
 	}
 }

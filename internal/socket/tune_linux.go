@@ -17,8 +17,8 @@ const unsent = 128 << 10
 // kernel holds unsent, of what a listener accepts too. A socket on loopback, and what
 // it accepts, also goes by the plainest congestion control that there is, Reno, which
 // every kernel has and lets everybody choose: what does not leave the host meets no
-// congestion, and to measure and to pace for it, as BBR does, costs a seventh of the
-// processor time of a call. It never fails: without any of this, it only takes longer.
+// congestion, and to measure and to pace for it, as BBR does, costs processor time. It
+// never fails: without any of this, it only takes longer.
 func Tune(_, address string, c syscall.RawConn) error {
 	ap, err := netip.ParseAddrPort(address)
 	near := err == nil && ap.Addr().Unmap().IsLoopback()
