@@ -76,10 +76,10 @@ type Owners struct {
 
 	mu     sync.Mutex // guards what follows
 	last   map[socket]place
-	seen   map[int]sight // by pid
-	passed map[held]string
-	turns  map[int]*turn // of who searches a process
-	recent [16]place     // of the processes that were named last, the latest first: as many as workers that one program has
+	seen   map[int]sight   // by pid
+	passed map[held]string // the descriptors that searches came by, until they are asked for
+	turns  map[int]*turn   // of who searches a process
+	recent [16]place       // of the processes that were named last, the latest first: as many as workers that one program has
 }
 
 // A held is a socket of a process, of which a look through its descriptors for

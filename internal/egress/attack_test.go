@@ -332,8 +332,8 @@ func wear(g *Gateway) {
 	g.calmOf.Spend(billing, brokenBurst*3/5)
 }
 
-// TestHandshakesOfAWornSourceWait has a caller break off a tunnel that has brought
-// nothing: its next handshakes wait, and are made.
+// TestHandshakesOfAWornSourceWait has an address from which much came to nothing: its
+// next handshakes wait, and are made.
 func TestHandshakesOfAWornSourceWait(t *testing.T) {
 	w := newWorld(t, nil)
 	const wait = costHandshake * time.Second / brokenRate

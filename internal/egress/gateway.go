@@ -527,8 +527,7 @@ func (g *Gateway) serveConn(w *wire) {
 	}
 	defer tc.Close()
 	if g.calmOf.Over(who.id) { // only the handshake is its source's doing
-		g.calm.Spend(w.from, costHandshake)
-		g.vain.Spend(w.from, costHandshake)
+		g.inVain(w)
 		g.cfg.Metrics.ConnectionsRefused(reporter, "resets").Inc()
 		g.flood.more()
 		return
@@ -566,6 +565,12 @@ func (g *Gateway) turn(w *wire) {
 	}
 }
 
+// inVain takes note of a handshake that a source has asked for, and nobody gained by.
+func (g *Gateway) inVain(w *wire) {
+	g.calm.Spend(w.from, costHandshake)
+	g.vain.Spend(w.from, costHandshake)
+}
+
 // handshake establishes who calls. Failures are recorded.
 func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 	defer func() {
@@ -585,8 +590,7 @@ func (g *Gateway) handshake(w *wire) (*record.Conn, *caller, error) {
 		}
 		tc.Close()
 	}
-	g.calm.Spend(w.from, costHandshake)
-	g.vain.Spend(w.from, costHandshake)
+	g.inVain(w)
 	g.cfg.Metrics.TLSFailures(reporter, "handshake").Inc()
 	g.refusedConn(&audit.Record{Kind: audit.KindTLS, Decision: audit.Deny, Reason: "handshake", Peer: peer, Detail: err.Error()})
 	return nil, nil, err

@@ -124,16 +124,7 @@ p, db, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:db.test, *, CONNECT
 func TestACallerThatBreaksOffEndsTheDial(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Names = silentNames{} })
 	h := w.streamsOn(billing)
-	s, err := h.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprint(s, "CONNECT slow.test:443 HTTP/1.1\r\nHost: slow.test:443\r\n\r\n")
-	for w.gw.Tunnels() == 0 {
-		if t.Context().Err() != nil {
-			t.Fatal("nothing was asked of the resolver")
-		}
-	}
+	s := w.askSlowly(h)
 	s.Close()
 	w.until("the end of the dial", denial(ReasonResolve))
 	tun, ref := w.connectStream(h, "db.test:5432")
@@ -148,16 +139,7 @@ func TestACallerThatBreaksOffEndsTheDial(t *testing.T) {
 func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
 	w := newWorld(t, func(c *Config) { c.Names = silentNames{} })
 	h := w.streamsOn(billing)
-	s, err := h.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprint(s, "CONNECT slow.test:443 HTTP/1.1\r\nHost: slow.test:443\r\n\r\n")
-	for w.gw.Tunnels() == 0 {
-		if t.Context().Err() != nil {
-			t.Fatal("nothing was asked of the resolver")
-		}
-	}
+	s := w.askSlowly(h)
 	w.gw.crowd.firsts.Take(firsts)
 	if _, err := s.Write(make([]byte, 16<<10)); err != nil {
 		t.Fatal(err)
@@ -171,6 +153,23 @@ func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
 		t.Fatalf("the connection carries nothing more: %+v", ref)
 	}
 	echoes(t, tun)
+}
+
+// askSlowly opens a stream on which a tunnel is asked for, whose destination is
+// being dialled: the world has silentNames.
+func (w *world) askSlowly(h *hop.Conn) *hop.Stream {
+	w.t.Helper()
+	s, err := h.Open()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	fmt.Fprint(s, "CONNECT slow.test:443 HTTP/1.1\r\nHost: slow.test:443\r\n\r\n")
+	for w.gw.Tunnels() == 0 {
+		if w.t.Context().Err() != nil {
+			w.t.Fatal("nothing was asked of the resolver")
+		}
+	}
+	return s
 }
 
 // silentNames never answer.

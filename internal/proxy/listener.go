@@ -369,15 +369,20 @@ func (l *listener) rest(ctx context.Context, c *conn) bool {
 	if !l.rests || !l.calm.Over(c.from) {
 		return true
 	}
-	select {
-	case <-time.After(restOfOwn):
-	case <-ctx.Done():
-	}
-	if !socket.Gone(c.Conn) {
+	if c.outlasts(ctx, restOfOwn) {
 		return true
 	}
 	l.brokenOff(c, l.costs)
 	return false
+}
+
+// outlasts has the connection wait; false when it was reset meanwhile.
+func (c *conn) outlasts(ctx context.Context, wait time.Duration) bool {
+	select {
+	case <-time.After(wait):
+	case <-ctx.Done():
+	}
+	return !socket.Gone(c.Conn)
 }
 
 // brokenOff takes note of something that the peer has broken off; false when that

@@ -22,7 +22,6 @@ import (
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/record"
-	"sallyport/internal/socket"
 	"sallyport/internal/telemetry"
 )
 
@@ -190,14 +189,7 @@ const turnWithin = time.Second
 // It is false when the connection was reset meanwhile.
 func (in *Inbound) turn(ctx context.Context, c *conn) bool {
 	wait := in.vain.Wait(c.from, costHandshake, turnWithin)
-	if wait == 0 {
-		return true
-	}
-	select {
-	case <-time.After(wait):
-	case <-ctx.Done():
-	}
-	if !socket.Gone(c.Conn) {
+	if wait == 0 || c.outlasts(ctx, wait) {
 		return true
 	}
 	in.inVain(c)

@@ -37,6 +37,11 @@ func TestTune(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer far.Close()
+			for _, nc := range []net.Conn{near, far} {
+				if got := unsentOf(t, nc); got != unsent {
+					t.Errorf("from %s on the kernel may hold %d bytes unsent, want %d", nc.LocalAddr(), got, unsent)
+				}
+			}
 			if got := congestionOf(t, near); got != "reno" {
 				t.Errorf("who dialled goes by %s", got)
 			}
@@ -56,18 +61,33 @@ func TestTune(t *testing.T) {
 	}
 }
 
+func unsentOf(t *testing.T, nc net.Conn) (n int) {
+	t.Helper()
+	ask(t, nc, func(fd int) (err error) {
+		n, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT)
+		return err
+	})
+	return n
+}
+
 func congestionOf(t *testing.T, nc net.Conn) (name string) {
+	t.Helper()
+	ask(t, nc, func(fd int) (err error) {
+		name, err = unix.GetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+		return err
+	})
+	return name
+}
+
+// ask asks the kernel something about a connection.
+func ask(t *testing.T, nc net.Conn, what func(fd int) error) {
 	t.Helper()
 	raw, err := nc.(*net.TCPConn).SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
 	var failed error
-	err = raw.Control(func(fd uintptr) {
-		name, failed = unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
-	})
-	if err != nil || failed != nil {
+	if err := raw.Control(func(fd uintptr) { failed = what(int(fd)) }); err != nil || failed != nil {
 		t.Fatal(err, failed)
 	}
-	return name
 }
