@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
+	"sallyport/internal/sched"
 )
 
 const (
@@ -106,7 +107,7 @@ func (c *Child) run(path string, s Spec, started chan<- error) {
 	if s.Through != nil {
 		s.Through(cmd)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := sched.Start(cmd); err != nil {
 		started <- err
 		return
 	}
