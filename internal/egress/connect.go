@@ -338,26 +338,41 @@ func (g *Gateway) dial(ctx context.Context, t *tunnel, grant authz.Grant) error 
 	return nil
 }
 
-// carry moves bytes until t ends, and records the end.
+// carry moves bytes until t ends, and records the end. What there is to be done for
+// that is done by others, so that the stack on which a tunnel waits is small.
 func (g *Gateway) carry(t *tunnel, s stream) {
+	defer g.counts(t)()
+	defer g.bounds(t)()
+	if !t.setCaller(s) {
+		return
+	}
+	if t.how.Proto == mesh.ProtoTLS && !g.greet(t, s) {
+		return
+	}
+	t.run()
+}
+
+// counts notes that t carries, and returns what notes its end.
+func (g *Gateway) counts(t *tunnel) (over func()) {
 	src := t.call.Src.String()
 	g.edge(src, t.call.Dst, telemetry.Allowed)
 	open := g.cfg.Metrics.EgressTunnels(src)
 	open.Add(1)
-	over := g.begins(t)
-	defer func() {
+	told := g.begins(t)
+	return func() {
 		t.stop(ReasonInternal) // nothing, unless it was left by a panic
 		g.tunnels.remove(t)
 		open.Add(-1)
-		over()
+		told()
 		up, down := g.cfg.Metrics.EgressBytes(src, t.how.Host)
 		up.Add(t.up.Load())
 		down.Add(t.down.Load())
 		g.recordClose(t)
-	}()
-	if !t.setCaller(s) {
-		return
 	}
+}
+
+// bounds has t end in time, and when it is refused, until that is taken back.
+func (g *Gateway) bounds(t *tunnel) (over func()) {
 	t.refused = func(ref *Refusal) {
 		if t.why() == "" {
 			g.deny(t.record(audit.KindDecision), ref)
@@ -365,14 +380,12 @@ func (g *Gateway) carry(t *tunnel, s stream) {
 		t.stop(ref.Reason)
 	}
 	life := time.AfterFunc(t.life, func() { t.stop(ReasonLife) })
-	defer life.Stop()
 	// A clock that is set meanwhile is noticed by the next Rejudge.
 	svid := time.AfterFunc(time.Until(t.who.until.Add(mesh.Grace)), func() { t.stop(ReasonSVIDEnded) })
-	defer svid.Stop()
-	if t.how.Proto == mesh.ProtoTLS && !g.greet(t, s) {
-		return
+	return func() {
+		svid.Stop()
+		life.Stop()
 	}
-	t.run()
 }
 
 func (g *Gateway) recordClose(t *tunnel) {

@@ -74,8 +74,8 @@ func (g *Gateway) newHTTP2() *http.Server {
 			PingTimeout:      15 * time.Second,
 			WriteByteTimeout: time.Minute,
 			// What callers may send ahead of a destination that does not read.
-			MaxReceiveBufferPerConnection: 1 << 20,
-			MaxReceiveBufferPerStream:     256 << 10,
+			MaxReceiveBufferPerConnection: connWindow,
+			MaxReceiveBufferPerStream:     streamWindow,
 		},
 	}
 }
@@ -86,13 +86,31 @@ type handedKey struct{}
 // handed is a connection that the HTTP/2 server gets. It knows nothing of TLS.
 type handed struct {
 	net.Conn
-	w   *wire
-	who *caller
+	w       *wire
+	who     *caller
+	unread  *unread
+	hoarded func() // there was no memory for what has come
+}
+
+// Read fails when there is no memory for what nobody has read.
+func (h *handed) Read(p []byte) (int, error) {
+	n, err := h.Conn.Read(p)
+	if !h.unread.came(p[:n]) {
+		h.hoarded()
+		return 0, errHoarded
+	}
+	return n, err
+}
+
+func (h *handed) Write(p []byte) (int, error) {
+	h.unread.went(p)
+	return h.Conn.Write(p)
 }
 
 // Close closes the wire too, for which serveHTTP2 waits.
 func (h *handed) Close() error {
 	defer h.w.Close()
+	h.unread.end()
 	return h.Conn.Close()
 }
 
@@ -101,7 +119,8 @@ func (g *Gateway) serveHTTP2(w *wire, tc *record.Conn, who *caller) {
 	g.mu.Lock()
 	conns := g.h2conns
 	g.mu.Unlock()
-	if conns.give(&handed{tc, w, who}) {
+	hoarded := g.cfg.Metrics.RequestsRefused(reporter, "h2_hoarded").Inc
+	if conns.give(&handed{tc, w, who, newUnread(who.firsts), hoarded}) {
 		<-w.closed
 	}
 }

@@ -84,6 +84,9 @@ func (r *relay) end(reason Reason, abort bool) {
 		return
 	}
 	r.ended, r.reason = true, reason
+	if r.quiet != nil {
+		r.quiet.Stop()
+	}
 	caller, dest := r.caller, r.dest
 	r.mu.Unlock()
 	r.cancel()
@@ -140,21 +143,31 @@ func (r *relay) why() Reason {
 
 // run blocks until both directions have ended. The destination is closed then.
 func (r *relay) run() {
+	downward, upward := r.begin()
+	downward.pump()
+	<-upward
+	r.end(ReasonDone, false)
+}
+
+// begin has the upward direction move, of whose end it tells, and what waits for
+// silence.
+func (r *relay) begin() (downward *lane, done chan struct{}) {
 	if r.idle > 0 {
 		r.moved.Store(int64(time.Since(r.start)))
 		r.mu.Lock()
-		r.quiet = time.AfterFunc(r.idle, r.look)
+		if !r.ended {
+			r.quiet = time.AfterFunc(r.idle, r.look)
+		}
 		r.mu.Unlock()
-		defer r.quiet.Stop()
 	}
 	dest := capture.NewDirect(r.dest).(destination)
 	upward := &lane{r: r, src: r.caller, dst: dest, count: &r.up}
-	downward := &lane{r: r, src: dest, dst: r.caller, count: &r.down}
+	downward = &lane{r: r, src: dest, dst: r.caller, count: &r.down}
 	if r.greet != nil {
 		upward.first = func() error { return r.greet.pass(upward, r.caller) }
 		downward.ear = r.greet.hear
 	}
-	done := make(chan struct{})
+	done = make(chan struct{})
 	go func() {
 		defer close(done)
 		defer func() {
@@ -164,9 +177,7 @@ func (r *relay) run() {
 		}()
 		upward.pump()
 	}()
-	downward.pump()
-	<-done
-	r.end(ReasonDone, false)
+	return downward, done
 }
 
 // look stops a relay in which nothing moves. A timer costs less than a goroutine
