@@ -25,8 +25,9 @@ type crowd struct {
 }
 
 // firsts is what the streams of all callers, and all connections of HTTP/2 in tunnels,
-// may hold unread of their first windows, half of it those of one caller.
-const firsts = 64 << 20
+// may hold unread of their first windows, half of it those of one caller, for whom
+// ownFirst is there whatever others hold.
+const firsts, ownFirst = 64 << 20, 256 << 10
 
 // A member is a caller with connections.
 type member struct {
@@ -40,7 +41,7 @@ func (g *Gateway) connected(who *caller) bool {
 	g.crowd.mu.Lock()
 	m := g.crowd.of[who.id]
 	if m == nil {
-		m = &member{firsts: g.crowd.firsts.Part(firsts / 2)}
+		m = &member{firsts: g.crowd.firsts.Part(firsts/2, ownFirst)}
 		g.crowd.of[who.id] = m
 	}
 	ok := m.conns < g.lim.ConnsPerCaller

@@ -375,7 +375,7 @@ func TestBodiesInTunnelsThatNobodyReads(t *testing.T) {
 	w := newWorld(t, nil)
 	w.use(w.policy(asking, s.originated("shop.test")))
 	h := w.streamsOn(billing)
-	w.gw.crowd.firsts.Take(firsts)
+	defer w.gw.exhaust(billing, true)()
 	got := callRaw(t, w, h, func(r *rawSite) {
 		r.head(1, false, ":method", "POST", ":scheme", "http", ":path", "/v1/a", ":authority", "shop.test")
 		r.data(1, false, strings.Repeat("x", 1<<10))

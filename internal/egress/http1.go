@@ -138,7 +138,7 @@ func (g *Gateway) tunnel1(ctx context.Context, t *tunnel, s *stream1) {
 		return
 	}
 	g.carry(t, s)
-	if t.brokenOff() {
+	if t.brokenOff() && context.Cause(ctx) != errHoarded { //nolint:errorlint // made by us
 		if _, alone := s.pipe.(*record.Conn); alone {
 			g.vain.Spend(s.w.from, costHandshake)
 		}

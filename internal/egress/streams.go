@@ -25,12 +25,18 @@ func (g *Gateway) serveHop(w *wire, tc *record.Conn, who *caller) {
 			g.answered(who)
 			return false
 		}
-		ctx, cancel := context.WithCancel(g.base)
+		ctx, cancel := context.WithCancelCause(g.base)
 		// A caller that breaks off ends what is being dialled for it too.
-		s.OnCut(func() { cancel(); s.Close() })
+		s.OnCut(func() {
+			if s.Spared() {
+				cancel(errHoarded)
+			}
+			cancel(nil)
+			s.Close()
+		})
 		go func() {
 			defer g.wg.Done()
-			defer cancel()
+			defer cancel(nil)
 			defer s.Close()
 			defer g.recovered()
 			g.serveHopStream(ctx, w, s, who)
@@ -136,9 +142,7 @@ func (g *Gateway) askStream(ctx context.Context, w *wire, s *hop.Stream, who *ca
 			return g.lastOf(ctx, w, hc, who, &req, err)
 		}
 		if !g.ask(ctx, a, &req) {
-			if ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
-				w.Close()
-			}
+			g.brokeOff(ctx, w, who)
 			return nil, nil
 		}
 		g.answered(who)
@@ -146,6 +150,17 @@ func (g *Gateway) askStream(ctx context.Context, w *wire, s *hop.Stream, who *ca
 			_ = s.Refuse()
 			return nil, nil
 		}
+	}
+}
+
+// brokeOff takes note of a request that its caller has broken off, if it has: not if
+// it was done for the memory that others hold.
+func (g *Gateway) brokeOff(ctx context.Context, w *wire, who *caller) {
+	if ctx.Err() == nil || g.base.Err() != nil || context.Cause(ctx) == errHoarded { //nolint:errorlint // made by us
+		return
+	}
+	if !g.calmOf.Spend(who.id, 1) {
+		w.Close()
 	}
 }
 
@@ -157,8 +172,8 @@ func (g *Gateway) lastOf(ctx context.Context, w *wire, hc *http1.Conn, who *call
 	if g.meant(ctx, who) {
 		t, ans = g.request1(ctx, who, req, err)
 	}
-	if t == nil && ctx.Err() != nil && g.base.Err() == nil && !g.calmOf.Spend(who.id, 1) {
-		w.Close()
+	if t == nil {
+		g.brokeOff(ctx, w, who)
 	}
 	if ans != nil {
 		req.KeepAlive = false

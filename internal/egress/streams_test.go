@@ -16,6 +16,7 @@ import (
 
 	"sallyport/internal/audit"
 	"sallyport/internal/hop"
+	"sallyport/internal/mux"
 )
 
 // streamsOn makes the connection of a proxy of our own.
@@ -135,24 +136,55 @@ func TestACallerThatBreaksOffEndsTheDial(t *testing.T) {
 }
 
 // TestWhatNobodyReadsOfAStreamIsBounded has a caller send while its destination is
-// being dialled, and nothing left for that.
+// being dialled, and nothing left for that: by its own doing, or by that of others, for
+// which it is not charged.
 func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
-	w := newWorld(t, func(c *Config) { c.Names = silentNames{} })
-	h := w.streamsOn(billing)
-	s := w.askSlowly(h)
-	w.gw.crowd.firsts.Take(firsts)
-	if _, err := s.Write(make([]byte, 16<<10)); err != nil {
-		t.Fatal(err)
+	for name, own := range map[string]bool{"its own doing": true, "that of others": false} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorldOf(t, func(c *Config) { c.Names = silentNames{} }, func(g *Gateway) {
+				g.calmOf = mux.NewCalm[spiffeid.ID](2, 0)
+			})
+			h := w.streamsOn(billing)
+			s := w.askSlowly(h)
+			defer w.gw.exhaust(billing, own)()
+			if _, err := s.Write(make([]byte, 16<<10)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := s.Read(make([]byte, 1)); !errors.Is(err, hop.ErrCancelled) {
+				t.Errorf("it was read %v, want that it was broken off", err)
+			}
+			w.until("the end of the dial", denial(ReasonResolve))
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
+			for w.gw.asking() != 0 {
+				<-tick.C
+			}
+			if charged := !w.gw.calmOf.Spend(billing, 1); charged != own {
+				t.Errorf("it was charged: %v", charged)
+			}
+		})
 	}
-	if _, err := s.Read(make([]byte, 1)); !errors.Is(err, hop.ErrCancelled) {
-		t.Errorf("it was read %v, want that it was broken off", err)
+}
+
+// asking is how many requests are not answered yet.
+func (g *Gateway) asking() int {
+	g.crowd.mu.Lock()
+	defer g.crowd.mu.Unlock()
+	return g.crowd.asking
+}
+
+// exhaust takes what a caller may hold unread: all of it, or what others leave.
+func (g *Gateway) exhaust(id spiffeid.ID, own bool) (back func()) {
+	g.crowd.mu.Lock()
+	b := g.crowd.of[id].firsts
+	g.crowd.mu.Unlock()
+	if own {
+		b.Take(firsts / 2)
+		return func() { b.Give(firsts / 2) }
 	}
-	w.gw.crowd.firsts.Give(firsts)
-	tun, ref := w.connectStream(h, "db.test:5432")
-	if ref != nil {
-		t.Fatalf("the connection carries nothing more: %+v", ref)
-	}
-	echoes(t, tun)
+	g.crowd.firsts.Take(firsts)
+	b.Take(ownFirst)
+	return func() { b.Give(ownFirst); g.crowd.firsts.Give(firsts) }
 }
 
 // askSlowly opens a stream on which a tunnel is asked for, whose destination is

@@ -104,7 +104,7 @@ func TestWhatNobodyReadsOfHTTP2IsBounded(t *testing.T) {
 			t.Fatal("nothing was asked of the resolver")
 		}
 	}
-	w.gw.crowd.firsts.Take(firsts)
+	back := w.gw.exhaust(billing, true)
 	for range 3 { // a window of 64 KiB
 		_ = f.WriteData(1, false, make([]byte, 16<<10)) // in vain when it has ended meanwhile
 	}
@@ -115,7 +115,7 @@ func TestWhatNobodyReadsOfHTTP2IsBounded(t *testing.T) {
 	if strings.Contains(err.Error(), "timeout") {
 		t.Errorf("%v, want that the connection has ended", err)
 	}
-	w.gw.crowd.firsts.Give(firsts)
+	back()
 	tun, ref := dial2(w, billing, "db.test:5432")
 	if ref != nil {
 		t.Fatalf("refused: %+v", ref)

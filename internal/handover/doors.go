@@ -122,6 +122,9 @@ func (d *Doors) tcp(n name) (net.Listener, error) {
 		if !ok {
 			return nil, errors.New("it is no TCP socket")
 		}
+		if rc, err := l.SyscallConn(); err == nil { // who opened it may have known of no such thing
+			_ = socket.Tune("tcp", l.Addr().String(), rc)
+		}
 		return l, nil
 	})
 }

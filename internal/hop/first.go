@@ -57,6 +57,7 @@ func (c *Conn) hoarded(s *Stream) error {
 		return nil // it was ended meanwhile
 	}
 	c.cfg.Hoarded()
+	s.spared = !c.cfg.First.Spent(portion)
 	if err := c.say(resetFrame(s.id, resetCancel)); err != nil {
 		return err
 	}

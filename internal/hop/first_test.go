@@ -19,7 +19,7 @@ func TestFirstWindowsAreBounded(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		const conns, each, limit = 4, 8, 512 << 10
 		all := mux.NewBudget(limit)
-		hoarder, other := all.Part(limit/2), all.Part(limit/2)
+		hoarder, other := all.Part(limit/2, 0), all.Part(limit/2, 0)
 		var refused, charged atomic.Int32
 		cfg := Config{First: hoarder, Hoarded: func() { refused.Add(1) }, Broken: func() bool { charged.Add(1); return true }}
 		var mu sync.Mutex
@@ -98,7 +98,7 @@ func TestHoardedIsCharged(t *testing.T) {
 func TestWhoFindsNoMemoryIsNotCharged(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		all := mux.NewBudget(64 << 10)
-		greedy, modest := all.Part(64<<10), all.Part(64<<10)
+		greedy, modest := all.Part(64<<10, 0), all.Part(64<<10, 0)
 		greedy.Take(64 << 10)
 		var ended atomic.Int32
 		cfg := Config{First: modest, Hoarded: func() { ended.Add(1) }, Broken: func() bool { return false }}

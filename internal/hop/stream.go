@@ -33,6 +33,7 @@ type Stream struct {
 	known   bool   // it was accepted
 	closed  bool
 	cut     func() // see OnCut
+	spared  bool   // see Spared
 	werr    error
 	wend    mux.Deadline
 	room    sync.Cond // for credit, and for room in the queue
@@ -61,6 +62,10 @@ func newStream(c *Conn) *Stream {
 	s.rend.OnPass = s.leave
 	return s
 }
+
+// Spared is for who OnCut calls: the stream was not broken off by the peer, but by us,
+// for want of memory that others hold.
+func (s *Stream) Spared() bool { return s.spared }
 
 // OnCut has f called when the peer breaks the stream off, or the connection,
 // which should close it: at once if it has. It must not block.

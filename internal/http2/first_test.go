@@ -23,7 +23,7 @@ func TestFirstWindowsAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const conns, size, limit = 16, 60 << 10, 256 << 10
 		all := mux.NewBudget(limit)
-		hoarder, other := all.Part(limit/2), all.Part(limit/2)
+		hoarder, other := all.Part(limit/2, 0), all.Part(limit/2, 0)
 		release := make(chan struct{})
 		var wg sync.WaitGroup
 		var mu sync.Mutex
@@ -121,7 +121,7 @@ func TestFirstWindowsAreBounded(t *testing.T) {
 func TestWhoFindsNoMemoryIsNotCharged(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		all := mux.NewBudget(64 << 10)
-		greedy, modest := all.Part(64<<10), all.Part(64<<10)
+		greedy, modest := all.Part(64<<10, 0), all.Part(64<<10, 0)
 		greedy.Take(64 << 10)
 		near, far := net.Pipe()
 		ended := 0

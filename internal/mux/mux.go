@@ -45,24 +45,35 @@ type Budget struct {
 	max  int64
 	used atomic.Int64
 	of   *Budget // what it is a part of
+	own  int64   // of max, what is not taken from there
 }
 
 // NewBudget returns a budget of so many bytes.
 func NewBudget(bytes int64) *Budget { return &Budget{max: bytes} }
 
-// Part returns a budget of so many bytes, which are taken from b as well.
-func (b *Budget) Part(bytes int64) *Budget { return &Budget{max: bytes, of: b} }
+// Part returns a budget of so many bytes, which are taken from b as well, but for the
+// first own of them: those are there whatever others have taken.
+func (b *Budget) Part(bytes, own int64) *Budget { return &Budget{max: bytes, of: b, own: own} }
 
 // Take takes n bytes; false when they are not left.
 func (b *Budget) Take(n int) bool {
 	if b == nil {
 		return true
 	}
-	if b.used.Add(int64(n)) > b.max || !b.of.Take(n) {
-		b.used.Add(-int64(n))
+	used := b.used.Add(int64(n))
+	more := b.shared(used-int64(n), used)
+	if used > b.max || !b.of.Take(more) {
+		used = b.used.Add(-int64(n))
+		b.of.Give(b.shared(used, used+int64(n)) - more) // others may have taken and given meanwhile
 		return false
 	}
 	return true
+}
+
+// shared is what is taken from what b is a part of when its use goes from one to
+// another.
+func (b *Budget) shared(from, to int64) int {
+	return int(max(to-b.own, 0) - max(from-b.own, 0))
 }
 
 // Spent says if n bytes are not left in b itself, whatever it is a part of.
@@ -71,8 +82,8 @@ func (b *Budget) Spent(n int) bool { return b != nil && b.used.Load()+int64(n) >
 // Give gives n bytes back.
 func (b *Budget) Give(n int) {
 	if b != nil && n != 0 {
-		b.used.Add(-int64(n))
-		b.of.Give(n)
+		used := b.used.Add(-int64(n))
+		b.of.Give(b.shared(used, used+int64(n)))
 	}
 }
 

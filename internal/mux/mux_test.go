@@ -116,7 +116,7 @@ func TestDeadline(t *testing.T) {
 // What a part of a budget takes is taken from the whole, and no more than either has.
 func TestPartOfABudget(t *testing.T) {
 	all := NewBudget(10)
-	a, b := all.Part(6), all.Part(6)
+	a, b := all.Part(6, 0), all.Part(6, 0)
 	for _, tt := range []struct {
 		of   *Budget
 		n    int
@@ -129,5 +129,42 @@ func TestPartOfABudget(t *testing.T) {
 	a.Give(6)
 	if !b.Take(2) || b.Take(1) || all.Used() != 6 || a.Used() != 0 {
 		t.Errorf("used are %d of the whole, %d and %d of the parts", all.Used(), a.Used(), b.Used())
+	}
+}
+
+// TestBudgetOfOwn has a part that has something whatever others have taken.
+func TestBudgetOfOwn(t *testing.T) {
+	all := NewBudget(10)
+	greedy, modest := all.Part(20, 0), all.Part(6, 4)
+	if !greedy.Take(10) || greedy.Take(1) {
+		t.Error("the greedy one")
+	}
+	if !modest.Take(3) || modest.Take(2) || !modest.Take(1) || modest.Take(1) {
+		t.Errorf("%d of 4 are its own", modest.Used())
+	}
+	greedy.Give(3)
+	if !modest.Take(2) || modest.Take(1) || all.Used() != 9 {
+		t.Errorf("%d of the whole are taken, want 7 and 2", all.Used())
+	}
+	modest.Give(3)
+	if all.Used() != 7 || modest.Used() != 3 {
+		t.Errorf("%d of the whole are taken, want 7", all.Used())
+	}
+	modest.Give(3)
+	greedy.Give(7)
+	var g sync.WaitGroup
+	for range 8 {
+		g.Go(func() {
+			for n := range 2000 {
+				for _, b := range []*Budget{greedy, modest} {
+					if b.Take(1 + n%5) {
+						b.Give(1 + n%5)
+					}
+				}
+			}
+		})
+	}
+	if g.Wait(); all.Used() != 0 || modest.Used() != 0 || greedy.Used() != 0 {
+		t.Errorf("%d, %d and %d are taken in the end", all.Used(), modest.Used(), greedy.Used())
 	}
 }

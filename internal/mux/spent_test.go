@@ -5,7 +5,7 @@ import "testing"
 // TestSpentIsOfThePartAlone tells who has taken all from who finds nothing left.
 func TestSpentIsOfThePartAlone(t *testing.T) {
 	all := NewBudget(100)
-	greedy, modest := all.Part(60), all.Part(60)
+	greedy, modest := all.Part(60, 0), all.Part(60, 0)
 	if !greedy.Take(60) || !modest.Take(30) {
 		t.Fatal("a part is not had")
 	}

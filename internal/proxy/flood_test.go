@@ -186,6 +186,35 @@ func TestHandshakesOfAWornSourceWait(t *testing.T) {
 	}
 }
 
+// A connection that is put out for others does not keep its place while it waits.
+func TestWhoIsExpelledWaitsNoLonger(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	for name, before := range map[string]bool{"before it waits": true, "while it waits": false} {
+		t.Run(name, func(t *testing.T) {
+			nc, err := net.Dial("tcp", ln.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			c := &conn{Conn: nc}
+			if before {
+				c.expel()
+			} else {
+				go func() {
+					await(t, func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.out != nil })
+					c.expel()
+				}()
+			}
+			if c.outlasts(t.Context(), time.Hour) {
+				t.Error("it goes on")
+			}
+		})
+	}
+}
+
 // Connections that have had their calls are no flood when their machine goes away.
 func TestConnectionsThatEndAreNotInVain(t *testing.T) {
 	r := newParts(t, app(t, hello))

@@ -60,8 +60,9 @@ const bodies = 64 << 20
 
 // firsts is what all connections of HTTP/2, and all streams of our own proxies, may
 // hold unread of their first windows, half of it those of one identity: in all, and
-// beside what bodies and windows bound.
-const firsts = 64 << 20
+// beside what bodies and windows bound. Of each identity ownFirst is there whatever
+// others hold.
+const firsts, ownFirst = 64 << 20, 256 << 10
 
 // serveHTTP2 serves a peer of another make.
 func (in *Inbound) serveHTTP2(ctx context.Context, c *conn, nc net.Conn) {

@@ -22,7 +22,7 @@ type anteroom struct {
 // goroutine for each would mix it up, and put out who came last.
 func (a *anteroom) enter(c *conn) {
 	var crowded bool
-	if c.place, crowded = a.Enter(c.from, func() { c.Close() }); crowded {
+	if c.place, crowded = a.Enter(c.from, c.expel); crowded {
 		a.putOut.Inc()
 	}
 	a.waiting.Set(float64(a.Len()))
@@ -80,7 +80,7 @@ func (c *crowd) enter(id spiffeid.ID) *member {
 		if c.of == nil {
 			c.of = map[spiffeid.ID]*member{}
 		}
-		m = &member{firsts: c.firsts.Part(firsts / 2)}
+		m = &member{firsts: c.firsts.Part(firsts/2, ownFirst)}
 		c.of[id] = m
 	}
 	if m.conns >= c.max {

@@ -71,11 +71,12 @@ type conn struct {
 	mu      sync.Mutex // guards the fields below
 	up      net.Conn   // what the call in flight talks to
 	cut     bool
-	left    bool        // by the client, in the middle of a call
-	who     *peer       // the peer of an inbound connection, once it is known
-	tunnel  bool        // it was upgraded, or leads through a gateway
-	call    *authz.Call // what the inbound call in flight was judged by
-	carried bool        // it has had such a call
+	left    bool          // by the client, in the middle of a call
+	out     chan struct{} // closed when it has to go while it waits; nil: it does not
+	who     *peer         // the peer of an inbound connection, once it is known
+	tunnel  bool          // it was upgraded, or leads through a gateway
+	call    *authz.Call   // what the inbound call in flight was judged by
+	carried bool          // it has had such a call
 	through *http1.Tunnel
 	shared  shared // what serves it when streams carry its calls
 }
@@ -376,13 +377,35 @@ func (l *listener) rest(ctx context.Context, c *conn) bool {
 	return false
 }
 
-// outlasts has the connection wait; false when it was reset meanwhile.
+// outlasts has the connection wait; false when it was reset meanwhile, or expelled.
 func (c *conn) outlasts(ctx context.Context, wait time.Duration) bool {
+	out := make(chan struct{})
+	c.mu.Lock()
+	c.out = out
+	c.mu.Unlock()
+	if socket.Gone(c.Conn) { // perhaps expelled before it waited
+		return false
+	}
 	select {
 	case <-time.After(wait):
 	case <-ctx.Done():
+	case <-out:
 	}
+	c.mu.Lock()
+	c.out = nil
+	c.mu.Unlock()
 	return !socket.Gone(c.Conn)
+}
+
+// expel closes the connection, and ends its wait.
+func (c *conn) expel() {
+	c.Close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.out != nil {
+		close(c.out)
+		c.out = nil
+	}
 }
 
 // brokenOff takes note of something that the peer has broken off; false when that

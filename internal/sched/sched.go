@@ -28,27 +28,24 @@ const (
 // Fit has the kernel take the threads of this process for batch work while it has
 // much to do, by what spent says that it has computed since its start. It returns when
 // ctx ends, or at once where there is nothing to be told: on other systems than Linux,
-// without the right to, and where somebody has chosen another policy than the usual
-// one.
+// and where somebody has chosen another policy than the usual one. What the kernel does
+// not allow is left as it is.
 func Fit(ctx context.Context, spent func() time.Duration) error {
 	if !willing() {
 		return nil
 	}
 	tick := time.NewTicker(every)
 	defer tick.Stop()
+	told := false // that it is busy
 	for l := (load{at: time.Now(), spent: spent()}); ; {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 		}
-		was := l.busy
 		l.look(time.Now(), spent(), runtime.GOMAXPROCS(0))
-		if !l.busy && !was {
-			continue
-		}
-		if tell(l.busy) != nil { // also of threads that are new since the last time
-			return nil
+		if l.busy || told { // it may have been told in part, and have threads that are new
+			told = tell(l.busy) != nil || l.busy
 		}
 	}
 }
