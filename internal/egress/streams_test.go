@@ -146,7 +146,7 @@ func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
 			})
 			h := w.streamsOn(billing)
 			s := w.askSlowly(h)
-			defer w.gw.exhaust(billing, own)()
+			back := w.gw.exhaust(billing, own)
 			if _, err := s.Write(make([]byte, 16<<10)); err != nil {
 				t.Fatal(err)
 			}
@@ -159,9 +159,18 @@ func TestWhatNobodyReadsOfAStreamIsBounded(t *testing.T) {
 			for w.gw.asking() != 0 {
 				<-tick.C
 			}
+			back()
 			if charged := !w.gw.calmOf.Spend(billing, 1); charged != own {
 				t.Errorf("it was charged: %v", charged)
 			}
+			if own {
+				return
+			}
+			tun, ref := w.connectStream(h, "db.test:5432")
+			if ref != nil {
+				t.Fatalf("the connection carries nothing more: %+v", ref)
+			}
+			echoes(t, tun)
 		})
 	}
 }

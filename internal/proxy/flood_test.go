@@ -200,15 +200,17 @@ func TestWhoIsExpelledWaitsNoLonger(t *testing.T) {
 				t.Fatal(err)
 			}
 			c := &conn{Conn: nc}
+			goesOn := make(chan bool)
+			waits := func() { goesOn <- c.outlasts(t.Context(), time.Hour) }
 			if before {
 				c.expel()
+				go waits()
 			} else {
-				go func() {
-					await(t, func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.out != nil })
-					c.expel()
-				}()
+				go waits()
+				await(t, func() bool { c.mu.Lock(); defer c.mu.Unlock(); return c.out != nil })
+				c.expel()
 			}
-			if c.outlasts(t.Context(), time.Hour) {
+			if <-goesOn {
 				t.Error("it goes on")
 			}
 		})
