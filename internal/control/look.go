@@ -31,6 +31,8 @@ const (
 	maxTapped = 256 << 10
 	// takeWait is how long an operator has to take the last calls of a look.
 	takeWait = time.Second
+	// lookSlack is by how much a proxy may find sooner than we that the time is over.
+	lookSlack = 250 * time.Millisecond
 	// rightEvery is how often the right of who looks is asked for again.
 	rightEvery = 5 * time.Second
 )
@@ -216,7 +218,7 @@ func (a *adminAPI) Tap(req *meshpb.TapRequest, st grpc.ServerStreamingServer[mes
 		case <-ctx.Done():
 			return st.Context().Err() // nil when the time is over
 		case <-l.gone:
-			if ctx.Err() != nil { // which has it go
+			if until, _ := ctx.Deadline(); ctx.Err() != nil || time.Until(until) < lookSlack { // which has it go
 				return st.Context().Err()
 			}
 			return l.over()

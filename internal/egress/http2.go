@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"sallyport/internal/record"
@@ -69,6 +70,7 @@ func (g *Gateway) newHTTP2() *http.Server {
 		ErrorLog:       log.New(io.Discard, "", 0),
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: g.lim.Streams,
+			MaxReadFrameSize:     16 << 10, // the least: the largest frame of a connection stays in memory
 			// A peer that is gone without a word is found by pings.
 			SendPingTimeout:  30 * time.Second,
 			PingTimeout:      15 * time.Second,
@@ -89,13 +91,15 @@ type handed struct {
 	w       *wire
 	who     *caller
 	unread  *unread
-	hoarded func() // there was no memory for what has come
+	hoarded func()      // there was no memory for what has come
+	spared  atomic.Bool // since others hold it
 }
 
 // Read fails when there is no memory for what nobody has read.
 func (h *handed) Read(p []byte) (int, error) {
 	n, err := h.Conn.Read(p)
 	if !h.unread.came(p[:n]) {
+		h.spared.Store(!h.who.firsts.Spent(connWindow))
 		h.hoarded()
 		return 0, errHoarded
 	}
@@ -120,7 +124,7 @@ func (g *Gateway) serveHTTP2(w *wire, tc *record.Conn, who *caller) {
 	conns := g.h2conns
 	g.mu.Unlock()
 	hoarded := g.cfg.Metrics.RequestsRefused(reporter, "h2_hoarded").Inc
-	if conns.give(&handed{tc, w, who, newUnread(who.firsts), hoarded}) {
+	if conns.give(&handed{Conn: tc, w: w, who: who, unread: newUnread(who.firsts), hoarded: hoarded}) {
 		<-w.closed
 	}
 }
@@ -179,6 +183,12 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	answered() // a tunnel counts against limits of its own
 	s := &stream2{w: w, r: r.Body, rc: http.NewResponseController(w)}
 	defer s.finish()
+	// What a stream has brought goes with it, and is not kept for a destination that
+	// takes nothing.
+	defer context.AfterFunc(r.Context(), func() {
+		r.Body.Close()
+		t.broke(true)
+	})()
 	w.WriteHeader(http.StatusOK)
 	if err := s.rc.Flush(); err != nil {
 		s.Abort()
@@ -210,6 +220,9 @@ func (g *Gateway) meant(ctx context.Context, who *caller) bool {
 // brokenOff takes note of a stream that its caller has reset before anything came
 // back, and ends the connection of one who does that too often.
 func (g *Gateway) brokenOff(on *handed, r *http.Request, t *tunnel) {
+	if on.spared.Load() {
+		return
+	}
 	if r.Context().Err() != nil && (t == nil || t.down.Load() == 0) && !g.calmOf.Spend(on.who.id, 1) {
 		on.w.Close()
 	}
@@ -224,6 +237,8 @@ func (g *Gateway) request2(who *caller, r *http.Request) (t *tunnel, a *answer) 
 		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "host stands beside :authority"))
 	case len(r.Header[":protocol"]) > 0:
 		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "extended CONNECT is not served"))
+	case r.ContentLength > 0: // RFC 9110 section 9.3.6
+		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "CONNECT has a content-length"))
 	}
 	return g.open(r.Context(), who, r.Host, r.Header.Get(originHeader), g.traceOf([]byte(r.Header.Get("traceparent"))))
 }
@@ -241,7 +256,7 @@ func verbOf(method string) string {
 // reads that end and cannot send more.
 type stream2 struct {
 	w  http.ResponseWriter
-	r  io.Reader
+	r  io.ReadCloser
 	rc *http.ResponseController
 
 	mu   sync.Mutex // guards over; rc must not be used once the handler is left
@@ -263,21 +278,17 @@ func (s *stream2) CloseWrite() error { return errWhole }
 
 var past = time.Unix(1, 0)
 
-// CloseRead makes Read return.
-func (s *stream2) CloseRead() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.over {
-		_ = s.rc.SetReadDeadline(past)
-	}
-}
+// CloseRead makes Read return, and lets go what it has not read: a deadline would
+// keep that.
+func (s *stream2) CloseRead() { s.r.Close() }
 
 // Abort resets the stream.
 func (s *stream2) Abort() {
+	s.r.Close()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.over {
-		_ = errors.Join(s.rc.SetReadDeadline(past), s.rc.SetWriteDeadline(past))
+		_ = s.rc.SetWriteDeadline(past)
 	}
 }
 

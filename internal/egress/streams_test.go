@@ -182,8 +182,14 @@ func (g *Gateway) asking() int {
 	return g.crowd.asking
 }
 
-// exhaust takes what a caller may hold unread: all of it, or what others leave.
+// exhaust takes what a caller with a connection may hold unread: all of it, or what
+// others leave. The caller's handshake may be over before the gateway's is.
 func (g *Gateway) exhaust(id spiffeid.ID, own bool) (back func()) {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for g.connections(id) == 0 {
+		<-tick.C
+	}
 	g.crowd.mu.Lock()
 	b := g.crowd.of[id].firsts
 	g.crowd.mu.Unlock()

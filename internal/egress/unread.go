@@ -84,7 +84,8 @@ func (u *unread) went(p []byte) {
 
 // due is what is to be paid for. The lock is held.
 func (u *unread) due() int {
-	return max(u.held-unreadFree+unreadPortion-1, 0) / unreadPortion * unreadPortion
+	held := min(u.held, connWindow) // the server keeps nothing of what exceeds a window
+	return max(held-unreadFree+unreadPortion-1, 0) / unreadPortion * unreadPortion
 }
 
 // end gives everything back. Nothing is taken any more.

@@ -1,13 +1,19 @@
+//lint:file-ignore SA1019 http2.Transport is the one client that sends CONNECT with a body that goes on
+
 package egress
 
 import (
 	"bytes"
+	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/http2"
 
 	"sallyport/internal/mux"
@@ -153,5 +159,103 @@ func TestWhatIsReadOfHTTP2IsForgotten(t *testing.T) {
 		if t.Context().Err() != nil {
 			t.Fatal("it is not given back")
 		}
+	}
+}
+
+// TestWhatAStreamHasBroughtGoesWithIt has a caller break a stream off whose destination
+// neither reads nor writes.
+func TestWhatAStreamHasBroughtGoesWithIt(t *testing.T) {
+	w := newWorld(t, nil)
+	mute := serve(t, func(net.Conn) { <-t.Context().Done() })
+	w.use(w.policy(`
+p, mute, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:mute.test, *, CONNECT, -, -, allow
+`, fmt.Sprintf("  - host: mute.test\n    proto: tcp\n    private: [127.0.0.1/32]\n    route: {endpoints: [%q]}\n", mute)))
+	f, connect := w.framed(t)
+	connect(1, "mute.test:5432")
+	given := make(chan int, 1024)
+	go func() {
+		for {
+			got, err := f.ReadFrame()
+			if err != nil {
+				return
+			}
+			if up, ok := got.(*http2.WindowUpdateFrame); ok && up.StreamID == 1 {
+				given <- int(up.Increment)
+			}
+		}
+	}()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	const piece = 16 << 10
+	for full, credit := 0, streamWindow; full < 100; { // the destination takes no more
+		select {
+		case n := <-given:
+			credit += n
+		case <-tick.C:
+			full++
+		}
+		for ; credit >= piece; credit -= piece {
+			if err := f.WriteData(1, false, make([]byte, piece)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if w.gw.heldBy(billing) < streamWindow-2*unreadPortion {
+			full = 0
+		}
+	}
+	_ = f.WriteRSTStream(1, http2.ErrCodeCancel)
+	for ; w.gw.Tunnels() != 0 || w.gw.heldBy(billing) != 0; <-tick.C {
+	}
+}
+
+// heldBy is what is paid for what a caller's connections hold unread.
+func (g *Gateway) heldBy(id spiffeid.ID) int64 {
+	g.crowd.mu.Lock()
+	defer g.crowd.mu.Unlock()
+	if m := g.crowd.of[id]; m != nil {
+		return m.firsts.Used()
+	}
+	return 0
+}
+
+// TestLargeFramesAreRefused has a peer announce a frame for which a megabyte would be
+// kept.
+func TestLargeFramesAreRefused(t *testing.T) {
+	w := newWorld(t, nil)
+	f, _ := w.framed(t)
+	if err := f.WriteRawFrame(0xee, 0, 0, make([]byte, 17<<10)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		got, err := f.ReadFrame()
+		if err != nil {
+			t.Fatalf("the connection ended without a word: %v", err)
+		}
+		if bye, ok := got.(*http2.GoAwayFrame); ok {
+			if bye.ErrCode != http2.ErrCodeFrameSize {
+				t.Errorf("it ends for %v", bye.ErrCode)
+			}
+			return
+		}
+	}
+}
+
+// TestConnectHasNoContent refuses one that announces it.
+func TestConnectHasNoContent(t *testing.T) {
+	w := newWorld(t, nil)
+	tr := &http2.Transport{TLSClientConfig: w.client(billing, "h2")}
+	defer tr.CloseIdleConnections()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodConnect, "https://"+w.addr, strings.NewReader("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = "db.test:5432"
+	res, err := tr.RoundTrip(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res.Body.Close()
+	if res.StatusCode != http.StatusBadRequest && res.StatusCode != http.StatusForbidden {
+		t.Errorf("answered %s", res.Status)
 	}
 }

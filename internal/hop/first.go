@@ -57,12 +57,12 @@ func (c *Conn) hoarded(s *Stream) error {
 		return nil // it was ended meanwhile
 	}
 	c.cfg.Hoarded()
-	s.spared = !c.cfg.First.Spent(portion)
+	s.spared = !c.cfg.First.Spent(baseWindow) // the most that he may have been refused
 	if err := c.say(resetFrame(s.id, resetCancel)); err != nil {
 		return err
 	}
 	c.cutOff(s, ErrCancelled)
-	if c.accept != nil && c.cfg.First.Spent(portion) && !c.cfg.Broken() {
+	if c.accept != nil && !s.spared && !c.cfg.Broken() {
 		return violated(Flood)
 	}
 	return nil

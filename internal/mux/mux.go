@@ -57,7 +57,7 @@ func (b *Budget) Part(bytes, own int64) *Budget { return &Budget{max: bytes, of:
 
 // Take takes n bytes; false when they are not left.
 func (b *Budget) Take(n int) bool {
-	if b == nil {
+	if b == nil || n == 0 {
 		return true
 	}
 	used := b.used.Add(int64(n))

@@ -69,7 +69,7 @@ func (n *Names) ServeHTTPS(ctx context.Context, ln net.Listener, conf *tls.Confi
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { n.serveHTTP(w, r, standing) }), TLSConfig: conf,
 		ReadTimeout: idleTime, WriteTimeout: idleTime, IdleTimeout: idleTime, ReadHeaderTimeout: handshakeTime, MaxHeaderBytes: 8 << 10,
 		ErrorLog: log.New(io.Discard, "", 0), BaseContext: func(net.Listener) context.Context { return ctx },
-		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: slow},
+		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: slow, MaxReadFrameSize: 16 << 10},
 	}
 	done := make(chan error, 1)
 	go func() { done <- s.ServeTLS(&bounded{Listener: ln, places: make(chan struct{}, maxConns)}, "", "") }()
