@@ -65,6 +65,7 @@ func hold(config string) int {
 	}
 	fmt.Printf("owned=%v\n", h.Owned)
 	_, _ = io.Copy(io.Discard, os.Stdin)
+	runtime.KeepAlive(h) // its socket holds the rules, and is closed with what nobody needs any more
 	return 0
 }
 
