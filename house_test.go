@@ -19,7 +19,7 @@ import (
 // floors is the law: a package imports only from lower floors, never from its
 // own. Moving a package is a design decision; the commit explains it.
 var floors = [][]string{
-	{"internal/socket", "internal/mux", "internal/leak", "internal/sched"},
+	{"internal/socket", "internal/mux", "internal/leak"},
 	{"internal/record"},
 	{"internal/mesh", "internal/telemetry", "internal/capture", "internal/capture/redirect", "internal/http1", "internal/hop", "internal/proxyproto", "internal/socks", "internal/jose", "internal/control/meshpb", "policies"},
 	{"internal/audit", "internal/store", "internal/daemon", "internal/control", "internal/svid", "internal/attest", "internal/policyset", "internal/gatewayapi", "internal/http2", "internal/isolate", "internal/archive"},

@@ -25,7 +25,6 @@ import (
 	"sallyport/internal/handover"
 	"sallyport/internal/mesh"
 	"sallyport/internal/nameserver"
-	"sallyport/internal/sched"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
 	"sallyport/internal/tap"
@@ -103,7 +102,6 @@ func serve(ctx context.Context, cfg *Config, takeover bool, stderr io.Writer) (e
 	g, ground := errgroup.WithContext(ground)
 	g.Go(func() error { return gw.audit.Run(ground) })
 	g.Go(func() error { return daemon.Settle(ground) })
-	g.Go(func() error { return sched.Fit(ground, telemetry.CPUTime) })
 	g.Go(func() error { return gw.judge.Run(ground) })
 	g.Go(func() error { return gw.traces.Run(ground) })
 	g.Go(func() error { return gw.exports.Run(ground) })

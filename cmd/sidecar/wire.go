@@ -36,7 +36,6 @@ import (
 	"sallyport/internal/proxy"
 	"sallyport/internal/region"
 	"sallyport/internal/route"
-	"sallyport/internal/sched"
 	"sallyport/internal/shadow"
 	"sallyport/internal/sink"
 	"sallyport/internal/svid"
@@ -162,7 +161,6 @@ func serve(ctx context.Context, cfg *Config, run daemon.Run, stdout, stderr io.W
 	}
 	g.Go(func() error { return s.audit.Run(ground) })
 	g.Go(func() error { return daemon.Settle(ground) })
-	g.Go(func() error { return sched.Fit(ground, telemetry.CPUTime) })
 	g.Go(func() error { return s.judge.Run(ground) })
 	g.Go(func() error { return s.keys.Run(ground) })
 	g.Go(func() error { return s.services.Watch(ground) })

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"sallyport/internal/capture"
-	"sallyport/internal/sched"
 )
 
 const (
@@ -107,7 +106,7 @@ func (c *Child) run(path string, s Spec, started chan<- error) {
 	if s.Through != nil {
 		s.Through(cmd)
 	}
-	if err := sched.Start(cmd); err != nil {
+	if err := cmd.Start(); err != nil {
 		started <- err
 		return
 	}

@@ -12,7 +12,6 @@ import (
 	"syscall"
 
 	"sallyport/internal/daemon"
-	"sallyport/internal/sched"
 )
 
 // Renew starts the program anew at each SIGUSR2, with the command line of this
@@ -54,7 +53,7 @@ func start(path string, log *slog.Logger) error {
 	}
 	cmd := exec.Command(path, args...) // it must not end with this process
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	if err := sched.Start(cmd); err != nil {
+	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", path, err)
 	}
 	log.Info("started anew, to take over", "program", path, "pid", cmd.Process.Pid)
