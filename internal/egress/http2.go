@@ -238,7 +238,7 @@ func (g *Gateway) request2(who *caller, r *http.Request) (t *tunnel, a *answer) 
 	case len(r.Header[":protocol"]) > 0:
 		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "extended CONNECT is not served"))
 	case r.ContentLength > 0: // RFC 9110 section 9.3.6
-		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "CONNECT has a content-length"))
+		return nil, g.denyRequest(who, http.MethodConnect, refuse(ReasonRequest, "CONNECT has a content-length, and has no content: send it without, what follows is the tunnel's"))
 	}
 	return g.open(r.Context(), who, r.Host, r.Header.Get(originHeader), g.traceOf([]byte(r.Header.Get("traceparent"))))
 }

@@ -255,7 +255,7 @@ func TestConnectHasNoContent(t *testing.T) {
 		t.Fatal(err)
 	}
 	res.Body.Close()
-	if res.StatusCode != http.StatusBadRequest && res.StatusCode != http.StatusForbidden {
+	if res.StatusCode != http.StatusBadRequest {
 		t.Errorf("answered %s", res.Status)
 	}
 }

@@ -450,7 +450,7 @@ func (c *Conn) fault(l *Lane, code Code, reason Reason) error {
 	c.cfg.Violated(reason)
 	c.reset(l.id, code)
 	c.cut(l, &ResetError{code})
-	if reason == Hoarded && !c.cfg.First.Spent(portion) {
+	if reason == Hoarded && !c.cfg.First.Spent(maxPayload+portion) { // the most that he may have been refused
 		return c.noisy() // others have the memory
 	}
 	return c.broken()
