@@ -244,26 +244,36 @@ func beginning(path string) (uint64, error) {
 // oldest record that is there. The hash is known when that is record 1, or when
 // those before were removed with evidence; otherwise it is of the oldest.
 func Begin(path string) (id [32]byte, first uint64, known bool, err error) {
-	gone, err := kept(path)
-	if err != nil {
-		return id, 0, false, err
-	}
-	names, err := Segments(path)
-	if err != nil {
-		return id, 0, false, err
-	}
-	line, err := firstLine(names[0])
+	gone, name, line, err := oldest(path)
 	if err != nil {
 		return id, 0, false, err
 	}
 	first, ok := lineSeq(line)
 	if !ok {
-		return id, 0, false, fmt.Errorf("%s does not start with an audit record", names[0])
+		return id, 0, false, fmt.Errorf("%s does not start with an audit record", name)
 	}
 	if gone.removal != nil {
 		return hash(gone.Log), first, true, nil
 	}
 	return sha256.Sum256(line), first, first == 1, nil
+}
+
+// oldest is the oldest file of a log, with its first line, and what is said to have
+// been removed before it. It looks again when that file was removed meanwhile.
+func oldest(path string) (gone signedRemoval, name string, line []byte, err error) {
+	for {
+		if gone, err = kept(path); err != nil {
+			return gone, "", nil, err
+		}
+		names, err := Segments(path)
+		if err != nil {
+			return gone, "", nil, err
+		}
+		if line, err = firstLine(names[0]); !errors.Is(err, fs.ErrNotExist) || names[0] == name {
+			return gone, names[0], line, err
+		}
+		name = names[0]
+	}
 }
 
 // firstLine is the first line of a file, with its line feed.
