@@ -295,13 +295,20 @@ func certificate(key *ecdsa.PrivateKey, chain []*x509.Certificate) *tls.Certific
 // Roots are the certificates of its trust domain.
 func (i *Issuer) Roots() []*x509.Certificate { return i.roots }
 
+// ports are tried once each, below the range from which the kernel takes ports for
+// outgoing connections (ip-sysctl: ip_local_port_range): nothing else takes one
+// between here and the program that is told to listen on it.
+var ports atomic.Uint32
+
 // FreePort is a loopback address that nothing listens on.
 func FreePort() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 11000+(uint32(os.Getpid())*61+ports.Add(1))%9000)
+		if l, err := net.Listen("tcp", addr); err == nil {
+			return addr, l.Close()
+		}
 	}
-	return l.Addr().String(), l.Close()
+	return "", errors.New("no port is free from 11000 to 20000")
 }
 
 // Cases counts what was tried.

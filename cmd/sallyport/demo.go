@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -66,6 +66,7 @@ type demo struct {
 	pageAddr                netip.AddrPort
 	names                   netip.AddrPort // of the isolated workload
 	inbound, outbound, app  map[string]netip.AddrPort
+	held                    map[netip.AddrPort]io.Closer // all of these ports
 }
 
 // demoOptions are the flags of "sallyport demo".
@@ -136,6 +137,7 @@ func newDemo(out io.Writer) (*demo, error) {
 		bin: filepath.Dir(self), out: out, rec: newRecorder(), proc: map[string]*process{},
 		workloads: slices.Clone(demoWorkloads), every: 100 * time.Millisecond,
 		inbound: map[string]netip.AddrPort{}, outbound: map[string]netip.AddrPort{}, app: map[string]netip.AddrPort{},
+		held: map[netip.AddrPort]io.Closer{},
 	}
 	for _, p := range []string{"issuer", "gateway", "sidecar"} {
 		if _, err := os.Stat(filepath.Join(d.bin, p)); err != nil {
@@ -214,25 +216,19 @@ func (d *demo) proxies() []string {
 	return names
 }
 
-// reserve gives the demo and these workloads ports that are free now. Between here
-// and the moment a program takes its port another may come first; that program then
-// says so.
+// reserve gives the demo and these workloads ports that are free now, and holds
+// them: a program of the demo can listen there, and nobody else gets them, be it
+// that the program has not begun yet, or that it begins anew.
 func (d *demo) reserve(workloads []demoWorkload, more ...*netip.AddrPort) error {
-	var held []net.Listener
-	defer func() {
-		for _, l := range held {
-			l.Close()
-		}
-	}()
 	var err error
 	take := func() netip.AddrPort {
-		l, e := net.Listen("tcp", "127.0.0.1:0")
+		at, held, e := holdPort()
 		if e != nil {
-			err = errors.Join(err, e)
+			err = errors.Join(err, fmt.Errorf("find a free port: %w", e))
 			return netip.AddrPort{}
 		}
-		held = append(held, l)
-		return l.Addr().(*net.TCPAddr).AddrPort()
+		d.held[at] = held
+		return at
 	}
 	for _, a := range more {
 		*a = take()
@@ -244,6 +240,19 @@ func (d *demo) reserve(workloads []demoWorkload, more ...*netip.AddrPort) error 
 		}
 	}
 	return err
+}
+
+// release gives up ports, of all that are held if none is named.
+func (d *demo) release(ports ...netip.AddrPort) {
+	if len(ports) == 0 {
+		ports = slices.Collect(maps.Keys(d.held))
+	}
+	for _, at := range ports {
+		if held := d.held[at]; held != nil {
+			held.Close()
+		}
+		delete(d.held, at)
+	}
 }
 
 // awaitReady waits until the program says so on its admin socket.
@@ -283,6 +292,7 @@ func (d *demo) stop(keep bool) (left []string) {
 			delete(d.proc, name)
 		}
 	}
+	d.release()
 	if d.net != nil {
 		if err := d.net.Close(); err != nil {
 			left = append(left, err.Error())

@@ -233,6 +233,7 @@ func (d *demo) join(ctx context.Context, name string) error {
 func (d *demo) leave(name string) error {
 	p := d.proc[name]
 	delete(d.proc, name)
+	defer d.release(d.outbound[name], d.inbound[name], d.app[name])
 	delete(d.outbound, name)
 	delete(d.inbound, name)
 	delete(d.app, name)
