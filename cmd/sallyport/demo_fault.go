@@ -23,7 +23,7 @@ routes:
         since: %s
         until: %s
         callers: [spiffe://%s/ns/shop/sa/payment]
-breaker: {consecutive: 1000, success: 1%%}
+breaker: {consecutive: 1000}
 `, now.Add(-time.Minute).Format(time.RFC3339), now.Add(span).Format(time.RFC3339), demoTrustDomain)
 }
 

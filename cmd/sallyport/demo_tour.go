@@ -26,8 +26,8 @@ const (
 subsets:
   - {name: v1, labels: {version: v1}}
   - {name: v2, labels: {version: v2}}
-outlier: {consecutive: 1000, success: 1%}
-breaker: {consecutive: 1000, success: 1%}
+outlier: {consecutive: 1000}
+breaker: {consecutive: 1000}
 retry_budget: {share: 100%}
 balance: {policy: round_robin}
 routes:
