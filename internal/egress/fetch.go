@@ -74,9 +74,15 @@ func (g *Gateway) inside(ctx context.Context, t *tunnel, s requestStream, a *ask
 	defer life.Stop()
 	c := net.Conn(s)
 	if t.how.TLS == mesh.Inspect {
-		if c = g.standIn(ctx, t, c); c == nil {
+		tc := g.standIn(ctx, t, c)
+		if tc == nil {
 			return
 		}
+		if tc.ConnectionState().NegotiatedProtocol == mesh.ALPNHTTP2 {
+			g.insideHTTP2(ctx, t, tc)
+			return
+		}
+		c = tc
 	}
 	a.hc, a.who, a.in = http1.NewConn(c, http1.Limits{}), t.who, t
 	defer a.hc.Release()

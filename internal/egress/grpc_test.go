@@ -109,7 +109,12 @@ func (dialledConn) RemoteAddr() net.Addr { return &net.TCPAddr{} }
 // rpcClient speaks HTTP/2 in the clear in tunnels to a host.
 func rpcClient(t *testing.T, w *world, dial dialFunc, authority string) grpc_testing.TestServiceClient {
 	t.Helper()
-	c, err := grpc.NewClient("passthrough:///"+authority, grpc.WithTransportCredentials(insecure.NewCredentials()),
+	return rpcClientBy(t, w, dial, authority, insecure.NewCredentials())
+}
+
+func rpcClientBy(t *testing.T, w *world, dial dialFunc, authority string, creds credentials.TransportCredentials) grpc_testing.TestServiceClient {
+	t.Helper()
+	c, err := grpc.NewClient("passthrough:///"+authority, grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			tun, ref := dial(w, billing, authority)
 			if ref != nil {
@@ -142,48 +147,77 @@ func TestCallsOfGRPC(t *testing.T) {
 		h, s := startRPC(t)
 		w := newWorld(t, nil)
 		w.use(w.policy(rpcs, s.originated("shop.test")+"    alpn: [h2, http/1.1]\n"))
-		c := rpcClient(t, w, dial, "shop.test:80")
-		for _, size := range []int{0, 100, 300_000} {
-			var late meta.MD
-			res, err := c.UnaryCall(soon(t), &grpc_testing.SimpleRequest{Payload: payload(size)}, grpc.Trailer(&late))
-			if err != nil || len(res.GetPayload().GetBody()) != size || strings.Join(late["late"], "") != "said:" {
-				t.Fatalf("%d bytes: %d came back, trailers %v: %v", size, len(res.GetPayload().GetBody()), late, err)
-			}
-		}
-		rec := w.until("the record of a call", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Rule == "rpc-unary" })
-		if rec.Path != "/grpc.testing.TestService/UnaryCall" || rec.Verb != "POST" || rec.Port != 443 {
-			t.Errorf("recorded %+v", rec)
-		}
-		_, err := c.UnaryCall(soon(t), &grpc_testing.SimpleRequest{ResponseStatus: &grpc_testing.EchoStatus{Code: int32(codes.DataLoss), Message: "50% lost"}})
-		if st := status.Convert(err); st.Code() != codes.DataLoss || st.Message() != "50% lost" {
-			t.Errorf("the status of the host came as %v", err)
-		}
-		for len(h.seen) > 0 {
-			<-h.seen
-		}
-		_, err = c.EmptyCall(soon(t), &grpc_testing.Empty{})
-		if st := status.Convert(err); st.Code() != codes.PermissionDenied || !strings.Contains(st.Message(), "denied by policy") || len(h.seen) > 0 {
-			t.Errorf("what no row allows: %v, %d calls got there", err, len(h.seen))
-		}
-		w.until("the denial", func(r audit.Record) bool {
-			return r.Decision == audit.Deny && r.Path == "/grpc.testing.TestService/EmptyCall"
-		})
-		bothWays(t, h, c)
-		out, err := c.StreamingOutputCall(soon(t), &grpc_testing.StreamingOutputCallRequest{
-			ResponseParameters: []*grpc_testing.ResponseParameters{{Size: 200_000}, {Size: 1}, {Size: 500_000}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, size := range []int{200_000, 1, 500_000} {
-			if m, err := out.Recv(); err != nil || len(m.GetPayload().GetBody()) != size {
-				t.Fatalf("%d bytes of %d: %v", len(m.GetPayload().GetBody()), size, err)
-			}
-		}
-		if _, err := out.Recv(); !errors.Is(err, io.EOF) {
-			t.Errorf("the stream ended with %v", err)
-		}
+		calls(t, w, h, rpcClient(t, w, dial, "shop.test:80"))
 	})
+}
+
+// TestInspectedCallsOfGRPC has it insist on TLS.
+func TestInspectedCallsOfGRPC(t *testing.T) {
+	both(t, func(t *testing.T, dial dialFunc) {
+		h, s := startRPC(t)
+		w, roots := inspectorWorld(t)
+		host := s.inspected("shop.test")
+		w.inspect(rpcs, host+"    alpn: [h2]\n", roots)
+		creds := credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "shop.test"})
+		calls(t, w, h, rpcClientBy(t, w, dial, "shop.test:443", creds))
+		other := rpcClientBy(t, w, dial, "shop.test:443", credentials.NewTLS(&tls.Config{RootCAs: roots, ServerName: "evil.test"}))
+		if _, err := other.UnaryCall(soon(t), &grpc_testing.SimpleRequest{}); status.Code(err) != codes.Unavailable {
+			t.Errorf("by another name: %v", err)
+		}
+		w.until("the refusal of the name", denial(ReasonSNI))
+		w.inspect(rpcs, host, roots)
+		if _, err := rpcClientBy(t, w, dial, "shop.test:443", creds).UnaryCall(soon(t), &grpc_testing.SimpleRequest{}); status.Code(err) != codes.Unavailable {
+			t.Errorf("without alpn: %v", err)
+		}
+		w.until("the refusal of what the gateway may not speak", func(r audit.Record) bool {
+			return r.Reason == string(ReasonALPN) && strings.Contains(r.Detail, `offers "h2"; in the place of this host the gateway speaks http/1.1`)
+		})
+	})
+}
+
+// calls has each kind of call made, and one that no row allows.
+func calls(t *testing.T, w *world, h *rpcHost, c grpc_testing.TestServiceClient) {
+	t.Helper()
+	for _, size := range []int{0, 100, 300_000} {
+		var late meta.MD
+		res, err := c.UnaryCall(soon(t), &grpc_testing.SimpleRequest{Payload: payload(size)}, grpc.Trailer(&late))
+		if err != nil || len(res.GetPayload().GetBody()) != size || strings.Join(late["late"], "") != "said:" {
+			t.Fatalf("%d bytes: %d came back, trailers %v: %v", size, len(res.GetPayload().GetBody()), late, err)
+		}
+	}
+	rec := w.until("the record of a call", func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Rule == "rpc-unary" })
+	if rec.Path != "/grpc.testing.TestService/UnaryCall" || rec.Verb != "POST" || rec.Port != 443 {
+		t.Errorf("recorded %+v", rec)
+	}
+	_, err := c.UnaryCall(soon(t), &grpc_testing.SimpleRequest{ResponseStatus: &grpc_testing.EchoStatus{Code: int32(codes.DataLoss), Message: "50% lost"}})
+	if st := status.Convert(err); st.Code() != codes.DataLoss || st.Message() != "50% lost" {
+		t.Errorf("the status of the host came as %v", err)
+	}
+	for len(h.seen) > 0 {
+		<-h.seen
+	}
+	_, err = c.EmptyCall(soon(t), &grpc_testing.Empty{})
+	if st := status.Convert(err); st.Code() != codes.PermissionDenied || !strings.Contains(st.Message(), "denied by policy") || len(h.seen) > 0 {
+		t.Errorf("what no row allows: %v, %d calls got there", err, len(h.seen))
+	}
+	w.until("the denial", func(r audit.Record) bool {
+		return r.Decision == audit.Deny && r.Path == "/grpc.testing.TestService/EmptyCall"
+	})
+	bothWays(t, h, c)
+	out, err := c.StreamingOutputCall(soon(t), &grpc_testing.StreamingOutputCallRequest{
+		ResponseParameters: []*grpc_testing.ResponseParameters{{Size: 200_000}, {Size: 1}, {Size: 500_000}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, size := range []int{200_000, 1, 500_000} {
+		if m, err := out.Recv(); err != nil || len(m.GetPayload().GetBody()) != size {
+			t.Fatalf("%d bytes of %d: %v", len(m.GetPayload().GetBody()), size, err)
+		}
+	}
+	if _, err := out.Recv(); !errors.Is(err, io.EOF) {
+		t.Errorf("the stream ended with %v", err)
+	}
 }
 
 // bothWays has messages go to and fro in one call, and breaks another one off.

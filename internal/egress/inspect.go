@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -261,16 +262,38 @@ func (r *replay) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// speaks is what the gateway speaks with callers in the place of a host: HTTP/2 where
+// it may speak that with the host.
+func speaks(how *mesh.Destination) []string {
+	if slices.Contains(how.ALPN, mesh.ALPNHTTP2) {
+		return []string{mesh.ALPNHTTP2, mesh.ALPNHTTP1}
+	}
+	return []string{mesh.ALPNHTTP1}
+}
+
+// checkSpoken refuses a hello that offers protocols, and none that the gateway speaks.
+func (h *Hello) checkSpoken(spoken []string) error {
+	if len(h.ALPN) == 0 || slices.ContainsFunc(h.ALPN, func(p string) bool { return slices.Contains(spoken, p) }) {
+		return nil
+	}
+	return refuse(ReasonALPN, "the ClientHello offers %s; in the place of this host the gateway speaks %s, as alpn of its destination has it",
+		clip(strings.Join(h.ALPN, ", ")), strings.Join(spoken, ", "))
+}
+
 // standIn makes the handshake in a tunnel in the host's place, under the rules of
 // a tunnel that is passed through. It returns nil when that came to nothing, which
 // is recorded.
-func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) net.Conn {
+func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) *tls.Conn {
 	ctx, cancel := context.WithTimeout(ctx, g.lim.HelloTimeout)
 	defer cancel()
 	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(past) })
 	hello, err := ReadHello(c)
 	if err == nil {
 		err = hello.Check(t.host, &t.how)
+	}
+	spoken := speaks(&t.how)
+	if err == nil {
+		err = hello.checkSpoken(spoken)
 	}
 	late := !stop()
 	if err == io.EOF && len(hello.Raw) == 0 && !late {
@@ -288,7 +311,7 @@ func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) net.Conn {
 	if err == nil {
 		_ = c.SetReadDeadline(time.Time{})
 		tc := tls.Server(&replay{c, hello.Raw}, &tls.Config{
-			Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, SessionTicketsDisabled: true,
+			Certificates: []tls.Certificate{*cert}, MinVersion: tls.VersionTLS12, NextProtos: spoken, SessionTicketsDisabled: true,
 		})
 		if err = tc.HandshakeContext(ctx); err == nil {
 			return tc

@@ -24,28 +24,42 @@ func (s *site) inspected(host string) string {
 	return strings.Replace(s.originated(host), "tls: originate", "tls: inspect", 1)
 }
 
-// inspectWorld has a site that is inspected, and gives what its workloads trust.
-func inspectWorld(t *testing.T, limits ...Limits) (*world, *site, *x509.CertPool) {
+// inspectorWorld has an Inspector, which inspects nothing yet, and a pool for whom
+// its workloads trust.
+func inspectorWorld(t *testing.T, limits ...Limits) (*world, *x509.CertPool) {
 	t.Helper()
 	i, err := OpenInspector(filepath.Join(t.TempDir(), "inspection.key"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := startSite(t, "shop.test")
-	w := newWorld(t, func(c *Config) {
+	return newWorld(t, func(c *Config) {
 		c.Inspector = i
 		for _, l := range limits {
 			c.Limits = l
 		}
-	})
-	w.use(w.policy(asking, s.inspected("shop.test")))
+	}), x509.NewCertPool()
+}
+
+// inspect puts a policy in force, and the certificate of those it has inspected into
+// the pool.
+func (w *world) inspect(access, hosts string, roots *x509.CertPool) {
+	w.t.Helper()
+	w.use(w.policy(access, hosts))
+	i := w.gw.cfg.Inspector
 	if err := i.Use(w.snap.Load()); err != nil {
-		t.Fatal(err)
+		w.t.Fatal(err)
 	}
-	roots := x509.NewCertPool()
 	if !roots.AppendCertsFromPEM(i.PEM()) {
-		t.Fatal("no certificate to trust")
+		w.t.Fatal("no certificate to trust")
 	}
+}
+
+// inspectWorld has a site that is inspected, and gives what its workloads trust.
+func inspectWorld(t *testing.T, limits ...Limits) (*world, *site, *x509.CertPool) {
+	t.Helper()
+	s := startSite(t, "shop.test")
+	w, roots := inspectorWorld(t, limits...)
+	w.inspect(asking, s.inspected("shop.test"), roots)
 	return w, s, roots
 }
 
@@ -266,6 +280,7 @@ func TestInspectedHellosOffer(t *testing.T) {
 		{"[http/1.1]", []string{"h2", "http/1.1"}, false},
 		{"[h2]", []string{"x-own", "http/1.1"}, false},
 		{"[h2, http/1.1]", []string{"acme-tls/1"}, false},
+		{"", []string{"h2"}, false},
 	} {
 		w, s, roots := inspectWorld(t)
 		if tt.alpn != "" {

@@ -65,33 +65,36 @@ func TestHostsAreProbed(t *testing.T) {
 // TestHostsMustStandTheProbe refuses tunnels to who has no certificate for the
 // name, and asks it once for many.
 func TestHostsMustStandTheProbe(t *testing.T) {
-	s, other := startSite(t, "shop.test"), startSite(t, "evil.test")
-	for name, extra := range map[string]string{
-		"another name":      strings.Replace(s.probed("shop.test"), s.addr, other.addr, 1),
-		"another authority": strings.Replace(other.probed("shop.test"), other.addr, s.addr, 1),
-		"no TLS":            "", // of the database
+	for name, as := range map[string]func(s, other *site) string{
+		"another name": func(s, other *site) string { return strings.Replace(s.probed("shop.test"), s.addr, other.addr, 1) },
+		"another authority": func(s, other *site) string {
+			return strings.Replace(other.probed("shop.test"), other.addr, s.addr, 1)
+		},
+		"no TLS": nil, // of the database
 	} {
-		w := newWorld(t, nil)
-		if extra == "" {
-			extra = strings.Replace(s.probed("shop.test"), s.addr, w.db.addr, 1)
-		}
-		w.use(w.policy(probing, extra))
-		before := s.connected() + other.connected()
-		for range 3 {
-			if _, ref := dial1(w, billing, "shop.test:443"); ref == nil || ref.status != 502 || ref.id == "" {
-				t.Errorf("%s: %+v", name, ref)
+		t.Run(name, func(t *testing.T) {
+			s, other := startSite(t, "shop.test"), startSite(t, "evil.test")
+			w := newWorld(t, nil)
+			reason := ReasonCertificate
+			if as == nil {
+				reason = ReasonDial
+				w.use(w.policy(probing, strings.Replace(s.probed("shop.test"), s.addr, w.db.addr, 1)))
+			} else {
+				w.use(w.policy(probing, as(s, other)))
 			}
-		}
-		reason := ReasonCertificate
-		if name == "no TLS" {
-			reason = ReasonDial
-		} else if n := s.connected() + other.connected() - before; n > 4 {
-			t.Errorf("%s: %d connections for three tunnels and one look", name, n)
-		}
-		w.until(name, denial(reason))
-	}
-	if len(s.seen)+len(other.seen) > 0 {
-		t.Error("a request got through")
+			for range 3 {
+				if _, ref := dial1(w, billing, "shop.test:443"); ref == nil || ref.status != 502 || ref.id == "" {
+					t.Errorf("%+v", ref)
+				}
+			}
+			w.until("the refusal", denial(reason))
+			if n := s.connected() + other.connected(); n > 4 {
+				t.Errorf("%d connections for three tunnels and one look", n)
+			}
+			if len(s.seen)+len(other.seen) > 0 {
+				t.Error("a request got through")
+			}
+		})
 	}
 }
 
