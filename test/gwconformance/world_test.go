@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -245,13 +246,20 @@ func (w *world) sallyport(args ...string) ([]byte, error) {
 	return out, nil
 }
 
+// ports are tried once each, below the range from which the kernel takes ports for
+// outgoing connections: nothing else takes one before the program that is told to
+// listen on it.
+var ports atomic.Uint32
+
 func freeAddress() string {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "127.0.0.1:0"
+	for range 1000 {
+		addr := fmt.Sprintf("127.0.0.1:%d", 20000+(uint32(os.Getpid())*61+ports.Add(1))%12000)
+		if l, err := net.Listen("tcp", addr); err == nil {
+			l.Close()
+			return addr
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return "127.0.0.1:0" // which no program takes
 }
 
 // serve runs the application of a backend, which answers with what it has been
