@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -225,6 +226,7 @@ func (d *demo) join(ctx context.Context, name string) error {
 		return err
 	}
 	if err := d.startProxy(ctx, name, d.sidecarConfig, "sidecar", "run"); err != nil {
+		d.forget(name)
 		return err
 	}
 	return d.awaitReady(ctx, name)
@@ -233,11 +235,16 @@ func (d *demo) join(ctx context.Context, name string) error {
 func (d *demo) leave(name string) error {
 	p := d.proc[name]
 	delete(d.proc, name)
-	defer d.release(d.outbound[name], d.inbound[name], d.app[name])
-	delete(d.outbound, name)
-	delete(d.inbound, name)
-	delete(d.app, name)
+	defer d.forget(name)
 	return p.stop(demoStopWithin)
+}
+
+// forget gives up the ports of a workload.
+func (d *demo) forget(name string) {
+	for _, of := range []map[string]netip.AddrPort{d.outbound, d.inbound, d.app} {
+		d.release(of[name])
+		delete(of, name)
+	}
 }
 
 // startAttacker starts a program that has neither sidecar nor identity.

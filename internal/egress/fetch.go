@@ -141,6 +141,12 @@ func (g *Gateway) ask(ctx context.Context, a *asker, req *http1.Request) (keep b
 	if ans == nil {
 		defer g.tunnels.remove(f.tunnel)
 		defer f.end(ReasonDone, false)
+		// A caller that breaks it off ends it at the host too, whoever is waited for.
+		defer context.AfterFunc(ctx, func() {
+			if g.base.Err() == nil {
+				f.broke(true)
+			}
+		})()
 		keep, ans = f.run()
 		if a.in != nil {
 			a.in.down.Add(f.down.Load())

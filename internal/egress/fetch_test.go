@@ -404,6 +404,26 @@ func TestAnswersEndWithTheirRow(t *testing.T) {
 	}
 }
 
+// TestRequestsThatAreBrokenOff end at the host too, before it has answered.
+func TestRequestsThatAreBrokenOff(t *testing.T) {
+	w, s := askWorld(t)
+	ended := make(chan bool, 1)
+	s.does(func(_ http.ResponseWriter, r *http.Request) {
+		<-r.Context().Done()
+		ended <- true
+	})
+	c := w.askOnStream(w.streamsOn(billing))
+	if _, err := io.WriteString(c, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	<-s.seen
+	c.ReadWriter.(io.Closer).Close()
+	<-ended
+	w.until("its end", func(r audit.Record) bool {
+		return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonReset)
+	})
+}
+
 // TestKeptConnectionsThatAreGone has the site close what the gateway kept.
 func TestKeptConnectionsThatAreGone(t *testing.T) {
 	w, s := askWorld(t)

@@ -2,11 +2,13 @@ package egress
 
 import (
 	"context"
+	"errors"
 	"net"
 	"slices"
 	"sync"
 	"time"
 
+	"sallyport/internal/audit"
 	"sallyport/internal/http1"
 	"sallyport/internal/http2"
 	"sallyport/internal/mesh"
@@ -47,7 +49,6 @@ func (g *Gateway) insideHTTP2(ctx context.Context, t *tunnel, c net.Conn) {
 			return false
 		}
 		ctx, cancel := context.WithCancel(ctx)
-		// A caller that breaks a call off ends it at the host too.
 		l.OnCut(func() { cancel(); l.Close() })
 		wg.Go(func() {
 			defer g.answered(t.who)
@@ -63,7 +64,11 @@ func (g *Gateway) insideHTTP2(ctx context.Context, t *tunnel, c net.Conn) {
 	}
 	defer g.letGo(h)
 	defer h.Sever() // should serving it panic, its calls must not stay
-	if err := h.Run(); err != nil {
+	err := h.Run()
+	if v := (*http2.Violation)(nil); errors.As(err, &v) {
+		g.deny(t.record(audit.KindDecision), refuse(ReasonRequest, "what came in the tunnel is no HTTP/2: %v", v))
+	}
+	if err != nil {
 		g.cfg.Log.Debug("connection of HTTP/2 in a tunnel ended", "peer", t.who.id.String(), "host", t.host.String(), "err", err)
 	}
 }

@@ -61,10 +61,16 @@ func (h *rpcHost) EmptyCall(context.Context, *grpc_testing.Empty) (*grpc_testing
 	return &grpc_testing.Empty{}, nil
 }
 
-// UnaryCall answers with what it was sent, or with the status that it is asked for.
+// UnaryCall answers with what it was sent, with the status that it is asked for, or,
+// asked for a user name, not at all.
 func (h *rpcHost) UnaryCall(ctx context.Context, r *grpc_testing.SimpleRequest) (*grpc_testing.SimpleResponse, error) {
 	md, _ := meta.FromIncomingContext(ctx)
 	h.seen <- md
+	if r.GetFillUsername() { // never
+		<-ctx.Done()
+		h.over <- ctx.Err()
+		return nil, ctx.Err()
+	}
 	_ = grpc.SetTrailer(ctx, meta.Pairs("late", "said:"+strings.Join(md["authorization"], ",")))
 	if s := r.GetResponseStatus(); s != nil {
 		return nil, status.Error(codes.Code(s.GetCode()), s.GetMessage()) //nolint:gosec // of a test
@@ -258,6 +264,20 @@ func bothWays(t *testing.T, h *rpcHost, c grpc_testing.TestServiceClient) {
 	if err := <-h.over; status.Code(err) != codes.Canceled {
 		t.Errorf("to the host the call that was broken off ended with %v", err)
 	}
+	ctx, cancel = context.WithCancel(soon(t))
+	answered := make(chan error, 1)
+	go func() {
+		_, err := c.UnaryCall(ctx, &grpc_testing.SimpleRequest{FillUsername: true})
+		answered <- err
+	}()
+	<-h.seen
+	cancel()
+	if err := <-answered; status.Code(err) != codes.Canceled {
+		t.Errorf("the call without an answer ended with %v", err)
+	}
+	if err := <-h.over; !errors.Is(err, context.Canceled) {
+		t.Errorf("to the host it ended with %v", err)
+	}
 }
 
 // TestCallsEndWithTheirRow has a call that is under way lose its row.
@@ -394,6 +414,10 @@ func TestCallsThatAreBrokenOff(t *testing.T) {
 	}
 	if w.gw.calmOf.Worn(inventory) {
 		t.Error("it is held against another")
+	}
+	rec := w.until("the refusal", denial(ReasonRequest))
+	if !strings.Contains(rec.Detail, "no HTTP/2: peer broke the protocol") || rec.Rule != "" {
+		t.Errorf("recorded %+v", rec)
 	}
 }
 

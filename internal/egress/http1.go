@@ -67,7 +67,7 @@ func (a *answer) write1(hc *http1.Conn, req *http1.Request, err error) bool {
 		req.KeepAlive = false // what follows was meant for the tunnel
 	}
 	var keep bool
-	if req != nil && speaksGRPC(req) {
+	if req != nil && req.Form != http1.Authority && speaksGRPC(req) { // a 200 to CONNECT would be a tunnel
 		keep, err = hc.WriteRefusal(req, http.StatusOK, http1.AppendGRPC(a.fields(), "application/grpc", a.status, a.text))
 	} else {
 		keep, err = hc.WriteError(req, a.status, a.fields(), a.body())

@@ -195,7 +195,7 @@ func (g *Gateway) serveStream(w http.ResponseWriter, r *http.Request) {
 	}
 	if t.asked != 0 {
 		always := func() bool { return true }
-		g.inside(r.Context(), t, &lane2{s}, &asker{abort: s.Abort, rest: always, wake: always})
+		g.inside(r.Context(), t, &lane2{stream2: s}, &asker{abort: s.Abort, rest: always, wake: always})
 		return
 	}
 	g.carry(t, s)
@@ -298,8 +298,39 @@ func (s *stream2) finish() {
 	s.over = true
 }
 
-// A lane2 is a stream2 as a connection on which HTTP/1.1 is spoken.
-type lane2 struct{ *stream2 }
+// A lane2 is a stream2 as a connection on which something else is spoken.
+type lane2 struct {
+	*stream2
+	// Guarded by mu: until when what is written must be out, how many write, and what
+	// resets the stream then. net/http would do so even if nobody writes.
+	until   time.Time
+	writing int
+	late    *time.Timer
+}
+
+func (c *lane2) Write(p []byte) (int, error) {
+	c.writes(1)
+	defer c.writes(-1)
+	return c.stream2.Write(p)
+}
+
+func (c *lane2) writes(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.writing += n
+	c.arm()
+}
+
+// arm is called under mu.
+func (c *lane2) arm() {
+	if c.late != nil {
+		c.late.Stop()
+		c.late = nil
+	}
+	if c.writing > 0 && !c.until.IsZero() {
+		c.late = time.AfterFunc(time.Until(c.until), c.Abort)
+	}
+}
 
 // Close resets the stream.
 func (c *lane2) Close() error {
@@ -316,6 +347,21 @@ func (c *lane2) SetDeadline(t time.Time) error {
 	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
 }
 
-// SetReadDeadline and SetWriteDeadline set one each.
-func (c *lane2) SetReadDeadline(t time.Time) error  { return c.rc.SetReadDeadline(t) }
-func (c *lane2) SetWriteDeadline(t time.Time) error { return c.rc.SetWriteDeadline(t) }
+// SetReadDeadline and SetWriteDeadline set one each. Writing that takes longer ends
+// the stream.
+func (c *lane2) SetReadDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.over {
+		return net.ErrClosed
+	}
+	return c.rc.SetReadDeadline(t)
+}
+
+func (c *lane2) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.until = t
+	c.arm()
+	return nil
+}

@@ -258,7 +258,9 @@ func (r *replay) Read(p []byte) (int, error) {
 		return r.Conn.Read(p)
 	}
 	n := copy(p, r.head)
-	r.head = r.head[n:]
+	if r.head = r.head[n:]; len(r.head) == 0 {
+		r.head = nil // for as long as the connection lasts
+	}
 	return n, nil
 }
 
@@ -316,7 +318,7 @@ func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) *tls.Conn 
 		if err = tc.HandshakeContext(ctx); err == nil {
 			return tc
 		}
-		err = refuse(ReasonInspect, "the caller ended the handshake with the gateway, most likely since it does not trust the certificate for inspection: %v", err)
+		err = g.notShaken(ctx, t, err)
 	}
 	var ref *Refusal
 	if !errors.As(err, &ref) {
@@ -328,6 +330,20 @@ func (g *Gateway) standIn(ctx context.Context, t *tunnel, c net.Conn) *tls.Conn 
 		_, _ = c.Write([]byte{21, 3, 3, 0, 2, 2, alert})
 	}
 	return nil
+}
+
+// notShaken says why the handshake in the place of a host came to nothing.
+func (g *Gateway) notShaken(ctx context.Context, t *tunnel, err error) *Refusal {
+	var op *net.OpError
+	switch reason := t.why(); {
+	case reason != "" && reason != ReasonReset:
+		return errEnded(reason)
+	case ctx.Err() != nil && reason == "":
+		return refuse(ReasonHelloTime, "the handshake with the gateway was not over within %v", g.lim.HelloTimeout)
+	case errors.As(err, &op) && op.Op == "remote error": // so crypto/tls names an alert
+		return refuse(ReasonInspect, "the caller ended the handshake with the gateway, most likely since it does not trust the certificate for inspection: %v", err)
+	}
+	return refuse(ReasonInspect, "the handshake with the gateway in the place of the host failed: %v", err)
 }
 
 // tellInspection answers a request for the certificate for inspection, if it is

@@ -197,6 +197,41 @@ func TestSlowHellosToTheInspector(t *testing.T) {
 	}
 }
 
+// TestHandshakesThatComeToNothing are recorded for what they are.
+func TestHandshakesThatComeToNothing(t *testing.T) {
+	w, _, roots := inspectWorld(t, Limits{HelloTimeout: 300 * time.Millisecond})
+	tun, ref := dialStream(w, billing, "shop.test:443")
+	if ref != nil {
+		t.Fatalf("%+v", ref)
+	}
+	cfg := &tls.Config{RootCAs: roots, ServerName: "shop.test"}
+	if err := tls.Client(&deafConn{netConn{t: tun}}, cfg).HandshakeContext(t.Context()); err == nil {
+		t.Error("who reads nothing has shaken hands")
+	}
+	w.until("who says nothing after the hello", func(r audit.Record) bool {
+		return r.Reason == string(ReasonHelloTime) && strings.Contains(r.Detail, "the handshake with the gateway was not over")
+	})
+	old := cfg.Clone()
+	old.MinVersion, old.MaxVersion = tls.VersionTLS11, tls.VersionTLS11
+	if _, err := w.askTLS(dialStream, "shop.test:443", old); err == nil {
+		t.Error("TLS 1.1 is spoken")
+	}
+	w.until("who speaks TLS 1.1", func(r audit.Record) bool {
+		return r.Reason == string(ReasonInspect) && strings.Contains(r.Detail, "in the place of the host failed: tls: client offered only unsupported versions")
+	})
+}
+
+// A deafConn waits with its first read until the connection is broken off.
+type deafConn struct{ netConn }
+
+func (c *deafConn) Read(p []byte) (int, error) {
+	for {
+		if _, err := c.netConn.Read(p); err != nil {
+			return 0, err
+		}
+	}
+}
+
 // TestInspectionKeysAreNobodyElses are not used when others may have read them.
 func TestInspectionKeysAreNobodyElses(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "inspection.key")
