@@ -130,11 +130,18 @@ func relayTLS(t *testing.T, addr string, cfg *tls.Config) string {
 					return
 				}
 				defer far.Close()
-				wg.Go(func() {
+				said := make(chan struct{})
+				go func() {
+					defer close(said)
 					_, _ = io.Copy(far, near)
 					far.Close()
-				})
+					// To close on what was not read would reset what is on its way there.
+					_, _ = io.Copy(io.Discard, near)
+				}()
 				_, _ = io.Copy(near, far)
+				_ = near.(*net.TCPConn).CloseWrite()
+				_ = near.SetReadDeadline(time.Now().Add(within))
+				<-said
 			})
 		}
 	})
