@@ -13,11 +13,11 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
+	"sallyport/bench/rig"
 	"sallyport/internal/control"
 	"sallyport/internal/daemon"
 	"sallyport/policies"
@@ -269,23 +269,14 @@ func (p *proc) await(what string, ok func() bool) {
 	}
 }
 
-// ports are handed out once each, below the range from which the kernel takes
-// ports for outgoing connections: nothing else takes one between here and the
-// program that is told to listen on it.
-var ports atomic.Uint32
-
 // freePort returns a loopback address that nobody listens on.
 func freePort(t *testing.T) string {
 	t.Helper()
-	for range 1000 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+(uint32(os.Getpid())*61+ports.Add(1))%12000)
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
-			return addr
-		}
+	addr, err := rig.FreePort()
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no port is free")
-	return ""
+	return addr
 }
 
 // command runs a program to its end.

@@ -303,12 +303,12 @@ var ports atomic.Uint32
 // FreePort is a loopback address that nothing listens on.
 func FreePort() (string, error) {
 	for range 1000 {
-		addr := fmt.Sprintf("127.0.0.1:%d", 11000+(uint32(os.Getpid())*61+ports.Add(1))%9000)
+		addr := fmt.Sprintf("127.0.0.1:%d", 20000+(uint32(os.Getpid())*61+ports.Add(1))%12000)
 		if l, err := net.Listen("tcp", addr); err == nil {
 			return addr, l.Close()
 		}
 	}
-	return "", errors.New("no port is free from 11000 to 20000")
+	return "", errors.New("no port is free from 20000 to 32000; next: end what listens there")
 }
 
 // Cases counts what was tried.
