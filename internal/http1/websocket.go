@@ -117,21 +117,19 @@ func (t *Tunnel) interrupt() {
 
 // farewell ends one direction: it says why to dst, and waits until src has
 // closed, since to close on bytes that were not read could destroy what src is
-// sent by the other direction.
+// sent by the other direction. A dst that is gone ends this direction alone: what
+// the other one has to say to src does not hang on it.
 func (t *Tunnel) farewell(dst, src *Conn, f *frames, from *socket.Source) {
 	until := time.Unix(0, t.parts.until.Load())
 	t.parts.heard.Add(1)
 	if f.between() {
 		_ = dst.writeUntil(until)
 		if _, err := dst.nc.Write(closeFrame(uint16(t.parts.code.Load()), f.masked)); err != nil {
-			t.stop(err)
-			return
+			t.once.Do(func() { t.err = err })
+			dst.Close() // which the other direction, reading from it, is told by
 		}
 	}
-	if dst.closeWrite() != nil {
-		t.stop(nil)
-		return
-	}
+	_ = dst.closeWrite() // one that cannot half close, or is closed, has read the Close frame
 	for time.Now().Before(until) {
 		_ = src.nc.SetReadDeadline(until)
 		if _, err := from.Next(); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {

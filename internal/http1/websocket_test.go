@@ -3,9 +3,11 @@ package http1
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"testing"
 	"time"
 
@@ -110,6 +112,13 @@ func FuzzFrames(f *testing.F) {
 func parted(t *testing.T, webSocket bool) (client, server net.Conn, tun *Tunnel, over <-chan error) {
 	t.Helper()
 	client, down := meshtest.TCP(t)
+	server, tun, over = partedFrom(t, down, webSocket)
+	return client, server, tun, over
+}
+
+// partedFrom is parted with a client that comes by down.
+func partedFrom(t *testing.T, down net.Conn, webSocket bool) (server net.Conn, tun *Tunnel, over <-chan error) {
+	t.Helper()
 	up, server := meshtest.TCP(t)
 	tun = NewTunnel(NewConn(down, Limits{}), NewConn(up, Limits{}), time.Minute)
 	tun.WebSocket = webSocket
@@ -118,7 +127,7 @@ func parted(t *testing.T, webSocket bool) (client, server net.Conn, tun *Tunnel,
 		_, _, err := tun.Run()
 		done <- err
 	}()
-	return client, server, tun, done
+	return server, tun, done
 }
 
 // passes sends b through and reads it at the other end.
@@ -179,6 +188,57 @@ func TestPartSaysFarewellToBothEnds(t *testing.T) {
 	<-gone
 	if err := <-over; err != nil {
 		t.Errorf("the tunnel ended with %v", err)
+	}
+}
+
+// A hasty client has closed as soon as it read its Close frame: it cannot be half
+// closed any more, or not even written to. It is heard from only then.
+type hasty struct {
+	net.Conn
+	unwritable bool
+	told       chan struct{}
+	once       sync.Once
+}
+
+var errHasty = errors.New("the peer has closed")
+
+func (h *hasty) Read(p []byte) (int, error) {
+	n, err := h.Conn.Read(p)
+	<-h.told
+	return n, err
+}
+
+func (h *hasty) Write(p []byte) (int, error) {
+	if h.unwritable {
+		return 0, errHasty
+	}
+	return h.Conn.Write(p)
+}
+
+func (h *hasty) CloseWrite() error {
+	h.once.Do(func() { close(h.told) })
+	return errHasty
+}
+
+func TestPartTellsTheServerOfAHastyClient(t *testing.T) {
+	for name, unwritable := range map[string]bool{"closed after its Close frame": false, "closed before it": true} {
+		t.Run(name, func(t *testing.T) {
+			client, nc := meshtest.TCP(t)
+			down := &hasty{Conn: nc, unwritable: unwritable, told: make(chan struct{})}
+			server, tun, over := partedFrom(t, down, true)
+			go tun.Part(CloseGoingAway, time.Minute)
+			go func() {
+				<-down.told
+				client.Close()
+			}()
+			if got := last(server); !bytes.Equal(unmask(got), closeFrame(CloseGoingAway, false)) {
+				t.Errorf("the server got %q, want a Close frame", got)
+			}
+			server.Close()
+			if err := <-over; (err != nil) != unwritable {
+				t.Errorf("the tunnel ended with %v", err)
+			}
+		})
 	}
 }
 

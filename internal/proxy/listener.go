@@ -78,6 +78,7 @@ type conn struct {
 	call    *authz.Call   // what the inbound call in flight was judged by
 	carried bool          // it has had such a call
 	through *http1.Tunnel
+	parting bool   // its ends are being told farewell, and it is severed after
 	shared  shared // what serves it when streams carry its calls
 }
 
@@ -141,12 +142,16 @@ func (c *conn) sever() {
 	c.Close()
 }
 
-// hangUp is sever when the client has broken off what is under way.
+// hangUp is sever when the client has broken off what is under way. One that has
+// been told farewell has broken off nothing, and the other end is still being told.
 func (c *conn) hangUp() {
 	c.mu.Lock()
-	c.left = true
+	parting := c.parting
+	c.left = c.left || !parting
 	c.mu.Unlock()
-	c.sever()
+	if !parting {
+		c.sever()
+	}
 }
 
 // hungUp says whether that was so.
@@ -172,6 +177,7 @@ func (c *conn) part(code uint16) {
 	c.mu.Lock()
 	c.cut = true
 	t := c.through
+	c.parting = t != nil
 	c.mu.Unlock()
 	if t != nil {
 		t.Part(code, partTime)
