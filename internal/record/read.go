@@ -65,7 +65,7 @@ func (c *Conn) Read(p []byte) (n int, err error) {
 			break
 		}
 		if size := c.whole(); size > 0 {
-			if n > 0 && size-overhead > len(p)-n-1 {
+			if n > 0 && size-overhead > len(p)-n {
 				break // it is decrypted to where it fits, next time
 			}
 			n += c.open(p[n:], size)

@@ -400,6 +400,24 @@ func TestNoLargeBufferForAPart(t *testing.T) {
 	}
 }
 
+// TestAFullBufferIsReadAtOnce: what fills the reader's buffer exactly goes on in
+// one piece, though its last record has no room for its type.
+func TestAFullBufferIsReadAtOnce(t *testing.T) {
+	c, wire, l := behind(t, tls.TLS_AES_128_GCM_SHA256, false)
+	c.in.large = true
+	want := bytes.Repeat(full, socket.Large/maxPlain)
+	for range socket.Large / maxPlain {
+		l.say(typeData, full...)
+	}
+	l.say(typeData, 'x')
+	wire.in = bytes.NewReader(l.out)
+	p := make([]byte, socket.Large)
+	if n, err := c.Read(p); err != nil || !bytes.Equal(p[:n], want) {
+		t.Errorf("%d bytes were read, and %v, want %d", n, err, len(want))
+	}
+	hear(t, c, "x")
+}
+
 // FuzzRecords reads what a peer may send that knows the keys: pieces of the
 // input are types and contents, or bytes as they are.
 func FuzzRecords(f *testing.F) {
