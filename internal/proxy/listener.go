@@ -78,7 +78,6 @@ type conn struct {
 	call    *authz.Call   // what the inbound call in flight was judged by
 	carried bool          // it has had such a call
 	through *http1.Tunnel
-	parting bool   // its ends are being told farewell, and it is severed after
 	shared  shared // what serves it when streams carry its calls
 }
 
@@ -142,11 +141,11 @@ func (c *conn) sever() {
 	c.Close()
 }
 
-// hangUp is sever when the client has broken off what is under way. One that has
-// been told farewell has broken off nothing, and the other end is still being told.
+// hangUp is sever when the client has broken off what is under way. One whose tunnel
+// was parted has broken off nothing, and the other end is still being told farewell.
 func (c *conn) hangUp() {
 	c.mu.Lock()
-	parting := c.parting
+	parting := c.cut && c.through != nil
 	c.left = c.left || !parting
 	c.mu.Unlock()
 	if !parting {
@@ -177,7 +176,6 @@ func (c *conn) part(code uint16) {
 	c.mu.Lock()
 	c.cut = true
 	t := c.through
-	c.parting = t != nil
 	c.mu.Unlock()
 	if t != nil {
 		t.Part(code, partTime)
