@@ -435,7 +435,7 @@ func TestDisturbancesAreOfTheirShareAndCallers(t *testing.T) {
 			t.Fatal("a disturbance of what it does not match")
 		}
 	}
-	if faults < 900 || faults > 1100 || copies < 4750 || copies > 5250 {
+	if faults < 800 || faults > 1200 || copies < 4600 || copies > 5400 { // six standard deviations
 		t.Errorf("%d faults, want about 1000; %d copies, want about 5000", faults, copies)
 	}
 }
