@@ -109,7 +109,7 @@ func TestRejudge(t *testing.T) {
 	})
 
 	// A token that ends soon: what it carries at the end of the test.
-	end := time.Now().Truncate(time.Second).Add(3 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(5 * time.Second)
 	short := bearer(end, "bob")
 	shortWS, shortStream := batch.hold(bill.in, "/v1/live/ws", upgrade+short), batch.hold(bill.in, "/v1/live/stream", short)
 	shortWSEnd, shortStreamEnd := ends(shortWS.br), ends(shortStream.br)

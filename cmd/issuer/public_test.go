@@ -28,6 +28,7 @@ import (
 	"sallyport/internal/audit"
 	"sallyport/internal/ca"
 	"sallyport/internal/federation"
+	"sallyport/internal/meshtest"
 	"sallyport/internal/svid"
 )
 
@@ -220,10 +221,7 @@ func TestPublicConfig(t *testing.T) {
 
 func TestOneListenerForBoth(t *testing.T) {
 	in, _ := publicIssuer(t, "corp.example", "https://oidc.corp.example")
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ln := meshtest.Listen(t, "")
 	addr := ln.Addr().String()
 	ln.Close()
 	in.cfg.OIDC.Listen, in.cfg.BundleEndpoint.Listen = addr, addr

@@ -51,8 +51,8 @@ func (d *demo) testFault(ctx context.Context, v *verdicts, span time.Duration) {
 	v.say("a fault reaches every proxy", took.Round(time.Millisecond).String(), err)
 
 	was, ok := d.touched(), d.well()
-	if !d.rec.awaitThat(stepWithin, func() bool { return d.touched()-was >= 20 && d.well()-ok >= 20 }) && err == nil {
-		err = errors.New("there were not twenty of both within its time")
+	if !d.rec.awaitThat(stepWithin, func() bool { return d.touched()-was >= 5 && d.well()-ok >= 5 }) && err == nil {
+		err = errors.New("there were not five of both within its time")
 	}
 	v.Figures["calls_touched"], v.Figures["calls_untouched"] = float64(d.touched()-was), float64(d.well()-ok)
 	v.say("half of payment's calls are answered by it", fmt.Sprintf("%d, and %d are not", d.touched()-was, d.well()-ok), err)

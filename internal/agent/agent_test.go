@@ -101,13 +101,12 @@ func TestLostReply(t *testing.T) {
 
 func TestJoinWaitsForTheIssuer(t *testing.T) {
 	is := newIssuer(t)
-	addr := is.addr
 	is.stop()
 	p := is.newProxy(t.TempDir(), is.token("node-b"))
 	done := make(chan error, 1)
 	go func() { done <- p.Join(t.Context()) }()
 	await(t, func() bool { return strings.Contains(p.log.String(), "trying again") })
-	is.start(addr)
+	is.start()
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
@@ -362,12 +361,11 @@ func TestACallThatFailsMeanwhileAsksForNothing(t *testing.T) {
 
 func TestEdgesThatCouldNotBeToldAreKept(t *testing.T) {
 	is := newIssuer(t)
-	addr := is.addr
 	p := is.newProxy(t.TempDir(), is.token("node-b"), func(c *Config) { c.reportEvery = 5 * time.Millisecond }).join()
 	is.stop()
 	p.edges.Add(second.String(), billing.String(), "http", telemetry.Allowed, true, time.Now(), 5)
 	p.tellEdges(t.Context())
-	is.start(addr)
+	is.start()
 	await(t, func() bool { return len(is.edges()) == 1 })
 	if e := is.edges()[0]; e.Allowed != 1 {
 		t.Errorf("told %d calls, want 1", e.Allowed)

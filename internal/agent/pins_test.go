@@ -391,7 +391,7 @@ func signedIssuer(t *testing.T) *issuer {
 		t.Fatal(err)
 	}
 	is.setFile = is.registry.PolicySetFile
-	is.start(is.addr)
+	is.start()
 	return is
 }
 
@@ -448,7 +448,7 @@ func TestAPinnedProxyLooksItself(t *testing.T) {
 		lie.Rules = append(slices.Clone(lie.Rules), row)
 		return &lie
 	}
-	is.start(is.addr)
+	is.start()
 	fleet(0, func(p mesh.Proxy) bool {
 		return p.State == mesh.Rejected && strings.Contains(p.Reason, `row "zz" is not in it`)
 	})

@@ -10,7 +10,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -162,7 +161,7 @@ func newIssuer(t *testing.T) *issuer {
 		t.Fatal(err)
 	}
 	is.apply(entriesYAML, "")
-	is.start("127.0.0.1:0")
+	is.start()
 	t.Cleanup(func() { is.stop() })
 	return is
 }
@@ -176,8 +175,9 @@ func (is *issuer) apply(entries, access string) {
 	}
 }
 
-// start serves; an issuer that is started again knows what it knew.
-func (is *issuer) start(addr string) {
+// start serves; an issuer that is started again does so where it did, and knows what
+// it knew.
+func (is *issuer) start() {
 	is.t.Helper()
 	srv, err := control.NewServer(control.ServerConfig{
 		TrustDomain: meshtest.TD, Registry: told{is.registry, is}, SetFile: is.setFile, Authority: is.ca, Audit: is.sink,
@@ -196,10 +196,7 @@ func (is *issuer) start(addr string) {
 	if err != nil {
 		is.t.Fatal(err)
 	}
-	ln, err := net.Listen("tcp", addr)
-	if err != nil {
-		is.t.Fatal(err)
-	}
+	ln := meshtest.Listen(is.t, is.addr)
 	is.addr = ln.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

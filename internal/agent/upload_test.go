@@ -55,10 +55,9 @@ func TestAuditSurvivesTheIssuer(t *testing.T) {
 	p := is.newProxy(dir, is.token("node-b")).join()
 	record(t, log, 3)
 	await(t, func() bool { return is.sink.complete(3) })
-	addr := is.addr
 	is.stop()
 	record(t, log, 3)
-	is.start(addr)
+	is.start()
 	await(t, func() bool { return is.sink.complete(6) })
 	p.stop()
 }

@@ -83,7 +83,7 @@ func TestAChallengeIsNotWaitedForLong(t *testing.T) {
 	r := newRig(t, newCA(t, td))
 	r.stop()
 	r.tune = func(s *Server) { s.hello = 200 * time.Millisecond }
-	r.start(r.addr, func(c *ServerConfig) { c.Verifiers["riddle"] = riddle{} })
+	r.start(func(c *ServerConfig) { c.Verifiers["riddle"] = riddle{} })
 	c := r.client(&holder{})
 	csr, err := request(newKey(t))
 	if err != nil {

@@ -101,7 +101,7 @@ func TestAuthoritiesThatMayNotBeMoved(t *testing.T) {
 		t.Errorf("a workload moved the root, or the audit does not say who tried: %+v", last)
 	}
 	r.stop()
-	r.start(r.addr, func(c *ServerConfig) { c.Keeper, c.Admins, c.Roots = r.reg, frozen{}, k })
+	r.start(func(c *ServerConfig) { c.Keeper, c.Admins, c.Roots = r.reg, frozen{}, k })
 	_, err = localauthorityv1.NewLocalAuthorityClient(r.as(boss)).PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{})
 	code(codes.PermissionDenied, "", err)
 	if len(k.moves) != moves {

@@ -147,7 +147,7 @@ func manageRig(t testing.TB, change ...func(*ServerConfig)) *rig {
 			mesh.Entry{ID: "e-down", SPIFFEID: down, ParentID: agentID("node-o"), Selectors: sel, Downstream: true, Hint: "below"})
 	})
 	r.stop()
-	r.start(r.addr, append([]func(*ServerConfig){func(c *ServerConfig) { c.Keeper = r.reg }}, change...)...)
+	r.start(append([]func(*ServerConfig){func(c *ServerConfig) { c.Keeper = r.reg }}, change...)...)
 	return r
 }
 

@@ -235,7 +235,7 @@ func TestPushIsWhole(t *testing.T) {
 		t.Errorf("broken off: %v", err)
 	}
 	r.stop() // waits for the handler
-	r.start(r.addr)
+	r.start()
 	if len(k.pushes) > 0 {
 		t.Error("half a set is pushed")
 	}

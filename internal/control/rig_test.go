@@ -26,6 +26,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"sallyport/internal/mesh"
+	"sallyport/internal/meshtest"
 )
 
 var (
@@ -395,7 +396,7 @@ func (r *rig) retune(f func(*Server)) {
 	r.t.Helper()
 	r.stop()
 	r.tune = f
-	r.start(r.addr)
+	r.start()
 }
 
 func newRig(t testing.TB, a *ca, change ...func(*ServerConfig)) *rig {
@@ -407,7 +408,7 @@ func newRig(t testing.TB, a *ca, change ...func(*ServerConfig)) *rig {
 		{ID: "e-gw", SPIFFEID: egress, ParentID: agentID("node-g"), Selectors: []mesh.Selector{{Type: "self", Value: "true"}}},
 	}
 	r.reg.snap = snapshot(t, 10, 3, "GET")
-	r.start("127.0.0.1:0", change...)
+	r.start(change...)
 	t.Cleanup(func() { r.stop() })
 	return r
 }
@@ -420,8 +421,9 @@ func agentID(name string) spiffeid.ID {
 	return id
 }
 
-// start serves on addr; an issuer that is started again knows what it knew.
-func (r *rig) start(addr string, change ...func(*ServerConfig)) {
+// start serves; an issuer that is started again does so where it did, and knows what
+// it knew.
+func (r *rig) start(change ...func(*ServerConfig)) {
 	r.t.Helper()
 	cfg := ServerConfig{
 		TrustDomain: td, Registry: r.reg, Authority: r.ca, Audit: r.sink, Why: why,
@@ -440,10 +442,7 @@ func (r *rig) start(addr string, change ...func(*ServerConfig)) {
 	if r.tune != nil {
 		r.tune(r.srv)
 	}
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		r.t.Fatal(err)
-	}
+	l := meshtest.Listen(r.t, r.addr)
 	r.addr = l.Addr().String()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

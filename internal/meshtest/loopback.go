@@ -5,9 +5,11 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -37,6 +39,31 @@ func Loopback(t testing.TB, dir string) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// ports are tried once each, below the range from which the kernel takes those that
+// are not asked for by number (ip-sysctl: ip_local_port_range).
+var ports atomic.Uint32
+
+// Listen listens at an address of loopback, or at a new one if addr is empty. Nothing
+// else takes that by chance: it may be closed and listened at again.
+func Listen(t testing.TB, addr string) net.Listener {
+	t.Helper()
+	for range 1000 {
+		at := addr
+		if at == "" {
+			at = fmt.Sprintf("127.0.0.1:%d", 20000+(uint32(os.Getpid())*61+ports.Add(1))%12000)
+		}
+		ln, err := net.Listen("tcp", at)
+		if err == nil {
+			return ln
+		}
+		if addr != "" {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("no port is free from 20000 to 32000")
+	return nil
 }
 
 // TCP makes two ends of a connection over loopback.

@@ -199,12 +199,7 @@ func TestGateways(t *testing.T) {
 		}
 	})
 	s.zone.Load().real = []string{"real.example.com"}
-	down, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	down.Close()
-	g := &Gateways{Addresses: []netip.AddrPort{netip.MustParseAddrPort(down.Addr().String()), netip.MustParseAddrPort(s.dot)}, TLS: func() *tls.Config { return s.as(payment, DoT) }}
+	g := &Gateways{Addresses: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort(s.dot)}, TLS: func() *tls.Config { return s.as(payment, DoT) }}
 	addrs, ttl, err := g.Lookup(t.Context(), payment, "real.example.com")
 	if err != nil || len(addrs) != 2 || ttl != 30*time.Second {
 		t.Fatalf("%v for %s, %v", addrs, ttl, err)

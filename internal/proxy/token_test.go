@@ -119,7 +119,7 @@ func (r *tokenRig) upgradedBy(path, field string) *wire {
 // An upgraded connection does not outlive the token that let it in.
 func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
 	r := newTokenRigBefore(t, echoApp(t))
-	end := time.Now().Truncate(time.Second).Add(3 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
 	short := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end))
 	long := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end.Add(time.Hour)))
 	none := r.dialIn(r.web)
@@ -143,7 +143,7 @@ func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
 func TestACallInFlightEndsAGraceAfterItsToken(t *testing.T) {
 	const grace = 2 * time.Second
 	r := newTokenRigBefore(t, echoApp(t), func(r *rig) { r.tokenGrace = grace })
-	end := time.Now().Truncate(time.Second).Add(2 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
 	stream := func(token string) *wire {
 		w := r.dialIn(r.web)
 		w.streams("GET /pay?slow HTTP/1.1\r\nHost: billing.mesh.internal\r\nAuthorization: Bearer " + token + "\r\n\r\n")

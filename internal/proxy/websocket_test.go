@@ -126,7 +126,7 @@ func TestAWebSocketIsToldOfTheEnd(t *testing.T) {
 func TestAWebSocketIsToldThatItsTokenHasEnded(t *testing.T) {
 	addr, ended := wsApp(t)
 	r := newTokenRigBefore(t, addr)
-	end := time.Now().Truncate(time.Second).Add(2 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	c, _, err := websocket.Dial(ctx, "ws://billing.mesh.internal/pay", &websocket.DialOptions{

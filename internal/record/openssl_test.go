@@ -117,10 +117,7 @@ func TestOpenSSLServer(t *testing.T) {
 	cert, key := identity(t)
 	for id, name := range opensslSuites {
 		t.Run(name, func(t *testing.T) {
-			ln, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
+			ln := meshtest.Listen(t, "")
 			addr := ln.Addr().String()
 			ln.Close()
 			in, out := openssl(t, "s_server", "-accept", addr, "-cert", cert, "-key", key, "-Verify", "1", "-ciphersuites", name, "-tls1_3")

@@ -5,7 +5,6 @@ import (
 	"context"
 	"encoding/pem"
 	"errors"
-	"net"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -22,6 +21,8 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/durationpb"
+
+	"sallyport/internal/meshtest"
 )
 
 // A logsService is a collector's side of OTLP over gRPC.
@@ -40,10 +41,7 @@ type logsService struct {
 
 func (l *logsService) start() {
 	l.t.Helper()
-	ln, err := net.Listen("tcp", l.addr)
-	if err != nil {
-		l.t.Fatal(err)
-	}
+	ln := meshtest.Listen(l.t, l.addr)
 	l.addr = ln.Addr().String()
 	l.srv = grpc.NewServer(l.opts...)
 	l.srv.RegisterService(&grpc.ServiceDesc{
@@ -87,7 +85,7 @@ func TestOTLPOverGRPC(t *testing.T) {
 	); err != nil {
 		t.Fatal(err)
 	}
-	l := &logsService{t: t, addr: "127.0.0.1:0", opts: []grpc.ServerOption{grpc.Creds(credentials.NewServerTLSFromCert(&web.TLS.Certificates[0]))}}
+	l := &logsService{t: t, opts: []grpc.ServerOption{grpc.Creds(credentials.NewServerTLSFromCert(&web.TLS.Certificates[0]))}}
 	l.start()
 	log, path := openLog(t)
 	s := open(t, Config{Name: "o", Batch: BatchConfig{Records: 10, Wait: 10 * time.Millisecond}, OTLP: &OTLPConfig{
@@ -136,7 +134,7 @@ func TestOTLPOverGRPCRefusals(t *testing.T) {
 		{"batches too large for it", []grpc.ServerOption{grpc.MaxRecvMsgSize(4 << 10)}, nil, nil, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			l := &logsService{t: t, addr: "127.0.0.1:0", opts: tt.opts, answer: tt.answer}
+			l := &logsService{t: t, opts: tt.opts, answer: tt.answer}
 			l.start()
 			defer l.srv.Stop()
 			log, path := openLog(t)
