@@ -61,7 +61,7 @@ func TestDrainStepByStep(t *testing.T) {
 	restart := func(drain string) {
 		s.procs["payment"].stop()
 		conf := s.proxyConfig("payment", "")
-		s.write("payment", strings.Replace(conf, "drain: {timeout: 25s, outbound: 1s}", "drain: "+drain, 1)+fmt.Sprintf("outbound:\n  listen: %s\n  upstreams:\n    - {service: inventory, listen: %q}\n", s.out, s.stream))
+		s.write("payment", strings.Replace(conf, "drain: {timeout: 25s, outbound: 3s}", "drain: "+drain, 1)+fmt.Sprintf("outbound:\n  listen: %s\n  upstreams:\n    - {service: inventory, listen: %q}\n", s.out, s.stream))
 		s.begin("payment")
 		s.awaitReady(s.procs["payment"])
 		s.await("the way to inventory", func() bool { return s.useStream(0) == nil })

@@ -134,7 +134,7 @@ func kind(agent string) string {
 
 // proxyConfig is that of the world, with time for what a busy machine does.
 func (s *stage) proxyConfig(name, token string) string {
-	return strings.Replace(s.world.proxyConfig(name, token), "drain: {timeout: 2s}", "drain: {timeout: 25s, outbound: 1s}", 1)
+	return strings.Replace(s.world.proxyConfig(name, token), "drain: {timeout: 2s}", "drain: {timeout: 25s, outbound: 3s}", 1)
 }
 
 // begin starts a proxy.
@@ -323,7 +323,7 @@ func TestHotRestart(t *testing.T) {
 
 // reaches says whether all three ways are open.
 func (s *stage) reaches() bool {
-	c := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: s.out}), DisableKeepAlives: true}, Timeout: 5 * time.Second}
+	c := &http.Client{Transport: &http.Transport{Proxy: http.ProxyURL(&url.URL{Scheme: "http", Host: s.out}), DisableKeepAlives: true}, Timeout: within}
 	if answered(c.Get("http://billing.mesh.internal/v1/charges")) != nil {
 		return false
 	}
@@ -336,7 +336,7 @@ func (s *stage) reaches() bool {
 		return false
 	}
 	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+	_ = conn.SetDeadline(time.Now().Add(within))
 	fmt.Fprint(conn, "CONNECT api.stripe.test:443 HTTP/1.1\r\nHost: api.stripe.test:443\r\n\r\n")
 	line, err := bufio.NewReader(conn).ReadString('\n')
 	return err == nil && strings.Contains(line, " 200 ")

@@ -260,7 +260,7 @@ func TestRotationOfSeveralIssuers(t *testing.T) {
 	before := second.roots()
 	acts := rotationActs(t, first, second, leader)
 	round := 0
-	for deadline := time.Now().Add(4 * time.Minute); round < troupeRound || len(acts) > 0 || tr.made.Load() < leastMade; {
+	for deadline := time.Now().Add(8 * time.Minute); round < troupeRound || len(acts) > 0 || tr.made.Load() < leastMade; {
 		if time.Now().After(deadline) {
 			t.Fatalf("after %d rounds and %d requests %d acts are left: %+v", round, tr.made.Load(), len(acts), second.roots())
 		}

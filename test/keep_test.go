@@ -69,8 +69,7 @@ func TestAuditKeep(t *testing.T) {
 	peer.start()
 	for kills, from := 0, uint64(1); kills < 3; kills++ {
 		w.awaitReach(payment, charges)
-		load(time.Second)
-		w.await("see records removed", func() bool { return first() > from })
+		w.await("see records removed", func() bool { load(100 * time.Millisecond); return first() > from })
 		from = first()
 		billing.kill() // perhaps within a removal
 		if r := w.sallyport("audit", "verify", log); r.Code != 0 && r.Code != 3 {

@@ -146,7 +146,7 @@ func (w *world) routes(text string) {
 
 const patient = `routes:
   - name: all
-    timeouts: {request: 3s, backend_request: 1s, connect: 500ms}
+    timeouts: {request: 7s, backend_request: 2s, connect: 2s}
 `
 
 // TestResilience shows what a caller sees of a backend that is bad in each way
@@ -247,11 +247,11 @@ func (w *world) opensAndCloses(t *testing.T, back *backend, payment *hand) {
 		w.routes(patient + "    retry: {attempts: 0}\nbreaker: {consecutive: 3, open: 1s, max_open: 1s}\n")
 		back.with(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) }, func() {
 			w.await("open the breaker", func() bool { return back.tried(payment, "GET", "/").refused == "circuit_open" })
-			was := back.seen.Load()
+			was, begun := back.seen.Load(), time.Now()
 			for range 5 {
 				back.tried(payment, "POST", "/")
 			}
-			if n := back.seen.Load() - was; n > 2 {
+			if n := back.seen.Load() - was; n > 2+int64(time.Since(begun).Seconds()) { // one a second is a probe
 				t.Errorf("an open breaker let %d calls pass", n)
 			}
 			if r := w.onAdmin("payment", "/troubles"); !strings.Contains(r, `"kind":"open"`) || !strings.Contains(r, "consecutive failures") {
@@ -300,7 +300,7 @@ func (w *world) faultsAreMade(t *testing.T, back *backend, payment *hand) {
 // callsAreLimited has a limit that is shared.
 func (w *world) callsAreLimited(t *testing.T, back *backend, payment *hand) {
 	t.Run("calls beyond a shared limit are refused", func(t *testing.T) {
-		w.routes(patient + "    limit: {rate: 4, shared: true}\n")
+		w.routes(patient + "    limit: {rate: 1, shared: true}\n")
 		w.await("refuse a call", func() bool { return back.tried(payment, "GET", "/status/200").status == "429" })
 		w.awaitAudit("payment", "the refusal", func(l auditLine) bool { return l.Reason == "limit" })
 		w.routes(patient)

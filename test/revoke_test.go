@@ -21,7 +21,7 @@ import (
 
 // closeWithin bounds how long a connection of a revoked identity may stay open
 // here, where the machine may be busy. What it takes is logged.
-const closeWithin = 5 * time.Second
+const closeWithin = 20 * time.Second
 
 // A thief has an SVID with its key and no proxy.
 type thief struct {

@@ -190,7 +190,7 @@ func (v *versions) changeUnderLoad(t *testing.T) {
 	noneFailed(t, []*traffic{load})
 	slices.Sort(took)
 	t.Logf("a change of weights was in force after %v", took)
-	if took[len(took)/2] > time.Second {
+	if took[len(took)/2] > within/2 {
 		t.Errorf("half of the changes took more than %v", took[len(took)/2])
 	}
 }

@@ -129,7 +129,7 @@ func newShadowed(t *testing.T) *shadowed {
 	w.next = w.startBills(&node{name: "next"}, &w.copied, "shadow: {only: true}\n"+tracing)
 	pay := &node{name: "payment"}
 	w.join(pay)
-	w.write("payment", w.sidecarConfig(pay, w.token("payment"))+tracing+fmt.Sprintf(`shadow: {timeout: 1s, concurrency: 4, queue: 8}
+	w.write("payment", w.sidecarConfig(pay, w.token("payment"))+tracing+fmt.Sprintf(`shadow: {timeout: 3s, concurrency: 4, queue: 8}
 archives:
   bills: {recipients: [%s], rotate_after: 1s, redact: {json: [card.number]}, upload: {folder: %s}}
 `, key.Recipient(), w.path("elsewhere")))

@@ -244,7 +244,7 @@ func (p *kafkaPeer) lines() (out []string) {
 	defer c.Close()
 	// All is read when nothing comes for a while.
 	for {
-		ctx, cancel := context.WithTimeout(p.t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(p.t.Context(), 3*time.Second)
 		fs := c.PollFetches(ctx)
 		cancel()
 		if fs.NumRecords() == 0 {

@@ -37,7 +37,7 @@ func TestSkew(t *testing.T) {
 }
 
 func getOn(t *testing.T, older []string) {
-	w := newWorld(t, 5*time.Second)
+	w := newWorld(t, 10*time.Second)
 	w.older = older
 	site := w.startOutside("api.stripe.test")
 	w.routeOut(site)

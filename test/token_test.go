@@ -204,7 +204,7 @@ func TestCredentials(t *testing.T) {
 	})
 	t.Run("an upgraded connection ends with its token", func(t *testing.T) {
 		const leeway = 30 * time.Second
-		end := time.Now().Truncate(time.Second).Add(5 * time.Second)
+		end := time.Now().Truncate(time.Second).Add(10 * time.Second)
 		tok := l.tokenUntil(end.Add(-leeway), "dave", `,"scope":"refund"`)
 		r := ask[runReply](payment, "/run", curl(append(bearer(tok), "-H", "Connection: Upgrade", "-H", "Upgrade: websocket", base+"live")...))
 		late := time.Since(end)

@@ -266,7 +266,7 @@ func TestOneTraceShowsEveryHop(t *testing.T) {
 	w.tapped(t, hands["web"])
 	q := new(dns.Msg)
 	q.SetQuestion("payment.mesh.internal.", dns.TypeA)
-	if m, _, err := new(dns.Client).Exchange(q, names); err != nil || len(m.Answer) != 1 {
+	if m, _, err := (&dns.Client{Timeout: within}).Exchange(q, names); err != nil || len(m.Answer) != 1 {
 		t.Fatalf("%v %v", m, err)
 	}
 	w.await("collect the question", func() bool { return slices.Contains(c.questions("ns/shop/sa/web"), "mesh payment.mesh.internal") })

@@ -431,7 +431,7 @@ func id(path string) string { return "spiffe://" + trustDomain + path }
 
 func TestWorkloadAPI(t *testing.T) {
 	t.Parallel()
-	w := newWorld(t, 5*time.Second)
+	w := newWorld(t, 10*time.Second)
 	w.startIssuer()
 	w.write("payment", w.proxyConfig("payment", w.token("payment")))
 	w.write("billing", w.proxyConfig("billing", w.token("billing")))
@@ -442,8 +442,8 @@ func TestWorkloadAPI(t *testing.T) {
 		if want := id("/ns/shop/sa/payment"); got.ID != want {
 			t.Errorf("SVID is for %s, want %s", got.ID, want)
 		}
-		if left := time.Until(got.Expires); left <= 0 || left > 6*time.Second {
-			t.Errorf("SVID ends in %s, want at most 5 s", left)
+		if left := time.Until(got.Expires); left <= 0 || left > 11*time.Second {
+			t.Errorf("SVID ends in %s, want at most 10 s", left)
 		}
 		if got.BundleSize != 1 {
 			t.Errorf("the bundle has %d roots, want 1", got.BundleSize)
