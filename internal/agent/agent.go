@@ -191,6 +191,8 @@ type Agent struct {
 	// noticing orders the two.
 	noticing sync.Mutex
 
+	cursorWait time.Duration // a field for tests
+
 	mu    sync.Mutex    // guards fresh
 	fresh chan struct{} // closed and replaced at each new snapshot
 }
@@ -227,7 +229,7 @@ func Open(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, node: svid.NewSource(), held: svid.NewSource(),
-		must: make(chan struct{}, 1), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1),
+		must: make(chan struct{}, 1), fresh: make(chan struct{}), renewNow: make(chan struct{}, 1), cursorWait: cursorWait,
 	}
 	if a.roots, err = control.ParseBundle(pem); err != nil {
 		return nil, daemon.Hint(fmt.Errorf("issuer.bundle %s: %w", cfg.Join.Bundle, err), "copy bundle.pem from the issuer's data_dir")

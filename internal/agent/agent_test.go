@@ -35,6 +35,7 @@ func TestJoinGivesIdentityAndPolicy(t *testing.T) {
 		t.Errorf("JWT: %q, %v", tok, err)
 	}
 	for _, f := range []string{nodeFile, heldFile, snapshotFile, entriesFile} {
+		await(t, func() bool { _, err := os.Stat(p.file(f)); return err == nil }) // what is served may be kept a moment later
 		info, err := os.Stat(p.file(f))
 		if err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v, %v", f, info, err)

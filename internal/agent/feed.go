@@ -333,7 +333,7 @@ func (a *Agent) cursor(ctx context.Context) uint64 {
 	}
 	src := lines{a: a}
 	defer src.close()
-	ctx, cancel := context.WithTimeout(ctx, cursorWait)
+	ctx, cancel := context.WithTimeout(ctx, a.cursorWait)
 	defer cancel()
 	if err := src.seek(n - 1); err == nil {
 		if _, seq, err := src.tail.Next(ctx); err == nil && seq == n {

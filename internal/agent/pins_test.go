@@ -497,6 +497,7 @@ func TestAPolicyThatIsNotRecordedIsNotTaken(t *testing.T) {
 	first := is.push(setOf(t, 1, "", otherRow, 1, 2))
 	dir, j := t.TempDir(), new(journal)
 	p := is.newProxy(dir, is.token("node-b"), pinning(j)).join()
+	p.settle(is) // else set 2 may come once more
 	refused := func(why string) {
 		t.Helper()
 		await(t, func() bool {

@@ -25,7 +25,7 @@ func TestRevocationsArriveAndOutliveTheIssuer(t *testing.T) {
 	if err := is.registry.RecordIssued(t.Context(), []mesh.Issued{peer}); err != nil {
 		t.Fatal(err)
 	}
-	p.serves()
+	p.settle(is)
 	before := p.rejudged.Load()
 	res, err := is.registry.Revoke(t.Context(), mesh.RevokeOrder{Serial: "abcdef"})
 	if err != nil {

@@ -318,6 +318,16 @@ func (p *proxy) serves() spiffeid.ID {
 	return id
 }
 
+// settle waits until the proxy has heard what came of its own endpoint: no snapshot
+// comes by itself after it.
+func (p *proxy) settle(is *issuer) {
+	p.t.Helper()
+	await(p.t, func() bool {
+		s := is.registry.Current()
+		return len(s.EndpointsOf("billing")) == 1 && p.Snapshot().Revision == s.Revision
+	})
+}
+
 // await asks again, when something may have changed, until it is so.
 func await(t *testing.T, ok func() bool) {
 	t.Helper()

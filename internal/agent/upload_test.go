@@ -40,10 +40,12 @@ func TestAuditIsUploadedWithoutAGap(t *testing.T) {
 	p.stop()
 	record(t, log, 10)
 	n := len(is.sink.all())
-	is.newProxy(dir, "").join()
+	p = is.newProxy(dir, "")
+	p.cursorWait = time.Minute // a slow machine is no other log
+	p.join()
 	await(t, func() bool { return is.sink.complete(710) })
 	// The end may have come before the acknowledgement of the last batch.
-	if again := len(is.sink.all()) - n; again > 10+700%uploadBatch {
+	if again := len(is.sink.all()) - n; again > 10+uploadBatch {
 		t.Errorf("%d lines were sent after an orderly restart, want 10, and the last batch at most", again)
 	}
 }
@@ -107,6 +109,9 @@ func TestCursorIsNotWrittenForEachBatch(t *testing.T) {
 	for i := range 100 {
 		if err := l.Acked(uint64(i + 1)); err != nil {
 			t.Fatal(err)
+		}
+		if i == 0 { // ackEvery is over for no slow disk
+			l.when = l.when.Add(time.Hour)
 		}
 	}
 	if b, err := os.ReadFile(p.file(cursorFile)); err != nil || string(b) != "1" {

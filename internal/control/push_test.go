@@ -227,8 +227,11 @@ func TestPushIsWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := st.Send(&meshpb.PushPolicyRequest{Set: []byte("half")}); err != nil {
-		t.Fatal(err)
+	// Each is more than may wait unread: when the third has gone, one was read.
+	for range 3 {
+		if err := st.Send(&meshpb.PushPolicyRequest{Set: make([]byte, 3*streamWindow)}); err != nil {
+			t.Fatal(err)
+		}
 	}
 	cancel()
 	if err := st.RecvMsg(&meshpb.PushPolicyResponse{}); status.Code(err) != codes.Canceled { // to close it would be to end it whole

@@ -492,8 +492,8 @@ func TestStreamsOfAnAgentAreBounded(t *testing.T) {
 
 func TestASilentStreamIsEnded(t *testing.T) {
 	r := newRig(t, newCA(t, td))
-	r.retune(func(s *Server) { s.hello = 200 * time.Millisecond })
-	c, _ := r.joined("node-a")
+	c, h := r.joined("node-a")
+	r.retune(func(s *Server) { s.hello = 2 * time.Second })
 	l, err := c.acquire()
 	if err != nil {
 		t.Fatal(err)
@@ -514,7 +514,8 @@ func TestASilentStreamIsEnded(t *testing.T) {
 		t.Errorf("subscription without a hello: %v, want DeadlineExceeded", err)
 	}
 	// An answer in the place of the hello is none.
-	if sub, err = meshpb.NewMeshClient(l.cc).Subscribe(t.Context()); err != nil {
+	r.retune(func(s *Server) { s.hello = time.Minute })
+	if sub, err = meshpb.NewMeshClient(r.raw(h.cert)).Subscribe(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	sub.Send(&meshpb.SubscribeRequest{Message: &meshpb.SubscribeRequest_Ack{Ack: &meshpb.Ack{}}})

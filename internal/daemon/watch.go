@@ -182,17 +182,20 @@ func sumDir(h hash.Hash, dir string) {
 }
 
 func sumFile(h hash.Hash, path string, info fs.FileInfo) {
-	fmt.Fprintf(h, "file %q %d\n", path, info.Size())
 	if !info.Mode().IsRegular() || info.Size() > hashUpTo {
-		fmt.Fprintf(h, "%v %v\n", info.Mode(), info.ModTime())
+		fmt.Fprintf(h, "file %q %d\n%v %v\n", path, info.Size(), info.Mode(), info.ModTime())
 		return
 	}
 	f, err := os.Open(path)
 	if err != nil {
-		fmt.Fprintf(h, "error %v\n", err)
+		fmt.Fprintf(h, "file %q %d\nerror %v\n", path, info.Size(), err)
 		return
 	}
 	defer f.Close()
+	if now, err := f.Stat(); err == nil { // another may have come in the place of what was looked at
+		info = now
+	}
+	fmt.Fprintf(h, "file %q %d\n", path, info.Size())
 	if _, err := io.Copy(h, io.LimitReader(f, hashUpTo)); err != nil {
 		fmt.Fprintf(h, "error %v\n", err)
 	}

@@ -30,7 +30,7 @@ func TestWatchdog(t *testing.T) {
 	}
 	defer manager.Close()
 	t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "n"))
-	t.Setenv("WATCHDOG_USEC", "2000")
+	t.Setenv("WATCHDOG_USEC", "200000")
 	t.Setenv("WATCHDOG_PID", "")
 	admin, err := net.Listen("unix", filepath.Join(dir, "a"))
 	if err != nil {

@@ -337,10 +337,13 @@ func wear(g *Gateway) {
 // TestHandshakesOfAWornSourceWait has an address from which much came to nothing: its
 // next handshakes wait, and are made.
 func TestHandshakesOfAWornSourceWait(t *testing.T) {
-	w := newWorld(t, nil)
 	const wait = costHandshake * time.Second / brokenRate
+	const burst = 100 * brokenBurst // of which a slow machine gives back little
 	source := mux.SourceOf(&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
-	w.gw.vain.Spend(source, brokenBurst/2+costHandshake) // some are given back meanwhile
+	w := newWorldOf(t, nil, func(g *Gateway) {
+		g.vain = mux.NewCalm[mux.Source](burst, brokenRate)
+		g.vain.Spend(source, burst*9/10)
+	})
 	for range 3 {
 		began := time.Now()
 		tun, ref := dial1(w, billing, "db.test:5432")
@@ -351,6 +354,5 @@ func TestHandshakesOfAWornSourceWait(t *testing.T) {
 			t.Errorf("it waited %v, want %v at least", took, wait)
 		}
 		echoes(t, tun)
-		w.gw.vain.Spend(source, brokenBurst/2)
 	}
 }

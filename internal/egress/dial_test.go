@@ -87,7 +87,7 @@ func TestInTurn(t *testing.T) {
 func TestRulesOfTimeEndTunnels(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, func(c *Config) { c.Limits.Rejudge = 10 * time.Millisecond })
-	until := time.Now().Add(2500 * time.Millisecond).UTC().Format(time.RFC3339)
+	until := time.Now().Add(8 * time.Second).UTC().Format(time.RFC3339)
 	w.use(w.policy("p, brief, out, spiffe://demo.sallyport/ns/shop/sa/billing, host:db.test, *, CONNECT, -, until="+until+", allow\n", ""))
 	tun, ref := dial1(w, billing, "db.test:5432")
 	if ref != nil {

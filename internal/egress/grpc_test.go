@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -23,6 +24,7 @@ import (
 
 	"sallyport/internal/audit"
 	own "sallyport/internal/http2"
+	"sallyport/internal/mux"
 )
 
 // rpcs lets billing call two methods of a service outside.
@@ -392,7 +394,9 @@ func TestDrainEndsHTTP2InTunnels(t *testing.T) {
 // held against who makes them.
 func TestCallsThatAreBrokenOff(t *testing.T) {
 	s := startSite(t, "shop.test")
-	w := newWorld(t, nil)
+	w := newWorldOf(t, nil, func(g *Gateway) {
+		g.calmOf = mux.NewCalm[spiffeid.ID](brokenBurst, 0) // a slow flood is one, too
+	})
 	w.use(w.policy(asking, s.originated("shop.test")))
 	got := callRaw(t, w, w.streamsOn(billing), func(r *rawSite) {
 		go func() { // who speaks must not wait for who listens

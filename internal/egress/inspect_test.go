@@ -188,9 +188,7 @@ func TestSlowHellosToTheInspector(t *testing.T) {
 	if ref != nil {
 		t.Fatalf("%+v", ref)
 	}
-	if _, err := tun.Write([]byte{22, 3, 1}); err != nil {
-		t.Fatal(err)
-	}
+	_, _ = tun.Write([]byte{22, 3, 1}) // its time may be over already
 	w.until("the end", func(r audit.Record) bool { return r.Reason == string(ReasonHelloTime) })
 	if _, err := tun.Read(make([]byte, 1)); err == nil || errors.Is(err, net.ErrClosed) {
 		t.Errorf("the tunnel ended with %v", err)
@@ -199,7 +197,7 @@ func TestSlowHellosToTheInspector(t *testing.T) {
 
 // TestHandshakesThatComeToNothing are recorded for what they are.
 func TestHandshakesThatComeToNothing(t *testing.T) {
-	w, _, roots := inspectWorld(t, Limits{HelloTimeout: 300 * time.Millisecond})
+	w, _, roots := inspectWorld(t, Limits{HelloTimeout: 3 * time.Second})
 	tun, ref := dialStream(w, billing, "shop.test:443")
 	if ref != nil {
 		t.Fatalf("%+v", ref)

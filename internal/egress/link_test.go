@@ -56,13 +56,7 @@ func TestTunnelsGoThroughAProxyOverTLS(t *testing.T) {
 			t.Errorf("the tunnel ended with %q, %v", b, err)
 		}
 	})
-	ends := 0
-	w.until("three orderly ends", func(r audit.Record) bool {
-		if r.Kind == audit.KindEgressClose && r.Reason == string(ReasonDone) {
-			ends++
-		}
-		return ends >= 3
-	})
+	w.untilEnds(3, func(r audit.Record) bool { return r.Kind == audit.KindEgressClose && r.Reason == string(ReasonDone) })
 }
 
 // TestAProxyMustProveItsName before it is told who we are.
@@ -155,13 +149,7 @@ func TestRequestsGoThroughAProxyOverTLS(t *testing.T) {
 		if res, body := w.askOnStream(h).ask(t, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 200 || body != "served" {
 			t.Fatalf("%d %q%s", res.StatusCode, body, w.lines())
 		}
-		ended := 0
-		w.until("the end", func(r audit.Record) bool { // when the connection is kept
-			if r.Kind == audit.KindEgressClose {
-				ended++
-			}
-			return ended > n
-		})
+		w.untilEnds(n+1, kind(audit.KindEgressClose)) // when the connection is kept
 	}
 	if len(s[0].seen) != 3 || len(p.asks) != 1 {
 		t.Errorf("the site has had %d requests, the proxy %d", len(s[0].seen), len(p.asks))

@@ -212,13 +212,7 @@ func TestRequestsGoThroughAProxy(t *testing.T) {
 		if res, body := w.askOnStream(h).ask(t, "GET http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\n\r\n"); res.StatusCode != 200 || body != "served" {
 			t.Fatalf("%d %q", res.StatusCode, body)
 		}
-		ended := 0
-		w.until("the end", func(r audit.Record) bool { // when the connection is kept
-			if r.Kind == audit.KindEgressClose {
-				ended++
-			}
-			return ended > n
-		})
+		w.untilEnds(n+1, kind(audit.KindEgressClose)) // when the connection is kept
 	}
 	if len(s[0].seen) != 3 || len(p.asks) != 1 {
 		t.Errorf("the site has had %d requests, the proxy %d", len(s[0].seen), len(p.asks))

@@ -105,6 +105,7 @@ func TestARevokedCallerOpensNoTunnel(t *testing.T) {
 }
 
 func TestATunnelEndsWithTheSVIDOfItsCaller(t *testing.T) {
+	t.Parallel() // an SVID runs out in real time
 	both(t, func(t *testing.T, dial dialFunc) {
 		var over atomic.Bool
 		w := newWorld(t, func(c *Config) {
@@ -131,7 +132,7 @@ func TestATunnelEndsWithTheSVIDOfItsCaller(t *testing.T) {
 		w := newWorld(t, nil)
 		cfg := w.client(billing, "http/1.1")
 		st := *w.caller.Current()
-		st.Identities = []svid.Identity{w.ca.Issue(t, billing, 6*time.Second)}
+		st.Identities = []svid.Identity{w.ca.Issue(t, billing, 15*time.Second)}
 		if err := w.caller.Set(&st); err != nil {
 			t.Fatal(err)
 		}

@@ -35,6 +35,20 @@ func (w *world) fetches(verb string, s [2]*site) (status int, had [2]int) {
 	return res.StatusCode, [2]int{len(s[0].seen), len(s[1].seen)}
 }
 
+// untilEnds waits for so many records that fit: no poll adds to what another counted.
+func (w *world) untilEnds(n int, fits func(audit.Record) bool) {
+	w.t.Helper()
+	w.until(fmt.Sprintf("%d ends", n), func(audit.Record) bool {
+		ended := 0
+		for _, r := range w.audit.Records() {
+			if fits(r) {
+				ended++
+			}
+		}
+		return ended >= n
+	})
+}
+
 func replies(code int) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(code) }
 }
@@ -64,10 +78,10 @@ func TestRequestsAreTriedWhereThatIsSafe(t *testing.T) {
 		"it answers 503 to a GET":                        {primary + "\tretry: {attempts: 2}\n", "GET", replies(503), 200, [2]int{1, 1}},
 		"it answers 500 to a GET, which is not a code":   {primary + "\tretry: {attempts: 2}\n", "GET", replies(500), 500, [2]int{1, 0}},
 		"it answers 500 to a GET, which is a code":       {primary + "\tretry: {attempts: 2, codes: [500]}\n", "GET", replies(500), 200, [2]int{1, 1}},
-		"it hangs with a GET":                            {primary + "\tretry: {attempts: 1}\n\ttimeouts: {backend_request: 100ms}\n", "GET", hangs, 200, [2]int{1, 1}},
-		"it hangs with a POST":                           {primary + "\tretry: {attempts: 1}\n\ttimeouts: {backend_request: 100ms}\n", "POST", hangs, 504, [2]int{1, 0}},
-		"it hangs, and the time of the request is over":  {primary + "\tretry: {attempts: 1}\n\ttimeouts: {request: 100ms}\n", "GET", hangs, 504, [2]int{1, 0}},
-		"it hangs, and the time of all tries is over":    {primary + "\tretry: {attempts: 5}\n\ttimeouts: {request: 300ms, backend_request: 200ms}\n", "POST", hangs, 504, [2]int{1, 0}},
+		"it hangs with a GET":                            {primary + "\tretry: {attempts: 1}\n\ttimeouts: {backend_request: 2s}\n", "GET", hangs, 200, [2]int{1, 1}},
+		"it hangs with a POST":                           {primary + "\tretry: {attempts: 1}\n\ttimeouts: {backend_request: 2s}\n", "POST", hangs, 504, [2]int{1, 0}},
+		"it hangs, and the time of the request is over":  {primary + "\tretry: {attempts: 1}\n\ttimeouts: {request: 2s}\n", "GET", hangs, 504, [2]int{1, 0}},
+		"it hangs, and the time of all tries is over":    {primary + "\tretry: {attempts: 5}\n\ttimeouts: {request: 3s, backend_request: 2s}\n", "POST", hangs, 504, [2]int{1, 0}},
 		"there are no attempts":                          {primary + "\tretry: {attempts: 0}\n", "GET", cuts, 502, [2]int{1, 0}},
 		"endpoints in their order, of which one is dead": {"\tendpoints: [\"127.0.0.1:1\", %[2]q] # %[1]s\n", "POST", nil, 200, [2]int{0, 1}},
 	} {
@@ -301,7 +315,7 @@ func TestRefusedRetriesAreNoDenials(t *testing.T) {
 // TestSlowCallersSayNothingOfAHost that waits for the rest of a body.
 func TestSlowCallersSayNothingOfAHost(t *testing.T) {
 	t.Parallel()
-	w, _ := routedWorld(t, primary+"\ttimeouts: {request: 300ms}\n\tbreaker: {consecutive: 1}\n")
+	w, _ := routedWorld(t, primary+"\ttimeouts: {request: 3s}\n\tbreaker: {consecutive: 1}\n")
 	res, _ := w.askOn1().ask(t, "POST http://shop.test/v1/a HTTP/1.1\r\nHost: shop.test\r\nContent-Length: 200000\r\n\r\nhi")
 	if res.StatusCode != 504 {
 		t.Errorf("status %d", res.StatusCode)

@@ -200,7 +200,7 @@ func TestDoorsOfOneThatStopsAreNotHeld(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
-			_ = c.SetReadDeadline(time.Now().Add(2 * time.Second))
+			_ = c.SetReadDeadline(time.Now().Add(time.Minute))
 			if b, err := io.ReadAll(c); string(b) != "old" {
 				t.Errorf("a connection gets %q, %v", b, err)
 			}

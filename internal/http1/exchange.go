@@ -20,10 +20,10 @@ var ErrNotReplayable = errors.New("request was sent already and cannot be replay
 // microseconds. So a response waits earlyGrace for the upload to finish, or
 // lastGrace when only the last write is left, before the two count as out of
 // step.
-const (
-	earlyGrace = 5 * time.Millisecond
-	lastGrace  = 250 * time.Millisecond
-)
+const earlyGrace = 5 * time.Millisecond
+
+// lastGrace is a variable for tests.
+var lastGrace = 250 * time.Millisecond
 
 // An Exchange forwards one request from Down to Up and its response back. Keep
 // one for the life of a downstream connection and set the fields anew for each

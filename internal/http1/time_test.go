@@ -16,6 +16,12 @@ import (
 	"sallyport/internal/meshtest"
 )
 
+// An upload that the machine has stalled is given more time for its last write.
+func TestMain(m *testing.M) {
+	lastGrace = 10 * time.Second
+	os.Exit(m.Run())
+}
+
 // pipes starts a proxy between two in-memory connections inside a bubble.
 func pipes(timeout time.Duration) (client, upstream net.Conn, outcome chan error) {
 	return pipesWithin(Limits{}, timeout)

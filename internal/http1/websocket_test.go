@@ -143,7 +143,7 @@ func passes(t *testing.T, from, to net.Conn, b []byte) {
 
 // last reads what comes until the end.
 func last(c net.Conn) []byte {
-	_ = c.SetReadDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetReadDeadline(time.Now().Add(time.Minute))
 	b, _ := io.ReadAll(c)
 	return b
 }
@@ -181,8 +181,8 @@ func TestPartSaysFarewellToBothEnds(t *testing.T) {
 			t.Errorf("the server got %q, want a masked Close frame", got)
 		}
 	}()
-	tun.Part(ClosePolicy, 5*time.Second)
-	if took := time.Since(began); took > 4*time.Second {
+	tun.Part(ClosePolicy, time.Minute)
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("it took %s, though both ends closed at once", took)
 	}
 	<-gone
@@ -280,8 +280,9 @@ func TestPartCarriesNothingMore(t *testing.T) {
 		}
 	}()
 	began := time.Now()
-	tun.Part(CloseGoingAway, 200*time.Millisecond)
-	if took := time.Since(began); took < 200*time.Millisecond || took > 5*time.Second {
+	const within = 2 * time.Second
+	tun.Part(CloseGoingAway, within)
+	if took := time.Since(began); took < within || took > 30*time.Second {
 		t.Errorf("it took %s", took)
 	}
 	close(stop)

@@ -106,7 +106,7 @@ func (c Config) withDefaults() Config {
 
 const (
 	// lingering is how long the end that takes calls waits for the other one
-	// to close, once there is none left.
+	// to close, once there is none left, and before to hear that it leaves.
 	lingering = time.Second
 	// lastWords is how long a connection that ends may take to say so.
 	lastWords = time.Second
@@ -161,6 +161,8 @@ type Conn struct {
 	empty     time.Time // since when there is no call
 	parted    bool      // the peer has its time to close
 	deaf      bool      // nobody reads any more
+
+	hearing time.Duration // how long the peer may take to hear that we leave; a field for tests
 }
 
 // leaving is how far a connection is on its way to the end.
@@ -181,7 +183,7 @@ func newConn(nc net.Conn, cfg Config, accept func(*Lane) bool) *Conn {
 	c := &Conn{
 		nc: nc, cfg: cfg.withDefaults(), server: accept != nil, accept: accept, limit: firstStreams,
 		streams: map[uint32]*Lane{}, lanes: map[*Lane]struct{}{}, empty: time.Now(),
-		credit: firstWindow, first: firstWindow,
+		credit: firstWindow, first: firstWindow, hearing: lingering,
 	}
 	c.borrows, _ = nc.(lateReader)
 	c.waits, _ = nc.(interface{ Await() error })
@@ -301,7 +303,7 @@ func (c *Conn) leave() {
 	c.out.pend = appendGoaway(c.out.pend, maxStream, NoError)
 	c.out.pend = appendPing(c.out.pend, 0, drainWord)
 	c.out.wake()
-	time.AfterFunc(lingering, func() {
+	time.AfterFunc(c.hearing, func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		c.gone()

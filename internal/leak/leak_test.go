@@ -57,7 +57,7 @@ func TestOpenWaysLeak(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := Config{V4: at, Self: []string{self, "again", at.String()}}
+	c := Config{V4: at, Self: []string{self, "again", at.String()}, Timeout: 20 * time.Second}
 	r := Try(t.Context(), c, "tcp4", "tcp6", "tcp4-in-6", "udp4", "connect", "own-network")
 	got := map[string]Result{}
 	for _, o := range r.Ways {

@@ -27,7 +27,7 @@ func TestAnswersHaveSpans(t *testing.T) {
 	go r.ServeUDP(ctx, conn, payment) //nolint:errcheck // ends with ctx
 	var got []string
 	for _, name := range []string{"api.example.com.", "secret.elsewhere.example.", "billing.mesh.internal."} {
-		m, _, err := new(dns.Client).Exchange(ask(name, dns.TypeA, 0), conn.LocalAddr().String())
+		m, _, err := (&dns.Client{Timeout: patience}).Exchange(ask(name, dns.TypeA, 0), conn.LocalAddr().String())
 		if err != nil || m == nil {
 			t.Fatal(err)
 		}

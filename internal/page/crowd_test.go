@@ -53,8 +53,10 @@ func TestWorkIsShared(t *testing.T) {
 	srv := httptest.NewUnstartedServer(nil)
 	conf.Loopback = srv.Listener.Addr().String()
 	made, began, goOn := atomic.Int32{}, make(chan struct{}, 1), make(chan struct{})
+	came, allCame := atomic.Int32{}, make(chan struct{})
 	conf.Chart = func(context.Context, time.Time, time.Time) (mesh.Chart, error) {
 		made.Add(1)
+		<-allCame // who comes long after it was made is shown another
 		return mesh.Chart{}, nil
 	}
 	conf.Search = func(context.Context, audit.Filter) (page.Found, error) {
@@ -66,7 +68,12 @@ func TestWorkIsShared(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv.Config.Handler = p.Handler()
+	srv.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/view/map" && came.Add(1) == 8 {
+			close(allCame)
+		}
+		p.Handler().ServeHTTP(w, r)
+	})
 	srv.Start()
 	t.Cleanup(srv.Close)
 	s := (&site{t: t, mesh: m, page: p, url: srv.URL}).enter()

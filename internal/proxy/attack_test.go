@@ -376,7 +376,7 @@ func TestJudgeThatFailsDenies(t *testing.T) {
 // for long.
 func TestSlowClients(t *testing.T) {
 	var accepted atomic.Int32
-	slow := http1.Limits{HeadTimeout: 20 * time.Millisecond, BodyTimeout: 20 * time.Millisecond, IdleTimeout: 20 * time.Millisecond}
+	slow := http1.Limits{HeadTimeout: 20 * time.Millisecond, BodyTimeout: 20 * time.Millisecond, IdleTimeout: 2 * time.Second}
 	r := newRig(t, rawApp(t, func(net.Conn, *bufioReader) { accepted.Add(1) }), func(r *rig) { r.inCfg.Limits, r.outCfg.Limits = slow, slow })
 	for name, request := range map[string]string{
 		"head":         "GET /ok/1 HTTP/1.1\r\nHost: billing.mesh",

@@ -179,9 +179,9 @@ func TestRoutesSayHowCallsAreTried(t *testing.T) {
 		status      int
 		seen        int64
 	}{
-		{"the whole call", "timeouts: {request: 150ms}", 504, 1},
-		{"each try", "timeouts: {backend_request: 100ms}", 504, 2},
-		{"each try, without retries", "timeouts: {backend_request: 100ms}\n    retry: {attempts: 0}", 504, 1},
+		{"the whole call", "timeouts: {request: 2s}", 504, 1},
+		{"each try", "timeouts: {backend_request: 1s}", 504, 2},
+		{"each try, without retries", "timeouts: {backend_request: 1s}\n    retry: {attempts: 0}", 504, 1},
 	} {
 		r := newRig(t, hung, func(r *rig) { r.routes = "service: billing\nroutes:\n  - name: all\n    " + tt.route + "\n" })
 		was := seen()

@@ -167,18 +167,14 @@ func (c *conn) leads(t *http1.Tunnel) {
 	c.through = t
 }
 
-// partTime is how long the ends of an upgraded connection may take to say
-// farewell. Nothing else is carried meanwhile.
-const partTime = 250 * time.Millisecond
-
 // part is sever for a connection whose ends can be told, by a code of RFC 6455.
-func (c *conn) part(code uint16) {
+func (c *conn) part(code uint16, within time.Duration) {
 	c.mu.Lock()
 	c.cut = true
 	t := c.through
 	c.mu.Unlock()
 	if t != nil {
-		t.Part(code, partTime)
+		t.Part(code, within)
 	}
 	c.sever()
 }
@@ -486,7 +482,7 @@ func (l *listener) severAll() {
 			last = append(last, c)
 			continue
 		}
-		wg.Go(func() { c.part(http1.CloseGoingAway) })
+		wg.Go(func() { c.part(http1.CloseGoingAway, l.partTime) })
 	}
 	wg.Wait()
 	for _, c := range last {

@@ -56,7 +56,14 @@ type Shared struct {
 	DrainTimeout time.Duration
 	// Now cuts the calls in flight when it ends, once Run's context has. Optional.
 	Now context.Context
+
+	// partTime is a field for tests.
+	partTime time.Duration
 }
+
+// partTime is how long the ends of an upgraded connection may take to say
+// farewell. Nothing else is carried meanwhile.
+const partTime = 250 * time.Millisecond
 
 // A Recorder keeps an audit record; when it returns, the record survives a
 // crash of this process. *audit.Log is one.
@@ -85,6 +92,9 @@ func (s Shared) withDefaults() Shared {
 	}
 	if s.DrainTimeout == 0 {
 		s.DrainTimeout = 25 * time.Second
+	}
+	if s.partTime == 0 {
+		s.partTime = partTime
 	}
 	return s
 }

@@ -164,7 +164,7 @@ func (in *Inbound) rejudge(which func(look) bool) {
 		case reason != "" && c.isShared():
 			doomed = append(doomed, c) // after its streams, which come next
 		case reason != "":
-			wg.Go(func() { c.part(http1.ClosePolicy) })
+			wg.Go(func() { c.part(http1.ClosePolicy, in.partTime) })
 			if slices.Contains(doomed, c.on) {
 				continue // one record does for all of them
 			}
@@ -276,7 +276,7 @@ func (d *door) rejudge() (over []audit.Record) {
 		}
 		cs := up.ConnectionState()
 		if err := d.cfg.Standing(cs); err != nil && (v.tunnel || errors.Is(err, svid.ErrRevoked)) {
-			wg.Go(func() { c.part(http1.ClosePolicy) })
+			wg.Go(func() { c.part(http1.ClosePolicy, d.partTime) })
 			over = append(over, d.lost(idOf(cs), v.up.RemoteAddr().String(), err))
 		}
 	}
@@ -343,7 +343,7 @@ func (x *call) lasting(up *upstream.Conn) (stop func(), ok bool) {
 		Detail: "the SVID of the peer ended at " + until.UTC().Format(time.RFC3339)}
 	// A clock that is set meanwhile is noticed by the next Rejudge.
 	t := time.AfterFunc(time.Until(until.Add(mesh.Grace)), func() {
-		c.part(http1.ClosePolicy)
+		c.part(http1.ClosePolicy, on.partTime)
 		on.closed(r)
 	})
 	return func() { t.Stop() }, true

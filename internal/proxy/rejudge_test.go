@@ -313,6 +313,7 @@ func TestARevokedGatewayIsLeft(t *testing.T) {
 }
 
 func TestAnUpgradedConnectionOutlivesTheSVIDOfItsPeer(t *testing.T) {
+	t.Parallel()
 	for _, end := range []string{"caller", "service"} {
 		t.Run(end, func(t *testing.T) {
 			t.Parallel() // most of it is waiting
@@ -322,7 +323,7 @@ func TestAnUpgradedConnectionOutlivesTheSVIDOfItsPeer(t *testing.T) {
 				short, id = r.billing, billing
 			}
 			st := *short.Current()
-			st.Identities = []svid.Identity{r.ca.Issue(t, id, 8*time.Second)}
+			st.Identities = []svid.Identity{r.ca.Issue(t, id, 15*time.Second)}
 			if err := short.Set(&st); err != nil {
 				t.Fatal(err)
 			}

@@ -215,7 +215,7 @@ func TestAStreamEnds(t *testing.T) {
 		severed(t, w, "a stream of a caller that is revoked")
 	})
 	t.Run("when nothing moves", func(t *testing.T) {
-		_, addr := streamRig(t, greeter(t), "    stream: {idle_timeout: 50ms}\n")
+		_, addr := streamRig(t, greeter(t), "    stream: {idle_timeout: 1s}\n")
 		w := newWire(t, addr, nil)
 		w.greeted()
 		if _, err := io.ReadAll(w.r); err != nil && !errors.Is(err, syscall.ECONNRESET) {
@@ -223,7 +223,7 @@ func TestAStreamEnds(t *testing.T) {
 		}
 	})
 	t.Run("when its life is over", func(t *testing.T) {
-		_, addr := streamRig(t, greeter(t), "    stream: {max_life: 100ms}\n")
+		_, addr := streamRig(t, greeter(t), "    stream: {max_life: 1s}\n")
 		w := newWire(t, addr, nil)
 		w.greeted()
 		for {

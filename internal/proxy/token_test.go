@@ -118,14 +118,15 @@ func (r *tokenRig) upgradedBy(path, field string) *wire {
 
 // An upgraded connection does not outlive the token that let it in.
 func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	r := newTokenRigBefore(t, echoApp(t))
-	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(8 * time.Second)
 	short := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end))
 	long := r.upgradedBy("/pay", "Authorization: Bearer "+r.tokenUntil(end.Add(time.Hour)))
 	none := r.dialIn(r.web)
 	none.upgraded(wsRequest)
 	severed(t, short, "an upgraded connection whose token has expired")
-	if late := time.Since(end); late < 0 || late > 5*time.Second {
+	if late := time.Since(end); late < 0 || late > 20*time.Second {
 		t.Errorf("closed %s after the end of the token", late)
 	} else {
 		t.Logf("closed %s after the end of the token", late)
@@ -141,9 +142,10 @@ func TestAnUpgradedConnectionEndsWithItsToken(t *testing.T) {
 // A call that is no upgrade may go on for a while after the end of its token,
 // and not for long.
 func TestACallInFlightEndsAGraceAfterItsToken(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	const grace = 2 * time.Second
 	r := newTokenRigBefore(t, echoApp(t), func(r *rig) { r.tokenGrace = grace })
-	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
+	end := time.Now().Truncate(time.Second).Add(8 * time.Second)
 	stream := func(token string) *wire {
 		w := r.dialIn(r.web)
 		w.streams("GET /pay?slow HTTP/1.1\r\nHost: billing.mesh.internal\r\nAuthorization: Bearer " + token + "\r\n\r\n")
@@ -151,7 +153,7 @@ func TestACallInFlightEndsAGraceAfterItsToken(t *testing.T) {
 	}
 	stream(r.tokenUntil(end.Add(time.Hour)))
 	severed(t, stream(r.tokenUntil(end)), "an answer whose token has expired")
-	if late := time.Since(end); late < grace || late > grace+5*time.Second {
+	if late := time.Since(end); late < grace || late > grace+20*time.Second {
 		t.Errorf("closed %s after the end of the token, want %s", late, grace)
 	} else {
 		t.Logf("closed %s after the end of the token", late)

@@ -142,6 +142,7 @@ func TestRetriesStayWithinTheBudget(t *testing.T) {
 	r := newRig(t, app(t, f.ServeHTTP))
 	c := r.client()
 	const calls = 600
+	began := time.Now()
 	for range calls {
 		resp, err := c.Get("http://billing.mesh.internal/ok/1")
 		if err != nil {
@@ -149,9 +150,9 @@ func TestRetriesStayWithinTheBudget(t *testing.T) {
 		}
 		resp.Body.Close()
 	}
-	// The floor of ten seconds, and 20 %; the test may take longer than that.
+	// The floor of ten seconds, and 20 %, and what the test has taken of the floor.
 	retries := f.seen.Load() - calls
-	if most := int64(100 + calls/5); retries < 100 || retries > most+50 {
+	if most := 100 + calls/5 + 10*int64(time.Since(began)/time.Second+1); retries < 100 || retries > most {
 		t.Errorf("%d retries of %d calls, want up to %d", retries, calls, most)
 	}
 	if n := r.metric(`sallyport_retries_total{budget="spent",dst="ns/shop/sa/billing",reason="status"}`); n == "" || n == "0" {
@@ -252,15 +253,15 @@ func TestACallEndsAtItsDeadline(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		req.Header.Set("Sallyport-Timeout-Ms", "150")
+		req.Header.Set("Sallyport-Timeout-Ms", "2000")
 		was, before := seen(), time.Now()
 		resp, err := r.client().Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
 		resp.Body.Close()
-		if took := time.Since(before); resp.StatusCode != 504 || took < 100*time.Millisecond {
-			t.Errorf("%s: status %d after %s, want 504 after 150 ms", method, resp.StatusCode, took)
+		if took := time.Since(before); resp.StatusCode != 504 || took < 1900*time.Millisecond {
+			t.Errorf("%s: status %d after %s, want 504 after 2 s", method, resp.StatusCode, took)
 		}
 		if n := seen() - was; n != 1 {
 			t.Errorf("%s: the application saw %d calls", method, n)
@@ -316,7 +317,7 @@ func TestAnAnswerIsCutAtItsDeadline(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	req.Header.Set("Sallyport-Timeout-Ms", "150")
+	req.Header.Set("Sallyport-Timeout-Ms", "2000")
 	resp, err := r.client().Do(req)
 	if err != nil {
 		t.Fatal(err)

@@ -37,6 +37,9 @@ func wsApp(t *testing.T) (addr string, ended <-chan error) {
 	}), over
 }
 
+// patient has both sidecars wait for the farewell of who is slow and busy.
+func patient(r *rig) { r.inCfg.partTime, r.outCfg.partTime = patience, patience }
+
 // webSocket opens one through both sidecars.
 func (r *rig) webSocket() *websocket.Conn {
 	r.t.Helper()
@@ -80,7 +83,7 @@ func toldWhy(t *testing.T, c *websocket.Conn, app <-chan error, code websocket.S
 
 func TestAWebSocketIsToldThatItIsNotAllowedAnyMore(t *testing.T) {
 	addr, ended := wsApp(t)
-	r := newRig(t, addr)
+	r := newRig(t, addr, patient)
 	lost := r.webSocket()
 	r.inbound.Rejudge()
 	says(t, lost, "still allowed")
@@ -102,7 +105,7 @@ func TestAWebSocketIsToldThatItIsNotAllowedAnyMore(t *testing.T) {
 // The sidecar of the client says it, too: to its own application.
 func TestAWebSocketToARevokedServiceIsToldWhy(t *testing.T) {
 	addr, ended := wsApp(t)
-	r := newRig(t, addr)
+	r := newRig(t, addr, patient)
 	c := r.webSocket()
 	go r.outbound.Rejudge()
 	says(t, c, "still believed")
@@ -113,7 +116,7 @@ func TestAWebSocketToARevokedServiceIsToldWhy(t *testing.T) {
 
 func TestAWebSocketIsToldOfTheEnd(t *testing.T) {
 	addr, ended := wsApp(t)
-	r := newRig(t, addr, func(r *rig) { r.inCfg.DrainTimeout = 50 * time.Millisecond })
+	r := newRig(t, addr, patient, func(r *rig) { r.inCfg.DrainTimeout = 50 * time.Millisecond })
 	c := r.webSocket()
 	stopped := make(chan error, 1)
 	go func() { stopped <- r.stopIn() }()
@@ -124,9 +127,10 @@ func TestAWebSocketIsToldOfTheEnd(t *testing.T) {
 }
 
 func TestAWebSocketIsToldThatItsTokenHasEnded(t *testing.T) {
+	t.Parallel() // most of it is waiting
 	addr, ended := wsApp(t)
-	r := newTokenRigBefore(t, addr)
-	end := time.Now().Truncate(time.Second).Add(4 * time.Second)
+	r := newTokenRigBefore(t, addr, patient)
+	end := time.Now().Truncate(time.Second).Add(8 * time.Second)
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
 	c, _, err := websocket.Dial(ctx, "ws://billing.mesh.internal/pay", &websocket.DialOptions{

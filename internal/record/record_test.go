@@ -299,7 +299,7 @@ func TestHandshakeFails(t *testing.T) {
 // must not keep it while it is waited for.
 func TestHandshakesInTurns(t *testing.T) {
 	turns := make(mux.Turns, 1)
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	near, far := meshtest.TCP(t)
 	slow := make(chan error, 1)

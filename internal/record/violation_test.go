@@ -379,7 +379,7 @@ func TestNoLargeBufferForAPart(t *testing.T) {
 	if _, err := client.NetConn().Write(l.out[:10_000]); err != nil {
 		t.Fatal(err)
 	}
-	_ = server.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	_ = server.SetReadDeadline(time.Now().Add(500 * time.Millisecond))
 	if err := server.Await(); err == nil {
 		t.Fatal("part of a record is whole")
 	}

@@ -179,7 +179,8 @@ func TestCreateTokenRefuses(t *testing.T) {
 			t.Errorf("CreateToken(%q) = %v", name, err)
 		}
 	}
-	if _, expires, err := in.CreateToken(t.Context(), "a", time.Second); err != nil || !time.Now().Before(expires) {
+	before := time.Now()
+	if _, expires, err := in.CreateToken(t.Context(), "a", time.Second); err != nil || !before.Before(expires) {
 		t.Errorf("a token for one second expires at %v, %v", expires, err)
 	}
 	for _, ttl := range []time.Duration{-1, time.Second - 1, registry.MaxTokenTTL + 1} {

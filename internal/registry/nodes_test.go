@@ -211,13 +211,15 @@ func sharedLapse(f *fleet) {
 	f.eventually("b has the policies", func() bool { return b.Current() != nil })
 	attested(f.t, a, "node-j")
 	e := entryOf("job", "/ns/shop/sa/job", "node-j", "unix:uid:5")
-	e.ExpiresAt = f.now().Add(3 * time.Second)
+	e.ExpiresAt = f.now().Add(20 * time.Second)
 	if made, err := a.EditEntries(f.t.Context(), []mesh.EntryEdit{create(e)}); err != nil || made[0].Err != nil {
 		f.t.Fatal(made, err)
 	}
 	if err := b.RecordIssued(f.t.Context(), []mesh.Issued{{Serial: "c1", ID: e.SPIFFEID, Entry: e.ID, Agent: agent("node-j"), Until: f.now().Add(time.Hour)}}); err != nil {
 		f.t.Fatal(err)
 	}
+	f.eventually("b has the entry", func() bool { return len(b.EntriesFor(agent("node-j"))) == 1 }) // else it never ends there
+	f.ahead.Add(int64(20 * time.Second))
 	for _, m := range []*member{a, b} {
 		f.eventually("it is revoked", func() bool { return revoked(m.Revocations()) == "c1 entry_withdrawn" })
 		f.eventually("the entry ended", func() bool { return m.log.says("entry ended") })

@@ -260,8 +260,9 @@ func movingEndpoints(f *fleet) {
 		f.t.Fatal(err)
 	}
 	e := endpoint("pay", 1, "10.0.0.1:8000")
-	f.announce(a, e, time.Second)
+	f.announce(a, e, time.Minute)
 	f.eventually("b distributes the endpoint", b.has("10.0.0.1:8000"))
+	f.announce(a, e, time.Second) // short only once b has seen it
 	// The proxy leaves a, and comes to b before its lease is over.
 	if err := a.Withdraw(f.t.Context(), e.Agent); err != nil {
 		f.t.Fatal(err)

@@ -270,7 +270,7 @@ func TestOTLPHandlesPartialSuccess(t *testing.T) {
 	}))
 	t.Cleanup(srv.Close)
 	log, path := openLog(t)
-	s := open(t, Config{Name: "o", OTLP: &OTLPConfig{URL: srv.URL + "/v1/logs"}, Batch: BatchConfig{Records: 10}}, log, path)
+	s := open(t, Config{Name: "o", OTLP: &OTLPConfig{URL: srv.URL + "/v1/logs"}, Batch: BatchConfig{Records: 10, Wait: time.Minute}}, log, path)
 	write(t, log, 50)
 	deliver(t, s, 50)
 	mu.Lock()

@@ -280,6 +280,9 @@ func TestLagIsShown(t *testing.T) {
 	log, path := openLog(t)
 	s := open(t, Config{Name: "logs", HTTP: &HTTPConfig{URL: c.URL, TLS: TLS{CA: c.ca}}}, log, path)
 	write(t, log, 5)
+	if err := log.Sync(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.round(t.Context()); err == nil {
 		t.Fatal("delivered to a peer that is down")
 	}

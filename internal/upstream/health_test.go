@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"io"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 // checked is a group of one endpoint with a health check, before h.
 func checked(t *testing.T, h http.HandlerFunc, cfg mesh.Health) *group {
 	t.Helper()
+	cfg.Timeout = cmp.Or(cfg.Timeout, time.Minute) // a stall says nothing of who is asked
 	srv := httptest.NewServer(h)
 	t.Cleanup(srv.Close)
 	s := &Services{known: map[mesh.ServiceName]*standing{}}

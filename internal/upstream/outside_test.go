@@ -30,17 +30,19 @@ func rank(t *Try, i int) int { return t.Ranks([]netip.AddrPort{addrOf(i)})[0] }
 
 // What DNS answers with pushes nothing out that was learned by calls.
 func TestToRankRemembersNothing(t *testing.T) {
-	var o Outside
-	try := begin(t, &o, mesh.Routes{})
-	try.Unmade(addrOf(0))
-	for i := 1; i < 3*maxAddresses; i++ {
-		if r := rank(try, i); r != Well {
-			t.Fatalf("an address that nobody called has rank %d", r)
+	synctest.Test(t, func(t *testing.T) { // a rest ends with time
+		var o Outside
+		try := begin(t, &o, mesh.Routes{})
+		try.Unmade(addrOf(0))
+		for i := 1; i < 3*maxAddresses; i++ {
+			if r := rank(try, i); r != Well {
+				t.Fatalf("an address that nobody called has rank %d", r)
+			}
 		}
-	}
-	if n := len(try.host.at); n != 1 || rank(try, 0) != Rests {
-		t.Errorf("%d addresses are remembered, the one that was called with rank %d", n, rank(try, 0))
-	}
+		if n := len(try.host.at); n != 1 || rank(try, 0) != Rests {
+			t.Errorf("%d addresses are remembered, the one that was called with rank %d", n, rank(try, 0))
+		}
+	})
 }
 
 func TestAddressesOutsideRestAndAreForgiven(t *testing.T) {

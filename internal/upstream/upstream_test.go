@@ -146,7 +146,7 @@ func TestAStaleConnectionIsFoundOutUnused(t *testing.T) {
 // await asks until the kernel has delivered what was sent on loopback.
 func await(t *testing.T, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); !ok(); {
+	for end := time.Now().Add(time.Minute); !ok(); {
 		if time.Now().After(end) {
 			t.Fatal("it did not happen")
 		}
@@ -324,6 +324,7 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 	s := &Services{known: map[mesh.ServiceName]*standing{}}
 	g := s.groupOf("a", mesh.Routes{Balance: mesh.Balance{Policy: "round_robin"}}, []place{{pool: bad}, {pool: p}})
 	get := func() (*Conn, error) { return g.lend(context.Background(), time.Now().UnixNano(), &Want{Fresh: true}) }
+	start := time.Now()
 	for range 8 {
 		c, err := get()
 		if err != nil {
@@ -332,8 +333,8 @@ func TestServicesAskThoseThatRestLast(t *testing.T) {
 		c.Discard()
 		<-conns
 	}
-	if n := bad.failures.Load(); n != 1 {
-		t.Errorf("the endpoint that refuses was tried %d times, want once", n)
+	if n, most := bad.failures.Load(), 1+int64(time.Since(start)/firstRest); n < 1 || int64(n) > most {
+		t.Errorf("the endpoint that refuses was tried %d times, want once, or %d times in that time", n, most)
 	}
 	bad.restUntil.Store(0)
 	g.all[0].rest.Store(0)
