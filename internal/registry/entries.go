@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -23,8 +24,8 @@ type kept = map[string]mesh.Entry
 const maxKept = 100_000
 
 // union puts entries made by calls behind those of the files. Where both speak
-// of the same, the reviewed file holds. What has ended is left out.
-func (r *Registry) union(files []mesh.Entry) []mesh.Entry {
+// of the same, the reviewed file holds. What has ended by then is left out.
+func (r *Registry) union(files []mesh.Entry, at time.Time) []mesh.Entry {
 	calls := r.kept()
 	if len(calls) == 0 {
 		return slices.Clone(files)
@@ -35,7 +36,7 @@ func (r *Registry) union(files []mesh.Entry) []mesh.Entry {
 	}
 	out := slices.Clone(files)
 	for _, id := range slices.Sorted(maps.Keys(calls)) {
-		if e := calls[id]; !ids[id] && !same[mesh.NewEntryID(e)] && !e.Lapsed(r.cfg.Now()) {
+		if e := calls[id]; !ids[id] && !same[mesh.NewEntryID(e)] && !e.Lapsed(at) {
 			out = append(out, e)
 		}
 	}
@@ -133,7 +134,10 @@ func (r *Registry) EditEntries(ctx context.Context, edits []mesh.EntryEdit) ([]m
 			return results, err
 		}
 		// Another issuer was faster.
-		if _, err := r.loadEntries(ctx); err != nil {
+		if err := r.followEntries(ctx); err != nil {
+			return nil, err
+		}
+		if err := r.settleLost(ctx); err != nil {
 			return nil, err
 		}
 	}

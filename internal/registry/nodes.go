@@ -73,6 +73,7 @@ func (r *Registry) standing(ctx context.Context) (map[spiffeid.ID]string, error)
 		}
 	}
 	if others {
+		r.lost = true
 		rev, err := r.cfg.Store.Revision(ctx)
 		if err != nil {
 			return nil, fmt.Errorf("follow the selectors of agents: %w", err)

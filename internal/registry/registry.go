@@ -284,10 +284,11 @@ func (r *Registry) register(acc *accepted) *state {
 		next.accepted, next.changed = acc, make(chan struct{})
 		return &next
 	}
-	next := &state{accepted: acc, entries: r.union(acc.Policies.Entries), calls: calls, changed: make(chan struct{})}
+	at := r.cfg.Now()
+	next := &state{accepted: acc, entries: r.union(acc.Policies.Entries, at), calls: calls, changed: make(chan struct{})}
 	next.lineage = mesh.NewLineage(next.entries)
 	for _, e := range next.entries {
-		if e.ExpiresAt.After(r.cfg.Now()) && (next.lapses.IsZero() || e.ExpiresAt.Before(next.lapses)) {
+		if e.ExpiresAt.After(at) && (next.lapses.IsZero() || e.ExpiresAt.Before(next.lapses)) {
 			next.lapses = e.ExpiresAt
 		}
 	}
@@ -366,7 +367,7 @@ func (r *Registry) Entries() []mesh.Entry {
 	if acc == nil {
 		return nil
 	}
-	return r.union(acc.Policies.Entries)
+	return r.union(acc.Policies.Entries, r.cfg.Now())
 }
 
 // EntriesFor returns the entries whose parent is the agent or an alias of it,

@@ -280,14 +280,14 @@ func downstreams(entries []mesh.Entry) map[string]bool {
 // settleLost revokes what was issued for what is lost. What fails is tried
 // again by Run until it is done. mu is held.
 func (r *Registry) settleLost(ctx context.Context) error {
-	if !r.lost {
-		return nil
+	for r.lost {
+		r.lost = false // what another issuer is found to have taken away meanwhile needs the ledger anew
+		if err := errors.Join(r.revokeGone(ctx), r.dropKeys(ctx)); err != nil {
+			r.lost = true
+			r.rouse()
+			return fmt.Errorf("done, but what was issued before is not revoked yet: %w", err)
+		}
 	}
-	if err := errors.Join(r.revokeGone(ctx), r.dropKeys(ctx)); err != nil {
-		r.rouse()
-		return fmt.Errorf("done, but what was issued before is not revoked yet: %w", err)
-	}
-	r.lost = false
 	return nil
 }
 

@@ -76,17 +76,22 @@ func (f *fleet) join(name string, run bool) *member {
 	}
 	m := &member{Registry: r, store: s, log: log, stop: func() {}}
 	if run {
-		ctx, cancel := context.WithCancel(context.Background())
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if err := r.Run(ctx); err != nil {
-				f.t.Errorf("Run: %v", err)
-			}
-		})
-		m.stop = sync.OnceFunc(func() { cancel(); wg.Wait() })
-		f.t.Cleanup(m.stop)
+		f.run(m)
 	}
 	return m
+}
+
+// run has an issuer say that it lives, and follow the others.
+func (f *fleet) run(m *member) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := m.Run(ctx); err != nil {
+			f.t.Errorf("Run: %v", err)
+		}
+	})
+	m.stop = sync.OnceFunc(func() { cancel(); wg.Wait() })
+	f.t.Cleanup(m.stop)
 }
 
 // eventually waits until something is so: other issuers see a write late.
