@@ -25,6 +25,18 @@ func (r *rig) dialInFrom(ip string, src *svid.Source) *wire {
 	return wireOn(r.t, c, svid.ClientTLS(src, billing, "http/1.1"))
 }
 
+// breakOff resets a connection on which it has said something.
+func breakOff(t *testing.T, addr, text string) {
+	t.Helper()
+	c, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.(*net.TCPConn).SetLinger(0)
+	_, _ = c.Write([]byte(text)) // it may be refused already
+	c.Close()
+}
+
 // An address that resets more than others can bear is not let in for a while,
 // and that is all: what stands goes on, and other addresses are let in.
 func TestFloodOfResetsCostsItsSourceOnly(t *testing.T) {
@@ -34,13 +46,7 @@ func TestFloodOfResetsCostsItsSourceOnly(t *testing.T) {
 	stands.answer("GET")
 	await(t, func() bool { // what comes back meanwhile is used up, too
 		for range brokenBurst / costHandshake {
-			c, err := net.Dial("tcp", r.inAddr)
-			if err != nil {
-				t.Fatal(err)
-			}
-			_ = c.(*net.TCPConn).SetLinger(0)
-			_, _ = c.Write([]byte("\x16\x03\x01"))
-			c.Close()
+			breakOff(t, r.inAddr, "\x16\x03\x01")
 		}
 		n := r.metric(`sallyport_connections_refused_total{reason="resets",reporter="inbound"}`)
 		return n != "" && n != "0"
@@ -97,13 +103,7 @@ func TestFloodOfResetsCostsItsIdentityOnly(t *testing.T) {
 func TestFloodOfOwnResets(t *testing.T) {
 	r := newRig(t, app(t, hello))
 	for range ownBurst + 500 {
-		c, err := net.Dial("tcp", r.outAddr)
-		if err != nil {
-			t.Fatal(err)
-		}
-		_ = c.(*net.TCPConn).SetLinger(0)
-		_, _ = c.Write([]byte("GET "))
-		c.Close()
+		breakOff(t, r.outAddr, "GET ")
 	}
 	w := r.dial()
 	w.say(proxied)
