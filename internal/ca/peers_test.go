@@ -136,21 +136,22 @@ func (e *ensemble) rootOf(name string) string {
 
 func (e *ensemble) start(name string) {
 	e.t.Helper()
-	if err := e.tryStart(name); err != nil {
+	c := open(e.t, e.cfgs[name])
+	if err := e.join(name, c); err != nil {
 		e.t.Fatal(err)
 	}
+	e.cas[name] = c
 }
 
-func (e *ensemble) tryStart(name string) error {
-	c := open(e.t, e.cfgs[name])
+// join may run beside turns of other issuers. It closes c when it is refused.
+func (e *ensemble) join(name string, c *CA) error {
 	e.hall.set(name, true)
-	if err := c.Join(e.t.Context(), name, e.hall); err != nil {
+	err := c.Join(e.t.Context(), name, e.hall)
+	if err != nil {
 		c.Close()
 		e.hall.set(name, false)
-		return err
 	}
-	e.cas[name] = c
-	return nil
+	return err
 }
 
 func (e *ensemble) kill(name string) {
@@ -491,7 +492,7 @@ func TestEmergencyByManyIssuers(t *testing.T) {
 	e.cfgs["c"] = stolen
 	synctest.Test(t, func(t *testing.T) {
 		e.t = t
-		if err := e.tryStart("c"); !errors.Is(err, errNoKey) || !strings.Contains(err.Error(), "ca.root_dir") {
+		if err := e.join("c", open(t, e.cfgs["c"])); !errors.Is(err, errNoKey) || !strings.Contains(err.Error(), "ca.root_dir") {
 			t.Errorf("got %v, want no key", err)
 		}
 	})
@@ -554,15 +555,16 @@ func TestAnIssuerThatIsNewInARotation(t *testing.T) {
 	cfg := e.config()
 	cfg.RootDir = e.rootOf("a")
 	e.rotate("a", false)
-	e.cfgs["c"] = cfg
+	c := open(t, cfg)
 	done := make(chan error)
-	go func() { done <- e.tryStart("c") }()
+	go func() { done <- e.join("c", c) }()
 	for {
 		select {
 		case err := <-done:
 			if err != nil {
 				t.Fatal(err)
 			}
+			e.cas["c"] = c
 			e.round()
 			e.all(Prepared, e.roots("a")...)
 			return
