@@ -2,10 +2,9 @@
 // connection: its process, credentials, executable and cgroup. It also reads and
 // writes connections by bare system calls.
 //
-// It asks and reports; it holds no policy and never decides who may call. It
-// works on Linux (the rest of the world gets ErrNeedsLinux), and is the only
-// package that may use unsafe. The one goroutine it owns waits on behalf of
-// each Pidfd whose Done was asked for, and ends when the Pidfd is closed.
+// It asks and reports; it holds no policy and never decides who may call. It is
+// the only package that may use unsafe. The one goroutine it owns waits on behalf
+// of each Pidfd whose Done was asked for, and ends when the Pidfd is closed.
 package capture
 
 import (
@@ -14,8 +13,6 @@ import (
 )
 
 var (
-	// ErrNeedsLinux is returned by every question that only Linux answers.
-	ErrNeedsLinux = errors.New("this needs Linux: the kernel here cannot name the process behind a connection")
 	// ErrNoProcess says that the process is gone, or was replaced while it was
 	// looked at.
 	ErrNoProcess = errors.New("no such process: it has exited or its pid was reused")

@@ -1,6 +1,0 @@
-//go:build !linux
-
-package daemon
-
-// Conceal is for Linux.
-func Conceal() {}
