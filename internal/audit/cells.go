@@ -3,6 +3,7 @@ package audit
 import (
 	"encoding/binary"
 	"errors"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -227,18 +228,21 @@ func leWord(s string) (n uint64) {
 // trace is the trace of one event of the class, empty when there is none. It
 // makes room for that of a later one.
 func (c *cell) trace(class int) string {
-	mark := c.load(cMark + class)
-	if mark == noTrace || mark&writing != 0 {
-		return ""
+	for range 100 {
+		mark := c.load(cMark + class)
+		if mark == noTrace {
+			return ""
+		}
+		var b []byte
+		for i := range traceWords {
+			b = binary.LittleEndian.AppendUint64(b, c.load(cTrace+class*traceWords+i))
+		}
+		if mark&writing == 0 && atomic.CompareAndSwapUint64(&c.w[cMark+class], mark, oldTrace) {
+			return string(b)
+		}
+		runtime.Gosched() // an event leaves its own just now
 	}
-	var b []byte
-	for i := range traceWords {
-		b = binary.LittleEndian.AppendUint64(b, c.load(cTrace+class*traceWords+i))
-	}
-	if now := c.load(cMark + class); now != mark || mark == newTrace && !atomic.CompareAndSwapUint64(&c.w[cMark+class], newTrace, oldTrace) {
-		return ""
-	}
-	return string(b)
+	return ""
 }
 
 func (c *cell) settled() (n uint64) {

@@ -81,9 +81,9 @@ func readRecords(t testing.TB, path string) (out []Record) {
 func TestLedgerCountsExactly(t *testing.T) {
 	l, log := memoryLedger(t, LedgerConfig{Budget: 5, Sample: 50})
 	const workers, each = 8, 2000
-	var wg sync.WaitGroup
+	var wg, told sync.WaitGroup
 	stop := make(chan struct{})
-	go func() { // roll-ups are written all the while
+	told.Go(func() { // roll-ups are written all the while
 		for {
 			select {
 			case <-stop:
@@ -94,7 +94,7 @@ func TestLedgerCountsExactly(t *testing.T) {
 				}
 			}
 		}
-	}()
+	})
 	for w := range workers {
 		wg.Go(func() {
 			for i := range each {
@@ -116,6 +116,7 @@ func TestLedgerCountsExactly(t *testing.T) {
 	}
 	wg.Wait()
 	close(stop)
+	told.Wait()
 	if err := l.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -129,10 +130,15 @@ func TestLedgerCountsExactly(t *testing.T) {
 	if n := full[Deny]; n < 5 || n >= workers*each/10 {
 		t.Errorf("%d of %d refusals are in full, want samples", n, workers*each/10)
 	}
+	traced := false // a roll-up has no trace that is noted just then
 	for _, r := range log.Records() {
-		if r.Kind == KindRollup && (r.Path != "/v1/charges/{}/lines" || len(r.Trace) != 32 || r.From.IsZero() || r.ID == "") {
-			t.Fatalf("roll-up %+v lacks path template, trace or start", r)
+		if r.Kind == KindRollup && (r.Path != "/v1/charges/{}/lines" || r.Trace != "" && len(r.Trace) != 32 || r.From.IsZero() || r.ID == "") {
+			t.Fatalf("roll-up %+v lacks path template, whole trace or start", r)
 		}
+		traced = traced || r.Kind == KindRollup && r.Trace != ""
+	}
+	if !traced {
+		t.Error("no roll-up has a trace")
 	}
 }
 
