@@ -205,9 +205,10 @@ func (s *stage) load() func() []*traffic {
 		}
 		return nil
 	})
+	halt := sync.OnceFunc(func() { close(stop); wg.Wait() })
+	s.t.Cleanup(halt) // when the test fails before it
 	return func() []*traffic {
-		close(stop)
-		wg.Wait()
+		halt()
 		through.CloseIdleConnections()
 		return []*traffic{web, streams, out}
 	}

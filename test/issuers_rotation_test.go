@@ -254,6 +254,8 @@ func TestRotationOfSeveralIssuers(t *testing.T) {
 
 	stop := make(chan struct{})
 	var load sync.WaitGroup
+	halt := sync.OnceFunc(func() { close(stop); load.Wait() })
+	defer halt() // also when the test fails
 	load.Go(func() { tr.play(stop) })
 	load.Go(func() { tr.curl(caller, stop) })
 
@@ -278,8 +280,7 @@ func TestRotationOfSeveralIssuers(t *testing.T) {
 		t.Errorf("one issuer has %+v, the other %+v, and before it was %+v", got, now, before)
 	}
 	first.await("have everybody under the new root alone", tr.under(now.Authorities[0].ID))
-	close(stop)
-	load.Wait()
+	halt()
 	issued := first.issued() + second.issued()
 	t.Logf("root replaced by two issuers, the leader killed: %d SVIDs issued in %d rounds, %d requests made, %d failed", issued, round, tr.made.Load(), tr.failed.Load())
 	if issued < 1000+troupeSize+2 || tr.made.Load() < leastMade {

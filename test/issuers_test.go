@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -149,6 +150,8 @@ func TestFailoverOfIssuers(t *testing.T) {
 
 	// Calls go on from here to the end.
 	made, failed, stop, ended := 0, 0, make(chan struct{}), make(chan struct{})
+	halt := sync.OnceFunc(func() { close(stop); <-ended })
+	defer halt() // also when the test fails
 	go func() {
 		defer close(ended)
 		for {
@@ -193,8 +196,7 @@ func TestFailoverOfIssuers(t *testing.T) {
 	}
 	recovered := time.Now()
 	first.await("renew every SVID after the crashes", first.renewedSince(recovered, outageLife, names...))
-	close(stop)
-	<-ended
+	halt()
 	t.Logf("%d calls while an issuer and the database were killed, %d failed", made, failed)
 	if failed > 0 || made < 20 {
 		t.Errorf("%d of %d calls failed", failed, made)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -43,14 +44,14 @@ func TestAuditKeep(t *testing.T) {
 	}
 	load := func(d time.Duration) {
 		t.Helper()
-		done := make(chan loadReply)
+		var all sync.WaitGroup
 		for range 4 {
-			go func() {
-				done <- ask[loadReply](payment, "/load", loadRequest{URL: charges, For: d, Every: time.Millisecond})
-			}()
+			all.Go(func() {
+				ask[loadReply](payment, "/load", loadRequest{URL: charges, For: d, Every: time.Millisecond})
+			})
 		}
-		for range 4 {
-			<-done
+		if all.Wait(); t.Failed() {
+			t.FailNow() // ask ends its own goroutine only
 		}
 	}
 	peer.stop()

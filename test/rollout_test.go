@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -132,7 +133,9 @@ func (w *rolling) plan(steps, judge string) {
 // how many were answered well.
 func (w *rolling) under(f func()) (made, ok int) {
 	w.t.Helper()
-	stop, ended := make(chan struct{}), make(chan struct{})
+	t, stop, ended := w.t, make(chan struct{}), make(chan struct{}) // f may put another world in the place of w's
+	halt := sync.OnceFunc(func() { close(stop); <-ended })
+	defer halt() // also when f fails the test
 	go func() {
 		defer close(ended)
 		for {
@@ -143,16 +146,15 @@ func (w *rolling) under(f func()) (made, ok int) {
 			}
 			r, err := try[loadReply](w.payment, "/load", loadRequest{URL: bill, For: 300 * time.Millisecond, Every: 4 * time.Millisecond})
 			if err != nil {
-				w.t.Errorf("load: %v", err)
+				t.Errorf("load: %v", err)
 				return
 			}
 			made, ok = made+r.Made, ok+r.OK
 		}
 	}()
 	f()
-	close(stop)
-	<-ended
-	w.t.Logf("%d calls, %d answered well; v1 %d, v2 %d", made, ok, w.v1.calls.Load(), w.v2.calls.Load())
+	halt()
+	t.Logf("%d calls, %d answered well; v1 %d, v2 %d", made, ok, w.v1.calls.Load(), w.v2.calls.Load())
 	return made, ok
 }
 

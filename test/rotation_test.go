@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -107,9 +108,10 @@ func (h *hand) keepsCalling(t *testing.T, url string) (ended func() int) {
 			}
 		}
 	}()
+	halt := sync.OnceFunc(func() { close(stop); <-stopped })
+	t.Cleanup(halt) // when the test fails before it
 	return func() int {
-		close(stop)
-		<-stopped
+		halt()
 		return made
 	}
 }

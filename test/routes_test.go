@@ -168,6 +168,8 @@ func (v *versions) changeUnderLoad(t *testing.T) {
 	load := &traffic{name: "calls while weights change"}
 	stop := make(chan struct{})
 	var wg sync.WaitGroup
+	halt := sync.OnceFunc(func() { close(stop); wg.Wait() })
+	defer halt() // also when the test fails
 	load.run(&wg, stop, 8, func(w, n int) error {
 		if v.on(fmt.Sprintf("load-%d-%d", w, n%100)) == "" {
 			return fmt.Errorf("call %d failed", n)
@@ -185,8 +187,7 @@ func (v *versions) changeUnderLoad(t *testing.T) {
 		v.await("all calls on "+want, func() bool { return v.on("watcher") == want })
 		took = append(took, time.Since(begin))
 	}
-	close(stop)
-	wg.Wait()
+	halt()
 	noneFailed(t, []*traffic{load})
 	slices.Sort(took)
 	t.Logf("a change of weights was in force after %v", took)

@@ -417,11 +417,13 @@ func TestSinkOutage(t *testing.T) {
 	before := load(3 * time.Second)
 	each(func(_ string, p sinkPeer) { p.stop() })
 	first := load(down / 2)
-	loaded := make(chan loadReply)
-	go func() { loaded <- load(down - down/2) }()
+	var second loadReply
+	var loaded sync.WaitGroup
+	defer loaded.Wait() // also when the test fails
+	loaded.Go(func() { second = load(down - down/2) })
 	server.kill() // between two calls or within one
 	w.startNode(billing)
-	second := <-loaded
+	loaded.Wait()
 	each(func(_ string, p sinkPeer) { p.start() })
 	after := load(2 * time.Second)
 

@@ -41,14 +41,16 @@ func TestChunkedRate(t *testing.T) {
 				return sent, answer, err
 			case <-tick.C:
 				if _, err := io.WriteString(c, "1\r\nx\r\n"); err != nil {
-					return sent, answer, errors.Join(err, <-came)
+					err = errors.Join(err, <-came) // answer is not read before
+					return sent, answer, err
 				}
 			}
 		}
 		if _, err := io.WriteString(c, "0\r\n\r\n"); err != nil {
 			t.Fatal(err)
 		}
-		return sent, answer, <-came
+		err = <-came
+		return sent, answer, err
 	}
 	t.Run("a caller that dribbles is told 408", func(t *testing.T) {
 		t.Parallel()

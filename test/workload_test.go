@@ -16,6 +16,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -67,7 +68,10 @@ func playRole(role string) int {
 
 // A workload is an ordinary go-spiffe program: it finds the Workload API by
 // SPIFFE_ENDPOINT_SOCKET and nothing else.
-type workload struct{ source *workloadapi.X509Source }
+type workload struct {
+	mu     sync.Mutex // guards source
+	source *workloadapi.X509Source
+}
 
 // What the test may ask a workload.
 type (
@@ -278,6 +282,8 @@ func (s *serials) OnX509ContextUpdate(x *workloadapi.X509Context) {
 func (s *serials) OnX509ContextWatchError(err error) { s.err = err }
 
 func (w *workload) x509Source(ctx context.Context) (*workloadapi.X509Source, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.source != nil {
 		return w.source, nil
 	}

@@ -25,12 +25,9 @@ func (d *deaf) HeldAgent(context.Context, spiffeid.ID) (mesh.Agent, error) {
 // TestABanElsewhereIsSeenWithinARefresh though this issuer does not hear of what
 // the others write.
 func TestABanElsewhereIsSeenWithinARefresh(t *testing.T) {
-	d := &deaf{}
-	r := newRig(t, newCA(t, td), func(c *ServerConfig) {
-		d.memory = c.Registry.(*memory)
-		c.Registry = d
-	})
-	r.retune(func(s *Server) { s.lease = 30 * time.Millisecond })
+	r := newRig(t, newCA(t, td))
+	d := &deaf{memory: r.reg}
+	r.retune(func(s *Server) { s.lease = 30 * time.Millisecond }, func(c *ServerConfig) { c.Registry = d })
 	c, _ := r.joined("node-b")
 	id := agentID("node-b")
 	r.reg.change(func() { d.held = r.reg.agents[id] })

@@ -65,7 +65,7 @@ func TestAChallengeIsAnswered(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if a := r.reg.agents[got.ID]; len(a.Selectors) != 1 || a.AttestationType != "riddle" {
+	if a, err := r.reg.GetAgent(t.Context(), got.ID); err != nil || len(a.Selectors) != 1 || a.AttestationType != "riddle" {
 		t.Errorf("the agent is on record as %+v", a)
 	}
 	if _, err := c.AttestAnswering(t.Context(), "riddle", []byte("x"), say("5", nil), newKey(t)); !errors.Is(err, ErrTokenUsed) {

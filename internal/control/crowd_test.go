@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -94,9 +95,9 @@ func TestSilentStrangersDoNotHoldUpOthers(t *testing.T) {
 }
 
 func TestRefusedAttestationsOfAnAddressAreBounded(t *testing.T) {
-	records := 0
+	var records atomic.Int32
 	r := newRig(t, newCA(t, td), func(c *ServerConfig) {
-		c.OnAttest = func(context.Context, Attestation) error { records++; return nil }
+		c.OnAttest = func(context.Context, Attestation) error { records.Add(1); return nil }
 	})
 	r.srv.refusals.burst, r.srv.refusals.rate = 3, 0.001
 	c := r.client(&holder{})
@@ -106,8 +107,8 @@ func TestRefusedAttestationsOfAnAddressAreBounded(t *testing.T) {
 			t.Errorf("attempt %d: %v", i, err)
 		}
 	}
-	if records != 3 {
-		t.Errorf("%d records, want 3", records)
+	if n := records.Load(); n != 3 {
+		t.Errorf("%d records, want 3", n)
 	}
 }
 

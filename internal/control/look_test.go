@@ -119,8 +119,8 @@ func TestAnOperatorLooksAtCallsFromAfar(t *testing.T) {
 	recv(t, "end at the proxy", ended)
 
 	// What the local user asks for ends when the proxy does.
-	gone := make(chan error, 1)
-	go func() { gone <- r.admin().Tap(t.Context(), Tap{Workload: billing, Agent: agentID("node-b")}, never) }()
+	gone, local := make(chan error, 1), r.admin()
+	go func() { gone <- local.Tap(t.Context(), Tap{Workload: billing, Agent: agentID("node-b")}, never) }()
 	if l := recv(t, "look", looks); l.By != localUser {
 		t.Errorf("the proxy hears that %q looks", l.By)
 	}

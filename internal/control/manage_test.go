@@ -399,7 +399,7 @@ func TestRowsMakeAnAdminsRightFiner(t *testing.T) {
 		t.Errorf("delete billing: %v, %v", del, err)
 	}
 	var got []string
-	for _, a := range said.all {
+	for _, a := range said.list() {
 		got = append(got, fmt.Sprintf("%s %s %s %s %v", a.Caller.Path(), a.Method, a.On.Path(), a.Rule, a.Allowed))
 	}
 	for _, want := range []string{

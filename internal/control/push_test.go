@@ -134,8 +134,8 @@ func TestPushOverTheNetwork(t *testing.T) {
 	if err != nil || len(ps) != 1 || ps[0].Workload != payment || ps[0].Group != mesh.GroupCanary || ps[0].Wanted != 8 || ps[0].PolicyHash != "ab" || ps[0].Since.Unix() != 1e9 {
 		t.Errorf("proxies: %+v, %v", ps, err)
 	}
-	if call := (AdminCall{Caller: pusher, Method: "mesh.PushPolicy", Rule: "push", Allowed: true}); !slices.ContainsFunc(said.all, func(c AdminCall) bool { c.Peer = ""; return c == call }) {
-		t.Errorf("recorded are %+v", said.all)
+	if call := (AdminCall{Caller: pusher, Method: "mesh.PushPolicy", Rule: "push", Allowed: true}); !slices.ContainsFunc(said.list(), func(c AdminCall) bool { c.Peer = ""; return c == call }) {
+		t.Errorf("recorded are %+v", said.list())
 	}
 
 	// Whoever may not.
@@ -150,7 +150,9 @@ func TestPushOverTheNetwork(t *testing.T) {
 		{"a workload without a row", r.remote(payment), ""},
 		{"an agent", &Admin{cc: r.raw(h.cert)}, ""},
 	} {
+		said.mu.Lock()
 		said.all = nil
+		said.mu.Unlock()
 		for what, err := range map[string]error{
 			"push": who.a.PushPolicy(ctx, PolicyPush{Set: []byte("x")}),
 			"move": who.a.MovePolicy(ctx, PolicyMove{Move: MoveTakeBack}),
@@ -160,8 +162,8 @@ func TestPushOverTheNetwork(t *testing.T) {
 				t.Errorf("%s: %s: %v", who.name, what, err)
 			}
 		}
-		if who.name != "an agent" && !slices.ContainsFunc(said.all, func(c AdminCall) bool { return !c.Allowed && c.Rule == who.rule }) {
-			t.Errorf("%s: recorded are %+v", who.name, said.all)
+		if who.name != "an agent" && !slices.ContainsFunc(said.list(), func(c AdminCall) bool { return !c.Allowed && c.Rule == who.rule }) {
+			t.Errorf("%s: recorded are %+v", who.name, said.list())
 		}
 	}
 	if _, err := meshpb.NewAdminClient(r.raw(nil)).Status(ctx, &meshpb.StatusRequest{}); status.Code(err) != codes.PermissionDenied {

@@ -392,11 +392,11 @@ type rig struct {
 }
 
 // retune starts the issuer again with other times.
-func (r *rig) retune(f func(*Server)) {
+func (r *rig) retune(f func(*Server), change ...func(*ServerConfig)) {
 	r.t.Helper()
 	r.stop()
 	r.tune = f
-	r.start()
+	r.start(change...)
 }
 
 func newRig(t testing.TB, a *ca, change ...func(*ServerConfig)) *rig {

@@ -79,7 +79,7 @@ func TestAnAgentGetsAllItNeeds(t *testing.T) {
 	if err != nil || len(b.X509) != 1 || !b.X509[0].Equal(r.ca.root) || len(b.JWT) != 1 || b.JWT[0].KeyID != "k1" {
 		t.Errorf("bundle %+v, %v", b, err)
 	}
-	if a := r.reg.agents[agentID("node-a")]; a.Serial != h.cert.Leaf.SerialNumber.String() || a.AttestationType != "join_token" {
+	if a, err := r.reg.GetAgent(ctx, agentID("node-a")); err != nil || a.Serial != h.cert.Leaf.SerialNumber.String() || a.AttestationType != "join_token" {
 		t.Errorf("agent on record: %+v", a)
 	}
 }
@@ -154,8 +154,8 @@ func TestARenewedSVIDReplacesTheOldOneAtItsFirstUse(t *testing.T) {
 	if _, err := c.SyncEntries(ctx); err != nil {
 		t.Fatalf("the new SVID: %v", err)
 	}
-	a := r.reg.agents[svid.ID]
-	if a.Serial != svid.Chain[0].SerialNumber.String() || a.NextSerial != "" || !a.ExpiresAt.Equal(svid.Chain[0].NotAfter) {
+	a, err := r.reg.GetAgent(ctx, svid.ID)
+	if err != nil || a.Serial != svid.Chain[0].SerialNumber.String() || a.NextSerial != "" || !a.ExpiresAt.Equal(svid.Chain[0].NotAfter) {
 		t.Errorf("agent on record: %+v", a)
 	}
 	h.set(old)
@@ -234,7 +234,7 @@ func TestAttestationThatCannotBeRecordedDoesNotHappen(t *testing.T) {
 	if _, err := r.client(&holder{}).Attest(t.Context(), "join_token", []byte("node-a"), newKey(t)); !errors.Is(err, ErrFailed) {
 		t.Errorf("got %v, want ErrFailed", err)
 	}
-	if len(r.reg.agents) != 0 {
+	if read(r.reg, func() int { return len(r.reg.agents) }) != 0 {
 		t.Error("the agent is on record")
 	}
 }

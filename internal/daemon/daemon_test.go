@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -267,13 +268,13 @@ func startAdmin(t *testing.T, a *Admin) {
 }
 
 func TestAdmin(t *testing.T) {
-	drained := 0
+	var drained atomic.Int32 // in the server's goroutine
 	level := new(slog.LevelVar)
 	a := &Admin{
 		Socket: filepath.Join(shortDir(t), "run", "a.sock"), Ready: new(Ready), Level: level, Log: quiet(),
 		Metrics:    http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "m 1\n") }),
 		ConfigDump: func() any { return &testConfig{Secret: "hunter2", Workers: 4} },
-		Drain:      func() { drained++ },
+		Drain:      func() { drained.Add(1) },
 		Extra: map[string]http.Handler{"GET /extra": http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			io.WriteString(w, "more")
 		})},
@@ -313,8 +314,8 @@ func TestAdmin(t *testing.T) {
 			t.Errorf("%s %s: %d %s, want %d %q", tc.method, tc.path, resp.StatusCode, body, tc.code, tc.want)
 		}
 	}
-	if drained != 1 || level.Level() != slog.LevelDebug {
-		t.Errorf("drained %d times, level %v", drained, level.Level())
+	if drained.Load() != 1 || level.Level() != slog.LevelDebug {
+		t.Errorf("drained %d times, level %v", drained.Load(), level.Level())
 	}
 	if err := a.Run(t.Context()); err == nil || !strings.Contains(err.Error(), "already running") {
 		t.Errorf("a second process on the socket: got %v", err)

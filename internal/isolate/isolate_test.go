@@ -120,6 +120,8 @@ func TestRoom(t *testing.T) {
 		continue // it does not listen yet
 	}
 	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait() // else it may still print
 		t.Fatalf("%v; it printed:\n%s", err, &out)
 	}
 	defer c.Close()

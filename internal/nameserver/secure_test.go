@@ -192,13 +192,17 @@ func TestDoH(t *testing.T) {
 // TestGateways has a sidecar told addresses by a gateway, which it then knows the
 // host of.
 func TestGateways(t *testing.T) {
-	var fails error
+	var fails atomic.Pointer[error] // read where a question is answered
+	fail := func(err error) { fails.Store(&err) }
+	fail(nil)
 	s := newSecured(t, func(c *Config) {
 		c.Real = func(context.Context, spiffeid.ID, string) ([]netip.Addr, time.Duration, error) {
-			return []netip.Addr{netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("2001:db8::7")}, 30 * time.Second, fails
+			return []netip.Addr{netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("2001:db8::7")}, 30 * time.Second, *fails.Load()
 		}
 	})
-	s.zone.Load().real = []string{"real.example.com"}
+	z := *s.zone.Load() // it is served already: another in its place
+	z.real = []string{"real.example.com"}
+	s.zone.Store(&z)
 	g := &Gateways{Addresses: []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:1"), netip.MustParseAddrPort(s.dot)}, TLS: func() *tls.Config { return s.as(payment, DoT) }}
 	addrs, ttl, err := g.Lookup(t.Context(), payment, "real.example.com")
 	if err != nil || len(addrs) != 2 || ttl != 30*time.Second {
@@ -215,12 +219,12 @@ func TestGateways(t *testing.T) {
 	if _, _, err := g.Lookup(t.Context(), payment, "evil.example"); !errors.Is(err, ErrAbsent) {
 		t.Errorf("a name that the gateway denies: %v", err)
 	}
-	fails = ErrBudget
+	fail(ErrBudget)
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); !errors.Is(err, ErrBudget) {
 		t.Errorf("a name beyond the budget: %v", err)
 	}
 	sidecar := newRig(t, func(c *Config) { c.Real = g.Lookup })
-	sidecar.zone.Load().real = s.zone.Load().real
+	sidecar.zone.Load().real = z.real
 	m, _ := sidecar.both(payment, pack(t, ask("real.example.com.", dns.TypeA, 1232)))
 	if got, want := short(m), "NXDOMAIN | SOA of . | EDE 17: budget.names of the destination is used up"; got != want {
 		t.Errorf("a name beyond the budget, through a sidecar: %s, want %s", got, want)
@@ -228,7 +232,7 @@ func TestGateways(t *testing.T) {
 	if got := sidecar.recorded(); len(got) != 1 || !strings.HasPrefix(got[0], "deny host:real.example.com name_budget") {
 		t.Errorf("the sidecar recorded %q", got)
 	}
-	fails = errors.New("down")
+	fail(errors.New("down"))
 	if _, _, err := g.Lookup(t.Context(), payment, "real.example.com"); err == nil || errors.Is(err, ErrAbsent) {
 		t.Errorf("a gateway that cannot look it up: %v", err)
 	}

@@ -308,6 +308,8 @@ func TestPeopleEnterByAProvider(t *testing.T) {
 		t.Error("nobody has promoted anything")
 	}
 	seen := map[string]bool{}
+	p.login.mu.Lock()
+	defer p.login.mu.Unlock()
 	for _, q := range p.login.asked {
 		for _, s := range []string{q.Get("state"), q.Get("nonce"), q.Get("code_challenge")} {
 			if seen[s] {

@@ -102,7 +102,9 @@ func TestOTLPOverGRPC(t *testing.T) {
 	l.start()
 	awaitSent(t, s, 100)
 	end()
-	l.srv.Stop()
+	l.srv.Stop() // does not wait for what it serves
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if !slices.Equal(slices.Compact(slices.Clone(l.got)), upTo(100)) {
 		t.Errorf("came %v", l.got)
 	}

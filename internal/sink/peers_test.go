@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -193,11 +194,10 @@ func TestS3ReplacesABatchThatComesAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	fake := gofakes3.New(mem).Server()
-	forget := true
+	var forgot atomic.Bool
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if forget && r.Method == http.MethodPut {
+		if r.Method == http.MethodPut && !forgot.Swap(true) {
 			// The object is kept, and the answer lost.
-			forget = false
 			fake.ServeHTTP(httptest.NewRecorder(), r)
 			w.WriteHeader(http.StatusBadGateway)
 			return

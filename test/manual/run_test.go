@@ -2,6 +2,7 @@ package manual
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -151,12 +152,12 @@ func (r *reader) carryOut(f fence, dir *string) {
 		"/run/sallyport/payment/", r.demo.dir+"/payment/run/",
 		"spiffe://corp.example/", "spiffe://demo.sallyport/",
 	).Replace(script)
-	cmd := exec.Command("bash", "-euo", "pipefail", "-c", script)
+	ctx, cancel := context.WithTimeout(r.t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", script)
 	cmd.Dir = *dir
 	cmd.Env = append(os.Environ(), "PATH="+r.demo.tools+":"+os.Getenv("PATH"))
 	cmd.WaitDelay = time.Second
-	timer := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
-	defer timer.Stop()
 	r.tally.carriedOut += len(f.commands())
 	if out, err := cmd.CombinedOutput(); err != nil {
 		r.errorf(f, f.line, "%v:\n%s", err, out)

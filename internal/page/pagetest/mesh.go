@@ -26,11 +26,11 @@ var TD = spiffeid.RequireTrustDomainFromString("corp.example")
 
 // A Mesh is invented.
 type Mesh struct {
-	policies *mesh.Policies
-	edges    []mesh.Edge
-	now      time.Time
+	edges []mesh.Edge
+	now   time.Time
 
 	mu         sync.Mutex // guards the fields below
+	policies   *mesh.Policies
 	deliveries []mesh.Delivery
 	denials    []page.Denial
 	// Calls are those of operators, in order; Refuse has their recording fail.
@@ -128,7 +128,7 @@ func (m *Mesh) roll() {
 // Config is that of a page of the mesh.
 func (m *Mesh) Config() page.Config {
 	return page.Config{
-		TrustDomain: TD, Status: m.status, Proxies: m.proxies, Policies: func() *mesh.Policies { return m.policies }, Chart: m.chart, Windows: m.windows,
+		TrustDomain: TD, Status: m.status, Proxies: m.proxies, Policies: m.inForce, Chart: m.chart, Windows: m.windows,
 		Denials: func() []page.Denial {
 			m.mu.Lock()
 			defer m.mu.Unlock()
@@ -139,7 +139,7 @@ func (m *Mesh) Config() page.Config {
 			defer m.mu.Unlock()
 			return append([]mesh.Delivery(nil), m.deliveries...), nil
 		},
-		MoveRollout: m.move, Roots: m.roots, Logs: m.logs, Search: m.search, Admins: authz.NewAdmins(func() *mesh.Policies { return m.policies }, slog.New(slog.DiscardHandler)),
+		MoveRollout: m.move, Roots: m.roots, Logs: m.logs, Search: m.search, Admins: authz.NewAdmins(m.inForce, slog.New(slog.DiscardHandler)),
 		OnAdmin: m.admin, Version: "v1.4.0 go1.26.5", Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return m.now },
 	}
 }
@@ -153,8 +153,16 @@ func (m *Mesh) Deny(path string) {
 	m.denials = append(m.denials, d)
 }
 
+func (m *Mesh) inForce() *mesh.Policies {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.policies
+}
+
 // Admin sets the rows of admin.csv.
 func (m *Mesh) Admin(rows ...mesh.AdminRule) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	p := *m.policies
 	p.Admin = rows
 	m.policies = &p
@@ -195,7 +203,8 @@ func (m *Mesh) status() mesh.IssuerStatus {
 }
 
 func (m *Mesh) proxies() (out []mesh.Proxy) {
-	for i, s := range m.policies.Services {
+	services := m.inForce().Services
+	for i, s := range services {
 		p := mesh.Proxy{
 			Agent: spiffeid.RequireFromPath(TD, fmt.Sprintf("/spire/agent/join_token/node-%03d", i%40)), Workload: s.ID, Kind: "sidecar",
 			Version: "v1.4.0 go1.26.5", SVIDExpires: m.now.Add(time.Duration(20+i%35) * time.Minute), PolicyRevision: 42, State: mesh.Synced, Connected: true, LastSeen: m.now,
@@ -212,7 +221,7 @@ func (m *Mesh) proxies() (out []mesh.Proxy) {
 			p.State, p.Reason = mesh.Rejected, "routes/shop.yaml:3: unknown subset"
 		}
 		if i == 2 {
-			p.Traffic = &mesh.Traffic{Ejections: []mesh.Ejection{{Service: m.policies.Services[0].Name, Address: netip.MustParseAddrPort("10.4.0.17:15006"), Kind: "ejected", Since: m.now.Add(-3 * time.Minute), Why: "5 of its last 6 answers were errors"}}}
+			p.Traffic = &mesh.Traffic{Ejections: []mesh.Ejection{{Service: services[0].Name, Address: netip.MustParseAddrPort("10.4.0.17:15006"), Kind: "ejected", Since: m.now.Add(-3 * time.Minute), Why: "5 of its last 6 answers were errors"}}}
 		}
 		out = append(out, p)
 	}
@@ -228,7 +237,7 @@ func (m *Mesh) chart(_ context.Context, from, to time.Time) (mesh.Chart, error) 
 	if to.Before(m.now.Add(-30 * time.Minute)) { // before: a few links fewer
 		c.Edges = m.edges[min(len(m.edges)/20+1, len(m.edges)):]
 	}
-	c.Unused = chart.NotCalled(chart.Pairs(m.policies), c.Edges)
+	c.Unused = chart.NotCalled(chart.Pairs(m.inForce()), c.Edges)
 	return c, nil
 }
 
@@ -275,6 +284,8 @@ func (m *Mesh) logs(context.Context) ([]page.Log, error) {
 }
 
 func (m *Mesh) search(_ context.Context, f audit.Filter) (page.Found, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	var out page.Found
 	for i, d := range m.denials {
 		r := audit.Record{Seq: uint64(i + 1), Time: d.Last, Kind: audit.KindDecision, ID: d.ID, Decision: audit.Deny, Reason: string(d.Reason), Rule: d.Rule, Src: d.Identity, Dst: d.Dst, Port: d.Port, Verb: d.Verb, Path: d.Path}
