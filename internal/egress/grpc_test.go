@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/net/http2"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
@@ -111,6 +112,16 @@ func (h *rpcHost) StreamingOutputCall(r *grpc_testing.StreamingOutputCallRequest
 // A dialledConn is a tunnel as clients of gRPC want one.
 type dialledConn struct{ netConn }
 
+// Read has a tunnel that is reset end: a StreamError is one of a call to grpc, which
+// reads on after it for ever.
+func (c dialledConn) Read(p []byte) (int, error) {
+	n, err := c.netConn.Read(p)
+	if _, reset := err.(http2.StreamError); reset {
+		err = io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
 func (dialledConn) LocalAddr() net.Addr  { return &net.TCPAddr{} }
 func (dialledConn) RemoteAddr() net.Addr { return &net.TCPAddr{} }
 
@@ -123,6 +134,8 @@ func rpcClient(t *testing.T, w *world, dial dialFunc, authority string) grpc_tes
 func rpcClientBy(t *testing.T, w *world, dial dialFunc, authority string, creds credentials.TransportCredentials) grpc_testing.TestServiceClient {
 	t.Helper()
 	c, err := grpc.NewClient("passthrough:///"+authority, grpc.WithTransportCredentials(creds),
+		// Who has failed must not dial again by itself, beside the test or after it.
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: time.Hour, MaxDelay: time.Hour}}),
 		grpc.WithContextDialer(func(context.Context, string) (net.Conn, error) {
 			tun, ref := dial(w, billing, authority)
 			if ref != nil {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"sallyport/internal/audit"
+	"sallyport/internal/meshtest"
 )
 
 // startSealed is a proxy that is spoken to over TLS, with the certificates of a site.
@@ -19,7 +20,7 @@ func startSealed(t *testing.T, answer string, cfg *tls.Config) *parentProxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return serveParent(t, tls.NewListener(ln, cfg), answer)
+	return serveParent(t, tls.NewListener(ln, cfg), &parentProxy{answer: answer})
 }
 
 // sealedBy is slow.test behind a proxy, at a name that leads to it.
@@ -95,9 +96,9 @@ func TestAProxyMustProveItsName(t *testing.T) {
 // TestAProxyOverTLSThatBreaksOff is no orderly end of the host.
 func TestAProxyOverTLSThatBreaksOff(t *testing.T) {
 	s := startSite(t, "direct.test")
-	p := startSealed(t, "HTTP/1.1 200 OK\r\n\r\nhalf of an answ", &tls.Config{Certificates: s.certs})
 	cut := make(chan net.Conn, 1)
-	p.broken = cut
+	ln := tls.NewListener(meshtest.Listen(t, ""), &tls.Config{Certificates: s.certs})
+	p := serveParent(t, ln, &parentProxy{answer: "HTTP/1.1 200 OK\r\n\r\nhalf of an answ", broken: cut})
 	w := parentWorld(t, "timeouts: {idle: 1m}")
 	w.use(w.policy(access, sealedBy(w, "direct.test", p, s.ca)))
 	tun, ref := dialStream(w, billing, "slow.test:5432")

@@ -32,12 +32,13 @@ func startParent(t *testing.T, answer string) *parentProxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return serveParent(t, ln, answer)
+	return serveParent(t, ln, &parentProxy{answer: answer})
 }
 
-func serveParent(t *testing.T, ln net.Listener, answer string) *parentProxy {
+// serveParent has p, of which the rest is said, speak at ln.
+func serveParent(t *testing.T, ln net.Listener, p *parentProxy) *parentProxy {
 	t.Helper()
-	p := &parentProxy{addr: ln.Addr().String(), asks: make(chan *http.Request, 16), answer: answer}
+	p.addr, p.asks = ln.Addr().String(), make(chan *http.Request, 16)
 	var wg sync.WaitGroup
 	wg.Go(func() {
 		for {

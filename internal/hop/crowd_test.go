@@ -39,6 +39,8 @@ func TestACrowdOfLargeWriters(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		p.near.mu.Lock()
+		defer p.near.mu.Unlock()
 		if n := cap(p.near.out.pend); n > 8*crowded {
 			t.Errorf("%d bytes of queue", n)
 		}

@@ -251,7 +251,9 @@ func TestClientIsHeardBeforeTheAnswer(t *testing.T) {
 		t.Fatal(err)
 	}
 	x := &Exchange{Down: down, Up: NewConn(far, Limits{}), Request: r, Settle: func(Result) { t.Error("it was settled") }}
+	asked := make(chan struct{})
 	go func() {
+		defer close(asked)
 		nc.sends(2, plainGet)
 		far.sends(1, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok") // once the owner reads
 		if far.hand.Claim() {
@@ -264,6 +266,7 @@ func TestClientIsHeardBeforeTheAnswer(t *testing.T) {
 	if err := down.ReadRequest(r); err != nil {
 		t.Errorf("the next request: %v", err)
 	}
+	<-asked
 }
 
 // TestPanicIsTheOwners keeps a panic away from who reads for many.

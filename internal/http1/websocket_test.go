@@ -165,27 +165,26 @@ func TestPartSaysFarewellToBothEnds(t *testing.T) {
 	passes(t, server, client, frame(0x81, false, 70_000))
 	passes(t, client, server, frame(0x81, true, 5))
 	began := time.Now()
-	go func() {
+	var gone sync.WaitGroup
+	gone.Go(func() {
 		defer client.Close() // as who has read a Close frame does
 		got := last(client)
 		if want := closeFrame(ClosePolicy, false); !bytes.Equal(got, want) {
 			t.Errorf("the client got %q, want %q", got, want)
 		}
-	}()
-	gone := make(chan struct{})
-	go func() {
-		defer close(gone)
+	})
+	gone.Go(func() {
 		defer server.Close()
 		got := last(server)
 		if len(got) < 2 || got[1]&maskBit == 0 || !bytes.Equal(unmask(got), closeFrame(ClosePolicy, false)) {
 			t.Errorf("the server got %q, want a masked Close frame", got)
 		}
-	}()
+	})
 	tun.Part(ClosePolicy, time.Minute)
 	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("it took %s, though both ends closed at once", took)
 	}
-	<-gone
+	gone.Wait()
 	if err := <-over; err != nil {
 		t.Errorf("the tunnel ended with %v", err)
 	}

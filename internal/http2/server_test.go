@@ -139,6 +139,7 @@ func (w *answerer) end() error {
 func client(t *testing.T, dial func() net.Conn) *http.Client {
 	tr := &http.Transport{Protocols: new(http.Protocols), DialContext: func(context.Context, string, string) (net.Conn, error) { return dial(), nil }}
 	tr.Protocols.SetUnencryptedHTTP2(true)
+	tr.MaxConnsPerHost = 1 // or dials that no call waits for may outlive the test
 	t.Cleanup(tr.CloseIdleConnections)
 	return &http.Client{Transport: tr}
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"net"
+	"sync/atomic"
 	"testing"
 
 	"sallyport/internal/audit"
@@ -48,12 +49,12 @@ func TestErrorBodyIsJSON(t *testing.T) {
 
 // Nothing reaches the application without a Grant for that very call.
 func TestHandOverNeedsTheGrant(t *testing.T) {
-	called := false
-	r := newRig(t, rawApp(t, func(net.Conn, *bufioReader) { called = true }))
+	var called atomic.Bool
+	r := newRig(t, rawApp(t, func(net.Conn, *bufioReader) { called.Store(true) }))
 	x := onCall(t, r)
 	got := r.inbound.handOver(x, x.grant)
-	if got == nil || got.status != 500 || called {
-		t.Errorf("a call without Grant got %+v, application called: %v", got, called)
+	if got == nil || got.status != 500 || called.Load() {
+		t.Errorf("a call without Grant got %+v, application called: %v", got, called.Load())
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -171,8 +172,8 @@ func TestOnlyWhatIsSafeIsCopiedUnlessWritesAre(t *testing.T) {
 }
 
 func TestWhatAShadowDoesChangesNothing(t *testing.T) {
-	var seen *http.Request
-	upstream := app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r })
+	var seen atomic.Pointer[http.Request]
+	upstream := app(t, func(_ http.ResponseWriter, r *http.Request) { seen.Store(r) })
 	r := newRig(t, upstream)
 	const traceparent = "Traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n"
 	for _, tt := range []struct {
@@ -188,7 +189,7 @@ func TestWhatAShadowDoesChangesNothing(t *testing.T) {
 		{"another state is none", "POST", "Tracestate: sallyport=other\r\n", 200},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			seen = nil
+			seen.Store(nil)
 			before := len(decisions(r.outAudit))
 			target := "http://billing.mesh.internal/ok/1"
 			if tt.method == "CONNECT" {
@@ -207,11 +208,12 @@ func TestWhatAShadowDoesChangesNothing(t *testing.T) {
 				}
 				return
 			}
-			if marked := seen.Header.Get(shadow.Marker) == "1"; marked != (tt.method == "GET") {
-				t.Errorf("the next is told %v", seen.Header)
+			told := seen.Load().Header
+			if marked := told.Get(shadow.Marker) == "1"; marked != (tt.method == "GET") {
+				t.Errorf("the next is told %v", told)
 			}
-			if tt.name == "a read passes, marked" && seen.Header.Get("Tracestate") != "sallyport=shadow,a=1" {
-				t.Errorf("state %q", seen.Header.Get("Tracestate"))
+			if tt.name == "a read passes, marked" && told.Get("Tracestate") != "sallyport=shadow,a=1" {
+				t.Errorf("state %q", told.Get("Tracestate"))
 			}
 		})
 	}
@@ -286,11 +288,11 @@ func TestAWorkloadThatIsAllShadowWritesNowhereElse(t *testing.T) {
 // What it calls learns that it is called for a shadow, though the application hands
 // no mark on.
 func TestAWorkloadThatIsAllShadowMarksItsCalls(t *testing.T) {
-	var seen *http.Request
-	r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r }), func(r *rig) { r.outCfg.ShadowOnly = true })
+	var seen atomic.Pointer[http.Request]
+	r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen.Store(r) }), func(r *rig) { r.outCfg.ShadowOnly = true })
 	get(t, r.client(), "http://billing.mesh.internal/ok/1")
-	if seen == nil || seen.Header.Get(shadow.Marker) != "1" || seen.Header.Get("Tracestate") != "sallyport=shadow" {
-		t.Errorf("the next is told %v", seen)
+	if next := seen.Load(); next == nil || next.Header.Get(shadow.Marker) != "1" || next.Header.Get("Tracestate") != "sallyport=shadow" {
+		t.Errorf("the next is told %v", next)
 	}
 }
 
@@ -359,14 +361,15 @@ func TestTheHostOfAPrimaryIsForShadowsAlone(t *testing.T) {
 		{"to a shadow, from outside of the mesh", true, "billing.mesh.internal", shadow.Marker + ": 1\r\nSallyport-Host: admin.test\r\n", 200, "billing.mesh.internal"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			seen := ""
-			r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen = r.Host }), func(r *rig) {
+			var seen atomic.Value
+			seen.Store("")
+			r := newRig(t, app(t, func(_ http.ResponseWriter, r *http.Request) { seen.Store(r.Host) }), func(r *rig) {
 				r.inCfg.Name, r.inCfg.ShadowOnly = func() mesh.ServiceName { return "billing" }, tt.only
 			})
 			w := r.dialIn(r.web)
 			w.say("GET /ok/1 HTTP/1.1\r\nHost: " + tt.host + "\r\nTraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\n" + tt.more + "\r\n")
-			if resp, _ := w.answer("GET"); resp.StatusCode != tt.status || seen != tt.seen {
-				t.Errorf("status %d, the application saw %q; want %d and %q", resp.StatusCode, seen, tt.status, tt.seen)
+			if resp, _ := w.answer("GET"); resp.StatusCode != tt.status || seen.Load() != tt.seen {
+				t.Errorf("status %d, the application saw %q; want %d and %q", resp.StatusCode, seen.Load(), tt.status, tt.seen)
 			}
 		})
 	}

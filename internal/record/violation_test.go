@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"sync"
 	"testing"
 	"time"
 
@@ -315,8 +316,10 @@ func TestKeysAreChangedInTime(t *testing.T) {
 	client, server := pair(t)
 	client.out.seq, server.in.seq = maxRecords-2, maxRecords-2
 	text := bytes.Repeat([]byte("0123456789"), 10_000)
-	go func() { _, _ = client.Write(text) }()
+	var sent sync.WaitGroup
+	sent.Go(func() { _, _ = client.Write(text) })
 	hear(t, server, string(text))
+	sent.Wait()
 	if client.out.seq >= 100 || client.out.seq != server.in.seq {
 		t.Errorf("sequence numbers %d and %d", client.out.seq, server.in.seq)
 	}

@@ -99,7 +99,11 @@ func TestFollow(t *testing.T) {
 	}
 	write(t, file, map[string]mmdbtype.Map{"192.0.2.0/24": country("NL")})
 	says("NL")
-	if err := os.WriteFile(file, []byte("no database"), 0o600); err != nil {
+	bad := file + ".bad" // in one step, or it may be told of twice
+	if err := os.WriteFile(bad, []byte("no database"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(bad, file); err != nil {
 		t.Fatal(err)
 	}
 	says("NL") // the one before
