@@ -17,6 +17,8 @@ RACE := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 # tests in them.
 PARTLY = $(shell grep -rl --include='*_test.go' 'meshtest[.]Race\b' cmd internal)
 PARTLY_TESTS = $(shell sed -nE 's/^func (Test[A-Za-z0-9]+).*/\1/p' $(PARTLY) | paste -sd'|')
+# Compiled as the programs are: once, then, of all that is compiled without RACE.
+PLAIN := CGO_ENABLED=0 GOFLAGS="$${GOFLAGS:-} -trimpath"
 ARGS ?=
 N ?= 4000
 FUZZTIME ?= 60s
@@ -65,15 +67,15 @@ demo: ## a small mesh on this machine: real processes, real denials (ARGS="--for
 
 .PHONY: test
 test: ## every test, with the race detector where a C compiler is
-	go vet ./...
+	go vet $(RACE) ./...
 	@# Tests wait much of the time: two packages more than there are cores at once.
 	go test $(RACE) -vet=off -timeout 10m -p $$(($$(getconf _NPROCESSORS_ONLN) + 2)) $$(go list ./... | grep -vE '^sallyport/test(/manual)?$$')
-	$(if $(RACE),go test -vet=off -timeout 10m -run '^($(PARTLY_TESTS))$$' $(addprefix ./,$(sort $(dir $(PARTLY)))))
+	$(if $(RACE),$(PLAIN) go test -vet=off -timeout 10m -run '^($(PARTLY_TESTS))$$' $(addprefix ./,$(sort $(dir $(PARTLY)))))
 	@# Compiled before the tests that start it, not beside them.
-	-@cd tools/stepca && go build -o /dev/null .
-	-@cd tools/h2spec && go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec
-	-@cd tools/interop && go build -o /dev/null google.golang.org/grpc/interop/client google.golang.org/grpc/interop/server
-	go test -vet=off -timeout 5m ./test/manual
+	-@cd tools/stepca && $(PLAIN) go build -o /dev/null .
+	-@cd tools/h2spec && $(PLAIN) go build -o /dev/null github.com/summerwind/h2spec/cmd/h2spec
+	-@cd tools/interop && $(PLAIN) go build -o /dev/null google.golang.org/grpc/interop/client google.golang.org/grpc/interop/server
+	$(PLAIN) go test -vet=off -timeout 5m ./test/manual
 	@# After the others, not beside them: these hold real processes to lives of
 	@# a few seconds, which a test that takes every core would starve. Most of
 	@# the time they wait, so one more than there are cores may run at once.
@@ -97,8 +99,9 @@ skew-test: build ## issuer, gateway and sidecars of the last tagged build beside
 .PHONY: check
 check: ## format, vet, staticcheck, and the programs beside those of an older version
 	@test -z "$$(gofmt -l $$(git ls-files '*.go'))" || { echo "gofmt would change:"; gofmt -l $$(git ls-files '*.go'); exit 1; }
-	go vet ./...
-	$(TOOL) staticcheck ./...
+	go vet $(RACE) ./...
+	@$(PLAIN) go build -modfile=tools/go.mod -o $(BIN)/staticcheck honnef.co/go/tools/cmd/staticcheck
+	GOFLAGS="$${GOFLAGS:-} $(RACE)" $(BIN)/staticcheck ./...
 	@# A clone without the history has the wire of old, in internal/control/testdata.
 	@if GIT_NO_LAZY_FETCH=1 git archive '$(SKEW)' go.mod >/dev/null 2>&1; then $(MAKE) --no-print-directory skew-test; \
 	  else echo "skew-test is left out: this clone has no $(SKEW); to run it: git fetch --unshallow --tags, make skew-test"; fi
@@ -178,7 +181,7 @@ gwconformance: ## the tests of the Gateway API for HTTPRoute and GRPCRoute again
 
 .PHONY: page-test
 page-test: ## the operator's page in Debian's Chromium: a tour, keyboard alone, axe-core, 1,000 services; screenshots in bin/page
-	@cd test/page && go test -count=1 -vet=off -timeout 10m -v . | grep -E '^ *--- |^\{|^(FAIL|panic)|page_test.go'
+	@cd test/page && $(PLAIN) go test -count=1 -vet=off -timeout 10m -v . | grep -E '^ *--- |^\{|^(FAIL|panic)|page_test.go'
 
 .PHONY: bench-tcp
 bench-tcp: ## streams through a pair of sidecars beside nginx, HAProxy and stunnel (ARGS="-rounds 9")

@@ -98,7 +98,8 @@ func counted(t *testing.T, listener string, r runReply, may []string) conformRes
 func buildTool(t *testing.T, tool, pkg, program string) string {
 	t.Helper()
 	program = filepath.Join(bin, program)
-	cmd := exec.Command("go", "build", "-o", program, pkg)
+	cmd := exec.Command("go", "build", "-trimpath", "-o", program, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // as "make test" did before
 	cmd.Dir = filepath.Join("..", "tools", tool)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		if os.Getenv("CI") == "" && bytes.Contains(out, []byte("proxy")) {

@@ -42,7 +42,8 @@ func buildAndRun(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	bin = dir
-	build := exec.Command("go", "build", "-o", dir+"/", "sallyport/cmd/issuer", "sallyport/cmd/sidecar", "sallyport/cmd/gateway", "sallyport/cmd/sallyport")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir+"/", "sallyport/cmd/issuer", "sallyport/cmd/sidecar", "sallyport/cmd/gateway", "sallyport/cmd/sallyport")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile builds them
 	build.Stderr = os.Stderr
 	if err := build.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "build the programs:", err)
@@ -202,10 +203,10 @@ func (w *world) launch(name string, env []string, cmd *exec.Cmd) *proc {
 		p.err = p.cmd.Wait()
 		close(p.done)
 	}()
-	w.t.Cleanup(func() {
+	p.t.Cleanup(func() { // w.t may be another by then
 		p.stop()
-		if w.t.Failed() {
-			w.t.Logf("%s printed:\n%s", name, p.out)
+		if p.t.Failed() {
+			p.t.Logf("%s printed:\n%s", name, p.out)
 		}
 	})
 	return p
