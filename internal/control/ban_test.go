@@ -110,3 +110,30 @@ func TestAWriteOfAnAgentLosesNoBan(t *testing.T) {
 		t.Error("the ban is lost")
 	}
 }
+
+// TestWhoIsBannedWhileItsSVIDIsRecordedGetsNone: what was revoked by the ban is
+// what was recorded before.
+func TestWhoIsBannedWhileItsSVIDIsRecordedGetsNone(t *testing.T) {
+	r := newRig(t, newCA(t, td))
+	c, _ := r.joined("node-b")
+	bans := func(name string) {
+		r.reg.change(func() {
+			r.reg.onIssued = func() error {
+				r.reg.change(func() {
+					a := r.reg.agents[agentID(name)]
+					a.Banned = true
+					r.reg.agents[agentID(name)] = a
+				})
+				return nil
+			}
+		})
+	}
+	bans("node-b")
+	if _, err := c.Renew(t.Context(), newKey(t)); !errors.Is(err, ErrBanned) {
+		t.Errorf("renewal: %v, want ErrBanned", err)
+	}
+	bans("node-c")
+	if _, err := r.client(&holder{}).Attest(t.Context(), "join_token", []byte("node-c"), newKey(t)); !errors.Is(err, ErrBanned) {
+		t.Errorf("attestation: %v, want ErrBanned", err)
+	}
+}

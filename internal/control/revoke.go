@@ -28,9 +28,14 @@ func (s *Server) give(ctx context.Context, list ...mesh.Issued) error {
 	return nil
 }
 
-// giveAgent records an agent's own SVID.
+// giveAgent records an agent's own SVID. The agent gets none when another issuer
+// has banned it meanwhile.
 func (s *Server) giveAgent(ctx context.Context, id spiffeid.ID, leaf *x509.Certificate) error {
-	return s.give(ctx, mesh.IssuedOf(leaf, id, "", id))
+	if err := s.give(ctx, mesh.IssuedOf(leaf, id, "", id)); err != nil {
+		return err
+	}
+	_, err := s.still(ctx, id)
+	return err
 }
 
 // still are the entries that an agent has after something was recorded for it;
