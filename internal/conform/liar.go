@@ -1,6 +1,7 @@
 package conform
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -40,21 +41,36 @@ type shown struct {
 	redirect string
 }
 
+// A moment is what the endpoint shows at a time, and which key its document has.
+// A connection is shown that of when it was accepted: the certificate is that of
+// the document, whenever the server looks by itself.
+type moment struct {
+	shown
+	mark int
+}
+
+// atAccept is where the context of a connection has its moment.
+type atAccept struct{}
+
+func momentOf(ctx context.Context) moment {
+	m, _ := ctx.Value(atAccept{}).(moment)
+	return m
+}
+
 // state is what the endpoint shows now; several liars may be behind one
 // endpoint.
 type state struct {
-	mu   sync.Mutex // guards what follows
-	now  shown
-	mark int
+	mu  sync.Mutex // guards what follows
+	now moment
 }
 
 // show has the endpoint be right in everything but one thing.
 func (l *liar) show(change func(*shown)) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.now = shown{}
+	l.now.shown = shown{}
 	if change != nil {
-		change(&l.now)
+		change(&l.now.shown)
 	}
 }
 
@@ -62,14 +78,14 @@ func (l *liar) show(change func(*shown)) {
 func (s *state) next() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.mark++
-	return fmt.Sprintf("conform-mark-%d", s.mark)
+	s.now.mark++
+	return fmt.Sprintf("conform-mark-%d", s.now.mark)
 }
 
-func (s *state) current() (shown, int) {
+func (s *state) current() moment {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.now, s.mark
+	return s.now
 }
 
 // openLiar listens for an endpoint of the trust domain.
@@ -88,9 +104,9 @@ func openLiar(listen string, d *Domain) (*liar, error) {
 	if err != nil {
 		return nil, err
 	}
-	addr, err := l.open(listen, func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-		if now, _ := l.current(); now.cert != nil {
-			return now.cert, nil
+	addr, err := l.open(listen, func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		if then := momentOf(hello.Context()); then.cert != nil {
+			return then.cert, nil
 		}
 		return l.good, nil
 	}, false)
@@ -136,7 +152,11 @@ func (l *liar) open(listen string, cert func(*tls.ClientHelloInfo) (*tls.Certifi
 	srv := &http.Server{
 		Handler:           http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { l.answer(w, r, direct) }),
 		ReadHeaderTimeout: patience, WriteTimeout: patience, ErrorLog: log.New(io.Discard, "", 0),
+		ConnContext: func(ctx context.Context, _ net.Conn) context.Context {
+			return context.WithValue(ctx, atAccept{}, l.current())
+		},
 	}
+	srv.SetKeepAlivesEnabled(false) // each look is a connection of its own
 	l.srvs = append(l.srvs, srv)
 	if cert == nil {
 		go srv.Serve(ln) //nolint:errcheck // ends with close
@@ -155,26 +175,26 @@ func (l *liar) close() {
 
 // answer gives the document, or the redirect.
 func (l *liar) answer(w http.ResponseWriter, r *http.Request, direct bool) {
-	now, mark := l.current()
-	if now.redirect != "" && !direct && r.URL.Path != "/direct" {
-		http.Redirect(w, r, now.redirect, http.StatusFound)
+	then := momentOf(r.Context())
+	if then.redirect != "" && !direct && r.URL.Path != "/direct" {
+		http.Redirect(w, r, then.redirect, http.StatusFound)
 		return
 	}
 	d := l.d
-	if now.of != nil {
-		d = now.of
+	if then.of != nil {
+		d = then.of
 	}
 	w.Header().Set("Content-Type", "application/json")
 	_, _ = w.Write(d.document(func(doc map[string]any) {
-		doc["spiffe_sequence"] = mark + 1
+		doc["spiffe_sequence"] = then.mark + 1
 		keys, _ := doc["keys"].([]any)
 		k := jwk(d.jwt[kidES256].Public())
-		k["kid"], k["use"] = fmt.Sprintf("conform-mark-%d", mark), "jwt-svid"
+		k["kid"], k["use"] = fmt.Sprintf("conform-mark-%d", then.mark), "jwt-svid"
 		doc["keys"] = append(keys, k)
-		if now.change != nil {
-			now.change(doc)
+		if then.change != nil {
+			then.change(doc)
 		}
-		if now.bare {
+		if then.bare {
 			doc["keys"] = []any{}
 		}
 	}))
