@@ -20,7 +20,7 @@ const (
 	// to nothing are no rest: what is done here takes both memory and processors
 	// away from them for many milliseconds. So it waits for rest, through so many
 	// looks.
-	idly     = settleEvery / 50
+	idly     = settleEvery / 20
 	patience = 75
 	// worthwhile is how much more than the last time must be held, and an eighth
 	// of that: looking for what nobody needs costs as much as there is.
